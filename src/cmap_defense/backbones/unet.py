@@ -1,0 +1,235 @@
+"""The project's own network: a compact U-Net that a laptop can train and run.
+
+Space-to-depth at the door (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
+normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by concatenation.
+Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.settings import Settings, require_integer, require_number
+
+__all__ = ["CompactUNet", "CompactUNetConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactUNetConfig(Settings):
+    """Architecture of a :class:`CompactUNet`.
+
+    image_shape: (C, H, W) in pixels; H and W are multiples of patch * 2^(levels - 1).
+    patch: edge of the space-to-depth patch. channels: width of each level, finest first.
+    blocks: residual blocks per level on the way down (one more on the way up).
+    attention: for each level, whether its blocks are followed by self-attention.
+    head_channels: channels of one attention head. embedding: width of the noise embedding. dropout: in the blocks.
+    """
+
+    image_shape: tuple[int, int, int] = (3, 32, 32)
+    patch: int = 2
+    channels: tuple[int, ...] = (48, 96)
+    blocks: int = 2
+    attention: tuple[bool, ...] = (False, True)
+    head_channels: int = 32
+    embedding: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_shape", "channels", "attention"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise SettingsError(f"CompactUNetConfig.{name} must be a sequence, but is {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if len(self.image_shape) != 3:
+            raise SettingsError(f"CompactUNetConfig.image_shape must be (C, H, W), but is {self.image_shape!r}.")
+        for name in ("image_shape", "channels"):
+            for size in getattr(self, name):
+                require_integer("CompactUNetConfig", name, size, minimum=1)
+        for name in ("patch", "blocks", "head_channels"):
+            require_integer("CompactUNetConfig", name, getattr(self, name), minimum=1)
+        require_integer("CompactUNetConfig", "embedding", self.embedding, minimum=4)
+        require_number("CompactUNetConfig", "dropout", self.dropout, minimum=0.0, below=1.0)
+        if len(self.attention) != len(self.channels) or not self.channels:
+            raise SettingsError(
+                "CompactUNetConfig needs one entry of attention per entry of channels, but has "
+                f"{len(self.attention)} and {len(self.channels)}."
+            )
+        if not all(isinstance(flag, bool) for flag in self.attention):
+            raise SettingsError(f"CompactUNetConfig.attention must be booleans, but is {self.attention!r}.")
+        unit = self.patch * 2 ** (len(self.channels) - 1)
+        if self.image_shape[1] % unit or self.image_shape[2] % unit:
+            raise SettingsError(
+                f"CompactUNetConfig: image sides {self.image_shape[1:]} must be multiples of {unit} "
+                "(patch times 2 for each level below the first)."
+            )
+
+
+class CompactUNet(nn.Module):
+    """F(x, noise_level): the raw network inside a :class:`~cmap_defense.backbones.karras.ConsistencyBackbone`."""
+
+    def __init__(self, config: CompactUNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        pixels = config.image_shape[0] * config.patch**2
+        self.embed = NoiseEmbedding(config.embedding)
+        self.enter = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
+
+        self.down = nn.ModuleList()
+        skips = [config.channels[0]]
+        width = config.channels[0]
+        for level, channels in enumerate(config.channels):
+            for _ in range(config.blocks):
+                self.down.append(Stage(width, channels, config, attend=config.attention[level]))
+                width = channels
+                skips.append(width)
+            if level + 1 < len(config.channels):
+                self.down.append(Downsample(width))
+                skips.append(width)
+
+        self.middle = nn.ModuleList([Stage(width, width, config, attend=True), Stage(width, width, config, attend=False)])
+
+        self.up = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(config.channels))):
+            for _ in range(config.blocks + 1):
+                self.up.append(Stage(width + skips.pop(), channels, config, attend=config.attention[level]))
+                width = channels
+            if level > 0:
+                self.up.append(Upsample(width))
+
+        self.norm = _group_norm(width)
+        self.leave = nn.Conv2d(width, pixels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(_bias(self.leave))
+
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        """[B, C, H, W] and [B] to [B, C, H, W]."""
+        embedding = self.embed(noise_level)
+        h = self.enter(F.pixel_unshuffle(x, self.config.patch))
+        skips = [h]
+        for part in self.down:
+            h = part(h, embedding)
+            skips.append(h)
+        for part in self.middle:
+            h = part(h, embedding)
+        for part in self.up:
+            if isinstance(part, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = part(h, embedding)
+        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), self.config.patch)
+
+
+class NoiseEmbedding(nn.Module):
+    """ln(sigma) / 4 to an embedding: sines and cosines of slow frequencies, then a small network.
+
+    Consistency training needs an embedding that varies slowly with the noise level (Song and Dhariwal 2023,
+    arXiv 2310.14189, section 3.1): the fastest of these has a period of 1/4, a factor e in sigma.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        frequencies = 2 * math.pi * torch.logspace(-2, 2, width // 4, base=2.0)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.first = nn.Linear(2 * (width // 4), width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        frequencies: Tensor = self.get_buffer("frequencies")
+        angles = noise_level[:, None] * frequencies.to(noise_level.dtype)
+        return F.silu(self.second(F.silu(self.first(torch.cat([angles.sin(), angles.cos()], dim=1)))))
+
+
+class Stage(nn.Module):
+    """One residual block, and self-attention behind it where asked for."""
+
+    def __init__(self, inputs: int, outputs: int, config: CompactUNetConfig, *, attend: bool) -> None:
+        super().__init__()
+        self.block = ResidualBlock(inputs, outputs, config.embedding, config.dropout)
+        self.attention = SelfAttention(outputs, config.head_channels) if attend else None
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        h = self.block(h, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+class ResidualBlock(nn.Module):
+    """h + conv(modulated norm(conv(norm h))), the last convolution starting at zero."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in = _group_norm(inputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outputs)
+        self.norm_out = _group_norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(_bias(self.conv_out))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_out(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+
+
+class SelfAttention(nn.Module):
+    """x + attention over all positions, several heads, the output projection starting at zero."""
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels)
+        if channels % self.heads:
+            raise SettingsError(f"channels ({channels}) must be a multiple of head_channels ({head_channels}).")
+        self.norm = _group_norm(channels)
+        self.project_in = nn.Conv2d(channels, 3 * channels, 1)
+        self.project_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.project_out.weight)
+        nn.init.zeros_(_bias(self.project_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(
+            self.project_in(self.norm(x)), "b (three heads c) y x -> three (b heads) (y x) c", three=3, heads=self.heads
+        )
+        weights = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+        mixed = rearrange(weights @ v, "(b heads) (y x) c -> b (heads c) y x", heads=self.heads, y=x.shape[2])
+        return x + self.project_out(mixed)
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(h)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation with as many groups, 8 at most, as divide the channels."""
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

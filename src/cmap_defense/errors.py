@@ -1,0 +1,68 @@
+"""Every error this package raises on purpose.
+
+All derive from :class:`CmapError` and from the builtin that a caller would catch without knowing the package.
+Messages say what was expected, what came, and what to do.
+"""
+
+__all__ = [
+    "BackboneFileError",
+    "BackboneError",
+    "CheckpointError",
+    "ClassifierError",
+    "CmapError",
+    "DataError",
+    "DeviceError",
+    "GradientError",
+    "InputTypeError",
+    "InputValueError",
+    "SettingsError",
+    "UnknownNameError",
+]
+
+
+class CmapError(Exception):
+    """Base class of all errors of this package."""
+
+
+class SettingsError(CmapError, ValueError):
+    """A setting is missing, unknown, of the wrong type or out of its range."""
+
+
+class InputValueError(CmapError, ValueError):
+    """Images, latents or seeds have a wrong shape, size or value."""
+
+
+class InputTypeError(CmapError, TypeError):
+    """Images, latents or seeds have a wrong type or dtype."""
+
+
+class DeviceError(CmapError, RuntimeError):
+    """A tensor is on another device than the model."""
+
+
+class ClassifierError(CmapError, ValueError):
+    """The wrapped classifier returned something that is not a [B, classes] tensor of finite logits."""
+
+
+class BackboneError(CmapError, TypeError):
+    """An object does not satisfy the backbone protocol, or its ``generate`` broke its promise."""
+
+
+class BackboneFileError(CmapError, OSError):
+    """A backbone folder is missing, incomplete, truncated or written by something else."""
+
+
+class UnknownNameError(CmapError, LookupError):
+    """A name is in no registry; the message lists near matches."""
+
+
+class GradientError(CmapError, RuntimeError):
+    """A gradient was asked for that the chosen gradient mode cannot give."""
+
+
+class DataError(CmapError, ValueError):
+    """A data set or an image file cannot be read or does not fit."""
+
+
+class CheckpointError(CmapError, RuntimeError):
+    """A training folder holds a checkpoint that does not belong to the settings given."""

@@ -1,0 +1,51 @@
+"""Noise that belongs to (seed, image), never to a batch, a chunk or a device.
+
+All generators are CPU generators and all draws are float32, cast afterwards: the same seed gives the same numbers
+everywhere. Nothing here touches torch's global generators except :func:`fresh_seeds`, which is meant to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_latents", "fresh_seeds", "generator_for"]
+
+_WORD = 2**64
+
+
+def generator_for(*words: int) -> torch.Generator:
+    """A CPU generator seeded by one or several integers, e.g. (seed, step); different tuples are independent streams."""
+    state = words[0] % _WORD
+    for word in words[1:]:
+        state = _mix((_mix(state) + word) % _WORD)
+    return torch.Generator().manual_seed(state)
+
+
+def fresh_seeds(count: int) -> Tensor:
+    """[count] int64 seeds from torch's global CPU generator, so that ``torch.manual_seed`` rules them."""
+    low, high = -(2**63), 2**63 - 1
+    return torch.randint(low, high, (count,), dtype=torch.int64)
+
+
+def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int]) -> Tensor:
+    """Unit latents [B, K, C, H, W] in float32 on the CPU; row b is a function of ``seeds[b]`` alone.
+
+    The latents of one image are drawn one after the other, so the first K of a seed are the same for every larger K.
+    """
+    latents = torch.empty((len(seeds), n_latents, *image_shape), dtype=torch.float32)
+    for row, seed in zip(latents, seeds.tolist(), strict=True):
+        generator = generator_for(seed)
+        for latent in row:
+            latent.copy_(torch.randn(tuple(image_shape), generator=generator, dtype=torch.float32))
+    return latents
+
+
+def _mix(word: int) -> int:
+    """A bijective scrambling of 64 bits, so that neighbouring seeds and steps share no structure."""
+    word = (word + 0x9E3779B97F4A7C15) % _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % _WORD
+    return word ^ (word >> 31)

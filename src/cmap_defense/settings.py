@@ -1,0 +1,121 @@
+"""Frozen settings: validated when made, exact JSON round trip.
+
+One base class for the settings of every component. A subclass is a frozen dataclass whose ``__post_init__``
+calls the ``require_*`` helpers; lists from JSON become tuples there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from typing_extensions import Self
+
+from cmap_defense.errors import SettingsError
+
+__all__ = ["Settings", "near_matches", "require_choice", "require_integer", "require_number", "require_numbers"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all settings. Make a changed copy with :meth:`replace`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values (tuples become lists, nested settings become dicts)."""
+        return json.loads(self.to_json())
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The fields as a JSON object. ``from_json`` gives an equal object back."""
+        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from a mapping. Raises :class:`SettingsError` on unknown, missing or invalid fields."""
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"{cls.__name__} is made from a mapping of its fields, but got {type(values).__name__}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise SettingsError(f"{cls.__name__} has no setting {name!r}.{near_matches(str(name), known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise SettingsError(f"{cls.__name__}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Settings from the text of :meth:`to_json`. Raises :class:`SettingsError` when the text is not that."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"{cls.__name__}: this is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again. Raises :class:`SettingsError`."""
+        return self.from_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
+
+
+def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
+    """A sentence with the names nearest to ``name``, or all of them when none is near; starts with a space."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return " Known: " + ", ".join(repr(n) for n in names) + "."
+
+
+def require_integer(owner: str, name: str, value: Any, *, minimum: int) -> int:
+    """``value`` as an int not below ``minimum``, or a :class:`SettingsError` that names the setting."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
+    if value < minimum:
+        raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {value}.")
+    return value
+
+
+def require_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> float:
+    """``value`` as a finite float within the bounds, or a :class:`SettingsError` that names the setting."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingsError(f"{owner}.{name} must be a number, but is {value!r} ({type(value).__name__}).")
+    number = float(value)
+    if not math.isfinite(number):
+        raise SettingsError(f"{owner}.{name} must be finite, but is {number}.")
+    bounds = (
+        (minimum, "at least", lambda bound: number >= bound),
+        (above, "above", lambda bound: number > bound),
+        (maximum, "at most", lambda bound: number <= bound),
+        (below, "below", lambda bound: number < bound),
+    )
+    for bound, words, holds in bounds:
+        if bound is not None and not holds(bound):
+            raise SettingsError(f"{owner}.{name} must be {words} {bound:g}, but is {number:g}.")
+    return number
+
+
+def require_numbers(owner: str, name: str, values: Any, *, length: int, **bounds: float) -> tuple[float, ...]:
+    """``values`` as a tuple of ``length`` finite floats, each within the bounds of :func:`require_number`."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != length:
+        raise SettingsError(f"{owner}.{name} must be {length} numbers, but is {values!r}.")
+    return tuple(require_number(owner, f"{name}[{i}]", value, **bounds) for i, value in enumerate(values))
+
+
+def require_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> str:
+    """``value`` when it is one of ``choices``, or a :class:`SettingsError` that lists them."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise SettingsError(f"{owner}.{name} must be one of {listed}, but is {value!r}.")
+    return value

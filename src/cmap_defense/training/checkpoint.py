@@ -1,0 +1,61 @@
+"""Checkpoints that are whole or not there: written beside, then renamed; the newest whole one is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmap_defense.errors import CheckpointError
+
+__all__ = ["load_newest", "save_checkpoint"]
+
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write ``checkpoint-<step>.pt`` and delete all but the ``keep`` newest."""
+    path = folder / f"checkpoint-{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    for old in _checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the newest whole checkpoint, or None when there is none.
+
+    Only plain tensors and containers are read (``weights_only``). Raises :class:`CheckpointError` when the checkpoint was
+    made with other settings; the message lists them.
+    """
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError):
+            continue  # a damaged file: the one before it is whole
+        differing = {
+            f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+            for part, new in settings.items()
+            for old in [state["settings"].get(part, {})]
+            for name in old.keys() | new.keys()
+            if old.get(name) != new.get(name)
+        }
+        if differing:
+            raise CheckpointError(
+                f"{path} was made with other settings ({'; '.join(sorted(differing))}). "
+                "Give the same settings to continue it, or another folder to start afresh."
+            )
+        return state
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
