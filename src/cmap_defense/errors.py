@@ -5,8 +5,8 @@ Messages say what was expected, what came, and what to do.
 """
 
 __all__ = [
-    "BackboneFileError",
     "BackboneError",
+    "BackboneFileError",
     "CheckpointError",
     "ClassifierError",
     "CmapError",

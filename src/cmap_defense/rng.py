@@ -17,7 +17,7 @@ _WORD = 2**64
 
 
 def generator_for(*words: int) -> torch.Generator:
-    """A CPU generator seeded by one or several integers, e.g. (seed, step); different tuples are independent streams."""
+    """A CPU generator seeded by one or several integers, such as (seed, step); each tuple is a stream of its own."""
     state = words[0] % _WORD
     for word in words[1:]:
         state = _mix((_mix(state) + word) % _WORD)

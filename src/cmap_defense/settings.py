@@ -36,7 +36,9 @@ class Settings:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Settings from a mapping. Raises :class:`SettingsError` on unknown, missing or invalid fields."""
         if not isinstance(values, Mapping):
-            raise SettingsError(f"{cls.__name__} is made from a mapping of its fields, but got {type(values).__name__}.")
+            raise SettingsError(
+                f"{cls.__name__} is made from a mapping of its fields, but got {type(values).__name__}."
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:

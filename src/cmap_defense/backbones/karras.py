@@ -10,10 +10,12 @@ Preconditioning of Karras et al. 2022 (arXiv 2206.00364, Table 1) with the bound
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.settings import Settings, require_number
 
 __all__ = ["ConsistencyBackbone", "NoiseRange", "boundary_scalings"]
@@ -54,6 +56,9 @@ class ConsistencyBackbone(nn.Module):
         image_shape: (C, H, W) of the images and of the latents.
         noise: the noise levels that the network was trained for.
 
+    record: what is known about it, when it came from a folder. default_settings: the CMAP settings that its record
+        names.
+
     The scalings are computed in float32 (or the input's precision where that is higher); only the network runs in
     its own precision. Outputs have the input's precision, float32 at least.
     """
@@ -66,6 +71,8 @@ class ConsistencyBackbone(nn.Module):
         self.network = network
         self.image_shape = image_shape
         self.noise = noise or NoiseRange()
+        self.record: BackboneRecord | None = None
+        self.default_settings: dict[str, Any] | None = None
 
     def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
         """f(x, sigma), not clipped: the clean image that the model sees behind ``noisy``.

@@ -1,7 +1,8 @@
 """The project's own network: a compact U-Net that a laptop can train and run.
 
 Space-to-depth at the door (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
-normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by concatenation.
+normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by
+concatenation.
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 """
 
@@ -93,7 +94,9 @@ class CompactUNet(nn.Module):
                 self.down.append(Downsample(width))
                 skips.append(width)
 
-        self.middle = nn.ModuleList([Stage(width, width, config, attend=True), Stage(width, width, config, attend=False)])
+        self.middle = nn.ModuleList(
+            [Stage(width, width, config, attend=True), Stage(width, width, config, attend=False)]
+        )
 
         self.up = nn.ModuleList()
         for level, channels in reversed(list(enumerate(config.channels))):

@@ -9,7 +9,8 @@ __all__ = ["EMA"]
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in float32; half-life in images (Karras et al. 2022, appendix F).
+    """Exponential moving average of a module's parameters, in float32; half-life in images (Karras et al. 2022,
+    appendix F).
 
     weights: name -> average. They start as the module's weights at construction.
     """

@@ -1,6 +1,7 @@
 """What a backbone is trained to minimise: small pure functions of (denoise, images, noise, progress).
 
-An objective is called as ``objective(denoise, images, generator, progress, noise_range)`` and returns one loss per image.
+An objective is called as ``objective(denoise, images, generator, progress, noise_range)`` and returns one loss per
+image.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Objective(Protocol):
     def __call__(
         self, denoise: Denoise, images: Tensor, generator: torch.Generator, progress: float, noise_range: NoiseRange
     ) -> Tensor:
-        """Losses [B] of clean images [B, C, H, W] in [-1, 1]; ``progress`` in [0, 1) is the part of the training done."""
+        """Losses [B] of images [B, C, H, W] in [-1, 1]; ``progress`` in [0, 1) is the part of the training done."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Which images step s sees, as a function of (seed, s) alone, so that a resumed training sees what it would have seen."""
+"""Which images step s sees: a function of (seed, s) alone, so that a resumed training sees the same."""
 
 from __future__ import annotations
 

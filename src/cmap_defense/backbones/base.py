@@ -1,0 +1,67 @@
+"""The backbone protocol: what CMAP needs of a generative model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.errors import BackboneError
+
+__all__ = ["Backbone", "check_backbone", "latent_caster"]
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Any ``nn.Module`` with these two; ``denoise(noisy, sigma)`` besides, where it has one.
+
+    image_shape: (C, H, W) of its images and latents.
+    """
+
+    image_shape: tuple[int, int, int]
+
+    def generate(self, latents: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] from unit latents [B, C, H, W], differentiably."""
+        ...
+
+
+def check_backbone(backbone: object) -> nn.Module:
+    """``backbone`` when it satisfies the protocol. Raises :class:`BackboneError` that says what is missing."""
+    name = type(backbone).__name__
+    if not isinstance(backbone, nn.Module):
+        raise BackboneError(
+            "A backbone is a registry name, a Hub id, a folder, or an nn.Module with image_shape and generate, "
+            f"but got {name}."
+        )
+    shape = getattr(backbone, "image_shape", None)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise BackboneError(
+            f"A backbone has image_shape = (C, H, W), three positive integers, but {name} has {shape!r}."
+        )
+    if not callable(getattr(backbone, "generate", None)):
+        raise BackboneError(f"A backbone has generate(latents) -> images in [-1, 1], but {name} has no such method.")
+    if any(p.is_inference() for p in backbone.parameters()):
+        raise BackboneError(
+            f"{name}'s weights were made under torch.inference_mode, which bars gradients: load it outside."
+        )
+    return backbone
+
+
+def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """``backbone.generate`` under the autocast state of this moment, its input cast to the backbone's own precision.
+
+    Backbones that say ``accepts_any_float`` cast inside and get the latents as they are.
+    """
+    dtype = None
+    if not getattr(backbone, "accepts_any_float", False):
+        dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), None)
+    autocast = torch.is_autocast_enabled(device.type)
+    autocast_dtype = torch.get_autocast_dtype(device.type)
+
+    def generate(latents: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
+            return backbone.generate(latents if dtype is None else latents.to(dtype))  # pyright: ignore[reportCallIssue]
+
+    return generate

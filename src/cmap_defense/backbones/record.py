@@ -1,0 +1,78 @@
+"""What is known about a backbone, as it stands in ``backbone.json`` beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.settings import Settings, require_integer
+
+__all__ = ["BackboneRecord"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneRecord(Settings):
+    """A backbone folder's record; JSON values only, so that it can be read without this package.
+
+    format: version of this layout. name, description: for people.
+    network: which class. network_config: its settings. noise: sigma_min, sigma_max, sigma_data.
+    image_shape: (C, H, W). value_range: of the images that ``generate`` returns.
+    weights_file, weights_dtype, weights_sha256: the safetensors file beside the record.
+    settings: the CMAP settings to use with it, as changes to the defaults.
+    training: data, command and settings it was trained with. figures: what was measured, with the commands.
+    licence: of the weights. paper: where the method comes from.
+    """
+
+    format: int = 1
+    name: str
+    description: str = ""
+    network: str
+    network_config: dict[str, Any]
+    noise: dict[str, float]
+    image_shape: tuple[int, int, int]
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    weights_file: str = "weights.safetensors"
+    weights_dtype: str = "float32"
+    weights_sha256: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    licence: str = ""
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        if self.format != 1:
+            raise SettingsError(
+                f"This package reads backbone records of format 1, but this one has format {self.format!r}."
+            )
+        for name in ("image_shape", "value_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise SettingsError(f"BackboneRecord.{name} must be a list, but is {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if len(self.image_shape) != 3:
+            raise SettingsError(f"BackboneRecord.image_shape must be (C, H, W), but is {self.image_shape!r}.")
+        for size in self.image_shape:
+            require_integer("BackboneRecord", "image_shape", size, minimum=1)
+        if tuple(self.value_range) != (-1.0, 1.0):
+            raise SettingsError(f"BackboneRecord.value_range must be (-1, 1), but is {self.value_range!r}.")
+        for name in (
+            "name",
+            "description",
+            "network",
+            "weights_file",
+            "weights_dtype",
+            "weights_sha256",
+            "licence",
+            "paper",
+        ):
+            if not isinstance(getattr(self, name), str):
+                raise SettingsError(f"BackboneRecord.{name} must be text, but is {getattr(self, name)!r}.")
+        for name in ("network_config", "noise", "settings", "training", "figures"):
+            if not isinstance(getattr(self, name), dict):
+                raise SettingsError(f"BackboneRecord.{name} must be an object, but is {getattr(self, name)!r}.")
+        if "/" in self.weights_file or "\\" in self.weights_file or self.weights_file in ("", ".", ".."):
+            raise SettingsError(
+                f"BackboneRecord.weights_file must be a file beside the record, but is {self.weights_file!r}."
+            )

@@ -1,0 +1,381 @@
+"""The drop-in defence: a classifier that sees only what a consistency model can generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from cmap_defense.backbones.base import check_backbone
+from cmap_defense.backbones.load import load_backbone
+from cmap_defense.cmap.optimise import Callback, LatentState
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
+from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.gradients import GradientMode, StraightThrough
+from cmap_defense.hooks import HookHandle, LatentHooks
+from cmap_defense.inputs import check_device, check_images, check_seeds, check_shape, check_unit_range
+from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.results import PurificationResult
+from cmap_defense.rng import fresh_seeds
+from cmap_defense.settings import require_choice, require_integer, require_numbers
+
+__all__ = ["PurifiedClassifier"]
+
+RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
+
+
+class PurifiedClassifier(nn.Module):
+    """A classifier behind CMAP (arXiv 2412.08394): images in, logits out, purification in between.
+
+    ::
+
+        model = PurifiedClassifier(my_resnet, backbone="fashion-mnist-ct")
+        logits = model(images)
+
+    The default gradient to the input is the straight-through one (BPDA): attacks that need a gradient run
+    unchanged, and it is an approximation. :mod:`cmap_defense.gradients` has the others.
+
+    Args:
+        classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes].
+        backbone: a name, a Hub id, a local folder (see :func:`~cmap_defense.backbones.load_backbone`), or any
+            ``nn.Module``
+            with ``image_shape`` and ``generate``. A backbone that is loaded here joins the classifier's device;
+            a module is used as it is, in eval mode.
+        settings: of the latent loop; None for the ones that the backbone's record names, or else the defaults.
+        normalize: (mean, std), numbers or one number per channel, that the classifier expects; applied after
+            purification.
+        inputs: "unit" for images in [0, 1]; "normalized" for images that went through ``normalize`` already.
+        resize: how to resize images of another size to the backbone's and back: "bilinear", "bicubic", "area" or
+            "nearest-exact" (True means "bilinear"); None refuses them.
+        vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
+        seed: every image uses the noise of this seed; None for fresh noise on each call.
+        gradient: how the gradient to the input is taken.
+        max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits.
+
+    Raises:
+        SettingsError: an option is out of its range.
+        BackboneError: the backbone does not satisfy the protocol.
+        UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module | Callable[[Tensor], Tensor],
+        backbone: str | os.PathLike[str] | nn.Module,
+        *,
+        settings: CMAPSettings | None = None,
+        normalize: tuple[Sequence[float] | float, Sequence[float] | float] | None = None,
+        inputs: str = "unit",
+        resize: str | bool | None = None,
+        vote: str = "label",
+        seed: int | None = None,
+        gradient: GradientMode | None = None,
+        max_parallel: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(classifier):
+            raise ClassifierError(
+                f"The classifier must be an nn.Module or a callable, but is {type(classifier).__name__}."
+            )
+        self.inputs = require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
+        self.vote = require_choice("PurifiedClassifier", "vote", vote, ("label", "soft"))
+        self.resize = _resize_mode(resize)
+        self.seed = None if seed is None else _any_integer("seed", seed)
+        self.max_parallel = (
+            None
+            if max_parallel is None
+            else require_integer("PurifiedClassifier", "max_parallel", max_parallel, minimum=1)
+        )
+        if gradient is not None and not isinstance(gradient, GradientMode):
+            raise SettingsError(
+                "PurifiedClassifier.gradient must be an object such as StraightThrough() from cmap_defense.gradients, "
+                f"but is {gradient!r}."
+            )
+        self.gradient = gradient or StraightThrough()
+        if settings is not None and not isinstance(settings, CMAPSettings):
+            raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
+
+        self.classifier = classifier
+        if isinstance(backbone, (str, os.PathLike)):
+            loaded = load_backbone(backbone)
+            device = _device_of(classifier)
+            self.backbone: nn.Module = loaded if device is None else loaded.to(device)
+        else:
+            self.backbone = check_backbone(backbone)
+        self.backbone.eval()
+        if settings is None:
+            settings = CMAPSettings.from_dict(getattr(self.backbone, "default_settings", None) or {})
+        self.purifier: Purifier = CMAP(settings)
+        self.normalize = self._check_normalize(normalize)
+        self._latent_hooks = LatentHooks()
+
+    @property
+    def settings(self) -> CMAPSettings:
+        """The settings of the latent loop."""
+        assert isinstance(self.purifier, CMAP)
+        return self.purifier.settings
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the backbone's images."""
+        return tuple(self.backbone.image_shape)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+    def forward(self, images: Tensor, *, seeds: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Logits of purified images.
+
+        Args:
+            images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says.
+            seeds: [B] integers, one per image; None for ``seed``, or fresh ones from torch's CPU generator.
+
+        Returns:
+            [B, classes], float32 at least, all finite: the log of the mean probability over the K purified images and,
+            with ``vote="label"``, the majority label of eq. 14 on top. An empty batch gives an empty result.
+
+        Raises:
+            InputTypeError, InputValueError, DeviceError: the images or seeds are not as above; the message says how.
+            ClassifierError: the classifier did not return finite logits [M, classes].
+            BackboneError: the backbone broke its promise.
+        """
+        logits = self.purify(images, seeds=seeds).logits
+        assert logits is not None
+        return vote_logits(logits, lift=self.vote == "label")
+
+    def purify(
+        self,
+        images: Tensor,
+        *,
+        latents: Tensor | None = None,
+        seeds: Tensor | Sequence[int] | None = None,
+    ) -> PurificationResult:
+        """The K purified versions of each image, and how they were found.
+
+        Args:
+            images: as for :meth:`forward`.
+            latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
+            seeds: as for :meth:`forward`; not together with ``latents``.
+
+        Returns:
+            All of :class:`~cmap_defense.results.PurificationResult`. Its ``images`` have the size of the input and
+            carry the
+            input's gradient as ``gradient`` says.
+
+        Raises:
+            As :meth:`forward`.
+        """
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not torch.is_inference_mode_enabled()),
+        ):
+            return self._purify(images, latents, seeds)
+
+    def register_latent_hook(self, hook: Callback) -> HookHandle:
+        """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before every latent step.
+
+        Latents that it returns take the place of the state's. Hooks run in the order of their registration, belong to
+        this object alone
+        (copies and pickles have none) and cost nothing when there are none. The handle removes the hook, also as a
+        context manager.
+        """
+        return self._latent_hooks.register(hook)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the classifier's mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.inputs!r}"
+
+    def _purify(
+        self, images: Tensor, latents: Tensor | None, seeds: Tensor | Sequence[int] | None
+    ) -> PurificationResult:
+        unit = self._to_unit(check_images(images))
+        chosen = self._seeds(seeds, latents, len(unit))
+        if len(unit) == 0:
+            return self._empty(unit)
+        if latents is not None:
+            latents = self._check_latents(latents, unit)
+        small = self._resized(unit, self.image_shape[1:])
+        result = self.purifier(
+            self.backbone,
+            small.detach(),
+            seeds=chosen,
+            latents=latents,
+            callback=self._callback(),
+            max_parallel=self.max_parallel,
+        )
+        attached = self.gradient.attach(result.images, small)
+        shown = self._resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
+        logits = self._classify(shown)
+        return self._judged(dataclasses.replace(result, images=shown), logits)
+
+    def _judged(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
+        votes = count_votes(logits.detach())
+        return dataclasses.replace(
+            result, logits=logits, votes=votes, labels=majority_label(logits.detach()), margin=vote_margin(votes)
+        )
+
+    def _to_unit(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], float32 at least, safe to be part of a graph; checked for device, range and shape."""
+        check_device(images, _device_of(self.backbone, self.classifier))
+        if images.is_inference():
+            images = images.clone()
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        check_shape(images, self.image_shape, resizes=self.resize is not None)
+        if self.inputs == "normalized":
+            mean, std = self._normalisation(images)
+            images = images * std + mean
+        check_unit_range(images, inputs=self.inputs)
+        return images
+
+    def _seeds(self, seeds: Tensor | Sequence[int] | None, latents: Tensor | None, count: int) -> Tensor:
+        if seeds is not None:
+            if latents is not None:
+                raise InputValueError("Give latents or seeds, not both: with latents there is no noise to draw.")
+            return check_seeds(seeds, count)
+        if latents is not None or self.seed is not None:
+            signed = ((self.seed or 0) + 2**63) % 2**64 - 2**63
+            return torch.full((count,), signed, dtype=torch.int64)
+        return fresh_seeds(count)
+
+    def _check_latents(self, latents: Tensor, images: Tensor) -> Tensor:
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            raise InputTypeError("latents must be a floating-point tensor [B, K, C, H, W].")
+        shape = (len(images), *self.image_shape)
+        if latents.ndim != 5 or (latents.shape[0], *latents.shape[2:]) != shape or latents.shape[1] < 1:
+            expected = f"[{shape[0]}, K, {', '.join(map(str, shape[1:]))}]"
+            raise InputValueError(f"latents must be {expected} with K at least 1, but are {list(latents.shape)}.")
+        if not torch.isfinite(latents).all():
+            raise InputValueError("latents must be finite, but hold NaN or infinite values.")
+        if latents.device != images.device:
+            raise DeviceError(f"The images are on {images.device}, but the latents are on {latents.device}.")
+        return latents.clone() if latents.is_inference() else latents
+
+    def _callback(self) -> Callback | None:
+        hooks = tuple(self._latent_hooks)
+        if not hooks:
+            return None
+
+        def run(state: LatentState) -> Tensor | None:
+            replaced = None
+            for hook in hooks:
+                answer = hook(state)
+                if answer is not None:
+                    replaced = answer
+                    state = dataclasses.replace(state, latents=answer)
+            return replaced
+
+        return run
+
+    def _resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        if self.resize is None or tuple(images.shape[-2:]) == tuple(size):
+            return images
+        smooth = self.resize in ("bilinear", "bicubic")
+        resized = F.interpolate(
+            images, tuple(size), mode=self.resize, align_corners=False if smooth else None, antialias=smooth
+        )
+        return resized.clamp(0, 1) if self.resize == "bicubic" else resized
+
+    def _classify(self, shown: Tensor) -> Tensor:
+        """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""
+        flat = shown.flatten(0, 1)
+        chunk = self.max_parallel or max(1, len(flat))
+        logits = torch.cat([self._logits(piece) for piece in flat.split(chunk)])
+        return logits.unflatten(0, shown.shape[:2])
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The classifier's logits [M, classes], float32 at least, checked."""
+        if self.normalize is not None:
+            mean, std = self._normalisation(images)
+            images = (images - mean) / std
+        dtype = _dtype_of(self.classifier)
+        logits = self.classifier(images if dtype is None else images.to(dtype))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 1:
+            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ClassifierError(f"The classifier must return logits [{len(images)}, classes], but returned {came}.")
+        if not logits.is_floating_point():
+            raise ClassifierError(f"The classifier must return floating-point logits, but returned {logits.dtype}.")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if torch.isnan(logits.detach()).any() or torch.isposinf(logits.detach()).any():
+            raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
+        return logits
+
+    def _empty(self, images: Tensor) -> PurificationResult:
+        """The result for no images; one black image, in eval mode, tells how many classes there are."""
+        n_latents, shape = self.settings.n_latents, self.image_shape
+        training = isinstance(self.classifier, nn.Module) and self.classifier.training
+        with torch.no_grad():
+            if training:
+                self.classifier.eval()  # pyright: ignore[reportFunctionMemberAccess]
+            try:
+                logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
+            finally:
+                if training:
+                    self.classifier.train()  # pyright: ignore[reportFunctionMemberAccess]
+        empty = images.new_zeros((0, n_latents, *shape))
+        result = PurificationResult(
+            images.new_zeros((0, n_latents, *images.shape[1:])), empty, None, torch.empty(0, dtype=torch.int64)
+        )
+        return self._judged(result, logits[:, None].expand(0, n_latents, -1))
+
+    def _normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1] in the images' precision."""
+        assert self.normalize is not None
+        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in self.normalize)
+        return mean, std
+
+    def _check_normalize(
+        self, normalize: tuple[Sequence[float] | float, Sequence[float] | float] | None
+    ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation per channel as tuples."""
+        if normalize is None:
+            if self.inputs == "normalized":
+                raise SettingsError(
+                    'inputs="normalized" needs normalize=(mean, std), the ones that the images went through.'
+                )
+            return None
+        if not isinstance(normalize, Sequence) or len(normalize) != 2:
+            raise SettingsError(f"normalize must be (mean, std), but is {normalize!r}.")
+        channels = self.image_shape[0]
+        mean, std = ([v] * channels if isinstance(v, (int, float)) else v for v in normalize)
+        mean, std = (v.flatten().tolist() if isinstance(v, Tensor) else v for v in (mean, std))
+        return (
+            require_numbers("PurifiedClassifier", "normalize mean", mean, length=channels),
+            require_numbers("PurifiedClassifier", "normalize std", std, length=channels, above=0.0),
+        )
+
+
+def _device_of(*modules: object) -> torch.device | None:
+    """The device of the first parameter or buffer found; None when there is none."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+    return None
+
+
+def _dtype_of(module: object) -> torch.dtype | None:
+    """The precision of a module's first floating-point parameter; None when it has none."""
+    if not isinstance(module, nn.Module):
+        return None
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _resize_mode(resize: str | bool | None) -> str | None:
+    if resize is None or resize is False:
+        return None
+    return "bilinear" if resize is True else require_choice("PurifiedClassifier", "resize", resize, RESIZE_MODES)
+
+
+def _any_integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingsError(f"PurifiedClassifier.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
+    return value

@@ -1,0 +1,54 @@
+"""Functions that watch, and may steer, the latent optimisation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import Self
+
+__all__ = ["HookHandle", "LatentHooks"]
+
+
+class HookHandle:
+    """Removes its hook: by :meth:`remove`, or at the end of a ``with`` block, also on an exception."""
+
+    def __init__(self, hooks: dict[int, Any], key: int) -> None:
+        self._hooks, self._key = hooks, key
+
+    def remove(self) -> None:
+        """Take the hook out; a second call does nothing."""
+        self._hooks.pop(self._key, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class LatentHooks:
+    """An ordered set of hooks that belongs to one object: copies and pickles of it start empty."""
+
+    def __init__(self) -> None:
+        self._hooks: dict[int, Callable[[Any], Any]] = {}
+        self._keys = itertools.count()
+
+    def register(self, hook: Callable[[Any], Any]) -> HookHandle:
+        """Add ``hook`` behind the others."""
+        key = next(self._keys)
+        self._hooks[key] = hook
+        return HookHandle(self._hooks, key)
+
+    def __iter__(self) -> Any:
+        return iter(tuple(self._hooks.values()))
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentHooks:
+        return LatentHooks()
+
+    def __reduce__(self) -> tuple[type[LatentHooks], tuple[()]]:
+        return (LatentHooks, ())

@@ -1,0 +1,107 @@
+"""Checks at the door: every wrong input gets an error that says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
+
+__all__ = ["check_device", "check_images", "check_seeds", "check_shape", "check_unit_range"]
+
+TOLERANCE = 1e-4
+"""How far outside [0, 1] a value may be, for the rounding of earlier transforms."""
+
+
+def check_images(images: object) -> Tensor:
+    """``images`` when it is a finite float tensor [B, C, H, W].
+
+    Raises:
+        InputTypeError: not a tensor, or not of a floating-point dtype.
+        InputValueError: not of rank 4, or with NaN or infinite values.
+    """
+    if not isinstance(images, Tensor):
+        raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.")
+    if not images.is_floating_point():
+        hint = " Divide uint8 images by 255 first: images.float() / 255." if images.dtype == torch.uint8 else ""
+        raise InputTypeError(f"Images must be floating-point, but are {images.dtype}.{hint}")
+    if images.ndim != 4:
+        hint = " Add the batch axis: images[None]." if images.ndim == 3 else ""
+        raise InputValueError(f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}.{hint}")
+    if not torch.isfinite(images.detach()).all():
+        bad = (~torch.isfinite(images.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise InputValueError(
+            f"Images must be finite, but these of the batch hold NaN or infinite values: {_some(bad)}."
+        )
+    return images
+
+
+def check_unit_range(images: Tensor, *, inputs: str) -> None:
+    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4."""
+    if images.numel() == 0:
+        return
+    low, high = (v.item() for v in images.detach().aminmax())
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+        return
+    if inputs == "normalized":
+        hint = " After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
+    elif high > 2 and low >= 0:
+        hint = " They look like 8-bit values: divide by 255 first."
+    else:
+        hint = ' They look normalised: use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
+    raise InputValueError(f"Images must lie in [0, 1], but lie in [{low:.4g}, {high:.4g}].{hint}")
+
+
+def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) -> None:
+    """Raises :class:`InputValueError` when channels, or height and width (unless ``resizes``), do not fit."""
+    channels, height, width = image_shape
+    if images.shape[1] != channels:
+        raise InputValueError(
+            f"The backbone makes images with {channels} channel(s), but these have {images.shape[1]}: "
+            f"{list(images.shape)}."
+        )
+    if not resizes and tuple(images.shape[2:]) != (height, width):
+        raise InputValueError(
+            f"The backbone makes {height} x {width} images, but these are {images.shape[2]} x {images.shape[3]}. "
+            'Use a backbone of that size, or PurifiedClassifier(..., resize="bilinear") to resize to the backbone and
+            back.'
+        )
+    if resizes and 0 in images.shape[2:]:
+        raise InputValueError(f"Images must have a height and a width, but are {list(images.shape)}.")
+
+
+def check_device(images: Tensor, device: torch.device | None) -> None:
+    """Raises :class:`DeviceError` when the images are not where the model is; None means anywhere."""
+    if device is not None and images.device != device:
+        raise DeviceError(
+            f"The model is on {device}, but the images are on {images.device}. "
+            f"Move one of them: images.to({str(device)!r})."
+        )
+
+
+def check_seeds(seeds: object, count: int) -> Tensor:
+    """Seeds as int64 [count] on the CPU, from a tensor or a sequence of integers.
+
+    Raises:
+        InputTypeError: not integers.
+        InputValueError: not one per image.
+    """
+    if not isinstance(seeds, Tensor):
+        if not isinstance(seeds, Sequence) or isinstance(seeds, str) or any(type(s) is not int for s in seeds):
+            raise InputTypeError(f"seeds must be an integer tensor [B] or a list of integers, but are {seeds!r}.")
+        try:
+            seeds = torch.tensor(list(seeds), dtype=torch.int64)
+        except RuntimeError as error:
+            raise InputValueError(f"seeds must fit 64 bits: {error}") from error
+    if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+        raise InputTypeError(f"seeds must be integers, but are {seeds.dtype}.")
+    if tuple(seeds.shape) != (count,):
+        raise InputValueError(f"seeds must be one per image, [{count}], but are {list(seeds.shape)}.")
+    return seeds.detach().to("cpu", torch.int64)
+
+
+def _some(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:5]))
+    return shown if len(indices) <= 5 else f"{shown} and {len(indices) - 5} more"

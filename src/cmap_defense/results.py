@@ -1,0 +1,51 @@
+"""What a purification returns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+__all__ = ["History", "PurificationResult"]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The optimisation, iteration by iteration; entry n is the state before step n. All [N, B].
+
+    l1, ssim: the distances of eq. 10, means over the K latents. latent: L_d (12). total: L (9).
+    latent_mean, latent_std: mean and standard deviation over all elements of an image's latents; the prior has 0 and 1.
+    """
+
+    l1: Tensor
+    ssim: Tensor
+    latent: Tensor
+    total: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PurificationResult:
+    """K purified versions of each of B images.
+
+    images: [B, K, C, H, W] in [0, 1], what the classifier is shown (before its normalisation).
+    latents: [B, K, C, H, W], the unit latents found.
+    history: loss terms and latent moments per iteration; None from a purifier that has no such loop.
+    seeds: [B] int64 on the CPU, what the noise was drawn from; None when the caller gave the latents.
+    logits: [B, K, classes], the classifier on each purified image.
+    votes: [B, classes], how many of the K images are classified so.
+    labels: [B], the majority label (eq. 14).
+    margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
+
+    The last four are None when there was no classifier.
+    """
+
+    images: Tensor
+    latents: Tensor
+    history: History | None = None
+    seeds: Tensor | None = None
+    logits: Tensor | None = None
+    votes: Tensor | None = None
+    labels: Tensor | None = None
+    margin: Tensor | None = None
