@@ -65,8 +65,7 @@ def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) ->
     if not resizes and tuple(images.shape[2:]) != (height, width):
         raise InputValueError(
             f"The backbone makes {height} x {width} images, but these are {images.shape[2]} x {images.shape[3]}. "
-            'Use a backbone of that size, or PurifiedClassifier(..., resize="bilinear") to resize to the backbone and
-            back.'
+            'Use a backbone of that size, or PurifiedClassifier(..., resize="bilinear") to resize there and back.'
         )
     if resizes and 0 in images.shape[2:]:
         raise InputValueError(f"Images must have a height and a width, but are {list(images.shape)}.")

@@ -28,7 +28,7 @@ class ThreatModel(Settings):
         require_number("ThreatModel", "eps", self.eps, minimum=0.0)
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
-        """The allowed images nearest to ``images``, [B, C, H, W] each: clamped (linf) or shrunk (l2), then in [0, 1]."""
+        """The allowed images near ``images``, [B, C, H, W] each: clamped (linf) or shrunk (l2), then in [0, 1]."""
         delta = images - clean
         if self.norm == "linf":
             delta = delta.clamp(-self.eps, self.eps)
