@@ -1,0 +1,51 @@
+"""Image files in and out; nothing half-written is ever left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cmap_defense.errors import DataError
+
+__all__ = ["read_image", "to_pil", "write_image"]
+
+
+def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
+    """An image file as float32 [C, H, W] in [0, 1]; converted to grey (1 channel) or RGB (3 channels).
+
+    Raises:
+        DataError: the file is missing, damaged or no image.
+    """
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise DataError(f"Image files have 1 or 3 channels, but the backbone makes images with {channels}.")
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert(mode), dtype=np.float32)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
+    pixels = pixels[..., None] if channels == 1 else pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An image [C, H, W] in [0, 1] with 1 or 3 channels, rounded to 8 bits."""
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def write_image(image: Tensor | Image.Image, path: Path) -> Path:
+    """Write a PNG beside its place, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        (to_pil(image) if isinstance(image, Tensor) else image).save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

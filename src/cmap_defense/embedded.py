@@ -1,0 +1,68 @@
+"""What ships with the package beside the backbone: a small Fashion-MNIST classifier and 256 test images.
+
+Enough to try the defence, and to attack it, with no network. The classifier is an ordinary undefended one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["CLASS_NAMES", "FashionCNN", "load_classifier", "load_test_images"]
+
+ASSETS = Path(__file__).parent / "assets" / "fashion-mnist"
+
+CLASS_NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+class FashionCNN(nn.Module):
+    """Six convolutions in three stages, global average pooling, one linear layer.
+
+    Images [B, 1, 28, 28] in [0, 1] to logits [B, 10].
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for stage, outputs in enumerate((width, 2 * width, 4 * width)):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                channels = outputs
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean(dim=(2, 3)))
+
+
+def load_classifier() -> FashionCNN:
+    """The embedded classifier, in eval mode, on the CPU."""
+    classifier = FashionCNN()
+    weights = load_file(ASSETS / "classifier.safetensors")
+    classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
+    return classifier.eval()
+
+
+def load_test_images() -> tuple[Tensor, Tensor]:
+    """The first 256 test images of Fashion-MNIST: images float32 [256, 1, 28, 28] in [0, 1], labels int64 [256]."""
+    with np.load(ASSETS / "test256.npz", allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]
+    return torch.from_numpy(images)[:, None].float() / 255, torch.from_numpy(labels).long()
