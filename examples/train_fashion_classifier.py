@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cmap_defense.data import load_dataset
@@ -74,7 +74,7 @@ def main() -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     halved = {name: t.half() if t.is_floating_point() else t for name, t in classifier.state_dict().items()}
-    save_file(halved, options.out / "classifier.safetensors")
+    (options.out / "classifier.safetensors").write_bytes(save(halved))
     np.savez_compressed(
         options.out / "test256.npz",
         images=test.images[:256, 0].numpy(),

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -19,7 +18,15 @@ from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, v
 from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.gradients import GradientMode, StraightThrough
 from cmap_defense.hooks import HookHandle, LatentHooks
-from cmap_defense.inputs import check_device, check_images, check_seeds, check_shape, check_unit_range
+from cmap_defense.inputs import (
+    RESIZE_MODES,
+    check_device,
+    check_images,
+    check_seeds,
+    check_shape,
+    check_unit_range,
+    resize_images,
+)
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import PurificationResult
@@ -27,8 +34,6 @@ from cmap_defense.rng import fresh_seeds
 from cmap_defense.settings import require_choice, require_integer, require_numbers
 
 __all__ = ["PurifiedClassifier"]
-
-RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
 
 
 class PurifiedClassifier(nn.Module):
@@ -276,13 +281,7 @@ class PurifiedClassifier(nn.Module):
         return run
 
     def _resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        if self.resize is None or tuple(images.shape[-2:]) == tuple(size):
-            return images
-        smooth = self.resize in ("bilinear", "bicubic")
-        resized = F.interpolate(
-            images, tuple(size), mode=self.resize, align_corners=False if smooth else None, antialias=smooth
-        )
-        return resized.clamp(0, 1) if self.resize == "bicubic" else resized
+        return images if self.resize is None else resize_images(images, size, self.resize)
 
     def _classify(self, shown: Tensor) -> Tensor:
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""

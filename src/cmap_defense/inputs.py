@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
 
-__all__ = ["check_device", "check_images", "check_seeds", "check_shape", "check_unit_range"]
+__all__ = [
+    "RESIZE_MODES",
+    "check_device",
+    "check_images",
+    "check_seeds",
+    "check_shape",
+    "check_unit_range",
+    "resize_images",
+]
+
+RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
 
 TOLERANCE = 1e-4
 """How far outside [0, 1] a value may be, for the rounding of earlier transforms."""
@@ -99,6 +110,19 @@ def check_seeds(seeds: object, count: int) -> Tensor:
     if tuple(seeds.shape) != (count,):
         raise InputValueError(f"seeds must be one per image, [{count}], but are {list(seeds.shape)}.")
     return seeds.detach().to("cpu", torch.int64)
+
+
+def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Images [B, C, H, W] in [0, 1] resized to ``size`` (height, width), differentiably; those of that size as they
+    are.
+
+    mode: one of :data:`RESIZE_MODES`; "bilinear" and "bicubic" are antialiased.
+    """
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    smooth = mode in ("bilinear", "bicubic")
+    resized = F.interpolate(images, tuple(size), mode=mode, align_corners=False if smooth else None, antialias=smooth)
+    return resized.clamp(0, 1) if mode == "bicubic" else resized
 
 
 def _some(indices: list[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, NoiseRange
@@ -110,7 +110,7 @@ def write_backbone(
     weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in network.state_dict().items()}
     path = folder / BackboneRecord.__dataclass_fields__["weights_file"].default
     partial = path.with_suffix(".partial")
-    save_file(weights, partial)
+    partial.write_bytes(save(weights))  # not save_file, which leaves a file that only its owner can read
     record = BackboneRecord(
         network=names[0],
         network_config=network.config.to_dict(),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

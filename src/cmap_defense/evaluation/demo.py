@@ -27,6 +27,7 @@ __all__ = ["Demonstration", "demonstrate"]
 class Demonstration:
     """Images [B, C, H, W] and their purified versions, four accuracies, and the seconds that purification took.
 
+    The dicts have the entries "clean" and "attacked". bare_labels: [B], what the bare classifier says.
     constrained, unconstrained: histories of the clean images' optimisation with and without eq. 12, on the same
     images and
     seeds (Fig. 6 of the paper).
@@ -37,6 +38,7 @@ class Demonstration:
     labels: Tensor
     purified_clean: PurificationResult
     purified_attacked: PurificationResult
+    bare_labels: dict[str, Tensor]
     bare_accuracy: dict[str, Accuracy]
     purified_accuracy: dict[str, Accuracy]
     constrained: History
@@ -93,6 +95,7 @@ def demonstrate(
         labels=labels,
         purified_clean=purified_clean,
         purified_attacked=purified_attacked,
+        bare_labels=bare,
         bare_accuracy={name: Accuracy.of(predicted, labels) for name, predicted in bare.items()},
         purified_accuracy={name: Accuracy.of(p, labels) for name, p in judged.items() if p is not None},
         constrained=History(

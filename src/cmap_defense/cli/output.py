@@ -1,0 +1,49 @@
+"""What all commands share: progress on a terminal, JSON for machines, and options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+__all__ = ["json_option", "out_option", "print_json", "print_table", "progress"]
+
+
+def out_option(default: str | None = None) -> Callable[[Any], Any]:
+    """``-o/--out DIR``: where a command writes; required when it has no default."""
+    return click.option(
+        "-o",
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=default,
+        required=default is None,
+        show_default=default is not None,
+        help="Folder to write to; made when it is not there.",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def progress(total: int, what: str) -> tqdm[Any]:
+    """A progress bar on standard error when that is a terminal, nothing otherwise."""
+    return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output; NaN is not JSON and raises."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Rows of text in aligned columns, the first row being the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            click.echo("  ".join("-" * width for width in widths))

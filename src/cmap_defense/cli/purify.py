@@ -1,0 +1,129 @@
+"""``cmap-defense purify``: image files in, purified files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from cmap_defense.backbones.load import load_backbone
+from cmap_defense.cli.output import json_option, out_option, print_json, progress
+from cmap_defense.cmap.losses import perceptual_terms
+from cmap_defense.cmap.optimise import LatentState
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.ssim import SSIMReference
+from cmap_defense.data.files import read_image, write_image
+from cmap_defense.errors import DataError, InputValueError
+from cmap_defense.inputs import RESIZE_MODES, check_shape, resize_images
+from cmap_defense.purifiers.cmap import CMAP
+
+__all__ = ["purify"]
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-b", "--backbone", required=True, help="A name, a folder or a Hub id.")
+@click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")
+@click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
+@click.option("--resize", type=click.Choice(RESIZE_MODES), help="Resize images to the backbone's size and back.")
+@click.option("--all", "write_all", is_flag=True, help="Write all K versions, not only the one that matches best.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@click.option("--device", default="cpu", show_default=True, help="Where to run, such as cuda.")
+@out_option()
+@json_option
+def purify(
+    images: tuple[Path, ...],
+    backbone: str,
+    latents: int | None,
+    iterations: int | None,
+    resize: str | None,
+    write_all: bool,
+    seed: int,
+    device: str,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Purify the image files IMAGES... and write PNG files of the same names into a folder.
+
+    There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that matches
+    it best
+    (eq. 10) is written.
+    """
+    generator = load_backbone(backbone).to(_device(device))
+    settings = CMAPSettings.from_dict(generator.default_settings or {})
+    changes = {"n_latents": latents, "iterations": iterations}
+    settings = settings.replace(**{name: value for name, value in changes.items() if value is not None})
+    channels, *size = generator.image_shape
+    targets = _targets(images, out)
+    originals = [read_image(path, channels) for path in images]
+    for path, original in zip(images, originals, strict=True):
+        _check_size(path, original, generator.image_shape, resizes=resize is not None)
+    batch = torch.cat([resize_images(original[None], size, resize or "bilinear") for original in originals]).to(device)
+    bar = progress(settings.iterations, "purifying")
+
+    def on_iteration(state: LatentState) -> None:
+        bar.update()
+
+    with bar:
+        result = CMAP(settings)(generator, batch, seeds=torch.full((len(batch),), seed), callback=on_iteration)
+    mismatch = _mismatch(result.images, batch, settings)
+    best = mismatch.argmin(dim=1)
+    written = []
+    for i, (target, original) in enumerate(zip(targets, originals, strict=True)):
+        versions = resize_images(result.images[i], original.shape[-2:], resize or "bilinear")
+        written.append(write_image(versions[best[i]], target))
+        if write_all:
+            written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
+    if as_json:
+        print_json(
+            {
+                "files": [str(path) for path in written],
+                "mismatch": mismatch.amin(dim=1).tolist(),
+                "settings": settings.to_dict(),
+                "backbone": backbone,
+                "seed": seed,
+            }
+        )
+        return
+    for path in written:
+        click.echo(str(path))
+
+
+def _check_size(path: Path, image: Tensor, image_shape: tuple[int, int, int], *, resizes: bool) -> None:
+    try:
+        check_shape(image[None], image_shape, resizes=resizes)
+    except InputValueError as error:
+        _, height, width = image_shape
+        raise DataError(
+            f"{path} is {image.shape[1]} x {image.shape[2]}, but the backbone makes {height} x {width} images. "
+            "Give --resize bilinear to resize there and back."
+        ) from error
+
+
+def _mismatch(purified: Tensor, images: Tensor, settings: CMAPSettings) -> Tensor:
+    """[B, K]: the summand of eq. 10 for each purified image [B, K, C, H, W] in [0, 1]."""
+    n_latents = purified.shape[1]
+    reference = SSIMReference.of(images.repeat_interleave(n_latents, dim=0))
+    l1, ssim = perceptual_terms(2 * purified.flatten(0, 1) - 1, reference)
+    return (l1 - settings.ssim_weight * ssim).unflatten(0, (-1, n_latents))
+
+
+def _targets(images: tuple[Path, ...], out: Path) -> list[Path]:
+    targets = [out / f"{path.stem}.png" for path in images]
+    for path, target in zip(images, targets, strict=True):
+        if targets.count(target) > 1:
+            raise DataError(f"{path}: two images would be written to {target}. Purify them into different folders.")
+        if target.resolve() == path.resolve():
+            raise DataError(f"{path} would be overwritten by its purified version. Give another folder with --out.")
+    return targets
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name}: {error}", param_hint="--device") from error
+    return device
