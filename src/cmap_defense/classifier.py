@@ -21,6 +21,7 @@ from cmap_defense.hooks import HookHandle, LatentHooks
 from cmap_defense.inputs import (
     RESIZE_MODES,
     check_device,
+    check_finite,
     check_images,
     check_seeds,
     check_shape,
@@ -174,10 +175,8 @@ class PurifiedClassifier(nn.Module):
         Raises:
             As :meth:`forward`.
         """
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(torch.is_grad_enabled() and not torch.is_inference_mode_enabled()),
-        ):
+        wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             return self._purify(images, latents, seeds)
 
     def register_latent_hook(self, hook: Callback) -> HookHandle:
@@ -231,6 +230,7 @@ class PurifiedClassifier(nn.Module):
     def _to_unit(self, images: Tensor) -> Tensor:
         """Images in [0, 1], float32 at least, safe to be part of a graph; checked for device, range and shape."""
         check_device(images, _device_of(self.backbone, self.classifier))
+        check_finite(images)
         if images.is_inference():
             images = images.clone()
         images = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -258,10 +258,10 @@ class PurifiedClassifier(nn.Module):
         if latents.ndim != 5 or (latents.shape[0], *latents.shape[2:]) != shape or latents.shape[1] < 1:
             expected = f"[{shape[0]}, K, {', '.join(map(str, shape[1:]))}]"
             raise InputValueError(f"latents must be {expected} with K at least 1, but are {list(latents.shape)}.")
-        if not torch.isfinite(latents).all():
-            raise InputValueError("latents must be finite, but hold NaN or infinite values.")
         if latents.device != images.device:
             raise DeviceError(f"The images are on {images.device}, but the latents are on {latents.device}.")
+        if not torch.isfinite(latents).all():
+            raise InputValueError("latents must be finite, but hold NaN or infinite values.")
         return latents.clone() if latents.is_inference() else latents
 
     def _callback(self) -> Callback | None:

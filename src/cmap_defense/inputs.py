@@ -13,6 +13,7 @@ from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
 __all__ = [
     "RESIZE_MODES",
     "check_device",
+    "check_finite",
     "check_images",
     "check_seeds",
     "check_shape",
@@ -27,11 +28,11 @@ TOLERANCE = 1e-4
 
 
 def check_images(images: object) -> Tensor:
-    """``images`` when it is a finite float tensor [B, C, H, W].
+    """``images`` when it is a float tensor [B, C, H, W].
 
     Raises:
         InputTypeError: not a tensor, or not of a floating-point dtype.
-        InputValueError: not of rank 4, or with NaN or infinite values.
+        InputValueError: not of rank 4.
     """
     if not isinstance(images, Tensor):
         raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.")
@@ -41,12 +42,15 @@ def check_images(images: object) -> Tensor:
     if images.ndim != 4:
         hint = " Add the batch axis: images[None]." if images.ndim == 3 else ""
         raise InputValueError(f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}.{hint}")
-    if not torch.isfinite(images.detach()).all():
-        bad = (~torch.isfinite(images.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        raise InputValueError(
-            f"Images must be finite, but these of the batch hold NaN or infinite values: {_some(bad)}."
-        )
     return images
+
+
+def check_finite(images: Tensor) -> None:
+    """Raises :class:`InputValueError` when there are NaN or infinite values; it names the images of the batch."""
+    finite = torch.isfinite(images.detach()).flatten(1).all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise InputValueError(f"Images must be finite, but these of the batch hold NaN or infinite values: {_some(bad)}.")
 
 
 def check_unit_range(images: Tensor, *, inputs: str) -> None:
@@ -103,7 +107,7 @@ def check_seeds(seeds: object, count: int) -> Tensor:
             raise InputTypeError(f"seeds must be an integer tensor [B] or a list of integers, but are {seeds!r}.")
         try:
             seeds = torch.tensor(list(seeds), dtype=torch.int64)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OverflowError) as error:
             raise InputValueError(f"seeds must fit 64 bits: {error}") from error
     if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
         raise InputTypeError(f"seeds must be integers, but are {seeds.dtype}.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.errors import InputValueError
-from cmap_defense.inputs import check_images, check_unit_range
+from cmap_defense.inputs import check_finite, check_images, check_unit_range
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["Attack", "AttackResult", "Model"]
@@ -57,7 +57,8 @@ class Attack(abc.ABC):
         Raises:
             InputTypeError, InputValueError: images or labels are not as above.
         """
-        check_unit_range(check_images(images), inputs="unit")
+        check_finite(check_images(images))
+        check_unit_range(images, inputs="unit")
         if labels.shape != images.shape[:1]:
             raise InputValueError(f"labels must be [{len(images)}], one per image, but are {list(labels.shape)}.")
         clean = images.detach()

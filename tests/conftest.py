@@ -1,0 +1,26 @@
+"""Settings for all tests: repeatable property tests, a fixed number of threads, nothing fetched from anywhere."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow, gpu and network tests run only when asked for by -m, so that nothing is ever reported as skipped."""
+    if config.option.markexpr:
+        return
+    chosen = [item for item in items if not any(item.get_closest_marker(name) for name in ("slow", "gpu", "network"))]
+    left = [item for item in items if item not in chosen]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = chosen
