@@ -388,7 +388,7 @@ BAD_IMAGES = {
     "rank 3": (lambda: images()[0], ValueError, r"\[B, C, H, W\].*images\[None\]"),
     "channels": (lambda: images(shape=(1, 8, 6)), ValueError, "3 channel.*have 1"),
     "size": (lambda: images(shape=(3, 9, 6)), ValueError, "8 x 6.*9 x 6.*resize"),
-    "NaN": (bad_nan, ValueError, "finite.*: 2"),
+    "NaN": (bad_nan, ValueError, "finite.*these of the batch: 2"),
     "inf": (bad_inf, ValueError, "finite.*: 1"),
     "8-bit values": (lambda: images() * 255, ValueError, r"\[0, 1\].*255"),
     "normalized values": (lambda: images() * 2 - 1, ValueError, 'inputs="normalized"'),
@@ -432,8 +432,16 @@ def test_bad_calls(name: str) -> None:
 BAD_OPTIONS = {
     "no latents": (lambda: make(settings=CMAPSettings(n_latents=0)), ValueError, "n_latents.*at least 1"),
     "no iterations": (lambda: make(settings=CMAPSettings(iterations=0)), ValueError, "iterations.*at least 1"),
-    "infinite weight": (lambda: make(settings=CMAPSettings(ssim_weight=float("inf"))), ValueError, "ssim_weight.*finite"),
-    "NaN weight": (lambda: make(settings=CMAPSettings(latent_weight=float("nan"))), ValueError, "latent_weight.*finite"),
+    "infinite weight": (
+        lambda: make(settings=CMAPSettings(ssim_weight=float("inf"))),
+        ValueError,
+        "ssim_weight.*finite",
+    ),
+    "NaN weight": (
+        lambda: make(settings=CMAPSettings(latent_weight=float("nan"))),
+        ValueError,
+        "latent_weight.*finite",
+    ),
     "settings of another kind": (lambda: make(settings={"n_latents": 3}), ValueError, "CMAPSettings"),
     "unknown name": (lambda: make(backbone="fashion-mnist-cd"), LookupError, "fashion-mnist-ct"),
     "no backbone": (lambda: make(backbone=nn.Linear(2, 2)), TypeError, "image_shape"),

@@ -36,6 +36,9 @@ from cmap_defense.settings import require_choice, require_integer, require_numbe
 
 __all__ = ["PurifiedClassifier"]
 
+CLASSIFIER_CHUNK = 256
+"""Images in one call of the classifier where ``max_parallel`` does not say."""
+
 
 class PurifiedClassifier(nn.Module):
     """A classifier behind CMAP (arXiv 2412.08394): images in, logits out, purification in between.
@@ -63,7 +66,8 @@ class PurifiedClassifier(nn.Module):
         vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
-        max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits.
+        max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
+            and for 256.
 
     Raises:
         SettingsError: an option is out of its range.
@@ -286,7 +290,7 @@ class PurifiedClassifier(nn.Module):
     def _classify(self, shown: Tensor) -> Tensor:
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""
         flat = shown.flatten(0, 1)
-        chunk = self.max_parallel or max(1, len(flat))
+        chunk = self.max_parallel or CLASSIFIER_CHUNK
         logits = torch.cat([self._logits(piece) for piece in flat.split(chunk)])
         return logits.unflatten(0, shown.shape[:2])
 

@@ -112,7 +112,7 @@ def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
 
 def _npz(path: Path) -> LabelledImages:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error

@@ -1,0 +1,86 @@
+"""The documentation keeps its word: its Python runs, its links lead somewhere, and every public name has an entry."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import cmap_defense
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def python_of(page: Path) -> str:
+    """The Python blocks of a page as one script, each line where it stands in the page."""
+    lines, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            lines.append("")
+        else:
+            lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+def prose_of(page: Path) -> str:
+    """A page without its code blocks and inline code."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as MkDocs makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def documented() -> list[ModuleType]:
+    """The modules that the API pages show."""
+    names = [n for p in PAGES for n in re.findall(r"^::: ([\w.]+)$", p.read_text(encoding="utf-8"), re.MULTILINE)]
+    return [importlib.import_module(name) for name in names]
+
+
+@pytest.mark.parametrize("name", ["index.md", "getting-started.md"])
+def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
+    script = tmp_path / f"{name}.py"
+    script.write_text(python_of(DOCS / name), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), f"{page.name}: {link}"
+        assert target.is_relative_to(DOCS), f"{page.name}: {link} leaves the documentation"
+        assert not anchor or anchor in anchors_of(target), f"{page.name}: no heading {link}"
+
+
+@pytest.mark.parametrize("name", cmap_defense.__all__)
+def test_every_public_name_has_an_entry(name: str) -> None:
+    wanted = getattr(cmap_defense, name)
+    assert any(vars(shown).get(public) is wanted for shown in documented() for public in getattr(shown, "__all__", ()))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [str(p.relative_to(DOCS)) for p in PAGES if p.relative_to(DOCS).as_posix() not in navigation] == []

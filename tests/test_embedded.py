@@ -1,0 +1,60 @@
+"""What ships with the package does what its card says."""
+
+import torch
+
+from cmap_defense import PurifiedClassifier, load_backbone
+from cmap_defense.attacks import PGD, ThreatModel
+from cmap_defense.backbones.registry import registry_entry
+from cmap_defense.embedded import ASSETS, CLASS_NAMES, load_classifier, load_test_images
+
+
+def test_images_and_classifier() -> None:
+    images, labels = load_test_images()
+    assert images.shape == (256, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert images.min() == 0
+    assert images.max() == 1
+    assert labels.shape == (256,)
+    assert set(labels.tolist()) == set(range(len(CLASS_NAMES)))
+    with torch.no_grad():
+        assert (load_classifier()(images).argmax(1) == labels).float().mean() > 0.88
+
+
+def test_all_assets_together_stay_under_8_mb() -> None:
+    files = [path for path in ASSETS.parent.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    assert sum(path.stat().st_size for path in files) < 8e6
+    assert all(path.stat().st_mode & 0o004 for path in files), "readable for all users of an installation"
+
+
+def test_the_backbone_generates_clothes_rather_than_noise() -> None:
+    backbone = load_backbone("fashion-mnist-ct")
+    latents = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        samples = (backbone.generate(latents) + 1) / 2
+        confidence = load_classifier()(samples).softmax(1).amax(dim=1).mean()
+    images, _ = load_test_images()
+    assert abs(samples.mean() - images.mean()) < 0.1
+    assert abs(samples.std() - images.std()) < 0.1
+    assert confidence > 0.7
+    assert samples[:, :, 0, 0].mean() < 0.1, "the corner of a Fashion-MNIST image is black"
+
+
+def test_the_defence_recovers_images_whose_attacker_did_not_know_it() -> None:
+    classifier = load_classifier()
+    images, labels = (tensor[:16] for tensor in load_test_images())
+    attacked = PGD(ThreatModel(eps=0.05), steps=20)(classifier, images, labels).images
+    defended = PurifiedClassifier(classifier, "fashion-mnist-ct", seed=0)
+    with torch.no_grad():
+        bare = (classifier(attacked).argmax(1) == labels).sum().item()
+        recovered = (defended(attacked).argmax(1) == labels).sum().item()
+    assert bare <= 3
+    assert recovered >= bare + 5
+
+
+def test_a_backbone_given_by_name_joins_the_classifiers_device_and_brings_its_settings() -> None:
+    model = PurifiedClassifier(load_classifier().to("meta"), "fashion-mnist-ct")
+    assert {p.device.type for p in model.backbone.parameters()} == {"meta"}
+    record = registry_entry("fashion-mnist-ct").record
+    assert model.settings.to_dict() | record.settings == model.settings.to_dict()
+    assert not any(p.requires_grad for p in model.backbone.parameters())

@@ -1,0 +1,154 @@
+"""Imports go downward only, and rooms on one floor do not import each other (the table of docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "cmap_defense"
+SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
+
+FLOORS = {
+    "cli": 6,
+    "evaluation": 5,
+    "training": 5,
+    "attacks": 4,
+    "classifier": 3,
+    "purifiers": 2,
+    "gradients": 2,
+    "cmap": 1,
+    "backbones": 1,
+    "data": 1,
+    "errors": 0,
+    "results": 0,
+    "rng": 0,
+    "settings": 0,
+    "threat": 0,
+    "hooks": 0,
+    "inputs": 0,
+}
+"""Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
+
+EXEMPT = ("__init__", "__main__")
+"""The package's own door, which gathers the public names."""
+
+
+def room_of(module: tuple[str, ...]) -> str | None:
+    """The room of a module's name inside the package; None for the package itself and its door."""
+    return None if not module or module[0] in EXEMPT else module[0]
+
+
+def imports_of(source: str, module: tuple[str, ...], *, is_package: bool) -> list[tuple[int, tuple[str, ...]]]:
+    """Line and imported module, inside the package, of every import in a file, wherever it stands.
+
+    Args:
+        source: the file's text.
+        module: its dotted name below the package, as a tuple.
+        is_package: whether it is an ``__init__.py``.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            here = [PACKAGE, *module] if is_package else [PACKAGE, *module][:-1]
+            base = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [[*node.module.split("."), alias.name] for alias in node.names]
+        else:
+            continue
+        found += [(node.lineno, tuple(name[1:])) for name in names if name[0] == PACKAGE]
+    return found
+
+
+def violations(source: str, module: tuple[str, ...], *, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of one file."""
+    room = room_of(module)
+    if room is None:
+        return []
+    wrong = []
+    for line, target in imports_of(source, module, is_package=is_package):
+        other = target[0] if target else None
+        shown = f"{'.'.join(module)}, line {line}: imports {'.'.join((PACKAGE, *target))}"
+        if other not in FLOORS:
+            wrong.append(f"{shown}, the package's door or a room without a floor")
+        elif FLOORS[other] > FLOORS[room]:
+            wrong.append(f"{shown}, upward from floor {FLOORS[room]} to {FLOORS[other]}")
+        elif FLOORS[other] == FLOORS[room] > 0 and other != room:
+            wrong.append(f"{shown}, sideways on floor {FLOORS[room]}")
+    return wrong
+
+
+def modules() -> list[tuple[Path, tuple[str, ...], bool]]:
+    """Path, name and whether it is a package, of every file of the source."""
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).with_suffix("").parts
+        is_package = name[-1] == "__init__" and len(name) > 1
+        found.append((path, name[:-1] if is_package else name, is_package))
+    return found
+
+
+@pytest.mark.parametrize(("path", "module", "is_package"), modules(), ids=[".".join(m[1]) for m in modules()])
+def test_imports_go_downward_only(path: Path, module: tuple[str, ...], is_package: bool):
+    assert violations(path.read_text(encoding="utf-8"), module, is_package=is_package) == []
+
+
+def test_every_room_has_a_floor():
+    rooms = {room for _, module, _ in modules() if (room := room_of(module)) is not None}
+    assert rooms <= FLOORS.keys()
+
+
+def test_the_method_is_among_the_files_that_were_read():
+    assert {("cmap", "optimise"), ("backbones",), ("classifier",), ("errors",)} <= {m for _, m, _ in modules()}
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (("cmap", "losses"), "from cmap_defense.purifiers.cmap import CMAP"),
+        (("cmap", "losses"), "from cmap_defense.backbones import load_backbone"),
+        (("cmap", "losses"), "import cmap_defense.backbones.load"),
+        (("cmap", "losses"), "from cmap_defense import backbones"),
+        (("cmap", "losses"), "from cmap_defense import CMAPSettings"),
+        (("cmap", "losses"), "import cmap_defense"),
+        (("cmap", "losses"), "from ..backbones import load"),
+        (("cmap", "losses"), "from .. import data"),
+        (("cmap", "losses"), "def later():\n    from cmap_defense.cli import main"),
+        (("purifiers", "cmap"), "from cmap_defense.gradients import Detached"),
+        (("gradients",), "from .purifiers import CMAP"),
+        (("errors",), "from cmap_defense.cmap import losses"),
+        (("rng",), "if TYPE_CHECKING:\n    from cmap_defense.classifier import PurifiedClassifier"),
+        (("training", "loop"), "from cmap_defense.evaluation import report"),
+        (("attacks", "base"), "from cmap_defense.evaluation import report"),
+        (("data", "images"), "from cmap_defense.somewhere import thing"),
+    ],
+)
+def test_upward_and_sideways_imports_are_caught(module: tuple[str, ...], line: str):
+    assert len(violations(line, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (("cmap", "losses"), "from cmap_defense.cmap.ssim import SSIMReference"),
+        (("cmap", "losses"), "from .ssim import SSIMReference"),
+        (("cmap", "losses"), "from ..errors import CmapError"),
+        (("cmap", "losses"), "import torch, json\nfrom torch import Tensor\nfrom . import ssim"),
+        (("purifiers", "cmap"), "from cmap_defense.cmap import losses\nfrom cmap_defense.backbones import base"),
+        (("cli", "main"), "from cmap_defense.training import loop\nfrom cmap_defense.classifier import X"),
+        (("threat",), "from cmap_defense.settings import Settings"),
+        (("__init__",), "from cmap_defense.classifier import PurifiedClassifier"),
+        (("__main__",), "from cmap_defense.cli.main import main"),
+    ],
+)
+def test_downward_imports_and_those_within_a_room_are_allowed(module: tuple[str, ...], line: str):
+    assert violations(line, module) == []
+
+
+def test_relative_imports_of_a_package_door_start_at_the_package():
+    assert violations("from .optimise import x\nfrom ..errors import y", ("cmap",), is_package=True) == []
+    assert len(violations("from ..backbones import y", ("cmap",), is_package=True)) == 1

@@ -1,0 +1,153 @@
+"""Threat models: projection onto the ball and the cube, distances, settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from toys import noise, uniform
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.threat import ThreatModel
+
+SEEDS = st.integers(0, 2**31)
+SHAPES = st.tuples(st.integers(2, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+MODELS = st.builds(
+    ThreatModel,
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.sampled_from([0.0, 1e-6, 4 / 255, 8 / 255, 0.5, 3.0, 100.0]) | st.floats(1e-6, 10),
+)
+SPREADS = st.sampled_from([0.0, 1e-4, 0.05, 1.0, 100.0])
+TINY = 1e-12
+"""Rounding in float64, for values up to 100."""
+
+
+def pair(shape: tuple[int, ...], seed: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Any images and clean ones in [0, 1]; clean values touch 0 and 1."""
+    clean = (1.4 * uniform(*shape, seed=seed, dtype=torch.float64) - 0.2).clamp(0, 1)
+    return clean + spread * noise(*shape, seed=seed + 1, dtype=torch.float64), clean
+
+
+@settings(deadline=None, max_examples=50)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_projected_images_lie_in_the_ball(model: ThreatModel, shape, seed: int, spread: float):
+    images, clean = pair(shape, seed, spread)
+    delta = (model.project(images, clean) - clean).flatten(1)
+    distance = delta.abs().amax(dim=1) if model.norm == "linf" else delta.square().sum(dim=1).sqrt()
+    assert (distance <= model.eps + TINY).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_projected_images_lie_in_the_unit_cube(model: ThreatModel, shape, seed: int, spread: float):
+    projected = model.project(*pair(shape, seed, spread))
+    assert projected.min().item() >= 0
+    assert projected.max().item() <= 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_projecting_twice_is_projecting_once(model: ThreatModel, shape, seed: int, spread: float):
+    images, clean = pair(shape, seed, spread)
+    once = model.project(images, clean)
+    torch.testing.assert_close(model.project(once, clean), once, rtol=0, atol=TINY)
+
+
+@settings(deadline=None, max_examples=50)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS)
+def test_images_inside_stay_where_they_are(model: ThreatModel, shape, seed: int):
+    clean = uniform(*shape, seed=seed, dtype=torch.float64)
+    step = noise(*shape, seed=seed + 1, dtype=torch.float64)
+    reach = step.flatten(1).abs().amax(dim=1) if model.norm == "linf" else step.flatten(1).norm(dim=1)
+    size = 0.999 * model.eps * uniform(shape[0], seed=seed + 2, dtype=torch.float64)
+    inside = (clean + step * (size / reach)[:, None, None, None]).clamp(0, 1)
+    torch.testing.assert_close(model.project(inside, clean), inside, rtol=0, atol=TINY)
+
+
+@settings(deadline=None, max_examples=30)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_images_of_a_batch_are_projected_as_if_each_were_alone(model: ThreatModel, shape, seed: int, spread: float):
+    images, clean = pair(shape, seed, spread)
+    alone = [model.project(images[b : b + 1], clean[b : b + 1]) for b in range(shape[0])]
+    torch.testing.assert_close(model.project(images, clean), torch.cat(alone), rtol=0, atol=TINY)
+
+
+@settings(deadline=None, max_examples=30)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_inputs_are_not_changed(model: ThreatModel, shape, seed: int, spread: float):
+    images, clean = pair(shape, seed, spread)
+    before = images.clone(), clean.clone()
+    model.project(images, clean)
+    assert torch.equal(images, before[0])
+    assert torch.equal(clean, before[1])
+
+
+def test_linf_clamps_every_element():
+    clean = torch.full((2, 1, 1, 3), 0.5)
+    images = torch.tensor([[0.45, 0.5, 0.9], [0.1, 0.52, 0.61]]).view(2, 1, 1, 3)
+    expected = torch.tensor([[0.45, 0.5, 0.6], [0.4, 0.52, 0.6]]).view(2, 1, 1, 3)
+    torch.testing.assert_close(ThreatModel(norm="linf", eps=0.1).project(images, clean), expected)
+
+
+def test_l2_shrinks_along_the_difference():
+    clean = torch.full((2, 1, 1, 2), 0.5)
+    delta = torch.tensor([[0.3, 0.4], [0.03, -0.04]]).view(2, 1, 1, 2)
+    expected = clean + torch.tensor([[0.06, 0.08], [0.03, -0.04]]).view(2, 1, 1, 2)
+    torch.testing.assert_close(ThreatModel(norm="l2", eps=0.1).project(clean + delta, clean), expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_radius_zero_leaves_the_clean_image_alone(norm: str):
+    images, clean = pair((2, 3, 4, 5), 1, 1.0)
+    assert torch.equal(ThreatModel(norm=norm, eps=0).project(images, clean), clean)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_clean_image_itself_projects_to_itself_with_a_finite_gradient(norm: str):
+    clean = uniform(2, 3, 4, 5, seed=2)
+    images = clean.clone().requires_grad_()
+    projected = ThreatModel(norm=norm, eps=0.1).project(images, clean)
+    (gradient,) = torch.autograd.grad(projected.sum(), images)
+    assert torch.equal(projected.detach(), clean)
+    assert torch.isfinite(gradient).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
+def test_distance_is_that_of_the_norm(model: ThreatModel, shape, seed: int, spread: float):
+    images, clean = pair(shape, seed, spread)
+    for value, image, origin in zip(model.distance(images, clean).tolist(), images, clean, strict=True):
+        differences = [abs(v) for v in (image - origin).flatten().tolist()]
+        expected = max(differences) if model.norm == "linf" else sum(v * v for v in differences) ** 0.5
+        assert value == pytest.approx(expected, rel=1e-9, abs=TINY)
+
+
+@settings(deadline=None, max_examples=30)
+@given(model=MODELS)
+def test_json_round_trip_is_exact(model: ThreatModel):
+    assert ThreatModel.from_json(model.to_json()) == model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("norm", "l1"),
+        ("norm", "Linf"),
+        ("norm", None),
+        ("norm", 2),
+        ("eps", -1e-9),
+        ("eps", float("nan")),
+        ("eps", float("inf")),
+        ("eps", "8/255"),
+        ("eps", True),
+    ],
+)
+def test_nonsense_is_refused_by_name(name: str, value: object):
+    with pytest.raises(SettingsError, match=name):
+        ThreatModel(**{name: value})
+
+
+def test_default_is_linf_8_255():
+    assert (ThreatModel().norm, ThreatModel().eps) == ("linf", 8 / 255)
