@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import noise, uniform
 
 from cmap_defense.errors import SettingsError
 from cmap_defense.threat import ThreatModel
+from toys import noise, uniform
 
 SEEDS = st.integers(0, 2**31)
 SHAPES = st.tuples(st.integers(2, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))

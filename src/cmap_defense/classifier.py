@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -173,11 +174,9 @@ class PurifiedClassifier(nn.Module):
 
         Returns:
             All of :class:`~cmap_defense.results.PurificationResult`. Its ``images`` have the size of the input and
-            carry the
-            input's gradient as ``gradient`` says.
+            carry the input's gradient as ``gradient`` says.
 
-        Raises:
-            As :meth:`forward`.
+        It raises the errors of :meth:`forward`.
         """
         wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
@@ -186,10 +185,9 @@ class PurifiedClassifier(nn.Module):
     def register_latent_hook(self, hook: Callback) -> HookHandle:
         """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before every latent step.
 
-        Latents that it returns take the place of the state's. Hooks run in the order of their registration, belong to
-        this object alone
-        (copies and pickles have none) and cost nothing when there are none. The handle removes the hook, also as a
-        context manager.
+        Latents that it returns take the place of the state's. Hooks run in the order of their registration, belong
+        to this object alone (copies and pickles have none) and cost nothing when there are none. The handle removes
+        the hook, also as a context manager.
         """
         return self._latent_hooks.register(hook)
 
@@ -207,10 +205,11 @@ class PurifiedClassifier(nn.Module):
     ) -> PurificationResult:
         unit = self._to_unit(check_images(images))
         chosen = self._seeds(seeds, latents, len(unit))
-        if len(unit) == 0:
-            return self._empty(unit)
         if latents is not None:
             latents = self._check_latents(latents, unit)
+        if len(unit) == 0:
+            n_latents = self.settings.n_latents if latents is None else latents.shape[1]
+            return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self._resized(unit, self.image_shape[1:])
         result = self.purifier(
             self.backbone,
@@ -233,7 +232,8 @@ class PurifiedClassifier(nn.Module):
 
     def _to_unit(self, images: Tensor) -> Tensor:
         """Images in [0, 1], float32 at least, safe to be part of a graph; checked for device, range and shape."""
-        check_device(images, _device_of(self.backbone, self.classifier))
+        for module in (self.backbone, self.classifier):
+            check_device(images, _device_of(module))
         check_finite(images)
         if images.is_inference():
             images = images.clone()
@@ -311,23 +311,14 @@ class PurifiedClassifier(nn.Module):
             raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
         return logits
 
-    def _empty(self, images: Tensor) -> PurificationResult:
+    def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
-        n_latents, shape = self.settings.n_latents, self.image_shape
-        training = isinstance(self.classifier, nn.Module) and self.classifier.training
-        with torch.no_grad():
-            if training:
-                self.classifier.eval()  # pyright: ignore[reportFunctionMemberAccess]
-            try:
-                logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
-            finally:
-                if training:
-                    self.classifier.train()  # pyright: ignore[reportFunctionMemberAccess]
-        empty = images.new_zeros((0, n_latents, *shape))
-        result = PurificationResult(
-            images.new_zeros((0, n_latents, *images.shape[1:])), empty, None, torch.empty(0, dtype=torch.int64)
+        with torch.no_grad(), _evaluating(self.classifier):
+            logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
+        shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
+        return self._judged(
+            PurificationResult(shown, latents, None, seeds), logits[:, None].expand(0, n_latents, logits.shape[1])
         )
-        return self._judged(result, logits[:, None].expand(0, n_latents, -1))
 
     def _normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [C, 1, 1] in the images' precision."""
@@ -356,13 +347,25 @@ class PurifiedClassifier(nn.Module):
         )
 
 
-def _device_of(*modules: object) -> torch.device | None:
-    """The device of the first parameter or buffer found; None when there is none."""
-    for module in modules:
-        if isinstance(module, nn.Module):
-            for tensor in (*module.parameters(), *module.buffers()):
-                return tensor.device
-    return None
+@contextlib.contextmanager
+def _evaluating(classifier: object) -> Iterator[None]:
+    """The classifier in eval mode, each of its modules back in its own mode afterwards."""
+    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _device_of(module: object) -> torch.device | None:
+    """The device of the first parameter or buffer; None when there is none."""
+    if not isinstance(module, nn.Module):
+        return None
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
 
 
 def _dtype_of(module: object) -> torch.dtype | None:

@@ -46,8 +46,7 @@ class StraightThrough(GradientMode):
     """Backward pass differentiable approximation (BPDA; Athalye et al. 2018, arXiv 1802.00420, section 4.1.1).
 
     The derivative of the purification is taken as the identity, for each of the K images; through the log mean
-    probability the
-    input receives their weighted average. Costs one classifier backward pass and no backbone pass.
+    probability the input receives their weighted average. Costs one classifier backward pass and no backbone pass.
     """
 
     def attach(self, purified: Tensor, images: Tensor) -> Tensor:

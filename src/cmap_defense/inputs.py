@@ -50,7 +50,7 @@ def check_finite(images: Tensor) -> None:
     finite = torch.isfinite(images.detach()).flatten(1).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
-        raise InputValueError(f"Images must be finite, but NaN or infinite values are in these of the batch: {_some(bad)}.")
+        raise InputValueError(f"Images must be finite, but NaN or inf are in these of the batch: {_some(bad)}.")
 
 
 def check_unit_range(images: Tensor, *, inputs: str) -> None:

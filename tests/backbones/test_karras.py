@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import noise
 
 from cmap_defense.backbones.base import Backbone, check_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, NoiseRange, boundary_scalings
 from cmap_defense.errors import SettingsError
+from toys import noise
 
 SEEDS = st.integers(0, 2**31)
 SHAPE = (2, 5, 4)
@@ -63,11 +63,12 @@ def test_scalings_are_those_of_the_papers(sigma: float, sigma_min: float, sigma_
 @settings(deadline=None, max_examples=30)
 @given(sigma=st.floats(1e-3, 200), sigma_data=SIGMA_DATA)
 def test_without_sigma_min_the_scalings_are_those_of_the_edm_denoiser(sigma: float, sigma_data: float):
-    """Then the target of the network has unit variance: c_skip^2 (d^2 + s^2) + c_out^2 ... of Karras et al., eq. 114."""
+    """They give the network a target (y - c_skip (y + n)) / c_out of unit variance (arXiv 2206.00364, app. B.6)."""
     c_skip, c_out, _ = (
-        c.item() for c in boundary_scalings(torch.tensor(sigma).double(), sigma_data=sigma_data, sigma_min=0.0)
+        c.item()
+        for c in boundary_scalings(torch.tensor(sigma, dtype=torch.float64), sigma_data=sigma_data, sigma_min=0.0)
     )
-    variance = (1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * torch.tensor(sigma).double().item() ** 2
+    variance = (1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2
     assert variance / c_out**2 == pytest.approx(1, rel=1e-9)
 
 
@@ -104,7 +105,7 @@ def test_generate_is_f_at_sigma_max_clipped(levels: NoiseRange, seed: int):
 
 
 def test_no_gradient_flows_where_the_clip_acts():
-    """With F = x / c_in, f is a multiple of the latent, element by element, so that the clip is seen in the gradient."""
+    """With F(x) = 2 x, f is a multiple of the latent, element by element: the clip is seen in the gradient."""
 
     class Pass(nn.Module):
         def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import noise
 
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.errors import SettingsError
+from toys import noise
 
 SEEDS = st.integers(0, 2**31)
 
@@ -21,7 +21,7 @@ def configs(draw: st.DrawFn) -> CompactUNetConfig:
     levels = draw(st.integers(1, 2))
     patch = draw(st.integers(1, 2))
     unit = patch * 2 ** (levels - 1)
-    sides = (unit * draw(st.integers(1, 3)), unit * draw(st.integers(1, 3)))
+    sides = (unit * draw(st.integers(2, 3)), unit * draw(st.integers(2, 4)))
     return CompactUNetConfig(
         image_shape=(draw(st.integers(1, 3)), *sides),
         patch=patch,
@@ -125,6 +125,17 @@ def test_first_and_second_derivatives_are_finite_differences():
     variables = (x.requires_grad_(), level.requires_grad_())
     assert torch.autograd.gradcheck(along, variables)
     assert torch.autograd.gradgradcheck(along, variables)
+
+
+def test_image_of_a_single_patch_is_refused_or_works_alone_as_in_a_batch():
+    try:
+        config = SMALL.replace(image_shape=(3, 4, 4))
+    except SettingsError:
+        return
+    network = awake(config)
+    x, level = inputs(config, 2, 7)
+    alone = torch.cat([network(x[b : b + 1], level[b : b + 1]) for b in range(2)])
+    torch.testing.assert_close(network(x, level), alone, rtol=1e-9, atol=1e-9)
 
 
 def test_every_parameter_takes_part():

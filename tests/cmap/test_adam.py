@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from toys import noise, uniform
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.settings import CMAPSettings
+from toys import noise, uniform
 
 SHAPE = (2, 3, 2, 4, 3)
 SETTINGS = [

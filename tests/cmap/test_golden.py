@@ -113,7 +113,7 @@ def test_latents_agree_within_1e_5_in_chunks_of_any_size(golden: Golden, max_par
 
 
 def test_first_gradient_agrees(golden: Golden):
-    """Read off the first step: with betas (0, 0) and eps >> gradient, Adam moves by -lr gradient / (|gradient| + eps)."""
+    """Read off one step: with betas (0, 0), Adam moves by -lr g / (|g| + eps), which is -g for a huge lr = eps."""
     eps = 1e12
     plain = dataclasses.replace(
         golden, settings=golden.settings.replace(iterations=1, betas=(0.0, 0.0), learning_rate=eps, eps=eps)

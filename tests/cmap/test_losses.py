@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import noise, uniform
 
 from cmap_defense.cmap.losses import ObjectiveTerms, combine_terms, latent_moments, latent_term, perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
+from toys import noise, uniform
 
 SEEDS = st.integers(0, 2**31)
 LATENT_SHAPES = st.tuples(st.integers(2, 3), st.integers(2, 6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))

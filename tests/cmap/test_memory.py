@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import ToyBackbone
 
 from cmap_defense.cmap import memory
 from cmap_defense.cmap.memory import bytes_per_latent, default_max_parallel
+from toys import ToyBackbone
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from toys import LinearBackbone, ToyBackbone, noise, uniform
 
 from cmap_defense.cmap.losses import latent_moments, latent_term, perceptual_terms
 from cmap_defense.cmap.optimise import LatentState, generate_in_chunks, optimise_latents
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
+from toys import LinearBackbone, ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
 SHORT = CMAPSettings(n_latents=4, iterations=5)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import uniform
 
 from cmap_defense.cmap.ssim import SSIMReference
+from toys import uniform
 
 SEEDS = st.integers(0, 2**31)
 SHAPES = st.tuples(st.integers(2, 3), st.integers(1, 4), st.integers(1, 20), st.integers(1, 20))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import noise
 
 from cmap_defense.cmap.voting import count_votes, log_mean_probability, majority_label, vote_logits, vote_margin
+from toys import noise
 
 SEEDS = st.integers(0, 2**31)
 SHAPES = st.tuples(st.integers(2, 4), st.integers(1, 8), st.integers(2, 7))

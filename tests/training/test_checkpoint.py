@@ -165,7 +165,7 @@ def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path: Path, how: 
     content = state(4) | {"payload": Malicious(target)}
     with (tmp_path / "checkpoint-00000004.pt").open("wb") as file:
         if how == "pickle":
-            pickle.dump(content, file)
+            pickle.dump(content, file, protocol=2)
         else:
             torch.save(content, file)
     try:

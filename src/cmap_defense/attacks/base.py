@@ -1,8 +1,7 @@
 """What every attack does besides attacking: stay inside the threat model, and be judged afresh.
 
 A subclass writes ``_run``; calling the attack then projects what came back and asks the model again, so that no
-attack can
-report success on an image outside its ball, or on an answer that it saw while searching.
+attack can report success on an image outside its ball, or on an answer that it saw while searching.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ Model = Callable[[Tensor], Tensor]
 class AttackResult:
     """The outcome per image.
 
-    images: [B, C, H, W] in [0, 1], inside the threat model. success: [B], whether the model's answer to them is wrong,
-    asked once after the attack. distance: [B] in the threat model's norm. queries: model evaluations per image, the
-    last one
-    included.
+    images: [B, C, H, W] in [0, 1], inside the threat model. success: [B], whether the model's answer to them is
+    wrong, asked once after the attack. distance: [B] in the threat model's norm. queries: model evaluations per
+    image, the last one included.
     """
 
     images: Tensor

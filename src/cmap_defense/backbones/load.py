@@ -12,6 +12,7 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_backbone
 from cmap_defense.backbones.hub import fetch_folder
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.registry import registry_entry
+from cmap_defense.errors import SettingsError
 
 __all__ = ["load_backbone", "resolve_backbone"]
 
@@ -35,6 +36,8 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
 
 def resolve_backbone(source: str | os.PathLike[str]) -> Path:
     """The local folder of ``source``; a Hub repository is fetched first. Raises as :func:`load_backbone`."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
     text = os.fspath(source)
     path = Path(text).expanduser()
     if isinstance(source, os.PathLike) or path.is_dir() or text.startswith((".", "~", os.sep)):

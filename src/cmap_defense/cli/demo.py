@@ -28,7 +28,9 @@ SHOWN = 6
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="PGD steps.")
 @click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")
 @click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the attack and of the noise.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the attack and of the noise."
+)
 @out_option("cmap-demo")
 @json_option
 def demo(
@@ -43,9 +45,8 @@ def demo(
 ) -> None:
     """Attack a small classifier, purify, and compare; under a minute on two cores, with no network.
 
-    Prints bare and purified accuracy on clean and on attacked images, and writes two pictures: a sheet of images, and
-    the
-    latents' mean and standard deviation over the iterations, with and without the latent constraint.
+    Prints bare and purified accuracy on clean and on attacked images, and writes two pictures: a sheet of images,
+    and the latents' mean and standard deviation over the iterations, with and without the latent constraint.
     """
     start = time.perf_counter()
     classifier = load_classifier()

@@ -29,7 +29,7 @@ __all__ = ["purify"]
 @click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
 @click.option("--resize", type=click.Choice(RESIZE_MODES), help="Resize images to the backbone's size and back.")
 @click.option("--all", "write_all", is_flag=True, help="Write all K versions, not only the one that matches best.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run, such as cuda.")
 @out_option()
 @json_option
@@ -47,9 +47,8 @@ def purify(
 ) -> None:
     """Purify the image files IMAGES... and write PNG files of the same names into a folder.
 
-    There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that matches
-    it best
-    (eq. 10) is written.
+    There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that
+    matches it best (eq. 10) is written.
     """
     generator = load_backbone(backbone).to(_device(device))
     settings = CMAPSettings.from_dict(generator.default_settings or {})

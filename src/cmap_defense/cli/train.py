@@ -58,7 +58,7 @@ class _Integers(click.ParamType):
 @click.option(
     "--ema-half-life", type=click.IntRange(1), default=_LOOP.ema_half_life, show_default=True, help="In images."
 )
-@click.option("--flip/--no-flip", default=_LOOP.flip, show_default=True, help="Mirror every second image.")
+@click.option("--flip/--no-flip", default=_LOOP.flip, show_default=True, help="Mirror each image with probability 1/2.")
 @click.option(
     "--halvings", type=click.IntRange(0), default=_ECT.halvings, show_default=True, help="Of the noise levels' gap."
 )

@@ -1,9 +1,8 @@
 """Algorithm 1 of arXiv 2412.08394: N Adam steps on the latents, as a pure function.
 
 The loop knows a ``generate`` function, images and latents; no modules, devices or seeds. It minimises K L, the sum
-over the K latents, so
-that Adam's eps means the same for every K. Latents and losses keep the latents' precision; ``generate`` may run in
-another.
+over the K latents, so that Adam's eps means the same for every K. Latents and losses keep the latents' precision;
+``generate`` may run in another.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ Generate = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class LatentState:
-    """What a callback sees: iteration n before its step. All tensors are detached.
+    """What a callback sees: iteration n before its step. All tensors are detached; they are the loop's own, so do not
+    change them in place: return new latents instead.
 
     iteration: n, from 0. latents: [B, K, C, H, W], unit. generated: G(latents), [B, K, C, H, W] in [-1, 1].
     terms: the objective there. images: the inputs [B, C, H, W] in [0, 1].
@@ -45,7 +45,8 @@ class LatentState:
 
 
 Callback = Callable[[LatentState], "Tensor | None"]
-"""Called before every step; latents that it returns take the place of the state's and are evaluated afresh."""
+"""Called before every step; latents that it returns take the place of the state's and are evaluated afresh;
+Adam keeps its moments."""
 
 
 def optimise_latents(
@@ -113,7 +114,8 @@ def generate_in_chunks(generate: Generate, latents: Tensor, max_parallel: int | 
     """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]."""
     with torch.no_grad():
         pieces = [
-            generate(piece) for piece in latents.flatten(0, 1).split(max_parallel or max(1, latents[:, :, 0].numel()))
+            generate(piece)
+            for piece in latents.flatten(0, 1).split(max_parallel or max(1, latents.shape[0] * latents.shape[1]))
         ]
     return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
 

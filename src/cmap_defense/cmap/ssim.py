@@ -1,9 +1,8 @@
 """The SSIM sum S of eq. 10, with everything that depends on the input image alone computed once.
 
 The definition is pytorch-msssim's (11 x 11 Gaussian window, sigma 1.5, C1 = 0.01^2, C2 = 0.03^2), on images
-zero-padded by 5 so
-that the map keeps H x W. The window is separable, so filtering with zero padding is a product with one banded matrix on
-either side; at these sizes that is faster than a convolution, on a CPU by far.
+zero-padded by 5 so that the map keeps H x W. The window is separable, so filtering with zero padding is a product
+with one banded matrix on either side; at these sizes that is faster than a convolution, on a CPU by far.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The demonstration's measurement: an undefended classifier attacked, and the same images behind the defence.
 
-The attack is made on the bare classifier: the attacker does not know the defence. It shows how the defence works, and
-says
-little about how robust it is.
+The attack is made on the bare classifier: the attacker does not know the defence. It shows how the defence works,
+and says little about how robust it is.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ class Demonstration:
 
     The dicts have the entries "clean" and "attacked". bare_labels: [B], what the bare classifier says.
     constrained, unconstrained: histories of the clean images' optimisation with and without eq. 12, on the same
-    images and
-    seeds (Fig. 6 of the paper).
+    images and seeds (Fig. 6 of the paper).
     """
 
     clean: Tensor
@@ -65,7 +63,8 @@ def demonstrate(
         defended: the same classifier behind the defence.
         images: float [B, C, H, W] in [0, 1].
         labels: int64 [B].
-        eps, steps: of the linf PGD attack.
+        eps: of the linf PGD attack.
+        steps: of the same.
         seed: of the attack's start and of the purification's noise.
         shown: how many of the images the comparison without eq. 12 is made on.
         on_step: called with the name of each part as it begins, and once per latent iteration with "".

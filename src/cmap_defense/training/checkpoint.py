@@ -33,9 +33,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
 def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the newest whole checkpoint, or None when there is none.
 
-    Only plain tensors and containers are read (``weights_only``). Raises :class:`CheckpointError` when the checkpoint
-    was
-    made with other settings; the message lists them.
+    Only plain tensors and containers are read (``weights_only``). Raises :class:`CheckpointError` when the
+    checkpoint was made with other settings; the message lists them.
     """
     for path in reversed(_checkpoints(folder)):
         try:

@@ -89,7 +89,9 @@ def train_backbone(
         on_checkpoint=checkpoint,
     )
     ema.copy_to(backbone)
-    return backbone.eval()
+    backbone.eval()
+    checkpoint(settings.steps)  # also where a kill came between the last checkpoint and its backbone
+    return backbone
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class TrainSettings(Settings):
     betas: of Adam. clip_norm: gradients with a larger global norm are scaled down to it.
     ema_half_life: half-life in images of the averaged weights, the ones that are kept;
     at the start it is a twentieth of the images seen.
-    flip: mirror every second image. precision: of the network's arithmetic, "bfloat16" or "float32".
+    flip: mirror each image with probability 1/2. precision: of the network's arithmetic, "bfloat16" or "float32".
     checkpoint_every: images between checkpoints. seed: of the weights, the data order and the noise.
     """
 
