@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import ToyBackbone, noise, uniform
 from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.cmap.voting import log_mean_probability, majority_label
 from cmap_defense.errors import CmapError, GradientError
 from cmap_defense.gradients import Detached, StraightThrough
+from toys import ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
 CLASSES = 5
@@ -106,15 +106,18 @@ class TestAnswer:
         assert make(classifier=lambda x: x.flatten(1)[:, :CLASSES])(images()).shape == (4, CLASSES)
 
     def test_an_empty_batch_gives_an_empty_result_and_leaves_the_classifier_alone(self) -> None:
-        classifier = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, CLASSES)).train()
+        classifier = nn.Sequential(
+            nn.Flatten(), nn.BatchNorm1d(144), nn.BatchNorm1d(144), nn.Linear(144, CLASSES)
+        ).train()
+        classifier[2].eval()
         before = copy.deepcopy(classifier.state_dict())
         model = make(classifier=classifier)
         result = model.purify(images()[:0])
         assert model(images()[:0]).shape == (0, CLASSES)
         assert result.images.shape == (0, 3, *SHAPE)
         assert result.labels.shape == (0,)
-        assert classifier.training
-        assert classifier[1].training
+        assert [module.training for module in classifier.modules()] == [True, True, True, False, True]
+        assert model.purify(images()[:0], latents=torch.zeros(0, 7, *SHAPE)).images.shape == (0, 7, *SHAPE)
         assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
@@ -447,6 +450,11 @@ BAD_OPTIONS = {
     "no backbone": (lambda: make(backbone=nn.Linear(2, 2)), TypeError, "image_shape"),
     "no generate": (lambda: make(backbone=with_shape(nn.Identity())), TypeError, "generate"),
     "not a module": (lambda: make(backbone=3), TypeError, "nn.Module"),
+    "classifier elsewhere": (
+        lambda: make(classifier=ToyClassifier().to("meta"))(images()),
+        RuntimeError,
+        "model is on meta",
+    ),
     "missing folder": (lambda: make(backbone="./no-such-folder"), OSError, "backbone.json"),
     "classifier": (lambda: make(classifier="resnet"), ValueError, "callable"),
     "vote": (lambda: make(vote="hard"), ValueError, "'label', 'soft'"),

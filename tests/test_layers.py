@@ -22,7 +22,6 @@ FLOORS = {
     "backbones": 1,
     "data": 1,
     "embedded": 1,
-    "embedded": 1,
     "errors": 0,
     "results": 0,
     "rng": 0,
@@ -30,6 +29,7 @@ FLOORS = {
     "threat": 0,
     "hooks": 0,
     "inputs": 0,
+    "modules": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

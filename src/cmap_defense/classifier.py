@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -16,7 +18,14 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cmap.optimise import Callback, LatentState
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
-from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.errors import (
+    BackboneFileError,
+    ClassifierError,
+    DeviceError,
+    InputTypeError,
+    InputValueError,
+    SettingsError,
+)
 from cmap_defense.gradients import GradientMode, StraightThrough
 from cmap_defense.hooks import HookHandle, LatentHooks
 from cmap_defense.inputs import (
@@ -28,10 +37,12 @@ from cmap_defense.inputs import (
     check_shape,
     check_unit_range,
     resize_images,
+    signed_word,
 )
+from cmap_defense.modules import device_of, dtype_of, weights_of
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
-from cmap_defense.results import PurificationResult
+from cmap_defense.results import History, PurificationResult
 from cmap_defense.rng import fresh_seeds
 from cmap_defense.settings import require_choice, require_integer, require_numbers
 
@@ -58,13 +69,15 @@ class PurifiedClassifier(nn.Module):
             ``nn.Module``
             with ``image_shape`` and ``generate``. A backbone that is loaded here joins the classifier's device;
             a module is used as it is, in eval mode.
-        settings: of the latent loop; None for the ones that the backbone's record names, or else the defaults.
+        settings: of the latent loop, all of them; None for the ones that the backbone's record names, or else the
+            defaults. To change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects; applied after
             purification.
         inputs: "unit" for images in [0, 1]; "normalized" for images that went through ``normalize`` already.
         resize: how to resize images of another size to the backbone's and back: "bilinear", "bicubic", "area" or
             "nearest-exact" (True means "bilinear"); None refuses them.
-        vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
+        vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability (the
+            result of :meth:`purify` counts votes either way).
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
@@ -91,10 +104,10 @@ class PurifiedClassifier(nn.Module):
         max_parallel: int | None = None,
     ) -> None:
         super().__init__()
-        if not callable(classifier):
-            raise ClassifierError(
-                f"The classifier must be an nn.Module or a callable, but is {type(classifier).__name__}."
-            )
+        if not callable(classifier) or isinstance(classifier, type):
+            raise ClassifierError(f"The classifier must be an nn.Module or a callable instance, but is {classifier!r}.")
+        if any(weight.is_inference() for weight in weights_of(classifier)):
+            raise ClassifierError("The classifier's weights were made under torch.inference_mode: load it outside.")
         self.inputs = require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
         self.vote = require_choice("PurifiedClassifier", "vote", vote, ("label", "soft"))
         self.resize = _resize_mode(resize)
@@ -116,13 +129,13 @@ class PurifiedClassifier(nn.Module):
         self.classifier = classifier
         if isinstance(backbone, (str, os.PathLike)):
             loaded = load_backbone(backbone)
-            device = _device_of(classifier)
+            device = device_of(classifier)
             self.backbone: nn.Module = loaded if device is None else loaded.to(device)
         else:
             self.backbone = check_backbone(backbone)
         self.backbone.eval()
         if settings is None:
-            settings = CMAPSettings.from_dict(getattr(self.backbone, "default_settings", None) or {})
+            settings = _settings_of(self.backbone)
         self.purifier: Purifier = CMAP(settings)
         self.normalize = self._check_normalize(normalize)
         self._latent_hooks = LatentHooks()
@@ -185,10 +198,12 @@ class PurifiedClassifier(nn.Module):
     def register_latent_hook(self, hook: Callback) -> HookHandle:
         """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before every latent step.
 
-        Latents that it returns take the place of the state's. Hooks run in the order of their registration, belong
-        to this object alone (copies and pickles have none) and cost nothing when there are none. The handle removes
-        the hook, also as a context manager.
+        Latents that it returns take the place of the state's; only one hook may do so in an iteration. Hooks run in
+        the order of their registration, belong to this object alone (copies and pickles have none) and cost nothing
+        when there are none. The handle removes the hook, also as a context manager.
         """
+        if not callable(hook):
+            raise SettingsError(f"A latent hook must be callable, but is {hook!r}.")
         return self._latent_hooks.register(hook)
 
     def train(self, mode: bool = True) -> Self:
@@ -232,18 +247,31 @@ class PurifiedClassifier(nn.Module):
 
     def _to_unit(self, images: Tensor) -> Tensor:
         """Images in [0, 1], float32 at least, safe to be part of a graph; checked for device, range and shape."""
-        for module in (self.backbone, self.classifier):
-            check_device(images, _device_of(module))
+        check_device(images, self._device())
         check_finite(images)
         if images.is_inference():
             images = images.clone()
+        rounding = torch.finfo(images.dtype).eps
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         check_shape(images, self.image_shape, resizes=self.resize is not None)
+        slack = 0.0
         if self.inputs == "normalized":
+            assert self.normalize is not None
             mean, std = self._normalisation(images)
             images = images * std + mean
-        check_unit_range(images, inputs=self.inputs)
+            slack = 4 * rounding * (1 + max(map(abs, (*self.normalize[0], *self.normalize[1]))))
+        check_unit_range(images, inputs=self.inputs, slack=slack)
         return images
+
+    def _device(self) -> torch.device | None:
+        """Where the model is; None when neither part has weights."""
+        backbone, classifier = device_of(self.backbone), device_of(self.classifier)
+        if backbone is not None and classifier is not None and backbone != classifier:
+            raise DeviceError(
+                f"The backbone is on {backbone}, but the classifier is on {classifier}. "
+                "Bring them together: model.to(device)."
+            )
+        return backbone or classifier
 
     def _seeds(self, seeds: Tensor | Sequence[int] | None, latents: Tensor | None, count: int) -> Tensor:
         if seeds is not None:
@@ -251,8 +279,7 @@ class PurifiedClassifier(nn.Module):
                 raise InputValueError("Give latents or seeds, not both: with latents there is no noise to draw.")
             return check_seeds(seeds, count)
         if latents is not None or self.seed is not None:
-            signed = ((self.seed or 0) + 2**63) % 2**64 - 2**63
-            return torch.full((count,), signed, dtype=torch.int64)
+            return torch.full((count,), signed_word(self.seed or 0), dtype=torch.int64, device="cpu")
         return fresh_seeds(count)
 
     def _check_latents(self, latents: Tensor, images: Tensor) -> Tensor:
@@ -274,13 +301,13 @@ class PurifiedClassifier(nn.Module):
             return None
 
         def run(state: LatentState) -> Tensor | None:
-            replaced = None
-            for hook in hooks:
-                answer = hook(state)
-                if answer is not None:
-                    replaced = answer
-                    state = dataclasses.replace(state, latents=answer)
-            return replaced
+            answers = [hook(state) for hook in hooks]
+            replaced = [answer for answer in answers if answer is not None]
+            if len(replaced) > 1:
+                raise InputValueError(
+                    f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may."
+                )
+            return replaced[0] if replaced else None
 
         return run
 
@@ -299,7 +326,7 @@ class PurifiedClassifier(nn.Module):
         if self.normalize is not None:
             mean, std = self._normalisation(images)
             images = (images - mean) / std
-        dtype = _dtype_of(self.classifier)
+        dtype = dtype_of(self.classifier)
         logits = self.classifier(images if dtype is None else images.to(dtype))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 1:
             came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -309,15 +336,19 @@ class PurifiedClassifier(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if torch.isnan(logits.detach()).any() or torch.isposinf(logits.detach()).any():
             raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
+        if torch.isneginf(logits.detach()).all(dim=1).any():
+            raise ClassifierError("The classifier returned -inf for every class of a purified image.")
         return logits
 
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
         with torch.no_grad(), _evaluating(self.classifier):
             logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
+        iterations = images.new_zeros((self.settings.iterations, 0))
+        history = History(**{field.name: iterations for field in dataclasses.fields(History)})
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         return self._judged(
-            PurificationResult(shown, latents, None, seeds), logits[:, None].expand(0, n_latents, logits.shape[1])
+            PurificationResult(shown, latents, history, seeds), logits[:, None].expand(0, n_latents, logits.shape[1])
         )
 
     def _normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,11 +367,11 @@ class PurifiedClassifier(nn.Module):
                     'inputs="normalized" needs normalize=(mean, std), the ones that the images went through.'
                 )
             return None
-        if not isinstance(normalize, Sequence) or len(normalize) != 2:
+        if not isinstance(normalize, (Sequence, Tensor, np.ndarray)) or len(normalize) != 2:
             raise SettingsError(f"normalize must be (mean, std), but is {normalize!r}.")
         channels = self.image_shape[0]
-        mean, std = ([v] * channels if isinstance(v, (int, float)) else v for v in normalize)
-        mean, std = (v.flatten().tolist() if isinstance(v, Tensor) else v for v in (mean, std))
+        mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
+        mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
         return (
             require_numbers("PurifiedClassifier", "normalize mean", mean, length=channels),
             require_numbers("PurifiedClassifier", "normalize std", std, length=channels, above=0.0),
@@ -361,18 +392,12 @@ def _evaluating(classifier: object) -> Iterator[None]:
             module.training = mode
 
 
-def _device_of(module: object) -> torch.device | None:
-    """The device of the first parameter or buffer; None when there is none."""
-    if not isinstance(module, nn.Module):
-        return None
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
-
-
-def _dtype_of(module: object) -> torch.dtype | None:
-    """The precision of a module's first floating-point parameter; None when it has none."""
-    if not isinstance(module, nn.Module):
-        return None
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+def _settings_of(backbone: nn.Module) -> CMAPSettings:
+    """The settings that a backbone's record names, as changes to the defaults."""
+    try:
+        return CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
+    except SettingsError as error:
+        raise BackboneFileError(f"The settings in the backbone's record are not valid: {error}") from error
 
 
 def _resize_mode(resize: str | bool | None) -> str | None:

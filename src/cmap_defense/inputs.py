@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,16 +55,16 @@ def check_finite(images: Tensor) -> None:
         raise InputValueError(f"Images must be finite, but NaN or inf are in these of the batch: {_some(bad)}.")
 
 
-def check_unit_range(images: Tensor, *, inputs: str) -> None:
-    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4."""
+def check_unit_range(images: Tensor, *, inputs: str, slack: float = 0.0) -> None:
+    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4 plus ``slack``."""
     if images.numel() == 0:
         return
     low, high = (v.item() for v in images.detach().aminmax())
-    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+    if low >= -TOLERANCE - slack and high <= 1 + TOLERANCE + slack:
         return
     if inputs == "normalized":
         hint = " After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
-    elif high > 2 and low >= 0:
+    elif high > 20 or (high > 2 and low >= 0):
         hint = " They look like 8-bit values: divide by 255 first."
     else:
         hint = ' They look normalised: use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
@@ -103,17 +105,27 @@ def check_seeds(seeds: object, count: int) -> Tensor:
         InputValueError: not one per image.
     """
     if not isinstance(seeds, Tensor):
-        if not isinstance(seeds, Sequence) or isinstance(seeds, str) or any(type(s) is not int for s in seeds):
-            raise InputTypeError(f"seeds must be an integer tensor [B] or a list of integers, but are {seeds!r}.")
-        try:
-            seeds = torch.tensor(list(seeds), dtype=torch.int64)
-        except (RuntimeError, ValueError, OverflowError) as error:
-            raise InputValueError(f"seeds must fit 64 bits: {error}") from error
+        listed = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
+        if not isinstance(listed, Sequence) or any(
+            isinstance(s, bool) or not isinstance(s, numbers.Integral) for s in listed
+        ):
+            raise InputTypeError(
+                f"seeds must be an integer tensor [B] or a list of integers, but are {seeds!r}. "
+                "For one seed for all images use PurifiedClassifier(..., seed=...)."
+            )
+        if any(not -(2**63) <= int(s) < 2**64 for s in listed):
+            raise InputValueError(f"seeds must fit 64 bits, but are {listed!r}.")
+        seeds = torch.tensor([signed_word(int(s)) for s in listed], dtype=torch.int64, device="cpu")
     if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
         raise InputTypeError(f"seeds must be integers, but are {seeds.dtype}.")
     if tuple(seeds.shape) != (count,):
         raise InputValueError(f"seeds must be one per image, [{count}], but are {list(seeds.shape)}.")
     return seeds.detach().to("cpu", torch.int64)
+
+
+def signed_word(seed: int) -> int:
+    """Any integer modulo 2^64 as a signed 64-bit one."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:

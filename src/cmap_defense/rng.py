@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,30 +18,35 @@ _WORD = 2**64
 
 
 def generator_for(*words: int) -> torch.Generator:
-    """A CPU generator seeded by one or several integers, such as (seed, step); each tuple is a stream of its own."""
+    """A CPU generator seeded by one or several integers, such as (seed, step).
+
+    Of the mixed words torch's CPU generator uses 32 bits: enough for the steps of a training or the start of an
+    attack, not
+    for one stream per image (see :func:`draw_latents`).
+    """
     state = words[0] % _WORD
     for word in words[1:]:
         state = _mix((_mix(state) + word) % _WORD)
-    return torch.Generator().manual_seed(state)
+    return torch.Generator("cpu").manual_seed(state)
 
 
 def fresh_seeds(count: int) -> Tensor:
     """[count] int64 seeds from torch's global CPU generator, so that ``torch.manual_seed`` rules them."""
     low, high = -(2**63), 2**63 - 1
-    return torch.randint(low, high, (count,), dtype=torch.int64)
+    return torch.randint(low, high, (count,), dtype=torch.int64, device="cpu")
 
 
 def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int]) -> Tensor:
     """Unit latents [B, K, C, H, W] in float32 on the CPU; row b is a function of ``seeds[b]`` alone.
 
-    The latents of one image are drawn one after the other, so the first K of a seed are the same for every larger K.
+    Each seed is the key of a Philox generator of numpy's, which uses all 64 bits (torch's CPU generator uses 32). The
+    latents
+    of one image are drawn one after the other, so the first K of a seed are the same for every larger K.
     """
-    latents = torch.empty((len(seeds), n_latents, *image_shape), dtype=torch.float32)
+    latents = np.empty((len(seeds), n_latents, *image_shape), dtype=np.float32)
     for row, seed in zip(latents, seeds.tolist(), strict=True):
-        generator = generator_for(seed)
-        for latent in row:
-            latent.copy_(torch.randn(tuple(image_shape), generator=generator, dtype=torch.float32))
-    return latents
+        np.random.Generator(np.random.Philox(key=seed % _WORD)).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(latents)
 
 
 def _mix(word: int) -> int:

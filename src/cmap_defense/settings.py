@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Settings:
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The fields as a JSON object. ``from_json`` gives an equal object back."""
-        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False, default=_plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -62,10 +63,18 @@ class Settings:
         return self.from_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
 
 
+def _plain(value: Any) -> int | float:
+    """A number of numpy's as Python's own."""
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise TypeError(f"{value!r} has no place in JSON")
+
+
 def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
     """A sentence with the names nearest to ``name``, or all of them when none is near; starts with a space."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    by_lower = {known_name.lower(): known_name for known_name in names}
+    near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)]
     if near:
         return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
     return " Known: " + ", ".join(repr(n) for n in names) + "."
@@ -73,11 +82,11 @@ def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any])
 
 def require_integer(owner: str, name: str, value: Any, *, minimum: int) -> int:
     """``value`` as an int not below ``minimum``, or a :class:`SettingsError` that names the setting."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
     if value < minimum:
         raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {value}.")
-    return value
+    return int(value)
 
 
 def require_number(
@@ -91,9 +100,12 @@ def require_number(
     below: float | None = None,
 ) -> float:
     """``value`` as a finite float within the bounds, or a :class:`SettingsError` that names the setting."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise SettingsError(f"{owner}.{name} must be a number, but is {value!r} ({type(value).__name__}).")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise SettingsError(f"{owner}.{name} must be finite, but is {number}.")
     bounds = (

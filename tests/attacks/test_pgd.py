@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import noise, uniform
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.errors import CmapError, GradientError
+from toys import noise, uniform
 
 SHAPE = (3, 7, 5)
 WEIGHT = noise(105, 4, seed=2)

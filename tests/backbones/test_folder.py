@@ -252,7 +252,7 @@ RECORD_DAMAGE = {
     "config is a list": editing(network_config=[1, 2]),
     "config with an unknown field": with_config(depth=3),
     "config of nonsense": with_config(blocks=0),
-    "config whose heads do not divide": with_config(channels=[4, 10], head_channels=4),
+    "config whose heads do not divide": with_config(channels=[4, 11], head_channels=4),
     "settings are a list": editing(settings=[1, 2]),
     "weights in the folder above": editing(weights_file="../weights.safetensors"),
     "weights below": editing(weights_file="deep/weights.safetensors"),

@@ -37,7 +37,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.fixture()
+@pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
     """Two image files: one of the backbone's size, one larger and in colour."""
     image = (load_test_images()[0][0, 0] * 255).byte().numpy()

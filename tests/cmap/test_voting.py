@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -91,6 +92,20 @@ def test_vote_logits_do_not_depend_on_the_order_of_the_latents(shape, seed: int,
 def test_vote_logits_of_tied_probabilities_do_not_depend_on_the_order_of_the_latents(logits: Tensor, order):
     permuted = logits[:, shuffled(order, logits.shape[1])]
     torch.testing.assert_close(vote_logits(permuted), vote_logits(logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]],
+        [[2.0, 0.0], [0.0, 2.0], [2.0, 1.0], [1.0, 2.0]],
+        [[2.0, 0.0, 2.0], [2.0, 2.0, 1.0], [0.0, 2.0, 2.0], [1.0, 1.0, 0.0]],
+    ],
+)
+def test_every_order_of_latents_with_an_exact_tie_has_the_same_vote_logits(rows: list[list[float]]):
+    """Here the rounding of one order or another must not decide whether the label is lifted."""
+    answers = torch.cat([vote_logits(torch.tensor([order])) for order in itertools.permutations(rows)])
+    torch.testing.assert_close(answers, answers[:1].expand_as(answers), rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=50)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from toys import uniform
 
 from cmap_defense.data import read_image, write_image
 from cmap_defense.errors import CmapError
+from toys import uniform
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -42,7 +42,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> No
     path = tmp_path / "bad.png"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CmapError, match="bad.png"):
+    with pytest.raises(CmapError, match=r"bad\.png"):
         read_image(path, 3)
 
 

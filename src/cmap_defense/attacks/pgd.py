@@ -59,9 +59,9 @@ class PGD(Attack):
             return images
         generator = generator_for(self.seed)
         if self.threat.norm == "linf":
-            noise = torch.rand(images.shape, generator=generator) * 2 - 1
+            noise = torch.rand(images.shape, generator=generator, device="cpu") * 2 - 1
         else:
-            noise = torch.randn(images.shape, generator=generator)
+            noise = torch.randn(images.shape, generator=generator, device="cpu")
             noise = noise / noise.flatten(1).norm(dim=1)[:, None, None, None]
         return self.threat.project(images + self.threat.eps * noise.to(images), images)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.errors import BackboneError
+from cmap_defense.modules import dtype_of
 
 __all__ = ["Backbone", "check_backbone", "latent_caster"]
 
@@ -56,7 +57,7 @@ def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[[Tensor
     """
     dtype = None
     if not getattr(backbone, "accepts_any_float", False):
-        dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), None)
+        dtype = dtype_of(backbone)
     autocast = torch.is_autocast_enabled(device.type)
     autocast_dtype = torch.get_autocast_dtype(device.type)
 

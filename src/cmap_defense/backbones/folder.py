@@ -57,15 +57,17 @@ def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.
     record = read_record(folder)
     path = Path(folder) / record.weights_file
     if record.network not in _NETWORKS:
-        raise BackboneFileError(
-            f"{folder}: unknown network {record.network!r}.{near_matches(record.network, _NETWORKS)}"
-        )
+        near = near_matches(record.network, _NETWORKS)
+        raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: unknown network {record.network!r}.{near}")
     config_class, network_class = _NETWORKS[record.network]
     try:
-        network = network_class(config_class.from_dict(record.network_config))
+        with torch.inference_mode(False):
+            network = network_class(config_class.from_dict(record.network_config))
         backbone = ConsistencyBackbone(network, record.image_shape, NoiseRange.from_dict(record.noise))
     except SettingsError as error:
         raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: {error}") from error
+    if backbone.image_shape != getattr(network.config, "image_shape", record.image_shape):
+        raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: image_shape is not that of network_config.")
     weights = _read_weights(path, record)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
@@ -75,10 +77,12 @@ def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.
             f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
             f"another shape, such as {wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
         )
-    network.load_state_dict(weights)
+    with torch.inference_mode(False):
+        network.load_state_dict(weights)
+        backbone = backbone.to(dtype).eval().requires_grad_(False)
     backbone.record = record
     backbone.default_settings = dict(record.settings)
-    return backbone.to(dtype).eval().requires_grad_(False)
+    return backbone
 
 
 def write_backbone(
@@ -88,7 +92,9 @@ def write_backbone(
     dtype: torch.dtype = torch.float32,
     **described: Any,
 ) -> BackboneRecord:
-    """Write a backbone folder; whole or not at all, the record last.
+    """Write a backbone folder: both files beside their places, then moved there, the weights first.
+
+    A reader in between finds new weights beside an old record; the checksum tells, and it is an error.
 
     Args:
         backbone: its network must be one of this package's.
@@ -105,33 +111,36 @@ def write_backbone(
         raise BackboneFileError(
             f"A {type(network).__name__} cannot be written; known networks: {', '.join(_NETWORKS)}."
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.detach().to("cpu", dtype).contiguous() for name, t in network.state_dict().items()}
-    path = folder / BackboneRecord.__dataclass_fields__["weights_file"].default
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(save(weights))  # not save_file, which leaves a file that only its owner can read
+    content = save({name: t.detach().to("cpu", dtype).contiguous() for name, t in network.state_dict().items()})
     record = BackboneRecord(
         network=names[0],
         network_config=network.config.to_dict(),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         noise=backbone.noise.to_dict(),
         image_shape=backbone.image_shape,
         weights_dtype=str(dtype).removeprefix("torch."),
-        weights_sha256=_sha256(partial),
+        weights_sha256=hashlib.sha256(content).hexdigest(),
         **described,
     )
-    partial.replace(path)
-    record_partial = folder / (RECORD_FILE + ".partial")
-    record_partial.write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
-    record_partial.replace(folder / RECORD_FILE)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {record.weights_file: content, RECORD_FILE: (record.to_json(indent=2) + "\n").encode()}
+    partials = {name: folder / f"{name}.partial" for name in files}
+    try:
+        for name, partial in partials.items():
+            partial.write_bytes(files[name])
+        for name, partial in partials.items():
+            partial.replace(folder / name)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     return record
 
 
 def _read_weights(path: Path, record: BackboneRecord) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise BackboneFileError(f"{path} is missing, the weights of {record.name!r}. Fetch or write the folder again.")
-    checksum = _sha256(path)
     try:
+        checksum = _sha256(path)
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:

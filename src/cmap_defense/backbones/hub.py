@@ -18,6 +18,9 @@ from cmap_defense.errors import BackboneFileError, UnknownNameError
 
 __all__ = ["fetch_folder"]
 
+_CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OSError)
+"""What the Hub's HTTP client raises for broken connections; before version 1 of huggingface_hub, an OSError."""
+
 
 def fetch_folder(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The local copy of a Hub repository's files that match ``patterns``; from the cache when the Hub is out of reach.
@@ -40,7 +43,7 @@ def fetch_folder(repo_id: str, revision: str | None, patterns: list[str]) -> Pat
             f"There is no folder and no Hub repository {shown!r} that you may read. "
             "If it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError) as error:
         raise BackboneFileError(
             f"{shown} is not in the local cache and could not be fetched ({type(error).__name__}: {error}). "
             "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."

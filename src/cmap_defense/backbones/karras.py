@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.modules import dtype_of
 from cmap_defense.settings import Settings, require_number
 
 __all__ = ["ConsistencyBackbone", "NoiseRange", "boundary_scalings"]
@@ -42,7 +43,7 @@ class NoiseRange(Settings):
 def boundary_scalings(sigma: Tensor, *, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in at ``sigma`` (any shape, > 0); sigma_min = 0 gives those of the EDM denoiser."""
     data2 = sigma_data**2
-    c_skip = data2 / ((sigma - sigma_min) ** 2 + data2)
+    c_skip = 1 / (1 + ((sigma - sigma_min) / sigma_data) ** 2)  # exactly 1 at sigma_min
     c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + data2).sqrt()
     c_in = (sigma**2 + data2).rsqrt()
     return c_skip, c_out, c_in
@@ -90,14 +91,10 @@ class ConsistencyBackbone(nn.Module):
         c_skip, c_out, c_in = boundary_scalings(
             level[:, None, None, None], sigma_data=self.noise.sigma_data, sigma_min=self.noise.sigma_min
         )
-        inner = self._network_dtype(wide)
+        inner = dtype_of(self.network) or wide
         raw = self.network((c_in * x).to(inner), (level.log() / 4).to(inner))
         return c_skip * x + c_out * raw.to(wide)
 
     def generate(self, latents: Tensor) -> Tensor:
         """G(u): one-step images in [-1, 1] from unit latents [B, C, H, W]. No gradient flows where the clip acts."""
         return self.denoise(self.noise.sigma_max * latents, self.noise.sigma_max).clamp(-1, 1)
-
-    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        """Precision of the network's weights; ``default`` for a network without weights."""
-        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), default)

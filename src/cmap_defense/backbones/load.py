@@ -11,8 +11,8 @@ import torch
 from cmap_defense.backbones.folder import RECORD_FILE, read_backbone
 from cmap_defense.backbones.hub import fetch_folder
 from cmap_defense.backbones.karras import ConsistencyBackbone
-from cmap_defense.backbones.registry import registry_entry
-from cmap_defense.errors import SettingsError
+from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.errors import BackboneFileError, SettingsError
 
 __all__ = ["load_backbone", "resolve_backbone"]
 
@@ -24,7 +24,8 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
 
     Args:
         source: a name (``cmap-defense backbones list``), a local folder, or a Hub id ``organisation/name`` or
-            ``organisation/name@revision``. A folder wins over a Hub id that is spelt alike.
+            ``organisation/name@revision``. A name wins over a folder, and a folder over a Hub id, that is spelt alike;
+            ``./name`` is always a folder.
         dtype: of the weights, cast once; latents and losses stay in float32 whatever it is.
 
     Raises:
@@ -39,7 +40,14 @@ def resolve_backbone(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    if not text:
+        raise SettingsError("A backbone is given as a name, a path or a Hub id, but the text is empty.")
+    if isinstance(source, str) and text in backbone_names():
+        return registry_entry(text).folder
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # "~nobody"
+        raise BackboneFileError(f"{text} is no folder: {error}") from error
     if isinstance(source, os.PathLike) or path.is_dir() or text.startswith((".", "~", os.sep)):
         return path
     if _HUB_ID.fullmatch(text):

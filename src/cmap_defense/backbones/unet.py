@@ -64,11 +64,24 @@ class CompactUNetConfig(Settings):
             )
         if not all(isinstance(flag, bool) for flag in self.attention):
             raise SettingsError(f"CompactUNetConfig.attention must be booleans, but is {self.attention!r}.")
+        attended = {c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]}
+        for channels in attended:
+            if channels % max(1, channels // self.head_channels):
+                raise SettingsError(
+                    f"CompactUNetConfig: {channels} channels with attention do not divide into heads of about "
+                    f"{self.head_channels}; choose another head_channels."
+                )
         unit = self.patch * 2 ** (len(self.channels) - 1)
         if self.image_shape[1] % unit or self.image_shape[2] % unit:
             raise SettingsError(
                 f"CompactUNetConfig: image sides {self.image_shape[1:]} must be multiples of {unit} "
                 "(patch times 2 for each level below the first)."
+            )
+        coarsest = self.image_shape[1] * self.image_shape[2] // unit**2
+        if coarsest == 1 and self.channels[-1] == math.gcd(self.channels[-1], 8):
+            raise SettingsError(
+                "CompactUNetConfig: at the coarsest level each group of the normalisation has one value only. "
+                "Use fewer levels, a smaller patch or more channels."
             )
 
 

@@ -23,7 +23,7 @@ SHOWN = 6
 
 
 @click.command()
-@click.option("--images", type=click.IntRange(1, 256), default=32, show_default=True, help="Test images to use.")
+@click.option("--images", type=click.IntRange(1, 256), default=24, show_default=True, help="Test images to use.")
 @click.option("--eps", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Size of the linf attack.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="PGD steps.")
 @click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")

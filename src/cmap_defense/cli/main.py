@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CmapError as error:
         click.echo(f"Error: {error}", err=True)
         return 1
+    except OSError as error:
+        click.echo(f"Error: {error}", err=True)
+        return 1
     return status if isinstance(status, int) else 0
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tqdm import tqdm
 
-__all__ = ["json_option", "out_option", "print_json", "print_table", "progress"]
+__all__ = ["checked_device", "json_option", "out_option", "print_json", "print_table", "progress"]
 
 
 def out_option(default: str | None = None) -> Callable[[Any], Any]:
@@ -21,10 +23,19 @@ def out_option(default: str | None = None) -> Callable[[Any], Any]:
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
         default=default,
+        callback=_writable,
         required=default is None,
         show_default=default is not None,
         help="Folder to write to; made when it is not there.",
     )
+
+
+def _writable(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
+    """``folder``, refused before any work is done when nothing can be written there."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise click.BadParameter(f"{folder} cannot be written to.", context, parameter)
+    return folder
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -47,3 +58,13 @@ def print_table(rows: list[list[str]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if number == 0:
             click.echo("  ".join("-" * width for width in widths))
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name, or wrong usage when it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name}: {error}", param_hint="--device") from error
+    return device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
-from cmap_defense.cli.output import json_option, out_option, print_json, progress
+from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.settings import CMAPSettings
@@ -50,7 +50,7 @@ def purify(
     There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that
     matches it best (eq. 10) is written.
     """
-    generator = load_backbone(backbone).to(_device(device))
+    generator = load_backbone(backbone).to(checked_device(device))
     settings = CMAPSettings.from_dict(generator.default_settings or {})
     changes = {"n_latents": latents, "iterations": iterations}
     settings = settings.replace(**{name: value for name, value in changes.items() if value is not None})
@@ -117,12 +117,3 @@ def _targets(images: tuple[Path, ...], out: Path) -> list[Path]:
         if target.resolve() == path.resolve():
             raise DataError(f"{path} would be overwritten by its purified version. Give another folder with --out.")
     return targets
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{name}: {error}", param_hint="--device") from error
-    return device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli.figures import sample_sheet
-from cmap_defense.cli.output import json_option, out_option, print_json, progress
+from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
 from cmap_defense.data.files import write_image
 from cmap_defense.data.sources import DATASETS, load_dataset
 from cmap_defense.errors import DataError
@@ -32,6 +33,8 @@ class _Integers(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
+        if value in ("", "none"):
+            return ()
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:
@@ -66,7 +69,11 @@ class _Integers(click.ParamType):
     "--channels", type=_Integers(), default="32,64", show_default=True, help="Width of each level, finest first."
 )
 @click.option(
-    "--attention", type=_Integers(), default="1", show_default=True, help="Levels with attention, 0 being the finest."
+    "--attention",
+    type=_Integers(),
+    default="1",
+    show_default=True,
+    help="Levels with attention, 0 being the finest, or none.",
 )
 @click.option("--blocks", type=click.IntRange(1), default=2, show_default=True, help="Residual blocks per level.")
 @click.option("--patch", type=click.IntRange(1), default=2, show_default=True, help="Space-to-depth patch.")
@@ -109,7 +116,13 @@ def train(
     Killed or interrupted, the same command continues where the last checkpoint was, and ends with the same weights.
     OUT/samples.png shows 64 samples, always from the same noise.
     """
+    where = str(checked_device(device))
+    unknown = [level for level in attention if level not in range(len(channels))]
+    if unknown:
+        raise click.BadParameter(f"there is no level {unknown[0]} of {len(channels)}.", param_hint="--attention")
     images = load_dataset(data).images
+    if len(images) == 0:
+        raise DataError(f"{data} holds no images.")
     if hold_out >= len(images):
         raise DataError(f"--hold-out {hold_out} leaves nothing of the {len(images)} images.")
     images = images[: len(images) - hold_out]
@@ -143,9 +156,9 @@ def train(
                 "description": description,
                 "licence": licence,
                 "paper": "arXiv 2406.14548 (training), arXiv 2303.01469 (consistency models)",
-                "training": {"data": data, "hold_out": hold_out, "compile": compile_network},
+                "training": {"command": _command(), "data": data, "hold_out": hold_out, "compile": compile_network},
             },
-            device=device,
+            device=where,
             compile_network=compile_network,
             weights_dtype=getattr(torch, weights),
             on_step=on_step,
@@ -156,3 +169,18 @@ def train(
         print_json(written)
     else:
         click.echo(f"Backbone: {written['backbone']}\nSamples: {written['samples']}")
+
+
+def _command() -> str:
+    """The command line of this training in full, without where it runs and writes."""
+    context = click.get_current_context()
+    words = ["cmap-defense train"]
+    for option in context.command.params:
+        value = context.params[option.name or ""]
+        if option.name in ("out", "as_json", "device") or value in (None, False, ""):
+            continue
+        words.append(option.opts[0])
+        if value is not True:
+            text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+            words.append(shlex.quote(text))
+    return " ".join(words)

@@ -32,6 +32,7 @@ def adam_step(latents: Tensor, gradient: Tensor, state: AdamState, settings: CMA
     step = state.step + 1
     first = torch.lerp(state.first, gradient, 1 - beta1)
     second = torch.addcmul(beta2 * state.second, gradient, gradient, value=1 - beta2)
-    scale = second.sqrt() / (1 - beta2**step) ** 0.5 + settings.eps
+    root = second.clamp_min(torch.finfo(second.dtype).tiny).sqrt()  # at 0 the derivative of the root does not exist
+    scale = root / (1 - beta2**step) ** 0.5 + settings.eps
     moved = torch.addcdiv(latents, first, scale, value=-settings.learning_rate / (1 - beta1**step))
     return moved, AdamState(step, first, second)

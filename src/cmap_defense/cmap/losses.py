@@ -45,7 +45,7 @@ def perceptual_terms(generated: Tensor, reference: SSIMReference) -> tuple[Tenso
     Returns:
         l1 and ssim, [M] each: ||G - x'||_1 and S(G, x).
     """
-    l1 = (generated - (2 * reference.images - 1)).abs().flatten(1).sum(dim=1)
+    l1 = (generated - (2 * reference.images.to(generated.dtype) - 1)).abs().flatten(1).sum(dim=1)
     return l1, reference.ssim_sum((generated + 1) / 2)
 
 

@@ -17,18 +17,27 @@ WORKSPACE = 2.0
 
 
 def bytes_per_latent(generate: Callable[[Tensor], Tensor], image_shape: Sequence[int], device: torch.device) -> int:
-    """Memory that one latent takes in forward and backward, from what autograd keeps in one forward pass."""
-    kept: dict[int, int] = {}
+    """Memory that one more latent takes in forward and backward, from what autograd keeps for three and for two.
+
+    The difference leaves out the weights, of which autograd keeps views and casts. The losses and Adam take little
+    besides.
+    """
+    kept = [_kept_bytes(generate, torch.zeros((count, *image_shape), device=device)) for count in (2, 3)]
+    return max(1, int(WORKSPACE * (kept[1] - kept[0])))
+
+
+def _kept_bytes(generate: Callable[[Tensor], Tensor], latents: Tensor) -> int:
+    """Bytes of all storages that autograd keeps for the backward pass of ``generate(latents)``."""
+    storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    latent = torch.zeros((1, *image_shape), device=device, requires_grad=True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        generate(latent)
-    return int(WORKSPACE * (sum(kept.values()) + latent.numel() * latent.element_size()))
+        generated = generate(latents.requires_grad_())  # kept until it is counted, so that no storage is used twice
+    del generated
+    return sum(storages.values()) + latents.untyped_storage().nbytes()
 
 
 def default_max_parallel(generate: Callable[[Tensor], Tensor], image_shape: Sequence[int], device: torch.device) -> int:

@@ -33,7 +33,7 @@ class LatentState:
 
     iteration: n, from 0. latents: [B, K, C, H, W], unit. generated: G(latents), [B, K, C, H, W] in [-1, 1].
     terms: the objective there. images: the inputs [B, C, H, W] in [0, 1].
-    image_indices: [B], the position of each image in the caller's batch.
+    image_indices: [B] on the CPU, the position of each image in the caller's batch.
     """
 
     iteration: int
@@ -89,7 +89,7 @@ def optimise_latents(
     latents = latents.detach()
     images = images.detach().to(latents.dtype)
     evaluate = _Evaluation(generate, images, latents.shape[1], settings, max_parallel)
-    indices = torch.arange(len(images))
+    indices = torch.arange(len(images), device="cpu")
     adam = AdamState.start(latents)
     rows: list[tuple[Tensor, ...]] = []
     for iteration in range(settings.iterations):
@@ -140,7 +140,10 @@ class _Evaluation:
                 leaf = piece.detach().requires_grad_()
                 generated = _checked(self.generate(leaf), leaf)
                 l1, ssim = perceptual_terms(generated, reference)
-                (gradient,) = torch.autograd.grad((l1 - self.settings.ssim_weight * ssim).sum(), leaf)
+                loss = (l1 - self.settings.ssim_weight * ssim).sum()
+                (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+            if gradient is None:
+                raise _detached()
             l1s.append(l1.detach())
             ssims.append(ssim.detach())
             gradients.append(gradient)
@@ -170,11 +173,15 @@ def _checked(generated: Tensor, latents: Tensor) -> Tensor:
             f"The backbone's generate must return images shaped {list(latents.shape)}, but returned {came}."
         )
     if not generated.requires_grad:
-        raise BackboneError(
-            "The backbone's generate returned images that do not depend on the latents for autograd. "
-            "Remove torch.no_grad, torch.inference_mode and detach from it."
-        )
+        raise _detached()
     return generated.to(latents.dtype)
+
+
+def _detached() -> BackboneError:
+    return BackboneError(
+        "The backbone's generate returned images that do not depend on the latents for autograd. "
+        "Remove torch.no_grad, torch.inference_mode and detach from it."
+    )
 
 
 def _check_replaced(replaced: Tensor, latents: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class CMAPSettings(Settings):
     def preset(cls, name: str) -> Self:
         """The released settings by name, one of :data:`PRESETS`. Raises :class:`UnknownNameError` with near matches."""
         if name not in PRESETS:
-            raise UnknownNameError(f"There is no preset {name!r}.{near_matches(name, PRESETS)}")
+            raise UnknownNameError(f"There is no preset {name!r}.{near_matches(str(name), PRESETS)}")
         return cls.from_dict(PRESETS[name])
 
 

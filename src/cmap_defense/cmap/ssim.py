@@ -32,6 +32,7 @@ class SSIMReference:
     @classmethod
     def of(cls, images: Tensor) -> SSIMReference:
         """The local moments of ``images``."""
+        images = images.to(_exact_dtype(images))
         rows = _filter_matrix(images.shape[-2], images)
         columns = _filter_matrix(images.shape[-1], images).mT
         mean = rows @ images @ columns
@@ -43,12 +44,19 @@ class SSIMReference:
 
     def ssim_sum(self, others: Tensor) -> Tensor:
         """[B] sums over C x H x W of the SSIM map between each image and ``others`` [B, C, H, W] in [0, 1]."""
+        precision, others = others.dtype, others.to(self.images.dtype)
         moments = torch.stack([others, others.square(), others * self.images])
         mean, square, product = self.rows @ moments @ self.columns
         cross = self.mean * mean
         luminance = (2 * cross + C1) / (self.mean.square() + mean.square() + C1)
         structure = (2 * (product - cross) + C2) / (self.variance + square - mean.square() + C2)
-        return (luminance * structure).flatten(1).sum(dim=1)
+        return (luminance * structure).flatten(1).sum(dim=1).to(precision)
+
+
+def _exact_dtype(images: Tensor) -> torch.dtype:
+    """The images' precision, or float64 where products of float32 matrices may be rounded to TF32 or bfloat16."""
+    exact = images.device.type != "cuda" and torch.get_float32_matmul_precision() == "highest"
+    return images.dtype if exact else torch.float64
 
 
 def _filter_matrix(size: int, like: Tensor) -> Tensor:

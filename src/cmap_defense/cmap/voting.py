@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,13 @@ def count_votes(logits: Tensor) -> Tensor:
 
 
 def log_mean_probability(logits: Tensor) -> Tensor:
-    """log (1/K) sum_k softmax(logits_k), [B, classes] from [B, K, classes]; finite, float32 at least."""
+    """log (1/K) sum_k softmax(logits_k), [B, classes] from [B, K, classes]; finite, float32 at least.
+
+    Added up in the order of size, so that it is exactly the same for every order of the K latents.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return (
-        logits.to(wide).log_softmax(dim=-1).clamp_min(LOWEST).logsumexp(dim=1)
-        - torch.tensor(logits.shape[1]).log().item()
+    return logits.to(wide).log_softmax(dim=-1).clamp_min(LOWEST).sort(dim=1).values.logsumexp(dim=1) - math.log(
+        logits.shape[1]
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
         content = path.read_bytes() if path.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
         sizes = np.frombuffer(content, dtype=">i4", count=axes, offset=4)
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(sizes)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from error
 
 
@@ -114,11 +115,13 @@ def _npz(path: Path) -> LabelledImages:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
     if "images" not in arrays:
         raise DataError(f"{path} has no array named images.")
     images = arrays["images"]
+    if images.ndim < 3:
+        raise DataError(f"{path}: images must be [N, H, W, C] or [N, H, W], but are {list(images.shape)}.")
     if images.ndim == 3:
         images = images[..., None]
     return _labelled(images, arrays.get("labels", np.zeros(len(images), dtype=np.int64)), str(path))

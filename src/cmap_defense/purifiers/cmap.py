@@ -9,10 +9,14 @@ from cmap_defense.backbones.base import latent_caster
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.optimise import Callback, generate_in_chunks, optimise_latents
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.errors import BackboneError
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
 
 __all__ = ["CMAP"]
+
+RANGE_TOLERANCE = 1e-2
+"""How far outside [-1, 1] a backbone's images may be, for the rounding of half precision."""
 
 
 class CMAP:
@@ -54,7 +58,13 @@ class CMAP:
             found, history = optimise_latents(
                 generate, images.detach().to(dtype), start, self.settings, callback=callback, max_parallel=max_parallel
             )
-            purified = (generate_in_chunks(generate, found, max_parallel) + 1) / 2
+            generated = generate_in_chunks(generate, found, max_parallel)
+            if generated.numel() and generated.abs().max() > 1 + RANGE_TOLERANCE:
+                raise BackboneError(
+                    f"The backbone's generate must return images in [-1, 1], but their largest magnitude is "
+                    f"{generated.abs().max().item():.4g}."
+                )
+            purified = (generated.clamp(-1, 1) + 1) / 2
         return PurificationResult(purified, found, history, None if latents is not None else seeds)
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     """Write ``checkpoint-<step>.pt`` and delete all but the ``keep`` newest."""
     path = folder / f"checkpoint-{step:08d}.pt"
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     for old in _checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -39,8 +43,10 @@ def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     for path in reversed(_checkpoints(folder)):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError):
-            continue  # a damaged file: the one before it is whole
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError):
+            continue  # a damaged or foreign file: the one before it may be whole
+        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+            raise CheckpointError(f"{path} is not a checkpoint of this package. Give another folder.")
         differing = {
             f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
             for part, new in settings.items()

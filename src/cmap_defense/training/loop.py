@@ -6,10 +6,11 @@ on the same machine with the same number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ def train(
     ema = EMA(backbone, settings.ema_half_life)
     optimiser = torch.optim.Adam(backbone.parameters(), lr=settings.learning_rate, betas=settings.betas)
     order = DataOrder(len(images), settings.batch_size, settings.seed)
-    step, since = 0, []
+    step = 0
+    since: list[float] = []  # losses since the last checkpoint
     state = load_newest(folder, described)
     if state is not None:
-        step, since = state["step"], state["since"]
+        step = state["step"]
         backbone.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
         ema.load(state["ema"])
@@ -98,19 +100,18 @@ def train(
         if step % every == 0 or step == settings.steps:
             mean = math.fsum(since) / len(since)
             since = []
+            _log(folder / "log.jsonl", {"step": step, "images": step * settings.batch_size, "loss": mean})
             save_checkpoint(
                 folder,
                 step,
                 {
                     "step": step,
-                    "since": since,
                     "settings": described,
                     "weights": backbone.state_dict(),
                     "optimiser": optimiser.state_dict(),
                     "ema": ema.weights,
                 },
             )
-            _log(folder / "log.jsonl", {"step": step, "images": step * settings.batch_size, "loss": mean})
             if on_checkpoint is not None:
                 with _averaged(backbone, ema):
                     on_checkpoint(step)
@@ -140,7 +141,10 @@ def _step(
         batch = torch.where(mirrored[:, None, None, None].to(device), batch.flip(-1), batch)
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(settings, step * settings.batch_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+    with (
+        _seeded(device, generator_for(settings.seed, 3, step).initial_seed()),
+        torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
+    ):
         losses = objective(backbone.denoise, batch, generator, step / settings.steps, backbone.noise)
     loss = losses.mean()
     optimiser.zero_grad(set_to_none=True)
@@ -148,6 +152,14 @@ def _step(
     nn.utils.clip_grad_norm_(backbone.parameters(), settings.clip_norm)
     optimiser.step()
     return loss.item()
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators, which dropout draws from, seeded; as they were afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class _averaged:
@@ -173,5 +185,8 @@ def _log(path: Path, row: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = [old for old in rows if old["step"] < row["step"]] + [row]
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    partial.replace(path)
+    try:
+        partial.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

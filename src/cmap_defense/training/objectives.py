@@ -41,8 +41,8 @@ class ECT:
         self, denoise: Denoise, images: Tensor, generator: torch.Generator, progress: float, noise_range: NoiseRange
     ) -> Tensor:
         s = self.settings
-        log_sigma = s.sigma_mean + s.sigma_std * torch.randn(len(images), generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
+        log_sigma = s.sigma_mean + s.sigma_std * torch.randn(len(images), generator=generator, device="cpu")
+        noise = torch.randn(images.shape, generator=generator, device="cpu")
         t = log_sigma.exp().clamp(noise_range.sigma_min * (1 + 1e-3), noise_range.sigma_max).to(images.device)
         r = ect_previous_level(t, ect_stage(progress, s), s, noise_range.sigma_min)
         z = noise.to(images.device)

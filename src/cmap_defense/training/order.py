@@ -31,5 +31,8 @@ class DataOrder:
 
     def _epoch(self, epoch: int) -> Tensor:
         if self._cached[0] != epoch:
-            self._cached = (epoch, torch.randperm(self.length, generator=generator_for(self.seed, 1, epoch)))
+            self._cached = (
+                epoch,
+                torch.randperm(self.length, generator=generator_for(self.seed, 1, epoch), device="cpu"),
+            )
         return self._cached[1]

@@ -1,0 +1,29 @@
+"""Where a module is and in which precision; also of ``nn.DataParallel``'s replicas, which have no parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["device_of", "dtype_of", "weights_of"]
+
+
+def weights_of(module: object) -> Iterator[Tensor]:
+    """The parameters and then the buffers of a module and its parts; nothing for what is no module."""
+    if isinstance(module, nn.Module):
+        for part in module.modules():
+            replica = getattr(part, "_former_parameters", {})  # where DataParallel leaves a replica's
+            own = (*part._parameters.values(), *replica.values(), *part._buffers.values())
+            yield from (tensor for tensor in own if tensor is not None)
+
+
+def device_of(module: object) -> torch.device | None:
+    """The device of the first weight; None when there is none."""
+    return next((tensor.device for tensor in weights_of(module)), None)
+
+
+def dtype_of(module: object) -> torch.dtype | None:
+    """The precision of the first floating-point weight; None when there is none."""
+    return next((tensor.dtype for tensor in weights_of(module) if tensor.is_floating_point()), None)
