@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,24 @@ class TestInputs:
         other = make(normalize=(mean, std), inputs="normalized")(normalized, seeds=[1] * 4)
         assert torch.allclose(plain, other, atol=1e-4)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_normalized_inputs_in_half_precision_pass_although_they_are_rounded(self, dtype: torch.dtype) -> None:
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        x = images().round(decimals=1).clamp(0, 1)
+        assert x.min() == 0
+        assert x.max() == 1
+        normalized = ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).to(dtype)
+        assert make(normalize=(mean, std), inputs="normalized")(normalized).shape == (4, CLASSES)
+        with pytest.raises(CmapError, match="mean and std"):
+            make(normalize=(mean, std), inputs="normalized")(normalized * 1.2)
+
+    def test_numpy_values_are_numbers_too(self) -> None:
+        x = images()
+        by_numpy = make(normalize=(np.full(3, 0.5), np.full(3, 0.25)), seed=np.int64(3))
+        assert torch.equal(by_numpy(x), make(normalize=(0.5, 0.25), seed=3)(x))
+        assert torch.equal(make()(x, seeds=np.arange(4)), make()(x, seeds=[0, 1, 2, 3]))
+        assert CMAPSettings.from_json(CMAPSettings(n_latents=np.int64(3)).to_json()) == CMAPSettings(n_latents=3)
+
     def test_one_number_stands_for_all_channels(self) -> None:
         x = images()
         assert torch.equal(
@@ -268,6 +287,23 @@ class TestModule:
     def test_data_parallel_wraps_it(self) -> None:
         model = make(seed=0)
         assert torch.equal(nn.DataParallel(model)(images()), model(images()))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_replica_of_data_parallel_answers_alike_in_every_precision(self, dtype: torch.dtype) -> None:
+        model = make(seed=0).to(dtype)
+        twin = replica_of(model)
+        assert not list(twin.parameters())
+        assert torch.equal(twin(images()), model(images()))
+        with pytest.raises(CmapError, match="images are on meta"):
+            twin(images().to("meta"))
+
+    def test_a_default_device_does_not_reach_seeds_and_noise(self) -> None:
+        model, x = make(), images()
+        torch.manual_seed(5)
+        expected = model(x)
+        torch.manual_seed(5)
+        with torch.device("meta"):
+            assert torch.equal(model(x), expected)
 
     def test_a_hook_may_replace_the_latents(self) -> None:
         model = make(settings=QUICK.replace(iterations=1, learning_rate=1e-9))
@@ -375,6 +411,19 @@ class TestGradient:
         assert torch.equal(gradients[0], gradients[1])
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """A copy as nn.DataParallel makes it on each device: plain tensors in place of registered parameters."""
+    twin = module._replicate_for_data_parallel()
+    twin._former_parameters = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    for name, tensor in twin._former_parameters.items():
+        setattr(twin, name, tensor)
+    for name, child in module._modules.items():
+        if child is not None:
+            twin._modules[name] = replica_of(child)
+            setattr(twin, name, twin._modules[name])
+    return twin
+
+
 def bad_nan() -> Tensor:
     x = images()
     x[2, 0, 1, 1] = float("nan")
@@ -453,9 +502,11 @@ BAD_OPTIONS = {
     "classifier elsewhere": (
         lambda: make(classifier=ToyClassifier().to("meta"))(images()),
         RuntimeError,
-        "model is on meta",
+        "backbone is on cpu.*classifier is on meta",
     ),
     "missing folder": (lambda: make(backbone="./no-such-folder"), OSError, "backbone.json"),
+    "hook": (lambda: make().register_latent_hook(3), ValueError, "callable"),
+    "a class as classifier": (lambda: make(classifier=ToyClassifier), ValueError, "instance"),
     "classifier": (lambda: make(classifier="resnet"), ValueError, "callable"),
     "vote": (lambda: make(vote="hard"), ValueError, "'label', 'soft'"),
     "inputs": (lambda: make(inputs="imagenet"), ValueError, "'unit', 'normalized'"),
@@ -490,6 +541,7 @@ BAD_CLASSIFIERS = {
     "a tuple": (lambda x: (x.flatten(1), None), "tuple"),
     "labels": (lambda x: x.flatten(1).long(), "int64"),
     "NaN": (lambda x: x.flatten(1) * float("nan"), "NaN"),
+    "nothing but -inf": (lambda x: torch.full((len(x), 4), -torch.inf), "-inf"),
 }
 
 
@@ -530,6 +582,7 @@ class BrokenBackbone(ToyBackbone):
         (lambda g: g.detach(), "detach"),
         (lambda g: g * float("nan"), "NaN"),
         (lambda g: None, "NoneType"),
+        (lambda g: 3 * g, r"\[-1, 1\]"),
     ],
 )
 def test_a_backbone_that_breaks_its_promise(change: object, message: str) -> None:

@@ -20,6 +20,13 @@ def test_images_and_classifier() -> None:
         assert (load_classifier()(images).argmax(1) == labels).float().mean() > 0.88
 
 
+def test_the_attack_of_the_demo_takes_the_bare_classifier_below_20_percent() -> None:
+    classifier = load_classifier()
+    images, labels = load_test_images()
+    result = PGD(ThreatModel(eps=0.05), steps=20)(classifier, images, labels)
+    assert result.success.float().mean() > 0.8
+
+
 def test_all_assets_together_stay_under_8_mb() -> None:
     files = [path for path in ASSETS.parent.rglob("*") if path.is_file()]
     assert len(files) >= 5

@@ -407,6 +407,6 @@ def _resize_mode(resize: str | bool | None) -> str | None:
 
 
 def _any_integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"PurifiedClassifier.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
-    return value
+    return int(value)

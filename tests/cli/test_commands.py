@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,7 +50,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 def test_demo_as_json(tmp_path: Path) -> None:
     done = run(
-        "demo", "--images", "4", "--latents", "2", "--iterations", "6", "--out", "pictures", "--json", cwd=tmp_path
+        "demo", "--images", "12", "--latents", "2", "--iterations", "25", "--out", "pictures", "--json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no progress bar in a pipe"
@@ -57,9 +59,9 @@ def test_demo_as_json(tmp_path: Path) -> None:
         for state in ("clean", "attacked"):
             low, high = answer["intervals"][kind][state]
             assert 0 <= low <= answer[kind][state] <= high <= 1
-    assert answer["bare"]["attacked"] < answer["bare"]["clean"]
+    assert answer["bare"]["attacked"] < 0.2 < answer["purified"]["attacked"], "the attacked classifier recovers"
     assert answer["settings"]["n_latents"] == 2
-    assert answer["settings"]["iterations"] == 6
+    assert answer["settings"]["iterations"] == 25
     assert answer["note"] == "the attacker did not know the defence"
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["latents.png", "sheet.png"]
     for path in answer["files"]:
@@ -110,6 +112,9 @@ def test_purify_writes_a_file_of_the_same_name_and_size(
         (["demo", "--images", "0"], 2, "--images"),
         (["backbones", "info", "no-such-backbone"], 1, "fashion-mnist-ct"),
         (["train", "--data", "cifar", "-o", "out"], 1, "fashion-mnist"),
+        (["train", "--data", "data.npz", "-o", "out", "--attention", "7"], 2, "--attention"),
+        (["train", "--data", "data.npz", "-o", "out", "--device", "cuda:99"], 2, "cuda:99"),
+        (["demo", "-o", "boot.png/below"], 2, "cannot be written to"),
         (["dmeo"], 2, "dmeo"),
     ],
 )
@@ -167,6 +172,12 @@ def test_a_trained_backbone_can_be_used(tmp_path: Path, capsys: pytest.CaptureFi
     assert record["image_shape"] == [3, 8, 12]
     assert record["training"]["images"] == 32
     assert record["training"]["images_seen"] == 32
+    words = shlex.split(record["training"]["command"])
+    assert words[:2] == ["cmap-defense", "train"]
+    assert "--seed" in words
+    assert main([*words[1:], "-o", str(tmp_path / "again")]) == 0
+    again = tmp_path / "again" / "backbone" / "weights.safetensors"
+    assert again.read_bytes() == (tmp_path / "run" / "backbone" / "weights.safetensors").read_bytes()
     Image.new("RGB", (12, 8)).save(tmp_path / "black.png")
     purified = ["purify", str(tmp_path / "black.png"), "-b", answer["backbone"], "-o", str(tmp_path / "out")]
     assert main([*purified, "--latents", "1", "--iterations", "2"]) == 0
@@ -196,13 +207,50 @@ def test_other_settings_do_not_continue_a_training(tmp_path: Path, capsys: pytes
     assert "train.seed: 0 there, 1 here" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_with_130_and_no_half_written_file(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*COMMAND, "demo", "--images", "64", "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.strip() == "Interrupted."
-    assert not (tmp_path / "out").exists()
+INTERRUPTED = """
+import os, signal, sys
+from PIL import Image
+import cmap_defense.cli.demo, cmap_defense.evaluation.demo
+from cmap_defense.cli.main import main
+
+def interrupt(*arguments, **options):
+    if {inside_a_file}:
+        with open(arguments[1], "wb") as file:
+            file.write(b"half")
+    os.kill(os.getpid(), signal.SIGINT)
+
+{what} = interrupt
+sys.exit(main(["demo", "--images", "2", "--latents", "1", "--iterations", "2", "-o", "out"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "inside_a_file"), [("cmap_defense.evaluation.demo.PGD", False), ("Image.Image.save", True)]
+)
+def test_ctrl_c_ends_with_130_and_no_half_written_file(tmp_path: Path, what: str, inside_a_file: bool) -> None:
+    script = INTERRUPTED.format(what=what, inside_a_file=inside_a_file)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Interrupted."
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    arguments = ["demo", "--images", "1", "--latents", "1", "--iterations", "2", "-o", "out"]
+    done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, check=False)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(end)
+    os.close(terminal)
+    assert done.returncode == 0
+    assert "it/s" in shown
+
+
+@pytest.mark.slow
+def test_the_demo_without_arguments_takes_less_than_a_minute_and_recovers(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    done = run("demo", "--json", cwd=tmp_path)
+    assert time.perf_counter() - start < 60
+    answer = json.loads(done.stdout)
+    assert answer["bare"]["attacked"] < 0.2
+    assert answer["purified"]["attacked"] > answer["bare"]["attacked"] + 0.3

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,19 @@ def test_colour_becomes_grey_and_grey_becomes_colour(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "white.png", 1), torch.ones(1, 3, 4))
     Image.new("L", (4, 3), 0).save(tmp_path / "black.png")
     assert torch.equal(read_image(tmp_path / "black.png", 3), torch.zeros(3, 3, 4))
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    expected = torch.tensor([[[0, 255, 32768, 65535]]]) / 65535
+    assert torch.allclose(read_image(tmp_path / "deep.png", 1), expected)
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter
+    Image.new("RGB", (7, 3), (255, 0, 0)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg", 3).shape == (3, 7, 3)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

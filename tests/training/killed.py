@@ -1,8 +1,8 @@
 """A training in a process of its own, which :mod:`test_loop` kills; ``python killed.py FOLDER WHERE``.
 
 WHERE is "never" (train to the end) or the place at which the process says "ready" and waits to be killed: "step" (after
-step 17, between two checkpoints), "save" (half of the second checkpoint is written), "saved" (the second checkpoint is
-written, its line of the log is not).
+step 17, between two checkpoints), "save" (half of the second checkpoint is written), "saved" (it is written whole, and
+nothing is done after it), "logged" (the same for its line of the log).
 """
 
 from __future__ import annotations
@@ -81,10 +81,17 @@ def stop_half_way_through_saving() -> None:
     checkpoint.torch.save = half
 
 
-def stop_before_the_second_line_of_the_log() -> None:
-    """The line of step 20 waits for ever; that of step 10 is written."""
-    log = loop._log
-    loop._log = lambda path, row: wait_to_be_killed() if row["step"] == 20 else log(path, row)
+def stop_after_the_second_call(name: str) -> None:
+    """Let the loop's function ``name`` return once, then finish its work once more and wait."""
+    function, calls = getattr(loop, name), []
+
+    def stopping(*arguments: Any) -> None:
+        calls.append(arguments)
+        function(*arguments)
+        if len(calls) == 2:
+            wait_to_be_killed()
+
+    setattr(loop, name, stopping)
 
 
 def main(folder: Path, where: str) -> None:
@@ -97,7 +104,9 @@ def main(folder: Path, where: str) -> None:
     if where == "save":
         stop_half_way_through_saving()
     if where == "saved":
-        stop_before_the_second_line_of_the_log()
+        stop_after_the_second_call("save_checkpoint")
+    if where == "logged":
+        stop_after_the_second_call("_log")
     backbone, ema = run(folder, on_step=on_step)
     torch.save({"weights": backbone.state_dict(), "ema": ema.weights}, folder / "result.pt")
 

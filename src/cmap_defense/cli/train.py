@@ -177,7 +177,10 @@ def _command() -> str:
     words = ["cmap-defense train"]
     for option in context.command.params:
         value = context.params[option.name or ""]
-        if option.name in ("out", "as_json", "device") or value in (None, False, ""):
+        if option.name in ("out", "as_json", "device") or value is None or value == "":
+            continue
+        if value is False:
+            words += option.secondary_opts[:1]
             continue
         words.append(option.opts[0])
         if value is not True:

@@ -61,7 +61,8 @@ def _exact_dtype(images: Tensor) -> torch.dtype:
 
 def _filter_matrix(size: int, like: Tensor) -> Tensor:
     """[size, size]: filtering one axis with the window, zeros outside."""
-    window = SSIM(win_size=WINDOW_SIZE, win_sigma=WINDOW_SIGMA, channel=1).win.flatten().to(like)
+    with torch.device("cpu"):  # whatever the default device is
+        window = SSIM(win_size=WINDOW_SIZE, win_sigma=WINDOW_SIGMA, channel=1).win.flatten().to(like)
     offset = torch.arange(size, device=like.device)[None, :] - torch.arange(size, device=like.device)[:, None]
     offset = offset + WINDOW_SIZE // 2
     inside = (offset >= 0) & (offset < WINDOW_SIZE)
