@@ -172,7 +172,9 @@ def our_loop(backbone: ConsistencyBackbone, classifier: nn.Module, settings: CMA
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def entries(name: str, classifier: nn.Module, settings: CMAPSettings, *, image_by_image: bool) -> list[Entry]:
+def entries(
+    name: str, classifier: nn.Module, settings: CMAPSettings, *, image_by_image: bool, compiled: bool
+) -> list[Entry]:
     """The lines of the table, the reference's first."""
     backbone = load_backbone(name).to(memory_format=torch.contiguous_format)  # as a plain loader leaves it
     wastes = Wastes()
@@ -188,6 +190,10 @@ def entries(name: str, classifier: nn.Module, settings: CMAPSettings, *, image_b
     faster = load_backbone(name).to(memory_format=torch.channels_last)
     found.append(Entry("- weights laid out channels last", reference_loop(faster, classifier, settings, wastes)))
     found.append(Entry("ours", our_loop(load_backbone(name), classifier, settings)))
+    if compiled:
+        backbone = load_backbone(name)
+        backbone.network.compile()
+        found.append(Entry("ours, network compiled", our_loop(backbone, classifier, settings)))
     half = load_backbone(name, dtype=torch.bfloat16)
     found.append(Entry("ours, network in bfloat16", our_loop(half, classifier, settings), same_work=False))
     return found if image_by_image else found[1:]
@@ -223,6 +229,7 @@ def mean_objective(backbone: ConsistencyBackbone, images: Tensor, latents: Tenso
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True, help="N")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--image-by-image/--no-image-by-image", default=True, help="have that line, or leave it out")
+@click.option("--compile", "compiled", is_flag=True, help="have a line with the network through torch.compile")
 @click.option("--threads", type=click.IntRange(1), help="of torch; its own choice by default")
 @click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall", show_default=True)
 @click.option("--json", "report", type=click.Path(path_type=Path, dir_okay=False), help="write the figures there")
@@ -233,6 +240,7 @@ def main(
     iterations: int,
     repeats: int,
     image_by_image: bool,
+    compiled: bool,
     threads: int | None,
     clock: str,
     report: Path | None,
@@ -250,8 +258,8 @@ def main(
     settings = settings.replace(n_latents=n_latents, iterations=iterations)
     latents = draw_latents(torch.arange(n_images), n_latents, judge.image_shape)
 
-    lines = entries(name, classifier, settings, image_by_image=image_by_image)
-    measure(lines, images[:1], latents[:1, :2], 1, CLOCKS[clock])  # the first call of everything is slow
+    lines = entries(name, classifier, settings, image_by_image=image_by_image, compiled=compiled)
+    measure(lines, images, latents, 1, CLOCKS[clock])  # the first call of everything is slow
     seconds, final = measure(lines, images, latents, repeats, CLOCKS[clock])
 
     names = [line.name for line in lines]

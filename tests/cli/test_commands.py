@@ -254,3 +254,12 @@ def test_the_demo_without_arguments_takes_less_than_a_minute_and_recovers(tmp_pa
     answer = json.loads(done.stdout)
     assert answer["bare"]["attacked"] < 0.2
     assert answer["purified"]["attacked"] > answer["bare"]["attacked"] + 0.3
+
+
+def test_other_data_do_not_continue_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path)
+    arguments = ["train", "--data", str(data), "--images", "16", *TINY_TRAINING, "-o", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    np.savez(data, images=np.zeros((40, 8, 12, 3), dtype=np.uint8))
+    assert main(arguments) == 1
+    assert "data.sha256" in capsys.readouterr().err

@@ -18,7 +18,7 @@ _NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>.pt`` and delete all but the ``keep`` newest."""
+    """Write ``checkpoint-<step>.pt`` and delete all but the ``keep`` newest, 1 at least."""
     path = folder / f"checkpoint-{step:08d}.pt"
     partial = path.with_suffix(".partial")
     try:
@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    for old in _checkpoints(folder)[:-keep]:
+    for old in _checkpoints(folder)[: -max(1, keep)]:
         old.unlink(missing_ok=True)
     return path
 
@@ -49,8 +49,8 @@ def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
             raise CheckpointError(f"{path} is not a checkpoint of this package. Give another folder.")
         differing = {
             f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-            for part, new in settings.items()
-            for old in [state["settings"].get(part, {})]
+            for part in settings.keys() | state["settings"].keys()
+            for old, new in [(state["settings"].get(part, {}), settings.get(part, {}))]
             for name in old.keys() | new.keys()
             if old.get(name) != new.get(name)
         }
@@ -64,4 +64,5 @@ def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
+    found = [(match, path) for path in folder.glob("checkpoint-*.pt") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]

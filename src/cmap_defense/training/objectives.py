@@ -59,9 +59,11 @@ def consistency_loss(denoise: Denoise, images: Tensor, z: Tensor, t: Tensor, r: 
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt(||a - b||^2 + c^2) - c over all but the first axis (Song and Dhariwal 2023, arXiv 2310.14189, eq. 8)."""
-    square = (a - b).float().square().flatten(1).sum(dim=1)
-    return (square + c**2).sqrt() - c
+    """sqrt(||a - b||^2 + c^2) - c over all but the first axis, c above 0; arXiv 2310.14189, eq. 8."""
+    difference = a - b
+    wide = difference.to(torch.promote_types(difference.dtype, torch.float32))
+    square = wide.square().flatten(1).sum(dim=1)
+    return square / ((square + c**2).sqrt() + c)  # the same without cancellation
 
 
 def ect_stage(progress: float, settings: ECTSettings) -> int:

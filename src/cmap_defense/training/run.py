@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,11 @@ def train_backbone(
         backbone = ConsistencyBackbone(CompactUNet(network), network.image_shape).to(device)
     if compile_network:
         backbone.network.compile()
-    settings_by_part = {"objective": objective.to_dict(), "network": network.to_dict()}
+    settings_by_part = {
+        "objective": objective.to_dict(),
+        "network": network.to_dict(),
+        "data": {"images": len(images), "sha256": hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()},
+    }
     record = dict(described)
     record["training"] = {
         **record.get("training", {}),

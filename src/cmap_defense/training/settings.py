@@ -32,11 +32,14 @@ class ECTSettings(Settings):
     def __post_init__(self) -> None:
         require_number("ECTSettings", "sigma_mean", self.sigma_mean)
         require_number("ECTSettings", "sigma_std", self.sigma_std, above=0.0)
-        require_integer("ECTSettings", "halvings", self.halvings, minimum=0)
+        if require_integer("ECTSettings", "halvings", self.halvings, minimum=0) > 16:
+            raise SettingsError(
+                f"ECTSettings.halvings must be at most 16, but is {self.halvings}: the gap would vanish."
+            )
         require_number("ECTSettings", "settle", self.settle, minimum=0.0, below=1.0)
         require_number("ECTSettings", "gap_scale", self.gap_scale, minimum=0.0)
         require_number("ECTSettings", "gap_steepness", self.gap_steepness, above=0.0)
-        require_number("ECTSettings", "huber", self.huber, minimum=0.0)
+        require_number("ECTSettings", "huber", self.huber, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
