@@ -30,6 +30,7 @@ FLOORS = {
     "hooks": 0,
     "inputs": 0,
     "modules": 0,
+    "normalisation": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

@@ -8,7 +8,6 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -33,6 +32,7 @@ from cmap_defense.inputs import (
     check_device,
     check_finite,
     check_images,
+    check_logits,
     check_seeds,
     check_shape,
     check_unit_range,
@@ -40,11 +40,12 @@ from cmap_defense.inputs import (
     signed_word,
 )
 from cmap_defense.modules import device_of, dtype_of, weights_of
+from cmap_defense.normalisation import Normalisation
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.rng import fresh_seeds
-from cmap_defense.settings import require_choice, require_integer, require_numbers
+from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["PurifiedClassifier"]
 
@@ -137,7 +138,9 @@ class PurifiedClassifier(nn.Module):
         if settings is None:
             settings = _settings_of(self.backbone)
         self.purifier: Purifier = CMAP(settings)
-        self.normalize = self._check_normalize(normalize)
+        if normalize is None and self.inputs == "normalized":
+            raise SettingsError('inputs="normalized" needs normalize=(mean, std), those that the images went through.')
+        self.normalisation = None if normalize is None else Normalisation.of(normalize, self.image_shape[0])
         self._latent_hooks = LatentHooks()
 
     @property
@@ -256,10 +259,9 @@ class PurifiedClassifier(nn.Module):
         check_shape(images, self.image_shape, resizes=self.resize is not None)
         slack = 0.0
         if self.inputs == "normalized":
-            assert self.normalize is not None
-            mean, std = self._normalisation(images)
-            images = images * std + mean
-            slack = 4 * rounding * (1 + max(map(abs, (*self.normalize[0], *self.normalize[1]))))
+            assert self.normalisation is not None
+            images = self.normalisation.undo(images)
+            slack = self.normalisation.slack(rounding)
         check_unit_range(images, inputs=self.inputs, slack=slack)
         return images
 
@@ -323,22 +325,10 @@ class PurifiedClassifier(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         """The classifier's logits [M, classes], float32 at least, checked."""
-        if self.normalize is not None:
-            mean, std = self._normalisation(images)
-            images = (images - mean) / std
+        if self.normalisation is not None:
+            images = self.normalisation.apply(images)
         dtype = dtype_of(self.classifier)
-        logits = self.classifier(images if dtype is None else images.to(dtype))
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 1:
-            came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ClassifierError(f"The classifier must return logits [{len(images)}, classes], but returned {came}.")
-        if not logits.is_floating_point():
-            raise ClassifierError(f"The classifier must return floating-point logits, but returned {logits.dtype}.")
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if torch.isnan(logits.detach()).any() or torch.isposinf(logits.detach()).any():
-            raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
-        if torch.isneginf(logits.detach()).all(dim=1).any():
-            raise ClassifierError("The classifier returned -inf for every class of a purified image.")
-        return logits
+        return check_logits(self.classifier(images if dtype is None else images.to(dtype)), len(images))
 
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
@@ -349,32 +339,6 @@ class PurifiedClassifier(nn.Module):
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         return self._judged(
             PurificationResult(shown, latents, history, seeds), logits[:, None].expand(0, n_latents, logits.shape[1])
-        )
-
-    def _normalisation(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [C, 1, 1] in the images' precision."""
-        assert self.normalize is not None
-        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in self.normalize)
-        return mean, std
-
-    def _check_normalize(
-        self, normalize: tuple[Sequence[float] | float, Sequence[float] | float] | None
-    ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation per channel as tuples."""
-        if normalize is None:
-            if self.inputs == "normalized":
-                raise SettingsError(
-                    'inputs="normalized" needs normalize=(mean, std), the ones that the images went through.'
-                )
-            return None
-        if not isinstance(normalize, (Sequence, Tensor, np.ndarray)) or len(normalize) != 2:
-            raise SettingsError(f"normalize must be (mean, std), but is {normalize!r}.")
-        channels = self.image_shape[0]
-        mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
-        mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
-        return (
-            require_numbers("PurifiedClassifier", "normalize mean", mean, length=channels),
-            require_numbers("PurifiedClassifier", "normalize std", std, length=channels, above=0.0),
         )
 
 

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
+from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError
 
 __all__ = [
     "RESIZE_MODES",
     "check_device",
     "check_finite",
     "check_images",
+    "check_logits",
     "check_seeds",
     "check_shape",
     "check_unit_range",
@@ -121,6 +122,25 @@ def check_seeds(seeds: object, count: int) -> Tensor:
     if tuple(seeds.shape) != (count,):
         raise InputValueError(f"seeds must be one per image, [{count}], but are {list(seeds.shape)}.")
     return seeds.detach().to("cpu", torch.int64)
+
+
+def check_logits(logits: object, count: int) -> Tensor:
+    """A classifier's logits [count, classes], float32 at least.
+
+    Raises:
+        ClassifierError: another shape or dtype, NaN, +inf, or a row of nothing but -inf.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 1:
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ClassifierError(f"The classifier must return logits [{count}, classes], but returned {came}.")
+    if not logits.is_floating_point():
+        raise ClassifierError(f"The classifier must return floating-point logits, but returned {logits.dtype}.")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if torch.isnan(logits.detach()).any() or torch.isposinf(logits.detach()).any():
+        raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
+    if torch.isneginf(logits.detach()).all(dim=1).any():
+        raise ClassifierError("The classifier returned -inf for every class of a purified image.")
+    return logits
 
 
 def signed_word(seed: int) -> int:

@@ -80,7 +80,7 @@ def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.
     with torch.inference_mode(False):
         network.load_state_dict(weights)
         backbone = backbone.to(dtype).eval().requires_grad_(False)
-        if dtype == torch.float32:  # measured in docs/performance.md: faster in float32, slower in bfloat16 on a CPU
+        if dtype == torch.float32:  # see docs/performance.md
             backbone = backbone.to(memory_format=torch.channels_last)
     backbone.record = record
     backbone.default_settings = dict(record.settings)

@@ -1,0 +1,53 @@
+"""The affine map between images in [0, 1] and what a classifier was trained on, channel by channel."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from typing_extensions import Self
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.settings import require_numbers
+
+__all__ = ["Normalisation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """mean, std: one number per channel, std above 0."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, normalize: Any, channels: int) -> Self:
+        """From (mean, std), numbers or one number per channel each. Raises :class:`SettingsError` on anything else."""
+        if not isinstance(normalize, (Sequence, Tensor, np.ndarray)) or len(normalize) != 2:
+            raise SettingsError(f"normalize must be (mean, std), but is {normalize!r}.")
+        mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
+        mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
+        return cls(
+            require_numbers("PurifiedClassifier", "normalize mean", mean, length=channels),
+            require_numbers("PurifiedClassifier", "normalize std", std, length=channels, above=0.0),
+        )
+
+    def apply(self, images: Tensor) -> Tensor:
+        """(images - mean) / std, [B, C, H, W]."""
+        return (images - self._column(images, self.mean)) / self._column(images, self.std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """images std + mean, [B, C, H, W]."""
+        return images * self._column(images, self.std) + self._column(images, self.mean)
+
+    def slack(self, rounding: float) -> float:
+        """How far outside [0, 1] :meth:`undo` may end for images that were rounded by ``rounding`` of their size."""
+        return 4 * rounding * (1 + max(map(abs, (*self.mean, *self.std))))
+
+    @staticmethod
+    def _column(images: Tensor, values: tuple[float, ...]) -> Tensor:
+        return images.new_tensor(values)[:, None, None]
