@@ -18,6 +18,7 @@ FLOORS = {
     "classifier": 3,
     "purifiers": 2,
     "gradients": 2,
+    "conditioning": 2,
     "cmap": 1,
     "backbones": 1,
     "data": 1,

@@ -17,6 +17,7 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cmap.optimise import Callback, LatentState
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
+from cmap_defense.conditioning import ClassLabels, choose_class_labels, require_class_labels
 from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
@@ -81,6 +82,10 @@ class PurifiedClassifier(nn.Module):
             result of :meth:`purify` counts votes either way).
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
+        class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
+            "predicted", the classifier's top label on the input; "spread", its K most likely ones, one per latent; or a
+            function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K]. The predicted label of an attacked image
+            is the attacker's: the purification then draws towards it. An unconditional backbone has no such weakness.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256.
 
@@ -102,6 +107,7 @@ class PurifiedClassifier(nn.Module):
         vote: str = "label",
         seed: int | None = None,
         gradient: GradientMode | None = None,
+        class_labels: ClassLabels = "predicted",
         max_parallel: int | None = None,
     ) -> None:
         super().__init__()
@@ -124,6 +130,7 @@ class PurifiedClassifier(nn.Module):
                 f"but is {gradient!r}."
             )
         self.gradient = gradient or StraightThrough()
+        self.class_labels = require_class_labels(class_labels)
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
 
@@ -154,12 +161,20 @@ class PurifiedClassifier(nn.Module):
         """(C, H, W) of the backbone's images."""
         return tuple(self.backbone.image_shape)  # pyright: ignore[reportReturnType, reportArgumentType]
 
-    def forward(self, images: Tensor, *, seeds: Tensor | Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        seeds: Tensor | Sequence[int] | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
         """Logits of purified images.
 
         Args:
             images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says.
             seeds: [B] integers, one per image; None for ``seed``, or fresh ones from torch's CPU generator.
+            class_labels: [B] or [B, K] integers for a class-conditional backbone, in place of the choice made at
+                construction.
 
         Returns:
             [B, classes], float32 at least, all finite: the log of the mean probability over the K purified images and,
@@ -170,7 +185,7 @@ class PurifiedClassifier(nn.Module):
             ClassifierError: the classifier did not return finite logits [M, classes].
             BackboneError: the backbone broke its promise.
         """
-        logits = self.purify(images, seeds=seeds).logits
+        logits = self.purify(images, seeds=seeds, class_labels=class_labels).logits
         assert logits is not None
         return vote_logits(logits, lift=self.vote == "label")
 
@@ -180,6 +195,7 @@ class PurifiedClassifier(nn.Module):
         *,
         latents: Tensor | None = None,
         seeds: Tensor | Sequence[int] | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
     ) -> PurificationResult:
         """The K purified versions of each image, and how they were found.
 
@@ -187,6 +203,7 @@ class PurifiedClassifier(nn.Module):
             images: as for :meth:`forward`.
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for :meth:`forward`; not together with ``latents``.
+            class_labels: as for :meth:`forward`; the labels in use are in the result.
 
         Returns:
             All of :class:`~cmap_defense.results.PurificationResult`. Its ``images`` have the size of the input and
@@ -196,7 +213,7 @@ class PurifiedClassifier(nn.Module):
         """
         wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            return self._purify(images, latents, seeds)
+            return self._purify(images, latents, seeds, class_labels)
 
     def register_latent_hook(self, hook: Callback) -> HookHandle:
         """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before every latent step.
@@ -219,14 +236,18 @@ class PurifiedClassifier(nn.Module):
         return f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.inputs!r}"
 
     def _purify(
-        self, images: Tensor, latents: Tensor | None, seeds: Tensor | Sequence[int] | None
+        self,
+        images: Tensor,
+        latents: Tensor | None,
+        seeds: Tensor | Sequence[int] | None,
+        class_labels: Tensor | Sequence[int] | None,
     ) -> PurificationResult:
         unit = self._to_unit(check_images(images))
         chosen = self._seeds(seeds, latents, len(unit))
         if latents is not None:
             latents = self._check_latents(latents, unit)
+        n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
-            n_latents = self.settings.n_latents if latents is None else latents.shape[1]
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self._resized(unit, self.image_shape[1:])
         result = self.purifier(
@@ -234,6 +255,14 @@ class PurifiedClassifier(nn.Module):
             small.detach(),
             seeds=chosen,
             latents=latents,
+            class_labels=choose_class_labels(
+                self.class_labels,
+                class_labels,
+                unit,
+                self._predict,
+                n_latents=n_latents,
+                num_classes=getattr(self.backbone, "num_classes", None),
+            ),
             callback=self._callback(),
             max_parallel=self.max_parallel,
         )
@@ -329,6 +358,11 @@ class PurifiedClassifier(nn.Module):
             images = self.normalisation.apply(images)
         dtype = dtype_of(self.classifier)
         return check_logits(self.classifier(images if dtype is None else images.to(dtype)), len(images))
+
+    def _predict(self, images: Tensor) -> Tensor:
+        """The classifier's logits [B, classes] on unit images that were not purified, in eval mode."""
+        with _evaluating(self.classifier):
+            return torch.cat([self._logits(piece) for piece in images.split(self.max_parallel or CLASSIFIER_CHUNK)])
 
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""

@@ -15,6 +15,7 @@ __all__ = [
     "GradientError",
     "InputTypeError",
     "InputValueError",
+    "MissingExtraError",
     "SettingsError",
     "UnknownNameError",
 ]
@@ -50,6 +51,10 @@ class BackboneError(CmapError, TypeError):
 
 class BackboneFileError(CmapError, OSError):
     """A backbone folder is missing, incomplete, truncated or written by something else."""
+
+
+class MissingExtraError(CmapError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
 
 
 class UnknownNameError(CmapError, LookupError):

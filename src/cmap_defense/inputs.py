@@ -14,6 +14,7 @@ from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, In
 
 __all__ = [
     "RESIZE_MODES",
+    "check_class_labels",
     "check_device",
     "check_finite",
     "check_images",
@@ -122,6 +123,32 @@ def check_seeds(seeds: object, count: int) -> Tensor:
     if tuple(seeds.shape) != (count,):
         raise InputValueError(f"seeds must be one per image, [{count}], but are {list(seeds.shape)}.")
     return seeds.detach().to("cpu", torch.int64)
+
+
+def check_class_labels(labels: object, count: int, num_classes: int | None) -> Tensor | None:
+    """Labels int64 [count] for a model of ``num_classes`` classes; None for one that is not class-conditional (None).
+
+    Raises:
+        InputTypeError: labels are not an integer tensor.
+        InputValueError: labels are missing or not wanted, not one per image, or outside 0 .. num_classes - 1.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise InputValueError("class_labels were given, but this backbone is not class-conditional: leave them out.")
+        return None
+    if labels is None:
+        raise InputValueError(
+            f"This backbone is class-conditional: give class_labels, integers [{count}] from 0 to {num_classes - 1}."
+        )
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise InputTypeError(f"class_labels must be an integer tensor [{count}], but are {came}.")
+    if tuple(labels.shape) != (count,):
+        raise InputValueError(f"class_labels must be one per image, [{count}], but are {list(labels.shape)}.")
+    if count and not bool(((labels >= 0) & (labels < num_classes)).all()):
+        low, high = (n.item() for n in labels.aminmax())
+        raise InputValueError(f"class_labels must lie in 0 .. {num_classes - 1}, but lie in {low} .. {high}.")
+    return labels.to(torch.int64)
 
 
 def check_logits(logits: object, count: int) -> Tensor:

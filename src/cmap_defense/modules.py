@@ -11,12 +11,13 @@ __all__ = ["device_of", "dtype_of", "weights_of"]
 
 
 def weights_of(module: object) -> Iterator[Tensor]:
-    """The parameters and then the buffers of a module and its parts; nothing for what is no module."""
+    """The parameters and then the buffers of a module with its parts; nothing for what is no module."""
     if isinstance(module, nn.Module):
         for part in module.modules():
             replica = getattr(part, "_former_parameters", {})  # where DataParallel leaves a replica's
-            own = (*part._parameters.values(), *replica.values(), *part._buffers.values())
-            yield from (tensor for tensor in own if tensor is not None)
+            yield from (tensor for tensor in (*part._parameters.values(), *replica.values()) if tensor is not None)
+        for part in module.modules():
+            yield from (tensor for tensor in part._buffers.values() if tensor is not None)
 
 
 def device_of(module: object) -> torch.device | None:

@@ -33,6 +33,8 @@ class PurificationResult:
     latents: [B, K, C, H, W], the unit latents found.
     history: loss terms and latent moments per iteration; None from a purifier that has no such loop.
     seeds: [B] int64 on the CPU, what the noise was drawn from; None when the caller gave the latents.
+    class_labels: [B, K] int64, the class that each latent was generated under; None where the backbone is not
+        class-conditional.
     logits: [B, K, classes], the classifier on each purified image.
     votes: [B, classes], how many of the K images are classified so.
     labels: [B], the majority label (eq. 14).
@@ -45,6 +47,7 @@ class PurificationResult:
     latents: Tensor
     history: History | None = None
     seeds: Tensor | None = None
+    class_labels: Tensor | None = None
     logits: Tensor | None = None
     votes: Tensor | None = None
     labels: Tensor | None = None

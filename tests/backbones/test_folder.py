@@ -256,7 +256,6 @@ RECORD_DAMAGE = {
     "config whose heads do not divide": with_config(channels=[4, 11], head_channels=4),
     "settings are a list": editing(settings=[1, 2]),
     "weights in the folder above": editing(weights_file="../weights.safetensors"),
-    "weights below": editing(weights_file="deep/weights.safetensors"),
     "weights anywhere": editing(weights_file="/etc/weights.safetensors"),
     "weights above, spelt for Windows": editing(weights_file="..\\weights.safetensors"),
     "weights are the folder": editing(weights_file="."),

@@ -1,9 +1,11 @@
-"""Generative models for CMAP: the protocol, our network, folders on disk, names and the Hub."""
+"""Generative models for CMAP: the protocol, networks, folders on disk, converters, names and the Hub."""
 
 from cmap_defense.backbones.base import Backbone
-from cmap_defense.backbones.folder import read_backbone, read_record, write_backbone
-from cmap_defense.backbones.karras import ConsistencyBackbone, NoiseRange
+from cmap_defense.backbones.convert import convert_jcm, convert_openai
+from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record, write_backbone
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
@@ -14,10 +16,16 @@ __all__ = [
     "CompactUNet",
     "CompactUNetConfig",
     "ConsistencyBackbone",
+    "EDMDenoiser",
+    "NCSNpp",
+    "NCSNppConfig",
     "NoiseRange",
     "backbone_names",
+    "convert_jcm",
+    "convert_openai",
     "load_backbone",
     "read_backbone",
+    "read_denoiser",
     "read_record",
     "registry_entry",
     "write_backbone",

@@ -19,6 +19,8 @@ class Backbone(Protocol):
     """Any ``nn.Module`` with these two; ``denoise(noisy, sigma)`` besides, where it has one.
 
     image_shape: (C, H, W) of its images and latents.
+
+    A class-conditional one has ``num_classes`` besides, and its ``generate`` takes [B] labels as second argument.
     """
 
     image_shape: tuple[int, int, int]
@@ -42,7 +44,15 @@ def check_backbone(backbone: object) -> nn.Module:
             f"A backbone has image_shape = (C, H, W), three positive integers, but {name} has {shape!r}."
         )
     if not callable(getattr(backbone, "generate", None)):
-        raise BackboneError(f"A backbone has generate(latents) -> images in [-1, 1], but {name} has no such method.")
+        hint = ""
+        if callable(getattr(backbone, "denoise", None)):
+            hint = " A diffusion model has no one-step generator: CMAP needs a consistency model."
+        raise BackboneError(
+            f"A backbone has generate(latents) -> images in [-1, 1], but {name} has no such method.{hint}"
+        )
+    classes = getattr(backbone, "num_classes", None)
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise BackboneError(f"num_classes must be a positive integer or None, but {name} has {classes!r}.")
     if any(p.is_inference() for p in backbone.parameters()):
         raise BackboneError(
             f"{name}'s weights were made under torch.inference_mode, which bars gradients: load it outside."
@@ -50,8 +60,8 @@ def check_backbone(backbone: object) -> nn.Module:
     return backbone
 
 
-def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """``backbone.generate`` under the autocast state of this moment, its input cast to the backbone's own precision.
+def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """``backbone.generate`` (latents, and labels where it is class-conditional) under the autocast state of this moment, its input cast to the backbone's own precision.
 
     Backbones that say ``accepts_any_float`` cast inside and get the latents as they are.
     """
@@ -61,8 +71,9 @@ def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[[Tensor
     autocast = torch.is_autocast_enabled(device.type)
     autocast_dtype = torch.get_autocast_dtype(device.type)
 
-    def generate(latents: Tensor) -> Tensor:
+    def generate(latents: Tensor, *class_labels: Tensor) -> Tensor:
+        cast = latents if dtype is None else latents.to(dtype)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
-            return backbone.generate(latents if dtype is None else latents.to(dtype))  # pyright: ignore[reportCallIssue]
+            return backbone.generate(cast, *class_labels)  # pyright: ignore[reportCallIssue]
 
     return generate

@@ -1,42 +1,51 @@
-"""A backbone on disk: one folder with ``backbone.json`` and a safetensors file."""
+"""A backbone on disk: one folder with ``backbone.json`` and safetensors, or a pipeline of the diffusers library."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from cmap_defense.backbones.karras import ConsistencyBackbone, NoiseRange
+from cmap_defense.backbones import diffusers
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel, NoiseRange
+from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
 from cmap_defense.errors import BackboneFileError, SettingsError
 from cmap_defense.settings import near_matches
 
-__all__ = ["RECORD_FILE", "read_backbone", "read_record", "write_backbone"]
+__all__ = ["RECORD_FILE", "read_backbone", "read_denoiser", "read_record", "write_backbone"]
 
 RECORD_FILE = "backbone.json"
 
 _NETWORKS: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "compact-unet": (CompactUNetConfig, CompactUNet),
+    "ncsnpp": (NCSNppConfig, NCSNpp),
 }
+_KINDS: dict[str, type[KarrasModel]] = {"consistency": ConsistencyBackbone, "diffusion": EDMDenoiser}
 
 
 def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
-    """The record of a backbone folder. Raises :class:`BackboneFileError` when it is missing or not a record."""
+    """The record of a backbone folder; one of diffusers' that has none is described from its configurations.
+
+    Raises:
+        BackboneFileError: it is missing or not a record.
+    """
     path = Path(folder) / RECORD_FILE
+    if not path.is_file() and diffusers.is_diffusers(folder):
+        return diffusers.describe_diffusers(folder, _name_of(Path(folder)))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BackboneFileError(
             f"{folder} is not a backbone folder: {RECORD_FILE} cannot be read ({error}). "
-            "Such a folder is written by `cmap-defense train`."
+            "Such a folder is written by `cmap-defense train` and `cmap-defense backbones convert`."
         ) from error
     try:
         return BackboneRecord.from_json(text)
@@ -45,30 +54,145 @@ def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
 
 
 def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> ConsistencyBackbone:
-    """The backbone of a folder: in eval mode, its weights needing no gradient, on the CPU.
+    """The consistency model of a folder: in eval mode, its weights needing no gradient, on the CPU.
 
     Args:
-        folder: with ``backbone.json`` and the weights that it names.
+        folder: with ``backbone.json`` and the weights that it names, or a pipeline of the diffusers library.
         dtype: of the weights; they are cast once from the file's precision.
 
     Raises:
-        BackboneFileError: a file is missing, truncated, damaged or foreign; the message names it.
+        BackboneFileError: a file is missing, truncated, damaged or foreign, or holds a diffusion model.
+        MissingExtraError: the folder needs the diffusers library.
     """
     record = read_record(folder)
-    path = Path(folder) / record.weights_file
-    if record.network not in _NETWORKS:
-        near = near_matches(record.network, _NETWORKS)
-        raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: unknown network {record.network!r}.{near}")
-    config_class, network_class = _NETWORKS[record.network]
+    if record.kind != "consistency":
+        raise BackboneFileError(
+            f"{record.name!r} is a diffusion model, not a consistency model: it has no one-step generator, which CMAP "
+            "needs. For purifiers that denoise, load it with cmap_defense.backbones.load_denoiser."
+        )
+    backbone = _read_model(Path(folder), record, dtype)
+    assert isinstance(backbone, ConsistencyBackbone)
+    backbone.default_settings = dict(record.settings)
+    return backbone
+
+
+def read_denoiser(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> EDMDenoiser:
+    """The diffusion model of a folder; arguments and errors as for :func:`read_backbone`."""
+    record = read_record(folder)
+    if record.kind != "diffusion":
+        raise BackboneFileError(
+            f"{record.name!r} is a consistency model, not a diffusion model; its denoise is the consistency function. "
+            "Load it with cmap_defense.load_backbone."
+        )
+    denoiser = _read_model(Path(folder), record, dtype)
+    assert isinstance(denoiser, EDMDenoiser)
+    return denoiser
+
+
+def write_backbone(
+    backbone: KarrasModel,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    **described: Any,
+) -> BackboneRecord:
+    """Write a backbone folder: files beside their places, then moved there, the weights first and the record last.
+
+    A reader in between finds new weights beside an old record; the checksum tells, and it is an error. A network of the
+    diffusers library is written as its pipeline, with the record beside the index.
+
+    Args:
+        backbone: its network must be one of this package's, or a UNet2DModel.
+        folder: made when it is not there.
+        dtype: precision of the weights in the file.
+        described: further fields of :class:`BackboneRecord`, ``name`` at least.
+
+    Raises:
+        BackboneFileError: the network cannot be described in a record, or the disk takes no more.
+    """
+    folder = Path(folder)
+    network = backbone.network
+    kind = next(kind for kind, model in _KINDS.items() if isinstance(backbone, model))
+    described = {"kind": kind, "num_classes": backbone.num_classes} | described
+    names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
+    pipeline = isinstance(network, diffusers.DiffusersUNet)
+    if not names and not pipeline:
+        raise BackboneFileError(
+            f"A {type(network).__name__} cannot be written; known networks: {', '.join((*_NETWORKS, diffusers.NETWORK))}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
+        staged = Path(place)
+        if pipeline:
+            diffusers.save_pipeline(backbone, staged, dtype)
+            files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
+            name, config = diffusers.NETWORK, diffusers.configuration_of(network)
+        else:
+            files = [described.pop("weights_file", "weights.safetensors")]
+            write_safetensors(_state(network, dtype), staged / files[0])
+            name, config = names[0], network.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        record = BackboneRecord(
+            network=name,
+            network_config=config,
+            noise=backbone.noise.to_dict(),
+            image_shape=backbone.image_shape,
+            weights_file=files[0],
+            weights_dtype=str(dtype).removeprefix("torch."),
+            weights_sha256=sha256_of(staged / files[0]),
+            **described,
+        )
+        (staged / RECORD_FILE).write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
+        for file in (*files, RECORD_FILE):
+            (folder / file).parent.mkdir(exist_ok=True)
+            (staged / file).replace(folder / file)
+    return record
+
+
+def _state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as they go into the file; what the network keeps exact stays in float32 at least."""
+    exact = getattr(network, "exact_tensors", frozenset())
+    return {
+        name: t.detach().to("cpu", torch.promote_types(dtype, torch.float32) if name in exact else dtype).contiguous()
+        for name, t in network.state_dict().items()
+    }
+
+
+def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> KarrasModel:
+    path = folder / record.weights_file
     try:
-        with torch.inference_mode(False):
-            network = network_class(config_class.from_dict(record.network_config))
-        backbone = ConsistencyBackbone(network, record.image_shape, NoiseRange.from_dict(record.noise))
+        noise = NoiseRange.from_dict(record.noise)
+        if record.network == diffusers.NETWORK:
+            if record.weights_sha256 and path.is_file():
+                check_sha256(path, record.weights_sha256)
+            network: nn.Module = diffusers.read_unet(folder, record)
+        else:
+            network = _read_network(folder, record)
     except SettingsError as error:
-        raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: {error}") from error
-    if backbone.image_shape != getattr(network.config, "image_shape", record.image_shape):
-        raise BackboneFileError(f"{Path(folder) / RECORD_FILE}: image_shape is not that of network_config.")
-    weights = _read_weights(path, record)
+        raise BackboneFileError(f"{folder / RECORD_FILE}: {error}") from error
+    with torch.inference_mode(False):
+        model = _KINDS[record.kind](network, record.image_shape, noise, record.num_classes)
+        model = model.to(dtype).eval().requires_grad_(False)
+        if dtype == torch.float32:  # see docs/performance.md
+            model = model.to(memory_format=torch.channels_last)
+    model.record = record
+    return model
+
+
+def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
+    """One of this package's networks with its weights. Raises SettingsError for a configuration that is none."""
+    place = folder / RECORD_FILE
+    if record.network not in _NETWORKS:
+        near = near_matches(record.network, {*_NETWORKS, diffusers.NETWORK})
+        raise BackboneFileError(f"{place}: unknown network {record.network!r}.{near}")
+    config_class, network_class = _NETWORKS[record.network]
+    config = config_class.from_dict(record.network_config)
+    if config.image_shape != record.image_shape:
+        raise BackboneFileError(f"{place}: image_shape is not that of network_config.")
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        network = network_class(config)
+    path = folder / record.weights_file
+    weights = read_safetensors(path)
+    check_sha256(path, record.weights_sha256)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != found:
@@ -79,87 +203,12 @@ def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         )
     with torch.inference_mode(False):
         network.load_state_dict(weights)
-        backbone = backbone.to(dtype).eval().requires_grad_(False)
-        if dtype == torch.float32:  # see docs/performance.md
-            backbone = backbone.to(memory_format=torch.channels_last)
-    backbone.record = record
-    backbone.default_settings = dict(record.settings)
-    return backbone
+    return network
 
 
-def write_backbone(
-    backbone: ConsistencyBackbone,
-    folder: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype = torch.float32,
-    **described: Any,
-) -> BackboneRecord:
-    """Write a backbone folder: both files beside their places, then moved there, the weights first.
-
-    A reader in between finds new weights beside an old record; the checksum tells, and it is an error.
-
-    Args:
-        backbone: its network must be one of this package's.
-        folder: made when it is not there.
-        dtype: precision of the weights in the file.
-        described: further fields of :class:`BackboneRecord`, ``name`` at least.
-
-    Raises:
-        BackboneFileError: the network cannot be described in a record.
-    """
-    network = backbone.network
-    names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
-    if not names:
-        raise BackboneFileError(
-            f"A {type(network).__name__} cannot be written; known networks: {', '.join(_NETWORKS)}."
-        )
-    content = save({name: t.detach().to("cpu", dtype).contiguous() for name, t in network.state_dict().items()})
-    record = BackboneRecord(
-        network=names[0],
-        network_config=network.config.to_dict(),  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        noise=backbone.noise.to_dict(),
-        image_shape=backbone.image_shape,
-        weights_dtype=str(dtype).removeprefix("torch."),
-        weights_sha256=hashlib.sha256(content).hexdigest(),
-        **described,
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {record.weights_file: content, RECORD_FILE: (record.to_json(indent=2) + "\n").encode()}
-    partials = {name: folder / f"{name}.partial" for name in files}
-    try:
-        for name, partial in partials.items():
-            partial.write_bytes(files[name])
-        for name, partial in partials.items():
-            partial.replace(folder / name)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-    return record
-
-
-def _read_weights(path: Path, record: BackboneRecord) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise BackboneFileError(f"{path} is missing, the weights of {record.name!r}. Fetch or write the folder again.")
-    try:
-        checksum = _sha256(path)
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BackboneFileError(
-            f"{path} is not a whole safetensors file ({error}). Fetch or write the folder again."
-        ) from error
-    if checksum != record.weights_sha256:
-        raise BackboneFileError(
-            f"{path} is not the file that the record describes: its SHA-256 is {checksum}, the record says "
-            f"{record.weights_sha256}. Fetch or write the folder again."
-        )
-    return weights
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _name_of(folder: Path) -> str:
+    """A name for a folder without a record; a copy in the Hub's cache is named for its repository."""
+    folder = folder.absolute()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.inputs import check_class_labels
 from cmap_defense.modules import dtype_of
 from cmap_defense.settings import Settings, require_number
 
-__all__ = ["ConsistencyBackbone", "NoiseRange", "boundary_scalings"]
+__all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "boundary_scalings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,52 +50,108 @@ def boundary_scalings(sigma: Tensor, *, sigma_data: float, sigma_min: float) -> 
     return c_skip, c_out, c_in
 
 
-class ConsistencyBackbone(nn.Module):
-    """A consistency model: any network F(x, noise_level) with the scalings around it.
+def preconditioned(
+    network: nn.Module,
+    noisy: Tensor,
+    sigma: Tensor | float,
+    class_labels: Tensor | None,
+    *,
+    sigma_data: float,
+    sigma_min: float,
+) -> Tensor:
+    """c_skip x + c_out F(c_in x, ln(sigma) / 4): the scalings in float32 at least, the network in its own precision."""
+    wide = torch.promote_types(noisy.dtype, torch.float32)
+    x = noisy.to(wide)
+    level = torch.as_tensor(sigma, dtype=wide, device=x.device).expand(x.shape[0])
+    c_skip, c_out, c_in = boundary_scalings(level[:, None, None, None], sigma_data=sigma_data, sigma_min=sigma_min)
+    labels = () if class_labels is None else (class_labels,)
+    raw = network((c_in * x).to(dtype_of(network) or wide), level.log() / 4, *labels)
+    return c_skip * x + c_out * raw.to(wide)
+
+
+class KarrasModel(nn.Module):
+    """What both views of a network share; not to be made itself.
 
     Args:
-        network: maps ([B, C, H, W] scaled input, [B] noise levels ln(sigma) / 4) to [B, C, H, W].
+        network: maps [B, C, H, W] scaled input and [B] noise levels ln(sigma) / 4 (float32 at least), and for a
+            class-conditional model [B] labels, to [B, C, H, W].
         image_shape: (C, H, W) of the images and of the latents.
         noise: the noise levels that the network was trained for.
+        num_classes: of a class-conditional model; None for an unconditional one.
 
-    record: what is known about it, when it came from a folder. default_settings: the CMAP settings that its record
-        names.
-
-    The scalings are computed in float32 (or the input's precision where that is higher); only the network runs in
-    its own precision. Outputs have the input's precision, float32 at least.
+    record: what is known about it, when it came from a folder.
     """
 
     accepts_any_float = True
     """Inputs of any float dtype are cast at the network's door, so callers keep their latents in float32."""
 
-    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int], noise: NoiseRange | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        image_shape: tuple[int, int, int],
+        noise: NoiseRange | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.image_shape = image_shape
         self.noise = noise or NoiseRange()
+        self.num_classes = num_classes
         self.record: BackboneRecord | None = None
-        self.default_settings: dict[str, Any] | None = None
 
-    def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+    def _evaluate(
+        self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None, *, sigma_min: float
+    ) -> Tensor:
+        labels = check_class_labels(class_labels, len(noisy), self.num_classes)
+        return preconditioned(
+            self.network, noisy, sigma, labels, sigma_data=self.noise.sigma_data, sigma_min=sigma_min
+        )
+
+
+class ConsistencyBackbone(KarrasModel):
+    """A consistency model: any network F(x, noise_level) with the scalings around it.
+
+    Its arguments are those of :class:`KarrasModel`. default_settings: the CMAP settings that its record names.
+
+    The scalings are computed in float32 (or the input's precision where that is higher); only the network runs in
+    its own precision. Outputs have the input's precision, float32 at least.
+    """
+
+    default_settings: dict[str, Any] | None = None
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """f(x, sigma), not clipped: the clean image that the model sees behind ``noisy``.
 
         Args:
             noisy: [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.
-            sigma: noise level, a number or [B].
+            sigma: noise level, a number or [B]; any positive one, trained for between sigma_min and sigma_max.
+            class_labels: [B] integers for a class-conditional model, None for another.
 
         Returns:
             [B, C, H, W], close to [-1, 1]; exactly ``noisy`` where sigma = sigma_min.
-        """
-        wide = torch.promote_types(noisy.dtype, torch.float32)
-        x = noisy.to(wide)
-        level = torch.as_tensor(sigma, dtype=wide, device=x.device).expand(x.shape[0])
-        c_skip, c_out, c_in = boundary_scalings(
-            level[:, None, None, None], sigma_data=self.noise.sigma_data, sigma_min=self.noise.sigma_min
-        )
-        inner = dtype_of(self.network) or wide
-        raw = self.network((c_in * x).to(inner), (level.log() / 4).to(inner))
-        return c_skip * x + c_out * raw.to(wide)
 
-    def generate(self, latents: Tensor) -> Tensor:
+        Raises:
+            InputValueError, InputTypeError: labels are missing, or not those of this model.
+        """
+        return self._evaluate(noisy, sigma, class_labels, sigma_min=self.noise.sigma_min)
+
+    def generate(self, latents: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """G(u): one-step images in [-1, 1] from unit latents [B, C, H, W]. No gradient flows where the clip acts."""
-        return self.denoise(self.noise.sigma_max * latents, self.noise.sigma_max).clamp(-1, 1)
+        return self.denoise(self.noise.sigma_max * latents, self.noise.sigma_max, class_labels).clamp(-1, 1)
+
+
+class EDMDenoiser(KarrasModel):
+    """The diffusion model's view of a network: D(x, sigma), the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
+
+    For purifiers that diffuse and denoise. It has no one-step generator, so CMAP refuses it. Its arguments are those of
+    :class:`KarrasModel`.
+    """
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """The mean of all clean images behind ``noisy``; arguments and errors as for a consistency model's denoise."""
+        return self._evaluate(noisy, sigma, class_labels, sigma_min=0.0)
+
+    def score(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """The gradient of the log density at noise level sigma: (D(x, sigma) - x) / sigma^2 (eq. 3 there)."""
+        level = torch.as_tensor(sigma, dtype=torch.promote_types(noisy.dtype, torch.float32), device=noisy.device)
+        return (self.denoise(noisy, sigma, class_labels) - noisy) / level.expand(len(noisy))[:, None, None, None] ** 2

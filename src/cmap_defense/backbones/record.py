@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_integer
+from cmap_defense.settings import Settings, require_choice, require_integer
 
-__all__ = ["BackboneRecord"]
+__all__ = ["KINDS", "BackboneRecord"]
+
+KINDS = ("consistency", "diffusion")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +19,13 @@ class BackboneRecord(Settings):
 
     format: version of this layout. name, description: for people.
     network: which class. network_config: its settings. noise: sigma_min, sigma_max, sigma_data.
-    image_shape: (C, H, W). value_range: of the images that ``generate`` returns.
-    weights_file, weights_dtype, weights_sha256: the safetensors file beside the record.
+    kind: "consistency", or "diffusion" for a model that denoises and has no one-step generator.
+    image_shape: (C, H, W). num_classes: of a class-conditional model, or None.
+    value_range: of the images that ``generate`` returns.
+    weights_file, weights_dtype, weights_sha256: the safetensors file, below the record's folder; the checksum is empty
+        where nobody recorded it.
     settings: the CMAP settings to use with it, as changes to the defaults.
+    source: where the weights were taken from: address, checksum, converter.
     training: data, command and settings it was trained with. figures: what was measured, with the commands.
     licence: of the weights. paper: where the method comes from.
     """
@@ -27,15 +33,18 @@ class BackboneRecord(Settings):
     format: int = 1
     name: str
     description: str = ""
+    kind: str = "consistency"
     network: str
     network_config: dict[str, Any]
     noise: dict[str, float]
     image_shape: tuple[int, int, int]
+    num_classes: int | None = None
     value_range: tuple[float, float] = (-1.0, 1.0)
     weights_file: str = "weights.safetensors"
     weights_dtype: str = "float32"
     weights_sha256: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
     licence: str = ""
@@ -69,10 +78,14 @@ class BackboneRecord(Settings):
         ):
             if not isinstance(getattr(self, name), str):
                 raise SettingsError(f"BackboneRecord.{name} must be text, but is {getattr(self, name)!r}.")
-        for name in ("network_config", "noise", "settings", "training", "figures"):
+        for name in ("network_config", "noise", "settings", "source", "training", "figures"):
             if not isinstance(getattr(self, name), dict):
                 raise SettingsError(f"BackboneRecord.{name} must be an object, but is {getattr(self, name)!r}.")
-        if "/" in self.weights_file or "\\" in self.weights_file or self.weights_file in ("", ".", ".."):
+        require_choice("BackboneRecord", "kind", self.kind, KINDS)
+        if self.num_classes is not None:
+            require_integer("BackboneRecord", "num_classes", self.num_classes, minimum=1)
+        parts = self.weights_file.split("/")
+        if "\\" in self.weights_file or ":" in self.weights_file or any(part in ("", ".", "..") for part in parts):
             raise SettingsError(
-                f"BackboneRecord.weights_file must be a file beside the record, but is {self.weights_file!r}."
+                f"BackboneRecord.weights_file must be a file in the record's folder, but is {self.weights_file!r}."
             )

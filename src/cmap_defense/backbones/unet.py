@@ -125,7 +125,7 @@ class CompactUNet(nn.Module):
         nn.init.zeros_(_bias(self.leave))
 
     def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
-        """[B, C, H, W] and [B] to [B, C, H, W]."""
+        """[B, C, H, W] and [B] levels ln(sigma) / 4, float32 or wider, to [B, C, H, W]."""
         embedding = self.embed(noise_level)
         h = self.enter(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
@@ -158,7 +158,8 @@ class NoiseEmbedding(nn.Module):
     def forward(self, noise_level: Tensor) -> Tensor:
         frequencies: Tensor = self.get_buffer("frequencies")
         angles = noise_level[:, None] * frequencies.to(noise_level.dtype)
-        return F.silu(self.second(F.silu(self.first(torch.cat([angles.sin(), angles.cos()], dim=1)))))
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
+        return F.silu(self.second(F.silu(self.first(features))))
 
 
 class Stage(nn.Module):

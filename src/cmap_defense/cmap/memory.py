@@ -16,35 +16,40 @@ WORKSPACE = 2.0
 """Gradients and workspace of the backward pass, relative to what the forward pass keeps for it."""
 
 
-def bytes_per_latent(generate: Callable[[Tensor], Tensor], image_shape: Sequence[int], device: torch.device) -> int:
+def bytes_per_latent(
+    generate: Callable[..., Tensor], image_shape: Sequence[int], device: torch.device, *, conditional: bool = False
+) -> int:
     """Memory that one more latent takes in forward and backward, from what autograd keeps for three and for two.
 
     The difference leaves out the weights, of which autograd keeps views and casts. The losses and Adam take little
-    besides.
+    besides. conditional: ``generate`` takes class labels as well.
     """
-    kept = [_kept_bytes(generate, torch.zeros((count, *image_shape), device=device)) for count in (2, 3)]
+    kept = [_kept_bytes(generate, torch.zeros((n, *image_shape), device=device), conditional) for n in (2, 3)]
     return max(1, int(WORKSPACE * (kept[1] - kept[0])))
 
 
-def _kept_bytes(generate: Callable[[Tensor], Tensor], latents: Tensor) -> int:
+def _kept_bytes(generate: Callable[..., Tensor], latents: Tensor, conditional: bool) -> int:
     """Bytes of all storages that autograd keeps for the backward pass of ``generate(latents)``."""
     storages: dict[int, int] = {}
+    labels = (torch.zeros(len(latents), dtype=torch.int64, device=latents.device),) if conditional else ()
 
     def pack(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        generated = generate(latents.requires_grad_())  # kept until it is counted, so that no storage is used twice
+        generated = generate(latents.requires_grad_(), *labels)  # kept until it is counted, so that no storage is used twice
     del generated
     return sum(storages.values()) + latents.untyped_storage().nbytes()
 
 
-def default_max_parallel(generate: Callable[[Tensor], Tensor], image_shape: Sequence[int], device: torch.device) -> int:
+def default_max_parallel(
+    generate: Callable[..., Tensor], image_shape: Sequence[int], device: torch.device, *, conditional: bool = False
+) -> int:
     """Latents that fit into the free memory of a CUDA device, or into a fixed budget elsewhere; 1 at least."""
     budget = CPU_BUDGET
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = int(SHARE_OF_FREE_MEMORY * (free + unused))
-    return max(1, budget // bytes_per_latent(generate, image_shape, device))
+    return max(1, budget // bytes_per_latent(generate, image_shape, device, conditional=conditional))

@@ -8,7 +8,8 @@ over the K latents, so that Adam's eps means the same for every K. Latents and l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from cmap_defense.results import History
 
 __all__ = ["Callback", "Generate", "LatentState", "generate_in_chunks", "optimise_latents"]
 
-Generate = Callable[[Tensor], Tensor]
-"""Unit latents [M, C, H, W] to images [M, C, H, W] in [-1, 1]."""
+Generate = Callable[..., Tensor]
+"""Unit latents [M, C, H, W], and where there are class labels those [M], to images [M, C, H, W] in [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ def optimise_latents(
     latents: Tensor,
     settings: CMAPSettings,
     *,
+    class_labels: Tensor | None = None,
     callback: Callback | None = None,
     max_parallel: int | None = None,
 ) -> tuple[Tensor, History]:
@@ -65,6 +67,7 @@ def optimise_latents(
         images: [B, C, H, W] in [0, 1].
         latents: [B, K, C, H, W], where to start; unit, float32 or float64.
         settings: the constants.
+        class_labels: [B, K] integers, each handed to ``generate`` along with its latent; None for none.
         callback: see :data:`Callback`.
         max_parallel: latents per call of ``generate``; None for all B K at once. It changes memory, not the result
             beyond rounding.
@@ -88,7 +91,11 @@ def optimise_latents(
         )
     latents = latents.detach()
     images = images.detach().to(latents.dtype)
-    evaluate = _Evaluation(generate, images, latents.shape[1], settings, max_parallel)
+    if class_labels is not None and class_labels.shape != latents.shape[:2]:
+        raise InputValueError(
+            f"Class labels must be [B, K] = {list(latents.shape[:2])}, but are {list(class_labels.shape)}."
+        )
+    evaluate = _Evaluation(generate, images, latents.shape[1], settings, class_labels, max_parallel)
     indices = torch.arange(len(images), device="cpu")
     adam = AdamState.start(latents)
     rows: list[tuple[Tensor, ...]] = []
@@ -110,21 +117,39 @@ def optimise_latents(
     return latents, history
 
 
-def generate_in_chunks(generate: Generate, latents: Tensor, max_parallel: int | None) -> Tensor:
-    """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]."""
+def generate_in_chunks(
+    generate: Generate, latents: Tensor, max_parallel: int | None, class_labels: Tensor | None = None
+) -> Tensor:
+    """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]. class_labels: [B, K] or None."""
+    chunk = max_parallel or max(1, latents.shape[0] * latents.shape[1])
     with torch.no_grad():
         pieces = [
-            generate(piece)
-            for piece in latents.flatten(0, 1).split(max_parallel or max(1, latents.shape[0] * latents.shape[1]))
+            generate(piece, *labels)
+            for piece, labels in zip(
+                latents.flatten(0, 1).split(chunk), _label_chunks(class_labels, latents.shape[:2], chunk), strict=True
+            )
         ]
     return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
+
+
+def _label_chunks(class_labels: Tensor | None, shape: Sequence[int], chunk: int) -> list[tuple[Tensor, ...]]:
+    """For each chunk of the flattened latents, what ``generate`` is given besides: its labels, or nothing."""
+    if class_labels is None:
+        return [()] * max(1, math.ceil(shape[0] * shape[1] / chunk))
+    return [(piece,) for piece in class_labels.flatten().split(chunk)]
 
 
 class _Evaluation:
     """Eq. 9 and the gradient of K L for one set of images; what does not change over the iterations is kept."""
 
     def __init__(
-        self, generate: Generate, images: Tensor, n_latents: int, settings: CMAPSettings, max_parallel: int | None
+        self,
+        generate: Generate,
+        images: Tensor,
+        n_latents: int,
+        settings: CMAPSettings,
+        class_labels: Tensor | None,
+        max_parallel: int | None,
     ) -> None:
         self.generate = generate
         self.settings = settings
@@ -132,13 +157,15 @@ class _Evaluation:
         owners = torch.arange(len(images), device=images.device).repeat_interleave(n_latents)
         self.chunk = max_parallel or max(1, len(owners))
         self.references = [reference.take(part) for part in owners.split(self.chunk)]
+        self.labels = _label_chunks(class_labels, (len(images), n_latents), self.chunk)
 
     def __call__(self, latents: Tensor, *, keep_images: bool) -> tuple[ObjectiveTerms, Tensor, Tensor]:
         l1s, ssims, gradients, kept = [], [], [], []
-        for piece, reference in zip(latents.flatten(0, 1).split(self.chunk), self.references, strict=True):
+        pieces = latents.flatten(0, 1).split(self.chunk)
+        for piece, reference, labels in zip(pieces, self.references, self.labels, strict=True):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
-                generated = _checked(self.generate(leaf), leaf)
+                generated = _checked(self.generate(leaf, *labels), leaf)
                 l1, ssim = perceptual_terms(generated, reference)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)

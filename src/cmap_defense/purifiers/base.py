@@ -22,8 +22,12 @@ class Purifier(Protocol):
         *,
         seeds: Tensor,
         latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
         callback: Callback | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
-        """Purify images [B, C, H, W] in [0, 1] of the backbone's size; no gradient to them, no classifier."""
+        """Purify images [B, C, H, W] in [0, 1] of the backbone's size; no gradient to them, no classifier.
+
+        class_labels: [B, K] integers for a class-conditional backbone, None for another.
+        """
         ...

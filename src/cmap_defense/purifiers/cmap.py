@@ -32,6 +32,7 @@ class CMAP:
         *,
         seeds: Tensor,
         latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
         callback: Callback | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
@@ -42,6 +43,7 @@ class CMAP:
             images: [B, C, H, W] in [0, 1], of the backbone's image shape.
             seeds: [B] int64 on the CPU; each image's noise is drawn from its own.
             latents: [B, K, C, H, W], a start in place of the noise.
+            class_labels: [B, K] integers for a class-conditional backbone, None for another.
             callback: see :data:`~cmap_defense.cmap.optimise.Callback`.
             max_parallel: latents at once; None for what fits.
 
@@ -54,18 +56,25 @@ class CMAP:
         generate = latent_caster(backbone, images.device)
         with torch.autocast(images.device.type, enabled=False):  # inside, the backbone alone gets the caller's autocast
             if max_parallel is None and start.numel():
-                max_parallel = default_max_parallel(generate, images.shape[1:], images.device)
+                conditional = class_labels is not None
+                max_parallel = default_max_parallel(generate, images.shape[1:], images.device, conditional=conditional)
             found, history = optimise_latents(
-                generate, images.detach().to(dtype), start, self.settings, callback=callback, max_parallel=max_parallel
+                generate,
+                images.detach().to(dtype),
+                start,
+                self.settings,
+                class_labels=class_labels,
+                callback=callback,
+                max_parallel=max_parallel,
             )
-            generated = generate_in_chunks(generate, found, max_parallel)
+            generated = generate_in_chunks(generate, found, max_parallel, class_labels)
             if generated.numel() and generated.abs().max() > 1 + RANGE_TOLERANCE:
                 raise BackboneError(
                     f"The backbone's generate must return images in [-1, 1], but their largest magnitude is "
                     f"{generated.abs().max().item():.4g}."
                 )
             purified = (generated.clamp(-1, 1) + 1) / 2
-        return PurificationResult(purified, found, history, None if latents is not None else seeds)
+        return PurificationResult(purified, found, history, None if latents is not None else seeds, class_labels)
 
     def __repr__(self) -> str:
         return f"CMAP({self.settings})"

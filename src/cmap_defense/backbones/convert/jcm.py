@@ -1,0 +1,120 @@
+"""The JAX checkpoints of the CIFAR-10 consistency models (Song et al. 2023, arXiv 2303.01469) as backbones."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.backbones.convert.flax import read_flax
+from cmap_defense.backbones.fir import FIRDownConv
+from cmap_defense.backbones.karras import ConsistencyBackbone
+from cmap_defense.backbones.ncsnpp import Attention, NCSNpp, NCSNppConfig, NoiseEmbedding, ResidualBlock
+from cmap_defense.errors import BackboneFileError
+
+__all__ = ["convert_jcm", "jcm_slots"]
+
+FROM_HWIO, FROM_IO, AS_IT_IS = (3, 2, 0, 1), (1, 0), (0,)
+"""Order of axes that turns an array of the file into a tensor of the network."""
+
+
+def convert_jcm(
+    path: str | os.PathLike[str], config: NCSNppConfig | None = None, params: str = "params_ema"
+) -> ConsistencyBackbone:
+    """A backbone from an official checkpoint of the JAX consistency models.
+
+    The file (flax msgpack, about 0.9 GB) is read as a stream: memory holds the network and one array at a time.
+
+    Args:
+        path: the checkpoint, such as ``checkpoint_80``.
+        config: its architecture; None for the CIFAR-10 models'.
+        params: which weights: "params_ema", which the official sampler uses, "params", or "target_params".
+
+    Returns:
+        The backbone in eval mode, float32, on the CPU, its weights needing no gradient.
+
+    Raises:
+        BackboneFileError: the file is cut off, is no such checkpoint, or holds another architecture.
+        UnknownNameError: the file has no such ``params``.
+    """
+    config = config or NCSNppConfig()
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        backbone = ConsistencyBackbone(NCSNpp(config), config.image_shape)
+    backbone.eval().requires_grad_(False)
+    slots = dict(jcm_slots(backbone.network))
+    missing = set(slots)
+
+    def take(name: str, array: np.ndarray[Any, Any]) -> None:
+        if name not in slots:
+            raise BackboneFileError(f"{path} has {name!r}, which the network of this config has not: {config}.")
+        target, axes = slots[name]
+        fits = array.ndim == len(axes) and tuple(array.shape[axis] for axis in axes) == target.shape
+        if not fits or not np.issubdtype(array.dtype, np.floating):
+            raise BackboneFileError(
+                f"{path}: {name!r} is {array.dtype} {list(array.shape)}, which does not fit this config: {config}."
+            )
+        if not np.isfinite(array).all():
+            raise BackboneFileError(f"{path}: {name!r} holds NaN or infinite values.")
+        target.copy_(torch.from_numpy(array.transpose(axes).astype(np.float32)))
+        missing.discard(name)
+
+    read_flax(path, params, take)
+    if missing:
+        raise BackboneFileError(
+            f"{path} lacks {len(missing)} of the network's tensors, such as {min(missing)!r}: "
+            f"it was trained with another config than {config}."
+        )
+    return backbone
+
+
+def jcm_slots(network: nn.Module) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...]]]]:
+    """For every tensor of an NCSN++, its name in the checkpoint, the tensor, and the order of the file's axes for it.
+
+    flax numbers the modules of a class in the order in which they are called, and starts anew inside a block; our
+    networks register their modules in that order.
+    """
+    yield from _slots(network, "", Counter(), dense="Dense")
+
+
+def _slots(
+    module: nn.Module, prefix: str, count: Counter[str], *, dense: str
+) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...]]]]:
+    def path(kind: str) -> str:
+        count[kind] += 1
+        return f"{prefix}{kind}_{count[kind] - 1}/"
+
+    for child in module.children():
+        if isinstance(child, nn.Conv2d):
+            inside = isinstance(module, FIRDownConv)
+            place = path("Conv2d" if inside else "Conv")
+            yield place + ("weight" if inside else "kernel"), (child.weight, FROM_HWIO)
+            yield place + "bias", (_bias(child), AS_IT_IS)
+        elif isinstance(child, nn.Linear):
+            place = path(dense)
+            weight, bias = ("W", "b") if dense == "NIN" else ("kernel", "bias")
+            yield place + weight, (child.weight, FROM_IO)
+            yield place + bias, (child.bias, AS_IT_IS)
+        elif isinstance(child, nn.GroupNorm):
+            place = path("GroupNorm")
+            yield place + "scale", (child.weight, AS_IT_IS)
+            yield place + "bias", (child.bias, AS_IT_IS)
+        elif isinstance(child, ResidualBlock):
+            yield from _slots(child, path("ResnetBlockBigGANpp"), Counter(), dense="Dense")
+        elif isinstance(child, Attention):
+            yield from _slots(child, path("AttnBlockpp"), Counter(), dense="NIN")
+        elif isinstance(child, FIRDownConv):
+            yield from _slots(child, path("Downsample"), Counter(), dense="Dense")
+        else:
+            if isinstance(child, NoiseEmbedding):
+                yield path("GaussianFourierProjection") + "W", (child.get_buffer("frequencies"), AS_IT_IS)
+            yield from _slots(child, prefix, count, dense=dense)
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

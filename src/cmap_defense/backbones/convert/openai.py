@@ -1,0 +1,188 @@
+"""OpenAI's PyTorch files of the ImageNet-64 and LSUN-256 models (``cd_imagenet64_l2.pt``, ...) as networks of diffusers.
+
+Both are the U-Net of Dhariwal and Nichol 2021 (arXiv 2105.05233); the names of the tensors differ, and the query, key and
+value projections of an attention are one tensor in the former.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmap_defense.backbones.diffusers import build_unet
+from cmap_defense.backbones.karras import ConsistencyBackbone
+from cmap_defense.backbones.weights import read_pickle
+from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.settings import require_integer
+
+__all__ = ["convert_openai"]
+
+State = dict[str, Tensor]
+
+_RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+def convert_openai(
+    path: str | os.PathLike[str], *, image_size: int | None = None, head_channels: int = 64
+) -> ConsistencyBackbone:
+    """A backbone from one of OpenAI's ``.pt`` files of consistency models; needs the diffusers library.
+
+    Widths, levels, blocks, attention and classes are read off the tensors. Two things are not in them:
+
+    Args:
+        path: the file; only tensors of it are read, never code.
+        image_size: side of the images; None to read it off the file's name ("...64...", "...256...").
+        head_channels: channels of one attention head; the published models have 64.
+
+    Returns:
+        The backbone in eval mode, float32, on the CPU, its weights needing no gradient.
+
+    Raises:
+        BackboneFileError: the file is cut off, hostile, or no such U-Net.
+        SettingsError: the image size is not known, or does not fit.
+        MissingExtraError: the diffusers library is not installed.
+    """
+    path = Path(path)
+    require_integer("convert_openai", "head_channels", head_channels, minimum=1)
+    if image_size is None:
+        named = re.search(r"(?<!\d)(32|64|128|256)(?!\d)", path.name)
+        if named is None:
+            raise SettingsError(f"The side of the images is not in {path.name!r}: give image_size (--image-size).")
+        image_size = int(named[1])
+    require_integer("convert_openai", "image_size", image_size, minimum=1)
+    state = read_pickle(path)
+    try:
+        config = _configuration(state, image_size, head_channels)
+        renamed = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
+    except (KeyError, IndexError, ValueError) as error:
+        raise BackboneFileError(
+            f"{path} is not a U-Net of OpenAI's consistency models ({type(error).__name__}: {error})."
+        ) from error
+    network = build_unet(config)
+    expected = {name: tuple(t.shape) for name, t in network.unet.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in renamed.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise BackboneFileError(
+            f"{path} is not a U-Net of OpenAI's consistency models: {len(wrong)} tensor(s) do not fit, such as "
+            f"{wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
+        )
+    with torch.inference_mode(False):
+        network.unet.load_state_dict(renamed)
+        shape = (config["in_channels"], image_size, image_size)
+        backbone = ConsistencyBackbone(network, shape, num_classes=config["num_class_embeds"])
+    return backbone.float().eval().requires_grad_(False)
+
+
+def _configuration(state: State, image_size: int, head_channels: int) -> dict[str, Any]:
+    """The UNet2DModel that these tensors make up.
+
+    A block that doubles the resolution stands last in its list, and its level ends there; so the lists of the way up
+    tell how many blocks a level has.
+    """
+    inputs, outputs = _lists(state, "input_blocks"), _lists(state, "output_blocks")
+    grows = [i for i, parts in enumerate(outputs) if "in_layers.2.weight" in parts[-1] and len(parts) > 1]
+    per_level = grows[0] + 1 if grows else len(outputs)
+    levels, rest = divmod(len(outputs), per_level)
+    if rest or len(grows) != levels - 1 or len(inputs) != len(outputs) or per_level < 2:
+        raise ValueError(f"{len(inputs)} and {len(outputs)} blocks do not divide into levels")
+    firsts = [inputs[1 + level * per_level] for level in range(levels)]
+    attended = [len(parts) > 1 for parts in firsts]
+    embedding, width = state["input_blocks.1.0.emb_layers.1.weight"], firsts[0][0]["in_layers.2.weight"]
+    labels = state.get("label_emb.weight")
+    return {
+        "sample_size": image_size,
+        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+        "out_channels": state["out.2.weight"].shape[0],
+        "layers_per_block": per_level - 1,
+        "block_out_channels": [parts[0]["in_layers.2.weight"].shape[0] for parts in firsts],
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift" if embedding.shape[0] == 2 * width.shape[0] else "default",
+        "attention_head_dim": head_channels,
+        "num_class_embeds": None if labels is None else labels.shape[0],
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
+        "norm_eps": 1e-5,
+    }
+
+
+def _lists(state: State, name: str) -> list[list[State]]:
+    """The blocks of one side: for each its parts, and of each part the tensors by their names in it."""
+    blocks: dict[int, dict[int, State]] = {}
+    for key, tensor in state.items():
+        if key.startswith(f"{name}."):
+            block, part, inner = key.removeprefix(f"{name}.").split(".", 2)
+            blocks.setdefault(int(block), {}).setdefault(int(part), {})[inner] = tensor
+    return [[parts[i] for i in range(len(parts))] for parts in (blocks[i] for i in range(len(blocks)))]
+
+
+def _renamed(state: State, levels: int, layers: int) -> State:
+    """The tensors under the names, and in the shapes, of a UNet2DModel."""
+    renamed: State = {}
+    for theirs, ours in _ENDS.items():
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in state:
+                renamed[f"{ours}.{leaf}"] = state[f"{theirs}.{leaf}"]
+    for level in range(levels):
+        for side, count, sampler in (("input", layers, "downsamplers"), ("output", layers + 1, "upsamplers")):
+            first = level * (layers + 1) + (side == "input")
+            ours = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
+            for i in range(count):
+                theirs = f"{side}_blocks.{first + i}"
+                _residual(state, f"{theirs}.0", renamed, f"{ours}.resnets.{i}")
+                attended = f"{theirs}.1.qkv.weight" in state
+                if attended:
+                    _attention(state, f"{theirs}.1", renamed, f"{ours}.attentions.{i}")
+            if level < levels - 1:
+                theirs = f"input_blocks.{first + layers}.0"
+                if side == "output":
+                    theirs = f"output_blocks.{first + layers}.{2 if attended else 1}"
+                _residual(state, theirs, renamed, f"{ours}.{sampler}.0")
+    _residual(state, "middle_block.0", renamed, "mid_block.resnets.0")
+    _attention(state, "middle_block.1", renamed, "mid_block.attentions.0")
+    _residual(state, "middle_block.2", renamed, "mid_block.resnets.1")
+    return renamed
+
+
+def _residual(state: State, theirs: str, renamed: State, ours: str) -> None:
+    for inner, name in _RESIDUAL.items():
+        for leaf in ("weight", "bias"):
+            if inner != "skip_connection" or f"{theirs}.{inner}.{leaf}" in state:
+                renamed[f"{ours}.{name}.{leaf}"] = state[f"{theirs}.{inner}.{leaf}"]
+
+
+def _attention(state: State, theirs: str, renamed: State, ours: str) -> None:
+    for leaf in ("weight", "bias"):
+        renamed[f"{ours}.group_norm.{leaf}"] = state[f"{theirs}.norm.{leaf}"]
+        parts = state[f"{theirs}.qkv.{leaf}"].chunk(3)
+        for name, part in zip(("to_q", "to_k", "to_v"), parts, strict=True):
+            renamed[f"{ours}.{name}.{leaf}"] = _as_linear(part)
+        renamed[f"{ours}.to_out.0.{leaf}"] = _as_linear(state[f"{theirs}.proj_out.{leaf}"])
+
+
+def _as_linear(tensor: Tensor) -> Tensor:
+    """A 1x1 convolution's weight, of any rank, as a matrix; a bias as it is."""
+    return tensor.flatten(1).contiguous() if tensor.ndim > 1 else tensor.contiguous()

@@ -1,0 +1,187 @@
+"""Consistency models in the layout of the diffusers library: a UNet2DModel beside a CMStochasticIterativeScheduler.
+
+::
+
+    model_index.json
+    scheduler/scheduler_config.json
+    unet/config.json
+    unet/diffusion_pytorch_model.safetensors
+
+The library builds the network and reads its weights; it is the extra ``[diffusers]`` and is imported when it is needed.
+The network inside is used bare: the library's scheduler rounds time steps and clips with no way around it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.backbones.weights import read_pickle, tensor_names
+from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
+
+__all__ = [
+    "PIPELINE_FILES",
+    "WEIGHTS",
+    "DiffusersUNet",
+    "build_unet",
+    "describe_diffusers",
+    "is_diffusers",
+    "configuration_of",
+    "read_unet",
+    "save_pipeline",
+]
+
+NETWORK = "diffusers-unet2d"
+INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
+PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin")
+"""In order of preference; the second is a pickle, of which tensors alone are read."""
+
+
+class DiffusersUNet(nn.Module):
+    """F(x, noise_level, class_labels): a UNet2DModel that was trained as a consistency model.
+
+    It is conditioned on the time 1000 ln(sigma) / 4 (Song et al. 2023, arXiv 2303.01469, appendix C).
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
+        return self.unet(x, 1000 * noise_level, class_labels=class_labels, return_dict=False)[0]
+
+
+def is_diffusers(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a pipeline's index."""
+    return (Path(folder) / INDEX).is_file()
+
+
+def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRecord:
+    """The record of a pipeline's folder that has none of ours, from its configurations.
+
+    Raises:
+        BackboneFileError: a part is missing, or the pipeline is not a consistency model.
+    """
+    folder = Path(folder)
+    unet, scheduler = _configuration(folder / UNET_CONFIG), _configuration(folder / SCHEDULER_CONFIG)
+    for values, expected in ((unet, "UNet2DModel"), (scheduler, "CMStochasticIterativeScheduler")):
+        if values.get("_class_name") != expected:
+            raise BackboneFileError(
+                f"{folder} is not a consistency model of diffusers: it has a {values.get('_class_name')} where a "
+                f"{expected} belongs."
+            )
+    side = unet.get("sample_size")
+    height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
+    try:
+        return BackboneRecord(
+            name=name,
+            network=NETWORK,
+            network_config=unet,
+            noise={key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler},
+            image_shape=(unet.get("in_channels", 3), height, width),
+            num_classes=unet.get("num_class_embeds"),
+            weights_file=next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0]),
+            weights_sha256="",
+        )
+    except SettingsError as error:
+        raise BackboneFileError(f"{folder / UNET_CONFIG}: {error}") from error
+
+
+def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> DiffusersUNet:
+    """The network of a pipeline's folder, its weights in float32, on the CPU.
+
+    Raises:
+        MissingExtraError: the diffusers library is not installed.
+        BackboneFileError: the weights are missing, cut off, hostile, or not those of the configuration.
+    """
+    library = _library()
+    path = Path(folder) / record.weights_file
+    _refuse_broken(path)
+    try:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            unet, found = library.UNet2DModel.from_pretrained(
+                str(path.parent),
+                use_safetensors=path.suffix == ".safetensors",
+                low_cpu_mem_usage=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
+    wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
+    if wrong:
+        raise BackboneFileError(
+            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of another "
+            f"shape, such as {wrong[0]!r}."
+        )
+    return DiffusersUNet(unet)
+
+
+def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write the pipeline of a model around a :class:`DiffusersUNet` into an existing folder.
+
+    Raises:
+        BackboneFileError: the disk takes no more.
+    """
+    library = _library()
+    assert isinstance(model.network, DiffusersUNet)
+    unet: Any = model.network.unet
+    if unet.dtype != dtype:
+        unet = copy.deepcopy(unet).to(dtype)
+    scheduler = library.CMStochasticIterativeScheduler(**model.noise.to_dict())
+    try:
+        library.ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    except (SafetensorError, OSError) as error:
+        raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
+
+
+def build_unet(config: dict[str, Any]) -> DiffusersUNet:
+    """A network of a UNet2DModel's configuration, its weights random."""
+    with torch.inference_mode(False):
+        return DiffusersUNet(_library().UNet2DModel.from_config(config))
+
+
+def configuration_of(network: DiffusersUNet) -> dict[str, Any]:
+    """The configuration of the network inside, as JSON values."""
+    values: Any = network.unet
+    return json.loads(values.to_json_string())
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingExtraError(
+            "This backbone is in the format of the diffusers library, which is not installed: "
+            "pip install 'cmap-defense[diffusers]'."
+        ) from error
+    return diffusers
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneFileError(f"{path} cannot be read ({error}). Fetch or write the folder again.") from error
+    if not isinstance(values, dict):
+        raise BackboneFileError(f"{path} is not a configuration. Fetch or write the folder again.")
+    return values
+
+
+def _refuse_broken(path: Path) -> None:
+    """Raise when the weights are missing, cut off, or a pickle that holds more than tensors."""
+    if path.suffix == ".safetensors":
+        tensor_names(path)
+    else:
+        read_pickle(path)

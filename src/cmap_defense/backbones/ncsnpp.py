@@ -1,0 +1,314 @@
+"""NCSN++, the network of the published CIFAR-10 consistency models.
+
+Song et al. 2021 (arXiv 2011.13456, appendix H), in the configuration that Song et al. 2023 (arXiv 2303.01469, appendix C)
+train: BigGAN residual blocks, FIR resampling, residual input pyramid, Fourier embedding of the noise level.
+Modules stand in the order in which they are called; the converter relies on it (``convert/jcm.py``).
+Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
+from cmap_defense.errors import SettingsError
+from cmap_defense.settings import Settings, require_integer, require_number, require_numbers
+
+__all__ = ["NCSNpp", "NCSNppConfig"]
+
+GROUP_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NCSNppConfig(Settings):
+    """Architecture of :class:`NCSNpp` under the names of the official configurations; the defaults are the CIFAR-10 model.
+
+    nf: channels of the first convolution. ch_mult: channels of each level, in units of nf, finest first.
+    num_res_blocks: residual blocks per level on the way down (one more on the way up).
+    attn_resolutions: image sides at which self-attention is used.
+    image_size: side of the square images, a multiple of 2^(levels - 1). num_channels: of the images.
+    fir_kernel: four symmetric taps of the resampling filter. fourier_scale: standard deviation of the random frequencies.
+    skip_rescale: sums of two branches are divided by sqrt 2. dropout: in the residual blocks.
+
+    What the official configurations offer besides is fixed at the published models' choice: resblock_type biggan,
+    progressive none, progressive_input residual, progressive_combine sum, embedding_type fourier, SiLU.
+
+    Raises:
+        SettingsError: a value is out of its range, or a level's channels do not divide into normalisation groups.
+    """
+
+    nf: int = 128
+    ch_mult: tuple[int, ...] = (2, 2, 2)
+    num_res_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    image_size: int = 32
+    num_channels: int = 3
+    fir_kernel: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
+    fourier_scale: float = 16.0
+    skip_rescale: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("nf", "num_res_blocks", "image_size", "num_channels"):
+            require_integer("NCSNppConfig", name, getattr(self, name), minimum=1)
+        for name in ("ch_mult", "attn_resolutions"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise SettingsError(f"NCSNppConfig.{name} must be a sequence, but is {value!r}.")
+            object.__setattr__(self, name, tuple(require_integer("NCSNppConfig", name, n, minimum=1) for n in value))
+        taps = require_numbers("NCSNppConfig", "fir_kernel", self.fir_kernel, length=4, minimum=0.0)
+        object.__setattr__(self, "fir_kernel", taps)
+        if taps != taps[::-1] or sum(taps) <= 0:
+            raise SettingsError(f"NCSNppConfig.fir_kernel must be symmetric and not zero, but is {taps}.")
+        require_number("NCSNppConfig", "fourier_scale", self.fourier_scale, above=0.0)
+        require_number("NCSNppConfig", "dropout", self.dropout, minimum=0.0, below=1.0)
+        if not isinstance(self.skip_rescale, bool):
+            raise SettingsError(f"NCSNppConfig.skip_rescale must be a boolean, but is {self.skip_rescale!r}.")
+        if not self.ch_mult:
+            raise SettingsError("NCSNppConfig.ch_mult must name one level at least.")
+        unit = 2 ** (len(self.ch_mult) - 1)
+        if self.image_size % unit:
+            raise SettingsError(
+                f"NCSNppConfig.image_size ({self.image_size}) must be a multiple of {unit}, for {len(self.ch_mult)} levels."
+            )
+        if self.nf % 4:
+            raise SettingsError(f"NCSNppConfig.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return (self.num_channels, self.image_size, self.image_size)
+
+
+class NCSNpp(nn.Module):
+    """F(x, noise_level): the raw network inside a :class:`~cmap_defense.backbones.karras.ConsistencyBackbone`."""
+
+    exact_tensors = frozenset({"embed.frequencies"})
+    """Kept in float32 whatever the precision of the rest: angles are hundreds of radians."""
+
+    def __init__(self, config: NCSNppConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.nf * mult for mult in config.ch_mult]
+        attended = [config.image_size >> level in config.attn_resolutions for level in range(len(widths))]
+        last = len(widths) - 1
+
+        def block(inputs: int, outputs: int, resample: nn.Module | None = None) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, config, resample)
+
+        self.embed = NoiseEmbedding(config.nf, config.fourier_scale)
+        self.enter = _conv(config.num_channels, config.nf)
+
+        self.down = nn.ModuleList()
+        skips = [config.nf]
+        width, pyramid = config.nf, config.num_channels
+        for level, channels in enumerate(widths):
+            stages = []
+            for _ in range(config.num_res_blocks):
+                attention = Attention(channels, config.skip_rescale) if attended[level] else None
+                stages.append(Stage(block(width, channels), attention))
+                width = channels
+                skips.append(width)
+            shrink = None
+            if level < last:
+                taps = config.fir_kernel
+                shrink = Shrink(block(width, width, FIRDown(taps)), FIRDownConv(pyramid, width, taps), config)
+                pyramid = width
+                skips.append(width)
+            self.down.append(DownLevel(stages, shrink))
+
+        self.middle = nn.ModuleList(
+            [Stage(block(width, width), Attention(width, config.skip_rescale)), Stage(block(width, width), None)]
+        )
+
+        self.up = nn.ModuleList()
+        for level, channels in reversed(list(enumerate(widths))):
+            blocks = []
+            for _ in range(config.num_res_blocks + 1):
+                blocks.append(block(width + skips.pop(), channels))
+                width = channels
+            attention = Attention(width, config.skip_rescale) if attended[level] else None
+            grow = block(width, width, FIRUp(config.fir_kernel)) if level > 0 else None
+            self.up.append(UpLevel(blocks, attention, grow))
+
+        self.norm = _group_norm(width)
+        self.leave = _conv(width, config.num_channels, scale=0.0)
+
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        """[B, C, H, W] and [B] levels ln(sigma) / 4, float32 or wider, to [B, C, H, W]."""
+        embedding = self.embed(noise_level)
+        h = self.enter(x)
+        skips = [h]
+        pyramid = x
+        for level in self.down:
+            h, pyramid = level(h, pyramid, embedding, skips)
+        for stage in self.middle:
+            h = stage(h, embedding)
+        for level in self.up:
+            h = level(h, embedding, skips)
+        return self.leave(F.silu(self.norm(h)))
+
+
+class NoiseEmbedding(nn.Module):
+    """ln(sigma) / 4 to [B, 4 nf]: random Fourier features, then a small network."""
+
+    def __init__(self, nf: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(nf))
+        self.first = _linear(2 * nf, 4 * nf)
+        self.second = _linear(4 * nf, 4 * nf)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        frequencies = self.get_buffer("frequencies")
+        wide = noise_level.to(torch.promote_types(noise_level.dtype, frequencies.dtype))
+        angles = wide[:, None] * frequencies * 2 * math.pi
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(features)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and cast as every module, except that the frequencies never become narrower than float32."""
+        exact = self.get_buffer("frequencies")
+        super()._apply(fn, recurse)
+        moved = self.get_buffer("frequencies")
+        if moved.dtype.itemsize < exact.dtype.itemsize:
+            self.frequencies = exact.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+        return self
+
+
+class DownLevel(nn.Module):
+    """The stages of one level on the way down; every result is kept as a skip."""
+
+    def __init__(self, stages: list[Stage], shrink: Shrink | None) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.shrink = shrink
+
+    def forward(self, h: Tensor, pyramid: Tensor, embedding: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+        for stage in self.stages:
+            h = stage(h, embedding)
+            skips.append(h)
+        if self.shrink is not None:
+            h = pyramid = self.shrink(h, pyramid, embedding)
+            skips.append(h)
+        return h, pyramid
+
+
+class Shrink(nn.Module):
+    """Half the resolution: a residual block, joined by the next step of the input pyramid."""
+
+    def __init__(self, block: ResidualBlock, pyramid: FIRDownConv, config: NCSNppConfig) -> None:
+        super().__init__()
+        self.block = block
+        self.pyramid = pyramid
+        self.rescale = config.skip_rescale
+
+    def forward(self, h: Tensor, pyramid: Tensor, embedding: Tensor) -> Tensor:
+        return _joined(self.pyramid(pyramid), self.block(h, embedding), self.rescale)
+
+
+class UpLevel(nn.Module):
+    """The blocks of one level on the way up, each on a skip; attention once behind them; twice the resolution."""
+
+    def __init__(self, blocks: list[ResidualBlock], attention: Attention | None, grow: ResidualBlock | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = attention
+        self.grow = grow
+
+    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        if self.attention is not None:
+            h = self.attention(h)
+        return h if self.grow is None else self.grow(h, embedding)
+
+
+class Stage(nn.Module):
+    """One residual block, and self-attention behind it where asked for."""
+
+    def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        h = self.block(h, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+class ResidualBlock(nn.Module):
+    """BigGAN's block: both branches are resampled in it; a 1x1 convolution on the skip where anything changes."""
+
+    def __init__(self, inputs: int, outputs: int, config: NCSNppConfig, resample: nn.Module | None) -> None:
+        super().__init__()
+        self.norm_in = _group_norm(inputs)
+        self.resample = resample
+        self.conv_in = _conv(inputs, outputs)
+        self.embed = _linear(4 * config.nf, outputs)
+        self.norm_out = _group_norm(outputs)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv_out = _conv(outputs, outputs, scale=0.0)
+        self.skip = _conv(inputs, outputs, size=1) if inputs != outputs or resample is not None else None
+        self.rescale = config.skip_rescale
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm_in(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv_in(h) + self.embed(F.silu(embedding))[:, :, None, None]
+        h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
+        return _joined(x if self.skip is None else self.skip(x), h, self.rescale)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, channels: int, rescale: bool) -> None:
+        super().__init__()
+        self.norm = _group_norm(channels)
+        self.query = _linear(channels, channels, scale=0.1)
+        self.key = _linear(channels, channels, scale=0.1)
+        self.value = _linear(channels, channels, scale=0.1)
+        self.project = _linear(channels, channels, scale=0.0)
+        self.rescale = rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).mT
+        q, k, v = self.query(tokens), self.key(tokens), self.value(tokens)
+        weights = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+        return _joined(x, self.project(weights @ v).mT.unflatten(2, x.shape[2:]), self.rescale)
+
+
+def _joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    return (x + h) / math.sqrt(2) if rescale else x + h
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    groups = min(channels // 4, 32)
+    if channels % groups:
+        raise SettingsError(f"NCSNpp: {channels} channels do not divide into {groups} groups; choose another nf or ch_mult.")
+    return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
+
+
+def _conv(inputs: int, outputs: int, *, size: int = 3, scale: float = 1.0) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    return _initialised(layer, size**2 * inputs, size**2 * outputs, scale)
+
+
+def _linear(inputs: int, outputs: int, *, scale: float = 1.0) -> nn.Linear:
+    return _initialised(nn.Linear(inputs, outputs), inputs, outputs, scale)
+
+
+def _initialised(layer: Any, fan_in: int, fan_out: int, scale: float) -> Any:
+    """Uniform weights of variance 2 scale / (fan_in + fan_out), almost zero for scale 0; zero bias."""
+    bound = math.sqrt(6 * max(scale, 1e-10) / (fan_in + fan_out))
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,107 @@
+"""Weights in files: safetensors, and tensors out of a pickle that nobody executes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cmap_defense.errors import BackboneFileError
+
+__all__ = ["check_sha256", "read_pickle", "read_safetensors", "sha256_of", "tensor_names", "write_safetensors"]
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises :class:`BackboneFileError` when the file is another than the one that was recorded."""
+    found = sha256_of(path)
+    if found != expected:
+        raise BackboneFileError(
+            f"{path} is not the file that the record describes: its SHA-256 is {found}, the record says {expected}. "
+            "Fetch or write the folder again."
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file. Raises :class:`BackboneFileError` when it is missing, cut off or something else."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a file; the errors of :func:`read_safetensors`, without reading the tensors."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise BackboneFileError(f"{path} is missing. Fetch or write the folder again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BackboneFileError(
+            f"{path} is not a whole safetensors file ({error}){_looks(path)}. Fetch or write the folder again."
+        ) from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file. Raises :class:`BackboneFileError` when there is no room or no permission."""
+    try:
+        save_file(dict(tensors), path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneFileError(f"{path} could not be written ({error}). Is the disk full, or read-only?") from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict that ``torch.save`` wrote; nothing in the file is executed.
+
+    Raises:
+        BackboneFileError: the file is missing, cut off, no state dict, or asks for code to be run.
+    """
+    if not path.is_file():
+        raise BackboneFileError(f"{path} is missing. Fetch it again.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BackboneFileError(
+            f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
+            f"{_looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise BackboneFileError(f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again.") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise BackboneFileError(f"{path} is no state dict: it must map names to tensors.")
+    return dict(state)
+
+
+def _looks(path: Path) -> str:
+    """What a broken file seems to be, for the end of a sentence."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "; it is a web page, such as a login or an error page"
+    if start.startswith(b"version https://git-lfs"):
+        return "; it is a Git LFS pointer, not the file itself"
+    return ""
