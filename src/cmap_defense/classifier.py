@@ -84,8 +84,9 @@ class PurifiedClassifier(nn.Module):
         gradient: how the gradient to the input is taken.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
             "predicted", the classifier's top label on the input; "spread", its K most likely ones, one per latent; or a
-            function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K]. The predicted label of an attacked image
-            is the attacker's: the purification then draws towards it. An unconditional backbone has no such weakness.
+            function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K]. The predicted label of an attacked
+            image is the attacker's: the purification then draws towards it. An unconditional backbone has no such
+            weakness.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256.
 

@@ -1,8 +1,8 @@
 """Which class each latent of a class-conditional backbone is generated under.
 
-A class-conditional model draws images of one class. Nobody knows the class of the image that is to be purified, so every
-choice is a guess, and the guess decides: the label that the classifier gives to an attacked image is the label that the
-attacker wanted, and a generator that is told so has been told a lie. Compare the choices before trusting one.
+A class-conditional model draws images of one class. Nobody knows the class of the image that is to be purified, so
+every choice is a guess, and the guess decides: the label that the classifier gives to an attacked image is the label
+that the attacker wanted, and a generator that is told so has been told a lie. Compare the choices before trusting one.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def choose_class_labels(
 
     Args:
         choice: "predicted": the classifier's top label on the input, for all K. "spread": the classifier's K most
-            likely labels, one per latent, from the top again where there are fewer. A function: maps the images to labels
-            [B] or [B, K].
+            likely labels, one per latent, from the top again where there are fewer. A function: maps the images to
+            labels [B] or [B, K].
         given: labels [B] or [B, K] that somebody knows; they win over ``choice``.
         images: [B, C, H, W] in [0, 1].
         classify: images to logits [B, classes].
@@ -69,9 +69,9 @@ def choose_class_labels(
         logits = classify(images.detach())
     if logits.shape[1] != num_classes:
         raise ClassifierError(
-            f"The classifier has {logits.shape[1]} classes and the backbone is conditioned on {num_classes}, so a predicted "
-            "label means nothing to the backbone. Give PurifiedClassifier(..., class_labels=function) that maps images to "
-            "the backbone's labels, or model(images, class_labels=...)."
+            f"The classifier has {logits.shape[1]} classes and the backbone is conditioned on {num_classes}, so a "
+            "predicted label means nothing to the backbone. Give PurifiedClassifier(..., class_labels=function) that "
+            "maps images to the backbone's labels, or model(images, class_labels=...)."
         )
     if choice == "predicted":
         return logits.argmax(dim=1)[:, None].expand(-1, n_latents)
@@ -86,7 +86,9 @@ def _one_per_latent(given: object, images: Tensor, n_latents: int, num_classes: 
         try:
             given = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputTypeError(f"class_labels must be integers [{count}] or [{count}, K], but are {given!r}.") from error
+            raise InputTypeError(
+                f"class_labels must be integers [{count}] or [{count}, K], but are {given!r}."
+            ) from error
     labels = given.to(images.device)
     if labels.ndim == 1 and len(labels) == count:
         labels = labels[:, None].expand(-1, n_latents)

@@ -134,13 +134,20 @@ def check_class_labels(labels: object, count: int, num_classes: int | None) -> T
     """
     if num_classes is None:
         if labels is not None:
-            raise InputValueError("class_labels were given, but this backbone is not class-conditional: leave them out.")
+            raise InputValueError(
+                "class_labels were given, but this backbone is not class-conditional: leave them out."
+            )
         return None
     if labels is None:
         raise InputValueError(
             f"This backbone is class-conditional: give class_labels, integers [{count}] from 0 to {num_classes - 1}."
         )
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise InputTypeError(f"class_labels must be an integer tensor [{count}], but are {came}.")
     if tuple(labels.shape) != (count,):

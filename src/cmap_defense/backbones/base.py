@@ -61,8 +61,9 @@ def check_backbone(backbone: object) -> nn.Module:
 
 
 def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-    """``backbone.generate`` (latents, and labels where it is class-conditional) under the autocast state of this moment, its input cast to the backbone's own precision.
+    """``backbone.generate`` under the autocast state of this moment, its input cast to the backbone's own precision.
 
+    It takes latents, and labels besides where the backbone is class-conditional.
     Backbones that say ``accepts_any_float`` cast inside and get the latents as they are.
     """
     dtype = None

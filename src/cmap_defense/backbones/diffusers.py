@@ -13,17 +13,18 @@ The network inside is used bare: the library's scheduler rounds time steps and c
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.backbones.karras import KarrasModel, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.weights import read_pickle, tensor_names
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
@@ -33,25 +34,23 @@ __all__ = [
     "WEIGHTS",
     "DiffusersUNet",
     "build_unet",
+    "configuration_of",
     "describe_diffusers",
     "is_diffusers",
-    "configuration_of",
     "read_unet",
     "save_pipeline",
 ]
 
-NETWORK = "diffusers-unet2d"
 INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin")
 """In order of preference; the second is a pickle, of which tensors alone are read."""
 
 
-class DiffusersUNet(nn.Module):
-    """F(x, noise_level, class_labels): a UNet2DModel that was trained as a consistency model.
+class PipelineUNet(nn.Module, abc.ABC):
+    """F(x, noise_level, class_labels): a UNet2DModel, told the time in the way that it was trained with."""
 
-    It is conditioned on the time 1000 ln(sigma) / 4 (Song et al. 2023, arXiv 2303.01469, appendix C).
-    """
+    network_name: ClassVar[str]
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -59,7 +58,42 @@ class DiffusersUNet(nn.Module):
 
     def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
-        return self.unet(x, 1000 * noise_level, class_labels=class_labels, return_dict=False)[0]
+        return self.unet(x, self.time(noise_level), class_labels=class_labels, return_dict=False)[0]
+
+    @abc.abstractmethod
+    def time(self, noise_level: Tensor) -> Tensor:
+        """The time step that the U-Net embeds, [B], from ln(sigma) / 4."""
+
+
+class DiffusersUNet(PipelineUNet):
+    """The network of a ConsistencyModelPipeline; its time is 1000 ln(sigma) / 4 (arXiv 2303.01469, appendix C)."""
+
+    network_name = "diffusers-unet2d"
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        return 1000 * noise_level
+
+
+class UnscaledUNet(PipelineUNet):
+    """The network of a ConsistencyPipeline, the community's: it sees the noisy image as it is, and sigma as its time.
+
+    Its c_out is sigma_data sigma / sqrt(sigma^2 + sigma_data^2), which is not 0 at sigma_min: f(x, sigma_min) is x but for
+    0.002 F, where the paper's boundary condition has x exactly.
+    """
+
+    network_name = "diffusers-unet2d-unscaled"
+    boundary_error = 0.02
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        return (4 * noise_level).exp()
+
+    def scalings(self, sigma: Tensor, *, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out and c_in at ``sigma`` (any shape)."""
+        c_skip, _, _ = boundary_scalings(sigma, sigma_data=sigma_data, sigma_min=sigma_min)
+        return c_skip, sigma_data * sigma / (sigma**2 + sigma_data**2).sqrt(), torch.ones_like(sigma)
+
+
+NETWORKS: dict[str, type[PipelineUNet]] = {kind.network_name: kind for kind in (DiffusersUNet, UnscaledUNet)}
 
 
 def is_diffusers(folder: str | os.PathLike[str]) -> bool:
@@ -74,22 +108,21 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         BackboneFileError: a part is missing, or the pipeline is not a consistency model.
     """
     folder = Path(folder)
-    unet, scheduler = _configuration(folder / UNET_CONFIG), _configuration(folder / SCHEDULER_CONFIG)
-    for values, expected in ((unet, "UNet2DModel"), (scheduler, "CMStochasticIterativeScheduler")):
-        if values.get("_class_name") != expected:
-            raise BackboneFileError(
-                f"{folder} is not a consistency model of diffusers: it has a {values.get('_class_name')} where a "
-                f"{expected} belongs."
-            )
+    index, unet = _configuration(folder / INDEX), _configuration(folder / UNET_CONFIG)
+    network, scheduler = UnscaledUNet.network_name, {}
+    if index.get("_class_name") != "ConsistencyPipeline":
+        network, scheduler = DiffusersUNet.network_name, _configuration(folder / SCHEDULER_CONFIG)
+        _require_class(folder, scheduler, "CMStochasticIterativeScheduler")
+    _require_class(folder, unet, "UNet2DModel")
     side = unet.get("sample_size")
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     try:
         return BackboneRecord(
             name=name,
-            network=NETWORK,
+            network=network,
             network_config=unet,
             noise={key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler},
-            image_shape=(unet.get("in_channels", 3), height, width),
+            image_shape=(unet.get("in_channels", 3), height, width),  # pyright: ignore[reportArgumentType] - it checks
             num_classes=unet.get("num_class_embeds"),
             weights_file=next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0]),
             weights_sha256="",
@@ -98,7 +131,7 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         raise BackboneFileError(f"{folder / UNET_CONFIG}: {error}") from error
 
 
-def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> DiffusersUNet:
+def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> PipelineUNet:
     """The network of a pipeline's folder, its weights in float32, on the CPU.
 
     Raises:
@@ -125,7 +158,7 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> Diffuse
             f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of another "
             f"shape, such as {wrong[0]!r}."
         )
-    return DiffusersUNet(unet)
+    return NETWORKS[record.network](unet)
 
 
 def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
@@ -135,13 +168,18 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
         BackboneFileError: the disk takes no more.
     """
     library = _library()
-    assert isinstance(model.network, DiffusersUNet)
+    assert isinstance(model.network, PipelineUNet)
     unet: Any = model.network.unet
     if unet.dtype != dtype:
         unet = copy.deepcopy(unet).to(dtype)
-    scheduler = library.CMStochasticIterativeScheduler(**model.noise.to_dict())
     try:
-        library.ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+        if isinstance(model.network, UnscaledUNet):
+            unet.save_pretrained(folder / "unet")
+            index = {"_class_name": "ConsistencyPipeline", "unet": ["diffusers", "UNet2DModel"]}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            scheduler = library.CMStochasticIterativeScheduler(**model.noise.to_dict())
+            library.ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
     except (SafetensorError, OSError) as error:
         raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
 
@@ -152,7 +190,7 @@ def build_unet(config: dict[str, Any]) -> DiffusersUNet:
         return DiffusersUNet(_library().UNet2DModel.from_config(config))
 
 
-def configuration_of(network: DiffusersUNet) -> dict[str, Any]:
+def configuration_of(network: PipelineUNet) -> dict[str, Any]:
     """The configuration of the network inside, as JSON values."""
     values: Any = network.unet
     return json.loads(values.to_json_string())
@@ -167,6 +205,14 @@ def _library() -> Any:
             "pip install 'cmap-defense[diffusers]'."
         ) from error
     return diffusers
+
+
+def _require_class(folder: Path, values: dict[str, Any], expected: str) -> None:
+    if values.get("_class_name") != expected:
+        raise BackboneFileError(
+            f"{folder} is not a consistency model of diffusers: it has a {values.get('_class_name')} where a {expected} "
+            "belongs."
+        )
 
 
 def _configuration(path: Path) -> dict[str, Any]:

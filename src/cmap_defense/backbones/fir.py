@@ -1,4 +1,4 @@
-"""Resampling by two with a four-tap filter, as StyleGAN2 and NCSN++ do it (Song et al. 2021, arXiv 2011.13456, appendix H).
+"""Resampling by two with a four-tap filter, as in NCSN++ (Song et al. 2021, arXiv 2011.13456, appendix H).
 
 With K = outer(taps, taps) / sum(taps)^2 every channel is filtered alone:
 

@@ -115,22 +115,23 @@ def write_backbone(
     kind = next(kind for kind, model in _KINDS.items() if isinstance(backbone, model))
     described = {"kind": kind, "num_classes": backbone.num_classes} | described
     names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
-    pipeline = isinstance(network, diffusers.DiffusersUNet)
-    if not names and not pipeline:
+    if not names and not isinstance(network, diffusers.PipelineUNet):
         raise BackboneFileError(
-            f"A {type(network).__name__} cannot be written; known networks: {', '.join((*_NETWORKS, diffusers.NETWORK))}."
+            f"A {type(network).__name__} cannot be written; known networks: {', '.join(_known_networks())}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
         staged = Path(place)
-        if pipeline:
+        if isinstance(network, diffusers.PipelineUNet):
             diffusers.save_pipeline(backbone, staged, dtype)
             files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
-            name, config = diffusers.NETWORK, diffusers.configuration_of(network)
+            files = [file for file in files if (staged / file).is_file()]
+            name, config = network.network_name, diffusers.configuration_of(network)
         else:
             files = [described.pop("weights_file", "weights.safetensors")]
             write_safetensors(_state(network, dtype), staged / files[0])
-            name, config = names[0], network.config.to_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            settings: Any = network.config
+            name, config = names[0], settings.to_dict()
         record = BackboneRecord(
             network=name,
             network_config=config,
@@ -148,6 +149,10 @@ def write_backbone(
     return record
 
 
+def _known_networks() -> list[str]:
+    return [*_NETWORKS, *diffusers.NETWORKS]
+
+
 def _state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights as they go into the file; what the network keeps exact stays in float32 at least."""
     exact = getattr(network, "exact_tensors", frozenset())
@@ -161,7 +166,7 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
     path = folder / record.weights_file
     try:
         noise = NoiseRange.from_dict(record.noise)
-        if record.network == diffusers.NETWORK:
+        if record.network in diffusers.NETWORKS:
             if record.weights_sha256 and path.is_file():
                 check_sha256(path, record.weights_sha256)
             network: nn.Module = diffusers.read_unet(folder, record)
@@ -182,7 +187,7 @@ def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
     """One of this package's networks with its weights. Raises SettingsError for a configuration that is none."""
     place = folder / RECORD_FILE
     if record.network not in _NETWORKS:
-        near = near_matches(record.network, {*_NETWORKS, diffusers.NETWORK})
+        near = near_matches(record.network, _known_networks())
         raise BackboneFileError(f"{place}: unknown network {record.network!r}.{near}")
     config_class, network_class = _NETWORKS[record.network]
     config = config_class.from_dict(record.network_config)

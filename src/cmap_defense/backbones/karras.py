@@ -63,7 +63,8 @@ def preconditioned(
     wide = torch.promote_types(noisy.dtype, torch.float32)
     x = noisy.to(wide)
     level = torch.as_tensor(sigma, dtype=wide, device=x.device).expand(x.shape[0])
-    c_skip, c_out, c_in = boundary_scalings(level[:, None, None, None], sigma_data=sigma_data, sigma_min=sigma_min)
+    scalings = getattr(network, "scalings", boundary_scalings)  # a network that was trained with others says so
+    c_skip, c_out, c_in = scalings(level[:, None, None, None], sigma_data=sigma_data, sigma_min=sigma_min)
     labels = () if class_labels is None else (class_labels,)
     raw = network((c_in * x).to(dtype_of(network) or wide), level.log() / 4, *labels)
     return c_skip * x + c_out * raw.to(wide)
@@ -103,9 +104,7 @@ class KarrasModel(nn.Module):
         self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None, *, sigma_min: float
     ) -> Tensor:
         labels = check_class_labels(class_labels, len(noisy), self.num_classes)
-        return preconditioned(
-            self.network, noisy, sigma, labels, sigma_data=self.noise.sigma_data, sigma_min=sigma_min
-        )
+        return preconditioned(self.network, noisy, sigma, labels, sigma_data=self.noise.sigma_data, sigma_min=sigma_min)
 
 
 class ConsistencyBackbone(KarrasModel):

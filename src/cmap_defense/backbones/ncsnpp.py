@@ -1,7 +1,7 @@
 """NCSN++, the network of the published CIFAR-10 consistency models.
 
-Song et al. 2021 (arXiv 2011.13456, appendix H), in the configuration that Song et al. 2023 (arXiv 2303.01469, appendix C)
-train: BigGAN residual blocks, FIR resampling, residual input pyramid, Fourier embedding of the noise level.
+Song et al. 2021 (arXiv 2011.13456, appendix H), in the configuration of Song et al. 2023 (arXiv 2303.01469, appendix
+C): BigGAN residual blocks, FIR resampling, residual input pyramid, Fourier embedding of the noise level.
 Modules stand in the order in which they are called; the converter relies on it (``convert/jcm.py``).
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 """
@@ -28,13 +28,14 @@ GROUP_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NCSNppConfig(Settings):
-    """Architecture of :class:`NCSNpp` under the names of the official configurations; the defaults are the CIFAR-10 model.
+    """Architecture of :class:`NCSNpp`, with the names of the official configurations; the defaults are CIFAR-10's.
 
     nf: channels of the first convolution. ch_mult: channels of each level, in units of nf, finest first.
     num_res_blocks: residual blocks per level on the way down (one more on the way up).
     attn_resolutions: image sides at which self-attention is used.
     image_size: side of the square images, a multiple of 2^(levels - 1). num_channels: of the images.
-    fir_kernel: four symmetric taps of the resampling filter. fourier_scale: standard deviation of the random frequencies.
+    fir_kernel: four symmetric taps of the resampling filter.
+    fourier_scale: standard deviation of the random frequencies.
     skip_rescale: sums of two branches are divided by sqrt 2. dropout: in the residual blocks.
 
     What the official configurations offer besides is fixed at the published models' choice: resblock_type biggan,
@@ -76,7 +77,8 @@ class NCSNppConfig(Settings):
         unit = 2 ** (len(self.ch_mult) - 1)
         if self.image_size % unit:
             raise SettingsError(
-                f"NCSNppConfig.image_size ({self.image_size}) must be a multiple of {unit}, for {len(self.ch_mult)} levels."
+                f"NCSNppConfig.image_size ({self.image_size}) must be a multiple of {unit}, "
+                f"for {len(self.ch_mult)} levels."
             )
         if self.nf % 4:
             raise SettingsError(f"NCSNppConfig.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
@@ -293,7 +295,9 @@ def _joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
 def _group_norm(channels: int) -> nn.GroupNorm:
     groups = min(channels // 4, 32)
     if channels % groups:
-        raise SettingsError(f"NCSNpp: {channels} channels do not divide into {groups} groups; choose another nf or ch_mult.")
+        raise SettingsError(
+            f"NCSNpp: {channels} channels do not divide into {groups} groups; choose another nf or ch_mult."
+        )
     return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
 
 

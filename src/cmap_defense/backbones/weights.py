@@ -88,7 +88,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{_looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise BackboneFileError(f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again.") from error
+        raise BackboneFileError(
+            f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again."
+        ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):

@@ -38,7 +38,9 @@ def _kept_bytes(generate: Callable[..., Tensor], latents: Tensor, conditional: b
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        generated = generate(latents.requires_grad_(), *labels)  # kept until it is counted, so that no storage is used twice
+        generated = generate(
+            latents.requires_grad_(), *labels
+        )  # kept until it is counted, so that no storage is used twice
     del generated
     return sum(storages.values()) + latents.untyped_storage().nbytes()
 

@@ -1,8 +1,8 @@
 """Arrays out of a flax checkpoint, without JAX and without reading more of it than is asked for.
 
-The file is one msgpack map. An array is an extension of type 1 that holds msgpack of (shape, dtype name, bytes in C order);
-one of more than 2^30 bytes is a map of chunks instead. The file is walked as a stream: a branch that is not wanted
-is skipped over, so memory holds the wanted arrays and one read buffer.
+The file is one msgpack map. An array is an extension of type 1 that holds msgpack of (shape, dtype name, bytes in C
+order); one of more than 2^30 bytes is a map of chunks instead. The file is walked as a stream: a branch that is not
+wanted is skipped, so memory holds the wanted arrays and one read buffer.
 """
 
 from __future__ import annotations
@@ -62,10 +62,13 @@ def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
         raise BackboneFileError(f"{path} cannot be read: {error}") from error
     except msgpack.OutOfData as error:
         raise BackboneFileError(
-            f"{path} ends in the middle ({path.stat().st_size:,} bytes): the download or copy is not whole. Fetch it again."
+            f"{path} ends in the middle ({path.stat().st_size:,} bytes): the download or copy is not whole. "
+            "Fetch it again."
         ) from error
     except (msgpack.UnpackException, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise BackboneFileError(f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}).") from error
+        raise BackboneFileError(
+            f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error})."
+        ) from error
     raise UnknownNameError(f"{path} has no {branch!r}.{near_matches(branch, set(found))}")
 
 

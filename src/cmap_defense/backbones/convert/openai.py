@@ -1,7 +1,7 @@
-"""OpenAI's PyTorch files of the ImageNet-64 and LSUN-256 models (``cd_imagenet64_l2.pt``, ...) as networks of diffusers.
+"""OpenAI's PyTorch files of the ImageNet-64 and LSUN-256 models (``cd_imagenet64_l2.pt``, ...) as diffusers' networks.
 
-Both are the U-Net of Dhariwal and Nichol 2021 (arXiv 2105.05233); the names of the tensors differ, and the query, key and
-value projections of an attention are one tensor in the former.
+Both are the U-Net of Dhariwal and Nichol 2021 (arXiv 2105.05233); the names of the tensors differ, and the query, key
+and value projections of an attention are one tensor in OpenAI's.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ def _renamed(state: State, levels: int, layers: int) -> State:
         for side, count, sampler in (("input", layers, "downsamplers"), ("output", layers + 1, "upsamplers")):
             first = level * (layers + 1) + (side == "input")
             ours = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
+            attended = f"{side}_blocks.{first}.1.qkv.weight" in state
             for i in range(count):
                 theirs = f"{side}_blocks.{first + i}"
                 _residual(state, f"{theirs}.0", renamed, f"{ours}.resnets.{i}")
-                attended = f"{theirs}.1.qkv.weight" in state
                 if attended:
                     _attention(state, f"{theirs}.1", renamed, f"{ours}.attentions.{i}")
             if level < levels - 1:
