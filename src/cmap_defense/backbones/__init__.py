@@ -4,10 +4,20 @@ from cmap_defense.backbones.base import Backbone
 from cmap_defense.backbones.convert import convert_jcm, convert_openai
 from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.load import load_backbone, load_denoiser
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.backbones.registry import (
+    HubRepository,
+    OfficialFile,
+    PackagedFolder,
+    RegistryEntry,
+    backbone_names,
+    register,
+    registry_entry,
+)
+from cmap_defense.backbones.remote.push import push_backbone
+from cmap_defense.backbones.remote.verify import Verification, verify_backbone
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 
 __all__ = [
@@ -17,16 +27,25 @@ __all__ = [
     "CompactUNetConfig",
     "ConsistencyBackbone",
     "EDMDenoiser",
+    "HubRepository",
     "NCSNpp",
     "NCSNppConfig",
     "NoiseRange",
+    "OfficialFile",
+    "PackagedFolder",
+    "RegistryEntry",
+    "Verification",
     "backbone_names",
     "convert_jcm",
     "convert_openai",
     "load_backbone",
+    "load_denoiser",
+    "push_backbone",
     "read_backbone",
     "read_denoiser",
     "read_record",
+    "register",
     "registry_entry",
+    "verify_backbone",
     "write_backbone",
 ]

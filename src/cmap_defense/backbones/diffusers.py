@@ -77,8 +77,8 @@ class DiffusersUNet(PipelineUNet):
 class UnscaledUNet(PipelineUNet):
     """The network of a ConsistencyPipeline, the community's: it sees the noisy image as it is, and sigma as its time.
 
-    Its c_out is sigma_data sigma / sqrt(sigma^2 + sigma_data^2), which is not 0 at sigma_min: f(x, sigma_min) is x but for
-    0.002 F, where the paper's boundary condition has x exactly.
+    Its c_out is sigma_data sigma / sqrt(sigma^2 + sigma_data^2), which is not 0 at sigma_min: f(x, sigma_min) is x but
+    for 0.002 F, where the paper's boundary condition has x exactly.
     """
 
     network_name = "diffusers-unet2d-unscaled"
@@ -155,8 +155,8 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> Pipelin
     wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
     if wrong:
         raise BackboneFileError(
-            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of another "
-            f"shape, such as {wrong[0]!r}."
+            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
+            f"another shape, such as {wrong[0]!r}."
         )
     return NETWORKS[record.network](unet)
 
@@ -210,8 +210,8 @@ def _library() -> Any:
 def _require_class(folder: Path, values: dict[str, Any], expected: str) -> None:
     if values.get("_class_name") != expected:
         raise BackboneFileError(
-            f"{folder} is not a consistency model of diffusers: it has a {values.get('_class_name')} where a {expected} "
-            "belongs."
+            f"{folder} is not a consistency model of diffusers: it has a {values.get('_class_name')} "
+            f"where a {expected} belongs."
         )
 
 

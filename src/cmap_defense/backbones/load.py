@@ -8,19 +8,25 @@ from pathlib import Path
 
 import torch
 
-from cmap_defense.backbones.folder import RECORD_FILE, read_backbone
-from cmap_defense.backbones.hub import fetch_folder
-from cmap_defense.backbones.karras import ConsistencyBackbone
+from cmap_defense.backbones.folder import read_backbone, read_denoiser
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.backbones.registry.entry import RegistryEntry
+from cmap_defense.backbones.remote.cache import pinned
+from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
 from cmap_defense.errors import BackboneFileError, SettingsError
 
-__all__ = ["load_backbone", "resolve_backbone"]
+__all__ = ["entry_of", "load_backbone", "load_denoiser", "resolve_backbone"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> ConsistencyBackbone:
     """A backbone in eval mode, on the CPU, its weights needing no gradient.
+
+    What is not on this machine yet is fetched once: from the Hub by huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT,
+    HF_HUB_OFFLINE and private repositories work as everywhere), official checkpoints from their authors' server into
+    ``cmap-defense`` beside the Hub's cache.
 
     Args:
         source: a name (``cmap-defense backbones list``), a local folder, or a Hub id ``organisation/name`` or
@@ -31,19 +37,41 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
     Raises:
         UnknownNameError: no such name, or no such repository on the Hub.
         BackboneFileError: a file is missing, truncated, damaged or foreign, or could not be fetched.
+        MissingExtraError: it is in the format of diffusers, and that library is not installed.
     """
-    return read_backbone(resolve_backbone(source), dtype=dtype)
+    backbone = read_backbone(resolve_backbone(source), dtype=dtype)
+    entry = entry_of(source)
+    if entry is not None:
+        _describe(backbone, entry)
+        backbone.default_settings = dict(backbone.record.settings) if backbone.record else None
+    return backbone
 
 
-def resolve_backbone(source: str | os.PathLike[str]) -> Path:
-    """The local folder of ``source``; a Hub repository is fetched first. Raises as :func:`load_backbone`."""
+def load_denoiser(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> EDMDenoiser:
+    """The EDM view of a model whose record says that it is a diffusion model, for purifiers that denoise.
+
+    Arguments and errors are those of :func:`load_backbone`; a consistency model is a :class:`BackboneFileError`.
+    """
+    denoiser = read_denoiser(resolve_backbone(source), dtype=dtype)
+    entry = entry_of(source)
+    if entry is not None:
+        _describe(denoiser, entry)
+    return denoiser
+
+
+def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """The local folder of ``source``, fetched first where it is not there. Raises as :func:`load_backbone`.
+
+    force: fetch it even where it is there.
+    """
     if not isinstance(source, (str, os.PathLike)):
         raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
     text = os.fspath(source)
     if not text:
         raise SettingsError("A backbone is given as a name, a path or a Hub id, but the text is empty.")
-    if isinstance(source, str) and text in backbone_names():
-        return registry_entry(text).folder
+    entry = entry_of(source)
+    if entry is not None:
+        return fetch_entry(pinned(entry), force=force)[0]
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # "~nobody"
@@ -52,5 +80,30 @@ def resolve_backbone(source: str | os.PathLike[str]) -> Path:
         return path
     if _HUB_ID.fullmatch(text):
         repo_id, _, revision = text.partition("@")
-        return fetch_folder(repo_id, revision or None, [RECORD_FILE, "*.safetensors"])
-    return registry_entry(text).folder
+        return fetch_repository(repo_id, revision or None, force=force)
+    registry_entry(text)  # raises, with near matches
+    raise AssertionError
+
+
+def entry_of(source: str | os.PathLike[str]) -> RegistryEntry | None:
+    """The registry's entry when ``source`` is a name, None when it is anything else."""
+    return registry_entry(source) if isinstance(source, str) and source in backbone_names() else None
+
+
+def _describe(model: KarrasModel, entry: RegistryEntry) -> None:
+    """Complete a record that its folder left open, such as that of a diffusers pipeline, from the registry."""
+    record = model.record
+    assert record is not None
+    if model.image_shape != entry.image_shape or model.num_classes != entry.num_classes:
+        raise BackboneFileError(
+            f"{entry.name} should make images of shape {entry.image_shape} with num_classes={entry.num_classes}, but "
+            f"what was fetched has {model.image_shape} and {model.num_classes}. Fetch it again, or report it."
+        )
+    model.record = record.replace(
+        name=entry.name,
+        description=record.description or entry.description,
+        licence=record.licence or entry.licence,
+        paper=record.paper or entry.paper,
+        settings=record.settings or dict(entry.settings),
+        figures=record.figures or dict(entry.quality),
+    )

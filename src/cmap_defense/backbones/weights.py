@@ -17,7 +17,18 @@ from torch import Tensor
 
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["check_sha256", "read_pickle", "read_safetensors", "sha256_of", "tensor_names", "write_safetensors"]
+__all__ = [
+    "DTYPES",
+    "check_sha256",
+    "read_pickle",
+    "read_safetensors",
+    "sha256_of",
+    "tensor_names",
+    "write_safetensors",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions of the weights in a file."""
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

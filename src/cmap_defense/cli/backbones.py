@@ -1,47 +1,206 @@
-"""``cmap-defense backbones``: which there are, and what is known of each."""
+"""``cmap-defense backbones``: which there are, what is known of each, and getting, making, checking, sharing them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
 
-from cmap_defense.backbones.folder import read_record
-from cmap_defense.backbones.load import resolve_backbone
+from cmap_defense.backbones.convert import convert_jcm, convert_openai
+from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
+from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
+from cmap_defense.backbones.load import entry_of, resolve_backbone
+from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.registry import backbone_names, registry_entry
-from cmap_defense.cli.output import json_option, print_json, print_table
+from cmap_defense.backbones.remote.cache import pinned
+from cmap_defense.backbones.remote.push import push_backbone
+from cmap_defense.backbones.remote.verify import verify_backbone
+from cmap_defense.backbones.weights import DTYPES, sha256_of
+from cmap_defense.cli.output import json_option, print_json, print_table, writable_folder
+from cmap_defense.errors import SettingsError
 
 __all__ = ["backbones"]
 
 
 @click.group()
 def backbones() -> None:
-    """List backbones and show what is known of them."""
+    """List, inspect, fetch, convert, verify and share backbones."""
 
 
 @backbones.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the backbones that have a name."""
-    records = [registry_entry(name).record for name in backbone_names()]
+    """List the backbones that have a name. Nothing is fetched."""
+    entries = [pinned(registry_entry(name)) for name in backbone_names()]
     if as_json:
-        print_json([record.to_dict() for record in records])
+        print_json([entry.to_dict() for entry in entries])
         return
-    rows = [["name", "image", "licence", "what it is"]]
-    rows += [[r.name, "x".join(map(str, r.image_shape)), r.licence, r.description] for r in records]
+    rows = [["name", "image", "classes", "verified", "what it is"]]
+    rows += [
+        [
+            entry.name,
+            "x".join(map(str, entry.image_shape)),
+            "-" if entry.num_classes is None else str(entry.num_classes),
+            "yes" if entry.verified else "no",
+            entry.description,
+        ]
+        for entry in entries
+    ]
     print_table(rows)
+    click.echo("\nverified: its commit and checksum are known. `cmap-defense backbones verify NAME` fills them in.")
 
 
 @backbones.command()
 @click.argument("backbone")
 @json_option
 def info(backbone: str, as_json: bool) -> None:
-    """Show the record of BACKBONE: a name, a folder or a Hub id."""
-    folder = resolve_backbone(backbone)
-    record = read_record(folder)
+    """Show what is known of BACKBONE: a name (nothing is fetched), a folder or a Hub id."""
+    entry = entry_of(backbone)
+    if entry is not None:
+        values = pinned(entry).to_dict()
+    else:
+        folder = resolve_backbone(backbone)
+        values = read_record(folder).to_dict() | {"folder": str(folder)}
     if as_json:
-        print_json(record.to_dict() | {"folder": str(folder)})
+        print_json(values)
         return
-    for name, value in (record.to_dict() | {"folder": str(folder)}).items():
+    for name, value in values.items():
         _show(name, value, indent=0)
+
+
+@backbones.command()
+@click.argument("backbone")
+@click.option("--force", is_flag=True, help="Fetch it again even where it is on this machine already.")
+@json_option
+def pull(backbone: str, force: bool, as_json: bool) -> None:
+    """Fetch BACKBONE, a name or a Hub id, so that it loads without a network afterwards."""
+    folder = resolve_backbone(backbone, force=force)
+    record = read_record(folder)
+    weights = folder / record.weights_file
+    if as_json:
+        print_json(
+            {"backbone": backbone, "folder": str(folder), "weights": str(weights), "bytes": weights.stat().st_size}
+        )
+        return
+    click.echo(f"{backbone} is in {folder} ({weights.stat().st_size / 2**20:,.1f} MiB of weights).")
+
+
+@backbones.command()
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path), callback=writable_folder)
+@click.option("--from", "format_", type=click.Choice(["jcm", "openai"]), required=True, help="Format of CHECKPOINT.")
+@click.option("--name", default=None, help="Name in the record.  [default: OUT's]")
+@click.option("--description", default="", help="What it is, in the record.")
+@click.option("--licence", default="", help="Licence of the weights, in the record.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the file.")
+@click.option("--kind", type=click.Choice(["consistency", "diffusion"]), default="consistency", show_default=True)
+@click.option("--params", default="params_ema", show_default=True, help="jcm: which weights.")
+@click.option(
+    "--config",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="jcm: architecture other than CIFAR-10's, such as nf=64 or ch_mult=1,2; may be repeated.",
+)
+@click.option("--image-size", type=click.IntRange(1), default=None, help="openai: side of the images.")
+@click.option("--head-channels", type=click.IntRange(1), default=64, show_default=True, help="openai: of one head.")
+@json_option
+def convert(
+    checkpoint: Path,
+    out: Path,
+    format_: str,
+    name: str | None,
+    description: str,
+    licence: str,
+    dtype: str,
+    kind: str,
+    params: str,
+    overrides: tuple[str, ...],
+    image_size: int | None,
+    head_channels: int,
+    as_json: bool,
+) -> None:
+    """Convert CHECKPOINT into a backbone folder OUT, which load_backbone(OUT) loads.
+
+    jcm: the JAX checkpoints of the CIFAR-10 consistency models (flax msgpack). openai: the .pt files of the ImageNet-64
+    and LSUN-256 models, which become a pipeline of the diffusers library.
+    """
+    source: dict[str, Any] = {"file": checkpoint.name, "converter": format_}
+    if format_ == "jcm":
+        model: KarrasModel = convert_jcm(checkpoint, _config(overrides), params)
+        source["params"] = params
+    else:
+        if overrides:
+            raise click.BadParameter("the architecture of --from openai is read off the file.", param_hint="--config")
+        model = convert_openai(checkpoint, image_size=image_size, head_channels=head_channels)
+    if kind == "diffusion":
+        model = EDMDenoiser(model.network, model.image_shape, model.noise, model.num_classes)
+    source |= {"size": checkpoint.stat().st_size, "sha256": sha256_of(checkpoint)}
+    record = write_backbone(
+        model,
+        out,
+        dtype=DTYPES[dtype],
+        name=name or out.absolute().name,
+        description=description,
+        licence=licence,
+        source=source,
+    )
+    if as_json:
+        print_json(record.to_dict() | {"folder": str(out)})
+        return
+    click.echo(f"Wrote {out / record.weights_file} and {out / RECORD_FILE}. Load it with load_backbone({str(out)!r}).")
+
+
+@backbones.command()
+@click.argument("backbone")
+@json_option
+def verify(backbone: str, as_json: bool) -> None:
+    """Load BACKBONE, check it, note its commit and checksum: other files are refused under its name from then on."""
+    found = verify_backbone(backbone)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for name, value in found.to_dict().items():
+        if value is not None:
+            _show(name, value, indent=0)
+    click.echo(f"{backbone} is whole and works.")
+
+
+@backbones.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Make a private repository, where it makes one.")
+@click.option("--message", default="Add the backbone", show_default=True, help="Of the commit.")
+def push(folder: Path, repo_id: str, private: bool, message: str) -> None:
+    """Upload FOLDER with a model card to the Hub's repository REPO_ID (organisation/name)."""
+    pushed = push_backbone(folder, repo_id, private=private, message=message)
+    click.echo(f"Pushed. Load it with load_backbone({pushed!r}).")
+
+
+def _config(overrides: tuple[str, ...]) -> NCSNppConfig:
+    """The CIFAR-10 architecture with changes; a value is a number, a truth value or a comma-separated list."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{override!r} is not NAME=VALUE.", param_hint="--config")
+        try:
+            changes[name] = _value(value, listed=isinstance(getattr(NCSNppConfig(), name, None), tuple))
+        except ValueError as error:
+            raise click.BadParameter(f"{override!r}: {error}", param_hint="--config") from error
+    try:
+        return NCSNppConfig().replace(**changes)
+    except SettingsError as error:
+        raise click.BadParameter(str(error), param_hint="--config") from error
+
+
+def _value(text: str, *, listed: bool) -> Any:
+    if listed:
+        return tuple(_value(part, listed=False) for part in text.split(",") if part)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _show(name: str, value: object, *, indent: int) -> None:
@@ -51,6 +210,14 @@ def _show(name: str, value: object, *, indent: int) -> None:
         click.echo(f"{space}{name}:")
         for inner, content in value.items():
             _show(str(inner), content, indent=indent + 1)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value, start=1):
+            _show(f"{name} {number}", item, indent=indent)
     else:
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        click.echo(f"{space}{name}: {shown}")
+        click.echo(f"{space}{name}: {_words(value)}")
+
+
+def _words(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "yes" if value is True else "no" if value is False else "-" if value in (None, "") else str(value)

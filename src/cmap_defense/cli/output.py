@@ -13,7 +13,7 @@ import click
 import torch
 from tqdm import tqdm
 
-__all__ = ["checked_device", "json_option", "out_option", "print_json", "print_table", "progress"]
+__all__ = ["checked_device", "json_option", "out_option", "print_json", "print_table", "progress", "writable_folder"]
 
 
 def out_option(default: str | None = None) -> Callable[[Any], Any]:
@@ -23,14 +23,14 @@ def out_option(default: str | None = None) -> Callable[[Any], Any]:
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
         default=default,
-        callback=_writable,
+        callback=writable_folder,
         required=default is None,
         show_default=default is not None,
         help="Folder to write to; made when it is not there.",
     )
 
 
-def _writable(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
+def writable_folder(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
     """``folder``, refused before any work is done when nothing can be written there."""
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):

@@ -1,0 +1,53 @@
+"""Backbones by name: those of the catalogue, and those that a program registers."""
+
+from __future__ import annotations
+
+import functools
+
+from cmap_defense.backbones.registry.catalogue import catalogue
+from cmap_defense.backbones.registry.entry import RegistryEntry
+from cmap_defense.errors import SettingsError, UnknownNameError
+from cmap_defense.settings import near_matches
+
+__all__ = ["backbone_names", "register", "registry_entry"]
+
+
+def backbone_names() -> list[str]:
+    """All names, sorted."""
+    return sorted(_entries())
+
+
+def registry_entry(name: str) -> RegistryEntry:
+    """The entry of a name. Raises :class:`UnknownNameError` with near matches."""
+    if not isinstance(name, str) or not name:
+        raise SettingsError(f"A backbone's name must be text, but is {name!r}.")
+    if name not in _entries():
+        raise UnknownNameError(
+            f"There is no backbone {name!r}.{near_matches(name, _entries())} A backbone may also be a Hub id "
+            "(organisation/name) or a folder; `cmap-defense backbones list` shows the names."
+        )
+    return _entries()[name]
+
+
+def register(record: RegistryEntry, *, replace: bool = False) -> None:
+    """Give a backbone a name in this process.
+
+    Args:
+        record: what stands behind the name.
+        replace: whether a name that is taken already may be taken over.
+
+    Raises:
+        SettingsError: the name is taken, or ``record`` is none.
+    """
+    if not isinstance(record, RegistryEntry):
+        raise SettingsError(f"register takes a RegistryEntry, but got {type(record).__name__}.")
+    if record.name in _entries() and not replace:
+        raise SettingsError(
+            f"There is a backbone {record.name!r} already; give another name, or register(..., replace=True)."
+        )
+    _entries()[record.name] = record
+
+
+@functools.cache
+def _entries() -> dict[str, RegistryEntry]:
+    return {entry.name: entry for entry in catalogue()}

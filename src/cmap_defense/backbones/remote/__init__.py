@@ -1,0 +1,1 @@
+"""Files from elsewhere: the Hub, official checkpoints, the cache; checking and publishing backbones."""

@@ -1,0 +1,136 @@
+"""Model cards: what a reader should know about a backbone, from its record alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, PackagedFolder, RegistryEntry, Source
+
+__all__ = ["entry_card", "hub_card"]
+
+_USE = """```python
+from cmap_defense import PurifiedClassifier
+
+model = PurifiedClassifier(my_classifier, backbone="{source}")
+logits = model(images)  # [B, {channels}, {height}, {width}] in [0, 1]
+```
+"""
+
+
+def entry_card(entry: RegistryEntry) -> str:
+    """The page of a name, in Markdown."""
+    lines = [f"# {entry.name}", "", entry.description, ""]
+    if entry.notes:
+        lines += [entry.notes, ""]
+    lines += _table(entry, entry.licence, entry.paper)
+    lines += [f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |", ""]
+    lines += ["## Where it comes from", ""]
+    lines += [line for source in entry.sources for line in (*_source_lines(source), "")]
+    if entry.kind == "consistency":
+        lines += ["## Use", "", _use(entry.name, entry.image_shape)]
+        if entry.num_classes is not None:
+            lines += [
+                "The backbone is class-conditional. By default each image is purified under the classifier's top label "
+                "on the input; for an attacked image that is the attacker's label. "
+                "`PurifiedClassifier(..., class_labels=...)` has the other choices, and the result says which labels "
+                "were used.",
+                "",
+            ]
+    else:
+        lines += ["## Use", "", _denoiser_use(entry.name)]
+    lines += _settings_lines(entry.settings, entry.kind)
+    return "\n".join([*lines, *_figure_lines(entry.quality)]).rstrip() + "\n"
+
+
+def hub_card(record: BackboneRecord, repo_id: str) -> str:
+    """The README of a repository that holds a backbone folder: the Hub's metadata, then the page."""
+    tags = ["consistency-model" if record.kind == "consistency" else "diffusion", "adversarial-purification"]
+    head = ["---", "library_name: cmap-defense", "pipeline_tag: unconditional-image-generation", "tags:"]
+    head += [f"- {tag}" for tag in tags]
+    if record.licence:
+        head += ["license: other", f"license_name: {json.dumps(record.licence)}"]
+    lines = [*head, "---", "", f"# {record.name}", ""]
+    lines += [record.description, ""] if record.description else []
+    lines += [*_table(record, record.licence, record.paper)]
+    lines += [f"| network | {record.network} |", f"| weights | {record.weights_file}, {record.weights_dtype} |"]
+    lines += [f"| SHA-256 | `{record.weights_sha256}` |", "", "## Use", ""]
+    lines += [_use(repo_id, record.image_shape) if record.kind == "consistency" else _denoiser_use(repo_id)]
+    lines += _settings_lines(record.settings, record.kind)
+    for title, values in (("Where the weights come from", record.source), ("Training", record.training)):
+        if values:
+            lines += [f"## {title}", "", *_bullets(values), ""]
+    return "\n".join([*lines, *_figure_lines(record.figures)]).rstrip() + "\n"
+
+
+def _use(source: str, shape: tuple[int, int, int]) -> str:
+    return _USE.format(source=source, channels=shape[0], height=shape[1], width=shape[2])
+
+
+def _denoiser_use(source: str) -> str:
+    return (
+        "A diffusion model: it denoises, and has no one-step generator, so CMAP refuses it.\n\n```python\n"
+        "from cmap_defense.backbones import load_denoiser\n\n"
+        f'denoiser = load_denoiser("{source}")\nclean = denoiser.denoise(noisy, sigma)\n```\n'
+    )
+
+
+def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list[str]:
+    classes = "unconditional" if of.num_classes is None else f"class-conditional, {of.num_classes} classes"
+    return [
+        "| | |",
+        "| --- | --- |",
+        f"| images | {' x '.join(map(str, of.image_shape))}, {classes} |",
+        f"| kind | {of.kind} model |",
+        f"| licence of the weights | {licence or 'not stated'} |",
+        f"| paper | {paper or 'not stated'} |",
+    ]
+
+
+def _source_lines(source: Source) -> list[str]:
+    if isinstance(source, PackagedFolder):
+        return ["- A folder on this machine; the embedded model comes with the package."]
+    if isinstance(source, HubRepository):
+        revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"
+        return [
+            f"- The Hub's [{source.repo_id}](https://huggingface.co/{source.repo_id}), {revision}.",
+            f"- SHA-256 of the weights: {_known(source.sha256)}.",
+        ]
+    assert isinstance(source, OfficialFile)
+    size = f"{source.size:,} bytes" if source.size else f"about {source.about}"
+    return [
+        f"- The authors' own file, `{source.url}` ({size}), converted once on this machine (`{source.params}`).",
+        f"- SHA-256 of the file: {_known(source.sha256)}.",
+    ]
+
+
+def _known(checksum: str | None) -> str:
+    return f"`{checksum}`" if checksum else "**not verified**; `cmap-defense backbones verify` fills it in"
+
+
+def _settings_lines(settings: Mapping[str, Any], kind: str) -> list[str]:
+    if kind != "consistency":
+        return []
+    shown = ", ".join(f"`{name} = {value:g}`" for name, value in settings.items())
+    return ["## Settings", "", f"CMAP settings, as changes to the defaults: {shown or 'none'}.", ""]
+
+
+def _figure_lines(figures: Mapping[str, Any]) -> list[str]:
+    if not figures:
+        return ["## Quality", "", "No figure is measured or cited here.", ""]
+    return ["## Quality", "", *_bullets(figures), ""]
+
+
+def _bullets(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in values.items():
+        title = str(name).replace("_", " ")
+        if isinstance(value, Mapping):
+            lines += [f"{indent}- {title}:", *_bullets(value, f"{indent}    ")]
+        elif isinstance(value, (list, tuple)):
+            lines.append(f"{indent}- {title}: {', '.join(map(str, value))}")
+        else:
+            lines.append(f"{indent}- {title}: {value}")
+    return lines

@@ -1,0 +1,92 @@
+"""Files from and to the Hugging Face Hub: huggingface_hub does the work, this translates its errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from cmap_defense.errors import BackboneFileError, UnknownNameError
+
+__all__ = ["fetch_folder", "push_files"]
+
+_CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OSError)
+"""What the Hub's HTTP client raises for broken connections; before version 1 of huggingface_hub, an OSError."""
+
+
+def fetch_folder(repo_id: str, revision: str | None, patterns: list[str], *, force: bool = False) -> Path:
+    """The local copy of a Hub repository's files that match ``patterns``; from the cache when the Hub is out of reach.
+
+    force: fetch them even where they are in the cache.
+
+    Raises:
+        UnknownNameError: no such repository or revision, or no access to it.
+        BackboneFileError: the Hub cannot be reached and the cache does not hold the files.
+    """
+    with _translated(repo_id, revision):
+        return Path(
+            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns, force_download=force)
+        )
+
+
+def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
+    """Make a repository where there is none, and commit files to it. Returns the commit.
+
+    Args:
+        repo_id: organisation/name, where the token may write.
+        files: by their paths in the repository.
+        private: of a repository that is made here.
+        message: of the commit.
+
+    Raises:
+        UnknownNameError: no such organisation, or no right to write there.
+        BackboneFileError: the Hub cannot be reached, or refuses the files.
+    """
+    hub = huggingface_hub.HfApi()
+    with _translated(repo_id, None):
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        additions = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in files.items()
+        ]
+        return hub.create_commit(repo_id, additions, commit_message=message).oid
+
+
+@contextlib.contextmanager
+def _translated(repo_id: str, revision: str | None) -> Iterator[None]:
+    """The client's errors as this package's."""
+    shown = f"{repo_id}@{revision}" if revision else repo_id
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UnknownNameError(
+            f"{shown} is gated: accept its terms on the Hub, then log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UnknownNameError(f"The Hub's {repo_id} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UnknownNameError(
+            f"There is no folder and no Hub repository {shown!r} that you may read. "
+            "If it is private, log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UnknownNameError(
+                f"The Hub refuses access to {shown} (status {status}): log in with `hf auth login`, or set HF_TOKEN to "
+                f"a token with the right to it. ({error})"
+            ) from error
+        raise BackboneFileError(
+            f"{shown} is not in the local cache and could not be fetched ({type(error).__name__}: {error}). "
+            "Check the network, the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
+        ) from error

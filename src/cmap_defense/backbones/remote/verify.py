@@ -1,0 +1,109 @@
+"""Does a backbone hold what it should? And: remember the commit and checksum that were found."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record
+from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel
+from cmap_defense.backbones.load import entry_of, resolve_backbone
+from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
+from cmap_defense.backbones.remote.cache import pin, pinned
+from cmap_defense.backbones.remote.fetch import fetch_entry
+from cmap_defense.backbones.weights import sha256_of
+from cmap_defense.errors import BackboneFileError
+
+__all__ = ["Verification", "verify_backbone"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found when a backbone was verified.
+
+    source: what was verified. folder: where it is. weights_sha256: of the weights there.
+    revision: the Hub's commit, where it came from there. official_sha256: of the official file that was converted.
+    boundary_error: the largest |f(x, sigma_min) - x|, 0 for the paper's boundary condition; None for a diffusion model.
+    image_mean, image_std: over 4 generated (or denoised) images in [-1, 1]: some 0 and 0.5 for photographs.
+    pinned: the file in which the commit and checksum were noted; None for what has no name.
+    """
+
+    source: str
+    folder: Path
+    weights_sha256: str
+    revision: str | None
+    official_sha256: str | None
+    boundary_error: float | None
+    image_mean: float
+    image_std: float
+    pinned: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        values = dataclasses.asdict(self)
+        return values | {name: str(values[name]) for name in ("folder", "pinned") if values[name] is not None}
+
+
+def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) -> Verification:
+    """Load a backbone, check its checksums, that f(x, sigma_min) = x and that it generates; note what was found.
+
+    From then on the name stands for that commit and checksum on this machine, and anything else is refused.
+
+    Args:
+        source: a name, a folder or a Hub id, as for :func:`~cmap_defense.load_backbone`.
+        remember: whether to note the commit and checksum of a name.
+
+    Raises:
+        BackboneFileError: a file is damaged, is not the one that was recorded, or is not a working model.
+        UnknownNameError: no such name or repository.
+    """
+    entry = entry_of(source)
+    if entry is None:
+        folder, origin = resolve_backbone(source), None
+    else:
+        folder, origin = fetch_entry(pinned(entry))
+    record = read_record(folder)
+    model: KarrasModel = read_backbone(folder) if record.kind == "consistency" else read_denoiser(folder)
+    boundary, images = _probe(model)
+    allowed = getattr(model.network, "boundary_error", 0.0)
+    if boundary is not None and boundary > allowed:
+        raise BackboneFileError(f"{folder} is no consistency model: |f(x, sigma_min) - x| is {boundary:.3g}.")
+    if not bool(torch.isfinite(images).all()):
+        raise BackboneFileError(f"{folder} is no working model: it generates NaN or infinite values.")
+    weights = sha256_of(folder / record.weights_file)
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    official = record.source.get("sha256")
+    note = None
+    if entry is not None and remember:
+        if isinstance(origin, HubRepository) and revision is not None:
+            note = pin(entry.name, origin, revision=revision, sha256=weights)
+        elif isinstance(origin, OfficialFile) and official is not None:
+            note = pin(entry.name, origin, sha256=official)
+    return Verification(
+        source=os.fspath(source),
+        folder=folder,
+        weights_sha256=weights,
+        revision=revision,
+        official_sha256=official,
+        boundary_error=boundary,
+        image_mean=images.mean().item(),
+        image_std=images.std().item(),
+        pinned=note,
+    )
+
+
+def _probe(model: KarrasModel) -> tuple[float | None, Tensor]:
+    """The largest |f(x, sigma_min) - x|, and 4 images: of the generator, or of one denoising from half the range."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((4, *model.image_shape), generator=generator)
+    labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
+    with torch.no_grad():
+        if not isinstance(model, ConsistencyBackbone):
+            return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)  # pyright: ignore[reportCallIssue]
+        at_rest = model.denoise(noise, model.noise.sigma_min, labels)
+        return (at_rest - noise).abs().max().item(), model.generate(noise, labels)
