@@ -143,8 +143,10 @@ def write_backbone(
             **described,
         )
         (staged / RECORD_FILE).write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
+        readable = (staged / RECORD_FILE).stat().st_mode  # as the umask says; the libraries' own files are private
         for file in (*files, RECORD_FILE):
             (folder / file).parent.mkdir(exist_ok=True)
+            (staged / file).chmod(readable)
             (staged / file).replace(folder / file)
     return record
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -107,7 +106,8 @@ def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
         )
         checksum = download(url, checkpoint, size=source.size, sha256=source.sha256)
         tell(f"converting {entry.name}, once; some seconds.")
-        staged = Path(tempfile.mkdtemp(prefix=f".partial-{folder.name}-", dir=folder.parent))
+        staged = folder.parent / f".partial-{folder.name}-{os.getpid()}"
+        staged.mkdir()
         try:
             _convert(entry, source, checkpoint, checksum, staged)
             shutil.rmtree(folder, ignore_errors=True)
