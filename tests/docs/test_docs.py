@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,9 +49,9 @@ def documented() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names]
 
 
-@pytest.mark.parametrize("name", ["index.md", "getting-started.md"])
+@pytest.mark.parametrize("name", ["index.md", "getting-started.md", "backbones/index.md"])
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
-    script = tmp_path / f"{name}.py"
+    script = tmp_path / "page.py"
     script.write_text(python_of(DOCS / name), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
@@ -84,3 +85,13 @@ def test_every_public_name_has_an_entry(name: str) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     assert [str(p.relative_to(DOCS)) for p in PAGES if p.relative_to(DOCS).as_posix() not in navigation] == []
+
+
+def test_cards_of_the_backbones_are_those_of_the_registry() -> None:
+    specification = importlib.util.spec_from_file_location("cards", DOCS / "cards.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    written = {p.name: p.read_text(encoding="utf-8") for p in (DOCS / "backbones").glob("*.md") if p.name != "index.md"}
+    assert written == module.cards(), "run python docs/cards.py"

@@ -235,7 +235,7 @@ def _lsun(subject: str) -> list[RegistryEntry]:
 
 def _fid(value: float, table: int, *, inception: float | None = None) -> dict[str, Any]:
     """The published quality of one-step samples."""
-    figures: dict[str, Any] = {"fid_one_step": value}
+    figures: dict[str, Any] = {"FID of one-step samples": value}
     if inception is not None:
-        figures["inception_score_one_step"] = inception
-    return figures | {"cited_from": f"{_CITED} {table}"}
+        figures["Inception score of one-step samples"] = inception
+    return figures | {"cited from": f"{_CITED} {table}"}
