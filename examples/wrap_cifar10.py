@@ -4,7 +4,8 @@
         --backbone cifar10-cd --count 8
 
 With ``--random-backbone`` no weights are needed: a checkpoint in the layout of the official files, of a small network
-with random weights, is written, converted and used. Its accuracy says nothing; that it runs says that everything fits.
+or one of the published size ("full"), with random weights, is written, converted and used. Its accuracy says nothing;
+that it runs says that everything fits, and what it costs.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from cmap_defense.backbones import NCSNpp, NCSNppConfig, convert_jcm, load_backb
 from cmap_defense.backbones.convert.jcm import jcm_slots
 from cmap_defense.evaluation import wilson_interval
 
-SMALL = NCSNppConfig(nf=16, num_res_blocks=1)
+CONFIGS = {"small": NCSNppConfig(nf=16, num_res_blocks=1), "full": NCSNppConfig()}
 
 
 def write_random_checkpoint(path: Path, config: NCSNppConfig, seed: int) -> None:
@@ -48,11 +49,11 @@ def write_random_checkpoint(path: Path, config: NCSNppConfig, seed: int) -> None
     path.write_bytes(msgpack.packb({"step": 0, "params_ema": tree, "opt_state": {}}))
 
 
-def random_backbone(folder: Path, seed: int) -> Path:
+def random_backbone(folder: Path, config: NCSNppConfig, seed: int) -> Path:
     """A converted backbone with random weights."""
     checkpoint = folder / "checkpoint_0"
-    write_random_checkpoint(checkpoint, SMALL, seed)
-    write_backbone(convert_jcm(checkpoint, SMALL), folder / "backbone", name="random")
+    write_random_checkpoint(checkpoint, config, seed)
+    write_backbone(convert_jcm(checkpoint, config), folder / "backbone", name="random")
     return folder / "backbone"
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--backbone", help="a name, a folder or a Hub id")
-    which.add_argument("--random-backbone", action="store_true")
+    which.add_argument("--random-backbone", choices=CONFIGS)
     parser.add_argument("--count", type=int, default=8, help="images")
     parser.add_argument("--latents", type=int, help="K instead of the backbone's")
     parser.add_argument("--iterations", type=int, help="N instead of the backbone's")
@@ -75,7 +76,9 @@ def main() -> None:
         labels = torch.from_numpy(file["labels"][: options.count].astype(np.int64))
     classifier = load_cifar_resnet(options.classifier, options.depth)
     with tempfile.TemporaryDirectory() as folder:
-        source = random_backbone(Path(folder), options.seed) if options.random_backbone else options.backbone
+        source = options.backbone
+        if options.random_backbone:
+            source = random_backbone(Path(folder), CONFIGS[options.random_backbone], options.seed)
         backbone = load_backbone(source)
     changes = {"n_latents": options.latents, "iterations": options.iterations}
     model = PurifiedClassifier(classifier, backbone, normalize=(MEAN, STD), seed=options.seed)
@@ -102,6 +105,7 @@ def main() -> None:
                 "objective_first": result.history.total[0].mean().item(),
                 "objective_last": result.history.total[-1].mean().item(),
                 "seconds_per_image": seconds / len(images),
+                "seconds_per_latent_step": seconds / len(images) / settings.n_latents / settings.iterations,
             }
         )
     )

@@ -49,3 +49,27 @@ def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
     assert "head.weight" in load_file(tmp_path / "assets" / "classifier.safetensors")
     with np.load(tmp_path / "assets" / "test256.npz") as file:
         assert file["images"].shape == (256, 28, 28)
+
+
+def test_a_third_partys_classifier_behind_a_converted_backbone_runs_from_end_to_end(tmp_path: Path) -> None:
+    shared = ROOT.parent / "shared"
+    data, classifier = shared / "data/cifar10_test_512.npz", shared / "classifiers/cifar10_resnet20.safetensors"
+    if not (data.is_file() and classifier.is_file()):  # elsewhere: the same files, made up
+        data, classifier = made_up_cifar10(tmp_path)
+    arguments = ["--data", str(data), "--classifier", str(classifier), "--depth", "20", "--random-backbone", "small"]
+    sizes = ["--count", "3", "--latents", "2", "--iterations", "4"]
+    figures = json.loads(run(tmp_path, str(ROOT / "examples" / "wrap_cifar10.py"), *arguments, *sizes))
+    assert (figures["images"], figures["settings"]["n_latents"]) == (3, 2)
+    assert figures["objective_last"] < figures["objective_first"]
+    assert 0 <= figures["purified"][1] <= figures["purified"][0] <= figures["purified"][2] <= 1
+
+
+def made_up_cifar10(folder: Path) -> tuple[Path, Path]:
+    """Random images with labels, and a random ResNet-20."""
+    rng = np.random.RandomState(0)
+    images, labels = rng.randint(0, 256, (8, 32, 32, 3)).astype(np.uint8), rng.randint(0, 10, 8).astype(np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=labels)
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from cifar_resnet import CifarResNet; "
+    program += "from safetensors.torch import save_file; save_file(CifarResNet(20).state_dict(), sys.argv[2])"
+    run(folder, "-c", program, str(ROOT / "examples"), str(folder / "classifier.safetensors"))
+    return folder / "images.npz", folder / "classifier.safetensors"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.errors import InputValueError
 from cmap_defense.inputs import check_class_labels
 from cmap_defense.modules import dtype_of
 from cmap_defense.settings import Settings, require_number
@@ -62,12 +63,22 @@ def preconditioned(
     """c_skip x + c_out F(c_in x, ln(sigma) / 4): the scalings in float32 at least, the network in its own precision."""
     wide = torch.promote_types(noisy.dtype, torch.float32)
     x = noisy.to(wide)
-    level = torch.as_tensor(sigma, dtype=wide, device=x.device).expand(x.shape[0])
+    level = _levels(sigma, x)
     scalings = getattr(network, "scalings", boundary_scalings)  # a network that was trained with others says so
     c_skip, c_out, c_in = scalings(level[:, None, None, None], sigma_data=sigma_data, sigma_min=sigma_min)
     labels = () if class_labels is None else (class_labels,)
     raw = network((c_in * x).to(dtype_of(network) or wide), level.log() / 4, *labels)
     return c_skip * x + c_out * raw.to(wide)
+
+
+def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Noise levels [B] in the precision and on the device of x. Raises InputValueError for what is none."""
+    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if level.shape not in ((), x.shape[:1]):
+        raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
+    if not isinstance(sigma, Tensor) and not sigma > 0:
+        raise InputValueError(f"sigma must be positive, but is {sigma}.")
+    return level.expand(x.shape[0])
 
 
 class KarrasModel(nn.Module):
@@ -123,14 +134,14 @@ class ConsistencyBackbone(KarrasModel):
 
         Args:
             noisy: [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.
-            sigma: noise level, a number or [B]; any positive one, trained for between sigma_min and sigma_max.
+            sigma: noise level, a number or [B], positive; it was trained for those from sigma_min to sigma_max.
             class_labels: [B] integers for a class-conditional model, None for another.
 
         Returns:
             [B, C, H, W], close to [-1, 1]; exactly ``noisy`` where sigma = sigma_min.
 
         Raises:
-            InputValueError, InputTypeError: labels are missing, or not those of this model.
+            InputValueError, InputTypeError: labels are missing or not those of this model; sigma is no noise level.
         """
         return self._evaluate(noisy, sigma, class_labels, sigma_min=self.noise.sigma_min)
 

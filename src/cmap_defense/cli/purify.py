@@ -30,6 +30,7 @@ __all__ = ["purify"]
 @click.option("--resize", type=click.Choice(RESIZE_MODES), help="Resize images to the backbone's size and back.")
 @click.option("--all", "write_all", is_flag=True, help="Write all K versions, not only the one that matches best.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the noise.")
+@click.option("--class-label", type=click.IntRange(0), help="Of a class-conditional backbone: the images' class.")
 @click.option("--device", default="cpu", show_default=True, help="Where to run, such as cuda.")
 @out_option()
 @json_option
@@ -41,6 +42,7 @@ def purify(
     resize: str | None,
     write_all: bool,
     seed: int,
+    class_label: int | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -60,13 +62,15 @@ def purify(
     for path, original in zip(images, originals, strict=True):
         _check_size(path, original, generator.image_shape, resizes=resize is not None)
     batch = torch.cat([resize_images(original[None], size, resize or "bilinear") for original in originals]).to(device)
+    labels = _class_labels(class_label, generator.num_classes, len(batch), settings.n_latents, batch.device)
     bar = progress(settings.iterations, "purifying")
 
     def on_iteration(state: LatentState) -> None:
         bar.update()
 
     with bar:
-        result = CMAP(settings)(generator, batch, seeds=torch.full((len(batch),), seed), callback=on_iteration)
+        seeds = torch.full((len(batch),), seed)
+        result = CMAP(settings)(generator, batch, seeds=seeds, class_labels=labels, callback=on_iteration)
     mismatch = _mismatch(result.images, batch, settings)
     best = mismatch.argmin(dim=1)
     written = []
@@ -88,6 +92,20 @@ def purify(
         return
     for path in written:
         click.echo(str(path))
+
+
+def _class_labels(
+    label: int | None, num_classes: int | None, count: int, n_latents: int, device: torch.device
+) -> Tensor | None:
+    """[B, K] of one label, for a class-conditional backbone; wrong usage when there should be one, or not."""
+    if (label is None) != (num_classes is None):
+        which = "is not class-conditional" if num_classes is None else f"has {num_classes} classes: name one"
+        raise click.BadParameter(f"the backbone {which}.", param_hint="--class-label")
+    if label is None or num_classes is None:
+        return None
+    if label >= num_classes:
+        raise click.BadParameter(f"must be below {num_classes}, but is {label}.", param_hint="--class-label")
+    return torch.full((count, n_latents), label, device=device)
 
 
 def _check_size(path: Path, image: Tensor, image_shape: tuple[int, int, int], *, resizes: bool) -> None:

@@ -99,7 +99,7 @@ def _source_lines(source: Source) -> list[str]:
             f"- SHA-256 of the weights: {_known(source.sha256)}.",
         ]
     assert isinstance(source, OfficialFile)
-    size = f"{source.size:,} bytes" if source.size else f"about {source.about}"
+    size = f"{source.size:,} bytes" if source.size else f"about {source.about.partition(',')[0]}"
     return [
         f"- The authors' own file, `{source.url}` ({size}), converted once on this machine (`{source.params}`).",
         f"- SHA-256 of the file: {_known(source.sha256)}.",

@@ -101,8 +101,8 @@ def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
         tell(
-            f"fetching {entry.name} (about {source.about}) from {url}, once, to {folder.parent.parent}. "
-            "That is a minute and a half at 10 MB/s; a broken transfer is continued."
+            f"fetching {entry.name} (about {source.about}), once, from {url} to {folder.parent.parent}; "
+            "a broken transfer is continued."
         )
         checksum = download(url, checkpoint, size=source.size, sha256=source.sha256)
         tell(f"converting {entry.name}, once; some seconds.")
