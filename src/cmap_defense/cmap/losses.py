@@ -35,18 +35,21 @@ class ObjectiveTerms:
     total: Tensor
 
 
-def perceptual_terms(generated: Tensor, reference: SSIMReference) -> tuple[Tensor, Tensor]:
+def perceptual_terms(generated: Tensor, reference: SSIMReference, l1_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The two distances of eq. 10 between generated images and their inputs.
 
     Args:
         generated: [M, C, H, W] in [-1, 1].
         reference: of the M inputs in [0, 1], one per generated image.
+        l1_smoothing: d in sqrt(r^2 + d^2) - d, which takes the place of |r| for each residual r; 0 is the method's L1,
+            whose second derivative is zero where it exists.
 
     Returns:
         l1 and ssim, [M] each: ||G - x'||_1 and S(G, x).
     """
-    l1 = (generated - (2 * reference.images.to(generated.dtype) - 1)).abs().flatten(1).sum(dim=1)
-    return l1, reference.ssim_sum((generated + 1) / 2)
+    residual = generated - (2 * reference.images.to(generated.dtype) - 1)
+    size = (residual.square() + l1_smoothing**2).sqrt() - l1_smoothing if l1_smoothing else residual.abs()
+    return size.flatten(1).sum(dim=1), reference.ssim_sum((generated + 1) / 2)
 
 
 def latent_moments(latents: Tensor) -> tuple[Tensor, Tensor]:

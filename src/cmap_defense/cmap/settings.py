@@ -27,6 +27,8 @@ class CMAPSettings(Settings):
         eps: of Adam, on the gradient of K times eq. 9 with respect to unit latents, above 0.
         ssim_weight: weight of the SSIM sum in eq. 10, 0 at least.
         latent_weight: weight of eq. 12 in eq. 9, for unit latents, 0 at least.
+        l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0, the
+            method's own, has a sharp corner.
 
     Raises:
         SettingsError: a value is out of its range, not finite or of the wrong type.
@@ -39,6 +41,7 @@ class CMAPSettings(Settings):
     eps: float = 8e-7
     ssim_weight: float = 2.0
     latent_weight: float = 3.2
+    l1_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         require_integer("CMAPSettings", "n_latents", self.n_latents, minimum=1)
@@ -47,6 +50,7 @@ class CMAPSettings(Settings):
         require_number("CMAPSettings", "eps", self.eps, above=0.0)
         require_number("CMAPSettings", "ssim_weight", self.ssim_weight, minimum=0.0)
         require_number("CMAPSettings", "latent_weight", self.latent_weight, minimum=0.0)
+        require_number("CMAPSettings", "l1_smoothing", self.l1_smoothing, minimum=0.0)
         betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0.0, below=1.0)
         object.__setattr__(self, "betas", betas)
 

@@ -1,0 +1,227 @@
+"""The gradient through the latent loop: every Adam step with its moments, bias correction, clip, SSIM and L1.
+
+Reverse mode, step by step, by hand: the state before each step is enough to go back through it. With u' = A(u, g, m, v)
+and g = d(K L)/du at (u, x), a cotangent of the state after a step becomes one of the state before by A's own derivatives and two
+second-order products, H c and (d^2(K L)/du dx)^T c with c the cotangent of g. No graph of the whole loop is ever kept:
+memory holds the states of some steps and the graph of one chunk of latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cmap_defense.cmap.adam import AdamState, adam_step
+from cmap_defense.cmap.objective import Generate, LatentObjective
+from cmap_defense.cmap.optimise import Callback, LatentState, LoopState, run_loop
+
+__all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """How the way back through the loop is taken.
+
+    l1_smoothing: d of L1 in the second derivatives. checkpoint: keep the states of about sqrt(N) steps and compute the
+        others again, instead of keeping all N.
+    max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many times
+        its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
+    """
+
+    l1_smoothing: float = 0.05
+    checkpoint: bool = True
+    max_growth: float | None = None
+
+
+def unrolled_latents(
+    objective: LatentObjective,
+    images: Tensor,
+    start: Tensor,
+    *,
+    last: int | None,
+    backward: Backward,
+    callback: Callback | None = None,
+    rows: list[tuple[Tensor, ...]] | None = None,
+) -> Tensor:
+    """The latents after all N steps, as a differentiable function of the images.
+
+    Args:
+        objective: of the images.
+        images: [B, C, H, W] in [0, 1], those of the objective, with their graph.
+        start: [B, K, C, H, W], the initial latents; constants here.
+        last: steps to go back through, from the end; None for all.
+        backward: how.
+        callback: sees detached states, once an iteration; a replacement cuts the gradient at that point.
+        rows: gets the history.
+    """
+    total = objective.settings.iterations
+    tail = total if last is None else min(last, total)
+    state = LoopState(start.detach(), AdamState.start(start))
+    state = run_loop(objective, state, total - tail, callback=callback, rows=rows)
+    done = 0
+    length = math.ceil(math.sqrt(tail)) if backward.checkpoint else tail
+    bound = _Bound()
+    latents, first, second = state.latents, state.adam.first, state.adam.second
+    while done < tail:
+        steps = min(length, tail - done)
+        plan = _Plan(objective, total - tail + done, steps, backward, bound, callback, rows)
+        latents, first, second = _Segment.apply(latents, first, second, images, plan)
+        done += steps
+    return bound.watch(latents)
+
+
+def generate_with_gradient(generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None) -> Tensor:
+    """G of latents [B, K, C, H, W], differentiable once; memory holds the graph of one chunk, in the backward pass."""
+    return _Generate.apply(latents, generate, class_labels, chunk or max(1, latents.shape[0] * latents.shape[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One segment: some steps of the loop from iteration ``begin``."""
+
+    objective: LatentObjective
+    begin: int
+    steps: int
+    backward: Backward
+    bound: _Bound
+    callback: Callback | None
+    rows: list[tuple[Tensor, ...]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visited:
+    """The state before a step, the gradient there, and whether a callback put these latents in place."""
+
+    state: LoopState
+    gradient: Tensor
+    replaced: bool
+
+
+class _Segment(torch.autograd.Function):
+    """(u, m, v, images) to (u, m, v) some steps later."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, first: Tensor, second: Tensor, images: Tensor, plan: _Plan) -> Any:
+        visited: list[_Visited] = []
+        entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
+        end = run_loop(
+            plan.objective, entry, plan.steps, callback=plan.callback, rows=plan.rows, visit=_collect(visited)
+        )
+        ctx.plan = plan
+        ctx.replaced = {v.state.adam.step: v.state.latents for v in visited if v.replaced}
+        ctx.visited = None if plan.backward.checkpoint else visited
+        ctx.save_for_backward(latents, first, second)
+        return end.latents.view_as(end.latents), end.adam.first, end.adam.second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        plan: _Plan = ctx.plan
+        visited = ctx.visited
+        if visited is None:
+            latents, first, second = ctx.saved_tensors
+            visited = []
+            entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
+            again = _replay(ctx.replaced) if ctx.replaced else None
+            run_loop(plan.objective, entry, plan.steps, callback=again, visit=_collect(visited))
+        to_images = torch.zeros_like(plan.objective.images)
+        for step in reversed(visited):
+            cotangents, mixed = _back(plan, step, cotangents)
+            to_images += mixed
+        return (*cotangents, to_images, None)
+
+
+def _back(plan: _Plan, visited: _Visited, cotangents: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Cotangents of the state after a step to those of the state before it, and the step's part for the images."""
+    with torch.enable_grad():
+        leaves = [
+            t.detach().requires_grad_()
+            for t in (visited.state.latents, visited.gradient, visited.state.adam.first, visited.state.adam.second)
+        ]
+        adam = AdamState(visited.state.adam.step, leaves[2], leaves[3])
+        moved, after = adam_step(leaves[0], leaves[1], adam, plan.objective.settings)
+        outputs = (moved, after.first, after.second)
+        to_latents, to_gradient, to_first, to_second = torch.autograd.grad(
+            outputs, leaves, cotangents, materialize_grads=True
+        )
+    product, mixed = plan.objective.products(
+        visited.state.latents, to_gradient, l1_smoothing=plan.backward.l1_smoothing
+    )
+    to_latents = torch.zeros_like(product) if visited.replaced else to_latents + product
+    return plan.bound.limit((to_latents, to_first, to_second), plan.backward.max_growth), mixed
+
+
+class _Bound:
+    """Keeps the cotangents of each latent from growing without bound, where that is asked for."""
+
+    def __init__(self) -> None:
+        self.length: Tensor | None = None
+
+    def watch(self, latents: Tensor) -> Tensor:
+        """``latents``; the length of their cotangents is noted when the way back begins."""
+        if latents.requires_grad:
+            latents.register_hook(self._note)
+        return latents
+
+    def _note(self, cotangent: Tensor) -> None:
+        self.length = cotangent.detach().flatten(2).norm(dim=2)
+
+    def limit(self, cotangents: tuple[Tensor, ...], growth: float | None) -> tuple[Tensor, ...]:
+        """The cotangents of (u, m, v), all three scaled alike for each latent."""
+        if growth is None or self.length is None:
+            return cotangents
+        now = cotangents[0].flatten(2).norm(dim=2)
+        scale = (growth * self.length / now.clamp_min(torch.finfo(now.dtype).tiny)).clamp_max(1)[:, :, None, None, None]
+        return tuple(c * scale for c in cotangents)
+
+
+class _Generate(torch.autograd.Function):
+    """G of latents, its graph made again in the backward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, generate: Generate, labels: Tensor | None, chunk: int) -> Tensor:
+        ctx.generate, ctx.labels, ctx.chunk = generate, labels, chunk
+        ctx.save_for_backward(latents)
+        pieces = [generate(piece, *given) for piece, given in _chunks(latents, labels, chunk)]
+        return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        (latents,) = ctx.saved_tensors
+        gradients = []
+        parts = cotangents[0].flatten(0, 1).split(ctx.chunk)
+        for (piece, given), part in zip(_chunks(latents, ctx.labels, ctx.chunk), parts, strict=True):
+            with torch.enable_grad():
+                leaf = piece.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(ctx.generate(leaf, *given), leaf, part.to(leaf.dtype))
+            gradients.append(gradient)
+        return torch.cat(gradients).view_as(latents), None, None, None
+
+
+def _chunks(latents: Tensor, labels: Tensor | None, chunk: int) -> Any:
+    pieces = latents.detach().flatten(0, 1).split(chunk)
+    given = [()] * len(pieces) if labels is None else [(part,) for part in labels.flatten().split(chunk)]
+    return zip(pieces, given, strict=True)
+
+
+def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool], None]:
+    def visit(state: LoopState, gradient: Tensor, replaced: bool) -> None:
+        visited.append(_Visited(state, gradient, replaced))
+
+    return visit
+
+
+def _replay(replaced: dict[int, Tensor]) -> Callback:
+    """A callback that repeats what one returned before, without calling it again."""
+
+    def again(state: LatentState) -> Tensor | None:
+        return replaced.get(state.iteration)
+
+    return again
