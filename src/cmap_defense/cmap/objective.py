@@ -63,6 +63,7 @@ class LatentObjective:
         self.images = images.detach()
         self.settings = settings
         self.shape = (len(images), n_latents)
+        self.class_labels = class_labels
         if class_labels is not None and tuple(class_labels.shape) != self.shape:
             raise InputValueError(
                 f"Class labels must be [B, K] = {list(self.shape)}, but are {list(class_labels.shape)}."

@@ -26,6 +26,8 @@ __all__ = [
     "LatentState",
     "LoopState",
     "generate_in_chunks",
+    "history_of",
+    "minimise",
     "optimise_latents",
     "run_loop",
 ]
@@ -98,17 +100,30 @@ def optimise_latents(
     objective = LatentObjective(
         generate, images, latents.shape[1], settings, class_labels=class_labels, max_parallel=max_parallel
     )
+    return minimise(objective, latents, callback=callback)
+
+
+def minimise(objective: LatentObjective, start: Tensor, *, callback: Callback | None = None) -> tuple[Tensor, History]:
+    """All N steps of an objective from ``start``; see :func:`optimise_latents`."""
     rows: list[tuple[Tensor, ...]] = []
-    start = LoopState(latents, AdamState.start(latents))
-    end = run_loop(objective, start, settings.iterations, callback=callback, rows=rows)
-    latents = end.latents
+    state = LoopState(start.detach(), AdamState.start(start))
+    latents = run_loop(objective, state, objective.settings.iterations, callback=callback, rows=rows).latents
+    return latents, history_of(rows, latents)
+
+
+def history_of(rows: list[tuple[Tensor, ...]], latents: Tensor) -> History:
+    """The history of rows that :func:`run_loop` filled.
+
+    Raises:
+        BackboneError: the objective or the latents became NaN or infinite.
+    """
     history = History(*(torch.stack(column) for column in zip(*rows, strict=True)))
     if not (torch.isfinite(history.total).all() and torch.isfinite(latents).all()):
         raise BackboneError(
             "The backbone's images or their gradients became NaN or infinite during the optimisation. "
             "A backbone in float16 overflows easily: use bfloat16 or float32."
         )
-    return latents, history
+    return history
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ class CMAPSettings(Settings):
         eps: of Adam, on the gradient of K times eq. 9 with respect to unit latents, above 0.
         ssim_weight: weight of the SSIM sum in eq. 10, 0 at least.
         latent_weight: weight of eq. 12 in eq. 9, for unit latents, 0 at least.
-        l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0, the
-            method's own, has a sharp corner.
+        l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0,
+            the method's own, has a sharp corner.
 
     Raises:
         SettingsError: a value is out of its range, not finite or of the wrong type.

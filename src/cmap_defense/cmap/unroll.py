@@ -76,7 +76,9 @@ def unrolled_latents(
     return bound.watch(latents)
 
 
-def generate_with_gradient(generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None) -> Tensor:
+def generate_with_gradient(
+    generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None
+) -> Tensor:
     """G of latents [B, K, C, H, W], differentiable once; memory holds the graph of one chunk, in the backward pass."""
     return _Generate.apply(latents, generate, class_labels, chunk or max(1, latents.shape[0] * latents.shape[1]))
 

@@ -13,7 +13,11 @@ __all__ = ["Purifier"]
 
 
 class Purifier(Protocol):
-    """Frozen settings plus a call; it owns no weights."""
+    """Frozen settings plus a call; it owns no weights.
+
+    One that is an optimisation over latents has ``prepare`` besides, which gradient modes that differentiate the
+    optimisation ask for; see :class:`~cmap_defense.purifiers.cmap.CMAP`.
+    """
 
     def __call__(
         self,

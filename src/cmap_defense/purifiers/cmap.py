@@ -7,16 +7,14 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.base import latent_caster
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.cmap.optimise import Callback, generate_in_chunks, optimise_latents
+from cmap_defense.cmap.objective import LatentObjective
+from cmap_defense.cmap.optimise import Callback
+from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import CMAPSettings
-from cmap_defense.errors import BackboneError
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
 
 __all__ = ["CMAP"]
-
-RANGE_TOLERANCE = 1e-2
-"""How far outside [-1, 1] a backbone's images may be, for the rounding of half precision."""
 
 
 class CMAP:
@@ -36,45 +34,56 @@ class CMAP:
         callback: Callback | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
-        """Purify images.
+        """Purify images: :meth:`prepare`, then solve; without a graph.
+
+        callback: see :data:`~cmap_defense.cmap.optimise.Callback`.
+        """
+        problem = self.prepare(
+            backbone, images, seeds=seeds, latents=latents, class_labels=class_labels, max_parallel=max_parallel
+        )
+        return problem.solve(callback)
+
+    def prepare(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        *,
+        seeds: Tensor,
+        latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        max_parallel: int | None = None,
+    ) -> LatentProblem:
+        """What there is to minimise for these images.
 
         Args:
             backbone: satisfies the backbone protocol; on the images' device.
-            images: [B, C, H, W] in [0, 1], of the backbone's image shape.
+            images: [B, C, H, W] in [0, 1], of the backbone's image shape; they keep their graph.
             seeds: [B] int64 on the CPU; each image's noise is drawn from its own.
             latents: [B, K, C, H, W], a start in place of the noise.
             class_labels: [B, K] integers for a class-conditional backbone, None for another.
-            callback: see :data:`~cmap_defense.cmap.optimise.Callback`.
             max_parallel: latents at once; None for what fits.
 
         Returns:
-            Images [B, K, C, H, W] in [0, 1] and unit latents, float32 or the images' precision where that is higher.
+            The problem, in float32 or the images' precision where that is higher.
         """
         dtype = torch.promote_types(images.dtype, torch.float32)
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
+        images = images.to(dtype)
         generate = latent_caster(backbone, images.device)
-        with torch.autocast(images.device.type, enabled=False):  # inside, the backbone alone gets the caller's autocast
+        with torch.autocast(images.device.type, enabled=False):
             if max_parallel is None and start.numel():
                 conditional = class_labels is not None
                 max_parallel = default_max_parallel(generate, images.shape[1:], images.device, conditional=conditional)
-            found, history = optimise_latents(
+            objective = LatentObjective(
                 generate,
-                images.detach().to(dtype),
-                start,
+                images.detach(),
+                start.shape[1],
                 self.settings,
                 class_labels=class_labels,
-                callback=callback,
                 max_parallel=max_parallel,
             )
-            generated = generate_in_chunks(generate, found, max_parallel, class_labels)
-            if generated.numel() and generated.abs().max() > 1 + RANGE_TOLERANCE:
-                raise BackboneError(
-                    f"The backbone's generate must return images in [-1, 1], but their largest magnitude is "
-                    f"{generated.abs().max().item():.4g}."
-                )
-            purified = (generated.clamp(-1, 1) + 1) / 2
-        return PurificationResult(purified, found, history, None if latents is not None else seeds, class_labels)
+        return LatentProblem(objective, images, start, None if latents is not None else seeds)
 
     def __repr__(self) -> str:
         return f"CMAP({self.settings})"

@@ -1,0 +1,55 @@
+"""One purification, ready to be run: what the plain loop, the gradients through it and attacks on its latents start from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from cmap_defense.cmap.objective import LatentObjective, generate_in_chunks
+from cmap_defense.cmap.optimise import Callback, minimise
+from cmap_defense.errors import BackboneError
+from cmap_defense.results import History, PurificationResult
+
+__all__ = ["LatentProblem"]
+
+RANGE_TOLERANCE = 1e-2
+"""How far outside [-1, 1] a backbone's images may be, for the rounding of half precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentProblem:
+    """What there is to minimise, and from where.
+
+    objective: eq. 9 of the images. images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they came
+    with. start: [B, K, C, H, W], the initial latents. seeds: [B], what they were drawn from; None when they were given.
+    """
+
+    objective: LatentObjective
+    images: Tensor
+    start: Tensor
+    seeds: Tensor | None = None
+
+    def solve(self, callback: Callback | None = None) -> PurificationResult:
+        """The loop as it is, without a graph."""
+        with torch.autocast(self.start.device.type, enabled=False):  # the backbone alone gets the caller's autocast
+            found, history = minimise(self.objective, self.start, callback=callback)
+            generated = generate_in_chunks(
+                self.objective.generate, found, self.objective.chunk, self.objective.class_labels
+            )
+        return self.result(found, generated, history)
+
+    def result(self, latents: Tensor, generated: Tensor, history: History | None) -> PurificationResult:
+        """The result for found latents and their images [B, K, C, H, W] in [-1, 1], with whatever graph they have.
+
+        Raises:
+            BackboneError: the images are outside [-1, 1].
+        """
+        if generated.numel() and generated.detach().abs().max() > 1 + RANGE_TOLERANCE:
+            raise BackboneError(
+                f"The backbone's generate must return images in [-1, 1], but their largest magnitude is "
+                f"{generated.detach().abs().max().item():.4g}."
+            )
+        images = (generated.clamp(-1, 1) + 1) / 2
+        return PurificationResult(images, latents, history, self.seeds, self.objective.class_labels)
