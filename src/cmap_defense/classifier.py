@@ -373,8 +373,14 @@ class PurifiedClassifier(nn.Module):
         history = History(**{field.name: iterations for field in dataclasses.fields(History)})
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         return self._judged(
-            PurificationResult(shown, latents, history, seeds), logits[:, None].expand(0, n_latents, logits.shape[1])
+            PurificationResult(shown, latents, history, seeds, self._no_labels(n_latents)),
+            logits[:, None].expand(0, n_latents, logits.shape[1]),
         )
+
+    def _no_labels(self, n_latents: int) -> Tensor | None:
+        """Class labels for no images."""
+        conditional = getattr(self.backbone, "num_classes", None) is not None
+        return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
 
 
 @contextlib.contextmanager

@@ -125,8 +125,10 @@ def check_seeds(seeds: object, count: int) -> Tensor:
     return seeds.detach().to("cpu", torch.int64)
 
 
-def check_class_labels(labels: object, count: int, num_classes: int | None) -> Tensor | None:
+def check_class_labels(labels: object, count: int, num_classes: int | None, *, ranged: bool = True) -> Tensor | None:
     """Labels int64 [count] for a model of ``num_classes`` classes; None for one that is not class-conditional (None).
+
+    ranged: False spares a CUDA device the wait for the comparison with 0 and num_classes, in a loop.
 
     Raises:
         InputTypeError: labels are not an integer tensor.
@@ -152,6 +154,8 @@ def check_class_labels(labels: object, count: int, num_classes: int | None) -> T
         raise InputTypeError(f"class_labels must be an integer tensor [{count}], but are {came}.")
     if tuple(labels.shape) != (count,):
         raise InputValueError(f"class_labels must be one per image, [{count}], but are {list(labels.shape)}.")
+    if labels.device.type == "cuda" and not ranged:
+        return labels.to(torch.int64)
     if count and not bool(((labels >= 0) & (labels < num_classes)).all()):
         low, high = (n.item() for n in labels.aminmax())
         raise InputValueError(f"class_labels must lie in 0 .. {num_classes - 1}, but lie in {low} .. {high}.")

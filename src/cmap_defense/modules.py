@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "dtype_of", "weights_of"]
+__all__ = ["building", "device_of", "dtype_of", "weights_of"]
 
 
 def weights_of(module: object) -> Iterator[Tensor]:
@@ -28,3 +29,19 @@ def device_of(module: object) -> torch.device | None:
 def dtype_of(module: object) -> torch.dtype | None:
     """The precision of the first floating-point weight; None when there is none."""
     return next((tensor.dtype for tensor in weights_of(module) if tensor.is_floating_point()), None)
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Networks made in here are float32, on the CPU, ordinary tensors, and leave the random generators alone.
+
+    That is so whatever default dtype, default device or inference mode the caller works under.
+    """
+    default = torch.get_default_dtype()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)

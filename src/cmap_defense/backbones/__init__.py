@@ -6,19 +6,19 @@ from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_rec
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
 from cmap_defense.backbones.load import load_backbone, load_denoiser
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
+from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry import (
     HubRepository,
+    LocalFolder,
     OfficialFile,
-    PackagedFolder,
     RegistryEntry,
     backbone_names,
     register,
     registry_entry,
 )
-from cmap_defense.backbones.remote.push import push_backbone
-from cmap_defense.backbones.remote.verify import Verification, verify_backbone
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.backbones.verify import Verification, verify_backbone
 
 __all__ = [
     "Backbone",
@@ -28,11 +28,11 @@ __all__ = [
     "ConsistencyBackbone",
     "EDMDenoiser",
     "HubRepository",
+    "LocalFolder",
     "NCSNpp",
     "NCSNppConfig",
     "NoiseRange",
     "OfficialFile",
-    "PackagedFolder",
     "RegistryEntry",
     "Verification",
     "backbone_names",

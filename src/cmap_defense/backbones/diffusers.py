@@ -17,6 +17,7 @@ import abc
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +25,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cmap_defense.backbones.karras import KarrasModel, boundary_scalings
+from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.weights import read_pickle, tensor_names
+from cmap_defense.backbones.weights import read_pickle, tensor_names, write_safetensors
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
+from cmap_defense.modules import building
 
 __all__ = [
     "PIPELINE_FILES",
@@ -55,6 +57,11 @@ class PipelineUNet(nn.Module, abc.ABC):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
+        attention = _library().models.attention_processor
+        for module in unet.modules():
+            if isinstance(module, attention.Attention):
+                processed: Any = module
+                processed.set_processor(attention.AttnProcessor())  # written out: it has a second derivative
 
     def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
@@ -131,8 +138,13 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         raise BackboneFileError(f"{folder / UNET_CONFIG}: {error}") from error
 
 
-def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> PipelineUNet:
+def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked: bool = False) -> PipelineUNet:
     """The network of a pipeline's folder, its weights in float32, on the CPU.
+
+    Args:
+        folder: of the pipeline.
+        record: its network and its weights file.
+        checked: whether the record is a file's own, so that the configuration beside the weights has to agree with it.
 
     Raises:
         MissingExtraError: the diffusers library is not installed.
@@ -140,25 +152,52 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord) -> Pipelin
     """
     library = _library()
     path = Path(folder) / record.weights_file
-    _refuse_broken(path)
-    try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            unet, found = library.UNet2DModel.from_pretrained(
-                str(path.parent),
-                use_safetensors=path.suffix == ".safetensors",
-                low_cpu_mem_usage=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
+    if record.weights_file not in WEIGHTS:  # the library looks for these two names, whatever was checked
+        raise BackboneFileError(f"{path}: the weights of a pipeline are {' or '.join(WEIGHTS)}.")
+    if path.suffix == ".safetensors":
+        tensor_names(path)
+        unet, found = _from_pretrained(library, path)
+    else:
+        with tempfile.TemporaryDirectory() as place:  # the library never sees the pickle, only the tensors in it
+            copy_of = Path(place) / Path(WEIGHTS[0]).name
+            write_safetensors({name: t.contiguous() for name, t in read_pickle(path).items()}, copy_of)
+            (Path(place) / "config.json").write_bytes((path.parent / "config.json").read_bytes())
+            unet, found = _from_pretrained(library, copy_of)
     wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
     if wrong:
         raise BackboneFileError(
             f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
             f"another shape, such as {wrong[0]!r}."
         )
-    return NETWORKS[record.network](unet)
+    network = NETWORKS[record.network](unet)
+    if checked:
+        differs = _differences(configuration_of(network), record.network_config)
+        if differs:
+            raise BackboneFileError(
+                f"{path.parent / 'config.json'} is not the configuration that the record describes: "
+                f"{', '.join(differs)} differ(s). Fetch or write the folder again."
+            )
+    return network
+
+
+def _from_pretrained(library: Any, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        with building():
+            return library.UNet2DModel.from_pretrained(
+                str(path.parent),
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
+
+
+def _differences(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """Settings that two configurations give different values, apart from the library's own notes."""
+    names = {name for name in found.keys() & recorded.keys() if not name.startswith("_")}
+    return sorted(name for name in names if found[name] != recorded[name])
 
 
 def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
@@ -173,7 +212,9 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
     if unet.dtype != dtype:
         unet = copy.deepcopy(unet).to(dtype)
     try:
-        if isinstance(model.network, UnscaledUNet):
+        if not isinstance(model, ConsistencyBackbone):
+            unet.save_pretrained(folder / "unet")  # no pipeline of the library samples from it as it should
+        elif isinstance(model.network, UnscaledUNet):
             unet.save_pretrained(folder / "unet")
             index = {"_class_name": "ConsistencyPipeline", "unet": ["diffusers", "UNet2DModel"]}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -186,7 +227,7 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
 
 def build_unet(config: dict[str, Any]) -> DiffusersUNet:
     """A network of a UNet2DModel's configuration, its weights random."""
-    with torch.inference_mode(False):
+    with building():
         return DiffusersUNet(_library().UNet2DModel.from_config(config))
 
 
@@ -199,7 +240,13 @@ def configuration_of(network: PipelineUNet) -> dict[str, Any]:
 def _library() -> Any:
     try:
         import diffusers
+        import diffusers.models.attention_processor
     except ImportError as error:
+        if error.name not in (None, "diffusers"):
+            raise MissingExtraError(
+                f"The diffusers library is installed, but cannot be imported ({error}): its version and those of its "
+                "own dependencies do not go together. pip install -U 'cmap-defense[diffusers]'."
+            ) from error
         raise MissingExtraError(
             "This backbone is in the format of the diffusers library, which is not installed: "
             "pip install 'cmap-defense[diffusers]'."
@@ -223,11 +270,3 @@ def _configuration(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BackboneFileError(f"{path} is not a configuration. Fetch or write the folder again.")
     return values
-
-
-def _refuse_broken(path: Path) -> None:
-    """Raise when the weights are missing, cut off, or a pickle that holds more than tensors."""
-    if path.suffix == ".safetensors":
-        tensor_names(path)
-    else:
-        read_pickle(path)

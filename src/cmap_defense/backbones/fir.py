@@ -22,7 +22,7 @@ class _FIR(nn.Module):
         super().__init__()
         one = torch.tensor(taps, dtype=torch.float64)
         kernel = torch.outer(one, one) / one.sum() ** 2
-        self.register_buffer("kernel", kernel.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("kernel", kernel.float(), persistent=False)
 
     def weight(self, channels: int, dtype: torch.dtype) -> Tensor:
         """K once per channel, [C, 1, 4, 4]."""

@@ -18,6 +18,7 @@ from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
 from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.modules import building
 from cmap_defense.settings import near_matches
 
 __all__ = ["RECORD_FILE", "read_backbone", "read_denoiser", "read_record", "write_backbone"]
@@ -119,35 +120,40 @@ def write_backbone(
         raise BackboneFileError(
             f"A {type(network).__name__} cannot be written; known networks: {', '.join(_known_networks())}."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
-        staged = Path(place)
-        if isinstance(network, diffusers.PipelineUNet):
-            diffusers.save_pipeline(backbone, staged, dtype)
-            files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
-            files = [file for file in files if (staged / file).is_file()]
-            name, config = network.network_name, diffusers.configuration_of(network)
-        else:
-            files = [described.pop("weights_file", "weights.safetensors")]
-            write_safetensors(_state(network, dtype), staged / files[0])
-            settings: Any = network.config
-            name, config = names[0], settings.to_dict()
-        record = BackboneRecord(
-            network=name,
-            network_config=config,
-            noise=backbone.noise.to_dict(),
-            image_shape=backbone.image_shape,
-            weights_file=files[0],
-            weights_dtype=str(dtype).removeprefix("torch."),
-            weights_sha256=sha256_of(staged / files[0]),
-            **described,
-        )
-        (staged / RECORD_FILE).write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
-        readable = (staged / RECORD_FILE).stat().st_mode  # as the umask says; the libraries' own files are private
-        for file in (*files, RECORD_FILE):
-            (folder / file).parent.mkdir(exist_ok=True)
-            (staged / file).chmod(readable)
-            (staged / file).replace(folder / file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
+            staged = Path(place)
+            if isinstance(network, diffusers.PipelineUNet):
+                diffusers.save_pipeline(backbone, staged, dtype)
+                files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
+                files = [file for file in files if (staged / file).is_file()]
+                name, config = network.network_name, diffusers.configuration_of(network)
+            else:
+                files = [described.pop("weights_file", "weights.safetensors")]
+                write_safetensors(_state(network, dtype), staged / files[0])
+                settings: Any = network.config
+                name, config = names[0], settings.to_dict()
+            record = BackboneRecord(
+                network=name,
+                network_config=config,
+                noise=backbone.noise.to_dict(),
+                image_shape=backbone.image_shape,
+                weights_file=files[0],
+                weights_dtype=str(dtype).removeprefix("torch."),
+                weights_sha256=sha256_of(staged / files[0]),
+                **described,
+            )
+            (staged / RECORD_FILE).write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
+            readable = (staged / RECORD_FILE).stat().st_mode  # as the umask says; the libraries' own files are private
+            for file in (*files, RECORD_FILE):
+                (folder / file).parent.mkdir(exist_ok=True)
+                (staged / file).chmod(readable)
+                (staged / file).replace(folder / file)
+    except BackboneFileError:
+        raise
+    except OSError as error:
+        raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
     return record
 
 
@@ -165,18 +171,21 @@ def _state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> KarrasModel:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, but is {dtype!r}.")
     path = folder / record.weights_file
     try:
         noise = NoiseRange.from_dict(record.noise)
         if record.network in diffusers.NETWORKS:
             if record.weights_sha256 and path.is_file():
                 check_sha256(path, record.weights_sha256)
-            network: nn.Module = diffusers.read_unet(folder, record)
+            described = (folder / RECORD_FILE).is_file()
+            network: nn.Module = diffusers.read_unet(folder, record, checked=described)
         else:
             network = _read_network(folder, record)
     except SettingsError as error:
         raise BackboneFileError(f"{folder / RECORD_FILE}: {error}") from error
-    with torch.inference_mode(False):
+    with building():
         model = _KINDS[record.kind](network, record.image_shape, noise, record.num_classes)
         model = model.to(dtype).eval().requires_grad_(False)
         if dtype == torch.float32:  # see docs/performance.md
@@ -195,20 +204,19 @@ def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
     config = config_class.from_dict(record.network_config)
     if config.image_shape != record.image_shape:
         raise BackboneFileError(f"{place}: image_shape is not that of network_config.")
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        network = network_class(config)
     path = folder / record.weights_file
     weights = read_safetensors(path)
     check_sha256(path, record.weights_sha256)
-    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise BackboneFileError(
-            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
-            f"another shape, such as {wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
-        )
-    with torch.inference_mode(False):
+    with building():
+        network = network_class(config)
+        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in weights.items()}
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise BackboneFileError(
+                f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
+                f"another shape, such as {wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
+            )
         network.load_state_dict(weights)
     return network
 

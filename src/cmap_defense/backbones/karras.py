@@ -76,7 +76,8 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if level.shape not in ((), x.shape[:1]):
         raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
-    if not isinstance(sigma, Tensor) and not sigma > 0:
+    positive = bool((level > 0).all()) if isinstance(sigma, Tensor) else sigma > 0
+    if not positive:
         raise InputValueError(f"sigma must be positive, but is {sigma}.")
     return level.expand(x.shape[0])
 
@@ -114,7 +115,7 @@ class KarrasModel(nn.Module):
     def _evaluate(
         self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None, *, sigma_min: float
     ) -> Tensor:
-        labels = check_class_labels(class_labels, len(noisy), self.num_classes)
+        labels = check_class_labels(class_labels, len(noisy), self.num_classes, ranged=False)
         return preconditioned(self.network, noisy, sigma, labels, sigma_data=self.noise.sigma_data, sigma_min=sigma_min)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.registry.entry import RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
-from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
 
 __all__ = ["entry_of", "load_backbone", "load_denoiser", "resolve_backbone"]
 
@@ -39,8 +41,9 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         BackboneFileError: a file is missing, truncated, damaged or foreign, or could not be fetched.
         MissingExtraError: it is in the format of diffusers, and that library is not installed.
     """
-    backbone = read_backbone(resolve_backbone(source), dtype=dtype)
-    entry = entry_of(source)
+    folder, entry = resolve_backbone(source), entry_of(source)
+    with _hinting(entry):
+        backbone = read_backbone(folder, dtype=dtype)
     if entry is not None:
         _describe(backbone, entry)
         backbone.default_settings = dict(backbone.record.settings) if backbone.record else None
@@ -52,17 +55,18 @@ def load_denoiser(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
 
     Arguments and errors are those of :func:`load_backbone`; a consistency model is a :class:`BackboneFileError`.
     """
-    denoiser = read_denoiser(resolve_backbone(source), dtype=dtype)
-    entry = entry_of(source)
+    folder, entry = resolve_backbone(source), entry_of(source)
+    with _hinting(entry):
+        denoiser = read_denoiser(folder, dtype=dtype)
     if entry is not None:
         _describe(denoiser, entry)
     return denoiser
 
 
-def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False) -> Path:
+def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, weights: bool = True) -> Path:
     """The local folder of ``source``, fetched first where it is not there. Raises as :func:`load_backbone`.
 
-    force: fetch it even where it is there.
+    force: fetch it even where it is there. weights: False for the record alone, of a Hub id.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
@@ -71,7 +75,7 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False) -> 
         raise SettingsError("A backbone is given as a name, a path or a Hub id, but the text is empty.")
     entry = entry_of(source)
     if entry is not None:
-        return fetch_entry(pinned(entry), force=force)[0]
+        return fetch_entry(pinned(entry, verified_only=force), force=force)[0]
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # "~nobody"
@@ -80,7 +84,7 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False) -> 
         return path
     if _HUB_ID.fullmatch(text):
         repo_id, _, revision = text.partition("@")
-        return fetch_repository(repo_id, revision or None, force=force)
+        return fetch_repository(repo_id, revision or None, force=force, weights=weights)
     registry_entry(text)  # raises, with near matches
     raise AssertionError
 
@@ -88,6 +92,21 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False) -> 
 def entry_of(source: str | os.PathLike[str]) -> RegistryEntry | None:
     """The registry's entry when ``source`` is a name, None when it is anything else."""
     return registry_entry(source) if isinstance(source, str) and source in backbone_names() else None
+
+
+@contextlib.contextmanager
+def _hinting(entry: RegistryEntry | None) -> Iterator[None]:
+    """A damaged file of a name says how to get another."""
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except BackboneFileError as error:
+        if entry is None or "load_denoiser" in str(error) or "load_backbone" in str(error):
+            raise
+        raise BackboneFileError(
+            f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again."
+        ) from error
 
 
 def _describe(model: KarrasModel, entry: RegistryEntry) -> None:

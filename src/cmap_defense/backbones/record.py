@@ -85,7 +85,7 @@ class BackboneRecord(Settings):
         if self.num_classes is not None:
             require_integer("BackboneRecord", "num_classes", self.num_classes, minimum=1)
         parts = self.weights_file.split("/")
-        if "\\" in self.weights_file or ":" in self.weights_file or any(part in ("", ".", "..") for part in parts):
+        if set(self.weights_file) & set("\\:*?[]") or any(part in ("", ".", "..") for part in parts):
             raise SettingsError(
                 f"BackboneRecord.weights_file must be a file in the record's folder, but is {self.weights_file!r}."
             )

@@ -98,7 +98,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
             f"{_looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a malformed file makes the unpickler stumble over
         raise BackboneFileError(
             f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again."
         ) from error
@@ -111,8 +111,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _looks(path: Path) -> str:
     """What a broken file seems to be, for the end of a sentence."""
-    with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
+    try:
+        with path.open("rb") as file:
+            start = file.read(512).lstrip().lower()
+    except OSError:
+        return ""
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "; it is a web page, such as a login or an error page"
     if start.startswith(b"version https://git-lfs"):

@@ -12,10 +12,10 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbo
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import entry_of, resolve_backbone
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
+from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
-from cmap_defense.backbones.remote.push import push_backbone
-from cmap_defense.backbones.remote.verify import verify_backbone
+from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
 from cmap_defense.cli.output import json_option, print_json, print_table, writable_folder
 from cmap_defense.errors import SettingsError
@@ -60,7 +60,7 @@ def info(backbone: str, as_json: bool) -> None:
     if entry is not None:
         values = pinned(entry).to_dict()
     else:
-        folder = resolve_backbone(backbone)
+        folder = resolve_backbone(backbone, weights=False)
         values = read_record(folder).to_dict() | {"folder": str(folder)}
     if as_json:
         print_json(values)
@@ -128,6 +128,8 @@ def convert(
     """
     source: dict[str, Any] = {"file": checkpoint.name, "converter": format_}
     if format_ == "jcm":
+        if image_size is not None:
+            raise click.BadParameter("goes with --from openai; say --config image_size=N.", param_hint="--image-size")
         model: KarrasModel = convert_jcm(checkpoint, _config(overrides), params)
         source["params"] = params
     else:
@@ -172,9 +174,13 @@ def verify(backbone: str, as_json: bool) -> None:
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a private repository, where it makes one.")
 @click.option("--message", default="Add the backbone", show_default=True, help="Of the commit.")
-def push(folder: Path, repo_id: str, private: bool, message: str) -> None:
+@json_option
+def push(folder: Path, repo_id: str, private: bool, message: str, as_json: bool) -> None:
     """Upload FOLDER with a model card to the Hub's repository REPO_ID (organisation/name)."""
     pushed = push_backbone(folder, repo_id, private=private, message=message)
+    if as_json:
+        print_json({"backbone": pushed})
+        return
     click.echo(f"Pushed. Load it with load_backbone({pushed!r}).")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,31 @@ import numpy as np
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 from cmap_defense.settings import near_matches
 
-__all__ = ["read_flax"]
+__all__ = ["NotACheckpointError", "read_flax"]
 
 ARRAY, NUMPY_SCALAR = 1, 3
 CHUNKED = "__msgpack_chunked_array__"
 LARGEST_OBJECT = 2**31 - 1
+LARGEST_ARRAY = 2**32
 MAX_DEPTH = 32
+
+_MALFORMED = (
+    msgpack.UnpackException,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+)
+"""What reading something else than msgpack of arrays raises."""
+
+
+class NotACheckpointError(BackboneFileError):
+    """The file is cut off or something else altogether: another copy of it may be whole."""
+
 
 Take = Callable[[str, np.ndarray[Any, Any]], None]
 
@@ -54,22 +74,25 @@ def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
                 found.append(_text(stream.unpack()))
                 if found[-1] == branch:
                     _walk(stream, content, "", take, MAX_DEPTH)
-                    return
-                stream.skip()
+                else:
+                    stream.skip()  # to the end, so that a file that is cut off behind the branch is noticed too
+            if stream.tell() != len(content):
+                raise ValueError(f"{len(content) - stream.tell():,} bytes follow the end")
     except BackboneFileError:  # of ``take``
         raise
     except OSError as error:
         raise BackboneFileError(f"{path} cannot be read: {error}") from error
     except msgpack.OutOfData as error:
-        raise BackboneFileError(
+        raise NotACheckpointError(
             f"{path} ends in the middle ({path.stat().st_size:,} bytes): the download or copy is not whole. "
             "Fetch it again."
         ) from error
-    except (msgpack.UnpackException, ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise BackboneFileError(
-            f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error})."
+    except _MALFORMED as error:
+        raise NotACheckpointError(
+            f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}). Fetch it again."
         ) from error
-    raise UnknownNameError(f"{path} has no {branch!r}.{near_matches(branch, set(found))}")
+    if branch not in found:
+        raise UnknownNameError(f"{path} has no {branch!r}.{near_matches(branch, set(found))}")
 
 
 def _walk(stream: msgpack.Unpacker, content: mmap.mmap, prefix: str, take: Take, depth: int) -> None:
@@ -100,9 +123,19 @@ def _chunked(stream: msgpack.Unpacker, entries: int) -> np.ndarray[Any, Any]:
     stream.unpack()  # the marker's own value, True
     parts = {_text(stream.unpack()): stream.unpack() for _ in range(entries)}
     shape, chunks = _listed(parts["shape"]), _listed(parts["chunks"])
-    flat = np.concatenate([_array(chunk).ravel() for chunk in chunks])
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) != flat.size:
-        raise ValueError(f"chunks of {flat.size} numbers do not make an array of shape {shape}")
+    if any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"{shape} is no shape")
+    flat, filled = np.empty(0), 0
+    for i in range(len(chunks)):
+        piece, chunks[i] = _array(chunks[i]).ravel(), None  # one at a time, so that no second copy of all is made
+        if i == 0:
+            flat = np.empty(min(math.prod(shape), LARGEST_ARRAY), piece.dtype)
+        if filled + piece.size > flat.size:
+            break
+        flat[filled : filled + piece.size] = piece
+        filled += piece.size
+    if filled != math.prod(shape):
+        raise ValueError(f"the chunks do not make an array of shape {shape}")
     return flat.reshape(shape)
 
 

@@ -16,6 +16,7 @@ from cmap_defense.backbones.fir import FIRDownConv
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.ncsnpp import Attention, NCSNpp, NCSNppConfig, NoiseEmbedding, ResidualBlock
 from cmap_defense.errors import BackboneFileError
+from cmap_defense.modules import building
 
 __all__ = ["convert_jcm", "jcm_slots"]
 
@@ -43,7 +44,7 @@ def convert_jcm(
         UnknownNameError: the file has no such ``params``.
     """
     config = config or NCSNppConfig()
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with building():
         backbone = ConsistencyBackbone(NCSNpp(config), config.image_shape)
     backbone.eval().requires_grad_(False)
     slots = dict(jcm_slots(backbone.network))

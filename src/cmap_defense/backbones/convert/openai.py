@@ -18,6 +18,7 @@ from cmap_defense.backbones.diffusers import build_unet
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.weights import read_pickle
 from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.modules import building
 from cmap_defense.settings import require_integer
 
 __all__ = ["convert_openai"]
@@ -74,11 +75,11 @@ def convert_openai(
     try:
         config = _configuration(state, image_size, head_channels)
         renamed = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
-    except (KeyError, IndexError, ValueError) as error:
+        network = build_unet(config)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise BackboneFileError(
             f"{path} is not a U-Net of OpenAI's consistency models ({type(error).__name__}: {error})."
         ) from error
-    network = build_unet(config)
     expected = {name: tuple(t.shape) for name, t in network.unet.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in renamed.items()}
     if expected != found:
@@ -87,7 +88,10 @@ def convert_openai(
             f"{path} is not a U-Net of OpenAI's consistency models: {len(wrong)} tensor(s) do not fit, such as "
             f"{wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
         )
-    with torch.inference_mode(False):
+    broken = [name for name, t in renamed.items() if not bool(torch.isfinite(t).all())]
+    if broken:
+        raise BackboneFileError(f"{path}: {broken[0]!r} holds NaN or infinite values.")
+    with building():
         network.unet.load_state_dict(renamed)
         shape = (config["in_channels"], image_size, image_size)
         backbone = ConsistencyBackbone(network, shape, num_classes=config["num_class_embeds"])

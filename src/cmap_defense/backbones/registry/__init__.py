@@ -1,12 +1,12 @@
 """Backbones by name."""
 
-from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, PackagedFolder, RegistryEntry
+from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry
 from cmap_defense.backbones.registry.names import backbone_names, register, registry_entry
 
 __all__ = [
     "HubRepository",
+    "LocalFolder",
     "OfficialFile",
-    "PackagedFolder",
     "RegistryEntry",
     "backbone_names",
     "register",

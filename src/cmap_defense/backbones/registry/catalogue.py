@@ -1,7 +1,9 @@
 """The backbones that have a name: the published consistency models, and the one in the package.
 
-Nothing here was fetched to write it: commits and figures are cited. A source without a commit or a checksum is marked
-as not verified wherever it is shown, and ``cmap-defense backbones verify NAME`` fills both in on the user's machine.
+Nothing here was fetched to write it. Commits are those that stand in public links to these repositories' newest files
+(huggingface.co/REPOSITORY/tree/COMMIT); figures are those of the paper's tables. A source without a commit or a
+checksum is marked as not verified wherever it is shown, and ``cmap-defense backbones verify NAME`` fills both in on the
+user's machine.
 """
 
 from __future__ import annotations
@@ -12,18 +14,18 @@ from typing import Any
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.registry.entry import (
     HubRepository,
+    LocalFolder,
     OfficialFile,
-    PackagedFolder,
     RegistryEntry,
     Source,
 )
 
 __all__ = ["CIFAR10_CD_REPOSITORY", "catalogue"]
 
-CIFAR10_CD_REPOSITORY: str = ""
-"""This project's own converted cifar10-cd on the Hub, "organisation/name@commit".
+CIFAR10_CD_REPOSITORY: HubRepository | None = None
+"""This project's own converted cifar10-cd on the Hub, with its commit and checksum.
 
-Empty until the project owns the name: an id that anybody could register is not trusted."""
+None until the project owns the name: an id that anybody could register is not trusted."""
 
 _ASSETS = Path(__file__).parents[2] / "assets"
 _JCM = "https://openaipublic.blob.core.windows.net/consistency/jcm_checkpoints/"
@@ -51,7 +53,7 @@ def _fashion() -> RegistryEntry:
     return RegistryEntry(
         name="fashion-mnist-ct",
         description=record.description,
-        sources=(PackagedFolder(folder=folder),),
+        sources=(LocalFolder(folder=folder),),
         image_shape=record.image_shape,
         licence=record.licence,
         paper=record.paper,
@@ -116,9 +118,8 @@ def _cifar10() -> list[RegistryEntry]:
     entries = []
     for name, file, description, quality in rows:
         sources: tuple[Source, ...] = (OfficialFile(url=_JCM + file),)
-        if name == "cifar10-cd" and CIFAR10_CD_REPOSITORY:
-            repo_id, _, revision = CIFAR10_CD_REPOSITORY.partition("@")
-            sources = (HubRepository(repo_id=repo_id, revision=revision), *sources)
+        if name == "cifar10-cd" and CIFAR10_CD_REPOSITORY is not None:
+            sources = (CIFAR10_CD_REPOSITORY, *sources)
         entries.append(_cifar10_entry(name, description, sources, quality=quality))
     teacher = (OfficialFile(url=_JCM + "edm_cifar10_ema"),)
     return [

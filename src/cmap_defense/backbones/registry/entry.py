@@ -14,17 +14,20 @@ from cmap_defense.backbones.record import KINDS
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import require_choice, require_integer
 
-__all__ = ["HubRepository", "OfficialFile", "PackagedFolder", "RegistryEntry", "Source"]
+__all__ = ["HubRepository", "LocalFolder", "OfficialFile", "RegistryEntry", "Source"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackagedFolder:
+class LocalFolder:
     """A backbone folder on this machine, such as the one in the package."""
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
     @property
     def address(self) -> str:
@@ -33,8 +36,8 @@ class PackagedFolder:
 
     @property
     def verified(self) -> bool:
-        """Always: the folder's own record has the checksum."""
-        return True
+        """Whether the folder has a record of its own, with a checksum."""
+        return (self.folder / "backbone.json").is_file()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class OfficialFile:
         return self.sha256 is not None
 
 
-Source = PackagedFolder | HubRepository | OfficialFile
+Source = LocalFolder | HubRepository | OfficialFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +144,10 @@ class RegistryEntry:
             )
         object.__setattr__(self, "sources", tuple(self.sources))
         if not self.sources or not all(
-            isinstance(source, (PackagedFolder, HubRepository, OfficialFile)) for source in self.sources
+            isinstance(source, (LocalFolder, HubRepository, OfficialFile)) for source in self.sources
         ):
             raise SettingsError(
-                "RegistryEntry.sources must hold PackagedFolder, HubRepository or OfficialFile objects, one at least, "
+                "RegistryEntry.sources must hold LocalFolder, HubRepository or OfficialFile objects, one at least, "
                 f"but is {self.sources!r}."
             )
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
@@ -163,6 +166,11 @@ class RegistryEntry:
         """Whether what the first source holds was checked by somebody: its commit, where it has one, and checksum."""
         return self.sources[0].verified
 
+    def __reduce__(self) -> Any:
+        """Pickled and copied by its fields; the read-only mappings cannot be."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return (_entry_of, ({name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()},))
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
@@ -179,6 +187,10 @@ class RegistryEntry:
             "verified": self.verified,
             "sources": [_source_dict(source) for source in self.sources],
         }
+
+
+def _entry_of(values: dict[str, Any]) -> RegistryEntry:
+    return RegistryEntry(**values)
 
 
 def _source_dict(source: Source) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,15 @@ import filelock
 from huggingface_hub import constants
 
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, RegistryEntry, Source
-from cmap_defense.errors import BackboneFileError
+from cmap_defense.backbones.remote.messages import tell
+from cmap_defense.errors import BackboneFileError, SettingsError
 
-__all__ = ["cache_folder", "locked", "pin", "pinned", "tell"]
+__all__ = ["cache_folder", "locked", "pin", "pinned"]
 
 _PINS = "verified.json"
+
+LONGEST_WORK = 2 * 3600.0
+"""Seconds after which a lock is not waited for any more."""
 
 
 def cache_folder() -> Path:
@@ -27,17 +30,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CMAP_DEFENSE_CACHE") or Path(constants.HF_HOME) / "cmap-defense").expanduser()
 
 
-def tell(message: str) -> None:
-    """A line for the person who waits, on standard error: only before what takes long, such as a download."""
-    print(f"cmap-defense: {message}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """One process at a time; the others wait and say so. The system frees the lock of a process that dies.
+    """One process at a time; the others wait and say so. Most systems free the lock of a process that dies.
 
     Raises:
-        BackboneFileError: the lock cannot be made there.
+        BackboneFileError: the lock cannot be made there, or is held for longer than anything takes.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,10 +44,16 @@ def locked(path: Path, what: str) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             tell(f"another process is at work on {what}; waiting for it.")
-            lock.acquire()
-    except OSError as error:
+            lock.acquire(timeout=LONGEST_WORK)
+    except filelock.Timeout as error:
         raise BackboneFileError(
-            f"{path.parent} cannot be written to ({error}). Set CMAP_DEFENSE_CACHE to a folder with room."
+            f"{path}.lock is still held after {LONGEST_WORK / 3600:g} hours. If no other process is at work on {what}, "
+            "remove that file; a file system without locks needs CMAP_DEFENSE_CACHE on another one."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise BackboneFileError(
+            f"{path.parent} cannot be written to and locked ({error}). Set CMAP_DEFENSE_CACHE to a folder of your "
+            "own, with room."
         ) from error
     try:
         yield
@@ -57,18 +61,31 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def pinned(entry: RegistryEntry) -> RegistryEntry:
-    """The entry with the commits and checksums that were verified on this machine, where it names none itself."""
+def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntry:
+    """The entry with the commits and checksums that were noted on this machine, where it names none itself.
+
+    A commit is noted when a name that has none is fetched for the first time, so that it stands for the same model ever
+    after; the checksum is noted by ``verify``. verified_only: leave out commits without a checksum.
+    """
     pins = _read_pins().get(entry.name, {})
-    return dataclasses.replace(entry, sources=tuple(_with_pin(source, pins) for source in entry.sources))
+    if verified_only:
+        pins = {address: found for address, found in pins.items() if isinstance(found, dict) and "sha256" in found}
+    try:
+        return dataclasses.replace(entry, sources=tuple(_with_pin(source, pins) for source in entry.sources))
+    except SettingsError as error:
+        raise BackboneFileError(
+            f"{cache_folder() / _PINS} holds something that is no commit or checksum ({error}). Remove it, and verify "
+            "the backbones again."
+        ) from error
 
 
 def pin(name: str, source: Source, **found: str) -> Path:
-    """Remember a commit and checksum for a name's source. Returns the file."""
+    """Note a commit, a checksum or both for a name's source. Returns the file."""
     path = cache_folder() / _PINS
     with locked(path, "the list of verified backbones"):
         pins = _read_pins()
-        pins.setdefault(name, {})[source.address] = found
+        noted = pins.setdefault(name, {}).setdefault(source.address, {})
+        noted |= found
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(pins, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, PackagedFolder, RegistryEntry, Source
+from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 
 __all__ = ["entry_card", "hub_card"]
+
+_HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
+"""Licences that the Hub knows by these names."""
 
 _USE = """```python
 from cmap_defense import PurifiedClassifier
@@ -48,10 +51,13 @@ def entry_card(entry: RegistryEntry) -> str:
 def hub_card(record: BackboneRecord, repo_id: str) -> str:
     """The README of a repository that holds a backbone folder: the Hub's metadata, then the page."""
     tags = ["consistency-model" if record.kind == "consistency" else "diffusion", "adversarial-purification"]
-    head = ["---", "library_name: cmap-defense", "pipeline_tag: unconditional-image-generation", "tags:"]
-    head += [f"- {tag}" for tag in tags]
-    if record.licence:
-        head += ["license: other", f"license_name: {json.dumps(record.licence)}"]
+    head = ["---", "library_name: cmap-defense"]
+    head += [] if record.num_classes else ["pipeline_tag: unconditional-image-generation"]
+    head += ["tags:", *(f"- {tag}" for tag in tags)]
+    if record.licence.lower() in _HUB_LICENCES:
+        head += [f"license: {record.licence.lower()}"]
+    elif record.licence:
+        head += ["license: other", f"license_name: {re.sub(r'[^a-z0-9.]+', '-', record.licence.lower()).strip('-')}"]
     lines = [*head, "---", "", f"# {record.name}", ""]
     lines += [record.description, ""] if record.description else []
     lines += [*_table(record, record.licence, record.paper)]
@@ -90,7 +96,7 @@ def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list
 
 
 def _source_lines(source: Source) -> list[str]:
-    if isinstance(source, PackagedFolder):
+    if isinstance(source, LocalFolder):
         return ["- A folder on this machine; the embedded model comes with the package."]
     if isinstance(source, HubRepository):
         revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"

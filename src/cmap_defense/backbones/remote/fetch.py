@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from cmap_defense.backbones import diffusers
+from cmap_defense.backbones.convert.flax import NotACheckpointError
 from cmap_defense.backbones.convert.jcm import convert_jcm
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
-from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, PackagedFolder, RegistryEntry, Source
-from cmap_defense.backbones.remote.cache import cache_folder, locked, tell
+from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
+from cmap_defense.backbones.remote.cache import cache_folder, locked, pin
 from cmap_defense.backbones.remote.download import download
 from cmap_defense.backbones.remote.hub import fetch_folder
-from cmap_defense.backbones.weights import check_sha256
-from cmap_defense.errors import BackboneFileError, CmapError
+from cmap_defense.backbones.remote.messages import tell
+from cmap_defense.backbones.weights import check_sha256, sha256_of
+from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
 
 __all__ = ["MIRROR", "fetch_entry", "fetch_repository"]
 
 MIRROR = "CMAP_DEFENSE_MIRROR"
 """The variable that names another server for the official files: it takes the place of the address up to the path."""
+
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 _CONVERSION = 1
 """Raised when a converter changes what it writes, so that older conversions are not used."""
@@ -47,37 +52,88 @@ def fetch_entry(entry: RegistryEntry, *, force: bool = False) -> tuple[Path, Sou
     return _fetch(entry, entry.sources[-1], force), entry.sources[-1]
 
 
-def fetch_repository(repo_id: str, revision: str | None, *, force: bool = False) -> Path:
+def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True, force: bool = False) -> Path:
     """The local copy of a repository: its record or configurations, and then the one weights file that they name.
+
+    A commit that is in the cache whole is taken from there, and nothing is asked of the Hub.
+
+    Args:
+        repo_id: organisation/name.
+        revision: a commit, branch or tag; None for the newest.
+        weights: False for the record alone.
+        force: fetch the files even where they are in the cache.
 
     Raises:
         UnknownNameError, BackboneFileError: as :func:`~cmap_defense.backbones.remote.hub.fetch_folder`, or it holds no
             backbone.
     """
-    folder = fetch_folder(repo_id, revision, [RECORD_FILE, *diffusers.PIPELINE_FILES], force=force)
-    if not (folder / RECORD_FILE).is_file() and not diffusers.is_diffusers(folder):
+    described = [RECORD_FILE, *diffusers.PIPELINE_FILES]
+    if not force and revision is not None and _COMMIT.fullmatch(revision):
+        try:
+            folder = fetch_folder(repo_id, revision, described, offline=True)
+        except CmapError:
+            pass  # not in the cache
+        else:
+            if _weights_file(folder) is not None:
+                return folder
+    folder = fetch_folder(repo_id, revision, described, force=force)
+    if not _is_backbone(folder):
         raise BackboneFileError(
             f"{repo_id} holds no backbone that this package reads: it has neither {RECORD_FILE} nor {diffusers.INDEX}."
         )
-    if (folder / RECORD_FILE).is_file():
-        candidates: tuple[str, ...] = (read_record(folder).weights_file,)
-    else:
-        candidates = diffusers.WEIGHTS
-    there = any((folder / file).is_file() for file in candidates) and not force
-    for file in candidates:
-        if not there:
-            fetch_folder(repo_id, folder.name, [file], force=force)  # of the commit that the record came from
-            there = (folder / file).is_file()
-    return folder
+    if not weights or (_weights_file(folder) is not None and not force):
+        return folder
+    for file in _weights_names(folder):  # of the commit that the record came from
+        fetch_folder(repo_id, folder.name, [file], force=force)
+        if (folder / file).is_file():
+            _check_blob(folder / file)
+            return folder
+    hint = ", and HF_HUB_OFFLINE forbids to fetch it" if constants.HF_HUB_OFFLINE else ""
+    raise BackboneFileError(
+        f"{repo_id} at {folder.name} has no {' or '.join(_weights_names(folder))} in the local cache{hint}. Run "
+        f"`cmap-defense backbones pull {repo_id}@{folder.name}` on a machine with a network."
+    )
+
+
+def _is_backbone(folder: Path) -> bool:
+    return (folder / RECORD_FILE).is_file() or diffusers.is_diffusers(folder)
+
+
+def _weights_names(folder: Path) -> tuple[str, ...]:
+    """Where the weights may be: in the record's file, or in one of diffusers', safetensors before a pickle."""
+    return (read_record(folder).weights_file,) if (folder / RECORD_FILE).is_file() else diffusers.WEIGHTS
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """The weights of a folder when they are there."""
+    if not _is_backbone(folder):
+        return None
+    return next((folder / name for name in _weights_names(folder) if (folder / name).is_file()), None)
+
+
+def _check_blob(path: Path) -> None:
+    """Compare a large file with the checksum that the Hub's cache names it by; the client compares sizes alone."""
+    blob = path.resolve().name
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        try:
+            check_sha256(path, blob)
+        except BackboneFileError:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _fetch(entry: RegistryEntry, source: Source, force: bool) -> Path:
-    if isinstance(source, PackagedFolder):
+    if isinstance(source, LocalFolder):
+        if not source.folder.is_dir():
+            raise BackboneFileError(f"{source.folder}, where {entry.name} should be, is not there.")
         return source.folder
     if isinstance(source, HubRepository):
         folder = fetch_repository(source.repo_id, source.revision, force=force)
         if source.sha256 is not None:
             check_sha256(folder / read_record(folder).weights_file, source.sha256)
+        if source.revision is None and _COMMIT.fullmatch(folder.name):
+            pin(entry.name, source, revision=folder.name)
         return folder
     return _converted(entry, source, force)
 
@@ -88,43 +144,64 @@ def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
     folder = cache_folder() / "converted" / f"{entry.name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
     if not force and _is_conversion_of(folder, source):
         return folder
-    url = _mirrored(source.url)
-    if constants.HF_HUB_OFFLINE:
+    try:
+        with locked(folder, entry.name):
+            if force or not _is_conversion_of(folder, source):
+                _convert_afresh(entry, source, folder, force)
+    except BackboneFileError:
+        raise
+    except OSError as error:
         raise BackboneFileError(
-            f"{entry.name} is not in the local cache ({folder.parent}), and HF_HUB_OFFLINE forbids to fetch it. Run "
-            f"`cmap-defense backbones pull {entry.name}` on a machine with a network, or copy the folder."
-        )
-    with locked(folder, entry.name):
-        if not force and _is_conversion_of(folder, source):
-            return folder
-        for leftover in folder.parent.glob(f".partial-{folder.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
+            f"{entry.name} could not be written to {cache_folder()} ({error}). Make room, or set CMAP_DEFENSE_CACHE "
+            "to another folder; what was fetched is kept."
+        ) from error
+    return folder
+
+
+def _convert_afresh(entry: RegistryEntry, source: OfficialFile, folder: Path, force: bool) -> None:
+    """Fetch the official file, unless an earlier run left it whole, and convert it; under the folder's lock."""
+    for leftover in folder.parent.glob(f".*-{folder.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
+    url = _mirrored(source.url)
+    if force:
+        checkpoint.unlink(missing_ok=True)
+    if not checkpoint.is_file():
+        if constants.HF_HUB_OFFLINE:
+            raise BackboneFileError(
+                f"{entry.name} is not in the local cache ({folder.parent}), and HF_HUB_OFFLINE forbids to fetch it. "
+                f"Run `cmap-defense backbones pull {entry.name}` on a machine with a network, or copy the folder."
+            )
         tell(
             f"fetching {entry.name} (about {source.about}), once, from {url} to {folder.parent.parent}; "
             "a broken transfer is continued."
         )
-        checksum = download(url, checkpoint, size=source.size, sha256=source.sha256)
-        tell(f"converting {entry.name}, once; some seconds.")
-        staged = folder.parent / f".partial-{folder.name}-{os.getpid()}"
-        staged.mkdir()
-        try:
-            _convert(entry, source, checkpoint, checksum, staged)
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.replace(folder)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-        checkpoint.unlink(missing_ok=True)
-    return folder
+        download(url, checkpoint, size=source.size, sha256=source.sha256)
+    checksum = sha256_of(checkpoint)
+    if source.sha256 not in (None, checksum):
+        checkpoint.unlink()
+        raise BackboneFileError(f"{checkpoint} was not the file that is meant, and was removed. Run it again.")
+    tell(f"converting {entry.name}, once; some seconds.")
+    staged = folder.parent / f".partial-{folder.name}-{os.getpid()}"
+    staged.mkdir()
+    try:
+        _convert(entry, source, checkpoint, {"url": source.url, "fetched_from": url, "sha256": checksum}, staged)
+        if folder.exists():
+            folder.replace(folder.parent / f".old-{folder.name}-{os.getpid()}")
+        staged.replace(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(folder.parent / f".old-{folder.name}-{os.getpid()}", ignore_errors=True)
+    checkpoint.unlink(missing_ok=True)
 
 
-def _convert(entry: RegistryEntry, source: OfficialFile, checkpoint: Path, checksum: str, folder: Path) -> None:
-    size = checkpoint.stat().st_size
+def _convert(
+    entry: RegistryEntry, source: OfficialFile, checkpoint: Path, fetched: dict[str, str], folder: Path
+) -> None:
     try:
         model: KarrasModel = convert_jcm(checkpoint, source.config, source.params)
-    except CmapError:
-        checkpoint.unlink(missing_ok=True)  # whole, but not what it should be: the next run fetches it afresh
+    except NotACheckpointError:
+        checkpoint.unlink(missing_ok=True)  # the next run fetches it afresh
         raise
     if entry.kind == "diffusion":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
@@ -137,18 +214,24 @@ def _convert(entry: RegistryEntry, source: OfficialFile, checkpoint: Path, check
         figures=dict(entry.quality),
         licence=entry.licence,
         paper=entry.paper,
-        source={"url": source.url, "size": size, "sha256": checksum, "converter": "jcm", "params": source.params},
+        source=fetched | {"size": checkpoint.stat().st_size, "converter": "jcm", "params": source.params},
     )
 
 
 def _is_conversion_of(folder: Path, source: OfficialFile) -> bool:
-    """Whether the folder is there and was made from the file that is meant; its weights are checked on reading."""
-    if not (folder / RECORD_FILE).is_file():
+    """Whether the folder is whole and was made from the file that is meant; its weights are checked on reading."""
+    try:
+        record = read_record(folder)
+    except BackboneFileError:
         return False
-    made_from = read_record(folder).source.get("sha256")
-    return source.sha256 is None or made_from == source.sha256
+    made_from = record.source.get("sha256")
+    return (folder / record.weights_file).is_file() and source.sha256 in (None, made_from)
 
 
 def _mirrored(url: str) -> str:
     mirror = os.environ.get(MIRROR)
-    return url if not mirror else mirror.rstrip("/") + "/" + url.split("://", 1)[1].partition("/")[2]
+    if not mirror:
+        return url
+    if not mirror.startswith(("http://", "https://")):
+        raise SettingsError(f"{MIRROR} must be an address such as https://mirror.example.org, but is {mirror!r}.")
+    return mirror.rstrip("/") + "/" + url.split("://", 1)[1].partition("/")[2]

@@ -24,18 +24,22 @@ _CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OS
 """What the Hub's HTTP client raises for broken connections; before version 1 of huggingface_hub, an OSError."""
 
 
-def fetch_folder(repo_id: str, revision: str | None, patterns: list[str], *, force: bool = False) -> Path:
+def fetch_folder(
+    repo_id: str, revision: str | None, patterns: list[str], *, force: bool = False, offline: bool = False
+) -> Path:
     """The local copy of a Hub repository's files that match ``patterns``; from the cache when the Hub is out of reach.
 
-    force: fetch them even where they are in the cache.
+    force: fetch them even where they are in the cache. offline: look in the cache alone.
 
     Raises:
         UnknownNameError: no such repository or revision, or no access to it.
         BackboneFileError: the Hub cannot be reached and the cache does not hold the files.
     """
-    with _translated(repo_id, revision):
+    with _translated(repo_id, revision, "is not in the local cache and could not be fetched"):
         return Path(
-            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns, force_download=force)
+            huggingface_hub.snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, force_download=force, local_files_only=offline
+            )
         )
 
 
@@ -53,7 +57,7 @@ def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool
         BackboneFileError: the Hub cannot be reached, or refuses the files.
     """
     hub = huggingface_hub.HfApi()
-    with _translated(repo_id, None):
+    with _translated(repo_id, None, "could not be pushed to"):
         hub.create_repo(repo_id, private=private, exist_ok=True)
         additions = [
             huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
@@ -63,7 +67,7 @@ def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool
 
 
 @contextlib.contextmanager
-def _translated(repo_id: str, revision: str | None) -> Iterator[None]:
+def _translated(repo_id: str, revision: str | None, failed: str) -> Iterator[None]:
     """The client's errors as this package's."""
     shown = f"{repo_id}@{revision}" if revision else repo_id
     try:
@@ -76,17 +80,24 @@ def _translated(repo_id: str, revision: str | None) -> Iterator[None]:
         raise UnknownNameError(f"The Hub's {repo_id} has no revision {revision!r}.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UnknownNameError(
-            f"There is no folder and no Hub repository {shown!r} that you may read. "
+            f"There is no folder and no Hub repository {shown!r} that you may use. "
             "If it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
+    except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
+        if _status(error) in (401, 403):
             raise UnknownNameError(
-                f"The Hub refuses access to {shown} (status {status}): log in with `hf auth login`, or set HF_TOKEN to "
-                f"a token with the right to it. ({error})"
+                f"The Hub refuses access to {shown} (status {_status(error)}): log in with `hf auth login`, or set "
+                f"HF_TOKEN to a token with the right to it. ({error})"
             ) from error
         raise BackboneFileError(
-            f"{shown} is not in the local cache and could not be fetched ({type(error).__name__}: {error}). "
+            f"{shown} {failed} ({type(error).__name__}: {error}). "
             "Check the network, the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
         ) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of the client, which may wrap another."""
+    answer = getattr(error, "response", None)
+    if answer is None and error.__cause__ is not None:
+        return _status(error.__cause__)
+    return getattr(answer, "status_code", None)

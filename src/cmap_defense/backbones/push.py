@@ -9,7 +9,7 @@ from cmap_defense.backbones import diffusers
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.remote.card import hub_card
 from cmap_defense.backbones.remote.hub import push_files
-from cmap_defense.backbones.remote.verify import verify_backbone
+from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.errors import BackboneFileError
 
 __all__ = ["push_backbone"]
