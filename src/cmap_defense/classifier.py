@@ -7,6 +7,7 @@ import dataclasses
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from cmap_defense.errors import (
     InputValueError,
     SettingsError,
 )
-from cmap_defense.gradients import GradientMode, StraightThrough
+from cmap_defense.gradients import GradientMode, Purification, StraightThrough
 from cmap_defense.hooks import HookHandle, LatentHooks
 from cmap_defense.inputs import (
     RESIZE_MODES,
@@ -251,26 +252,47 @@ class PurifiedClassifier(nn.Module):
         if len(unit) == 0:
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self._resized(unit, self.image_shape[1:])
-        result = self.purifier(
-            self.backbone,
-            small.detach(),
-            seeds=chosen,
-            latents=latents,
-            class_labels=choose_class_labels(
-                self.class_labels,
-                class_labels,
-                unit,
-                self._predict,
-                n_latents=n_latents,
-                num_classes=getattr(self.backbone, "num_classes", None),
-            ),
-            callback=self._callback(),
-            max_parallel=self.max_parallel,
+        labels = choose_class_labels(
+            self.class_labels,
+            class_labels,
+            unit,
+            self._predict,
+            n_latents=n_latents,
+            num_classes=getattr(self.backbone, "num_classes", None),
         )
-        attached = self.gradient.attach(result.images, small)
+        result = self.gradient.purify(self._purification(small, chosen, latents, labels))
+        attached = result.images
         shown = self._resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
         logits = self._classify(shown)
         return self._judged(dataclasses.replace(result, images=shown), logits)
+
+    def _purification(
+        self, images: Tensor, seeds: Tensor, latents: Tensor | None, labels: Tensor | None
+    ) -> Purification:
+        """What the gradient mode is given."""
+        options: dict[str, Any] = {
+            "seeds": seeds,
+            "latents": latents,
+            "class_labels": labels,
+            "max_parallel": self.max_parallel,
+        }
+        callback = self._callback()
+        prepare = getattr(self.purifier, "prepare", None)
+        return Purification(
+            images,
+            lambda: self.purifier(self.backbone, images.detach(), callback=callback, **options),
+            None if prepare is None else lambda: prepare(self.backbone, images, **options),
+            self._denoiser(labels),
+            callback,
+        )
+
+    def _denoiser(self, labels: Tensor | None) -> Callable[[Tensor, float], Tensor] | None:
+        """f of [B, K, C, H, W], each latent under its own label; None where the backbone has none."""
+        denoise: Any = getattr(self.backbone, "denoise", None)
+        if denoise is None:
+            return None
+        given = () if labels is None else (labels.flatten(),)
+        return lambda noisy, sigma: denoise(noisy.flatten(0, 1), sigma, *given).unflatten(0, noisy.shape[:2])
 
     def _judged(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
         votes = count_votes(logits.detach())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["draw_latents", "fresh_seeds", "generator_for"]
+__all__ = ["derived_seeds", "draw_latents", "fresh_seeds", "generator_for"]
 
 _WORD = 2**64
 
@@ -34,6 +34,12 @@ def fresh_seeds(count: int) -> Tensor:
     """[count] int64 seeds from torch's global CPU generator, so that ``torch.manual_seed`` rules them."""
     low, high = -(2**63), 2**63 - 1
     return torch.randint(low, high, (count,), dtype=torch.int64, device="cpu")
+
+
+def derived_seeds(seeds: Tensor, stream: int) -> Tensor:
+    """[B] int64 seeds for another purpose than that of ``seeds``: functions of each seed and the stream's number."""
+    mixed = [_mix((_mix(seed % _WORD) + stream) % _WORD) for seed in seeds.tolist()]
+    return torch.tensor([(word + _WORD // 2) % _WORD - _WORD // 2 for word in mixed], dtype=torch.int64)
 
 
 def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int]) -> Tensor:

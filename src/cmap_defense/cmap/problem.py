@@ -1,4 +1,4 @@
-"""One purification, ready to be run: what the plain loop, the gradients through it and attacks on its latents start from."""
+"""One purification, ready to be run: where the plain loop, gradients through it and attacks on latents start from."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ RANGE_TOLERANCE = 1e-2
 class LatentProblem:
     """What there is to minimise, and from where.
 
-    objective: eq. 9 of the images. images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they came
-    with. start: [B, K, C, H, W], the initial latents. seeds: [B], what they were drawn from; None when they were given.
+    objective: eq. 9 of the images. images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they
+    came with. start: [B, K, C, H, W], the initial latents. seeds: [B], what they were drawn from; None when they were
+    given.
     """
 
     objective: LatentObjective

@@ -1,9 +1,9 @@
 """The gradient through the latent loop: every Adam step with its moments, bias correction, clip, SSIM and L1.
 
 Reverse mode, step by step, by hand: the state before each step is enough to go back through it. With u' = A(u, g, m, v)
-and g = d(K L)/du at (u, x), a cotangent of the state after a step becomes one of the state before by A's own derivatives and two
-second-order products, H c and (d^2(K L)/du dx)^T c with c the cotangent of g. No graph of the whole loop is ever kept:
-memory holds the states of some steps and the graph of one chunk of latents.
+and g = d(K L)/du at (u, x), a cotangent of the state after a step becomes one of the state before by A's own
+derivatives and two second-order products, H c and (d^2(K L)/du dx)^T c, c being the cotangent of g. No graph of the
+whole loop is ever kept: memory holds the states of some steps and the graph of one chunk of latents.
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        with torch.autocast(cotangents[0].device.type, enabled=False):  # the backbone alone gets the caller's
+            return _Segment._backward(ctx, cotangents)
+
+    @staticmethod
+    def _backward(ctx: Any, cotangents: tuple[Tensor, ...]) -> Any:
         plan: _Plan = ctx.plan
         visited = ctx.visited
         if visited is None:

@@ -1,0 +1,14 @@
+"""How the gradient with respect to the input image is taken.
+
+A purification is an optimisation; what its derivative should be is a choice that decides how strong a gradient attack
+is. The choice is an object, handed to ``PurifiedClassifier(gradient=...)``, and never made silently.
+"""
+
+from cmap_defense.gradients.base import GradientMode, Purification
+from cmap_defense.gradients.detached import Detached
+from cmap_defense.gradients.implicit import Implicit
+from cmap_defense.gradients.straight_through import StraightThrough
+from cmap_defense.gradients.surrogate import Surrogate
+from cmap_defense.gradients.unrolled import Unrolled
+
+__all__ = ["Detached", "GradientMode", "Implicit", "Purification", "StraightThrough", "Surrogate", "Unrolled"]

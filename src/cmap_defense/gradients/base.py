@@ -1,0 +1,69 @@
+"""What a gradient mode is given, and what it gives back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cmap_defense.cmap.optimise import Callback
+from cmap_defense.cmap.problem import LatentProblem
+from cmap_defense.errors import GradientError
+from cmap_defense.results import PurificationResult
+
+__all__ = ["GradientMode", "Purification"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Purification:
+    """One purification, not yet done.
+
+    images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
+    run: the purifier on these images, without a graph.
+    prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
+    denoise: f of latents' shape [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
+    callback: the caller's hooks; ``run`` calls them by itself.
+    """
+
+    images: Tensor
+    run: Callable[[], PurificationResult]
+    prepare: Callable[[], LatentProblem] | None = None
+    denoise: Callable[[Tensor, float], Tensor] | None = None
+    callback: Callback | None = None
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether anybody could ask for a gradient with respect to the images."""
+        return self.images.requires_grad and torch.is_grad_enabled()
+
+    def problem(self, mode: GradientMode) -> LatentProblem:
+        """The latent problem. Raises :class:`GradientError` where there is none."""
+        if self.prepare is None:
+            raise GradientError(
+                f"{mode!r} differentiates an optimisation over latents, which this purifier is not. "
+                "Use StraightThrough()."
+            )
+        return self.prepare()
+
+
+class GradientMode(abc.ABC):
+    """Carries out a purification so that its images have a gradient to the input.
+
+    A mode does the plain purification and nothing else where no gradient is wanted.
+    """
+
+    @abc.abstractmethod
+    def purify(self, purification: Purification) -> PurificationResult:
+        """The result, its ``images`` [B, K, C, H, W] tied to ``purification.images``."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

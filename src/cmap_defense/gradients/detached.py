@@ -1,0 +1,40 @@
+"""No gradient, and an error for who asks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmap_defense.errors import GradientError
+from cmap_defense.gradients.base import GradientMode, Purification
+from cmap_defense.results import PurificationResult
+
+__all__ = ["Detached"]
+
+
+class Detached(GradientMode):
+    """No gradient: a backward pass that reaches the input raises :class:`~cmap_defense.errors.GradientError`."""
+
+    def purify(self, purification: Purification) -> PurificationResult:
+        result = purification.run()
+        if not purification.wants_gradient:
+            return result
+        return dataclasses.replace(result, images=_Refuse.apply(result.images, purification.images))
+
+
+class _Refuse(torch.autograd.Function):
+    """The first argument; a backward pass to the second is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, purified: Tensor, images: Tensor) -> Tensor:
+        return purified.view_as(purified)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise GradientError(
+            "A gradient with respect to the input was asked for, but this model was made with gradient=Detached(). "
+            "Use another of cmap_defense.gradients: StraightThrough() (the default), Unrolled(), Implicit(), Surrogate()."
+        )

@@ -1,0 +1,94 @@
+"""The derivative of another purification in place of this one's: noise, then denoise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cmap_defense.errors import GradientError
+from cmap_defense.gradients.base import GradientMode, Purification
+from cmap_defense.results import PurificationResult
+from cmap_defense.rng import derived_seeds, draw_latents
+from cmap_defense.settings import require_integer, require_number
+
+__all__ = ["Surrogate", "surrogate_images"]
+
+RHO = 7.0
+"""Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+
+STREAM = 0x5EED
+"""Sets the surrogate's noise apart from the noise of the latents that is drawn from the same seeds."""
+
+
+class Surrogate(GradientMode):
+    """The values are CMAP's, the derivative is that of noising to ``sigma`` and denoising in ``steps`` consistency steps.
+
+    It is what the attacks of the CMAP paper differentiate (one step from level 5 of an 18-level Karras schedule,
+    sigma = 0.1395), and, with more steps, what Lee and Kim 2023 (arXiv 2303.09051) do for diffusion purifiers. Each of
+    the K images has noise of its own.
+
+    Cost: ``steps`` forward passes of the backbone per latent, as many again and as many backward passes in the backward
+    pass. Not the gradient of the defence: an approximation that ignores the optimisation.
+
+    Args:
+        sigma: noise level, in units of images in [-1, 1].
+        steps: consistency steps: 1 denoises at once; more go down a Karras schedule from ``sigma``, adding fresh noise
+            before each.
+
+    Raises:
+        SettingsError: a value is out of its range.
+    """
+
+    def __init__(self, sigma: float = 0.1395, steps: int = 1) -> None:
+        self.sigma = require_number("Surrogate", "sigma", sigma, above=0.0)
+        self.steps = require_integer("Surrogate", "steps", steps, minimum=1)
+
+    def purify(self, purification: Purification) -> PurificationResult:
+        result = purification.run()
+        if not purification.wants_gradient:
+            return result
+        if purification.denoise is None:
+            raise GradientError(
+                f"{self!r} needs a backbone with denoise(noisy, sigma), which this one has not. Use StraightThrough()."
+            )
+        images = purification.images
+        seeds = result.seeds if result.seeds is not None else torch.zeros(len(images), dtype=torch.int64)
+        count = result.images.shape[1]
+        noise = draw_latents(derived_seeds(seeds, STREAM), count * self.steps, images.shape[1:]).to(images)
+        denoised = surrogate_images(purification.denoise, images, noise.unflatten(1, (count, self.steps)), self.sigma)
+        return dataclasses.replace(
+            result, images=result.images + (denoised - denoised.detach()).to(result.images.dtype)
+        )
+
+    def __repr__(self) -> str:
+        return f"Surrogate(sigma={self.sigma}, steps={self.steps})"
+
+
+def surrogate_images(
+    denoise: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor, sigma: float, sigma_min: float = 0.002
+) -> Tensor:
+    """Noise, denoise, as often as there is noise for; differentiable.
+
+    Args:
+        denoise: the consistency function, of [B, K, C, H, W] and a noise level.
+        images: [B, C, H, W] in [0, 1].
+        noise: [B, K, steps, C, H, W], unit.
+        sigma: the first noise level. sigma_min: the level at which f is the identity.
+
+    Returns:
+        [B, K, C, H, W] in [0, 1], clipped.
+    """
+    current = (2 * images - 1)[:, None].expand(-1, noise.shape[1], -1, -1, -1)
+    steps = noise.shape[2]
+    for step in range(steps):
+        root = sigma ** (1 / RHO) + step / steps * (sigma_min ** (1 / RHO) - sigma ** (1 / RHO))
+        level = root**RHO
+        added = level if step == 0 else math.sqrt(level**2 - sigma_min**2)
+        noisy = current + added * noise[:, :, step]
+        current = checkpoint(denoise, noisy, level, use_reentrant=False).clamp(-1, 1)
+    return (current + 1) / 2
