@@ -1,0 +1,596 @@
+"""Pipelines of the diffusers library: what they compute, what is written and read, and every kind of damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cmap_defense.backbones.convert import convert_openai
+from cmap_defense.backbones.diffusers import DiffusersUNet, UnscaledUNet, build_unet, configuration_of
+from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_denoiser, read_record, write_backbone
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
+from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError
+from goldens import FOLDER, arrays
+from toys import noise
+
+SEEDS = st.integers(0, 2**31)
+INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
+SAFETENSORS, PICKLE = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"
+
+OFFICIAL_WEIGHTS = "1e3309ed747e8e18be0eedd55882f0668c400561540beb7325e33bd657c095a2"
+"""Of the pipeline that diffusers' own conversion made of tests/golden/openai_tiny: :func:`checksum` of its weights."""
+
+
+def checksum(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over name, shape and raw float32 numbers of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(repr((name, tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+SMALL = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+    "attn_norm_num_groups": 4,
+    "num_class_embeds": 5,
+}
+
+
+def awake(config: dict[str, Any], kind: type[Any] = DiffusersUNet, dtype: torch.dtype = torch.float32) -> Any:
+    """A network in eval mode whose layers are all away from zero."""
+    with torch.random.fork_rng(devices=[]):
+        network = kind(build_unet(config).unet).to(dtype).eval()
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(network.named_parameters()):
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
+            parameter.copy_(noise(*parameter.shape, seed=index, dtype=dtype) / fan_in**0.5)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    return network
+
+
+def small_backbone(kind: type[Any] = DiffusersUNet, config: dict[str, Any] = SMALL) -> ConsistencyBackbone:
+    noise_range = NoiseRange() if kind is UnscaledUNet else NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.25)
+    return ConsistencyBackbone(awake(config, kind), (3, 8, 8), noise_range, config["num_class_embeds"]).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded pipeline: its own configurations beside weights of our conversion. Not to be changed."""
+    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
+    weights = FOLDER / "openai_tiny" / "tiny_cd_imagenet64_style.pt"
+    with torch.random.fork_rng(devices=[]):
+        write_backbone(convert_openai(weights, image_size=32, head_channels=16), folder, name="tiny")
+    (folder / RECORD_FILE).unlink()
+    for file in (INDEX, SCHEDULER, UNET):
+        shutil.copyfile(FOLDER / "diffusers_tiny" / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(converted: Path) -> ConsistencyBackbone:
+    return read_backbone(converted)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    return arrays(FOLDER / "diffusers_tiny" / "io.npz")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole pipeline that nothing of ours describes."""
+    write_backbone(small_backbone(), tmp_path / "pipeline", name="toy")
+    (tmp_path / "pipeline" / RECORD_FILE).unlink()
+    return tmp_path / "pipeline"
+
+
+def as_read(backbone: ConsistencyBackbone) -> ConsistencyBackbone:
+    """In the state of one that is read, on which the choice of kernels depends."""
+    return backbone.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file; None takes one out."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def close(found: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+# -------------------------------------------------------------------------------------------------------- agreement
+
+
+def test_converted_weights_are_those_of_the_librarys_own_conversion(converted: Path):
+    assert checksum(load_file(converted / SAFETENSORS)) == OFFICIAL_WEIGHTS
+
+
+def test_written_configurations_are_the_librarys_own(tmp_path: Path, backbone: ConsistencyBackbone):
+    """Whatever the library's version: what both name is the same, and both name what matters."""
+    write_backbone(backbone, tmp_path, name="tiny")
+    for file in (INDEX, SCHEDULER, UNET):
+        ours, theirs = (json.loads((place / file).read_text()) for place in (tmp_path, FOLDER / "diffusers_tiny"))
+        both = (ours.keys() & theirs.keys()) - {"_diffusers_version"}
+        assert {name: ours[name] for name in both} == {name: theirs[name] for name in both}
+        needed = {"_class_name", *(SMALL if file == UNET else ())}
+        assert needed | ({"sigma_min", "sigma_max", "sigma_data"} if file == SCHEDULER else set()) <= both
+
+
+def test_consistency_function_and_network_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    noisy, labels = 80 * recorded["latents"], recorded["class_labels"]
+    close(backbone.denoise(noisy, 80.0, labels), recorded["f_unclipped"], 2e-5)
+    level = recorded["sigma"].log().expand(4) / 4
+    close(backbone.network(noisy / (80**2 + 0.25) ** 0.5, level, labels), recorded["F"], 2e-5)
+
+
+def test_network_agrees_at_other_noise_levels(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    x, sigma = recorded["x"], recorded["sigma_x"]
+    scaled = x / (sigma**2 + 0.25).sqrt()[:, None, None, None]
+    close(backbone.network(scaled, sigma.log() / 4, recorded["y"]), recorded["F_x"], 2e-5)
+
+
+def test_gradients_to_unit_latents_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    """They are up to 1.5; in units of the noisy image, 80 u, they are smaller by 80."""
+    latents = recorded["latents"][:2].requires_grad_()
+    f = backbone.denoise(80 * latents, 80.0, recorded["class_labels"][:2])
+    (found,) = torch.autograd.grad((f * recorded["w_grad"]).sum(), latents)
+    close(found, recorded["dlatents"], 1e-5)
+
+
+def test_images_are_those_of_the_librarys_pipeline(
+    recorded: dict[str, Tensor], backbone: ConsistencyBackbone, converted: Path
+):
+    latents, labels = recorded["latents"], recorded["class_labels"]
+    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(str(converted), low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(batch_size=4, class_labels=labels, num_inference_steps=1, latents=latents, output_type="pt").images
+    ours = (backbone.generate(latents, labels) + 1) / 2
+    close(ours, torch.as_tensor(made), 2e-6)
+    close(ours, recorded["images_pt"], 2e-5)
+
+
+def test_labels_matter_and_are_asked_for(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    latents, labels = recorded["latents"], recorded["class_labels"]
+    assert (backbone.generate(latents, labels) - backbone.generate(latents, labels.flip(0))).abs().max().item() > 0.01
+    with pytest.raises(InputValueError, match="class-conditional"):
+        backbone.generate(latents)
+    with pytest.raises(InputValueError, match=r"0 \.\. 999"):
+        backbone.generate(latents, labels + 1)
+
+
+# --------------------------------------------------------------------------------------------------- what is read
+
+
+def test_bare_pipeline_is_described_from_its_configurations(converted: Path, backbone: ConsistencyBackbone):
+    record = read_record(converted)
+    assert record == backbone.record
+    assert (record.name, record.kind, record.network) == ("tiny", "consistency", "diffusers-unet2d")
+    assert record.image_shape == backbone.image_shape == (3, 32, 32)
+    assert record.num_classes == backbone.num_classes == 1000
+    assert record.noise == backbone.noise.to_dict() == {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+    assert record.network_config == json.loads((FOLDER / "diffusers_tiny" / UNET).read_text())
+    assert (record.weights_file, record.weights_sha256) == (SAFETENSORS, "")
+
+
+def test_description_follows_the_configurations(folder: Path):
+    edit(folder / SCHEDULER, sigma_max=7.0, sigma_data=None)
+    edit(folder / UNET, sample_size=[8, 16], in_channels=2, num_class_embeds=None)
+    record = read_record(folder)
+    assert record.noise == {"sigma_min": 0.01, "sigma_max": 7.0}
+    assert record.image_shape == (2, 8, 16)
+    assert record.num_classes is None
+
+
+def test_name_in_the_hubs_cache_is_the_repositorys(folder: Path):
+    place = folder.parent / "models--someone--some-model" / "snapshots" / "0123abcd"
+    shutil.copytree(folder, place)
+    assert read_record(place).name == "someone/some-model"
+
+
+def test_read_backbone_is_ready_for_use(folder: Path):
+    with torch.inference_mode():
+        backbone = read_backbone(folder)
+    assert backbone.noise == NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.25)
+    assert backbone.default_settings == {}
+    assert not any(module.training for module in backbone.modules())
+    assert not any(t.requires_grad or t.is_inference() for t in backbone.state_dict().values())
+    assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
+
+
+def test_reading_leaves_the_random_numbers_alone(folder: Path):
+    before = torch.random.get_rng_state()
+    read_backbone(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_bfloat16_is_near_float32(recorded: dict[str, Tensor], backbone: ConsistencyBackbone, converted: Path):
+    narrow = read_backbone(converted, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    images = narrow.generate(recorded["latents"], recorded["class_labels"])
+    assert images.dtype == torch.float32
+    close(images, backbone.generate(recorded["latents"], recorded["class_labels"]), 0.05)
+
+
+def test_pickled_weights_are_read_alike(folder: Path):
+    expected = read_backbone(folder)
+    torch.save(load_file(folder / SAFETENSORS), folder / PICKLE)
+    (folder / SAFETENSORS).unlink()
+    found = read_backbone(folder)
+    assert found.record.weights_file == PICKLE
+    assert all(torch.equal(t, found.state_dict()[name]) for name, t in expected.state_dict().items())
+
+
+def test_safetensors_are_preferred_to_a_pickle(folder: Path):
+    (folder / PICKLE).write_bytes(b"never opened")
+    assert read_backbone(folder).record.weights_file == SAFETENSORS
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("kind", [DiffusersUNet, UnscaledUNet])
+def test_written_backbone_is_read_to_the_bit(tmp_path: Path, kind: type[Any]):
+    ours = as_read(small_backbone(kind))
+    record = write_backbone(ours, tmp_path, name="toy", settings={"n_latents": 3})
+    files = {INDEX, UNET, SAFETENSORS, RECORD_FILE} | ({SCHEDULER} if kind is DiffusersUNet else set())
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == files
+    assert record == read_record(tmp_path)
+    assert record.weights_sha256 == hashlib.sha256((tmp_path / SAFETENSORS).read_bytes()).hexdigest()
+    latents, labels = noise(3, 3, 8, 8, seed=1), torch.tensor([0, 4, 2])
+    for described in (True, False):
+        theirs = read_backbone(tmp_path)
+        assert type(theirs.network) is kind
+        assert theirs.record.weights_sha256 == (record.weights_sha256 if described else "")
+        assert theirs.default_settings == ({"n_latents": 3} if described else {})
+        assert (theirs.noise, theirs.num_classes, theirs.image_shape) == (ours.noise, 5, (3, 8, 8))
+        assert configuration_of(theirs.network)["block_out_channels"] == SMALL["block_out_channels"]
+        assert all(torch.equal(t, ours.state_dict()[name]) for name, t in theirs.state_dict().items())
+        assert torch.equal(theirs.generate(latents, labels), ours.generate(latents, labels))
+        (tmp_path / RECORD_FILE).unlink(missing_ok=True)
+
+
+def test_half_precision_file_reads_as_float32_and_leaves_the_backbone(tmp_path: Path):
+    ours = small_backbone()
+    record = write_backbone(ours, tmp_path, dtype=torch.bfloat16, name="toy")
+    assert record.weights_dtype == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / SAFETENSORS).values()} == {torch.bfloat16}
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    found = read_backbone(tmp_path).state_dict()
+    assert all(torch.equal(found[name], t.bfloat16().float()) for name, t in ours.state_dict().items())
+
+
+def test_denoiser_is_written_and_read(tmp_path: Path):
+    made = small_backbone()
+    ours = EDMDenoiser(made.network, made.image_shape, made.noise, made.num_classes)
+    write_backbone(ours, tmp_path, name="teacher")
+    x, sigma, labels = noise(2, 3, 8, 8, seed=1), torch.tensor([0.3, 5.0]), torch.tensor([1, 2])
+    close(read_denoiser(tmp_path).denoise(x, sigma, labels), ours.denoise(x, sigma, labels), 1e-5)
+    with pytest.raises(BackboneFileError, match="diffusion model"):
+        read_backbone(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- the community's own scalings
+
+
+@pytest.fixture
+def unscaled(tmp_path: Path) -> Path:
+    """A pipeline in the community's layout, which has no scheduler."""
+    write_backbone(small_backbone(UnscaledUNet), tmp_path / "pipeline", name="toy")
+    (tmp_path / "pipeline" / RECORD_FILE).unlink()
+    return tmp_path / "pipeline"
+
+
+def test_pipeline_without_scheduler_is_described(unscaled: Path):
+    record = read_record(unscaled)
+    assert (record.network, record.noise, record.num_classes) == ("diffusers-unet2d-unscaled", {}, 5)
+    assert not (unscaled / "scheduler").exists()
+
+
+def test_unscaled_network_sees_the_noisy_image_and_sigma(unscaled: Path):
+    backbone = read_backbone(unscaled).double()
+    unet: Any = backbone.network.unet
+    x, sigma = noise(4, 3, 8, 8, seed=1, dtype=torch.float64), torch.tensor([0.002, 0.3, 7.0, 80.0]).double()
+    labels = torch.tensor([4, 0, 1, 1])
+    raw = unet(x, sigma, class_labels=labels).sample
+    s = sigma[:, None, None, None]
+    expected = 0.25 / ((s - 0.002) ** 2 + 0.25) * x + 0.5 * s / (s**2 + 0.25).sqrt() * raw
+    close(backbone.denoise(x, sigma, labels), expected, 1e-6)
+    noisy = 80 * x
+    raw = unet(noisy, 80.0, class_labels=labels).sample
+    expected = 0.25 / (79.998**2 + 0.25) * noisy + 40 / (6400.25**0.5) * raw
+    close(backbone.generate(x, labels), expected.clamp(-1, 1), 1e-5)
+
+
+def test_unscaled_network_keeps_its_promise_at_sigma_min(unscaled: Path):
+    backbone = read_backbone(unscaled)
+    x, labels = noise(4, 3, 8, 8, seed=2), torch.tensor([4, 0, 1, 1])
+    error = (backbone.denoise(x, backbone.noise.sigma_min, labels) - x).abs().max().item()
+    assert 0 < error < backbone.network.boundary_error
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+
+def missing(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def holding(file: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text(text)
+
+
+def editing(file: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / file, **changes)
+
+
+PAGE = "<!doctype html><html><body>Not found</body></html>" * 10
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
+
+CONFIGURATION_DAMAGE = {
+    "no network configuration": (UNET, missing(UNET)),
+    "no scheduler": (SCHEDULER, missing(SCHEDULER)),
+    "network configuration is a page": (UNET, holding(UNET, PAGE)),
+    "scheduler is a page": (SCHEDULER, holding(SCHEDULER, PAGE)),
+    "index is a page": (INDEX, holding(INDEX, PAGE)),
+    "index is empty": (INDEX, holding(INDEX, "")),
+    "network configuration is a list": (UNET, holding(UNET, "[1, 2]")),
+    "scheduler of another kind": ("EulerDiscreteScheduler", editing(SCHEDULER, _class_name="EulerDiscreteScheduler")),
+    "scheduler of no kind": ("CMStochasticIterativeScheduler", editing(SCHEDULER, _class_name=None)),
+    "network of another kind": ("UNet2DConditionModel", editing(UNET, _class_name="UNet2DConditionModel")),
+    "no size": ("image_shape", editing(UNET, sample_size=None)),
+    "size of text": ("image_shape", editing(UNET, sample_size="8")),
+    "size of nothing": ("image_shape", editing(UNET, sample_size=0)),
+    "classes of text": ("num_classes", editing(UNET, num_class_embeds="5")),
+    "noise of text": ("sigma_max", editing(SCHEDULER, sigma_max="80")),
+    "noise upside down": ("sigma_max", editing(SCHEDULER, sigma_max=0.001)),
+}
+
+
+def cut(file: str, count: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / file).write_bytes((folder / file).read_bytes()[:count])
+
+    return damage
+
+
+def with_tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    return lambda folder: save_file(change(load_file(folder / SAFETENSORS)), folder / SAFETENSORS)
+
+
+def pickled(content: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / SAFETENSORS).unlink()
+        torch.save(content, folder / PICKLE)
+
+    return damage
+
+
+def cut_pickle(folder: Path) -> None:
+    pickled(load_file(folder / SAFETENSORS))(folder)
+    cut(PICKLE, -1000)(folder)
+
+
+def page_for_a_pickle(folder: Path) -> None:
+    (folder / SAFETENSORS).unlink()
+    (folder / PICKLE).write_text(PAGE)
+
+
+WEIGHTS_DAMAGE = {
+    "missing": ("missing", missing(SAFETENSORS)),
+    "empty": ("not a whole safetensors file", cut(SAFETENSORS, 0)),
+    "cut in the header": ("not a whole safetensors file", cut(SAFETENSORS, 30)),
+    "cut in the numbers": ("not a whole safetensors file", cut(SAFETENSORS, -10)),
+    "a web page": ("it is a web page", holding(SAFETENSORS, PAGE)),
+    "a pointer": ("Git LFS pointer", holding(SAFETENSORS, POINTER)),
+    "a tensor less": ("conv_out.bias", with_tensors(lambda t: {k: v for k, v in t.items() if k != "conv_out.bias"})),
+    "a tensor more": ("ema.weight", with_tensors(lambda t: t | {"ema.weight": torch.zeros(2)})),
+    "another shape": ("conv_out.bias", with_tensors(lambda t: t | {"conv_out.bias": torch.zeros(4)})),
+    "nothing inside": ("tensor(s) missing", with_tensors(lambda t: {})),
+    "another network's": ("cannot be loaded", editing(UNET, block_out_channels=[8, 16])),
+    "another number of classes": ("class_embedding.weight", editing(UNET, num_class_embeds=6)),
+    "a configuration that is none": ("cannot be loaded", editing(UNET, block_out_channels=[8, 8, 8])),
+    "a pickle of a list": ("no state dict", pickled([torch.zeros(2)])),
+    "a pickle of numbers": ("no state dict", pickled({"conv_out.bias": 3})),
+    "a pickle of a state dict in another": ("no state dict", pickled({"state_dict": {"a": torch.zeros(2)}})),
+    "a pickle of a module": ("asks for code to be run", pickled(nn.Linear(2, 3))),
+    "a pickle that is cut": ("not a whole PyTorch file", cut_pickle),
+    "a page for a pickle": ("it is a web page", page_for_a_pickle),
+}
+
+
+def check_refused(folder: Path, words: str) -> None:
+    with pytest.raises(BackboneFileError) as caught:
+        read_backbone(folder)
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value, CmapError)
+    assert words in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(("words", "damage"), CONFIGURATION_DAMAGE.values(), ids=CONFIGURATION_DAMAGE.keys())
+def test_damaged_configurations_are_refused(folder: Path, words: str, damage: Callable[[Path], None]):
+    damage(folder)
+    check_refused(folder, words)
+
+
+@pytest.mark.parametrize(("words", "damage"), WEIGHTS_DAMAGE.values(), ids=WEIGHTS_DAMAGE.keys())
+def test_damaged_weights_are_refused(folder: Path, words: str, damage: Callable[[Path], None]):
+    damage(folder)
+    check_refused(folder, words)
+
+
+def test_weights_of_another_name_are_refused(tmp_path: Path):
+    """The library would read the usual ones, whatever was checked."""
+    write_backbone(small_backbone(), tmp_path, name="toy")
+    other = tmp_path / "unet" / "other.safetensors"
+    shutil.copyfile(tmp_path / SAFETENSORS, other)
+    edit(tmp_path / RECORD_FILE, weights_file="unet/other.safetensors")
+    check_refused(tmp_path, "other.safetensors")
+
+
+def test_configuration_of_another_network_than_the_records_is_refused(tmp_path: Path):
+    write_backbone(small_backbone(), tmp_path, name="toy")
+    edit(tmp_path / UNET, norm_eps=0.1)
+    check_refused(tmp_path, "norm_eps")
+
+
+def test_foreign_weights_beside_our_record_are_refused(tmp_path: Path):
+    record = write_backbone(small_backbone(), tmp_path, name="toy")
+    with_tensors(lambda t: t | {"conv_out.bias": t["conv_out.bias"] + 1})(tmp_path)
+    check_refused(tmp_path, record.weights_sha256)
+
+
+class Hostile:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.mark), "w")
+
+
+def test_hostile_pickle_is_refused_and_not_executed(folder: Path):
+    mark = folder.parent / "was here"
+    pickled({"conv_out.bias": Hostile(mark)})(folder)
+    check_refused(folder, "asks for code to be run")
+    assert not mark.exists()
+
+
+def test_folder_of_another_pipeline_is_refused(tmp_path: Path):
+    (tmp_path / INDEX).write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    check_refused(tmp_path, UNET)
+
+
+def test_folder_without_an_index_is_no_pipeline(folder: Path):
+    (folder / INDEX).unlink()
+    check_refused(folder, RECORD_FILE)
+
+
+# -------------------------------------------------------------------------------------------- without the library
+
+
+def test_without_the_library_the_error_names_the_extra(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    made = small_backbone()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    tiny = FOLDER / "openai_tiny" / "tiny_cd_imagenet64_style.pt"
+    attempts: list[Callable[[], object]] = [
+        lambda: read_backbone(folder),
+        lambda: build_unet(SMALL),
+        lambda: convert_openai(tiny, image_size=32, head_channels=16),
+        lambda: write_backbone(made, tmp_path / "written", name="toy"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(MissingExtraError, match=r"pip install 'cmap-defense\[diffusers\]'") as caught:
+            attempt()
+        assert isinstance(caught.value, ImportError)
+    assert read_record(folder).network == "diffusers-unet2d"
+
+
+# ------------------------------------------------------------------------------------------------------------- laws
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    levels = draw(st.integers(1, 3))
+    attended = draw(st.lists(st.booleans(), min_size=levels, max_size=levels))
+    channels = draw(st.integers(1, 3))
+    unit = 2 ** (levels - 1)
+    return {
+        "sample_size": [unit * draw(st.integers(1, 2)) * 2, unit * draw(st.integers(1, 3)) * 2],
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": draw(st.integers(1, 2)),
+        "block_out_channels": draw(st.lists(st.sampled_from([8, 16]), min_size=levels, max_size=levels)),
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        "resnet_time_scale_shift": draw(st.sampled_from(["default", "scale_shift"])),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "attention_head_dim": draw(st.sampled_from([4, 8])),
+        "norm_num_groups": 4,
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": draw(st.sampled_from([None, 3, 7])),
+    }
+
+
+def backbone_of(config: dict[str, Any], dtype: torch.dtype = torch.float64) -> ConsistencyBackbone:
+    shape = (config["in_channels"], *config["sample_size"])
+    return ConsistencyBackbone(awake(config, dtype=dtype), shape, num_classes=config["num_class_embeds"]).eval()
+
+
+def labels_for(backbone: ConsistencyBackbone, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Labels [B] in a tuple, or none."""
+    if backbone.num_classes is None:
+        return ()
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(backbone.num_classes, (batch,), generator=generator),)
+
+
+@settings(max_examples=10)
+@given(config=configs(), batch=st.integers(2, 3), seed=SEEDS)
+def test_output_is_shaped_like_the_input_and_f_at_sigma_min_is_it(config: dict[str, Any], batch: int, seed: int):
+    backbone = backbone_of(config, torch.float32)
+    x, labels = noise(batch, *backbone.image_shape, seed=seed), labels_for(backbone, batch, seed)
+    images = backbone.generate(x, *labels)
+    assert images.shape == x.shape
+    assert torch.isfinite(images).all()
+    assert torch.equal(backbone.denoise(x, backbone.noise.sigma_min, *labels), x)
+    assert not torch.equal(backbone.denoise(x, 2 * backbone.noise.sigma_min, *labels), x)
+
+
+@settings(max_examples=10)
+@given(config=configs(), seed=SEEDS)
+def test_images_of_a_batch_do_not_see_each_other(config: dict[str, Any], seed: int):
+    backbone = backbone_of(config)
+    x, labels = noise(3, *backbone.image_shape, seed=seed, dtype=torch.float64), labels_for(backbone, 3, seed)
+    sigma = torch.tensor([0.05, 1.0, 60.0], dtype=torch.float64)
+    alone = [backbone.denoise(x[b : b + 1], sigma[b : b + 1], *(y[b : b + 1] for y in labels)) for b in range(3)]
+    close(backbone.denoise(x, sigma, *labels), torch.cat(alone), 1e-10)
+
+
+@settings(max_examples=6)
+@given(config=configs(), seed=SEEDS)
+def test_any_network_is_written_and_read_to_the_bit(config: dict[str, Any], seed: int):
+    ours = as_read(backbone_of(config, torch.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        write_backbone(ours, folder, name="toy")
+        (Path(folder) / RECORD_FILE).unlink()
+        theirs = read_backbone(folder)
+    assert (theirs.image_shape, theirs.num_classes) == (ours.image_shape, ours.num_classes)
+    assert all(torch.equal(t, ours.state_dict()[name]) for name, t in theirs.state_dict().items())
+    latents, labels = noise(2, *ours.image_shape, seed=seed), labels_for(ours, 2, seed)
+    assert torch.equal(theirs.generate(latents, *labels), ours.generate(latents, *labels))
+
+
+def test_second_derivatives_are_finite_differences():
+    """Attacks through the optimisation need them."""
+    backbone = backbone_of(
+        SMALL | {"sample_size": [4, 2], "in_channels": 1, "out_channels": 1, "block_out_channels": [4, 4]}
+    )
+    x, labels = noise(2, 1, 4, 2, seed=1, dtype=torch.float64).requires_grad_(), torch.tensor([1, 4])
+    assert torch.autograd.gradgradcheck(lambda x: backbone.denoise(x, 3.0, labels), x, fast_mode=True)

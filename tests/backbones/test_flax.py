@@ -1,0 +1,393 @@
+"""Arrays out of flax checkpoints: every encoding, every kind of damage, and nothing read that was not asked for."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cmap_defense.backbones.convert.flax import read_flax
+from cmap_defense.errors import BackboneFileError, UnknownNameError
+from goldens import FOLDER, flax_bytes, nested
+from toys import noise
+
+CHUNKED = "__msgpack_chunked_array__"
+BRANCH = b"\x81\xaaparams_ema"
+"""The start of a file: a map of one entry of this name."""
+
+
+def numbers(*shape: int, seed: int = 1) -> np.ndarray:
+    return noise(*shape, seed=seed).numpy()
+
+
+def read(path: Path, data: Any, branch: str = "params_ema") -> list[tuple[str, np.ndarray]]:
+    """What ``take`` was given from a file of these bytes, or of this value, in order."""
+    path.write_bytes(data if isinstance(data, bytes) else flax_bytes(data))
+    taken: list[tuple[str, np.ndarray]] = []
+    read_flax(path, branch, lambda name, array: taken.append((name, array)))
+    return taken
+
+
+def raw_array(*parts: Any, code: int = 1) -> msgpack.ExtType:
+    """An extension that holds these parts, be they an array or not."""
+    return msgpack.ExtType(code, msgpack.packb(parts, use_bin_type=True))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint"
+
+
+# -------------------------------------------------------------------------------------------------------- encodings
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "float32", "float64", "bool", "uint8", "uint32", "int8", "int16", "int32", "int64"]
+)
+def test_arrays_of_every_precision_are_read_to_the_bit(file: Path, dtype: str):
+    array = (40 * numbers(2, 3, 4)).astype(dtype if dtype[0] != "u" else "int32").astype(dtype)
+    ((name, found),) = read(file, {"params_ema": {"a": array}})
+    assert name == "a"
+    assert found.dtype == array.dtype
+    assert np.array_equal(found, array)
+
+
+def test_bfloat16_is_read_as_float32(file: Path):
+    narrow = torch.cat([noise(5, 4, seed=2), torch.tensor([[0.0, -0.0, 3e38, float("inf")]])]).bfloat16()
+    content = narrow.view(torch.int16).numpy().tobytes()
+    ((_, found),) = read(file, {"params_ema": {"a": raw_array(narrow.shape, "bfloat16", content)}})
+    assert found.dtype == np.float32
+    assert torch.equal(torch.tensor(found), narrow.float())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 1, 3), (1, 2, 1, 3, 2)])
+def test_shapes_are_kept(file: Path, shape: tuple[int, ...]):
+    array = numbers(*shape)
+    ((_, found),) = read(file, {"params_ema": {"a": array}})
+    assert found.shape == shape
+    assert np.array_equal(found, array)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3),
+        (-2.5, -2.5),
+        (True, True),
+        (raw_array((), "float32", np.float32(0.7).tobytes(), code=3), np.float32(0.7)),
+        (raw_array((), "int64", np.int64(-9).tobytes(), code=3), -9),
+        (raw_array((), "bfloat16", b"\x80\x3f", code=3), 1.0),
+    ],
+)
+def test_scalars_are_arrays_without_axes(file: Path, value: Any, expected: float):
+    ((_, found),) = read(file, {"params_ema": {"step": value}})
+    assert found.shape == ()
+    assert found == expected
+
+
+def test_names_are_paths_below_the_branch_in_the_files_order(file: Path):
+    names = ["Dense_0/kernel", "Dense_0/bias", "a", "Block_1/Conv_0/kernel", "Block_1/Conv_10/kernel", "z/y/x/w"]
+    leaves = {name: numbers(2, index + 1) for index, name in enumerate(names)}
+    taken = read(file, {"step": 7, "params_ema": nested(leaves), "opt_state": {"0": {"mu": nested(leaves)}}})
+    assert [name for name, _ in taken] == names
+    assert all(np.array_equal(array, leaves[name]) for name, array in taken)
+
+
+@pytest.mark.parametrize("entries", [3, 40, 70_000])
+def test_maps_of_every_size_are_walked(file: Path, entries: int):
+    """Their headers differ: one, three and five bytes."""
+    taken = read(file, {"params_ema": {"a": {str(i): i for i in range(entries)}}})
+    assert len(taken) == entries
+    assert taken[-1][0] == f"a/{entries - 1}"
+
+
+def test_each_branch_has_its_own_arrays(file: Path):
+    tree = {name: {"a": numbers(2, 3, seed=seed)} for seed, name in enumerate(("params", "params_ema"))}
+    for seed, name in enumerate(tree):
+        ((_, found),) = read(file, tree, name)
+        assert np.array_equal(found, numbers(2, 3, seed=seed))
+
+
+def test_an_empty_branch_has_nothing(file: Path):
+    assert read(file, {"params_ema": {}, "model_state": {"a": 1}}) == []
+    assert read(file, {"params_ema": {"a": {}, "b": {"c": {}}}}) == []
+
+
+def test_arrays_outlive_the_file(file: Path):
+    taken = read(file, {"params_ema": {"a": numbers(300, 70)}})
+    file.write_bytes(b"\0" * file.stat().st_size)
+    file.unlink()
+    assert np.array_equal(taken[0][1], numbers(300, 70))
+
+
+def test_numbers_may_be_names_where_nobody_looks(file: Path):
+    tree = {"opt_state": {0: {1: numbers(2)}}, "params_ema": {"a": 1}, "rng_state": {2: 3}}
+    assert [name for name, _ in read(file, tree)] == ["a"]
+
+
+def test_memory_holds_one_array_and_nothing_of_another_branch(file: Path):
+    branch = {str(i): np.zeros(2**18, np.float32) for i in range(24)}
+    file.write_bytes(flax_bytes({"params": branch, "params_ema": branch}))
+    sizes = []
+    tracemalloc.start()
+    try:
+        read_flax(file, "params_ema", lambda name, array: sizes.append(array.nbytes))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sizes == [2**20] * 24
+    assert peak < 12 * 2**20
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_file_may_be_text_or_a_path(kind: type):
+    taken = []
+    read_flax(kind(FOLDER / "ops" / "chunked.msgpack"), "params_ema", lambda name, array: taken.append(name))
+    assert taken == ["Dense_0/kernel", "Dense_0/bias"]
+
+
+# ----------------------------------------------------------------------------------------------------------- chunks
+
+
+def test_chunks_as_flax_writes_them(file: Path):
+    (name, found), (after, _) = read(file, (FOLDER / "ops" / "chunked.msgpack").read_bytes())
+    expected = np.load(FOLDER / "ops" / "chunked_expected.npy")
+    assert (name, after) == ("Dense_0/kernel", "Dense_0/bias")
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+
+
+def chunked(array: np.ndarray, pieces: int, listed: Callable[[list], Any] = list) -> dict[str, Any]:
+    parts = np.array_split(array.ravel(), pieces)
+    return {CHUNKED: True, "shape": listed(list(array.shape)), "chunks": listed(parts)}
+
+
+def as_map(values: list) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("listed", [list, as_map])
+@pytest.mark.parametrize("pieces", [1, 2, 11])
+def test_chunks_stand_anywhere_among_arrays(file: Path, pieces: int, listed: Callable[[list], Any]):
+    first, second, third = numbers(3, 2, 4), numbers(5, 7), numbers(2)
+    block = {"kernel": chunked(first, pieces, listed), "bias": third}
+    tree = {"a": third, "deep": {"er": block, "last": chunked(second, pieces, listed)}, "z": 4}
+    taken = dict(read(file, {"params_ema": tree, "step": 1}))
+    expected = {"a": third, "deep/er/kernel": first, "deep/er/bias": third, "deep/last": second, "z": np.asarray(4)}
+    assert list(taken) == list(expected)
+    assert all(np.array_equal(array, expected[name]) for name, array in taken.items())
+
+
+def test_chunks_of_a_branch_that_is_not_wanted_are_skipped(file: Path):
+    tree = {"params": {"a": chunked(numbers(4, 3), 2)}, "params_ema": {"a": numbers(2)}}
+    assert [name for name, _ in read(file, tree)] == ["a"]
+
+
+BROKEN_CHUNKS = {
+    "too few numbers": {"shape": [4, 4]},
+    "too many numbers": {"shape": [2, 2]},
+    "many more numbers than there are": {"shape": [2**40, 2**40]},
+    "negative size": {"shape": [-4, -3]},
+    "size to be found out": {"shape": [-1, 3]},
+    "size of text": {"shape": ["4", "3"]},
+    "no shape": {"shape": None},
+    "no chunks": {"chunks": None},
+    "empty list of chunks": {"chunks": []},
+    "chunk without bytes": {"chunks": [3, "text"]},
+    "chunks with a gap": {"chunks": {"0": numbers(6), "2": numbers(6)}},
+}
+
+
+@pytest.mark.parametrize("changes", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS.keys())
+def test_chunks_that_do_not_make_the_array_are_refused(file: Path, changes: dict[str, Any]):
+    values = chunked(numbers(4, 3), 2) | changes
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(BackboneFileError, match="is not a flax msgpack checkpoint"):
+        read(file, {"params_ema": {"a": values}})
+
+
+# --------------------------------------------------------------------------------------------------- unknown branch
+
+
+def test_unknown_branch_names_the_near_match(file: Path):
+    with pytest.raises(UnknownNameError, match=r"no 'param_ema'.*Did you mean 'params_ema' or 'params'\?") as caught:
+        read(file, {"step": 1, "params": {}, "params_ema": {}, "opt_state": {}}, "param_ema")
+    assert isinstance(caught.value, LookupError)
+    assert str(file) in str(caught.value)
+
+
+def test_unknown_branch_without_a_near_match_lists_all(file: Path):
+    with pytest.raises(UnknownNameError, match="Known: 'opt_state', 'step'"):
+        read(file, {"step": 1, "opt_state": {"params_ema": {"a": 1}}})
+
+
+# ----------------------------------------------------------------------------------------------------------- damage
+
+LEAVES = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.arange(3, dtype=np.int32), "b/d": np.ones(())}
+
+
+def test_file_that_is_cut_anywhere_is_refused(file: Path):
+    """A copy that ends early is never taken for the whole, not even where the wanted branch is."""
+    tree = {"step": 5, "params": nested(LEAVES), "params_ema": nested(LEAVES | {"b/e": np.zeros((2, 2))})}
+    tree["params_ema"]["f"] = chunked(numbers(4, 2), 2)
+    data = flax_bytes(tree | {"opt_state": nested(LEAVES)})
+    assert len(read(file, data)) == 5
+    for end in range(len(data)):
+        with pytest.raises(BackboneFileError, match="ends in the middle" if end else "not a flax") as caught:
+            read(file, data[:end])
+        assert str(file) in str(caught.value)
+
+
+def test_file_that_goes_on_behind_its_end_is_refused(file: Path):
+    with pytest.raises(BackboneFileError, match="5 bytes follow the end"):
+        read(file, flax_bytes({"params_ema": nested(LEAVES)}) + bytes(5))
+
+
+def test_file_with_any_byte_changed_is_refused_or_read(file: Path):
+    """Nothing but our own errors comes out of damage."""
+    data = flax_bytes({"params": {"a": 1}, "params_ema": nested(LEAVES) | {"f": chunked(numbers(4, 2), 2)}})
+    for place in range(len(data)):
+        for change in (0x01, 0x0A, 0x80, 0xFF):
+            damaged = bytearray(data)
+            damaged[place] ^= change
+            try:
+                taken = read(file, bytes(damaged))
+            except (BackboneFileError, UnknownNameError):
+                continue
+            assert all(isinstance(array, np.ndarray) for _, array in taken)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.sampled_from([b"", BRANCH, BRANCH + b"\x82\xa1a\x01\xa1b"]), data=st.binary(max_size=200))
+def test_random_bytes_are_refused_or_are_a_checkpoint(tmp_path: Path, start: bytes, data: bytes):
+    try:
+        taken = read(tmp_path / "checkpoint", start + data)
+    except (BackboneFileError, UnknownNameError):
+        return
+    assert all(isinstance(array, np.ndarray) for _, array in taken)
+
+
+NOT_CHECKPOINTS = {
+    "empty": b"",
+    "a web page": b"<!doctype html><html><body>Not found</body></html>" * 20,
+    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+    "a list": [1, 2],
+    "a number": 7,
+    "never used": b"\xc1" * 9,
+    "names that are numbers": {1: {"a": 1}},
+    "names that are not text": b"\x81\xa2\xff\xff\x01",
+    "branch is a number": {"params_ema": 3},
+    "branch is an array": {"params_ema": numbers(2)},
+    "leaf is text": {"params_ema": {"a": "kernel"}},
+    "leaf is nothing": {"params_ema": {"a": None}},
+    "leaf is a list": {"params_ema": {"a": [1.0, 2.0]}},
+    "leaf is bytes": {"params_ema": {"a": b"abcd"}},
+    "leaf of another extension": {"params_ema": {"a": msgpack.ExtType(2, b"\0" * 16)}},
+    "number below the branch as a name": {"params_ema": {1: 1}},
+    "list as a name": BRANCH + b"\x81\x90\x01",
+    "nothing in an array": {"params_ema": {"a": msgpack.ExtType(1, b"")}},
+    "garbage in an array": {"params_ema": {"a": msgpack.ExtType(1, b"garbage")}},
+    "two parts of an array": {"params_ema": {"a": raw_array((2,), "float32")}},
+    "too few bytes": {"params_ema": {"a": raw_array((2, 3), "float32", b"\0" * 20)}},
+    "too many bytes": {"params_ema": {"a": raw_array((2, 3), "float32", b"\0" * 28)}},
+    "half a number": {"params_ema": {"a": raw_array((2, 3), "float32", b"\0" * 23)}},
+    "half a number in bfloat16": {"params_ema": {"a": raw_array((2,), "bfloat16", b"\0" * 3)}},
+    "shape of text": {"params_ema": {"a": raw_array("ab", "float32", b"\0" * 8)}},
+    "shape of fractions": {"params_ema": {"a": raw_array((1.5, 2), "float32", b"\0" * 12)}},
+    "shape of seventy axes": {"params_ema": {"a": raw_array((1,) * 70, "float32", b"\0" * 4)}},
+    "objects": {"params_ema": {"a": raw_array((2, 3), "object", b"\0" * 48)}},
+    "objects by their letter": {"params_ema": {"a": raw_array((2, 3), "O", b"\0" * 48)}},
+    "unknown precision": {"params_ema": {"a": raw_array((2, 3), "float31", b"\0" * 24)}},
+    "precision that is a number": {"params_ema": {"a": raw_array((2, 3), 5, b"\0" * 24)}},
+    "precision that is no expression": {"params_ema": {"a": raw_array((2, 3), "14)", b"\0" * 24)}},
+    "precision in foreign letters": {"params_ema": {"a": raw_array((2,), b"\xff\xfe", b"\0" * 8)}},
+}
+
+
+@pytest.mark.parametrize("data", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS.keys())
+def test_what_is_no_checkpoint_is_refused(file: Path, data: Any):
+    with pytest.raises(BackboneFileError, match="is not a flax msgpack checkpoint") as caught:
+        read(file, data)
+    assert isinstance(caught.value, OSError)
+    assert str(file) in str(caught.value)
+
+
+def deep(depth: int) -> dict[str, Any]:
+    tree: Any = 1
+    for _ in range(depth):
+        tree = {"a": tree}
+    return tree
+
+
+def test_maps_may_be_nested_but_not_without_end(file: Path):
+    ((name, _),) = read(file, {"params_ema": deep(20)})
+    assert name == "/".join("a" * 20)
+    with pytest.raises(BackboneFileError, match="nested more than 32 deep"):
+        read(file, {"params_ema": deep(40)})
+    for opened in (b"\x81\xa1a", b"\x91", b"\x91\x81\xa1a"):
+        with pytest.raises(BackboneFileError):
+            read(file, BRANCH + b"\x81\xa1a" + 100_000 * opened)
+        with pytest.raises(BackboneFileError):
+            read(file, b"\x82\xa4step" + 100_000 * opened)
+
+
+HUGE = {
+    "map": b"\xdf\xff\xff\xff\xff",
+    "map of the branch": BRANCH + b"\xdf\xff\xff\xff\xff",
+    "text for a name": b"\x81\xdb\x7f\xff\xff\xff",
+    "text": BRANCH + b"\x81\xa1a\xdb\x7f\xff\xff\xff",
+    "bytes": BRANCH + b"\x81\xa1a\xc6\x7f\xff\xff\xff",
+    "list": BRANCH + b"\x81\xa1a\xdd\x7f\xff\xff\xff",
+    "array": BRANCH + b"\x81\xa1a\xc9\x7f\xff\xff\xff\x01",
+    "array beyond the format": BRANCH + b"\x81\xa1a\xc9\xff\xff\xff\xff\x01",
+    "list that is skipped": b"\x82\xa4step\xdd\x7f\xff\xff\xff",
+    "array that is skipped": b"\x82\xa4step\xc9\x7f\xff\xff\xff\x01",
+    "shape": msgpack.packb({"params_ema": {"a": raw_array((2**62,), "float32", b"\0" * 8)}}),
+    "shape of many": msgpack.packb({"params_ema": {"a": raw_array((2**31, 2**31, 2**31), "int8", b"\0" * 8)}}),
+    "bytes in an array": msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, b"\x93\x91\x02\xc6\x7f\xff\xff\xff")}}),
+}
+
+
+@pytest.mark.parametrize("data", HUGE.values(), ids=HUGE.keys())
+def test_huge_sizes_that_are_only_declared_take_no_memory(file: Path, data: bytes):
+    tracemalloc.start()
+    try:
+        with pytest.raises(BackboneFileError):
+            read(file, data + b"\x01" * 100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**26
+
+
+def test_missing_file_is_an_error_that_names_it(file: Path):
+    with pytest.raises(BackboneFileError, match="cannot be read") as caught:
+        read_flax(file, "params_ema", lambda name, array: None)
+    assert str(file) in str(caught.value)
+
+
+def test_a_folder_in_its_place_is_an_error(tmp_path: Path):
+    with pytest.raises(BackboneFileError, match="cannot be read"):
+        read_flax(tmp_path, "params_ema", lambda name, array: None)
+
+
+# ------------------------------------------------------------------------------------------------------------- take
+
+
+@pytest.mark.parametrize("error", [BackboneFileError("not mine"), RuntimeError("no"), UnknownNameError("which?")])
+def test_errors_of_take_pass_unchanged(file: Path, error: Exception):
+    def take(name: str, array: np.ndarray) -> None:
+        raise error
+
+    file.write_bytes(msgpack.packb({"params_ema": {"a": 1}}))
+    with pytest.raises(type(error)) as caught:
+        read_flax(file, "params_ema", take)
+    assert caught.value is error

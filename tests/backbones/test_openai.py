@@ -1,0 +1,477 @@
+"""OpenAI's PyTorch files as networks of the diffusers library: agreement, layouts, names, and files that differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cmap_defense.backbones.convert import convert_openai
+from cmap_defense.backbones.diffusers import DiffusersUNet, build_unet, configuration_of
+from cmap_defense.backbones.folder import read_backbone, write_backbone
+from cmap_defense.backbones.karras import ConsistencyBackbone
+from cmap_defense.errors import BackboneFileError, InputValueError, SettingsError
+from goldens import FOLDER, arrays
+from toys import noise
+
+OFFICIAL = FOLDER / "openai_tiny" / "tiny_cd_imagenet64_style.pt"
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    return arrays(FOLDER / "openai_tiny" / "io.npz")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ConsistencyBackbone:
+    """The converted file; not to be changed."""
+    meta = json.loads((FOLDER / "openai_tiny" / "meta.json").read_text())
+    return convert_openai(OFFICIAL, image_size=meta["image_size"], head_channels=meta["num_head_channels"])
+
+
+def close(found: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+# -------------------------------------------------------------------------------------------------------- agreement
+
+
+def test_consistency_function_and_network_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    x, sigma, labels = recorded["x"], recorded["sigma"], recorded["y"]
+    close(backbone.denoise(x, sigma, labels), recorded["f"], 2e-5)
+    scaled = x / (sigma**2 + 0.25).sqrt()[:, None, None, None]
+    close(backbone.network(scaled, sigma.log() / 4, labels), recorded["F"], 2e-5)
+
+
+def test_one_step_images_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    assert recorded["sigma"][:2].tolist() == [80, 80]
+    images = backbone.generate(recorded["x"][:2] / 80, recorded["y"][:2])
+    close(images, recorded["onestep_clamped"], 2e-5)
+
+
+def test_input_gradients_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+    x = recorded["x"][:2].requires_grad_()
+    value = (backbone.denoise(x, recorded["sigma"][:2], recorded["y"][:2]) * recorded["w_grad"]).sum()
+    (found,) = torch.autograd.grad(value, x)
+    close(found, recorded["dx"], 1e-6)
+    torch.testing.assert_close(value.detach(), recorded["f_grad_val"], rtol=1e-5, atol=1e-4)
+
+
+def test_config_is_read_off_the_tensors(backbone: ConsistencyBackbone):
+    """It is the one with which diffusers' own conversion wrote the same weights."""
+    official = json.loads((FOLDER / "diffusers_tiny" / "unet" / "config.json").read_text())
+    found = configuration_of(backbone.network)
+    needed = {
+        "sample_size",
+        "in_channels",
+        "out_channels",
+        "layers_per_block",
+        "block_out_channels",
+        "down_block_types",
+        "up_block_types",
+        "downsample_type",
+        "upsample_type",
+        "resnet_time_scale_shift",
+        "attention_head_dim",
+        "attn_norm_num_groups",
+        "norm_num_groups",
+        "norm_eps",
+        "num_class_embeds",
+        "time_embedding_type",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "act_fn",
+    }
+    both = (official.keys() & found.keys()) - {"_diffusers_version"}
+    assert needed <= both
+    assert {name: found[name] for name in both} == {name: official[name] for name in both}
+
+
+def test_published_config_has_the_published_tree():
+    recorded = json.loads((FOLDER / "imagenet64_full_tree.json").read_text())
+    with torch.device("meta"):  # no memory for the weights
+        network = DiffusersUNet(diffusers.UNet2DModel.from_config(recorded["config"]))
+    found = {name: list(tensor.shape) for name, tensor in network.unet.state_dict().items()}
+    assert found == recorded["tree"]
+    assert sum(tensor.numel() for tensor in network.parameters()) == recorded["n_params"] == 295_899_267
+
+
+def test_backbone_is_ready_for_use(backbone: ConsistencyBackbone):
+    assert backbone.image_shape == (3, 32, 32)
+    assert backbone.num_classes == 1000
+    assert backbone.noise.to_dict() == {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+    assert not any(module.training for module in backbone.modules())
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
+    with pytest.raises(InputValueError, match="class-conditional"):
+        backbone.generate(noise(2, 3, 32, 32, seed=1))
+
+
+def test_conversion_leaves_the_random_numbers_alone(tmp_path: Path, lsun: dict[str, Tensor]):
+    path = save(lsun, tmp_path / "weights.pt")
+    before = torch.random.get_rng_state()
+    convert(path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_conversion_makes_ordinary_float32_weights_whatever_the_defaults(tmp_path: Path, lsun: dict[str, Tensor]):
+    path = save(lsun, tmp_path / "weights.pt")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            made = convert(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not any(t.is_inference() for t in made.state_dict().values())
+    assert {t.dtype for t in made.state_dict().values()} == {torch.float32}
+
+
+def test_written_conversion_is_read_to_the_bit(
+    tmp_path: Path, recorded: dict[str, Tensor], backbone: ConsistencyBackbone
+):
+    write_backbone(backbone, tmp_path, name="converted")
+    read = read_backbone(tmp_path)
+    expected = backbone.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in read.state_dict().items())
+    close(read.denoise(recorded["x"], recorded["sigma"], recorded["y"]), recorded["f"], 2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
+
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+RESIDUAL = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def places(config: dict[str, Any]) -> dict[str, str]:
+    """Where OpenAI's network has each block: it numbers the blocks of a side through, and their parts anew."""
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    found = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    found["mid_block.attentions.0"] = "middle_block.1"
+    block = 0
+    for level in range(levels):
+        for layer in range(layers):
+            block += 1
+            found[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{block}.0"
+            found[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
+        block += 1
+        found[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{block}.0"
+    block = 0
+    for level in range(levels):
+        for layer in range(layers + 1):
+            found[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{block}.0"
+            found[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{block}.1"
+            block += 1
+        part = 2 if config["up_block_types"][level].startswith("Attn") else 1
+        found[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{block - 1}.{part}"
+    return found
+
+
+def as_openai(network: nn.Module, config: dict[str, Any], *, convolution_axes: int) -> dict[str, Tensor]:
+    """The tensors of a UNet2DModel as OpenAI's network has them.
+
+    convolution_axes: of the 1x1 convolutions in the attentions, over positions in a row (1) or an image (2).
+    """
+    blocks, state = places(config), {}
+
+    def convolution(matrix: Tensor) -> Tensor:
+        return matrix.reshape(*matrix.shape, *[1] * convolution_axes) if matrix.ndim == 2 else matrix
+
+    theirs: dict[str, Tensor] = dict(network.state_dict())
+    for name, tensor in theirs.items():
+        owner, leaf = name.rsplit(".", 1)
+        if owner in ENDS:
+            state[f"{ENDS[owner]}.{leaf}"] = tensor
+            continue
+        block = next(prefix for prefix in blocks if owner.startswith(f"{prefix}."))
+        inner = owner.removeprefix(f"{block}.")
+        if inner in RESIDUAL:
+            state[f"{blocks[block]}.{RESIDUAL[inner]}.{leaf}"] = tensor
+        elif inner == "group_norm":
+            state[f"{blocks[block]}.norm.{leaf}"] = tensor
+        elif inner == "to_out.0":
+            state[f"{blocks[block]}.proj_out.{leaf}"] = convolution(tensor)
+        elif inner == "to_q":
+            parts = [theirs[f"{block}.{part}.{leaf}"] for part in ("to_q", "to_k", "to_v")]
+            state[f"{blocks[block]}.qkv.{leaf}"] = convolution(torch.cat(parts))
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def config_of(
+    widths: list[int], attended: list[bool], *, layers: int = 1, shift: str = "default", classes: int | None = None
+) -> dict[str, Any]:
+    return {
+        "sample_size": 2 ** (len(widths) - 1) * 4,
+        "layers_per_block": layers,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": shift,
+        "attention_head_dim": 16,
+        "attn_norm_num_groups": 32,
+        "num_class_embeds": classes,
+    }
+
+
+LSUN = config_of([32, 32, 64], [False, False, True])
+"""The layout of the LSUN models: no labels, no scale with the shift, attention at the small sizes."""
+
+
+def random_network(config: dict[str, Any]) -> Any:
+    """A network in eval mode of these sizes, its layers away from zero."""
+    with torch.random.fork_rng(devices=[]):
+        network = build_unet(config).eval().requires_grad_(False)
+    for index, (name, parameter) in enumerate(network.named_parameters()):
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
+        parameter.copy_(noise(*parameter.shape, seed=index) / fan_in**0.5)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+    return network
+
+
+def save(state: object, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def convert(path: Path, config: dict[str, Any] = LSUN) -> ConsistencyBackbone:
+    return convert_openai(path, image_size=config["sample_size"], head_channels=16)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    levels = draw(st.integers(1, 3))
+    return config_of(
+        draw(st.lists(st.sampled_from([32, 64]), min_size=levels, max_size=levels)),
+        draw(st.lists(st.booleans(), min_size=levels, max_size=levels)),
+        layers=draw(st.integers(1, 3)),
+        shift=draw(st.sampled_from(["default", "scale_shift"])),
+        classes=draw(st.sampled_from([None, 3])),
+    )
+
+
+def check_layout(folder: Path, config: dict[str, Any], convolution_axes: int) -> None:
+    network = random_network(config)
+    state = as_openai(network.unet, config, convolution_axes=convolution_axes)
+    backbone = convert(save(state, folder / "weights.pt"), config)
+    expected = network.unet.state_dict()
+    assert backbone.num_classes == config["num_class_embeds"]
+    assert configuration_of(backbone.network) == configuration_of(network)
+    assert backbone.network.unet.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in backbone.network.unet.state_dict().items())
+    x, level = noise(2, *backbone.image_shape, seed=1), torch.tensor([1.1, -0.4])
+    labels = () if backbone.num_classes is None else (torch.tensor([2, 0]),)
+    assert torch.equal(backbone.network(x, level, *labels), network(x, level, *labels))
+
+
+def test_layout_of_the_lsun_models_is_converted(tmp_path: Path):
+    check_layout(tmp_path, LSUN, convolution_axes=1)
+
+
+@settings(max_examples=8)
+@given(config=layouts(), convolution_axes=st.integers(1, 2))
+def test_any_layout_is_converted(
+    tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any], convolution_axes: int
+):
+    check_layout(tmp_path_factory.mktemp("layout"), config, convolution_axes)
+
+
+@pytest.fixture(scope="module")
+def lsun() -> dict[str, Tensor]:
+    """A whole file's tensors; not to be changed."""
+    return as_openai(random_network(LSUN).unet, LSUN, convolution_axes=1)
+
+
+def test_weights_in_half_precision_are_cast(tmp_path: Path, lsun: dict[str, Tensor]):
+    path = save({name: tensor.half() for name, tensor in lsun.items()}, tmp_path / "weights.pt")
+    found = convert(path).network.unet
+    assert {t.dtype for t in found.state_dict().values()} == {torch.float32}
+    assert torch.equal(found.conv_in.weight, lsun["input_blocks.0.0.weight"].half().float())
+
+
+def test_head_channels_change_the_images(tmp_path: Path, lsun: dict[str, Tensor]):
+    """They are not in the tensors, so that nobody notices a wrong number."""
+    path = save(lsun, tmp_path / "weights.pt")
+    made = [convert_openai(path, image_size=16, head_channels=heads) for heads in (16, 32)]
+    latents = noise(2, 3, 16, 16, seed=1)
+    assert (made[0].generate(latents) - made[1].generate(latents)).abs().max().item() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- image size
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("cd_imagenet64_l2.pt", 64),
+        ("ct_imagenet64.pt", 64),
+        ("cd_bedroom256_lpips.pt", 256),
+        ("ct_cat256.pt", 256),
+        ("mine-32-b1024.pt", 32),
+    ],
+)
+def test_image_size_is_in_the_files_name(tmp_path: Path, lsun: dict[str, Tensor], name: str, size: int):
+    backbone = convert_openai(save(lsun, tmp_path / name), head_channels=16)
+    assert backbone.image_shape == (3, size, size)
+    assert configuration_of(backbone.network)["sample_size"] == size
+
+
+def test_given_image_size_wins(tmp_path: Path, lsun: dict[str, Tensor]):
+    path = save(lsun, tmp_path / "cd_imagenet64_l2.pt")
+    assert convert_openai(str(path), image_size=16, head_channels=16).image_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "step1256.pt", "v3.pt", "model_640.pt"])
+def test_unknown_image_size_is_asked_for(tmp_path: Path, name: str):
+    """Before the file is opened."""
+    with pytest.raises(SettingsError, match=f"{name}.*image_size"):
+        convert_openai(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("image_size", {"image_size": 0}),
+        ("image_size", {"image_size": 64.0}),
+        ("image_size", {"image_size": "64"}),
+        ("head_channels", {"head_channels": 0}),
+        ("head_channels", {"head_channels": True}),
+    ],
+)
+def test_nonsense_sizes_are_refused_by_name(name: str, values: dict[str, Any]):
+    with pytest.raises(SettingsError, match=f"convert_openai.{name}"):
+        convert_openai(OFFICIAL, **({"image_size": 32} | values))
+
+
+# ------------------------------------------------------------------------------------------------- files that differ
+
+
+class Hostile:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.mark), "w")
+
+
+def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, lsun: dict[str, Tensor]):
+    mark = tmp_path / "was here"
+    path = save(lsun | {"out.2.bias": Hostile(mark)}, tmp_path / "weights.pt")
+    with pytest.raises(BackboneFileError, match="Nothing of it was executed"):
+        convert(path)
+    assert not mark.exists()
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(BackboneFileError, match=r"attentions.*expected \(30,\), found \(32,\)"):
+        convert_openai(OFFICIAL, image_size=32, head_channels=5)
+
+
+def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda state: {name: tensor for name, tensor in state.items() if not name.startswith(names)}
+
+
+DAMAGE = {
+    "nothing": ("", lambda state: {}),
+    "another network's": ("", lambda state: {"conv1.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}),
+    "under a prefix": ("", lambda state: {f"module.{name}": tensor for name, tensor in state.items()}),
+    "a width of other groups": (
+        "48",
+        lambda state: state | {"input_blocks.1.0.in_layers.2.weight": torch.zeros(48, 32, 3, 3)},
+    ),
+    "a number for a projection": ("", lambda state: state | {"middle_block.1.qkv.weight": torch.tensor(1.0)}),
+    "blocks without numbers": ("ValueError", lambda state: state | {"input_blocks.a.0.weight": torch.zeros(2)}),
+    "names that end early": ("ValueError", lambda state: state | {"input_blocks.0": torch.zeros(2)}),
+    "a block missing": ("KeyError", without("input_blocks.2.")),
+    "the last block missing": ("ValueError", without("output_blocks.5.")),
+    "the middle missing": ("KeyError", without("middle_block.")),
+    "a tensor missing": ("KeyError", without("middle_block.1.qkv.bias")),
+    "the first layer missing": ("KeyError", without("input_blocks.0.")),
+    "the last layer missing": ("KeyError", without("out.")),
+    "half an embedding": ("time_embedding.linear_1.bias", without("time_embed.0.bias")),
+    "another shape": ("conv_out.bias", lambda state: state | {"out.2.bias": torch.zeros(5)}),
+    "another width in the middle": (
+        "mid_block.resnets.0.norm1.weight",
+        lambda state: state | {"middle_block.0.in_layers.0.weight": torch.zeros(7)},
+    ),
+    "a number for an array": (
+        "IndexError",
+        lambda state: state | {"input_blocks.1.0.emb_layers.1.weight": torch.tensor(1.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_other_networks_are_refused(
+    tmp_path: Path, lsun: dict[str, Tensor], words: str, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+):
+    path = save(damage(lsun), tmp_path / "weights.pt")
+    with pytest.raises(BackboneFileError, match="is not a U-Net of OpenAI's consistency models") as caught:
+        convert(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, lsun: dict[str, Tensor], value: float):
+    path = save(lsun | {"out.2.bias": torch.tensor([0.0, value, 0.0])}, tmp_path / "weights.pt")
+    with pytest.raises(BackboneFileError, match=r"'conv_out\.bias' holds NaN or infinite"):
+        convert(path)
+
+
+OTHER_FILES = {
+    "empty": ("not a whole PyTorch file", lambda whole: b""),
+    "cut": ("not a whole PyTorch file", lambda whole: whole[:-1000]),
+    "half": ("not a whole PyTorch file", lambda whole: whole[: len(whole) // 2]),
+    "a web page": ("it is a web page", lambda whole: b"<!doctype html><html><body>Not found</body></html>" * 20),
+    "a pointer": ("Git LFS pointer", lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+    "text": ("is refused", lambda whole: b"weights" * 50),
+}
+
+
+@pytest.mark.parametrize(("words", "change"), OTHER_FILES.values(), ids=OTHER_FILES.keys())
+def test_files_that_are_not_whole_are_refused(
+    tmp_path: Path, lsun: dict[str, Tensor], words: str, change: Callable[[bytes], bytes]
+):
+    path = save(lsun, tmp_path / "weights.pt")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(BackboneFileError, match=words) as caught:
+        convert(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {"out.2.bias": 3}, {"state_dict": {"a": torch.zeros(2)}}, 7])
+def test_pickles_of_something_else_are_refused(tmp_path: Path, content: object):
+    with pytest.raises(BackboneFileError, match="no state dict"):
+        convert(save(content, tmp_path / "weights.pt"))
+
+
+def test_missing_file_is_an_error_that_names_it(tmp_path: Path):
+    with pytest.raises(BackboneFileError, match=r"weights\.pt is missing"):
+        convert(tmp_path / "weights.pt")
