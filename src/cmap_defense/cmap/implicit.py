@@ -1,8 +1,8 @@
-"""The gradient of an optimum with respect to what was optimised for: the implicit function theorem at the latents found.
+"""The gradient of an optimum with respect to what was optimised for: the implicit function theorem.
 
-At a minimum u* of K L(u, x) its gradient is zero for every x, so du*/dx = -H^-1 d^2(K L)/du dx with H = d^2(K L)/du du. For
-a cotangent c of u* that is -(d^2(K L)/du dx)^T w with H w = c, and w is found by conjugate gradients (Hestenes and Stiefel
-1952), image by image, from products H p alone.
+At a minimum u* of K L(u, x) its gradient is zero for every x, so du*/dx = -H^-1 d^2(K L)/du dx with H = d^2(K L)/du du.
+For a cotangent c of u* that is -(d^2(K L)/du dx)^T w with H w = c, and w is found by conjugate gradients (Hestenes and
+Stiefel 1952), image by image, from products H p alone.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class LinearSolve:
     """How H w = c is solved.
 
     iterations: products with H at most. tolerance: of the residual, relative to |c|.
-    damping: (H + lambda) w = c is solved instead, with lambda this many times |c^T H c| / |c|^2; H is not positive where
-        the loop has not arrived at a minimum. l1_smoothing: d of L1 in the second derivatives.
+    damping: (H + lambda) w = c is solved instead, with lambda this many times |c^T H c| / |c|^2; H is not positive
+        where the loop has not arrived at a minimum.
+    l1_smoothing: d of L1 in the second derivatives.
     """
 
     iterations: int = 20
@@ -77,7 +78,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         objective, solve, report = ctx.plan
         (found,) = ctx.saved_tensors
         with torch.autocast(found.device.type, enabled=False):

@@ -123,7 +123,7 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.autocast(cotangents[0].device.type, enabled=False):  # the backbone alone gets the caller's
             return _Segment._backward(ctx, cotangents)
 
@@ -200,7 +200,7 @@ class _Generate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (latents,) = ctx.saved_tensors
         gradients = []
         parts = cotangents[0].flatten(0, 1).split(ctx.chunk)

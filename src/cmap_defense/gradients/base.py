@@ -24,7 +24,7 @@ class Purification:
     images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
     run: the purifier on these images, without a graph.
     prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
-    denoise: f of latents' shape [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
+    denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
     callback: the caller's hooks; ``run`` calls them by itself.
     """
 

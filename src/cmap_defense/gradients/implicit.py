@@ -27,8 +27,8 @@ class Implicit(GradientMode):
     Args:
         iterations: of conjugate gradients, at most.
         tolerance: of the residual, relative to the right-hand side, at which it stops.
-        damping: added to the second derivatives, relative to their size along the right-hand side. The loop ends before a
-            minimum, where they are not positive.
+        damping: added to the second derivatives, relative to their size along the right-hand side. The loop ends before
+            a minimum, where they are not positive.
         l1_smoothing: d of L1, as for :class:`~cmap_defense.gradients.unrolled.Unrolled`; 0 leaves SSIM and the latent
             term alone in the second derivatives.
         on_report: called with an :class:`~cmap_defense.cmap.implicit.ImplicitReport` in each backward pass.

@@ -26,7 +26,7 @@ STREAM = 0x5EED
 
 
 class Surrogate(GradientMode):
-    """The values are CMAP's, the derivative is that of noising to ``sigma`` and denoising in ``steps`` consistency steps.
+    """The values are CMAP's; the derivative is that of noising to ``sigma`` and denoising in ``steps`` steps.
 
     It is what the attacks of the CMAP paper differentiate (one step from level 5 of an 18-level Karras schedule,
     sigma = 0.1395), and, with more steps, what Lee and Kim 2023 (arXiv 2303.09051) do for diffusion purifiers. Each of

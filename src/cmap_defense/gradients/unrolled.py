@@ -31,8 +31,8 @@ class Unrolled(GradientMode):
     Args:
         last: T, the steps to go back through, from the end of the loop; None for all.
         checkpoint: compute states again in the backward pass instead of keeping them.
-        l1_smoothing: d in sqrt(r^2 + d^2) - d in place of |r|, for residuals r of images in [-1, 1]; 0 is the blind exact
-            derivative.
+        l1_smoothing: d in sqrt(r^2 + d^2) - d in place of |r|, for residuals r of images in [-1, 1]; 0 is the blind
+            exact derivative.
         max_growth: the longest that the gradient of a latent may become on its way back, relative to its length at the
             end of the loop; None for no bound, which is exact.
 
