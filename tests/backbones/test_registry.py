@@ -1,23 +1,194 @@
-"""Backbones by name."""
+"""Backbones by name: which there are, what is known of each, and names of one's own."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense import CMAPSettings
+from cmap_defense.backbones.ncsnpp import NCSNppConfig
+from cmap_defense.backbones.registry import (
+    HubRepository,
+    LocalFolder,
+    OfficialFile,
+    RegistryEntry,
+    backbone_names,
+    catalogue,
+    register,
+    registry_entry,
+)
 from cmap_defense.errors import CmapError, SettingsError, UnknownNameError
+from tiny import own_names, tiny_entry, tiny_file
+
+JCM = "https://openaipublic.blob.core.windows.net/consistency/jcm_checkpoints/"
+OFFICIAL = {
+    "cifar10-cd": "cd-lpips/checkpoints/checkpoint_80",
+    "cifar10-cd-l2": "cd-l2/checkpoints/checkpoint_80",
+    "cifar10-cd-l1": "cd-l1/checkpoints/checkpoint_80",
+    "cifar10-ct": "ct-lpips/checkpoints/checkpoint_74",
+    "cifar10-cd-l2-continuous": "cifar10-continuous-cd-l2/checkpoints/checkpoint_40",
+    "cifar10-cd-l2-continuous-stopgrad": "cifar10-continuous-cd-l2-stopgrad/checkpoints/checkpoint_40",
+    "cifar10-cd-lpips-continuous-stopgrad": "cifar10-continuous-cd-lpips-stopgrad/checkpoints/checkpoint_40",
+    "cifar10-ct-l2-continuous": "continuous-ct-l2/checkpoints/checkpoint_80",
+    "cifar10-ct-lpips-continuous": "continuous-ct-lpips/checkpoints/checkpoint_40",
+    "cifar10-edm": "edm_cifar10_ema",
+}
+"""The files that the authors publish, below ``JCM``."""
+ON_THE_HUB = {
+    "cifar10-demo": "consistency/cifar10-32-demo",
+    "imagenet64-cd": "openai/diffusers-cd_imagenet64_l2",
+    "imagenet64-cd-lpips": "openai/diffusers-cd_imagenet64_lpips",
+    "imagenet64-ct": "openai/diffusers-ct_imagenet64",
+    "bedroom256-cd": "openai/diffusers-cd_bedroom256_l2",
+    "bedroom256-cd-lpips": "openai/diffusers-cd_bedroom256_lpips",
+    "bedroom256-ct": "openai/diffusers-ct_bedroom256",
+    "cat256-cd": "openai/diffusers-cd_cat256_l2",
+    "cat256-cd-lpips": "openai/diffusers-cd_cat256_lpips",
+    "cat256-ct": "openai/diffusers-ct_cat256",
+}
+SIDES = {"cifar10": 32, "imagenet64": 64, "bedroom256": 256, "cat256": 256}
+NAMES = sorted({"fashion-mnist-ct", *OFFICIAL, *ON_THE_HUB})
+FILE, REPOSITORY = tiny_file("https://example.org/checkpoint"), HubRepository(repo_id="someone/model")
+COMMIT, SHA256 = "0123456789" * 4, "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What a test registers is unknown to the next."""
+    with own_names():
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------- the catalogue
 
 
 def test_names_are_sorted_and_each_has_an_entry_of_that_name():
     names = backbone_names()
     assert names == sorted(names)
-    assert "fashion-mnist-ct" in names
+    assert names == NAMES
     assert [registry_entry(name).name for name in names] == names
 
 
-def test_folders_of_entries_are_called_like_them():
-    for name in backbone_names():
-        assert registry_entry(name).folder.name == name
+def test_packaged_model_lies_in_a_folder_that_is_called_like_it():
+    (source,) = registry_entry("fashion-mnist-ct").sources
+    assert isinstance(source, LocalFolder)
+    assert source.folder.name == "fashion-mnist-ct"
+    assert source.verified
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_cifar10_models_come_from_their_authors(name: str):
+    entry = registry_entry(name)
+    source = entry.sources[-1]
+    assert isinstance(source, OfficialFile)
+    assert source.url == JCM + OFFICIAL[name]
+    assert (source.config, source.params) == (NCSNppConfig(), "params_ema")
+    assert (entry.image_shape, entry.num_classes) == ((3, 32, 32), None)
+    assert entry.kind == ("diffusion" if name == "cifar10-edm" else "consistency")
+    assert "Apache-2.0" in entry.licence
+    assert "research" in entry.licence
+
+
+def test_own_repository_is_none_yet_or_names_its_commit_and_checksum():
+    own = catalogue.CIFAR10_CD_REPOSITORY
+    assert own is None or own.verified
+    expected = [] if own is None else [own]
+    assert list(registry_entry("cifar10-cd").sources[:-1]) == expected
+
+
+def test_own_repository_is_the_first_source_when_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    own = HubRepository(repo_id="project/cifar10-cd", revision=COMMIT, sha256=SHA256)
+    monkeypatch.setattr(catalogue, "CIFAR10_CD_REPOSITORY", own)
+    entries = {entry.name: entry for entry in catalogue.catalogue()}
+    assert entries["cifar10-cd"].sources == (own, OfficialFile(url=JCM + OFFICIAL["cifar10-cd"]))
+    assert entries["cifar10-cd"].verified
+    assert len(entries["cifar10-ct"].sources) == 1
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_models_on_the_hub_have_their_repository_shape_and_classes(name: str):
+    entry = registry_entry(name)
+    (source,) = entry.sources
+    assert isinstance(source, HubRepository)
+    assert source.repo_id == ON_THE_HUB[name]
+    side = SIDES[name.partition("-")[0]]
+    assert entry.image_shape == (3, side, side)
+    assert entry.num_classes == (1000 if name.startswith("imagenet") else None)
+    assert "[diffusers]" in entry.notes
+    assert entry.licence == "MIT"
+
+
+def test_commit_of_imagenet64_cd_is_the_known_one():
+    (source,) = registry_entry("imagenet64-cd").sources
+    assert isinstance(source, HubRepository)
+    assert source.revision == "04420ad15cb35558fdda60e227206dd38174e971"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entries_say_what_a_user_has_to_know(name: str):
+    entry = registry_entry(name)
+    assert entry.description
+    assert "\n" not in entry.description
+    assert entry.licence
+    assert entry.paper
+    assert not entry.quality or "cited from" in entry.quality or name == "fashion-mnist-ct"
+    for source in entry.sources:
+        assert source.address in str(entry.to_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_entries_are_settings(name: str):
+    CMAPSettings().replace(**registry_entry(name).settings)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("imagenet")])
+def test_imagenet_models_have_the_released_imagenet_settings(name: str):
+    assert CMAPSettings().replace(**registry_entry(name).settings) == CMAPSettings.preset("imagenet100")
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "cifar10-edm"])
+def test_cifar10_models_have_the_released_cifar10_settings(name: str):
+    assert CMAPSettings().replace(**registry_entry(name).settings) == CMAPSettings.preset("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("name", "fid", "table"),
+    [
+        ("cifar10-cd", 3.55, 1),
+        ("cifar10-ct", 8.70, 1),
+        ("imagenet64-cd-lpips", 6.20, 2),
+        ("imagenet64-ct", 13.0, 2),
+        ("bedroom256-cd-lpips", 7.80, 2),
+        ("bedroom256-ct", 16.0, 2),
+        ("cat256-cd-lpips", 11.0, 2),
+        ("cat256-ct", 20.7, 2),
+    ],
+)
+def test_cited_figures_are_those_of_the_paper(name: str, fid: float, table: int):
+    quality = registry_entry(name).quality
+    assert quality["FID of one-step samples"] == fid
+    assert quality["cited from"] == f"arXiv 2303.01469, table {table}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_entries_are_json(name: str):
+    values = json.loads(json.dumps(registry_entry(name).to_dict(), allow_nan=False))
+    assert values["name"] == name
+    assert values["image_shape"] == list(registry_entry(name).image_shape)
+    assert [source["type"] for source in values["sources"]] == [
+        type(source).__name__ for source in registry_entry(name).sources
+    ]
+    assert values["verified"] == registry_entry(name).verified
+
+
+# ------------------------------------------------------------------------------------------------------- unknown names
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "fashion_mnist_ct", "Fashion-MNIST-ct", "fashion-mnist-ctt"])
@@ -48,3 +219,132 @@ def test_unknown_name_says_what_else_a_backbone_may_be():
 def test_name_that_is_not_text_is_refused(name: object):
     with pytest.raises(SettingsError):
         registry_entry(name)  # pyright: ignore[reportArgumentType]
+
+
+# ------------------------------------------------------------------------------------------------------------- entries
+
+
+def test_entries_are_frozen_and_so_are_their_mappings():
+    entry = tiny_entry("mine", FILE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        entry.name = "yours"  # pyright: ignore[reportAttributeAccessIssue]
+    for mapping in (entry.settings, entry.quality):
+        with pytest.raises(TypeError):
+            mapping["n_latents"] = 3  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FILE.url = "http://elsewhere"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_entry_does_not_change_with_what_it_was_made_of():
+    settings: dict[str, Any] = {"n_latents": 2}
+    entry = tiny_entry("mine", FILE, settings=settings)
+    settings["n_latents"] = 3
+    assert entry.settings["n_latents"] == 2
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda entry: pickle.loads(pickle.dumps(entry))])
+def test_entry_can_be_copied(copied: Any):
+    entry = tiny_entry("mine", FILE, REPOSITORY)
+    assert copied(entry) == entry
+    assert copied(entry).to_dict() == entry.to_dict()
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.9", "9"])
+def test_names_hold_letters_digits_and_a_few_signs(name: str):
+    assert tiny_entry(name, FILE).name == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("name", name) for name in ("", "-a", ".a", "a b", "a/b", "a@b", "é", "a\n", None, 3)],
+        ("sources", ()),
+        ("sources", ("someone/model",)),
+        ("sources", (FILE, None)),
+        ("image_shape", (3, 8)),
+        ("image_shape", (3, 8, 0)),
+        ("image_shape", (3, 8, 8.0)),
+        ("num_classes", 0),
+        ("num_classes", 2.5),
+        ("kind", "flow"),
+        ("kind", None),
+    ],
+)
+def test_field_that_is_wrong_is_named(field: str, value: object):
+    fields: dict[str, Any] = {"name": "mine", "description": "", "sources": (FILE,), "image_shape": (3, 8, 8)}
+    RegistryEntry(**fields)
+    with pytest.raises(SettingsError, match=f"RegistryEntry.{field}"):
+        RegistryEntry(**(fields | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("source", "field", "values"),
+    [
+        (HubRepository, "repo_id", ["model", "a/b/c", "a b/c", "/c", "a/", "", "a/b@main"]),
+        (HubRepository, "revision", ["main", "", COMMIT[:-1], COMMIT + "0", COMMIT.replace("0", "G"), COMMIT + "\n"]),
+        (HubRepository, "sha256", ["", SHA256[:-1], SHA256.upper(), SHA256 + "\n"]),
+        (OfficialFile, "url", ["", "example.org/file", "ftp://example.org/file", "file:///etc/passwd", "/etc/passwd"]),
+        (OfficialFile, "size", [0, -1, 2.5, "3", True]),
+        (OfficialFile, "sha256", ["", SHA256[:-1], "x" * 64]),
+    ],
+)
+def test_field_of_a_source_that_is_wrong_is_named(source: type, field: str, values: list[object]):
+    right: dict[str, Any] = {"repo_id": "someone/model"} if source is HubRepository else {"url": "https://a.b/c"}
+    source(**right)
+    for value in values:
+        with pytest.raises(SettingsError, match=rf"{source.__name__}\.{field}"):
+            source(**(right | {field: value}))
+
+
+def test_source_is_verified_when_all_is_known_that_can_be(tmp_path: Path):
+    assert not REPOSITORY.verified
+    assert not HubRepository(repo_id="someone/model", revision=COMMIT).verified
+    assert not HubRepository(repo_id="someone/model", sha256=SHA256).verified
+    assert HubRepository(repo_id="someone/model", revision=COMMIT, sha256=SHA256).verified
+    assert not tiny_file("https://example.org/file", size=3).verified
+    assert tiny_file("https://example.org/file", sha256=SHA256).verified
+    assert not LocalFolder(folder=tmp_path).verified
+
+
+def test_entry_is_verified_when_its_first_source_is():
+    known = tiny_file("https://example.org/file", sha256=SHA256)
+    assert tiny_entry("mine", known, REPOSITORY).verified
+    assert not tiny_entry("mine", REPOSITORY, known).verified
+
+
+# ------------------------------------------------------------------------------------------------------------ register
+
+
+def test_registered_name_is_found():
+    entry = tiny_entry("mine", FILE)
+    register(entry)
+    assert registry_entry("mine") is entry
+    assert backbone_names() == sorted([*NAMES, "mine"])
+
+
+def test_name_that_is_taken_is_refused_unless_it_is_to_be_replaced():
+    register(tiny_entry("mine", FILE))
+    with pytest.raises(SettingsError, match=r"'mine' already.*replace=True"):
+        register(tiny_entry("mine", REPOSITORY))
+    assert registry_entry("mine").sources == (FILE,)
+    register(tiny_entry("mine", REPOSITORY), replace=True)
+    assert registry_entry("mine").sources == (REPOSITORY,)
+
+
+def test_published_name_may_be_replaced_too():
+    with pytest.raises(SettingsError, match="'cifar10-cd' already"):
+        register(tiny_entry("cifar10-cd", FILE))
+    register(tiny_entry("cifar10-cd", FILE), replace=True)
+    assert registry_entry("cifar10-cd").sources == (FILE,)
+
+
+@pytest.mark.parametrize("record", ["mine", None, {"name": "mine"}, FILE])
+def test_what_is_no_entry_is_not_registered(record: object):
+    with pytest.raises(SettingsError, match="RegistryEntry"):
+        register(record)  # pyright: ignore[reportArgumentType]
+    assert backbone_names() == NAMES
+
+
+def test_list_of_names_is_a_copy():
+    backbone_names().clear()
+    assert backbone_names() == NAMES

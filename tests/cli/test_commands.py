@@ -143,9 +143,9 @@ def test_backbones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbones", "list"]) == 0
     assert "fashion-mnist-ct" in capsys.readouterr().out
     assert main(["backbones", "list", "--json"]) == 0
-    assert [record["name"] for record in json.loads(capsys.readouterr().out)] == ["fashion-mnist-ct"]
+    assert "fashion-mnist-ct" in [entry["name"] for entry in json.loads(capsys.readouterr().out)]
     assert main(["backbones", "info", "fashion-mnist-ct"]) == 0
-    assert "weights_sha256: " in capsys.readouterr().out
+    assert "image_shape: 1, 28, 28" in capsys.readouterr().out
     assert main(["backbones", "info", "fashion-mnist-ct", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["image_shape"] == [1, 28, 28]
 

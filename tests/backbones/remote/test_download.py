@@ -1,0 +1,642 @@
+"""One large file over HTTP from a server that makes mistakes: the right bytes, fetched once, or a clear error."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import resource
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cmap_defense.backbones.remote import download as module
+from cmap_defense.backbones.remote.download import download
+from cmap_defense.errors import BackboneFileError, CmapError
+from elsewhere import NOWHERE
+from hubserver import ALWAYS, Fault, HubServer, Stored, serving
+
+
+def some_bytes(size: int, seed: int) -> bytes:
+    """Bytes that depend on ``seed``, and of which no part is like another."""
+    return hashlib.shake_256(str(seed).encode()).digest(size)
+
+
+BLOCK = 4096
+OLD, NEW = some_bytes(100_003, 1), some_bytes(100_003, 2)
+SIZE, SHA256 = len(OLD), hashlib.sha256(OLD).hexdigest()
+PATH = "/some/checkpoint_80"
+WEB_PAGE = Fault(body=b"<!doctype html><title>Log in</title>", headers={"Content-Type": "text/html; charset=utf-8"})
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been waited; and small blocks, so that a small file has many."""
+    waited: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(module, "BLOCK", BLOCK)
+    return waited
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with serving() as server:
+        server.put(PATH, OLD)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_hub() -> Iterator[HubServer]:
+    """For property tests, which cannot have a server for each example."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "checkpoint"
+
+
+def left(target: Path) -> list[str]:
+    """The names of the files in the target's folder."""
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+def partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def ranges(hub: HubServer) -> list[str | None]:
+    """What part each request asked for."""
+    return [request.range for request in hub.requests]
+
+
+def interrupted(hub: HubServer, target: Path, received: int) -> None:
+    """A download that was given up after ``received`` bytes."""
+    hub.script(PATH, Fault(cut=received), Fault(status=500, times=ALWAYS))
+    with pytest.raises(BackboneFileError, match="could not be fetched"):
+        download(hub.address + PATH, target)
+    hub.script(PATH)
+    hub.requests.clear()
+
+
+# -------------------------------------------------------------------------------------------------------------- whole
+
+
+def test_file_arrives_whole_under_its_name_and_its_checksum_is_returned(hub: HubServer, target: Path):
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert left(target) == ["checkpoint"]
+    assert ranges(hub) == [None]
+
+
+def test_expected_size_and_checksum_are_accepted(hub: HubServer, target: Path):
+    assert download(hub.address + PATH, target, size=SIZE, sha256=SHA256) == SHA256
+    assert target.read_bytes() == OLD
+
+
+def test_file_without_a_length_arrives_whole(hub: HubServer, target: Path):
+    hub.put(PATH, Stored(OLD, chunked=True))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+
+
+def test_empty_file_arrives(hub: HubServer, target: Path):
+    hub.put(PATH, b"")
+    assert download(hub.address + PATH, target) == hashlib.sha256(b"").hexdigest()
+    assert target.read_bytes() == b""
+
+
+def test_older_file_of_that_name_is_replaced(hub: HubServer, target: Path):
+    target.parent.mkdir()
+    target.write_bytes(b"older")
+    download(hub.address + PATH, target)
+    assert target.read_bytes() == OLD
+
+
+def test_redirection_is_followed_and_the_transfer_behind_it_resumed(hub: HubServer, target: Path):
+    hub.script("/moved", Fault(status=302, headers={"Location": PATH}, times=ALWAYS))
+    hub.script(PATH, Fault(cut=50_000))
+    assert download(hub.address + "/moved", target) == SHA256
+    assert [r.range for r in hub.asked(PATH)] == [None, "bytes=50000-"]
+
+
+def test_tenths_are_told_where_there_is_no_terminal(hub: HubServer, target: Path, capsys: pytest.CaptureFixture[str]):
+    hub.put(PATH, bytes(3 * 2**20))
+    download(hub.address + PATH, target)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith("cmap-defense: checkpoint_80: ") and line.endswith(" of 3 MiB") for line in lines)
+
+
+class Terminal(io.StringIO):
+    """Standard error as a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_gets_a_bar_that_goes_on_from_what_there_is(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    interrupted(hub, target, 50_000)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    download(hub.address + PATH, target)
+    states = terminal.getvalue().split("\r")
+    assert any("checkpoint_80:  50%" in state for state in states)
+    assert "checkpoint_80: 100%" in states[-1]
+    assert "cmap-defense:" not in terminal.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ resumed
+
+
+@pytest.mark.parametrize("cut", [1, BLOCK, 50_000, SIZE - 1])
+def test_cut_connection_is_resumed_from_the_next_byte(hub: HubServer, target: Path, waits: list[float], cut: int):
+    hub.script(PATH, Fault(cut=cut))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert ranges(hub) == [None, f"bytes={cut}-"]
+    assert hub.requests[1].if_range == hub.files[PATH].etag
+    assert [(request.status, request.sent) for request in hub.requests] == [(200, cut), (206, SIZE - cut)]
+    assert waits == [], "bytes were gained, so there is no reason to wait"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_connection_that_ends_with_an_error_loses_less_than_a_block(
+    hub: HubServer, target: Path, reset: bool, chunked: bool
+):
+    hub.put(PATH, Stored(OLD, chunked=chunked))
+    hub.script(PATH, Fault(cut=50_000, reset=reset))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert 50_000 - BLOCK <= SIZE - hub.requests[1].sent <= 50_000
+    assert [request.status for request in hub.requests] == [200, 206]
+
+
+def test_connection_that_is_cut_again_and_again_is_resumed_as_long_as_bytes_come(
+    hub: HubServer, target: Path, waits: list[float]
+):
+    hub.script(PATH, Fault(cut=5000, times=20))
+    assert download(hub.address + PATH, target) == SHA256
+    assert ranges(hub) == [None, *(f"bytes={5000 * n}-" for n in range(1, 21))]
+    assert sum(request.sent for request in hub.requests) == SIZE
+    assert waits == []
+
+
+def test_connection_that_falls_silent_is_given_up_and_resumed(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    hub.script(PATH, Fault(stall=10 * BLOCK))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert ranges(hub) == [None, f"bytes={10 * BLOCK}-"]
+
+
+def test_server_that_hangs_up_without_an_answer_is_asked_again(hub: HubServer, target: Path, waits: list[float]):
+    hub.script(PATH, Fault(hang_up=True, times=2))
+    assert download(hub.address + PATH, target) == SHA256
+    assert waits == [1.0, 2.0]
+
+
+def test_next_call_continues_what_was_given_up(hub: HubServer, target: Path):
+    interrupted(hub, target, 30_000)
+    assert not target.exists()
+    assert partial(target).read_bytes() == OLD[:30_000]
+    assert download(hub.address + PATH, target, size=SIZE, sha256=SHA256) == SHA256
+    assert target.read_bytes() == OLD
+    assert ranges(hub) == ["bytes=30000-"]
+    assert left(target) == ["checkpoint"]
+
+
+def test_whole_partial_file_of_a_process_that_died_is_used_without_a_request(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def die(_: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "sha256_of", die)
+        with pytest.raises(KeyboardInterrupt):
+            download(hub.address + PATH, target)
+    assert partial(target).read_bytes() == OLD
+    hub.requests.clear()
+    assert download(hub.address + PATH, target) == SHA256
+    assert hub.requests == []
+    assert left(target) == ["checkpoint"]
+
+
+def test_partial_file_of_another_address_is_not_continued(hub: HubServer, target: Path):
+    interrupted(hub, target, 30_000)
+    hub.put("/other", NEW)
+    download(hub.address + "/other", target)
+    assert target.read_bytes() == NEW
+    assert ranges(hub) == [None]
+
+
+@pytest.mark.parametrize("notes", ["", "{", "[]", "null", '{"url": 3}', '{"url": "URL", "tag": null, "total": 9}'])
+def test_partial_file_without_readable_notes_is_not_continued(hub: HubServer, target: Path, notes: str):
+    url = hub.address + PATH
+    target.parent.mkdir()
+    partial(target).write_bytes(NEW[:500])
+    partial(target).with_name("checkpoint.partial.json").write_text(notes.replace("URL", url))
+    assert download(url, target) == SHA256
+    assert ranges(hub) == [None]
+    assert left(target) == ["checkpoint"]
+
+
+def test_partial_file_without_notes_is_not_continued(hub: HubServer, target: Path):
+    target.parent.mkdir()
+    partial(target).write_bytes(NEW[:500])
+    assert download(hub.address + PATH, target) == SHA256
+    assert ranges(hub) == [None]
+
+
+def test_partial_file_that_is_too_long_is_not_used(hub: HubServer, target: Path):
+    interrupted(hub, target, 30_000)
+    partial(target).write_bytes(NEW + b"more")
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+
+
+# ----------------------------------------------------------------------------------------------------- other servers
+
+
+def test_server_that_does_not_say_how_long_the_file_is_is_believed_only_where_the_file_is_known(
+    hub: HubServer, target: Path
+):
+    hub.put(PATH, Stored(OLD, endless=True))
+    with pytest.raises(BackboneFileError, match=r"does not say how long.*backbones convert"):
+        download(hub.address + PATH, target)
+    assert not target.exists()
+    assert download(hub.address + PATH, target, size=SIZE) == SHA256
+    assert download(hub.address + PATH, target, sha256=SHA256) == SHA256
+
+
+@pytest.mark.parametrize("expected", [{"size": SIZE}, {"sha256": SHA256}])
+def test_cut_that_cannot_be_noticed_is_found_by_what_is_known_of_the_file(
+    hub: HubServer, target: Path, expected: dict[str, Any]
+):
+    hub.put(PATH, Stored(OLD, endless=True))
+    hub.script(PATH, Fault(cut=60_000))
+    with pytest.raises(BackboneFileError, match="expected"):
+        download(hub.address + PATH, target, **expected)
+    assert left(target) == []
+
+
+def test_compressed_answer_is_refused(hub: HubServer, target: Path):
+    hub.script(PATH, Fault(headers={"Content-Encoding": "gzip"}))
+    with pytest.raises(BackboneFileError, match="compressed"):
+        download(hub.address + PATH, target)
+    assert left(target) == []
+
+
+def test_secure_address_that_leads_to_one_that_is_not_is_refused(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def follow(request: urllib.request.Request, **_: object) -> object:
+        return urlopen(request.full_url.replace("https:", "http:"))
+
+    urlopen = urllib.request.urlopen
+    monkeypatch.setattr(module.urllib.request, "urlopen", follow)
+    with pytest.raises(BackboneFileError, match="not secure"):
+        download(hub.address.replace("http:", "https:") + PATH, target)
+    assert left(target) == []
+
+
+@pytest.mark.parametrize("further", [0, 500])
+def test_server_that_cuts_every_answer_and_refuses_to_continue_is_given_up(hub: HubServer, target: Path, further: int):
+    faults = [(Fault(cut=5000 + further * n), Fault(status=416)) for n in range(50)]
+    hub.script(PATH, *[fault for pair in faults for fault in pair])
+    with pytest.raises(BackboneFileError, match="could not be fetched"):
+        download(hub.address + PATH, target)
+    assert len(hub.requests) < 30
+
+
+def test_server_that_cuts_every_answer_and_sends_another_file_each_time_is_given_up(hub: HubServer, target: Path):
+    def change() -> None:
+        hub.put(PATH, Stored(OLD, tag=f'"{len(hub.requests)}"', if_range=False))
+
+    hub.script(PATH, *[Fault(cut=5000, afterwards=change)] * 100)
+    with pytest.raises(BackboneFileError, match="could not be fetched"):
+        download(hub.address + PATH, target)
+    assert len(hub.requests) < 30
+
+
+def test_network_that_goes_away_is_not_taken_for_the_disk(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read, failures = HTTPResponse.read, [OSError(errno.EHOSTUNREACH, "No route to host")]
+
+    def unsteady(answer: HTTPResponse, *arguments: Any) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(answer, *arguments)
+
+    monkeypatch.setattr(HTTPResponse, "read", unsteady)
+    assert download(hub.address + PATH, target) == SHA256
+
+
+@pytest.mark.parametrize("address", ["http://[::1/file", "http:///file", "http://127.0.0.1:port/file"])
+def test_address_that_is_none_is_an_error(target: Path, address: str):
+    with pytest.raises(BackboneFileError, match="fetched"):
+        download(address, target)
+
+
+def test_server_that_ignores_ranges_is_read_from_the_start(hub: HubServer, target: Path):
+    hub.put(PATH, Stored(OLD, ranges=False))
+    hub.script(PATH, Fault(cut=50_000))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert [(r.range, r.status) for r in hub.requests] == [(None, 200), ("bytes=50000-", 200)]
+
+
+def test_part_that_begins_elsewhere_is_not_appended(hub: HubServer, target: Path):
+    headers = {"Content-Range": f"bytes 40000-{SIZE - 10_001}/{SIZE}", "ETag": hub.files[PATH].etag}
+    hub.script(PATH, Fault(cut=50_000), Fault(status=206, body=OLD[40_000 : SIZE - 10_000], headers=headers))
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("size", [20_000, SIZE, 150_000])
+@pytest.mark.parametrize("if_range", [True, False])
+@pytest.mark.parametrize("dated", [True, False])
+def test_file_that_changes_on_the_server_is_fetched_anew(
+    hub: HubServer, target: Path, size: int, if_range: bool, dated: bool
+):
+    new = some_bytes(size, 3)
+    kept: dict[str, Any] = {"if_range": if_range, "tag": "" if dated else None}
+    days = ("Mon, 01 May 2023 00:00:00 GMT", "Tue, 02 May 2023 00:00:00 GMT") if dated else (None, None)
+    hub.put(PATH, Stored(OLD, modified=days[0], **kept))
+    hub.script(PATH, Fault(cut=50_000, afterwards=lambda: hub.put(PATH, Stored(new, modified=days[1], **kept))))
+    assert download(hub.address + PATH, target) == hashlib.sha256(new).hexdigest()
+    assert target.read_bytes() == new
+    assert ranges(hub)[1] == "bytes=50000-"
+
+
+@pytest.mark.parametrize("if_range", [True, False])
+def test_file_that_changes_between_two_calls_is_fetched_anew(hub: HubServer, target: Path, if_range: bool):
+    interrupted(hub, target, 50_000)
+    hub.put(PATH, Stored(NEW, if_range=if_range))
+    download(hub.address + PATH, target)
+    assert target.read_bytes() == NEW
+
+
+def test_date_serves_where_the_tag_is_weak(hub: HubServer, target: Path):
+    day = "Mon, 01 May 2023 00:00:00 GMT"
+    hub.put(PATH, Stored(OLD, tag='W/"1"', modified=day))
+    hub.script(PATH, Fault(cut=50_000))
+    assert download(hub.address + PATH, target) == SHA256
+    assert [(r.range, r.if_range) for r in hub.requests] == [(None, None), ("bytes=50000-", day)]
+
+
+@pytest.mark.parametrize("tag", ["", 'W/"1"'])
+def test_file_that_cannot_be_told_from_another_is_never_resumed(hub: HubServer, target: Path, tag: str):
+    hub.put(PATH, Stored(OLD, tag=tag))
+    hub.script(PATH, Fault(cut=50_000, afterwards=lambda: hub.put(PATH, Stored(NEW, tag=tag))))
+    download(hub.address + PATH, target)
+    assert target.read_bytes() == NEW
+    assert ranges(hub) == [None, None]
+
+
+# ------------------------------------------------------------------------------------------------------------- status
+
+
+@pytest.mark.parametrize(
+    ("asked", "waited"), [("7", 7.0), ("3600", module.LONGEST_WAIT), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0), ("", 1.0)]
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_busy_server_is_given_the_time_that_it_asks_for(
+    hub: HubServer, target: Path, waits: list[float], status: int, asked: str, waited: float
+):
+    hub.script(PATH, Fault(status=status, headers={"Retry-After": asked}))
+    assert download(hub.address + PATH, target) == SHA256
+    assert waits == [waited]
+
+
+def test_errors_of_the_server_are_waited_out(hub: HubServer, target: Path, waits: list[float]):
+    hub.script(PATH, Fault(status=500, times=3), Fault(status=502))
+    assert download(hub.address + PATH, target) == SHA256
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_server_that_stays_out_of_order_is_given_up(hub: HubServer, target: Path, waits: list[float]):
+    hub.script(PATH, Fault(status=500, times=ALWAYS))
+    with pytest.raises(BackboneFileError, match=r"status 500, after 5 attempts.*network") as caught:
+        download(hub.address + PATH, target)
+    assert isinstance(caught.value, CmapError)
+    assert hub.address + PATH in str(caught.value)
+    assert len(hub.requests) == module.ATTEMPTS
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    assert left(target) == []
+
+
+def test_server_that_nobody_can_reach_is_given_up(target: Path):
+    with pytest.raises(BackboneFileError, match=r"could not be fetched: .*refused, after 5 attempts"):
+        download(NOWHERE + PATH, target)
+    assert left(target) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "login"), (403, "refused"), (404, "not there any more"), (410, "status 410")]
+)
+def test_refusal_is_final_and_says_what_it_may_mean(
+    hub: HubServer, target: Path, waits: list[float], status: int, hint: str
+):
+    hub.script(PATH, Fault(status=status, times=ALWAYS))
+    with pytest.raises(BackboneFileError, match=hint) as caught:
+        download(hub.address + PATH, target)
+    assert f"status {status}" in str(caught.value)
+    assert len(hub.requests) == 1
+    assert waits == []
+    assert left(target) == []
+
+
+def test_refusal_in_the_middle_keeps_what_there_is(hub: HubServer, target: Path):
+    hub.script(PATH, Fault(cut=50_000), Fault(status=403))
+    with pytest.raises(BackboneFileError, match="403"):
+        download(hub.address + PATH, target)
+    assert download(hub.address + PATH, target) == SHA256
+    assert ranges(hub) == [None, "bytes=50000-", "bytes=50000-"]
+
+
+# -------------------------------------------------------------------------------------------------------- wrong files
+
+
+def test_web_page_is_refused(hub: HubServer, target: Path):
+    hub.script(PATH, WEB_PAGE)
+    with pytest.raises(BackboneFileError, match="web page"):
+        download(hub.address + PATH, target)
+    assert left(target) == []
+
+
+def test_web_page_in_the_middle_is_refused_and_keeps_what_there_is(hub: HubServer, target: Path):
+    hub.script(PATH, Fault(cut=50_000), WEB_PAGE)
+    with pytest.raises(BackboneFileError, match="web page"):
+        download(hub.address + PATH, target)
+    assert partial(target).read_bytes() == OLD[:50_000]
+    assert download(hub.address + PATH, target) == SHA256
+    assert ranges(hub)[-1] == "bytes=50000-"
+
+
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
+def test_file_of_another_size_is_refused_and_removed(hub: HubServer, target: Path, size: int):
+    with pytest.raises(BackboneFileError, match=f"{SIZE:,} bytes, but {size:,}"):
+        download(hub.address + PATH, target, size=size)
+    assert left(target) == []
+
+
+def test_file_of_another_checksum_is_refused_and_removed(hub: HubServer, target: Path):
+    expected = hashlib.sha256(NEW).hexdigest()
+    with pytest.raises(BackboneFileError, match=f"{SHA256}.*{expected}"):
+        download(hub.address + PATH, target, size=SIZE, sha256=expected)
+    assert left(target) == []
+    hub.put(PATH, NEW)
+    assert download(hub.address + PATH, target, size=SIZE, sha256=expected) == expected
+    assert ranges(hub) == [None, None]
+
+
+def test_damage_in_a_partial_file_is_found_by_the_checksum_and_repaired_by_the_next_call(hub: HubServer, target: Path):
+    interrupted(hub, target, 30_000)
+    partial(target).write_bytes(NEW[:30_000])
+    with pytest.raises(BackboneFileError, match="SHA-256"):
+        download(hub.address + PATH, target, sha256=SHA256)
+    assert left(target) == []
+    assert download(hub.address + PATH, target, sha256=SHA256) == SHA256
+
+
+@pytest.mark.parametrize("expected", [{"size": SIZE}, {"sha256": SHA256}])
+def test_file_that_the_server_has_cut_off_is_refused(hub: HubServer, target: Path, expected: dict[str, Any]):
+    hub.put(PATH, OLD[:60_000])
+    with pytest.raises(BackboneFileError, match="expected"):
+        download(hub.address + PATH, target, **expected)
+    assert left(target) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- disk
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_full_disk_is_noticed_before_anything_is_written(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch, size: int | None
+):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE - 1))
+    with pytest.raises(BackboneFileError, match=r"MiB free.*CMAP_DEFENSE_CACHE"):
+        download(hub.address + PATH, target, size=size)
+    assert sum(path.stat().st_size for path in target.parent.glob("*.partial")) == 0
+    assert not target.exists()
+
+
+def test_room_for_the_rest_is_enough(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch):
+    interrupted(hub, target, 30_000)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE - 30_000))
+    assert download(hub.address + PATH, target) == SHA256
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are written at once, as the real ones are, and not gathered first."""
+    monkeypatch.setattr(module, "BLOCK", 2**15)
+
+
+@pytest.mark.usefixtures("large_blocks")
+def test_disk_that_takes_no_more_is_an_error_and_the_next_call_continues(hub: HubServer, target: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # a limit that the system enforces on every write
+    try:
+        with pytest.raises(BackboneFileError, match=r"could not be written.*CMAP_DEFENSE_CACHE"):
+            download(hub.address + PATH, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert partial(target).read_bytes() == OLD[: 2**16]
+    assert not target.exists()
+    assert download(hub.address + PATH, target) == SHA256
+    assert target.read_bytes() == OLD
+    assert ranges(hub) == [None, "bytes=65536-"]
+
+
+@pytest.mark.usefixtures("large_blocks")
+def test_disk_that_fills_up_meanwhile_is_called_full(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = Path.open
+
+    def open_on_a_full_disk(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if mode == "ab" else path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_on_a_full_disk)
+    with pytest.raises(BackboneFileError, match=r"the disk is full.*Make room") as caught:
+        download(hub.address + PATH, target)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert len(hub.requests) == 1, "a full disk is not tried again"
+
+
+# ---------------------------------------------------------------------------------------------------------------- law
+
+TROUBLES = st.one_of(
+    st.builds(lambda cut, reset: {"cut": cut, "reset": reset}, st.integers(0, 1500), st.booleans()),
+    st.sampled_from([{"status": 500}, {"status": 429}, {"hang_up": True}, {"status": 416}]),
+)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    contents=st.tuples(st.binary(max_size=1500), st.binary(max_size=1500)),
+    troubles=st.lists(TROUBLES, max_size=module.ATTEMPTS - 1),
+    changes=st.integers(0, 2 * module.ATTEMPTS),
+    options=st.fixed_dictionaries(
+        {
+            "ranges": st.booleans(),
+            "if_range": st.booleans(),
+            "chunked": st.booleans(),
+            "tag": st.sampled_from([None, None, ""]),
+        }
+    ),
+    block=st.sampled_from([1, 100, BLOCK]),
+)
+def test_whatever_happens_the_bytes_are_those_of_one_file(
+    shared_hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    contents: tuple[bytes, bytes],
+    troubles: list[dict[str, Any]],
+    changes: int,
+    options: dict[str, Any],
+    block: int,
+):
+    """The file may change on the server after one of the troubles: then the old one or the new one, never a mixture."""
+    monkeypatch.setattr(module, "BLOCK", block)
+    old, new = contents
+    shared_hub.put("/law", Stored(old, **options))
+    faults = [Fault(**trouble) for trouble in troubles]
+    if changes < len(faults):
+        faults[changes] = Fault(**troubles[changes], afterwards=lambda: shared_hub.put("/law", Stored(new, **options)))
+    shared_hub.script("/law", *faults)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "file"
+        checksum = download(shared_hub.address + "/law", target)
+        assert checksum == hashlib.sha256(target.read_bytes()).hexdigest()
+        assert target.read_bytes() in ([old, new] if changes < len(faults) else [old])
+        assert left(target) == ["file"]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, 300), max_size=12))
+def test_no_byte_is_sent_twice_by_a_server_that_can_continue(shared_hub: HubServer, cuts: list[int]):
+    shared_hub.put("/once", OLD[:2000])
+    shared_hub.script("/once", *[Fault(cut=cut) for cut in cuts])
+    before = len(shared_hub.requests)
+    with tempfile.TemporaryDirectory() as folder:
+        download(shared_hub.address + "/once", Path(folder) / "file")
+        assert (Path(folder) / "file").read_bytes() == OLD[:2000]
+    assert sum(request.sent for request in shared_hub.requests[before:]) == 2000

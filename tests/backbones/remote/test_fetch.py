@@ -1,0 +1,527 @@
+"""Official checkpoints by name: fetched once, converted once, by one process at a time, and whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from huggingface_hub import constants
+
+from cmap_defense import PurifiedClassifier, load_backbone
+from cmap_defense.backbones import EDMDenoiser, load_denoiser
+from cmap_defense.backbones.folder import RECORD_FILE
+from cmap_defense.backbones.load import resolve_backbone
+from cmap_defense.backbones.registry import register, registry_entry
+from cmap_defense.backbones.remote import download as module
+from cmap_defense.backbones.remote import fetch
+from cmap_defense.backbones.remote.cache import cache_folder
+from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
+from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError
+from elsewhere import finish, start_elsewhere
+from hubserver import Fault, HubServer, serving
+from tiny import CONFIG, fingerprint, own_names, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file
+from toys import noise
+
+NAME, PATH = "tiny-cd", "/models/tiny/checkpoint_80"
+WEIGHTS = "weights.safetensors"
+CHECKPOINT, OTHER = tiny_checkpoint(0), tiny_checkpoint(1)
+MODEL, OTHER_MODEL = fingerprint(tiny_backbone(0)), fingerprint(tiny_backbone(1))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, a network, no mirror, and names of one's own."""
+    monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(MIRROR, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with own_names():
+        yield tmp_path / "cache"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A server with the checkpoint."""
+    with serving() as server:
+        server.put(PATH, CHECKPOINT)
+        yield server
+
+
+@pytest.fixture
+def named(hub: HubServer) -> Callable[..., None]:
+    """Give the checkpoint its name; takes the options of an OfficialFile."""
+
+    def give(**options: Any) -> None:
+        register(tiny_entry(NAME, tiny_file(hub.address + PATH, **options)), replace=True)
+
+    give()
+    return give
+
+
+def left(cache: Path) -> list[str]:
+    """The files and folders of the cache, but for locks, and but for what is in a finished conversion."""
+    places = [path for folder in ("downloads", "converted") for path in (cache / folder).glob("*")]
+    return sorted(path.relative_to(cache).as_posix() for path in places if path.suffix != ".lock")
+
+
+def conversions(cache: Path) -> list[str]:
+    return [path for path in left(cache) if path.startswith("converted/")]
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Return when it has; fail after a minute."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+# --------------------------------------------------------------------------------------------------------------- once
+
+
+@pytest.mark.usefixtures("named")
+def test_name_is_fetched_converted_and_described(hub: HubServer, cache: Path, capsys: pytest.CaptureFixture[str]):
+    backbone = load_backbone(NAME)
+    assert fingerprint(backbone) == MODEL
+    record = backbone.record
+    assert record is not None
+    assert (record.name, record.licence, record.paper) == (NAME, "CC0", "nowhere")
+    assert record.source == {
+        "url": hub.address + PATH,
+        "fetched_from": hub.address + PATH,
+        "size": len(CHECKPOINT),
+        "sha256": sha256(CHECKPOINT),
+        "converter": "jcm",
+        "params": "params_ema",
+    }
+    assert backbone.default_settings == record.settings == {"n_latents": 2, "iterations": 3}
+    assert record.figures == {"fid_one_step": 300.0}
+    (folder,) = (cache / "converted").glob(f"{NAME}-*[!k]")
+    assert sorted(path.name for path in folder.iterdir()) == [RECORD_FILE, WEIGHTS]
+    assert list((cache / "downloads").iterdir()) == [], "the checkpoint is not kept beside its conversion"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert NAME in printed.err
+    assert hub.address + PATH in printed.err
+
+
+@pytest.mark.usefixtures("named")
+def test_second_time_nothing_is_asked_and_nothing_is_said(hub: HubServer, capsys: pytest.CaptureFixture[str]):
+    resolve_backbone(NAME)
+    capsys.readouterr()
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(hub.requests) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("named")
+def test_purified_classifier_takes_the_name_and_the_settings_of_the_entry():
+    model = PurifiedClassifier(lambda images: images.mean((2, 3)), backbone=NAME)
+    assert (model.settings.n_latents, model.settings.iterations) == (2, 3)
+    assert model(torch.rand(2, *CONFIG.image_shape, generator=torch.Generator().manual_seed(0))).shape == (2, 3)
+
+
+@pytest.mark.usefixtures("named")
+def test_offline_the_cache_serves(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
+    resolve_backbone(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.usefixtures("named")
+def test_offline_without_the_cache_the_error_names_the_switch_and_the_command(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BackboneFileError, match=rf"HF_HUB_OFFLINE.*backbones pull {NAME}"):
+        load_backbone(NAME)
+    assert hub.requests == []
+    assert left(cache) == []
+
+
+@pytest.mark.usefixtures("named")
+def test_broken_transfer_is_continued_by_the_next_load(hub: HubServer):
+    hub.script(PATH, Fault(cut=70_000), Fault(status=403))
+    with pytest.raises(BackboneFileError, match="403"):
+        load_backbone(NAME)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert hub.requests[-1].range == "bytes=70000-"
+
+
+def test_two_names_for_one_file_are_two_models(hub: HubServer):
+    for name in ("a", "b"):
+        register(tiny_entry(name, tiny_file(hub.address + PATH)))
+    assert resolve_backbone("a") != resolve_backbone("b")
+
+
+def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: HubServer, named: Callable[..., None]):
+    first = resolve_backbone(NAME)
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"), replace=True)
+    assert load_denoiser(NAME).record is not None
+    named(config=CONFIG.replace(skip_rescale=False))
+    assert resolve_backbone(NAME) != first
+    named(params="params")
+    with pytest.raises(UnknownNameError, match="'params'"):
+        resolve_backbone(NAME)
+    named()
+    assert resolve_backbone(NAME) == first
+    assert len(hub.requests) == 4
+
+
+def test_packaged_model_needs_no_cache(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    entry = registry_entry("fashion-mnist-ct")
+    folder, source = fetch_entry(entry)
+    assert source is entry.sources[0]
+    assert (folder / RECORD_FILE).is_file()
+    assert not cache.exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- place
+
+
+def test_cache_is_beside_the_hubs_unless_a_variable_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("CMAP_DEFENSE_CACHE")
+    assert cache_folder() == Path(constants.HF_HOME) / "cmap-defense"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CMAP_DEFENSE_CACHE", "~/models")
+    assert cache_folder() == tmp_path / "models"
+
+
+@pytest.mark.usefixtures("named")
+def test_cache_that_cannot_be_written_to_is_an_error_that_names_the_variable(hub: HubServer, cache: Path):
+    cache.mkdir()
+    (cache / "converted").write_text("a file where a folder should be")
+    with pytest.raises(BackboneFileError, match="CMAP_DEFENSE_CACHE"):
+        load_backbone(NAME)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_mirror_takes_the_place_of_the_address_up_to_the_path(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, end: str
+):
+    hub.put("/mirror" + PATH, CHECKPOINT)
+    monkeypatch.setenv(MIRROR, f"{hub.address}/mirror{end}")
+    official = "https://official.example:8443" + PATH
+    register(tiny_entry(NAME, tiny_file(official)))
+    backbone = load_backbone(NAME)
+    assert fingerprint(backbone) == MODEL
+    assert [request.path for request in hub.requests] == ["/mirror" + PATH]
+    assert backbone.record is not None
+    assert backbone.record.source["url"] == official
+    assert backbone.record.source["fetched_from"] == f"{hub.address}/mirror{PATH}"
+    monkeypatch.delenv(MIRROR)
+    assert fingerprint(load_backbone(NAME)) == MODEL, "it is the same model, wherever it was fetched from"
+    assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("mirror", ["mirror.example.org", "ftp://mirror.example.org", "/srv/mirror"])
+@pytest.mark.usefixtures("named")
+def test_mirror_that_is_no_address_is_an_error(hub: HubServer, monkeypatch: pytest.MonkeyPatch, mirror: str):
+    monkeypatch.setenv(MIRROR, mirror)
+    with pytest.raises(SettingsError, match=MIRROR):
+        load_backbone(NAME)
+    assert hub.requests == []
+
+
+def test_cifar10_cd_is_asked_for_where_it_is_published(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    path = "/consistency/jcm_checkpoints/cd-lpips/checkpoints/checkpoint_80"
+    hub.put(path, CHECKPOINT)
+    monkeypatch.setenv(MIRROR, hub.address)
+    with pytest.raises(BackboneFileError, match="does not fit this config"):
+        load_backbone("cifar10-cd")
+    assert [request.path for request in hub.requests] == [path]
+    assert conversions(cache) == []
+
+
+def test_next_source_is_tried_and_the_reason_is_told(hub: HubServer, capsys: pytest.CaptureFixture[str]):
+    sources = [tiny_file(hub.address + path) for path in ("/gone", "/gone-too", PATH)]
+    register(tiny_entry(NAME, *sources))
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    printed = capsys.readouterr().err
+    assert f"{hub.address}/gone cannot be used" in printed
+    assert f"{hub.address}/gone-too cannot be used" in printed
+    assert "status 404" in printed
+
+
+def test_error_is_that_of_the_last_source(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + "/gone"), tiny_file(hub.address + "/gone-too")))
+    with pytest.raises(BackboneFileError, match=r"/gone-too .*status 404"):
+        load_backbone(NAME)
+
+
+# -------------------------------------------------------------------------------------------------------- wrong files
+
+
+def test_recorded_size_and_checksum_are_accepted(named: Callable[..., None]):
+    named(size=len(CHECKPOINT), sha256=sha256(CHECKPOINT))
+    assert fingerprint(load_backbone(NAME)) == MODEL
+
+
+@pytest.mark.parametrize("expected", [{"size": len(CHECKPOINT) + 1}, {"sha256": sha256(OTHER)}])
+def test_file_other_than_the_recorded_one_is_refused_and_not_kept(
+    named: Callable[..., None], cache: Path, expected: dict[str, Any]
+):
+    named(**expected)
+    for _ in range(2):
+        with pytest.raises(BackboneFileError, match="expected"):
+            load_backbone(NAME)
+        assert left(cache) == []
+
+
+def test_conversion_of_another_file_than_the_recorded_one_is_made_anew(hub: HubServer, named: Callable[..., None]):
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    named(sha256=sha256(OTHER))
+    with pytest.raises(BackboneFileError, match="not the expected file"):
+        load_backbone(NAME)
+    hub.put(PATH, OTHER)
+    assert fingerprint(load_backbone(NAME)) == OTHER_MODEL
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a checkpoint at all", "not a flax msgpack checkpoint"),
+        (b"", "checkpoint"),
+        (CHECKPOINT[:90_000], "ends in the middle"),
+        (b"PK\x03\x04" + CHECKPOINT, "not a flax msgpack checkpoint"),
+        (CHECKPOINT + b"more", "not a flax msgpack checkpoint"),
+    ],
+    ids=["text", "empty", "short", "foreign", "long"],
+)
+@pytest.mark.usefixtures("named")
+def test_file_that_is_no_checkpoint_leaves_nothing(hub: HubServer, cache: Path, content: bytes, message: str):
+    hub.put(PATH, content)
+    with pytest.raises(BackboneFileError, match=message):
+        load_backbone(NAME)
+    assert left(cache) == []
+    hub.put(PATH, CHECKPOINT)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+
+
+def checkpoint_without(*path: str) -> bytes:
+    content = place = msgpack.unpackb(CHECKPOINT)
+    for part in path[:-1]:
+        place = place[part]
+    del place[path[-1]]
+    return msgpack.packb(content)
+
+
+@pytest.mark.parametrize("part", [("params_ema", "Dense_0"), ("params_ema",)])
+@pytest.mark.usefixtures("named")
+def test_checkpoint_of_another_model_is_not_converted_until_force_fetches_the_right_one(
+    hub: HubServer, cache: Path, part: tuple[str, ...]
+):
+    hub.put(PATH, checkpoint_without(*part))
+    with pytest.raises((BackboneFileError, UnknownNameError), match=r"lacks 2 of|no 'params_ema'"):
+        load_backbone(NAME)
+    assert conversions(cache) == []
+    hub.put(PATH, CHECKPOINT)
+    resolve_backbone(NAME, force=True)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(left(cache)) == 1
+
+
+def test_model_of_another_shape_than_the_entrys_is_refused(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), image_shape=(3, 16, 16)))
+    with pytest.raises(BackboneFileError, match=r"\(3, 16, 16\).*\(3, 8, 8\)"):
+        load_backbone(NAME)
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(100), None], ids=["empty", "zeros", "one-bit"])
+@pytest.mark.usefixtures("named")
+def test_damaged_weights_in_the_cache_are_an_error_and_force_repairs_them(hub: HubServer, damage: bytes | None):
+    folder = resolve_backbone(NAME)
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    with pytest.raises(BackboneFileError, match=rf"{WEIGHTS}.*backbones pull {NAME} --force"):
+        load_backbone(NAME)
+    assert resolve_backbone(NAME, force=True) == folder
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(hub.requests) == 2
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, RECORD_FILE])
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+@pytest.mark.usefixtures("named")
+def test_conversion_that_is_not_whole_is_made_anew(hub: HubServer, file: str, content: bytes | None):
+    folder = resolve_backbone(NAME)
+    (folder / file).unlink()
+    if content is not None and file == RECORD_FILE:
+        (folder / file).write_bytes(content)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(hub.requests) == 2
+
+
+@pytest.mark.usefixtures("named")
+def test_force_that_fails_leaves_the_model_that_is_there(hub: HubServer, cache: Path):
+    folder = resolve_backbone(NAME)
+    hub.put(PATH, b"not a checkpoint")
+    with pytest.raises(BackboneFileError):
+        resolve_backbone(NAME, force=True)
+    assert conversions(cache) == [folder.relative_to(cache).as_posix()]
+    assert fingerprint(load_backbone(NAME)) == MODEL
+
+
+# ---------------------------------------------------------------------------------------------------------- diffusion
+
+
+def test_diffusion_model_is_loaded_as_a_denoiser(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"))
+    denoiser = load_denoiser(NAME)
+    assert type(denoiser) is EDMDenoiser
+    assert fingerprint(denoiser) == MODEL
+    assert denoiser.record is not None
+    assert (denoiser.record.name, denoiser.record.kind, denoiser.record.licence) == (NAME, "diffusion", "CC0")
+    expected = EDMDenoiser(tiny_backbone().network, CONFIG.image_shape).denoise(noise(2, 3, 8, 8, seed=5), 2.0)
+    torch.testing.assert_close(denoiser.denoise(noise(2, 3, 8, 8, seed=5), 2.0), expected)
+
+
+def test_diffusion_model_is_no_backbone_and_the_error_says_what_to_call(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"))
+    for use in (load_backbone, lambda name: PurifiedClassifier(torch.nn.Identity(), backbone=name)):
+        with pytest.raises(BackboneFileError, match=rf"{NAME}.*is a diffusion model.*load_denoiser"):
+            use(NAME)
+
+
+@pytest.mark.usefixtures("named")
+def test_consistency_model_is_no_denoiser():
+    with pytest.raises(BackboneFileError, match=r"consistency model.*load_backbone"):
+        load_denoiser(NAME)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+LARGE, BLOCK = tiny_checkpoint(0, pad=3 * module.BLOCK), module.BLOCK
+"""A checkpoint of several blocks, and the size of a block, of which those in memory are lost with a process."""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Start]:
+    """Begin to load the name in a process of its own, after some further steps; none of them outlives the test."""
+    processes = []
+
+    def begin(*steps: tuple[Any, ...]) -> subprocess.Popen[str]:
+        steps = (("name", NAME, {"url": hub.address + PATH}), *steps, ("load", NAME))
+        processes.append(start_elsewhere(*steps, home=tmp_path / "home", CMAP_DEFENSE_CACHE=str(cache)))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def is_waiting(process: subprocess.Popen[str]) -> bool:
+    """Whether the process says so before it ends."""
+    assert process.stderr is not None
+    return any("another process is at work" in line for line in process.stderr)
+
+
+def received(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.glob("downloads/*.partial"))
+
+
+@pytest.mark.usefixtures("named")
+def test_two_processes_fetch_once_and_both_get_the_model(hub: HubServer, cache: Path, start: Start):
+    hub.put(PATH, LARGE)
+    hub.script(PATH, Fault(stall=BLOCK + 5000))
+    first = start()
+    wait_for(lambda: received(cache) == BLOCK)
+    second = start()
+    assert is_waiting(second)
+    hub.go_on.set()
+    assert [finish(process)[-1].value["fingerprint"] for process in (first, second)] == [MODEL, MODEL]
+    assert len(hub.requests) == 1
+    assert len(left(cache)) == 1
+
+
+@pytest.mark.usefixtures("named")
+def test_process_that_waits_takes_over_from_one_that_is_killed_and_continues_its_transfer(
+    hub: HubServer, cache: Path, start: Start
+):
+    hub.put(PATH, LARGE)
+    hub.script(PATH, Fault(stall=BLOCK + 5000))
+    first = start()
+    wait_for(lambda: received(cache) == BLOCK)
+    second = start()
+    assert is_waiting(second)
+    first.kill()
+    assert finish(second)[-1].value["fingerprint"] == MODEL
+    assert [request.range for request in hub.requests] == [None, f"bytes={BLOCK}-"]
+    assert len(left(cache)) == 1
+
+
+@pytest.mark.usefixtures("named")
+def test_process_that_is_killed_while_it_converts_leaves_nothing_that_is_trusted(
+    hub: HubServer, cache: Path, start: Start
+):
+    process = start(("die_in_conversion",))
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    assert any(path.startswith("converted/.partial-") for path in left(cache)), "half a conversion was there"
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(left(cache)) == 1, "nothing but the model"
+    assert len(hub.requests) == 1, "the file that was fetched is used"
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    """A conversion that ends in the middle."""
+
+    def half(_: object, folder: Path, **__: object) -> None:
+        (folder / WEIGHTS).write_bytes(b"half")
+        raise error
+
+    return half
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (BackboneFileError("the disk is full"), BackboneFileError),
+        (OSError(errno.ENOSPC, "No space left"), BackboneFileError),
+    ],
+)
+@pytest.mark.usefixtures("named")
+def test_conversion_that_fails_is_cleared_away_and_the_file_used_by_the_next(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException]
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch, "write_backbone", failing(error))
+        with pytest.raises(kind):
+            load_backbone(NAME)
+    assert conversions(cache) == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(hub.requests) == 1
+
+
+def test_file_that_was_left_is_not_used_when_it_is_not_the_one_that_is_meant(
+    hub: HubServer, named: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch, "write_backbone", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            load_backbone(NAME)
+    named(sha256=sha256(OTHER))
+    hub.put(PATH, OTHER)
+    with pytest.raises(BackboneFileError, match="Run it again"):
+        load_backbone(NAME)
+    assert fingerprint(load_backbone(NAME)) == OTHER_MODEL

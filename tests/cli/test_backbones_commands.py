@@ -1,0 +1,432 @@
+"""``cmap-defense backbones``: list, info, pull, convert, verify, push; as people and machines meet them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from cmap_defense import load_backbone
+from cmap_defense.backbones import EDMDenoiser, load_denoiser
+from cmap_defense.backbones.folder import RECORD_FILE, read_record
+from cmap_defense.backbones.ncsnpp import NCSNppConfig
+from cmap_defense.backbones.registry import backbone_names, register, registry_entry
+from cmap_defense.cli.backbones import _config
+from cmap_defense.cli.main import main
+from elsewhere import Answer, run_elsewhere
+from goldens import FOLDER
+from hubserver import ALWAYS, TOKEN, Fault, HubServer, serving
+from tiny import CONFIG, files_of, fingerprint, own_names, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file
+from tiny import tiny_folder as write_folder
+
+NAME, PATH, WEIGHTS = "tiny-cd", "/models/checkpoint_80", "weights.safetensors"
+CHECKPOINT, MODEL = tiny_checkpoint(), fingerprint(tiny_backbone())
+TINY = ["nf=8", "ch_mult=1,2", "num_res_blocks=1", "attn_resolutions=4,", "image_size=8"]
+TINY_OPTIONS = [word for change in TINY for word in ("--config", change)]
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, a network, names of one's own, and an empty folder to work in."""
+    monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with own_names():
+        yield tmp_path / "cache"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A server with a checkpoint, which has its name."""
+    with serving() as server:
+        register(tiny_entry(NAME, tiny_file(server.put(PATH, CHECKPOINT))))
+        yield server
+
+
+@pytest.fixture
+def checkpoint() -> str:
+    """A checkpoint in the working folder."""
+    Path("checkpoint_80").write_bytes(CHECKPOINT)
+    return "checkpoint_80"
+
+
+@pytest.fixture
+def folder() -> str:
+    """A backbone folder in the working folder."""
+    return str(write_folder(Path("model"), licence="CC0", settings={"n_latents": 2}))
+
+
+def said(capsys: Captured, *arguments: str) -> str:
+    """What a command that succeeds prints."""
+    assert main(["backbones", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def answered(capsys: Captured, *arguments: str) -> Any:
+    """What a command prints as JSON."""
+    return json.loads(said(capsys, *arguments, "--json"))
+
+
+def check_mistake(status: int, expected: int, error: str, *words: str) -> None:
+    """The status is the expected one, and the error is one that people can read."""
+    assert status == expected
+    assert sum(line.startswith("Error: ") for line in error.splitlines()) == 1
+    assert expected == 2 or len(error.splitlines()) == 1, "one line, but for the usage that goes before it"
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+# ------------------------------------------------------------------------------------------------------- list and info
+
+
+def test_list_shows_all_names_and_whether_they_are_verified(capsys: Captured):
+    lines = said(capsys, "list").splitlines()
+    assert lines[0].split()[:4] == ["name", "image", "classes", "verified"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:] if line and ":" not in line.split()[0]}
+    assert sorted(rows) == backbone_names()
+    assert rows["fashion-mnist-ct"][:3] == ["1x28x28", "-", "yes"]
+    assert rows["cifar10-cd"][:3] == ["3x32x32", "-", "no"]
+    assert rows["imagenet64-cd"][:2] == ["3x64x64", "1000"]
+    assert "backbones verify" in lines[-1]
+
+
+def test_list_as_json_is_what_the_registry_knows(capsys: Captured):
+    assert answered(capsys, "list") == [registry_entry(name).to_dict() for name in backbone_names()]
+
+
+def test_info_of_a_name_asks_nobody(hub: HubServer, cache: Path, capsys: Captured):
+    assert answered(capsys, "info", NAME) == registry_entry(NAME).to_dict()
+    text = said(capsys, "info", NAME)
+    assert hub.requests == []
+    assert not cache.exists()
+    for line in (f"name: {NAME}", "kind: consistency", "image_shape: 3, 8, 8", "licence: CC0", "verified: no"):
+        assert line in text.splitlines()
+    assert f"  url: {hub.address}{PATH}" in text.splitlines()
+
+
+@pytest.mark.parametrize("name", backbone_names())
+def test_info_is_there_for_every_name(name: str, capsys: Captured):
+    assert f"name: {name}" in said(capsys, "info", name).splitlines()
+
+
+def test_info_of_a_folder_is_its_record(folder: str, capsys: Captured):
+    record = json.loads(read_record(folder).to_json())
+    values = answered(capsys, "info", folder)
+    assert values == record | {"folder": folder}
+    text = said(capsys, "info", f"./{folder}").splitlines()
+    assert f"weights_sha256: {record['weights_sha256']}" in text
+    assert "  n_latents: 2" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------- pull
+
+
+def test_pull_fetches_once_and_force_again(hub: HubServer, cache: Path, capsys: Captured):
+    text = said(capsys, "pull", NAME)
+    assert f"{NAME} is in {cache / 'converted'}" in text
+    assert "MiB of weights" in text
+    assert said(capsys, "pull", NAME) == text
+    assert len(hub.requests) == 1
+    assert said(capsys, "pull", NAME, "--force") == text
+    assert len(hub.requests) == 2
+
+
+@pytest.mark.usefixtures("hub")
+def test_pull_as_json_says_where_the_weights_are(capsys: Captured):
+    values = answered(capsys, "pull", NAME)
+    assert values["backbone"] == NAME
+    assert Path(values["weights"]) == Path(values["folder"]) / WEIGHTS
+    assert Path(values["weights"]).stat().st_size == values["bytes"]
+    assert fingerprint(load_backbone(values["folder"])) == MODEL
+
+
+@pytest.mark.usefixtures("hub")
+def test_pull_repairs_damaged_weights(capsys: Captured):
+    weights = Path(answered(capsys, "pull", NAME)["weights"])
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    check_mistake(main(["backbones", "verify", NAME]), 1, capsys.readouterr().err, WEIGHTS)
+    said(capsys, "pull", NAME, "--force")
+    assert fingerprint(load_backbone(NAME)) == MODEL
+
+
+# -------------------------------------------------------------------------------------------------------- convert, jcm
+
+
+def test_convert_writes_a_folder_that_loads(checkpoint: str, capsys: Captured):
+    text = said(capsys, "convert", checkpoint, "out/mine", "--from", "jcm", *TINY_OPTIONS)
+    assert f"out/mine/{WEIGHTS}" in text
+    assert "load_backbone('out/mine')" in text
+    assert sorted(path.name for path in Path("out/mine").iterdir()) == [RECORD_FILE, WEIGHTS]
+    backbone = load_backbone("./out/mine")
+    assert fingerprint(backbone) == MODEL
+    assert backbone.record is not None
+    assert backbone.record.name == "mine"
+    assert backbone.record.source == {
+        "file": "checkpoint_80",
+        "converter": "jcm",
+        "params": "params_ema",
+        "size": len(CHECKPOINT),
+        "sha256": hashlib.sha256(CHECKPOINT).hexdigest(),
+    }
+
+
+def test_convert_describes_what_it_is_told(checkpoint: str, capsys: Captured):
+    words = ["--name", "my model", "--description", "Of mine.", "--licence", "CC0-1.0"]
+    values = answered(capsys, "convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, *words)
+    assert values == json.loads(read_record("out").to_json()) | {"folder": "out"}
+    assert (values["name"], values["description"], values["licence"]) == ("my model", "Of mine.", "CC0-1.0")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_convert_writes_the_precision_that_is_asked_for(checkpoint: str, capsys: Captured, dtype: str):
+    arguments = ["convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, "--dtype", dtype]
+    assert answered(capsys, *arguments)["weights_dtype"] == dtype
+    assert (Path("out") / WEIGHTS).stat().st_size < 0.6 * sum(4 * p.numel() for p in tiny_backbone().parameters())
+    written, exact = load_backbone("./out").state_dict(), tiny_backbone().state_dict()
+    for name, tensor in exact.items():
+        kept = tensor if name == "network.embed.frequencies" else tensor.to(getattr(torch, dtype)).float()
+        torch.testing.assert_close(written[name], kept, rtol=0, atol=0)
+
+
+def test_convert_writes_a_diffusion_model(checkpoint: str, capsys: Captured):
+    arguments = ["convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, "--kind", "diffusion"]
+    assert answered(capsys, *arguments)["kind"] == "diffusion"
+    assert type(load_denoiser("./out")) is EDMDenoiser
+
+
+def test_config_takes_numbers_truth_values_and_lists():
+    changes = ("nf=64", "ch_mult=1,2", "attn_resolutions=8", "skip_rescale=False", "dropout=0.1", "fir_kernel=1,2,2,1")
+    assert _config(changes) == NCSNppConfig(
+        nf=64,
+        ch_mult=(1, 2),
+        attn_resolutions=(8,),
+        skip_rescale=False,
+        dropout=0.1,
+        fir_kernel=(1.0, 2.0, 2.0, 1.0),
+    )
+    assert _config(("attn_resolutions=",)).attn_resolutions == ()
+    assert _config(tuple(TINY)) == CONFIG
+    assert _config(()) == NCSNppConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("nf", "NAME=VALUE"),
+        ("nf=many", "many"),
+        ("nf=", "nf="),
+        ("nf=7", "multiple of 4"),
+        ("nf=8.5", "integer"),
+        ("nf=true", "integer"),
+        ("ch_mult=", "ch_mult"),
+        ("ch_mult=1;2", "ch_mult"),
+        ("num_blocks=1", "num_res_blocks"),
+        ("skip_rescale=1", "skip_rescale"),
+        ("=3", "NCSNppConfig"),
+    ],
+)
+def test_config_that_is_none_is_wrong_usage(checkpoint: str, capsys: Captured, override: str, word: str):
+    arguments = ["convert", checkpoint, "out", "--from", "jcm", "--config", override]
+    check_mistake(main(["backbones", *arguments]), 2, capsys.readouterr().err, "--config", word)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (["missing", "out", "--from", "jcm"], 2, "missing"),
+        (["checkpoint_80", "out"], 2, "--from"),
+        (["checkpoint_80", "out", "--from", "pickle"], 2, "pickle"),
+        (["checkpoint_80", "checkpoint_80", "--from", "jcm"], 2, "checkpoint_80"),
+        (["checkpoint_80", "checkpoint_80/below", "--from", "jcm"], 2, "cannot be written to"),
+        (["checkpoint_80", "out", "--from", "jcm", "--dtype", "float64"], 2, "float64"),
+        (["checkpoint_80", "out", "--from", "jcm", "--kind", "flow"], 2, "flow"),
+        (["checkpoint_80", "out", "--from", "jcm", "--image-size", "8"], 2, "--config image_size"),
+        (["checkpoint_80", "out", "--from", "openai", "--config", "nf=8"], 2, "--config"),
+        (["checkpoint_80", "out", "--from", "openai", "--image-size", "0"], 2, "--image-size"),
+        (["checkpoint_80", "out", "--from", "jcm", *TINY_OPTIONS, "--params", "param_ema"], 1, "'params_ema'"),
+        (["checkpoint_80", "out", "--from", "jcm", *TINY_OPTIONS, "--config", "nf=16"], 1, "does not fit this config"),
+        (["garbage", "out", "--from", "jcm", *TINY_OPTIONS], 1, "not a flax msgpack checkpoint"),
+        (["short", "out", "--from", "jcm", *TINY_OPTIONS], 1, "ends in the middle"),
+        (["garbage", "out", "--from", "openai", "--image-size", "8"], 1, "garbage"),
+        (["checkpoint_80", "out", "--from", "openai"], 1, "--image-size"),
+    ],
+)
+@pytest.mark.usefixtures("checkpoint")
+def test_mistakes_in_convert_get_a_message_a_status_and_no_folder(
+    capsys: Captured, arguments: list[str], status: int, word: str
+):
+    Path("garbage").write_bytes(b"garbage")
+    Path("short").write_bytes(CHECKPOINT[:50_000])
+    check_mistake(main(["backbones", "convert", *arguments]), status, capsys.readouterr().err, word)
+    assert not Path("out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- convert, openai
+
+
+def test_convert_reads_openais_files(capsys: Captured):
+    (file,) = (FOLDER / "openai_tiny").glob("*.pt")
+    options = ["--from", "openai", "--image-size", "32", "--head-channels", "16"]
+    values = answered(capsys, "convert", str(file), "out", *options)
+    assert (values["image_shape"], values["num_classes"]) == ([3, 32, 32], 1000)
+    assert values["source"]["converter"] == "openai"
+    assert values["source"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    backbone = load_backbone("./out")
+    images = backbone.generate(torch.zeros(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert images.shape == (2, 3, 32, 32)
+    assert not torch.equal(images[0], images[1]), "the class matters"
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.usefixtures("hub")
+def test_verify_notes_what_it_finds_and_list_and_info_show_it(cache: Path, capsys: Captured):
+    text = said(capsys, "verify", NAME).splitlines()
+    assert f"official_sha256: {hashlib.sha256(CHECKPOINT).hexdigest()}" in text
+    assert f"pinned: {cache / 'verified.json'}" in text
+    assert text[-1] == f"{NAME} is whole and works."
+    (row,) = [line.split() for line in said(capsys, "list").splitlines() if line.startswith(NAME)]
+    assert row[3] == "yes"
+    assert answered(capsys, "info", NAME)["verified"] is True
+    assert answered(capsys, "verify", NAME)["boundary_error"] == 0
+
+
+def test_verify_of_a_folder_notes_nothing(folder: str, cache: Path, capsys: Captured):
+    values = answered(capsys, "verify", folder)
+    assert values["weights_sha256"] == read_record(folder).weights_sha256
+    assert values["pinned"] is None
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "info", "pull"])
+@pytest.mark.parametrize(
+    ("source", "word"), [("tiny-cdd", "'tiny-cd'"), ("./nowhere", "nowhere"), ("a/b/c", "a/b/c"), ("", "empty")]
+)
+@pytest.mark.usefixtures("hub")
+def test_what_there_is_not_gets_a_message_and_status_1(capsys: Captured, command: str, source: str, word: str):
+    check_mistake(main(["backbones", command, source]), 1, capsys.readouterr().err, word)
+
+
+@pytest.mark.parametrize(("damage", "word"), [(b"", WEIGHTS), (b"<html>", "web page"), (None, WEIGHTS)])
+def test_verify_of_a_damaged_folder_gets_a_message_and_status_1(
+    folder: str, capsys: Captured, damage: bytes | None, word: str
+):
+    (Path(folder) / WEIGHTS).unlink()
+    if damage is not None:
+        (Path(folder) / WEIGHTS).write_bytes(damage)
+    check_mistake(main(["backbones", "verify", folder]), 1, capsys.readouterr().err, word)
+
+
+def test_server_that_lacks_the_file_gets_a_message_and_status_1(hub: HubServer, capsys: Captured):
+    del hub.files[PATH]
+    assert main(["backbones", "pull", NAME]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"Error: {hub.address}{PATH} could not be fetched: ")
+
+
+def test_damaged_notes_get_a_message_and_status_1(cache: Path, capsys: Captured):
+    cache.mkdir()
+    (cache / "verified.json").write_text("{")
+    check_mistake(main(["backbones", "list"]), 1, capsys.readouterr().err, "verified.json", "Remove it")
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+Answers = dict[str, Answer]
+
+
+@pytest.fixture(scope="module")
+def org(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A Hub with a model."""
+    with serving() as server:
+        server.repository("someone/model", files_of(write_folder(tmp_path_factory.mktemp("hub") / "model")))
+        server.repository("someone/described", files_of(write_folder(tmp_path_factory.mktemp("hub") / "model")))
+        server.script("/api/models/someone/broken*", Fault(status=500, times=ALWAYS))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def answers(org: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What came of each command, in one process."""
+    place = tmp_path_factory.mktemp("commands")
+    folder = str(write_folder(place / "model", 1))
+    steps: dict[str, list[Any]] = {
+        "": ["hurry"],
+        "info": ["cli", "backbones", "info", "someone/described", "--json"],
+        "pull": ["cli", "backbones", "pull", "someone/model"],
+        "pull as json": ["cli", "backbones", "pull", "someone/model", "--json"],
+        "force": ["cli", "backbones", "pull", "someone/model", "--force"],
+        "verify": ["cli", "backbones", "verify", "someone/model", "--json"],
+        "missing": ["cli", "backbones", "pull", "someone/missing"],
+        "broken": ["cli", "backbones", "pull", "someone/broken"],
+        "no token": ["cli", "backbones", "push", folder, "someone/new"],
+        "token": ["environ", "HF_TOKEN", TOKEN],
+        "push": ["cli", "backbones", "push", folder, "someone/new", "--private", "--message", "My words"],
+        "push as json": ["cli", "backbones", "push", folder, "someone/newer", "--json"],
+        "no folder": ["cli", "backbones", "push", str(place / "nowhere"), "someone/nowhere"],
+        "no backbone": ["cli", "backbones", "push", str(place), "someone/nowhere"],
+        "no organisation": ["cli", "backbones", "push", folder, "nowhere/else"],
+    }
+    return dict(zip(steps, run_elsewhere(*steps.values(), home=place / "home", address=org.address), strict=True))
+
+
+@pytest.mark.usefixtures("answers")
+def test_info_of_a_hub_id_fetches_the_record_alone(answers: Answers, org: HubServer):
+    assert answers["info"].value == 0
+    assert json.loads(answers["info"].out)["name"] == "tiny"
+    assert [request.path.split("/")[-1] for request in org.asked("/someone/described/resolve/*")] == [RECORD_FILE]
+
+
+def test_pull_of_a_hub_id_says_where_it_is(answers: Answers, org: HubServer):
+    commit = org.repositories["someone/model"].refs["main"]
+    assert answers["pull"].value == answers["force"].value == 0
+    assert answers["pull"].out.startswith("someone/model is in ")
+    assert commit in answers["pull"].out
+    values = json.loads(answers["pull as json"].out)
+    assert Path(values["weights"]).stat().st_size == values["bytes"]
+    assert json.loads(answers["verify"].out)["revision"] == commit
+
+
+def test_push_says_how_to_load_what_was_published(answers: Answers, org: HubServer):
+    repository = org.repositories["someone/new"]
+    assert answers["push"].value == 0
+    assert answers["push"].out == f"Pushed. Load it with load_backbone('someone/new@{repository.refs['main']}').\n"
+    assert repository.private
+    assert repository.messages[-1] == "My words"
+    newer = org.repositories["someone/newer"]
+    assert json.loads(answers["push as json"].out) == {"backbone": f"someone/newer@{newer.refs['main']}"}
+    assert not newer.private
+    assert newer.messages[-1] == "Add the backbone"
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "words"),
+    [
+        ("missing", 1, ["someone/missing", "HF_TOKEN"]),
+        ("broken", 1, ["someone/broken"]),
+        ("no token", 1, ["someone/new", "hf auth login"]),
+        ("no folder", 2, ["nowhere"]),
+        ("no backbone", 1, [RECORD_FILE]),
+        ("no organisation", 1, ["nowhere/else"]),
+    ],
+)
+def test_mistakes_with_the_hub_get_a_message_and_a_status(answers: Answers, step: str, status: int, words: list[str]):
+    answer = answers[step]
+    assert answer.value == status, answer
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    error = answer.err[answer.err.index("Error: ") :]
+    for word in words:
+        assert word in error
