@@ -19,6 +19,7 @@ FLOORS = {
     "purifiers": 2,
     "gradients": 2,
     "conditioning": 2,
+    "door": 2,
     "cmap": 1,
     "backbones": 1,
     "data": 1,

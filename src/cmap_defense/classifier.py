@@ -6,19 +6,22 @@ import contextlib
 import dataclasses
 import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cmap_defense.backbones.base import check_backbone
+from cmap_defense.backbones.base import check_backbone, latent_caster
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.cmap.losses import ObjectiveTerms
+from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.cmap.optimise import Callback, LatentState
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.conditioning import ClassLabels, choose_class_labels, require_class_labels
+from cmap_defense.door import ImageDoor
 from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
@@ -27,26 +30,14 @@ from cmap_defense.errors import (
     InputValueError,
     SettingsError,
 )
-from cmap_defense.gradients import GradientMode, Purification, StraightThrough
-from cmap_defense.hooks import HookHandle, LatentHooks
-from cmap_defense.inputs import (
-    RESIZE_MODES,
-    check_device,
-    check_finite,
-    check_images,
-    check_logits,
-    check_seeds,
-    check_shape,
-    check_unit_range,
-    resize_images,
-    signed_word,
-)
+from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
+from cmap_defense.hooks import HookHandle, LatentHook, LatentHooks
+from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.modules import device_of, dtype_of, weights_of
-from cmap_defense.normalisation import Normalisation
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import History, PurificationResult
-from cmap_defense.rng import fresh_seeds
+from cmap_defense.rng import draw_latents, fresh_seeds
 from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["PurifiedClassifier"]
@@ -117,9 +108,7 @@ class PurifiedClassifier(nn.Module):
             raise ClassifierError(f"The classifier must be an nn.Module or a callable instance, but is {classifier!r}.")
         if any(weight.is_inference() for weight in weights_of(classifier)):
             raise ClassifierError("The classifier's weights were made under torch.inference_mode: load it outside.")
-        self.inputs = require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
         self.vote = require_choice("PurifiedClassifier", "vote", vote, ("label", "soft"))
-        self.resize = _resize_mode(resize)
         self.seed = None if seed is None else _any_integer("seed", seed)
         self.max_parallel = (
             None
@@ -147,9 +136,7 @@ class PurifiedClassifier(nn.Module):
         if settings is None:
             settings = _settings_of(self.backbone)
         self.purifier: Purifier = CMAP(settings)
-        if normalize is None and self.inputs == "normalized":
-            raise SettingsError('inputs="normalized" needs normalize=(mean, std), those that the images went through.')
-        self.normalisation = None if normalize is None else Normalisation.of(normalize, self.image_shape[0])
+        self.door = ImageDoor.of(self.image_shape, inputs, normalize, resize)
         self._latent_hooks = LatentHooks()
 
     @property
@@ -217,16 +204,89 @@ class PurifiedClassifier(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             return self._purify(images, latents, seeds, class_labels)
 
-    def register_latent_hook(self, hook: Callback) -> HookHandle:
-        """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before every latent step.
+    def register_latent_hook(
+        self, hook: Callback, *, iterations: Container[int] | None = None, live: bool = False
+    ) -> HookHandle:
+        """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before latent steps.
 
         Latents that it returns take the place of the state's; only one hook may do so in an iteration. Hooks run in
         the order of their registration, belong to this object alone (copies and pickles have none) and cost nothing
         when there are none. The handle removes the hook, also as a context manager.
+
+        Args:
+            hook: called once per iteration, never again while a gradient is taken.
+            iterations: those at which it is called, such as ``range(0, 200, 10)``; None for all.
+            live: give it states that are part of the graph to the input, and keep latents that it returns part of it.
+                Needs ``gradient=Unrolled()``, and an input that requires a gradient; without one, states are detached.
+
+        Raises:
+            SettingsError: the hook is not callable, or live without an unrolled gradient.
         """
         if not callable(hook):
             raise SettingsError(f"A latent hook must be callable, but is {hook!r}.")
-        return self._latent_hooks.register(hook)
+        if iterations is not None and not isinstance(iterations, Container):
+            raise SettingsError(f"iterations must be a set or range of numbers, but is {iterations!r}.")
+        if live and not isinstance(self.gradient, Unrolled):
+            raise SettingsError(
+                f"A live hook needs PurifiedClassifier(..., gradient=Unrolled()), but this one has {self.gradient!r}: no "
+                "other mode has a graph through the loop."
+            )
+        return self._latent_hooks.register(hook, iterations, live)
+
+    def initial_latents(self, images: Tensor, *, seeds: Tensor | Sequence[int] | None = None) -> Tensor:
+        """The unit latents [B, K, C, H, W] that a purification of these images starts from.
+
+        Args:
+            images: as for :meth:`forward`. seeds: likewise; without any, and without ``seed``, they are fresh ones.
+
+        It raises the errors of :meth:`forward`.
+        """
+        unit = self.door.to_unit(images, self._device())
+        drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.settings.n_latents, self.image_shape)
+        return drawn.to(unit.device, unit.dtype)
+
+    def generate(self, latents: Tensor, *, class_labels: Tensor | None = None) -> Tensor:
+        """G of latents [B, K, C, H, W]: images [B, K, C, H, W] in [0, 1], of the backbone's size, differentiable.
+
+        class_labels: [B, K] integers for a class-conditional backbone.
+        """
+        return (self._generated(latents, class_labels).clamp(-1, 1) + 1) / 2
+
+    def objective(self, latents: Tensor, images: Tensor, *, class_labels: Tensor | None = None) -> ObjectiveTerms:
+        """The terms of eq. 9 that the purification minimises, and their sum, differentiable in latents and images.
+
+        Args:
+            latents: [B, K, C, H, W], unit, of the backbone's size.
+            images: as for :meth:`forward`, [B, C, H, W].
+            class_labels: [B, K] integers for a class-conditional backbone.
+
+        Returns:
+            :class:`~cmap_defense.cmap.losses.ObjectiveTerms`: l1 and ssim [B, K], latent and total [B].
+        """
+        unit = self.door.to_unit(images, self._device())
+        latents = self._check_latents(latents, unit)
+        small = self.door.resized(unit, self.image_shape[1:]).to(latents.dtype)
+        generated = self._generated(latents, class_labels)
+        return objective_terms(latents, generated, small, self.settings)
+
+    def classify_latents(
+        self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """The classifier's logits [B, K, classes] on the images of latents [B, K, C, H, W], differentiable.
+
+        size: (H, W) of the images that the classifier is shown, where the wrapper resizes; None for the backbone's.
+        """
+        shown = self.generate(latents, class_labels=class_labels)
+        if size is not None:
+            shown = self.door.resized(shown.flatten(0, 1), size).unflatten(0, latents.shape[:2])
+        return self._classify(shown)
+
+    def forward_from_latents(
+        self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """What :meth:`forward` answers when a purification ends at these latents: [B, classes], differentiable."""
+        logits = self.classify_latents(latents, class_labels=class_labels, size=size)
+        return vote_logits(logits, lift=self.vote == "label")
 
     def train(self, mode: bool = True) -> Self:
         """Set the classifier's mode; the backbone stays in eval mode."""
@@ -235,7 +295,7 @@ class PurifiedClassifier(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.inputs!r}"
+        return f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.door.inputs!r}"
 
     def _purify(
         self,
@@ -244,14 +304,14 @@ class PurifiedClassifier(nn.Module):
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
     ) -> PurificationResult:
-        unit = self._to_unit(check_images(images))
+        unit = self.door.to_unit(images, self._device())
         chosen = self._seeds(seeds, latents, len(unit))
         if latents is not None:
             latents = self._check_latents(latents, unit)
         n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
             return self._empty(unit, n_latents, chosen if latents is None else None)
-        small = self._resized(unit, self.image_shape[1:])
+        small = self.door.resized(unit, self.image_shape[1:])
         labels = choose_class_labels(
             self.class_labels,
             class_labels,
@@ -262,7 +322,7 @@ class PurifiedClassifier(nn.Module):
         )
         result = self.gradient.purify(self._purification(small, chosen, latents, labels))
         attached = result.images
-        shown = self._resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
+        shown = self.door.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
         logits = self._classify(shown)
         return self._judged(dataclasses.replace(result, images=shown), logits)
 
@@ -276,15 +336,35 @@ class PurifiedClassifier(nn.Module):
             "class_labels": labels,
             "max_parallel": self.max_parallel,
         }
-        callback = self._callback()
+        every, plain, live, live_at = self._callbacks()
         prepare = getattr(self.purifier, "prepare", None)
         return Purification(
             images,
-            lambda: self.purifier(self.backbone, images.detach(), callback=callback, **options),
+            lambda: self.purifier(self.backbone, images.detach(), callback=every, **options),
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
             self._denoiser(labels),
-            callback,
+            plain,
+            live,
+            live_at,
         )
+
+    def _generated(self, latents: Tensor, class_labels: Tensor | None) -> Tensor:
+        """G of latents [B, K, C, H, W] in [-1, 1], in chunks, with an ordinary graph; checked."""
+        if not isinstance(latents, Tensor) or latents.ndim != 5 or tuple(latents.shape[2:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            came = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise InputValueError(f"latents must be [B, K, {expected}], but are {came}.")
+        flat = latents.flatten(0, 1)
+        chunk = self.max_parallel or max(1, len(flat))
+        labels = check_class_labels(
+            None if class_labels is None else class_labels.reshape(-1),
+            len(flat),
+            getattr(self.backbone, "num_classes", None),
+        )
+        given = [()] * len(flat.split(chunk)) if labels is None else [(part,) for part in labels.split(chunk)]
+        generate = latent_caster(self.backbone, flat.device)
+        pieces = [generate(piece, *label) for piece, label in zip(flat.split(chunk), given, strict=True)]
+        return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
 
     def _denoiser(self, labels: Tensor | None) -> Callable[[Tensor, float], Tensor] | None:
         """f of [B, K, C, H, W], each latent under its own label; None where the backbone has none."""
@@ -299,23 +379,6 @@ class PurifiedClassifier(nn.Module):
         return dataclasses.replace(
             result, logits=logits, votes=votes, labels=majority_label(logits.detach()), margin=vote_margin(votes)
         )
-
-    def _to_unit(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], float32 at least, safe to be part of a graph; checked for device, range and shape."""
-        check_device(images, self._device())
-        check_finite(images)
-        if images.is_inference():
-            images = images.clone()
-        rounding = torch.finfo(images.dtype).eps
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
-        check_shape(images, self.image_shape, resizes=self.resize is not None)
-        slack = 0.0
-        if self.inputs == "normalized":
-            assert self.normalisation is not None
-            images = self.normalisation.undo(images)
-            slack = self.normalisation.slack(rounding)
-        check_unit_range(images, inputs=self.inputs, slack=slack)
-        return images
 
     def _device(self) -> torch.device | None:
         """Where the model is; None when neither part has weights."""
@@ -349,24 +412,12 @@ class PurifiedClassifier(nn.Module):
             raise InputValueError("latents must be finite, but hold NaN or infinite values.")
         return latents.clone() if latents.is_inference() else latents
 
-    def _callback(self) -> Callback | None:
+    def _callbacks(self) -> tuple[Callback | None, Callback | None, Callback | None, Callable[[int], bool]]:
+        """All hooks as one callback, those on detached states, those on live ones, and when the last are called."""
         hooks = tuple(self._latent_hooks)
-        if not hooks:
-            return None
-
-        def run(state: LatentState) -> Tensor | None:
-            answers = [hook(state) for hook in hooks]
-            replaced = [answer for answer in answers if answer is not None]
-            if len(replaced) > 1:
-                raise InputValueError(
-                    f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may."
-                )
-            return replaced[0] if replaced else None
-
-        return run
-
-    def _resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        return images if self.resize is None else resize_images(images, size, self.resize)
+        live = tuple(hook for hook in hooks if hook.live)
+        plain = tuple(hook for hook in hooks if not hook.live)
+        return _together(hooks), _together(plain), _together(live), lambda n: any(hook.at(n) for hook in live)
 
     def _classify(self, shown: Tensor) -> Tensor:
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""
@@ -377,8 +428,7 @@ class PurifiedClassifier(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         """The classifier's logits [M, classes], float32 at least, checked."""
-        if self.normalisation is not None:
-            images = self.normalisation.apply(images)
+        images = self.door.to_classifier(images)
         dtype = dtype_of(self.classifier)
         return check_logits(self.classifier(images if dtype is None else images.to(dtype)), len(images))
 
@@ -405,6 +455,21 @@ class PurifiedClassifier(nn.Module):
         return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
 
 
+def _together(hooks: tuple[LatentHook, ...]) -> Callback | None:
+    """Several hooks as one callback, each at its own iterations; None when there are none."""
+    if not hooks:
+        return None
+
+    def run(state: LatentState) -> Tensor | None:
+        answers = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
+        replaced = [answer for answer in answers if answer is not None]
+        if len(replaced) > 1:
+            raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
+        return replaced[0] if replaced else None
+
+    return run
+
+
 @contextlib.contextmanager
 def _evaluating(classifier: object) -> Iterator[None]:
     """The classifier in eval mode, each of its modules back in its own mode afterwards."""
@@ -425,12 +490,6 @@ def _settings_of(backbone: nn.Module) -> CMAPSettings:
         return CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
     except SettingsError as error:
         raise BackboneFileError(f"The settings in the backbone's record are not valid: {error}") from error
-
-
-def _resize_mode(resize: str | bool | None) -> str | None:
-    if resize is None or resize is False:
-        return None
-    return "bilinear" if resize is True else require_choice("PurifiedClassifier", "resize", resize, RESIZE_MODES)
 
 
 def _any_integer(name: str, value: object) -> int:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from typing_extensions import Self
 
-__all__ = ["HookHandle", "LatentHooks"]
+__all__ = ["HookHandle", "LatentHook", "LatentHooks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentHook:
+    """function: what is called. iterations: those at which it is; None for all. live: whether it wants the graph."""
+
+    function: Callable[[Any], Any]
+    iterations: Container[int] | None = None
+    live: bool = False
+
+    def at(self, iteration: int) -> bool:
+        """Whether it is called at an iteration."""
+        return self.iterations is None or iteration in self.iterations
 
 
 class HookHandle:
@@ -32,16 +46,18 @@ class LatentHooks:
     """An ordered set of hooks that belongs to one object: copies and pickles of it start empty."""
 
     def __init__(self) -> None:
-        self._hooks: dict[int, Callable[[Any], Any]] = {}
+        self._hooks: dict[int, LatentHook] = {}
         self._keys = itertools.count()
 
-    def register(self, hook: Callable[[Any], Any]) -> HookHandle:
-        """Add ``hook`` behind the others."""
+    def register(
+        self, function: Callable[[Any], Any], iterations: Container[int] | None = None, live: bool = False
+    ) -> HookHandle:
+        """Add a hook behind the others."""
         key = next(self._keys)
-        self._hooks[key] = hook
+        self._hooks[key] = LatentHook(function, iterations, live)
         return HookHandle(self._hooks, key)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[LatentHook]:
         return iter(tuple(self._hooks.values()))
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
 
-__all__ = ["Generate", "LatentObjective", "generate_in_chunks"]
+__all__ = ["Generate", "LatentObjective", "generate_in_chunks", "objective_terms"]
 
 Generate = Callable[..., Tensor]
 """Unit latents [M, C, H, W], and where there are class labels those [M], to images [M, C, H, W] in [-1, 1]."""
@@ -164,6 +164,27 @@ class LatentObjective:
         if not generated.requires_grad:
             raise _detached()
         return generated.to(latents.dtype)
+
+
+def objective_terms(
+    latents: Tensor,
+    generated: Tensor,
+    images: Tensor,
+    settings: CMAPSettings,
+    *,
+    l1_smoothing: float | None = None,
+) -> ObjectiveTerms:
+    """The terms of eq. 9, differentiable in latents, generated images and images.
+
+    Args:
+        latents: [B, K, C, H, W]. generated: G of them, [B, K, C, H, W] in [-1, 1]. images: [B, C, H, W] in [0, 1].
+        settings: the constants. l1_smoothing: of L1; None for the settings'.
+    """
+    smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
+    owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
+    l1, ssim = perceptual_terms(generated.flatten(0, 1), SSIMReference.of(images).take(owners), smoothing)
+    shape = latents.shape[:2]
+    return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
 
 
 def generate_in_chunks(

@@ -25,6 +25,7 @@ __all__ = [
     "Generate",
     "LatentState",
     "LoopState",
+    "check_replaced",
     "generate_in_chunks",
     "history_of",
     "minimise",
@@ -35,8 +36,8 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LatentState:
-    """What a callback sees: iteration n before its step. All tensors are detached; they are the loop's own, so do not
-    change them in place: return new latents instead.
+    """What a callback sees: iteration n before its step. They are the loop's own tensors, so do not change them in place:
+    return new latents instead. All are detached, except for a live hook, whose states are part of the graph.
 
     iteration: n, from 0. latents: [B, K, C, H, W], unit. generated: G(latents), [B, K, C, H, W] in [-1, 1].
     terms: the objective there. images: the inputs [B, C, H, W] in [0, 1].
@@ -160,7 +161,7 @@ def run_loop(
         if callback is not None:
             replaced = callback(LatentState(adam.step, latents, generated, terms, objective.images, indices))
             if replaced is not None:
-                latents = _check_replaced(replaced, latents)
+                latents = check_replaced(replaced, latents).detach()
                 terms, gradient, _ = objective.gradient(latents)
         if rows is not None:
             rows.append(_history_row(terms, latents))
@@ -175,10 +176,11 @@ def _history_row(terms: ObjectiveTerms, latents: Tensor) -> tuple[Tensor, ...]:
     return (terms.l1.mean(1), terms.ssim.mean(1), terms.latent, terms.total, elements.mean(1), elements.std(1))
 
 
-def _check_replaced(replaced: Tensor, latents: Tensor) -> Tensor:
+def check_replaced(replaced: Tensor, latents: Tensor) -> Tensor:
+    """Latents that a callback returned, on the loop's device and in its precision, or an :class:`InputValueError`."""
     if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
         came = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
         raise InputValueError(
             f"A callback must return None or latents shaped {list(latents.shape)}, but returned {came}."
         )
-    return replaced.detach().to(latents)
+    return replaced.to(latents)

@@ -9,6 +9,7 @@ whole loop is ever kept: memory holds the states of some steps and the graph of 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmap_defense.cmap.adam import AdamState, adam_step
-from cmap_defense.cmap.objective import Generate, LatentObjective
-from cmap_defense.cmap.optimise import Callback, LatentState, LoopState, run_loop
+from cmap_defense.cmap.objective import Generate, LatentObjective, objective_terms
+from cmap_defense.cmap.optimise import Callback, LatentState, LoopState, check_replaced, run_loop
 
 __all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
 
@@ -47,6 +48,8 @@ def unrolled_latents(
     last: int | None,
     backward: Backward,
     callback: Callback | None = None,
+    live: Callback | None = None,
+    live_at: Callable[[int], bool] = lambda iteration: True,
     rows: list[tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
     """The latents after all N steps, as a differentiable function of the images.
@@ -58,22 +61,45 @@ def unrolled_latents(
         last: steps to go back through, from the end; None for all.
         backward: how.
         callback: sees detached states, once an iteration; a replacement cuts the gradient at that point.
+        live: sees states that are part of the graph, at the iterations that ``live_at`` says; latents that it returns stay
+            part of it.
         rows: gets the history.
     """
     total = objective.settings.iterations
     tail = total if last is None else min(last, total)
+    head = total - tail
+    stops = {n for n in range(total) if live is not None and live_at(n)}
     state = LoopState(start.detach(), AdamState.start(start))
-    state = run_loop(objective, state, total - tail, callback=callback, rows=rows)
-    done = 0
-    length = math.ceil(math.sqrt(tail)) if backward.checkpoint else tail
     bound = _Bound()
     latents, first, second = state.latents, state.adam.first, state.adam.second
-    while done < tail:
-        steps = min(length, tail - done)
-        plan = _Plan(objective, total - tail + done, steps, backward, bound, callback, rows)
-        latents, first, second = _Segment.apply(latents, first, second, images, plan)
-        done += steps
+    length = math.ceil(math.sqrt(tail)) if backward.checkpoint else tail
+    cuts = sorted({0, head, total} | stops | set(range(head, total, length)))
+    for begin, end in itertools.pairwise(cuts):
+        if begin in stops:
+            assert live is not None
+            latents = _called(live, objective, images, latents, begin, backward.l1_smoothing)
+        if begin < head and not latents.requires_grad:
+            state = LoopState(latents, AdamState(begin, first, second))
+            state = run_loop(objective, state, end - begin, callback=callback, rows=rows)
+            latents, first, second = state.latents, state.adam.first, state.adam.second
+        else:
+            plan = _Plan(objective, begin, end - begin, backward, bound, callback, rows)
+            latents, first, second = _Segment.apply(latents, first, second, images, plan)
     return bound.watch(latents)
+
+
+def _called(
+    live: Callback, objective: LatentObjective, images: Tensor, latents: Tensor, iteration: int, smoothing: float
+) -> Tensor:
+    """The latents after a live hook: its own where it returned some."""
+    with torch.enable_grad():
+        inside = latents if latents.requires_grad else latents.detach().requires_grad_()
+        generated = generate_with_gradient(objective.generate, inside, objective.class_labels, objective.chunk)
+        smoothing = max(smoothing, objective.settings.l1_smoothing)
+        terms = objective_terms(inside, generated, images, objective.settings, l1_smoothing=smoothing)
+        indices = torch.arange(len(images), device="cpu")
+        replaced = live(LatentState(iteration, inside, generated, terms, images, indices))
+    return latents if replaced is None else check_replaced(replaced, latents)
 
 
 def generate_with_gradient(

@@ -25,7 +25,8 @@ class Purification:
     run: the purifier on these images, without a graph.
     prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
     denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
-    callback: the caller's hooks; ``run`` calls them by itself.
+    callback: the caller's hooks on detached states; live: those on states in the graph, at the iterations of ``live_at``.
+        ``run`` calls all of them by itself, with detached states.
     """
 
     images: Tensor
@@ -33,6 +34,8 @@ class Purification:
     prepare: Callable[[], LatentProblem] | None = None
     denoise: Callable[[Tensor, float], Tensor] | None = None
     callback: Callback | None = None
+    live: Callback | None = None
+    live_at: Callable[[int], bool] = lambda iteration: True
 
     @property
     def wants_gradient(self) -> bool:

@@ -67,6 +67,8 @@ class Unrolled(GradientMode):
                 last=self.last,
                 backward=self.backward,
                 callback=purification.callback,
+                live=purification.live,
+                live_at=purification.live_at,
                 rows=rows,
             )
             generated = generate_with_gradient(objective.generate, latents, objective.class_labels, objective.chunk)
