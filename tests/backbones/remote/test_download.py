@@ -198,7 +198,7 @@ def test_connection_that_is_cut_again_and_again_is_resumed_as_long_as_bytes_come
 def test_connection_that_falls_silent_is_given_up_and_resumed(
     hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "TIMEOUT", 1.0)
     hub.script(PATH, Fault(stall=10 * BLOCK))
     assert download(hub.address + PATH, target) == SHA256
     assert target.read_bytes() == OLD
