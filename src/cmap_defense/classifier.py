@@ -30,6 +30,7 @@ from cmap_defense.gradients import GradientMode, StraightThrough
 from cmap_defense.hooks import HookHandle, LatentHooks
 from cmap_defense.inputs import (
     RESIZE_MODES,
+    check_class_labels,
     check_device,
     check_finite,
     check_images,
@@ -249,6 +250,9 @@ class PurifiedClassifier(nn.Module):
             latents = self._check_latents(latents, unit)
         n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
+            if class_labels is not None:
+                num_classes = getattr(self.backbone, "num_classes", None)
+                check_class_labels(torch.as_tensor(class_labels).reshape(-1).long(), 0, num_classes)
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self._resized(unit, self.image_shape[1:])
         result = self.purifier(

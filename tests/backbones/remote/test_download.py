@@ -129,7 +129,10 @@ def test_redirection_is_followed_and_the_transfer_behind_it_resumed(hub: HubServ
     assert [r.range for r in hub.asked(PATH)] == [None, "bytes=50000-"]
 
 
-def test_tenths_are_told_where_there_is_no_terminal(hub: HubServer, target: Path, capsys: pytest.CaptureFixture[str]):
+def test_tenths_are_told_where_there_is_no_terminal(
+    hub: HubServer, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cmap_defense.backbones.remote.download.WORTH_TELLING", 2**20)
     hub.put(PATH, bytes(3 * 2**20))
     download(hub.address + PATH, target)
     printed = capsys.readouterr()

@@ -334,7 +334,7 @@ def test_force_that_fails_is_an_error_and_the_cache_serves_as_before(answers: An
         ("short", ["not a whole safetensors file"]),
         ("pointer", ["Git LFS pointer"]),
         ("tampered", ["SHA-256", "not the file that the record describes"]),
-        ("no-weights", [f"has no {WEIGHTS}"]),
+        ("no-weights", [f"There is no {WEIGHTS}", "lacks its weights"]),
         ("escapes", ["weights_file"]),
         ("empty", ["someone/empty holds no backbone", RECORD_FILE, "model_index.json"]),
     ],
