@@ -190,23 +190,8 @@ def die_in_conversion() -> None:
     fetch.write_backbone = half
 
 
-STEPS = {
-    function.__name__: function
-    for function in (
-        load,
-        pull,
-        verify,
-        push,
-        push_and_load,
-        cli,
-        environ,
-        hurry,
-        largest_file,
-        name,
-        entry,
-        die_in_conversion,
-    )
-}
+_FETCH, _SHARE, _PREPARE = (load, pull, verify, entry), (push, push_and_load, cli), (environ, hurry, largest_file, name)
+STEPS = {step.__name__: step for step in (*_FETCH, *_SHARE, *_PREPARE, die_in_conversion)}
 
 
 class Heard(io.StringIO):

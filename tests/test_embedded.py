@@ -4,6 +4,7 @@ import torch
 
 from cmap_defense import PurifiedClassifier, load_backbone
 from cmap_defense.attacks import PGD, ThreatModel
+from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.registry import registry_entry
 from cmap_defense.embedded import ASSETS, CLASS_NAMES, load_classifier, load_test_images
 
@@ -62,6 +63,6 @@ def test_the_defence_recovers_images_whose_attacker_did_not_know_it() -> None:
 def test_a_backbone_given_by_name_joins_the_classifiers_device_and_brings_its_settings() -> None:
     model = PurifiedClassifier(load_classifier().to("meta"), "fashion-mnist-ct")
     assert {p.device.type for p in model.backbone.parameters()} == {"meta"}
-    record = registry_entry("fashion-mnist-ct").record
+    record = read_record(registry_entry("fashion-mnist-ct").sources[0].folder)
     assert model.settings.to_dict() | record.settings == model.settings.to_dict()
     assert not any(p.requires_grad for p in model.backbone.parameters())

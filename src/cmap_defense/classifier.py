@@ -228,8 +228,8 @@ class PurifiedClassifier(nn.Module):
             raise SettingsError(f"iterations must be a set or range of numbers, but is {iterations!r}.")
         if live and not isinstance(self.gradient, Unrolled):
             raise SettingsError(
-                f"A live hook needs PurifiedClassifier(..., gradient=Unrolled()), but this one has {self.gradient!r}: no "
-                "other mode has a graph through the loop."
+                f"A live hook needs PurifiedClassifier(..., gradient=Unrolled()), but this one has {self.gradient!r}: "
+                "no other mode has a graph through the loop."
             )
         return self._latent_hooks.register(hook, iterations, live)
 
@@ -310,6 +310,9 @@ class PurifiedClassifier(nn.Module):
             latents = self._check_latents(latents, unit)
         n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
+            if class_labels is not None:
+                num_classes = getattr(self.backbone, "num_classes", None)
+                check_class_labels(torch.as_tensor(class_labels).reshape(-1).long(), 0, num_classes)
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self.door.resized(unit, self.image_shape[1:])
         labels = choose_class_labels(

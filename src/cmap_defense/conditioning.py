@@ -25,7 +25,7 @@ CHOICES = ("predicted", "spread")
 
 def require_class_labels(value: object) -> ClassLabels:
     """``value`` when it is a way to choose. Raises :class:`SettingsError`."""
-    if callable(value) or value in CHOICES:
+    if callable(value) or (isinstance(value, str) and value in CHOICES):
         return value  # pyright: ignore[reportReturnType]
     raise SettingsError(
         'PurifiedClassifier.class_labels must be "predicted", "spread" or a function images -> labels, '
@@ -62,7 +62,7 @@ def choose_class_labels(
         return None
     if given is None and callable(choice):
         with torch.no_grad():
-            given = choice(images.detach())
+            return _one_per_latent(choice(images.detach()), images, n_latents, num_classes)
     if given is not None:
         return _one_per_latent(given, images, n_latents, num_classes)
     with torch.no_grad():

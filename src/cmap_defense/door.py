@@ -1,4 +1,4 @@
-"""Between the caller's images, the backbone's and the classifier's: units, sizes, normalisation, and every check of them."""
+"""Between the caller's images, the backbone's and the classifier's: units, sizes, normalisation, every check."""
 
 from __future__ import annotations
 

@@ -154,12 +154,13 @@ def check_class_labels(labels: object, count: int, num_classes: int | None, *, r
         raise InputTypeError(f"class_labels must be an integer tensor [{count}], but are {came}.")
     if tuple(labels.shape) != (count,):
         raise InputValueError(f"class_labels must be one per image, [{count}], but are {list(labels.shape)}.")
+    labels = labels.to(torch.int64)
     if labels.device.type == "cuda" and not ranged:
-        return labels.to(torch.int64)
+        return labels
     if count and not bool(((labels >= 0) & (labels < num_classes)).all()):
         low, high = (n.item() for n in labels.aminmax())
         raise InputValueError(f"class_labels must lie in 0 .. {num_classes - 1}, but lie in {low} .. {high}.")
-    return labels.to(torch.int64)
+    return labels
 
 
 def check_logits(logits: object, count: int) -> Tensor:

@@ -389,7 +389,7 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, lsun: dict[s
 
 
 def test_heads_that_do_not_divide_the_channels_are_refused():
-    with pytest.raises(BackboneFileError, match=r"attentions.*expected \(30,\), found \(32,\)"):
+    with pytest.raises(SettingsError, match=r"head_channels must divide the \d+ channels of an attention, but is 5"):
         convert_openai(OFFICIAL, image_size=32, head_channels=5)
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, boundary_scalings
+from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.weights import read_pickle, tensor_names, write_safetensors
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
@@ -57,11 +57,11 @@ class PipelineUNet(nn.Module, abc.ABC):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        attention = _library().models.attention_processor
+        attention = _library().models.attention_processor.Attention
         for module in unet.modules():
-            if isinstance(module, attention.Attention):
+            if isinstance(module, attention):
                 processed: Any = module
-                processed.set_processor(attention.AttnProcessor())  # written out: it has a second derivative
+                processed.set_processor(WrittenOutAttention())
 
     def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
@@ -70,6 +70,22 @@ class PipelineUNet(nn.Module, abc.ABC):
     @abc.abstractmethod
     def time(self, noise_level: Tensor) -> Tensor:
         """The time step that the U-Net embeds, [B], from ln(sigma) / 4."""
+
+
+class WrittenOutAttention:
+    """Self-attention of the library's, with a second derivative, and with its softmax in the network's precision."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """[B, C, H, W] to the same."""
+        tokens = hidden_states.flatten(2).mT
+        if attn.group_norm is not None:
+            tokens = attn.group_norm(tokens.mT).mT
+        q, k, v = (attn.head_to_batch_dim(project(tokens)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=attn.scale)
+        weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(v.dtype)
+        mixed = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(weights @ v)))
+        shown = mixed.mT.unflatten(2, hidden_states.shape[2:])
+        return (shown + hidden_states if attn.residual_connection else shown) / attn.rescale_output_factor
 
 
 class DiffusersUNet(PipelineUNet):
@@ -122,13 +138,17 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         _require_class(folder, scheduler, "CMStochasticIterativeScheduler")
     _require_class(folder, unet, "UNet2DModel")
     side = unet.get("sample_size")
+    try:
+        NoiseRange.from_dict(_noise_of(scheduler))
+    except SettingsError as error:
+        raise BackboneFileError(f"{folder / SCHEDULER_CONFIG}: {error}") from error
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     try:
         return BackboneRecord(
             name=name,
             network=network,
             network_config=unet,
-            noise={key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler},
+            noise=_noise_of(scheduler),
             image_shape=(unet.get("in_channels", 3), height, width),  # pyright: ignore[reportArgumentType] - it checks
             num_classes=unet.get("num_class_embeds"),
             weights_file=next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0]),
@@ -136,6 +156,10 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         )
     except SettingsError as error:
         raise BackboneFileError(f"{folder / UNET_CONFIG}: {error}") from error
+
+
+def _noise_of(scheduler: dict[str, Any]) -> dict[str, Any]:
+    return {key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler}
 
 
 def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked: bool = False) -> PipelineUNet:
@@ -170,6 +194,7 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked
             f"another shape, such as {wrong[0]!r}."
         )
     network = NETWORKS[record.network](unet)
+    _require_agreement(path, configuration_of(network), record)
     if checked:
         differs = _differences(configuration_of(network), record.network_config)
         if differs:
@@ -190,8 +215,19 @@ def _from_pretrained(library: Any, path: Path) -> tuple[nn.Module, dict[str, Any
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # whatever a configuration that makes no sense makes the library stumble over
         raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
+
+
+def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecord) -> None:
+    side = config.get("sample_size")
+    size = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+    found = ((config.get("in_channels"), *size), config.get("num_class_embeds"))
+    if found != (tuple(record.image_shape), record.num_classes):
+        raise BackboneFileError(
+            f"{path.parent / 'config.json'} says image_shape {found[0]} and num_classes {found[1]}, the "
+            f"record {tuple(record.image_shape)} and {record.num_classes}. Fetch or write the folder again."
+        )
 
 
 def _differences(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
@@ -265,7 +301,7 @@ def _require_class(folder: Path, values: dict[str, Any], expected: str) -> None:
 def _configuration(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneFileError(f"{path} cannot be read ({error}). Fetch or write the folder again.") from error
     if not isinstance(values, dict):
         raise BackboneFileError(f"{path} is not a configuration. Fetch or write the folder again.")

@@ -13,12 +13,12 @@ import torch
 from cmap_defense.backbones.folder import read_backbone, read_denoiser
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry import backbone_names, registry_entry
-from cmap_defense.backbones.registry.entry import RegistryEntry
+from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
 
-__all__ = ["entry_of", "load_backbone", "load_denoiser", "resolve_backbone"]
+__all__ = ["entry_of", "hinting", "load_backbone", "load_denoiser", "resolve_backbone"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -42,7 +42,7 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         MissingExtraError: it is in the format of diffusers, and that library is not installed.
     """
     folder, entry = resolve_backbone(source), entry_of(source)
-    with _hinting(entry):
+    with hinting(entry):
         backbone = read_backbone(folder, dtype=dtype)
     if entry is not None:
         _describe(backbone, entry)
@@ -56,7 +56,7 @@ def load_denoiser(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
     Arguments and errors are those of :func:`load_backbone`; a consistency model is a :class:`BackboneFileError`.
     """
     folder, entry = resolve_backbone(source), entry_of(source)
-    with _hinting(entry):
+    with hinting(entry):
         denoiser = read_denoiser(folder, dtype=dtype)
     if entry is not None:
         _describe(denoiser, entry)
@@ -95,14 +95,15 @@ def entry_of(source: str | os.PathLike[str]) -> RegistryEntry | None:
 
 
 @contextlib.contextmanager
-def _hinting(entry: RegistryEntry | None) -> Iterator[None]:
+def hinting(entry: RegistryEntry | None) -> Iterator[None]:
     """A damaged file of a name says how to get another."""
     try:
         yield
     except MissingExtraError:
         raise
     except BackboneFileError as error:
-        if entry is None or "load_denoiser" in str(error) or "load_backbone" in str(error):
+        local = entry is not None and isinstance(entry.sources[0], LocalFolder)
+        if entry is None or local or "load_denoiser" in str(error) or "load_backbone" in str(error):
             raise
         raise BackboneFileError(
             f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again."

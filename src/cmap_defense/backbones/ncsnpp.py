@@ -82,6 +82,13 @@ class NCSNppConfig(Settings):
             )
         if self.nf % 4:
             raise SettingsError(f"NCSNppConfig.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
+        widths = [self.nf * mult for mult in self.ch_mult]
+        for channels in (self.nf, *widths, *(a + b for a in (self.nf, *widths) for b in (self.nf, *widths))):
+            if channels % min(channels // 4, 32):
+                raise SettingsError(
+                    f"NCSNppConfig: {channels} channels do not divide into {min(channels // 4, 32)} groups of the "
+                    "normalisation; choose another nf or ch_mult."
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

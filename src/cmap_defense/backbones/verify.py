@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel
-from cmap_defense.backbones.load import entry_of, resolve_backbone
+from cmap_defense.backbones.load import entry_of, hinting, resolve_backbone
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
 from cmap_defense.backbones.remote.cache import pin, pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry
@@ -68,13 +69,14 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
     else:
         folder, origin = fetch_entry(pinned(entry))
     record = read_record(folder)
-    model: KarrasModel = read_backbone(folder) if record.kind == "consistency" else read_denoiser(folder)
+    with hinting(entry):
+        model: KarrasModel = read_backbone(folder) if record.kind == "consistency" else read_denoiser(folder)
     boundary, images = _probe(model)
     allowed = getattr(model.network, "boundary_error", 0.0)
+    if not bool(torch.isfinite(images).all()) or (boundary is not None and not math.isfinite(boundary)):
+        raise BackboneFileError(f"{folder} is no working model: it makes NaN or infinite values.")
     if boundary is not None and boundary > allowed:
         raise BackboneFileError(f"{folder} is no consistency model: |f(x, sigma_min) - x| is {boundary:.3g}.")
-    if not bool(torch.isfinite(images).all()):
-        raise BackboneFileError(f"{folder} is no working model: it generates NaN or infinite values.")
     weights = sha256_of(folder / record.weights_file)
     revision = folder.name if folder.parent.name == "snapshots" else None
     official = record.source.get("sha256")

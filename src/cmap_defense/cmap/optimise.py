@@ -36,8 +36,8 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LatentState:
-    """What a callback sees: iteration n before its step. They are the loop's own tensors, so do not change them in place:
-    return new latents instead. All are detached, except for a live hook, whose states are part of the graph.
+    """What a callback sees: iteration n before its step. They are the loop's own tensors, so do not change them in
+    place: return new latents instead. All are detached, except for a live hook, whose states are part of the graph.
 
     iteration: n, from 0. latents: [B, K, C, H, W], unit. generated: G(latents), [B, K, C, H, W] in [-1, 1].
     terms: the objective there. images: the inputs [B, C, H, W] in [0, 1].

@@ -61,8 +61,8 @@ def unrolled_latents(
         last: steps to go back through, from the end; None for all.
         backward: how.
         callback: sees detached states, once an iteration; a replacement cuts the gradient at that point.
-        live: sees states that are part of the graph, at the iterations that ``live_at`` says; latents that it returns stay
-            part of it.
+        live: sees states that are part of the graph, at the iterations that ``live_at`` says; latents that it returns
+            stay part of it.
         rows: gets the history.
     """
     total = objective.settings.iterations

@@ -25,8 +25,8 @@ class Purification:
     run: the purifier on these images, without a graph.
     prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
     denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
-    callback: the caller's hooks on detached states; live: those on states in the graph, at the iterations of ``live_at``.
-        ``run`` calls all of them by itself, with detached states.
+    callback: the caller's hooks on detached states. live: those on states in the graph, at the iterations of
+        ``live_at``. ``run`` calls all of them by itself, with detached states.
     """
 
     images: Tensor

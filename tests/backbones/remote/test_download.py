@@ -129,7 +129,10 @@ def test_redirection_is_followed_and_the_transfer_behind_it_resumed(hub: HubServ
     assert [r.range for r in hub.asked(PATH)] == [None, "bytes=50000-"]
 
 
-def test_tenths_are_told_where_there_is_no_terminal(hub: HubServer, target: Path, capsys: pytest.CaptureFixture[str]):
+def test_tenths_are_told_where_there_is_no_terminal(
+    hub: HubServer, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("cmap_defense.backbones.remote.download.WORTH_TELLING", 2**20)
     hub.put(PATH, bytes(3 * 2**20))
     download(hub.address + PATH, target)
     printed = capsys.readouterr()
@@ -198,7 +201,7 @@ def test_connection_that_is_cut_again_and_again_is_resumed_as_long_as_bytes_come
 def test_connection_that_falls_silent_is_given_up_and_resumed(
     hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "TIMEOUT", 1.0)
     hub.script(PATH, Fault(stall=10 * BLOCK))
     assert download(hub.address + PATH, target) == SHA256
     assert target.read_bytes() == OLD

@@ -443,7 +443,7 @@ def test_two_processes_fetch_once_and_both_get_the_model(hub: HubServer, cache: 
     hub.put(PATH, LARGE)
     hub.script(PATH, Fault(stall=BLOCK + 5000))
     first = start()
-    wait_for(lambda: received(cache) == BLOCK)
+    wait_for(lambda: received(cache) == BLOCK + 5000)
     second = start()
     assert is_waiting(second)
     hub.go_on.set()
@@ -459,12 +459,12 @@ def test_process_that_waits_takes_over_from_one_that_is_killed_and_continues_its
     hub.put(PATH, LARGE)
     hub.script(PATH, Fault(stall=BLOCK + 5000))
     first = start()
-    wait_for(lambda: received(cache) == BLOCK)
+    wait_for(lambda: received(cache) == BLOCK + 5000)
     second = start()
     assert is_waiting(second)
     first.kill()
     assert finish(second)[-1].value["fingerprint"] == MODEL
-    assert [request.range for request in hub.requests] == [None, f"bytes={BLOCK}-"]
+    assert [request.range for request in hub.requests] == [None, f"bytes={BLOCK + 5000}-"]
     assert len(left(cache)) == 1
 
 

@@ -26,7 +26,6 @@ __all__ = ["NotACheckpointError", "read_flax"]
 ARRAY, NUMPY_SCALAR = 1, 3
 CHUNKED = "__msgpack_chunked_array__"
 LARGEST_OBJECT = 2**31 - 1
-LARGEST_ARRAY = 2**32
 MAX_DEPTH = 32
 
 _MALFORMED = (
@@ -37,7 +36,6 @@ _MALFORMED = (
     AttributeError,
     SyntaxError,
     OverflowError,
-    MemoryError,
     struct.error,
 )
 """What reading something else than msgpack of arrays raises."""
@@ -48,6 +46,14 @@ class NotACheckpointError(BackboneFileError):
 
 
 Take = Callable[[str, np.ndarray[Any, Any]], None]
+
+
+class _TakeError(Exception):
+    """What ``take`` raised, which says nothing about the file."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
@@ -78,8 +84,8 @@ def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
                     stream.skip()  # to the end, so that a file that is cut off behind the branch is noticed too
             if stream.tell() != len(content):
                 raise ValueError(f"{len(content) - stream.tell():,} bytes follow the end")
-    except BackboneFileError:  # of ``take``
-        raise
+    except _TakeError as error:
+        raise error.cause from error.cause.__cause__
     except OSError as error:
         raise BackboneFileError(f"{path} cannot be read: {error}") from error
     except msgpack.OutOfData as error:
@@ -104,12 +110,19 @@ def _walk(stream: msgpack.Unpacker, content: mmap.mmap, prefix: str, take: Take,
         key = _text(stream.unpack())
         name = f"{prefix}/{key}" if prefix else key
         if key == CHUNKED:
-            take(prefix, _chunked(stream, entries - 1))
+            _give(take, prefix, _chunked(stream, entries - 1))
             return
         if _is_map(content, stream.tell()):
             _walk(stream, content, name, take, depth - 1)
         else:
-            take(name, _array(stream.unpack()))
+            _give(take, name, _array(stream.unpack()))
+
+
+def _give(take: Take, name: str, array: np.ndarray[Any, Any]) -> None:
+    try:
+        take(name, array)
+    except Exception as error:
+        raise _TakeError(error) from error
 
 
 def _is_map(content: mmap.mmap, position: int) -> bool:
@@ -123,13 +136,14 @@ def _chunked(stream: msgpack.Unpacker, entries: int) -> np.ndarray[Any, Any]:
     stream.unpack()  # the marker's own value, True
     parts = {_text(stream.unpack()): stream.unpack() for _ in range(entries)}
     shape, chunks = _listed(parts["shape"]), _listed(parts["chunks"])
-    if any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"{shape} is no shape")
+    _require_shape(shape)
+    if math.prod(shape) > sum(len(chunk.data) for chunk in chunks):  # before anything of that size is allocated
+        raise ValueError(f"the chunks do not make an array of shape {shape}")
     flat, filled = np.empty(0), 0
     for i in range(len(chunks)):
         piece, chunks[i] = _array(chunks[i]).ravel(), None  # one at a time, so that no second copy of all is made
         if i == 0:
-            flat = np.empty(min(math.prod(shape), LARGEST_ARRAY), piece.dtype)
+            flat = np.empty(math.prod(shape), piece.dtype)
         if filled + piece.size > flat.size:
             break
         flat[filled : filled + piece.size] = piece
@@ -150,13 +164,22 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
     """An array, or a scalar as a 0-d array."""
     if isinstance(value, msgpack.ExtType) and value.code in (ARRAY, NUMPY_SCALAR):
         shape, dtype, content = msgpack.unpackb(value.data, raw=True)
+        _require_shape(shape)
         if dtype == b"bfloat16":  # the upper half of a float32
             bits = np.frombuffer(content, np.uint16).astype(np.uint32) << 16
             return bits.view(np.float32).reshape(shape)
-        return np.frombuffer(content, np.dtype(dtype.decode())).reshape(shape)
+        kind = np.dtype(dtype.decode())
+        if kind.kind not in "biufc" or kind.fields is not None:
+            raise ValueError(f"{kind} is no type of numbers")
+        return np.frombuffer(content, kind).reshape(shape)
     if isinstance(value, (bool, int, float)):
         return np.asarray(value)
     raise ValueError(f"expected an array, but found {type(value).__name__}")
+
+
+def _require_shape(shape: Any) -> None:
+    if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{shape!r:.60} is no shape")
 
 
 def _text(key: Any) -> str:

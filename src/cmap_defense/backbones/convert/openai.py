@@ -72,10 +72,18 @@ def convert_openai(
         image_size = int(named[1])
     require_integer("convert_openai", "image_size", image_size, minimum=1)
     state = read_pickle(path)
+    unfit = [name for name, t in state.items() if t.layout != torch.strided or not t.is_floating_point()]
+    if unfit:
+        raise BackboneFileError(
+            f"{path}: {unfit[0]!r} is no dense floating-point tensor: this is no U-Net of OpenAI's."
+        )
     try:
         config = _configuration(state, image_size, head_channels)
-        renamed = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
+        renamed, taken = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
+        _require_fitting(config, image_size, head_channels)
         network = build_unet(config)
+    except SettingsError:
+        raise
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise BackboneFileError(
             f"{path} is not a U-Net of OpenAI's consistency models ({type(error).__name__}: {error})."
@@ -88,6 +96,12 @@ def convert_openai(
             f"{path} is not a U-Net of OpenAI's consistency models: {len(wrong)} tensor(s) do not fit, such as "
             f"{wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
         )
+    left = sorted(state.keys() - taken)
+    if left:
+        raise BackboneFileError(
+            f"{path} is not a U-Net of OpenAI's consistency models: it has {len(left)} tensor(s) besides, such as "
+            f"{left[0]!r}."
+        )
     broken = [name for name, t in renamed.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise BackboneFileError(f"{path}: {broken[0]!r} holds NaN or infinite values.")
@@ -96,6 +110,19 @@ def convert_openai(
         shape = (config["in_channels"], image_size, image_size)
         backbone = ConsistencyBackbone(network, shape, num_classes=config["num_class_embeds"])
     return backbone.float().eval().requires_grad_(False)
+
+
+def _require_fitting(config: dict[str, Any], image_size: int, head_channels: int) -> None:
+    unit = 2 ** (len(config["block_out_channels"]) - 1)
+    if image_size % unit:
+        raise SettingsError(f"image_size must be a multiple of {unit} for this file's levels, but is {image_size}.")
+    down = config["down_block_types"]
+    attended = [c for c, kind in zip(config["block_out_channels"], down, strict=True) if kind.startswith("Attn")]
+    for channels in {*attended, config["block_out_channels"][-1]}:
+        if channels % head_channels:
+            raise SettingsError(
+                f"head_channels must divide the {channels} channels of an attention, but is {head_channels}."
+            )
 
 
 def _configuration(state: State, image_size: int, head_channels: int) -> dict[str, Any]:
@@ -143,8 +170,21 @@ def _lists(state: State, name: str) -> list[list[State]]:
     return [[parts[i] for i in range(len(parts))] for parts in (blocks[i] for i in range(len(blocks)))]
 
 
-def _renamed(state: State, levels: int, layers: int) -> State:
-    """The tensors under the names, and in the shapes, of a UNet2DModel."""
+class _Noting(dict[str, Tensor]):
+    """Remembers the names that were looked up."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.taken.add(name)
+        return super().__getitem__(name)
+
+
+def _renamed(tensors: State, levels: int, layers: int) -> tuple[State, set[str]]:
+    """The tensors under the names, and in the shapes, of a UNet2DModel; and the names that they had."""
+    state = _Noting(tensors)
     renamed: State = {}
     for theirs, ours in _ENDS.items():
         for leaf in ("weight", "bias"):
@@ -168,7 +208,7 @@ def _renamed(state: State, levels: int, layers: int) -> State:
     _residual(state, "middle_block.0", renamed, "mid_block.resnets.0")
     _attention(state, "middle_block.1", renamed, "mid_block.attentions.0")
     _residual(state, "middle_block.2", renamed, "mid_block.resnets.1")
-    return renamed
+    return renamed, state.taken
 
 
 def _residual(state: State, theirs: str, renamed: State, ours: str) -> None:

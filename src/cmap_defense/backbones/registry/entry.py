@@ -55,7 +55,7 @@ class HubRepository:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
             raise SettingsError(f"HubRepository.repo_id must be organisation/name, but is {self.repo_id!r}.")
-        if self.revision is not None and not _COMMIT.fullmatch(self.revision):
+        if self.revision is not None and not (isinstance(self.revision, str) and _COMMIT.fullmatch(self.revision)):
             raise SettingsError(f"HubRepository.revision must be a commit of 40 digits, but is {self.revision!r}.")
         _require_sha256("HubRepository", self.sha256)
 
@@ -202,5 +202,5 @@ def _source_dict(source: Source) -> dict[str, Any]:
 
 
 def _require_sha256(owner: str, value: str | None) -> None:
-    if value is not None and not _SHA256.fullmatch(value):
+    if value is not None and not (isinstance(value, str) and _SHA256.fullmatch(value)):
         raise SettingsError(f"{owner}.sha256 must be 64 hexadecimal digits, but is {value!r}.")

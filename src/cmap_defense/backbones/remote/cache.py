@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 from huggingface_hub import constants
 
-from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile, RegistryEntry, Source
+from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.messages import tell
 from cmap_defense.errors import BackboneFileError, SettingsError
 
@@ -67,6 +67,8 @@ def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntr
     A commit is noted when a name that has none is fetched for the first time, so that it stands for the same model ever
     after; the checksum is noted by ``verify``. verified_only: leave out commits without a checksum.
     """
+    if all(isinstance(source, LocalFolder) for source in entry.sources):
+        return entry
     pins = _read_pins().get(entry.name, {})
     if verified_only:
         pins = {address: found for address, found in pins.items() if isinstance(found, dict) and "sha256" in found}
@@ -109,9 +111,13 @@ def _read_pins() -> dict[str, Any]:
     path = cache_folder() / _PINS
     try:
         pins = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BackboneFileError(
+            f"{path} cannot be read ({error}). Set CMAP_DEFENSE_CACHE to another folder."
+        ) from error
+    except ValueError as error:
         raise BackboneFileError(
             f"{path} cannot be read ({error}). Remove it, and verify the backbones again."
         ) from error

@@ -119,8 +119,12 @@ def _known(checksum: str | None) -> str:
 def _settings_lines(settings: Mapping[str, Any], kind: str) -> list[str]:
     if kind != "consistency":
         return []
-    shown = ", ".join(f"`{name} = {value:g}`" for name, value in settings.items())
+    shown = ", ".join(f"`{name} = {_number(value)}`" for name, value in settings.items())
     return ["## Settings", "", f"CMAP settings, as changes to the defaults: {shown or 'none'}.", ""]
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _figure_lines(figures: Mapping[str, Any]) -> list[str]:

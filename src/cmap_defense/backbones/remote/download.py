@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import http.client
+import io
 import json
 import re
 import shutil
@@ -36,6 +37,8 @@ TIMEOUT = 30.0
 ATTEMPTS = 5
 """Failures in a row, without a byte gained, after which it gives up."""
 LONGEST_WAIT = 60.0
+WORTH_TELLING = 16 * 2**20
+"""Bytes of a file whose progress a log is told of."""
 
 
 @dataclasses.dataclass
@@ -180,15 +183,24 @@ def _receive(transfer: _Transfer, size: int | None, *, known: bool) -> bool:
             transfer.note()
         _check_room(transfer, size)
         with _writing():
-            file = transfer.partial.open("ab")
-        with file, _Progress(transfer) as progress:
-            while block := answer.read(BLOCK):
-                with _writing():
-                    file.write(block)
-                progress.update(len(block))
+            file = transfer.partial.open("ab", buffering=0)
+        try:
+            with _Progress(transfer) as progress:
+                while block := answer.read1(BLOCK):
+                    with _writing():
+                        _write_all(file, block)
+                    progress.update(len(block))
+        finally:
             with _writing():
-                file.flush()
+                file.close()
     return transfer.total is None or transfer.done == transfer.total
+
+
+def _write_all(file: io.FileIO, block: bytes) -> None:
+    """Every byte: an unbuffered file may take a part of them."""
+    view = memoryview(block)
+    while view:
+        view = view[file.write(view) :]
 
 
 class _Unwritable(Exception):
@@ -314,7 +326,7 @@ class _Progress:
         """``count`` more bytes are there."""
         self.done += count
         self.bar.update(count)
-        if self.bar.disable and self._tenth() > self.told:
+        if self.bar.disable and (self.total or 0) > WORTH_TELLING and self._tenth() > self.told:
             self.told = self._tenth()
             tell(f"{self.name}: {self.done / 2**20:,.0f} of {(self.total or 0) / 2**20:,.0f} MiB")
 

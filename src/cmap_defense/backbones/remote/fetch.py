@@ -88,11 +88,13 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
         if (folder / file).is_file():
             _check_blob(folder / file)
             return folder
-    hint = ", and HF_HUB_OFFLINE forbids to fetch it" if constants.HF_HUB_OFFLINE else ""
-    raise BackboneFileError(
-        f"{repo_id} at {folder.name} has no {' or '.join(_weights_names(folder))} in the local cache{hint}. Run "
-        f"`cmap-defense backbones pull {repo_id}@{folder.name}` on a machine with a network."
-    )
+    missing = f"{' or '.join(_weights_names(folder))} of {repo_id} at {folder.name}"
+    if constants.HF_HUB_OFFLINE:
+        raise BackboneFileError(
+            f"{missing} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it. Run "
+            f"`cmap-defense backbones pull {repo_id}@{folder.name}` on a machine with a network."
+        )
+    raise BackboneFileError(f"There is no {missing}: the repository lacks its weights.")
 
 
 def _is_backbone(folder: Path) -> bool:
@@ -131,9 +133,18 @@ def _fetch(entry: RegistryEntry, source: Source, force: bool) -> Path:
     if isinstance(source, HubRepository):
         folder = fetch_repository(source.repo_id, source.revision, force=force)
         if source.sha256 is not None:
-            check_sha256(folder / read_record(folder).weights_file, source.sha256)
+            try:
+                check_sha256(folder / read_record(folder).weights_file, source.sha256)
+            except BackboneFileError as error:
+                raise BackboneFileError(
+                    f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again; when it stays so, "
+                    "the repository's file was replaced, and should not be trusted."
+                ) from error
         if source.revision is None and _COMMIT.fullmatch(folder.name):
-            pin(entry.name, source, revision=folder.name)
+            try:
+                pin(entry.name, source, revision=folder.name)
+            except BackboneFileError as error:  # the model is there all the same
+                tell(f"{entry.name}: its commit could not be noted ({error})")
         return folder
     return _converted(entry, source, force)
 
@@ -164,9 +175,11 @@ def _convert_afresh(entry: RegistryEntry, source: OfficialFile, folder: Path, fo
         shutil.rmtree(leftover, ignore_errors=True)
     checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
     url = _mirrored(source.url)
-    if force:
+    if force and not constants.HF_HUB_OFFLINE:
         checkpoint.unlink(missing_ok=True)
     if not checkpoint.is_file():
+        if constants.HF_HUB_OFFLINE and force:
+            raise BackboneFileError(f"HF_HUB_OFFLINE forbids to fetch {entry.name} again.")
         if constants.HF_HUB_OFFLINE:
             raise BackboneFileError(
                 f"{entry.name} is not in the local cache ({folder.parent}), and HF_HUB_OFFLINE forbids to fetch it. "
@@ -200,8 +213,9 @@ def _convert(
 ) -> None:
     try:
         model: KarrasModel = convert_jcm(checkpoint, source.config, source.params)
-    except NotACheckpointError:
-        checkpoint.unlink(missing_ok=True)  # the next run fetches it afresh
+    except CmapError as error:
+        if isinstance(error, NotACheckpointError) or source.sha256 is None:
+            checkpoint.unlink(missing_ok=True)  # nobody vouches for it: the next run fetches it afresh
         raise
     if entry.kind == "diffusion":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)

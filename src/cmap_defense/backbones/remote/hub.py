@@ -84,13 +84,14 @@ def _translated(repo_id: str, revision: str | None, failed: str) -> Iterator[Non
             "If it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
         if _status(error) in (401, 403):
             raise UnknownNameError(
                 f"The Hub refuses access to {shown} (status {_status(error)}): log in with `hf auth login`, or set "
-                f"HF_TOKEN to a token with the right to it. ({error})"
+                f"HF_TOKEN to a token with the right to it. ({said})"
             ) from error
         raise BackboneFileError(
-            f"{shown} {failed} ({type(error).__name__}: {error}). "
+            f"{shown} {failed} ({type(error).__name__}: {said}). "
             "Check the network, the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
         ) from error
 
