@@ -423,7 +423,7 @@ def test_empty_batch_gives_an_empty_result(choice: str):
 def test_labels_for_images_that_are_not_there_are_refused(labels: Any):
     model = make()
     for call in (model, model.purify):
-        with pytest.raises(InputValueError, match=r"class_labels must be one per image, \[0\]"):
+        with pytest.raises(InputValueError, match=r"class_labels must be \[0\] or \[0, 3\], one per image"):
             call(images(0), class_labels=labels)
 
 
