@@ -124,7 +124,13 @@ def test_spread_uses_every_likely_label_equally_often(seed: int, classes: int, n
         assert (used > 0).sum() == min(n_latents, classes)
 
 
-@pytest.mark.parametrize("kind", [list, np.asarray, torch.tensor, lambda n: torch.tensor(n, dtype=torch.uint8)])
+def tensor_of(dtype: torch.dtype) -> Callable[[list], Tensor]:
+    return lambda labels: torch.tensor(labels).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, np.asarray, *map(tensor_of, (torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64))]
+)
 @pytest.mark.parametrize(
     ("given", "expected"),
     [([2, 0], [[2] * 4, [0] * 4]), ([[2, 1, 0, 0], [1, 1, 2, 0]], [[2, 1, 0, 0], [1, 1, 2, 0]])],
@@ -182,6 +188,11 @@ def test_labels_that_do_not_fit_are_refused(error: type[Exception], given: Any):
         choose(lambda batch: given)
 
 
+def test_function_that_returns_nothing_is_refused():
+    with pytest.raises(InputTypeError, match="class_labels"):
+        choose(lambda batch: None)
+
+
 @pytest.mark.parametrize("choice", ["predicted", "spread"])
 def test_classifier_of_other_classes_is_refused_unless_labels_are_given(choice: str):
     with pytest.raises(ClassifierError, match=r"3 classes .* conditioned on 10"):
@@ -196,7 +207,9 @@ def test_unconditional_backbone_has_no_labels_and_takes_none(choice: Any):
         choose(choice, [0, 1], num_classes=None)
 
 
-@pytest.mark.parametrize("choice", ["random", "Predicted", "", None, 3, ["predicted"], [0, 1], torch.tensor([0, 1])])
+@pytest.mark.parametrize(
+    "choice", ["random", "Predicted", "", None, 3, ["predicted"], [0, 1], torch.tensor([0, 1]), np.array([0, 1])]
+)
 def test_unknown_choice_is_refused(choice: Any):
     with pytest.raises(SettingsError, match='"predicted", "spread" or a function'):
         make(class_labels=choice)
@@ -404,6 +417,14 @@ def test_empty_batch_gives_an_empty_result(choice: str):
     assert result.votes.shape == (0, CLASSES)
     assert (result.class_labels.shape, result.class_labels.dtype) == ((0, 3), torch.int64)
     assert make(backbone=ToyBackbone(SHAPE)).purify(images(0)).class_labels is None
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], torch.zeros(2)])
+def test_labels_for_images_that_are_not_there_are_refused(labels: Any):
+    model = make()
+    for call in (model, model.purify):
+        with pytest.raises(InputValueError, match=r"class_labels must be \[0\] or \[0, 3\], one per image"):
+            call(images(0), class_labels=labels)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

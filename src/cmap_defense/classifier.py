@@ -311,8 +311,14 @@ class PurifiedClassifier(nn.Module):
         n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
             if class_labels is not None:
-                num_classes = getattr(self.backbone, "num_classes", None)
-                check_class_labels(torch.as_tensor(class_labels).reshape(-1).long(), 0, num_classes)
+                choose_class_labels(
+                    self.class_labels,
+                    class_labels,
+                    unit,
+                    self._predict,
+                    n_latents=n_latents,
+                    num_classes=getattr(self.backbone, "num_classes", None),
+                )
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self.door.resized(unit, self.image_shape[1:])
         labels = choose_class_labels(

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmap_defense.backbones.convert import convert_openai
 from cmap_defense.backbones.diffusers import DiffusersUNet, UnscaledUNet, build_unet, configuration_of
@@ -358,6 +359,7 @@ CONFIGURATION_DAMAGE = {
     "index is a page": (INDEX, holding(INDEX, PAGE)),
     "index is empty": (INDEX, holding(INDEX, "")),
     "network configuration is a list": (UNET, holding(UNET, "[1, 2]")),
+    "network configuration is nested without end": (UNET, holding(UNET, 100_000 * "[")),
     "scheduler of another kind": ("EulerDiscreteScheduler", editing(SCHEDULER, _class_name="EulerDiscreteScheduler")),
     "scheduler of no kind": ("CMStochasticIterativeScheduler", editing(SCHEDULER, _class_name=None)),
     "network of another kind": ("UNet2DConditionModel", editing(UNET, _class_name="UNet2DConditionModel")),
@@ -365,8 +367,8 @@ CONFIGURATION_DAMAGE = {
     "size of text": ("image_shape", editing(UNET, sample_size="8")),
     "size of nothing": ("image_shape", editing(UNET, sample_size=0)),
     "classes of text": ("num_classes", editing(UNET, num_class_embeds="5")),
-    "noise of text": ("sigma_max", editing(SCHEDULER, sigma_max="80")),
-    "noise upside down": ("sigma_max", editing(SCHEDULER, sigma_max=0.001)),
+    "noise of text": (f"{SCHEDULER}: NoiseRange.sigma_max", editing(SCHEDULER, sigma_max="80")),
+    "noise upside down": (f"{SCHEDULER}: NoiseRange.sigma_max", editing(SCHEDULER, sigma_max=0.001)),
 }
 
 
@@ -413,6 +415,10 @@ WEIGHTS_DAMAGE = {
     "another network's": ("cannot be loaded", editing(UNET, block_out_channels=[8, 16])),
     "another number of classes": ("class_embedding.weight", editing(UNET, num_class_embeds=6)),
     "a configuration that is none": ("cannot be loaded", editing(UNET, block_out_channels=[8, 8, 8])),
+    "a configuration without widths": ("cannot be loaded", editing(UNET, block_out_channels=[])),
+    "heads of nothing": ("cannot be loaded", editing(UNET, attention_head_dim=0)),
+    "groups of nothing": ("cannot be loaded", editing(UNET, norm_num_groups=0)),
+    "a time of no kind": ("cannot be loaded", editing(UNET, time_embedding_type="x")),
     "a pickle of a list": ("no state dict", pickled([torch.zeros(2)])),
     "a pickle of numbers": ("no state dict", pickled({"conv_out.bias": 3})),
     "a pickle of a state dict in another": ("no state dict", pickled({"state_dict": {"a": torch.zeros(2)}})),
@@ -456,6 +462,14 @@ def test_configuration_of_another_network_than_the_records_is_refused(tmp_path: 
     write_backbone(small_backbone(), tmp_path, name="toy")
     edit(tmp_path / UNET, norm_eps=0.1)
     check_refused(tmp_path, "norm_eps")
+
+
+@pytest.mark.parametrize("changes", [{"image_shape": [3, 16, 16]}, {"num_classes": 1000}, {"num_classes": None}])
+def test_record_that_contradicts_the_configuration_is_refused(tmp_path: Path, changes: dict[str, Any]):
+    write_backbone(small_backbone(), tmp_path, name="toy")
+    edit(tmp_path / RECORD_FILE, **changes)
+    (name,) = changes
+    check_refused(tmp_path, name)
 
 
 def test_foreign_weights_beside_our_record_are_refused(tmp_path: Path):
@@ -589,7 +603,7 @@ def test_any_network_is_written_and_read_to_the_bit(config: dict[str, Any], seed
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_second_derivatives_are_finite_differences(seed: int):
-    """Attacks through the optimisation need them. A step of 1e-3, for the library's softmax is in float32."""
+    """Attacks through the optimisation need them."""
     backbone = backbone_of(SMALL | {"sample_size": [8, 4], "in_channels": 1, "out_channels": 1})
     labels, weight = torch.tensor([1, 4]), noise(2, 1, 8, 4, seed=seed, dtype=torch.float64)
     direction = noise(2, 1, 8, 4, seed=seed + 1, dtype=torch.float64)
@@ -600,6 +614,28 @@ def test_second_derivatives_are_finite_differences(seed: int):
 
     x = noise(2, 1, 8, 4, seed=seed + 2, dtype=torch.float64).requires_grad_()
     (second,) = torch.autograd.grad((gradient(x, create_graph=True) * direction).sum(), x)
-    differences = (gradient(x + 1e-3 * direction) - gradient(x - 1e-3 * direction)) / 2e-3
+    differences = (gradient(x + 1e-5 * direction) - gradient(x - 1e-5 * direction)) / 2e-5
     assert second.abs().max().item() > 0.1
-    assert ((differences - second).norm() / second.norm()).item() < 1e-3
+    assert ((differences - second).norm() / second.norm()).item() < 1e-6
+
+
+class Softmaxes(TorchDispatchMode):
+    """Notes the precision of every softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if "softmax" in str(function):
+            self.precisions.append(result.dtype)
+        return result
+
+
+def test_attention_in_float64_is_in_float64_throughout():
+    """The library's own runs its softmax in float32."""
+    backbone = backbone_of(SMALL | {"sample_size": [8, 8], "in_channels": 3, "out_channels": 3})
+    with Softmaxes() as seen:
+        backbone.denoise(noise(2, 3, 8, 8, seed=1, dtype=torch.float64), 3.0, torch.tensor([1, 2]))
+    assert set(seen.precisions) == {torch.float64}

@@ -302,6 +302,7 @@ NOT_CHECKPOINTS = {
     "half a number in bfloat16": {"params_ema": {"a": raw_array((2,), "bfloat16", b"\0" * 3)}},
     "shape of text": {"params_ema": {"a": raw_array("ab", "float32", b"\0" * 8)}},
     "shape of fractions": {"params_ema": {"a": raw_array((1.5, 2), "float32", b"\0" * 12)}},
+    "shape with a size below zero": {"params_ema": {"a": raw_array((2, -1), "float32", b"\0" * 24)}},
     "shape of seventy axes": {"params_ema": {"a": raw_array((1,) * 70, "float32", b"\0" * 4)}},
     "objects": {"params_ema": {"a": raw_array((2, 3), "object", b"\0" * 48)}},
     "objects by their letter": {"params_ema": {"a": raw_array((2, 3), "O", b"\0" * 48)}},
@@ -352,6 +353,7 @@ HUGE = {
     "array that is skipped": b"\x82\xa4step\xc9\x7f\xff\xff\xff\x01",
     "shape": msgpack.packb({"params_ema": {"a": raw_array((2**62,), "float32", b"\0" * 8)}}),
     "shape of many": msgpack.packb({"params_ema": {"a": raw_array((2**31, 2**31, 2**31), "int8", b"\0" * 8)}}),
+    "shape of chunks": flax_bytes({"params_ema": {"a": chunked(numbers(4, 3), 2) | {"shape": [2**15, 2**15]}}}),
     "bytes in an array": msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, b"\x93\x91\x02\xc6\x7f\xff\xff\xff")}}),
 }
 
@@ -382,7 +384,20 @@ def test_a_folder_in_its_place_is_an_error(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- take
 
 
-@pytest.mark.parametrize("error", [BackboneFileError("not mine"), RuntimeError("no"), UnknownNameError("which?")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackboneFileError("not mine"),
+        UnknownNameError("which?"),
+        RuntimeError("no"),
+        ValueError("worthless"),
+        TypeError("untypical"),
+        KeyError("lost"),
+        MemoryError(),
+        OSError("disk full"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_errors_of_take_pass_unchanged(file: Path, error: Exception):
     def take(name: str, array: np.ndarray) -> None:
         raise error

@@ -266,6 +266,7 @@ DAMAGE = {
     "one too many": ("AttnBlockpp_9/NIN_0/W", "has not", having("AttnBlockpp_9/NIN_0/W", np.copy)),
     "NaN": ("AttnBlockpp_1/NIN_2/b", "NaN or infinite", having("AttnBlockpp_1/NIN_2/b", with_value(np.nan))),
     "infinite": ("Conv_1/kernel", "NaN or infinite", having("Conv_1/kernel", with_value(np.inf))),
+    "too large for float32": ("Conv_1/bias", "in float32", having("Conv_1/bias", lambda a: a + np.float64(1e300))),
     "integers": ("Dense_0/bias", "int32", having("Dense_0/bias", lambda a: a.astype("int32"))),
     "booleans": ("Dense_0/bias", "bool", having("Dense_0/bias", lambda a: a > 0)),
     "complex": ("Dense_0/bias", "complex64", having("Dense_0/bias", lambda a: a.astype("complex64"))),

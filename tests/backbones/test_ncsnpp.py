@@ -340,8 +340,8 @@ def test_unknown_field_names_the_near_match():
 @pytest.mark.parametrize(("nf", "channels"), [(132, 132), (100, 200)])
 def test_channels_that_do_not_divide_into_groups_are_refused(nf: int, channels: int):
     """There are 32 groups from 128 channels on; two hundred are those of a block with its skip."""
-    with pytest.raises(SettingsError, match=rf"{channels} channels .* 32 groups"):
-        NCSNpp(NCSNppConfig(nf=nf, ch_mult=(1,)))
+    with pytest.raises(SettingsError, match=f"^NCSNppConfig: {channels} channels .* 32 groups"):
+        NCSNppConfig(nf=nf, ch_mult=(1,))
 
 
 # ------------------------------------------------------------------------------------------------------------- laws

@@ -367,6 +367,13 @@ def test_nonsense_sizes_are_refused_by_name(name: str, values: dict[str, Any]):
         convert_openai(OFFICIAL, **({"image_size": 32} | values))
 
 
+@pytest.mark.parametrize("size", [2, 18])
+def test_image_size_that_the_levels_do_not_divide_is_refused(tmp_path: Path, lsun: dict[str, Tensor], size: int):
+    path = save(lsun, tmp_path / "weights.pt")
+    with pytest.raises(SettingsError, match=f"image_size must be a multiple of 4 .*, but is {size}"):
+        convert_openai(path, image_size=size, head_channels=16)
+
+
 # ------------------------------------------------------------------------------------------------- files that differ
 
 
@@ -388,9 +395,11 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, lsun: dict[s
     assert not mark.exists()
 
 
-def test_heads_that_do_not_divide_the_channels_are_refused():
-    with pytest.raises(SettingsError, match=r"head_channels must divide the \d+ channels of an attention, but is 5"):
-        convert_openai(OFFICIAL, image_size=32, head_channels=5)
+@pytest.mark.parametrize("channels", [5, 128])
+def test_heads_that_do_not_divide_the_channels_are_refused(tmp_path: Path, lsun: dict[str, Tensor], channels: int):
+    path = save(lsun, tmp_path / "weights.pt")
+    with pytest.raises(SettingsError, match=f"head_channels must divide the 64 channels .*, but is {channels}"):
+        convert_openai(path, image_size=16, head_channels=channels)
 
 
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -415,6 +424,11 @@ DAMAGE = {
     "the first layer missing": ("KeyError", without("input_blocks.0.")),
     "the last layer missing": ("KeyError", without("out.")),
     "half an embedding": ("time_embedding.linear_1.bias", without("time_embed.0.bias")),
+    "one too many": ("ema.weight", lambda state: state | {"ema.weight": torch.zeros(2)}),
+    "one too many in a block": (
+        "input_blocks.1.0.extra.weight",
+        lambda state: state | {"input_blocks.1.0.extra.weight": torch.zeros(2)},
+    ),
     "another shape": ("conv_out.bias", lambda state: state | {"out.2.bias": torch.zeros(5)}),
     "another width in the middle": (
         "mid_block.resnets.0.norm1.weight",
@@ -442,6 +456,13 @@ def test_other_networks_are_refused(
 def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, lsun: dict[str, Tensor], value: float):
     path = save(lsun | {"out.2.bias": torch.tensor([0.0, value, 0.0])}, tmp_path / "weights.pt")
     with pytest.raises(BackboneFileError, match=r"'conv_out\.bias' holds NaN or infinite"):
+        convert(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_weights_that_are_no_reals_are_refused_by_name(tmp_path: Path, lsun: dict[str, Tensor], dtype: torch.dtype):
+    path = save(lsun | {"out.2.bias": torch.zeros(3, dtype=dtype)}, tmp_path / "weights.pt")
+    with pytest.raises(BackboneFileError, match=r"'out\.2\.bias' is no dense floating-point tensor"):
         convert(path)
 
 

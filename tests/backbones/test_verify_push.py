@@ -190,7 +190,17 @@ def test_what_there_is_not_cannot_be_verified():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b'{"tiny-cd": 3}', b'{"tiny-cd": {"URL": {"sha256": "short"}}}', b"\xff\xfe"]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"tiny-cd": 3}',
+        b'{"tiny-cd": {"URL": {"sha256": "short"}}}',
+        b'{"tiny-cd": {"URL": {"sha256": 5}}}',
+        b"\xff\xfe",
+    ],
 )
 def test_damaged_notes_are_an_error_that_names_the_file(hub: HubServer, cache: Path, content: bytes):
     cache.mkdir()

@@ -49,7 +49,7 @@ def documented() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names]
 
 
-@pytest.mark.parametrize("name", ["index.md", "getting-started.md", "backbones/index.md"])
+@pytest.mark.parametrize("name", ["index.md", "getting-started.md", "backbones/index.md", "gradients.md"])
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text(python_of(DOCS / name), encoding="utf-8")

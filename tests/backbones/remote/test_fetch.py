@@ -190,6 +190,12 @@ def test_packaged_model_needs_no_cache(cache: Path, monkeypatch: pytest.MonkeyPa
     assert not cache.exists()
 
 
+def test_packaged_model_loads_where_no_cache_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path / "file" / "cache"))
+    assert load_backbone("fashion-mnist-ct").image_shape == (1, 28, 28)
+
+
 # -------------------------------------------------------------------------------------------------------------- place
 
 
@@ -324,14 +330,29 @@ def checkpoint_without(*path: str) -> bytes:
 
 @pytest.mark.parametrize("part", [("params_ema", "Dense_0"), ("params_ema",)])
 @pytest.mark.usefixtures("named")
-def test_checkpoint_of_another_model_is_not_converted_until_force_fetches_the_right_one(
-    hub: HubServer, cache: Path, part: tuple[str, ...]
-):
+def test_checkpoint_of_another_model_is_removed_and_fetched_afresh(hub: HubServer, cache: Path, part: tuple[str, ...]):
     hub.put(PATH, checkpoint_without(*part))
     with pytest.raises((BackboneFileError, UnknownNameError), match=r"lacks 2 of|no 'params_ema'"):
         load_backbone(NAME)
+    assert left(cache) == []
+    hub.put(PATH, CHECKPOINT)
+    assert fingerprint(load_backbone(NAME)) == MODEL
+    assert len(left(cache)) == 1
+
+
+def test_checkpoint_of_another_model_whose_checksum_is_recorded_stays_until_force_fetches_the_right_one(
+    hub: HubServer, named: Callable[..., None], cache: Path
+):
+    unfit = checkpoint_without("params_ema", "Dense_0")
+    hub.put(PATH, unfit)
+    named(sha256=sha256(unfit))
+    for _ in range(2):
+        with pytest.raises(BackboneFileError, match="lacks 2 of"):
+            load_backbone(NAME)
+    assert len(hub.requests) == 1
     assert conversions(cache) == []
     hub.put(PATH, CHECKPOINT)
+    named()
     resolve_backbone(NAME, force=True)
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(left(cache)) == 1

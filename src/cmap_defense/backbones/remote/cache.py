@@ -121,6 +121,8 @@ def _read_pins() -> dict[str, Any]:
         raise BackboneFileError(
             f"{path} cannot be read ({error}). Remove it, and verify the backbones again."
         ) from error
-    if not isinstance(pins, dict) or not all(isinstance(value, dict) for value in pins.values()):
+    if not isinstance(pins, dict) or not all(
+        isinstance(value, dict) and all(isinstance(found, dict) for found in value.values()) for value in pins.values()
+    ):
         raise BackboneFileError(f"{path} is not a list of verified backbones. Remove it, and verify them again.")
     return pins
