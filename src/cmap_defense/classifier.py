@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import numbers
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from cmap_defense.backbones.base import check_backbone, latent_caster
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import objective_terms
-from cmap_defense.cmap.optimise import Callback, LatentState
+from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.conditioning import ClassLabels, choose_class_labels, require_class_labels
@@ -31,9 +30,9 @@ from cmap_defense.errors import (
     SettingsError,
 )
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
-from cmap_defense.hooks import HookHandle, LatentHook, LatentHooks
+from cmap_defense.hooks import HookHandle, LatentHooks, together
 from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
-from cmap_defense.modules import device_of, dtype_of, weights_of
+from cmap_defense.modules import device_of, dtype_of, evaluating, weights_of
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import History, PurificationResult
@@ -311,24 +310,10 @@ class PurifiedClassifier(nn.Module):
         n_latents = self.settings.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
             if class_labels is not None:
-                choose_class_labels(
-                    self.class_labels,
-                    class_labels,
-                    unit,
-                    self._predict,
-                    n_latents=n_latents,
-                    num_classes=getattr(self.backbone, "num_classes", None),
-                )
+                self._labels(class_labels, unit, n_latents)
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self.door.resized(unit, self.image_shape[1:])
-        labels = choose_class_labels(
-            self.class_labels,
-            class_labels,
-            unit,
-            self._predict,
-            n_latents=n_latents,
-            num_classes=getattr(self.backbone, "num_classes", None),
-        )
+        labels = self._labels(class_labels, unit, n_latents)
         result = self.gradient.purify(self._purification(small, chosen, latents, labels))
         attached = result.images
         shown = self.door.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
@@ -426,7 +411,7 @@ class PurifiedClassifier(nn.Module):
         hooks = tuple(self._latent_hooks)
         live = tuple(hook for hook in hooks if hook.live)
         plain = tuple(hook for hook in hooks if not hook.live)
-        return _together(hooks), _together(plain), _together(live), lambda n: any(hook.at(n) for hook in live)
+        return together(hooks), together(plain), together(live), lambda n: any(hook.at(n) for hook in live)
 
     def _classify(self, shown: Tensor) -> Tensor:
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""
@@ -441,14 +426,21 @@ class PurifiedClassifier(nn.Module):
         dtype = dtype_of(self.classifier)
         return check_logits(self.classifier(images if dtype is None else images.to(dtype)), len(images))
 
+    def _labels(self, given: object, unit: Tensor, n_latents: int) -> Tensor | None:
+        """The class of each latent, [B, K]; None where the backbone is not class-conditional."""
+        num_classes = getattr(self.backbone, "num_classes", None)
+        return choose_class_labels(
+            self.class_labels, given, unit, self._predict, n_latents=n_latents, num_classes=num_classes
+        )
+
     def _predict(self, images: Tensor) -> Tensor:
         """The classifier's logits [B, classes] on unit images that were not purified, in eval mode."""
-        with _evaluating(self.classifier):
+        with evaluating(self.classifier):
             return torch.cat([self._logits(piece) for piece in images.split(self.max_parallel or CLASSIFIER_CHUNK)])
 
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
-        with torch.no_grad(), _evaluating(self.classifier):
+        with torch.no_grad(), evaluating(self.classifier):
             logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
         iterations = images.new_zeros((self.settings.iterations, 0))
         history = History(**{field.name: iterations for field in dataclasses.fields(History)})
@@ -462,35 +454,6 @@ class PurifiedClassifier(nn.Module):
         """Class labels for no images."""
         conditional = getattr(self.backbone, "num_classes", None) is not None
         return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
-
-
-def _together(hooks: tuple[LatentHook, ...]) -> Callback | None:
-    """Several hooks as one callback, each at its own iterations; None when there are none."""
-    if not hooks:
-        return None
-
-    def run(state: LatentState) -> Tensor | None:
-        answers = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
-        replaced = [answer for answer in answers if answer is not None]
-        if len(replaced) > 1:
-            raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
-        return replaced[0] if replaced else None
-
-    return run
-
-
-@contextlib.contextmanager
-def _evaluating(classifier: object) -> Iterator[None]:
-    """The classifier in eval mode, each of its modules back in its own mode afterwards."""
-    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def _settings_of(backbone: nn.Module) -> CMAPSettings:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from typing_extensions import Self
 
-__all__ = ["HookHandle", "LatentHook", "LatentHooks"]
+from cmap_defense.errors import InputValueError
+
+__all__ = ["HookHandle", "LatentHook", "LatentHooks", "together"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +70,21 @@ class LatentHooks:
 
     def __reduce__(self) -> tuple[type[LatentHooks], tuple[()]]:
         return (LatentHooks, ())
+
+
+def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
+    """Several hooks as one function, each called at its own iterations; None when there are none.
+
+    It raises :class:`InputValueError` when more than one hook replaces the latents of an iteration.
+    """
+    if not hooks:
+        return None
+
+    def run(state: Any) -> Any:
+        answers = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
+        replaced = [answer for answer in answers if answer is not None]
+        if len(replaced) > 1:
+            raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
+        return replaced[0] if replaced else None
+
+    return run

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["building", "device_of", "dtype_of", "weights_of"]
+__all__ = ["building", "device_of", "dtype_of", "evaluating", "weights_of"]
 
 
 def weights_of(module: object) -> Iterator[Tensor]:
@@ -45,3 +45,17 @@ def building() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(default)
+
+
+@contextlib.contextmanager
+def evaluating(classifier: object) -> Iterator[None]:
+    """The classifier in eval mode, each of its modules back in its own mode afterwards."""
+    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
