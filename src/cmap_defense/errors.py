@@ -12,6 +12,7 @@ __all__ = [
     "CmapError",
     "DataError",
     "DeviceError",
+    "EvaluationError",
     "GradientError",
     "GradientWarning",
     "InputTypeError",
@@ -72,6 +73,10 @@ class GradientWarning(UserWarning):
 
 class DataError(CmapError, ValueError):
     """A data set or an image file cannot be read or does not fit."""
+
+
+class EvaluationError(CmapError, RuntimeError):
+    """An evaluation's folder is in use, belongs to other settings, or is not finished."""
 
 
 class CheckpointError(CmapError, RuntimeError):

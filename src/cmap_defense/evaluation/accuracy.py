@@ -17,9 +17,13 @@ Z95 = 1.959963984540054
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """``correct`` of ``total`` images, with the 95 % Wilson interval."""
+    """``correct`` of ``total`` images, with the 95 % Wilson interval.
 
-    correct: int
+    correct: in [0, total]; not a whole number where each image counts for the share of its answers that are right. The
+    interval is then wider than it need be, since such shares vary less than answers that are right or wrong.
+    """
+
+    correct: float
     total: int
 
     @classmethod
@@ -30,6 +34,14 @@ class Accuracy:
                 f"Predictions {list(predicted.shape)} and labels {list(labels.shape)} must be [B] alike."
             )
         return cls(int(torch.eq(predicted, labels).sum().item()), len(labels))
+
+    @classmethod
+    def mean(cls, right: Tensor) -> Accuracy:
+        """From [B], bool or shares in [0, 1]. Raises :class:`InputValueError` on another shape."""
+        if right.ndim != 1:
+            raise InputValueError(f"right must be [B], but is {list(right.shape)}.")
+        correct = right.double().sum().item()
+        return cls(int(correct) if correct == int(correct) else correct, len(right))
 
     @property
     def value(self) -> float:
@@ -46,7 +58,7 @@ class Accuracy:
         return f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def wilson_interval(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval for a share (Wilson 1927, JASA 22); (0, 1) for no images.
 
     Raises:

@@ -1,0 +1,98 @@
+"""What an evaluation was made of, as JSON: models by their weights, data by their pixels, attacks by their settings."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.attacks import Attack
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.modules import dtype_of
+
+__all__ = ["checksum", "describe_attack", "describe_model", "describe_software", "differences"]
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, types, shapes and contents, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(whole.reshape(-1).view(torch.uint8).numpy()).data if whole.numel() else b"")
+    return digest.hexdigest()
+
+
+def describe_model(model: object) -> dict[str, Any]:
+    """Its class, its weights' checksum, and of a purified classifier all that decides about its answers."""
+    if not isinstance(model, PurifiedClassifier):
+        return _module(model)
+    normalisation = model.door.normalisation
+    record = getattr(model.backbone, "record", None)
+    labels = model.class_labels
+    return {
+        "class": _name(model),
+        "settings": model.settings.to_dict(),
+        "vote": model.vote,
+        "seed": model.seed,
+        "gradient": repr(model.gradient),
+        "class_labels": labels if isinstance(labels, str) else _name(labels),
+        "resize": model.door.resize,
+        "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],
+        "max_parallel": model.max_parallel,
+        "classifier": _module(model.classifier),
+        "backbone": {"name": None if record is None else record.name, **_module(model.backbone)},
+    }
+
+
+def describe_attack(attack: Attack) -> str:
+    """Its settings in full. Addresses in memory, of a function of the user's, are left out."""
+    return ADDRESS.sub("", repr(attack))
+
+
+def describe_software(device: torch.device) -> dict[str, Any]:
+    """Versions that bits may hang on, and the kind of device."""
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, one line each: place, value before, value now."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for name in sorted(before.keys() | now.keys(), key=str):
+            place = f"{where}.{name}" if where else str(name)
+            if name not in before or name not in now:
+                found.append(f"{place}: {_shown(before, name)} there, {_shown(now, name)} here")
+            else:
+                found += differences(before[name], now[name], place)
+        return found
+    return [] if before == now else [f"{where}: {before!r} there, {now!r} here"]
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "nothing"
+
+
+def _module(module: object) -> dict[str, Any]:
+    weights = module.state_dict().items() if isinstance(module, nn.Module) else ()
+    return {"class": _name(module), "weights": checksum(weights), "precision": str(dtype_of(module))}
+
+
+def _name(thing: object) -> str:
+    """Module and qualified name, of a function or of an object's class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,138 @@
+"""A report: every figure of an evaluation, and whether it has a headline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cmap_defense.evaluation.accuracy import Accuracy
+from cmap_defense.evaluation.answers import looked_at
+from cmap_defense.evaluation.checks import Check, Sweep, checks_of, gradient_table, sweeps_of
+from cmap_defense.evaluation.evaluation import Evaluation
+from cmap_defense.evaluation.plan import CHECKS, DEFENDED, probe_of
+from cmap_defense.evaluation.store import Store, Unit
+from cmap_defense.evaluation.summary import Row, Runs, WorstCase, row_of, worst_case
+from cmap_defense.evaluation.tasks import CONTROL
+
+__all__ = ["Report", "build_report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an evaluation found so far.
+
+    headline: the worst attack on each image; None where there is none, and refused then says why.
+    rows: of the defended model and the baselines, clean images first. checks, sweeps, gradients: of the attacks.
+    curves: by task of the defended model, how its purifications went: "iterations" and "accuracy", the share of right
+    votes there in one purification; and the means of all others over all their iterations, by name as in
+    :class:`~cmap_defense.results.History`. Empty for a model without latents.
+    seconds, passes: by task. missing: pieces that are not done. settings: what it was made of.
+    class_names: where they are known.
+    """
+
+    headline: WorstCase | None
+    refused: Sequence[str]
+    rows: Sequence[Row]
+    checks: Sequence[Check]
+    sweeps: Sequence[Sweep]
+    gradients: Sequence[Mapping[str, float]]
+    curves: Mapping[str, Mapping[str, Sequence[float]]]
+    seconds: Mapping[str, float]
+    passes: Mapping[str, int]
+    missing: int
+    settings: Mapping[str, Any]
+    class_names: Sequence[str] | None
+
+    def row(self, attack: str, subject: str = DEFENDED) -> Row:
+        """One row by name. Raises :class:`KeyError` where there is none."""
+        for row in self.rows:
+            if (row.subject, row.attack) == (subject, attack):
+                return row
+        raise KeyError(f"{subject}/{attack}; there are {[f'{row.subject}/{row.attack}' for row in self.rows]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON, each accuracy with its interval."""
+        return json.loads(json.dumps(_plain(self), allow_nan=False))
+
+
+def build_report(evaluation: Evaluation) -> Report:
+    """The report of what is there; attacks of which a piece is missing are left out, and there is no headline then."""
+    missing = evaluation.missing()
+    unfinished = {unit.task for unit in missing}
+    units: dict[str, list[Unit]] = {}
+    for unit in evaluation.units():
+        units.setdefault(unit.task, []).append(unit)
+    store = evaluation.store
+    lines = {
+        name: [line for unit in own for line in store.lines(unit)]
+        for name, own in units.items()
+        if name not in unfinished
+    }
+    gradients = lines.pop(f"{CHECKS}/gradients", [])
+    runs = {name: Runs.of(own) for name, own in lines.items()}
+    subject = evaluation.subjects[0]
+    attacked = {run.attack: run for run in runs.values() if run.subject == DEFENDED}
+    checked = {run.attack: run for run in runs.values() if run.subject == CHECKS}
+    rows = [row_of(run, runs.get(f"{run.subject}/{CONTROL}")) for name, run in runs.items() if run.subject != CHECKS]
+    shape = tuple(evaluation.images.images.shape[1:])
+    refused = [f"{len(missing)} pieces are not done yet"] if missing else []
+    checks: list[Check] = []
+    sweeps: list[Sweep] = []
+    headline = None
+    if not subject.attacks:
+        refused.append("there was no attack")
+    elif not missing:
+        checks = checks_of(subject, shape, attacked, checked, gradients)
+        if checked:
+            sweeps = sweeps_of(*probe_of(subject), shape, attacked, checked)
+        refused += [f"{check.name}: {check.found}" for check in checks if not check.passed]
+        found = [attacked[name] for name in subject.attacks]
+        headline = worst_case(found, attacked[CONTROL]) if not refused else None
+    timings = store.timings()
+    curves = {
+        name: _curves(own, lines[name], store)
+        for name, own in units.items()
+        if name in lines and name.startswith(f"{DEFENDED}/") and lines[name][0]["on_the_way"] is not None
+    }
+    return Report(
+        headline=headline,
+        refused=refused,
+        rows=rows,
+        checks=checks,
+        sweeps=sweeps,
+        gradients=gradient_table(gradients),
+        curves=curves,
+        seconds={name: seconds for name, (seconds, _) in timings.items()},
+        passes={name: passes for name, (_, passes) in timings.items()},
+        missing=len(missing),
+        settings=store.settings() or evaluation.settings(),
+        class_names=evaluation.images.class_names,
+    )
+
+
+def _curves(units: Sequence[Unit], lines: Sequence[Mapping[str, Any]], store: Store) -> dict[str, list[float]]:
+    """Of one task: means over images and runs."""
+    loops = [{n: t for n, t in store.tensors(unit).items() if n.startswith("loop.")} for unit in units]
+    found = {name[5:]: torch.cat([loop[name] for loop in loops], dim=1).mean(dim=1) for name in loops[0]}
+    ways = torch.tensor([line["on_the_way"] for line in lines]).double().mean(dim=0)
+    iterations = looked_at(len(found["total"])) if "total" in found else []
+    return {"iterations": iterations, "accuracy": ways.tolist()} | {n: t.tolist() for n, t in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Accuracy):
+        return {"value": value.value, "interval": list(value.interval), "correct": value.correct, "total": value.total}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
