@@ -60,6 +60,16 @@ class CifarResNet(nn.Module):
         return self.linear(h.mean(dim=(2, 3)))
 
 
+def resnet20() -> CifarResNet:
+    """For ``cmap-defense evaluate --classifier cifar_resnet.py:resnet20 --weights FILE``; untrained."""
+    return CifarResNet(20)
+
+
+def resnet56() -> CifarResNet:
+    """As :func:`resnet20`, deeper."""
+    return CifarResNet(56)
+
+
 def load_cifar_resnet(path: Path, depth: int) -> CifarResNet:
     """A trained classifier in eval mode."""
     classifier = CifarResNet(depth)

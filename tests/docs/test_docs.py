@@ -58,6 +58,7 @@ def documented() -> list[ModuleType]:
         "gradients.md",
         "attack-libraries.md",
         "attack-this-defence.md",
+        "evaluation.md",
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:

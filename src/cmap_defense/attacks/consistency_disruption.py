@@ -45,7 +45,9 @@ class ConsistencyDisruption(Attack):
 
     Other arguments: :class:`~cmap_defense.attacks.base.Attack`. The model must be a purified classifier.
 
-    history: "cross_entropy", mean over the latents; 0 during the purification. "objective": L (9).
+    history (Fig. 4 and 5): "cross_entropy", mean over the latents; 0 during the purification. "objective": L (9).
+    "right": the share of the K images, as they are shown to the classifier, that are taken for their true class.
+    "latent_mean", "latent_std": over all elements of an image's latents.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
@@ -79,19 +81,28 @@ class ConsistencyDisruption(Attack):
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean))
         small = wrapper.door.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta
-        entropy = torch.zeros((self.steps, len(clean)), device=clean.device)
-        total = torch.zeros_like(entropy)
+        names = ("cross_entropy", "objective", "right", "latent_mean", "latent_std")
+        history = {name: torch.zeros((self.steps, len(clean)), device=clean.device) for name in names}
+
+        def note(name: str, step: int, rows: slice, values: Tensor) -> None:
+            history[name][step, rows] = values.detach().to(clean.device, torch.float32)
 
         def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
             generated = searched.generate(latents, rows, None)
             value = objective_terms(latents, 2 * generated - 1, small[rows], settings).total
-            total[step, rows] = value.detach().to(total)
-            if step < settings.iterations:
-                return count * value
+            note("objective", step, rows, value)
+            note("latent_mean", step, rows, latents.flatten(1).mean(dim=1))
+            note("latent_std", step, rows, latents.flatten(1).std(dim=1))
             shown, own = wrapper.door.resized(generated.flatten(0, 1), clean.shape[2:]), clean[rows]
             shown = shown.unflatten(0, latents.shape[:2])
-            gain = self._gain(searched, shown, own, goal.rows(rows))
-            entropy[step, rows] = gain.detach().mean(dim=1).to(entropy)
+            if step < settings.iterations:
+                with torch.no_grad():
+                    note("right", step, rows, _right(self._shown_logits(searched, shown, own), goal.rows(rows)))
+                return count * value
+            logits = self._shown_logits(searched, shown, own)
+            note("right", step, rows, _right(logits, goal.rows(rows)))
+            gain = self._gain(logits, goal.rows(rows))
+            note("cross_entropy", step, rows, gain.mean(dim=1))
             disrupted = count * value - beta * gain.sum(dim=1)
             if self.released:
                 return disrupted
@@ -104,20 +115,29 @@ class ConsistencyDisruption(Attack):
             images = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
         if self.released:
             images = _released_projection(self.threat.norm, self.threat.eps, images, clean)
-        return Candidates(images, {"cross_entropy": entropy, "objective": total})
+        return Candidates(images, history)
 
-    def _gain(self, searched: Searched, shown: Tensor, clean: Tensor, goal: Goal) -> Tensor:
-        """[b, K], the cross-entropy that is to rise; for a targeted attack less that of the target."""
+    def _shown_logits(self, searched: Searched, shown: Tensor, clean: Tensor) -> Tensor:
+        """[b, K, classes], the classifier on the projected images."""
         if self.released:
             projected = _released_projection(self.threat.norm, self.threat.eps, shown, clean)
-            logits = searched.wrapper.undefended(projected.flatten(0, 1), check=False).unflatten(0, shown.shape[:2])
+            return searched.wrapper.undefended(projected.flatten(0, 1), check=False).unflatten(0, shown.shape[:2])
+        projected = shown + (project_all(self.threat, shown, clean) - shown).detach()
+        return searched.classify(projected).unflatten(0, shown.shape[:2])
+
+    def _gain(self, logits: Tensor, goal: Goal) -> Tensor:
+        """[b, K], the cross-entropy that is to rise; for a targeted attack less that of the target."""
+        if self.released:
             over_batch = logits.transpose(0, 1).softmax(dim=1)  # [K, B, classes], normalised over the images
             classes = goal.labels.expand(over_batch.shape[:2])
             return F.cross_entropy(over_batch.flatten(0, 1), classes.flatten(), reduction="none").view_as(classes).T
-        projected = shown + (project_all(self.threat, shown, clean) - shown).detach()
-        logits = searched.classify(projected).unflatten(0, shown.shape[:2])
         parts = [CrossEntropy()(part[None], goal) for part in logits.unbind(dim=1)]
         return torch.stack(parts, dim=1)
+
+
+def _right(logits: Tensor, goal: Goal) -> Tensor:
+    """[b], the share of K images whose logits [b, K, classes] have the true class on top."""
+    return (logits.argmax(dim=2) == goal.labels[:, None]).float().mean(dim=1)
 
 
 def _released_projection(norm: str, eps: float, shown: Tensor, clean: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cmap_defense.inputs import check_class_labels
 from cmap_defense.modules import dtype_of
 from cmap_defense.settings import Settings, require_number
 
-__all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "boundary_scalings"]
+__all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "boundary_scalings", "karras_levels"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,16 @@ class NoiseRange(Settings):
         require_number("NoiseRange", "sigma_min", self.sigma_min, above=0.0)
         require_number("NoiseRange", "sigma_max", self.sigma_max, above=self.sigma_min)
         require_number("NoiseRange", "sigma_data", self.sigma_data, above=0.0)
+
+
+def karras_levels(count: int, noise: NoiseRange | None = None, *, rho: float = 7.0) -> list[float]:
+    """``count`` noise levels from sigma_min up to sigma_max, dense where they are small (arXiv 2206.00364, eq. 5).
+
+    The paper of CMAP counts them from 1: its level 5 of 18 is ``karras_levels(18)[4]``, 0.1395.
+    """
+    noise = noise or NoiseRange()
+    low, high = noise.sigma_min ** (1 / rho), noise.sigma_max ** (1 / rho)
+    return [(low + (high - low) * step / max(1, count - 1)) ** rho for step in range(count)]
 
 
 def boundary_scalings(sigma: Tensor, *, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:

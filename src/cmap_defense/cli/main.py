@@ -9,7 +9,9 @@ import click
 from cmap_defense import __version__
 from cmap_defense.cli.backbones import backbones
 from cmap_defense.cli.demo import demo
+from cmap_defense.cli.evaluate import evaluate, report
 from cmap_defense.cli.purify import purify
+from cmap_defense.cli.study import study
 from cmap_defense.cli.train import train
 from cmap_defense.errors import CmapError
 
@@ -22,7 +24,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, train, backbones):
+for command in (demo, purify, evaluate, report, study, train, backbones):
     cli.add_command(command)
 
 

@@ -18,6 +18,9 @@ from cmap_defense.modules import dtype_of
 
 __all__ = ["checksum", "describe_attack", "describe_model", "describe_software", "differences"]
 
+AROUND = 30
+"""Characters that are shown beside a difference."""
+
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -80,7 +83,31 @@ def differences(before: Any, now: Any, where: str = "") -> list[str]:
             else:
                 found += differences(before[name], now[name], place)
         return found
-    return [] if before == now else [f"{where}: {before!r} there, {now!r} here"]
+    if before == now:
+        return []
+    there, here = _apart(repr(before), repr(now))
+    return [f"{where}: {there} there, {here} here"]
+
+
+def _apart(before: str, now: str) -> tuple[str, str]:
+    """Two long texts, cut down to where they differ and a few words around it."""
+    if max(len(before), len(now)) <= 4 * AROUND:
+        return before, now
+    same = _alike(before, now)
+    rest = _alike(before[same:][::-1], now[same:][::-1])
+    begin = max(0, same - AROUND)
+    ends = [len(text) - max(0, rest - AROUND) for text in (before, now)]
+    shown = [
+        ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
+        for text, end in zip((before, now), ends, strict=True)
+    ]
+    return shown[0], shown[1]
+
+
+def _alike(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _shown(values: dict[str, Any], name: str) -> str:

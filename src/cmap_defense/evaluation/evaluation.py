@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,10 @@ class Evaluation:
         protocol: how often each image is attacked and asked about.
         subset: which images; None for all.
         baselines: models by name, undefended or adversarially trained, for the same table. The classifier of a purified
-            classifier is among them as "undefended".
+            classifier is among them as "undefended", unless ``undefended`` is False.
         baseline_attacks: on each of them; None for PGD with 50 steps and two restarts.
         threads: of the CPU; None for what the folder was begun with, or else for torch's.
+        class_names: for the report; None for the data set's own.
 
     Raises:
         SettingsError, InputTypeError, InputValueError, DataError: these are something else.
@@ -93,12 +94,15 @@ class Evaluation:
         subset: Subset | None = None,
         baselines: Mapping[str, Model] | None = None,
         baseline_attacks: Mapping[str, Attack] | None = None,
+        undefended: bool = True,
         threads: int | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.store = Store(Path(out))
         self.protocol = protocol or Protocol()
         self.subset = subset or Subset()
         self.images = EvaluationImages.of(data, self.subset)
+        self.class_names = self.images.class_names if class_names is None else tuple(class_names)
         self.model = _in_unit(model)
         chosen = _attacks(attacks, threat)
         if baseline_attacks is None:
@@ -108,7 +112,7 @@ class Evaluation:
         for name in others:
             if name in (DEFENDED, UNDEFENDED, "checks"):
                 raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
-        if isinstance(self.model, PurifiedClassifier):
+        if undefended and isinstance(self.model, PurifiedClassifier):
             others = {UNDEFENDED: _Undefended(self.model), **others}
         self.subjects = [Subject(DEFENDED, self.model, chosen)]
         self.subjects += [Subject(name, _in_unit(other), baseline_attacks) for name, other in others.items()]

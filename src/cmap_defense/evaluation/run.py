@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def evaluate(
     baselines: Mapping[str, Model] | None = None,
     baseline_attacks: Mapping[str, Attack] | None = None,
     threads: int | None = None,
+    class_names: Sequence[str] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -41,7 +42,7 @@ def evaluate(
         print(report.headline or report.refused)
 
     Args:
-        model, data, attacks, threat, protocol, subset, baselines, baseline_attacks, threads: see
+        model, data, attacks, threat, protocol, subset, baselines, baseline_attacks, threads, class_names: see
             :class:`~cmap_defense.evaluation.evaluation.Evaluation`.
         out: the folder of the results; the same call goes on there after a kill. None for none: only the report is
             left.
@@ -70,6 +71,7 @@ def evaluate(
             baselines=baselines,
             baseline_attacks=baseline_attacks,
             threads=threads,
+            class_names=class_names,
         )
         evaluation.run(progress)
         report = build_report(evaluation)

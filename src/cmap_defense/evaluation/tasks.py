@@ -84,9 +84,10 @@ class AttackTask(Task):
     of latents that are right by themselves, where the model has latents; "queries", evaluations of the model per image;
     "searched", whether any answer heard while searching was wrong, and "search_answers", how many such answers there
     were (both null where the search asks something else than the model as it is); "zero_gradient", whether every
-    gradient was zero (null for an attack without); "distance"; "on_the_way", whether the vote is right at some iterations
-    (:func:`~cmap_defense.evaluation.answers.looked_at`), where the model has them. Tensors: "images" [B, C, H, W], and
-    "purified" after the attack, uint8; "history.<name>" [S, B] of the attack, "loop.<name>" [N, B] of the purification.
+    gradient was zero (null for an attack without); "distance"; "on_the_way", whether the vote is right at some
+    iterations (:func:`~cmap_defense.evaluation.answers.looked_at`), where the model has them. Tensors: "images"
+    [B, C, H, W], and "purified" after the attack, uint8; "history.<name>" [S, B] of the attack, "loop.<name>" [N, B] of
+    the purification.
     """
 
     subject: str

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.answers import looked_at
 from cmap_defense.evaluation.checks import Check, Sweep, checks_of, gradient_table, sweeps_of
 from cmap_defense.evaluation.evaluation import Evaluation
 from cmap_defense.evaluation.plan import CHECKS, DEFENDED, probe_of
-from cmap_defense.evaluation.store import Store, Unit
+from cmap_defense.evaluation.store import Unit
 from cmap_defense.evaluation.summary import Row, Runs, WorstCase, row_of, worst_case
 from cmap_defense.evaluation.tasks import CONTROL
 
@@ -31,6 +32,7 @@ class Report:
     curves: by task of the defended model, how its purifications went: "iterations" and "accuracy", the share of right
     votes there in one purification; and the means of all others over all their iterations, by name as in
     :class:`~cmap_defense.results.History`. Empty for a model without latents.
+    searches: by task of the defended model, the means over images and runs of what its attack noted at each step.
     seconds, passes: by task. missing: pieces that are not done. settings: what it was made of.
     class_names: where they are known.
     """
@@ -42,6 +44,7 @@ class Report:
     sweeps: Sequence[Sweep]
     gradients: Sequence[Mapping[str, float]]
     curves: Mapping[str, Mapping[str, Sequence[float]]]
+    searches: Mapping[str, Mapping[str, Sequence[float]]]
     seconds: Mapping[str, float]
     passes: Mapping[str, int]
     missing: int
@@ -94,11 +97,15 @@ def build_report(evaluation: Evaluation) -> Report:
         found = [attacked[name] for name in subject.attacks]
         headline = worst_case(found, attacked[CONTROL]) if not refused else None
     timings = store.timings()
-    curves = {
-        name: _curves(own, lines[name], store)
+    tensors = {
+        name: [store.tensors(unit) for unit in own]
         for name, own in units.items()
-        if name in lines and name.startswith(f"{DEFENDED}/") and lines[name][0]["on_the_way"] is not None
+        if name in lines and name.startswith(f"{DEFENDED}/")
     }
+    curves = {
+        name: _curves(found, lines[name]) for name, found in tensors.items() if lines[name][0]["on_the_way"] is not None
+    }
+    searches = {name: _means(found, "history.") for name, found in tensors.items()}
     return Report(
         headline=headline,
         refused=refused,
@@ -107,21 +114,30 @@ def build_report(evaluation: Evaluation) -> Report:
         sweeps=sweeps,
         gradients=gradient_table(gradients),
         curves=curves,
+        searches={name: found for name, found in searches.items() if found},
         seconds={name: seconds for name, (seconds, _) in timings.items()},
         passes={name: passes for name, (_, passes) in timings.items()},
         missing=len(missing),
         settings=store.settings() or evaluation.settings(),
-        class_names=evaluation.images.class_names,
+        class_names=evaluation.class_names,
     )
 
 
-def _curves(units: Sequence[Unit], lines: Sequence[Mapping[str, Any]], store: Store) -> dict[str, list[float]]:
-    """Of one task: means over images and runs."""
-    loops = [{n: t for n, t in store.tensors(unit).items() if n.startswith("loop.")} for unit in units]
-    found = {name[5:]: torch.cat([loop[name] for loop in loops], dim=1).mean(dim=1) for name in loops[0]}
+def _curves(tensors: Sequence[Mapping[str, Tensor]], lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """How the purifications of one task went: means over images and runs."""
+    loop = _means(tensors, "loop.")
     ways = torch.tensor([line["on_the_way"] for line in lines]).double().mean(dim=0)
-    iterations = looked_at(len(found["total"])) if "total" in found else []
-    return {"iterations": iterations, "accuracy": ways.tolist()} | {n: t.tolist() for n, t in found.items()}
+    iterations = looked_at(len(loop["total"])) if "total" in loop else []
+    return {"iterations": [float(n) for n in iterations], "accuracy": ways.tolist(), **loop}
+
+
+def _means(tensors: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, list[float]]:
+    """Means over images and runs of the tensors [steps, B] whose names begin so."""
+    names = [name for name in tensors[0] if name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix): torch.cat([part[name] for part in tensors], dim=1).double().mean(dim=1).tolist()
+        for name in names
+    }
 
 
 def _plain(value: Any) -> Any:
