@@ -1,14 +1,14 @@
-"""Data sets in memory."""
+"""Data sets by name, file or folder."""
 
-import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cmap_defense.data import load_dataset
-from cmap_defense.errors import CmapError
+from cmap_defense.data import DATASETS, LabelledImages, known, load_dataset, open_dataset
+from cmap_defense.errors import CmapError, DataError
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 7, 6, 3)).astype(np.uint8)
 LABELS = np.array([3, 1, 4, 1, 5], dtype=np.uint8)
@@ -21,6 +21,7 @@ def test_an_npz_file_gives_channels_first_images_and_labels(tmp_path: Path) -> N
     assert data.images.shape == (5, 3, 7, 6)
     assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), IMAGES)
     assert data.labels.tolist() == LABELS.tolist()
+    assert data.class_names is None
     assert len(data[1:3]) == 2
     assert data.unit.max() <= 1
 
@@ -32,45 +33,60 @@ def test_grey_images_get_a_channel_and_labels_may_be_missing(tmp_path: Path) -> 
     assert data.labels.tolist() == [0] * 5
 
 
-def write_fashion(folder: Path, *, compress: bool) -> np.ndarray:
-    """A data set of three images in the layout of Fashion-MNIST."""
-    folder.mkdir()
-    images = IMAGES[:3, ..., 0]
-    files = {
-        "t10k-images-idx3-ubyte": np.array([2051, 3, 7, 6], dtype=">i4").tobytes() + images.tobytes(),
-        "t10k-labels-idx1-ubyte": np.array([2049, 3], dtype=">i4").tobytes() + LABELS[:3].tobytes(),
-    }
-    for name, content in files.items():
-        if compress:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
-    return images
+def test_what_is_in_memory_is_opened_as_it_is(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=IMAGES, labels=LABELS)
+    opened = open_dataset(str(tmp_path / "some.npz"))
+    assert isinstance(opened, LabelledImages)
+    assert torch.equal(opened.select([2, 0]).images, load_dataset(tmp_path / "some.npz").images[[2, 0]])
 
 
-@pytest.mark.parametrize("compress", [True, False])
-def test_fashion_mnist_is_found_by_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
-) -> None:
-    images = write_fashion(tmp_path / "fashion-mnist", compress=compress)
-    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
-    data = load_dataset("fashion-mnist", "test")
-    assert np.array_equal(data.images[:, 0].numpy(), images)
-    assert data.labels.tolist() == [3, 1, 4]
+def test_an_npz_file_may_have_another_ending(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=IMAGES)
+    (tmp_path / "some.npz").rename(tmp_path / "some.arrays")
+    assert len(load_dataset(tmp_path / "some.arrays")) == 5
 
 
-def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_fashion(tmp_path / "fashion-mnist", compress=False)
-    path = tmp_path / "fashion-mnist" / "t10k-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-5])
-    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
-    with pytest.raises(CmapError, match="t10k-images-idx3-ubyte"):
-        load_dataset("fashion-mnist", "test")
+def test_the_split_goes_to_the_data_sets_that_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DATASETS == ("cifar10", "fashion-mnist")
+    images = torch.zeros(2, 1, 7, 6, dtype=torch.uint8)
+
+    def reader(split: str) -> LabelledImages:
+        return LabelledImages(images, torch.tensor([0, 1]), ("x", split))
+
+    monkeypatch.setattr("cmap_defense.data.sources.KNOWN", dict.fromkeys(known.KNOWN, reader))
+    for name in DATASETS:
+        assert load_dataset(name).class_names == ("x", "train")
+        assert open_dataset(name, "test").class_names == ("x", "test")
 
 
-def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(LookupError, match="fashion-mnist"):
-        load_dataset("fashion-mnits")
+@pytest.mark.parametrize("load", [load_dataset, open_dataset])
+def test_unknown_names_list_the_known_ones(load: Any) -> None:
+    with pytest.raises(LookupError, match=r"fashion-mnist.*folder of class folders"):
+        load("fashion-mnits")
+    with pytest.raises(LookupError, match="cifar10"):
+        load("CIFAR-10")
+
+
+@pytest.mark.parametrize("size", [7, 6, 5])
+def test_a_size_other_than_that_of_the_images_is_refused(tmp_path: Path, size: int) -> None:
+    np.savez(tmp_path / "some.npz", images=IMAGES)
+    np.savez(tmp_path / "square.npz", images=IMAGES[:, :size, :size])
+    with pytest.raises(DataError, match=rf"some\.npz: images are 7 x 6, not {size} x {size}: only images of a folder"):
+        load_dataset(tmp_path / "some.npz", size=size)
+    if size < 7:
+        assert load_dataset(tmp_path / "square.npz", size=size).images.shape == (5, 3, size, size)
+
+
+def test_channels_other_than_those_of_the_images_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=IMAGES)
+    assert load_dataset(tmp_path / "some.npz", channels=3).images.shape == (5, 3, 7, 6)
+    with pytest.raises(DataError, match=r"some\.npz: images have 3 channels, not 1: only images of a folder"):
+        load_dataset(tmp_path / "some.npz", channels=1)
+
+
+def test_a_missing_npz_file_is_no_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.npz cannot be read"):
+        load_dataset(tmp_path / "nowhere.npz")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,9 @@ def test_unknown_names_list_the_known_ones() -> None:
     [
         ({"pictures": IMAGES}, "no array named images"),
         ({"images": IMAGES.astype(np.float32)}, "uint8"),
+        ({"images": IMAGES[0, 0]}, r"\[N, H, W, C\] or \[N, H, W\]"),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, "uint8"),
+        ({"images": IMAGES[None]}, "uint8"),
         ({"images": IMAGES, "labels": LABELS[:2]}, "labels"),
         ({"images": IMAGES, "labels": LABELS.astype(float)}, "labels"),
     ],
@@ -101,6 +120,7 @@ def test_pickles_inside_npz_files_are_refused(tmp_path: Path) -> None:
         load_dataset(tmp_path / "bad.npz")
 
 
-def test_unknown_split() -> None:
+@pytest.mark.parametrize("source", ["fashion-mnist", "cifar10", "some.npz", "."])
+def test_unknown_split(source: str) -> None:
     with pytest.raises(CmapError, match="train"):
-        load_dataset("fashion-mnist", "validation")
+        load_dataset(source, "validation")

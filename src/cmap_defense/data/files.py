@@ -27,7 +27,7 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = _pixels(ImageOps.exif_transpose(image), mode)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
     pixels = pixels[..., None] if channels == 1 else pixels
     return torch.from_numpy(pixels).permute(2, 0, 1)

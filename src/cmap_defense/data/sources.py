@@ -1,137 +1,80 @@
-"""Data sets by name or file, as 8-bit images in memory."""
+"""Data sets by name, file or folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from cmap_defense.data.arrays import npz_images
+from cmap_defense.data.folders import FolderImages
+from cmap_defense.data.images import ImageSource, LabelledImages
+from cmap_defense.data.known import KNOWN
 from cmap_defense.errors import DataError, UnknownNameError
 from cmap_defense.settings import near_matches
 
-__all__ = ["DATASETS", "LabelledImages", "load_dataset"]
+__all__ = ["DATASETS", "load_dataset", "open_dataset"]
 
-DATASETS = ("fashion-mnist",)
-"""Names that :func:`load_dataset` knows."""
-
-_FASHION_FILES = {"train": "train", "test": "t10k"}
-_SYSTEM_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)  # where Debian's dataset-fashion-mnist puts it
+DATASETS = tuple(KNOWN)
+"""Names that :func:`open_dataset` and :func:`load_dataset` know."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelledImages:
-    """images: uint8 [N, C, H, W]. labels: int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: slice) -> LabelledImages:
-        return LabelledImages(self.images[index], self.labels[index])
-
-    @property
-    def unit(self) -> Tensor:
-        """The images as float32 in [0, 1]."""
-        return self.images.float() / 255
-
-
-def load_dataset(source: str | os.PathLike[str], split: str = "train") -> LabelledImages:
-    """A data set in the order of its publication.
+def open_dataset(
+    source: str | os.PathLike[str], split: str = "train", *, size: int | None = None, channels: int | None = None
+) -> ImageSource:
+    """A data set in the order of its publication; the images of a folder are read when they are selected.
 
     Args:
-        source: "fashion-mnist", or an .npz file with ``images`` (uint8 [N, H, W, C] or [N, H, W]) and, where there are
-            some, ``labels`` (integers [N]).
+        source: "cifar10" or "fashion-mnist", see :func:`~cmap_defense.data.known.cifar10` and
+            :func:`~cmap_defense.data.known.fashion_mnist` for where they are looked for; an .npz file with ``images``
+            (uint8 [N, H, W, C] or [N, H, W]) and, where there are some, ``labels`` (integers [N]); or a folder with one
+            folder of image files per class, or with such a folder per split, see
+            :meth:`~cmap_defense.data.folders.FolderImages.of`.
         split: "train" or "test"; an .npz file has one split and takes no notice of it.
-
-    Fashion-MNIST is looked for in ``$CMAP_DATA/fashion-mnist``, where Debian's package dataset-fashion-mnist puts it,
-    and in torchvision's layout in ``~/.cache/cmap-defense``, to which torchvision downloads it when it is nowhere.
+        size: height and width of the images in pixels. Those of a folder are resized and cropped to it, and need it
+            where they differ in size; others must have it.
+        channels: 3 for RGB, 1 for grey. Images of a folder are read so, with 3 unless told; others must have as many.
 
     Raises:
-        UnknownNameError: neither a known name nor a file.
-        DataError: the file is damaged or holds something else, or the download failed.
+        UnknownNameError: neither a known name nor a file nor a folder.
+        DataError: the data set is damaged or holds something else, has another size or other channels, or the download
+            failed.
     """
-    if split not in _FASHION_FILES:
+    if split not in ("train", "test"):
         raise DataError(f'split must be "train" or "test", but is {split!r}.')
     text = os.fspath(source)
-    if text == "fashion-mnist":
-        return _fashion_mnist(split)
     path = Path(text).expanduser()
-    if path.suffix == ".npz" or path.is_file():
-        return _npz(path)
-    raise UnknownNameError(
-        f"There is no data set {text!r}.{near_matches(text, DATASETS)} An .npz file may be given too."
-    )
+    if text in KNOWN:
+        data = KNOWN[text](split)
+    elif path.is_dir():
+        return FolderImages.of(path, split, size=size, channels=3 if channels is None else channels)
+    elif path.suffix == ".npz" or path.is_file():
+        data = npz_images(path)
+    else:
+        raise UnknownNameError(
+            f"There is no data set {text!r}.{near_matches(text, DATASETS)} "
+            "An .npz file or a folder of class folders may be given too."
+        )
+    _check_fits(data, text, size, channels)
+    return data
 
 
-def _fashion_mnist(split: str) -> LabelledImages:
-    folder, stem = _fashion_folder(), _FASHION_FILES[split]
-    images = _idx(folder, f"{stem}-images-idx3-ubyte", axes=3)
-    labels = _idx(folder, f"{stem}-labels-idx1-ubyte", axes=1)
-    return _labelled(images[..., None], labels, str(folder))
+def load_dataset(
+    source: str | os.PathLike[str], split: str = "train", *, size: int | None = None, channels: int | None = None
+) -> LabelledImages:
+    """What :func:`open_dataset` opens, with all images in memory.
+
+    Raises:
+        As :func:`open_dataset`, and DataError for an image of a folder that cannot be read or differs in size.
+    """
+    opened = open_dataset(source, split, size=size, channels=channels)
+    return opened if isinstance(opened, LabelledImages) else opened.select(range(len(opened)))
 
 
-def _fashion_folder() -> Path:
-    candidates = [Path(os.environ["CMAP_DATA"], "fashion-mnist")] if "CMAP_DATA" in os.environ else []
-    candidates += _SYSTEM_FOLDERS
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cmap-defense")
-    downloaded = cache / "FashionMNIST" / "raw"
-    for folder in (*candidates, downloaded):
-        if any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
-            return folder
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        FashionMNIST(str(cache), download=True)
-    except (OSError, RuntimeError) as error:
+def _check_fits(data: LabelledImages, where: str, size: int | None, channels: int | None) -> None:
+    _, found, height, width = data.images.shape
+    if size is not None and (height, width) != (size, size):
         raise DataError(
-            f"Fashion-MNIST is not here and cannot be downloaded ({error}). "
-            "Install Debian's package dataset-fashion-mnist, or put its four files into a folder fashion-mnist and "
-            "name the folder above it in the environment variable CMAP_DATA."
-        ) from error
-    return downloaded
-
-
-def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
-    """An array in the idx format of MNIST: a magic number, the sizes (big-endian), the bytes."""
-    try:
-        path = folder / name
-        content = path.read_bytes() if path.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
-        sizes = np.frombuffer(content, dtype=">i4", count=axes, offset=4)
-        return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(sizes)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{folder / name} cannot be read: {error}") from error
-
-
-def _npz(path: Path) -> LabelledImages:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
-    if "images" not in arrays:
-        raise DataError(f"{path} has no array named images.")
-    images = arrays["images"]
-    if images.ndim < 3:
-        raise DataError(f"{path}: images must be [N, H, W, C] or [N, H, W], but are {list(images.shape)}.")
-    if images.ndim == 3:
-        images = images[..., None]
-    return _labelled(images, arrays.get("labels", np.zeros(len(images), dtype=np.int64)), str(path))
-
-
-def _labelled(images: np.ndarray, labels: np.ndarray, where: str) -> LabelledImages:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
-        raise DataError(f"{where}: images must be uint8 [N, H, W, C], but are {images.dtype} {list(images.shape)}.")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
-    return LabelledImages(
-        torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(), torch.tensor(labels.astype(np.int64))
-    )
+            f"{where}: images are {height} x {width}, not {size} x {size}: only images of a folder are resized."
+        )
+    if channels is not None and found != channels:
+        raise DataError(f"{where}: images have {found} channels, not {channels}: only images of a folder are changed.")

@@ -1,0 +1,68 @@
+"""Arrays of numpy as labelled images, and .npz files of them."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cmap_defense.data.images import LabelledImages
+from cmap_defense.errors import DataError
+
+__all__ = ["labelled", "npz_images", "read_npz"]
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays ``images`` and, where it is there, ``labels`` of an .npz file.
+
+    Raises:
+        DataError: the file is missing, damaged, holds pickles, or has no images.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as an .npz file: {error}") from error
+    if "images" not in arrays:
+        raise DataError(f"{path} has no array named images.")
+    return arrays
+
+
+def npz_images(path: Path) -> LabelledImages:
+    """The images of an .npz file, uint8 [N, H, W, C] or [N, H, W]; without labels, all labels are 0.
+
+    Raises:
+        DataError: the file cannot be read or holds something else.
+    """
+    arrays = read_npz(path)
+    images = arrays["images"]
+    if images.ndim < 3:
+        raise DataError(f"{path}: images must be [N, H, W, C] or [N, H, W], but are {list(images.shape)}.")
+    if images.ndim == 3:
+        images = images[..., None]
+    return labelled(images, arrays.get("labels", np.zeros(len(images), dtype=np.int64)), str(path))
+
+
+def labelled(
+    images: np.ndarray, labels: np.ndarray, where: str, class_names: tuple[str, ...] | None = None
+) -> LabelledImages:
+    """Copies of images, uint8 [N, H, W, C], and labels, integers [N].
+
+    where: what errors call them. class_names: one per class, where they are known.
+
+    Raises:
+        DataError: they are something else, or a label has no class name.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
+        raise DataError(f"{where}: images must be uint8 [N, H, W, C], but are {images.dtype} {list(images.shape)}.")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
+    classes = torch.tensor(labels.astype(np.int64))
+    if class_names is not None and len(classes) and not 0 <= classes.min() <= classes.max() < len(class_names):
+        raise DataError(
+            f"{where}: labels must lie in 0 to {len(class_names) - 1}, but lie in {classes.min()} to {classes.max()}."
+        )
+    return LabelledImages(torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(), classes, class_names)

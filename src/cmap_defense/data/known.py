@@ -1,0 +1,150 @@
+"""The data sets that have a name: where they are looked for, and what their classes are called."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cmap_defense.data.arrays import labelled, read_npz
+from cmap_defense.data.images import LabelledImages
+from cmap_defense.errors import DataError
+
+__all__ = ["CIFAR10_CLASSES", "FASHION_MNIST_CLASSES", "KNOWN", "cifar10", "fashion_mnist"]
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_FASHION_FILES = {"train": "train", "test": "t10k"}
+_SYSTEM_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)  # where Debian's dataset-fashion-mnist puts it
+
+
+def fashion_mnist(split: str) -> LabelledImages:
+    """Fashion-MNIST: 60000 images for "train", 10000 for "test", 1 x 28 x 28, in their published order.
+
+    Looked for in ``$CMAP_DATA/fashion-mnist``, where Debian's package dataset-fashion-mnist puts it, and in
+    torchvision's layout in ``~/.cache/cmap-defense``, to which torchvision downloads it when it is nowhere.
+
+    Raises:
+        DataError: a file is damaged, or the download failed.
+    """
+    folder, stem = _fashion_folder(), _FASHION_FILES[split]
+    images = _idx(folder, f"{stem}-images-idx3-ubyte", axes=3)
+    labels = _idx(folder, f"{stem}-labels-idx1-ubyte", axes=1)
+    return labelled(images[..., None], labels, str(folder), FASHION_MNIST_CLASSES)
+
+
+def cifar10(split: str) -> LabelledImages:
+    """CIFAR-10: 50000 images for "train", 10000 for "test", 3 x 32 x 32, in their published order.
+
+    Looked for as ``cifar10_train.npz`` and ``cifar10_test.npz`` (images uint8 [N, 32, 32, 3], labels integers [N]) in
+    ``$CMAP_DATA`` and ``~/.cache/cmap-data`` and in folders cifar10 there; then as torchvision's folder
+    cifar-10-batches-py in ``$CMAP_DATA``, ``$CMAP_DATA/cifar10`` and ``~/.cache/cmap-defense``, to which torchvision
+    downloads it when it is nowhere.
+
+    Raises:
+        DataError: a file is damaged or holds something else, or the download failed.
+    """
+    asked = _asked_for("cifar10")
+    fetched = Path.home() / ".cache" / "cmap-data"
+    for folder in (*asked, fetched, fetched / "cifar10"):
+        path = folder / f"cifar10_{split}.npz"
+        if path.is_file():
+            return _cifar10_npz(path)
+    for folder in (*asked, _cache()):
+        batches = folder / "cifar-10-batches-py"
+        if batches.is_dir():
+            try:
+                return _cifar10_batches(folder, split, download=False)
+            except (OSError, RuntimeError) as error:
+                raise DataError(
+                    f"{batches} cannot be read, or a file in it is missing or is not the published one. "
+                    "Delete the folder, and CIFAR-10 is looked for elsewhere, or downloaded."
+                ) from error
+    try:
+        return _cifar10_batches(_cache(), split, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 is not here and cannot be downloaded ({error}). "
+            "Put cifar10_train.npz and cifar10_test.npz (images uint8 [N, 32, 32, 3], labels integers [N]), or "
+            "torchvision's folder cifar-10-batches-py, into a folder and name it in the environment variable CMAP_DATA."
+        ) from error
+
+
+KNOWN: Mapping[str, Callable[[str], LabelledImages]] = {"cifar10": cifar10, "fashion-mnist": fashion_mnist}
+"""Reader of every data set that has a name; it takes the split."""
+
+
+def _asked_for(name: str) -> list[Path]:
+    """The folder that the environment names, and that of the data set in it; none where it names none."""
+    given = os.environ.get("CMAP_DATA")
+    return [Path(given).expanduser(), Path(given).expanduser() / name] if given else []
+
+
+def _cache() -> Path:
+    """Where torchvision downloads to."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cmap-defense")
+
+
+def _fashion_folder() -> Path:
+    downloaded = _cache() / "FashionMNIST" / "raw"
+    for folder in (*_asked_for("fashion-mnist")[1:], *_SYSTEM_FOLDERS, downloaded):
+        if any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
+            return folder
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(_cache()), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"Fashion-MNIST is not here and cannot be downloaded ({error}). "
+            "Install Debian's package dataset-fashion-mnist, or put its four files into a folder fashion-mnist and "
+            "name the folder above it in the environment variable CMAP_DATA."
+        ) from error
+    return downloaded
+
+
+def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
+    """An array in the idx format of MNIST: a magic number, the sizes (big-endian), the bytes."""
+    try:
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
+        sizes = np.frombuffer(content, dtype=">i4", count=axes, offset=4)
+        return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(sizes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{folder / name} cannot be read: {error}") from error
+
+
+def _cifar10_npz(path: Path) -> LabelledImages:
+    arrays = read_npz(path)
+    if "labels" not in arrays:
+        raise DataError(f"{path} has no array named labels.")
+    if arrays["images"].shape[1:] != (32, 32, 3):
+        raise DataError(f"{path}: images must be [N, 32, 32, 3], but are {list(arrays['images'].shape)}.")
+    return labelled(arrays["images"], arrays["labels"], str(path), CIFAR10_CLASSES)
+
+
+def _cifar10_batches(folder: Path, split: str, *, download: bool) -> LabelledImages:
+    """From torchvision's layout below ``folder``; its checksums are compared before anything is unpickled."""
+    from torchvision.datasets import CIFAR10
+
+    with warnings.catch_warnings():  # numpy 2.4.0 objects to how the published pickles were written
+        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+        data = CIFAR10(str(folder), train=split == "train", download=download)
+    return labelled(np.asarray(data.data), np.asarray(data.targets), str(folder), CIFAR10_CLASSES)

@@ -1,0 +1,249 @@
+"""Folders of class folders: what is listed, what is read and when, resizing and cropping."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
+
+from cmap_defense.data import FolderImages, ImageSource, LabelledImages, folders, load_dataset, open_dataset, read_image
+from cmap_defense.errors import DataError
+
+Writer = Callable[..., dict[Path, np.ndarray]]
+
+
+def channels_first(pixels: list[np.ndarray]) -> torch.Tensor:
+    return torch.stack([torch.tensor(p).permute(2, 0, 1) for p in pixels])
+
+
+def test_classes_and_files_come_in_alphabetical_order(tmp_path: Path, picture_folders: Writer) -> None:
+    pixels = picture_folders(tmp_path, wasp=[(7, 5)], ant=[(7, 5)] * 2, bee=[(7, 5)])
+    (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    source = open_dataset(tmp_path)
+    assert isinstance(source, FolderImages)
+    assert isinstance(source, ImageSource)
+    assert source.class_names == ("ant", "bee", "wasp")
+    assert source.labels.dtype == torch.int64
+    assert source.labels.tolist() == [0, 0, 1, 2]
+    assert source.paths == tuple(pixels)
+    assert len(source) == 4
+    assert source.image_size == (7, 5)
+    chosen = source.select([3, 1])
+    assert chosen.images.dtype == torch.uint8
+    assert torch.equal(chosen.images, channels_first([pixels[source.paths[3]], pixels[source.paths[1]]]))
+    assert chosen.labels.tolist() == [2, 0]
+    assert chosen.class_names == ("ant", "bee", "wasp")
+
+
+def test_only_what_is_selected_is_read(
+    tmp_path: Path, picture_folders: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 3, bee=[(7, 5)])
+    read = []
+
+    def counted(path: Path, channels: int) -> torch.Tensor:
+        read.append(path)
+        return read_image(path, channels)
+
+    monkeypatch.setattr(folders, "read_image", counted)
+    source = open_dataset(tmp_path, size=4)
+    assert isinstance(source, FolderImages)
+    assert source.image_size == (4, 4)
+    assert read == []
+    source.select([2, 1])
+    assert read == [source.paths[2], source.paths[1]]
+
+
+def test_the_size_of_the_first_file_is_looked_up_once(
+    tmp_path: Path, picture_folders: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 3)
+    source = open_dataset(tmp_path)
+    first = source.select([1]).images
+    (tmp_path / "ant" / "0.png").unlink()
+    assert torch.equal(source.select([1]).images, first)
+
+
+def test_all_of_a_folder_fits_into_memory(tmp_path: Path, picture_folders: Writer) -> None:
+    pixels = picture_folders(tmp_path, ant=[(7, 5)] * 2, bee=[(7, 5)])
+    data = load_dataset(tmp_path)
+    assert isinstance(data, LabelledImages)
+    assert torch.equal(data.images, channels_first(list(pixels.values())))
+    assert data.labels.tolist() == [0, 0, 1]
+    assert data.class_names == ("ant", "bee")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.lists(st.integers(0, 3), max_size=6), data=st.data())
+def test_a_selection_of_a_selection_is_the_selection_of_its_indices(
+    tmp_path: Path, picture_folders: Writer, first: list[int], data: st.DataObject
+) -> None:
+    if not (tmp_path / "ant").exists():
+        picture_folders(tmp_path, ant=[(7, 5), (6, 8)], bee=[(5, 5), (9, 4)])
+    second = data.draw(st.lists(st.integers(0, len(first) - 1), max_size=6) if first else st.just([]))
+    source = open_dataset(tmp_path, size=3)
+    once, twice = source.select([first[i] for i in second]), source.select(first).select(second)
+    assert once.images.shape == (len(second), 3, 3, 3)
+    assert torch.equal(twice.images, once.images)
+    assert torch.equal(twice.labels, once.labels)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 11])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 8), (12, 5), (4, 13), (6, 6), (11, 14)])
+def test_resizing_and_cropping_are_torchvisions(
+    tmp_path: Path, picture_folders: Writer, shape: tuple[int, int], size: int
+) -> None:
+    pixels = picture_folders(tmp_path, ant=[shape, (9, 7)])
+    unit = channels_first(list(pixels.values())[:1])[0] / 255
+    resized = resize(unit, [size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    expected = (center_crop(resized, [size, size]) * 255).round()
+    images = load_dataset(tmp_path, size=size).images
+    assert images.shape == (2, 3, size, size)
+    assert (images[0] - expected).abs().max() <= 1
+
+
+def test_the_centre_of_an_image_of_that_height_is_taken_as_it_is(tmp_path: Path, picture_folders: Writer) -> None:
+    pixels = picture_folders(tmp_path, ant=[(6, 10), (12, 6)])
+    images = load_dataset(tmp_path, size=6).images
+    wide, high = (torch.tensor(p).permute(2, 0, 1) for p in pixels.values())
+    assert torch.equal(images[0], wide[:, :, 2:8])
+    assert torch.equal(images[1], high[:, 3:9])
+
+
+def test_grey_when_asked_for(tmp_path: Path, picture_folders: Writer) -> None:
+    pixels = picture_folders(tmp_path, ant=[(7, 5)] * 2)
+    images = load_dataset(tmp_path, channels=1).images
+    assert images.shape == (2, 1, 7, 5)
+    for image, colours in zip(images, pixels.values(), strict=True):
+        assert np.array_equal(image[0].numpy(), np.asarray(Image.fromarray(colours).convert("L")))
+
+
+def test_deeper_images_are_rounded_to_eight_bits(tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    for name in ("0.png", "1.png"):
+        Image.fromarray(np.array([[0, 120, 140], [65280, 65400, 65535]], dtype=np.uint16)).save(tmp_path / "ant" / name)
+    images = load_dataset(tmp_path, channels=1).images
+    assert images[0, 0].tolist() == images[1, 0].tolist() == [[0, 0, 1], [254, 254, 255]]
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, ant=[(7, 5), (7, 5), (6, 8)], bee=[(5, 7)])
+    source = open_dataset(tmp_path)
+    assert source.select([0, 1]).images.shape == (2, 3, 7, 5)
+    message = r"ant/0\.png is 7 x 5 \(height x width\), but .*ant/2\.png is 6 x 8: give size"
+    with pytest.raises(DataError, match=message):
+        source.select([1, 2])
+    with pytest.raises(DataError, match=message):
+        load_dataset(tmp_path)
+    assert load_dataset(tmp_path, size=4).images.shape == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize("broken", ["0.png", "1.png"])
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_damaged_image_is_named_when_it_is_read(
+    tmp_path: Path, picture_folders: Writer, broken: str, size: int | None
+) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 2)
+    (tmp_path / "ant" / broken).write_bytes(b"no image")
+    source = open_dataset(tmp_path, size=size)
+    with pytest.raises(DataError, match=rf"ant/{broken}"):
+        source.select([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("there", "split", "taken"),
+    [
+        (("train", "test"), "train", "train"),
+        (("train", "test"), "test", "test"),
+        (("train", "val"), "test", "val"),
+        (("train", "test", "val"), "test", "test"),
+        (("val",), "test", "val"),
+    ],
+)
+def test_the_folder_of_the_split_is_taken(
+    tmp_path: Path, picture_folders: Writer, there: tuple[str, ...], split: str, taken: str
+) -> None:
+    for name in there:
+        picture_folders(tmp_path / name, ant=[(7, 5)], bee=[(7, 5)])
+    source = open_dataset(tmp_path, split)
+    assert isinstance(source, FolderImages)
+    assert [path.relative_to(tmp_path).as_posix() for path in source.paths] == [
+        f"{taken}/ant/0.png",
+        f"{taken}/bee/0.png",
+    ]
+    assert source.class_names == ("ant", "bee")
+
+
+def test_a_folder_without_splits_is_taken_itself(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, bus=[(7, 5)], train=[(7, 5)])  # a class called train, as it has no folders
+    for split in ("train", "test"):
+        assert open_dataset(tmp_path, split).class_names == ("bus", "train")
+
+
+@pytest.mark.parametrize(
+    ("there", "split", "message"),
+    [
+        (("train",), "test", "class folders for train, but none for test: make a folder test or val"),
+        (("test", "val"), "train", "class folders for test and val, but none for train: make a folder train"),
+    ],
+)
+def test_another_split_is_not_taken_for_classes(
+    tmp_path: Path, picture_folders: Writer, there: tuple[str, ...], split: str, message: str
+) -> None:
+    for name in there:
+        picture_folders(tmp_path / name, ant=[(7, 5)])
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path, split)
+
+
+def test_folders_without_classes_and_classes_without_images(tmp_path: Path, picture_folders: Writer) -> None:
+    with pytest.raises(DataError, match="class folder"):
+        open_dataset(tmp_path)
+    picture_folders(tmp_path, ant=[(7, 5)], bee=[])
+    with pytest.raises(DataError, match="bee"):
+        open_dataset(tmp_path)
+    with pytest.raises(DataError, match="nowhere"):
+        FolderImages.of(tmp_path / "nowhere", "train")
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path / "some", ant=[(7, 5)] * 2)
+    source = open_dataset(tmp_path / "some", size=4)
+    shutil.rmtree(tmp_path / "some")
+    with pytest.raises(DataError, match=r"ant/1\.png"):
+        source.select([1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be a positive integer"),
+        ({"size": 4.0}, "size must be a positive integer"),
+        ({"size": True}, "size must be a positive integer"),
+        ({"channels": 2}, "channels must be 1 or 3"),
+    ],
+)
+def test_sizes_and_channels_that_cannot_be(
+    tmp_path: Path, picture_folders: Writer, options: dict[str, Any], message: str
+) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)])
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path, **options)
+
+
+def test_indices_are_checked(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 2)
+    source = open_dataset(tmp_path)
+    assert source.select(torch.tensor([1, 0])).labels.tolist() == [0, 0]
+    with pytest.raises(DataError, match="no image 2: they go from 0 to 1"):
+        source.select([2])
