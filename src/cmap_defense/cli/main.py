@@ -7,6 +7,7 @@ import sys
 import click
 
 from cmap_defense import __version__
+from cmap_defense.cli.analyse import analyse
 from cmap_defense.cli.backbones import backbones
 from cmap_defense.cli.demo import demo
 from cmap_defense.cli.evaluate import evaluate, report
@@ -24,7 +25,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, train, backbones):
+for command in (demo, purify, evaluate, report, study, analyse, train, backbones):
     cli.add_command(command)
 
 
