@@ -109,13 +109,21 @@ def run(options: argparse.Namespace, done: set[str], results: Path) -> None:
         print(summary(row), flush=True)
 
 
-def summary(row: dict) -> str:
-    """A row of the table."""
+def summary(row: dict, transfer: dict | None = None) -> str:
+    """A row of the table; transfer: the row to compare with."""
     answers, labels = torch.tensor(row["answers"]), torch.tensor(row["labels"])
     right = answers == labels
-    cells = [f"{right.float().mean():.3f}", interval(right.all(dim=0)), interval(vote_right(answers, labels))]
+    cells = [f"{right.float().mean():.3f}", "" if transfer is None else compared(row, transfer)]
+    cells += [interval(right.all(dim=0)), interval(vote_right(answers, labels))]
     cells += [str(row["queries"]), f"{row['passes_per_image']:,.0f}", f"{row['seconds'] / 60:.1f} min"]
     return " | ".join(["| " + row["attack"], *cells]) + " |"
+
+
+def compared(row: dict, other: dict) -> str:
+    """The difference of two means of J, and its standard error over the images."""
+    shares = [(torch.tensor(r["answers"]) == torch.tensor(r["labels"])).double().mean(dim=0) for r in (row, other)]
+    gap = shares[0] - shares[1]
+    return f"{gap.mean():+.3f} ± {gap.std() / len(gap) ** 0.5:.3f}"
 
 
 def vote_right(answers: Tensor, labels: Tensor) -> Tensor:
@@ -137,6 +145,16 @@ def worst_by_luck(answers: Tensor, labels: Tensor, judgements: int, attacks: int
     return vote_right(drawn, labels).all(dim=1).float().mean().item()
 
 
+def worst_attack(answers: Tensor, labels: Tensor) -> Tensor:
+    """[B], the share of right answers under the worst attack on each image, of answers [M, J, B]: the attack is chosen
+    by J - 1 of them and counted on the other, each in its turn, so that luck in the choice is not counted."""
+    right = (answers == labels).double()
+    order = right.mean(dim=(1, 2)).argsort(stable=True)  # of equal ones, the strongest over all images
+    right = right[order]
+    others = right.sum(dim=1, keepdim=True) - right
+    return right.gather(0, others.argmin(dim=0)[None])[0].mean(dim=0)
+
+
 def table(rows: list[dict]) -> str:
     """All rows, the strongest first; the worst case of each image over the attacks on fresh noise, and that by luck."""
     labels = torch.tensor(rows[0]["labels"])
@@ -144,12 +162,16 @@ def table(rows: list[dict]) -> str:
     attacks = [row for row in rows if row["attack"] != "control"]
     attacks.sort(key=lambda row: (answers[row["attack"]] == labels).float().mean().item())
     controls = [row for row in rows if row["attack"] == "control"]
-    head = "| attack | mean of J | all J right | vote of J | queries | backbone passes per image | time |"
-    lines = [head, "| --- " * 7 + "|", *(summary(row) for row in [*controls, *attacks])]
+    head = "| attack | mean of J | to transfer | all J right | vote of J | queries | backbone passes per image | time |"
+    transfer = next((row for row in rows if row["attack"] == "transfer"), None)
+    lines = [head, "| --- " * 8 + "|", *(summary(row, transfer) for row in [*controls, *attacks])]
     fresh = [answers[row["attack"]] for row in attacks if "noise='known'" not in row["settings"]]
     if fresh:
+        share = worst_attack(torch.stack(fresh), labels)
+        low, high = wilson_interval(share.sum().item(), len(share))
+        lines += ["", f"Answers right under the worst attack on each image: {share.mean():.3f} [{low:.2f}, {high:.2f}]"]
         held = torch.stack([vote_right(part, labels) for part in fresh]).all(dim=0)
-        lines += ["", f"Vote, worst of {len(fresh)} attacks for each image: {interval(held)}"]
+        lines += [f"Vote, worst of {len(fresh)} attacks for each image: {interval(held)}"]
     if fresh and controls:
         luck = worst_by_luck(answers["control"], labels, len(fresh[0]), len(fresh))
         lines += [f"The same by luck alone, clean images voted on as often: {luck:.3f}"]
