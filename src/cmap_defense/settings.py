@@ -88,13 +88,16 @@ def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any])
     return " Known: " + ", ".join(repr(n) for n in names) + "."
 
 
-def require_integer(owner: str, name: str, value: Any, *, minimum: int) -> int:
-    """``value`` as an int not below ``minimum``, or a :class:`SettingsError` that names the setting."""
+def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:
+    """``value`` as an int within the bounds, or a :class:`SettingsError` that names the setting."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
-    if value < minimum:
-        raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {value}.")
-    return int(value)
+    number = int(value)
+    if number < minimum:
+        raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {number}.")
+    if below is not None and number >= below:
+        raise SettingsError(f"{owner}.{name} must be below {below}, but is {number}.")
+    return number
 
 
 def require_number(

@@ -17,7 +17,7 @@ from cmap_defense.gradients import GradientMode
 from cmap_defense.inputs import check_logits
 from cmap_defense.rng import derived_seeds, isolated
 
-__all__ = ["Feedback", "Model", "ModelAccess", "SeededModel", "by_largest", "gradient_to", "unit"]
+__all__ = ["Feedback", "Model", "ModelAccess", "SeededModel", "by_largest", "gradient_to", "unit", "usable"]
 
 Model = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] in [0, 1] to logits [B, classes]."""
@@ -59,6 +59,11 @@ def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
             "This attack needs a gradient, but the model's logits do not depend on the images for autograd."
         )
     return torch.where(torch.isfinite(found).flatten(1).all(dim=1)[:, None, None, None], found, 0.0)
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor as one that autograd takes, also where it was made under inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def unit(gradient: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmap_defense.attacks.access import Model, ModelAccess
+from cmap_defense.attacks.access import Model, ModelAccess, usable
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
@@ -161,8 +161,8 @@ class Attack(abc.ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(isolated(self.seed, *index.tolist()))
             bar = stack.enter_context(tqdm(desc=name, unit="evaluation", disable=not progress))
-            clean = _usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
-            goal = Goal(_usable(labels), None if targets is None else _usable(targets))
+            clean = usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
+            goal = Goal(usable(labels), None if targets is None else usable(targets))
             access = ModelAccess(
                 model,
                 derived_seeds(index, self.seed),
@@ -237,11 +237,6 @@ def _classes(name: str, given: Any, images: Tensor) -> Tensor:
 def _needed(labels: Tensor, targets: Tensor | None) -> int:
     """The classes that a model must have for these labels."""
     return max((int(part.max()) + 1 for part in (labels, targets) if part is not None and part.numel()), default=0)
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """The tensor as one that autograd takes, also where it was made under inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _advance(bar: tqdm) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks import PGD, Attack, Transfer
+from cmap_defense.attacks import PGD, Attack, SeededModel, Transfer
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.evaluation.plan import Subject, eps_sizes, probe_of, step_counts
@@ -83,7 +83,7 @@ def sweeps_of(
     attacked: Mapping[str, Runs],
     checked: Mapping[str, Runs],
 ) -> list[Sweep]:
-    """The probe over its steps and over eps, all on the same images."""
+    """The probe over its steps and over eps, all on the same images and as many answers, by the same noise."""
     some = next(iter(checked.values()))
     itself = (checked["probe"] if name is None else attacked[name]).first(len(some.truth))
     clean = attacked["control"].first(len(some.truth))
@@ -114,12 +114,9 @@ def gradient_table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
 
 
 def _fresh_noise(model: object) -> Check:
-    fixed = isinstance(model, PurifiedClassifier) and model.seed is not None
-    return Check(
-        "the defence draws fresh noise for each answer",
-        not fixed,
-        f"the model has the fixed seed {model.seed}" if fixed else "no fixed seed",  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    seed = model.seed if isinstance(model, (PurifiedClassifier, SeededModel)) else None
+    found = "no fixed seed" if seed is None else f"the model has the fixed seed {seed}"
+    return Check("the defence draws fresh noise for each answer", seed is None, found)
 
 
 def _follows(subject: Subject, through: Sequence[PGD]) -> Check:
@@ -210,15 +207,16 @@ def _direction(gradients: Sequence[Mapping[str, Any]], eot: int) -> Check:
 
 def _sweep(name: str, points: Mapping[float, Runs]) -> Sweep:
     ordered = sorted(points.items())
-    shares = [_share(runs) for _, runs in ordered]
+    common = min(runs.answers.shape[2] + runs.repurified.shape[2] for runs in points.values())
+    shares = [_share(runs, common) for _, runs in ordered]
     return Sweep(
         name, [value for value, _ in ordered], [share.mean().item() for share in shares], [_error(s) for s in shares]
     )
 
 
-def _share(runs: Runs) -> Tensor:
-    """[B], the share of all answers that are right."""
-    return torch.cat([runs.answers, runs.repurified], dim=2).double().mean(dim=(0, 2))
+def _share(runs: Runs, count: int | None = None) -> Tensor:
+    """[B], the share of all answers that are right, or of the first ``count``."""
+    return torch.cat([runs.answers, runs.repurified], dim=2)[:, :, :count].double().mean(dim=(0, 2))
 
 
 def _error(values: Tensor) -> float:

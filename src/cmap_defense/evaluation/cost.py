@@ -1,9 +1,9 @@
 """What an evaluation will cost, before it starts: counted on a stand-in, timed on a short piece of the real thing.
 
 An attack's backbone passes do not depend on what the images show, but for attacks that drop the images they have
-broken. So each attack is run once against a network of no size with the same K, at two small numbers of iterations;
-passes and queries at N are read off the line through the two. No formula for any attack, so none that can be wrong, and
-attacks of the user's are counted in the same way.
+broken. So each attack is run once against a network of no size with the same K, at two small numbers of iterations, not
+below what its gradient goes back through; passes and queries at N are read off the line through the two. No formula
+for any attack, so none that can be wrong, and attacks of the user's are counted in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks import Attack, ConsistencyDisruption
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.gradients import Unrolled
 from cmap_defense.rng import draw_latents
 
 __all__ = ["AttackCost", "Probe", "counted_passes", "probe", "rehearse"]
@@ -28,8 +29,8 @@ __all__ = ["AttackCost", "Probe", "counted_passes", "probe", "rehearse"]
 SIDE = 8
 """Pixels of the stand-in's images."""
 
-SHORT = (3, 5)
-"""Iterations that attacks are counted at."""
+SHORT, APART = 3, 2
+"""Iterations that attacks are counted at: so many at least, and so many more."""
 
 TOGETHER = 8
 """Images of the stand-in: what is done once for a batch hardly counts then."""
@@ -94,8 +95,11 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
         model: what it is to be run on, for its settings.
         classes: of the classifier.
     """
+    wanted_at = model.settings.iterations
+    short = max([SHORT, *_gone_back(attack), *_gone_back(model.gradient)])
+    counts = (short, short + APART) if wanted_at > short + APART else (wanted_at,)
     costs = []
-    for iterations in SHORT:
+    for iterations in counts:
         wanted = attack
         if isinstance(attack, ConsistencyDisruption):  # its own steps are all it takes, N of them among them
             wanted = dataclasses.replace(attack, steps=max(attack.steps, iterations + 1))
@@ -103,9 +107,8 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
             costs.append(_count(wanted, _stand_in(model, classes, iterations)))
         except Exception:  # code of the user's may need the real thing: the cost is then unknown, and is said to be
             return None
-    low, high = costs
-    slope = (high.passes - low.passes) / (SHORT[1] - SHORT[0])
-    passes = low.passes + slope * (model.settings.iterations - SHORT[0])
+    low, high = costs[0], costs[-1]
+    passes = low.passes + (high.passes - low.passes) / APART * (wanted_at - counts[0])
     return AttackCost(high.queries, round(passes / TOGETHER))
 
 
@@ -140,6 +143,15 @@ def _most_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _gone_back(part: object) -> Iterator[int]:
+    """The iterations that the gradients in an attack go back through, where they do not go through all."""
+    if isinstance(part, Unrolled) and part.last is not None:
+        yield part.last
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            yield from _gone_back(getattr(part, field.name))
+
+
 def _count(attack: Attack, model: PurifiedClassifier) -> AttackCost:
     """Queries per image, and the passes of all of them."""
     images = draw_latents(torch.arange(TOGETHER), 1, model.image_shape)[:, 0].sigmoid()
@@ -155,7 +167,11 @@ def _stand_in(model: PurifiedClassifier, classes: int, iterations: int) -> Purif
     settings = model.settings.replace(iterations=iterations)
     backbone = _StandInBackbone(model.image_shape[0], getattr(model.backbone, "num_classes", None))
     return PurifiedClassifier(
-        _StandInClassifier(model.image_shape[0], classes), backbone, settings=settings, seed=model.seed
+        _StandInClassifier(model.image_shape[0], classes),
+        backbone,
+        settings=settings,
+        seed=model.seed,
+        gradient=model.gradient,
     ).eval()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,12 @@ def describe_model(model: object) -> dict[str, Any]:
 
 
 def describe_attack(attack: Attack) -> str:
-    """Its settings in full. Addresses in memory, of a function of the user's, are left out."""
-    return ADDRESS.sub("", repr(attack))
+    """Its settings in full, and checksums of the networks in them, where there are any.
+
+    Addresses in memory, of a function of the user's, are left out.
+    """
+    networks = [f"{where}: weights {checksum(_weights(found))}" for where, found in _networks(attack, "")]
+    return "; ".join([_without_addresses(repr(attack)), *networks])
 
 
 def describe_software(device: torch.device) -> dict[str, Any]:
@@ -115,8 +120,35 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 
 def _module(module: object) -> dict[str, Any]:
-    weights = module.state_dict().items() if isinstance(module, nn.Module) else ()
-    return {"class": _name(module), "weights": checksum(weights), "precision": str(dtype_of(module))}
+    """Class, layers, weights and precision. What is done between the layers, and other attributes, do not show."""
+    if not isinstance(module, nn.Module):
+        return {"class": _name(module), "network": None, "weights": checksum(()), "precision": str(dtype_of(module))}
+    layers = hashlib.sha256(_without_addresses(repr(module)).encode()).hexdigest()
+    return {
+        "class": _name(module),
+        "network": layers,
+        "weights": checksum(_weights(module)),
+        "precision": str(dtype_of(module)),
+    }
+
+
+def _weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that are not saved with the rest, as a model's own normalisation often is."""
+    saved = module.state_dict()
+    return [*saved.items(), *((name, buffer) for name, buffer in module.named_buffers() if name not in saved)]
+
+
+def _networks(part: object, where: str) -> Iterator[tuple[str, nn.Module]]:
+    """The networks in an attack's settings, by the names of the settings."""
+    if isinstance(part, nn.Module):
+        yield where, part
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            yield from _networks(getattr(part, field.name), f"{where}.{field.name}".lstrip("."))
+
+
+def _without_addresses(text: str) -> str:
+    return ADDRESS.sub("", text)
 
 
 def _name(thing: object) -> str:

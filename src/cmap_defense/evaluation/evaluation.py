@@ -16,7 +16,7 @@ from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_sui
 from cmap_defense.attacks.access import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import CmapError, EvaluationError, InputValueError, SettingsError
-from cmap_defense.evaluation.cost import AttackCost, Probe, counted_passes, probe, rehearse
+from cmap_defense.evaluation.cost import AttackCost, counted_passes, probe, rehearse
 from cmap_defense.evaluation.describe import checksum, describe_model, describe_software
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
@@ -25,6 +25,7 @@ from cmap_defense.evaluation.ranks import Ranks, ranks
 from cmap_defense.evaluation.store import Store, Unit, write_text
 from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Group, Task
 from cmap_defense.modules import device_of, evaluating
+from cmap_defense.rng import isolated
 from cmap_defense.settings import near_matches, require_integer
 
 __all__ = ["SUITES", "Evaluation", "Expected", "Progress"]
@@ -162,13 +163,21 @@ class Evaluation:
         images: dict[str, int] = {}
         for unit in self.missing():
             images[unit.task] = images.get(unit.task, 0) + len(self._positions(tasks[unit.task], unit.group))
-        with self._threads(), evaluating(self.model):
-            costs = {name: self._passes(tasks[name]) for name in images}
-            passes = {name: None if cost is None else cost * images[name] for name, cost in costs.items()}
-            seen = Probe(0.0, None)
-            if isinstance(self.model, PurifiedClassifier) and images:
-                seen = probe(self.model, self.images.images[: self.protocol.group].to(self.device))
-        return Expected(passes, seen.seconds * sum(count or 0 for count in passes.values()), seen.bytes)
+        passes: dict[str, int | None] = {}
+        seconds, most = 0.0, None
+        with self._threads():
+            for subject in self.subjects:
+                model = subject.model
+                own = [name for name in images if tasks[name].model is model]
+                with evaluating(_described(model)):
+                    costs = {name: self._passes(tasks[name]) for name in own}
+                    found = {name: None if cost is None else cost * images[name] for name, cost in costs.items()}
+                    if isinstance(model, PurifiedClassifier) and own:
+                        seen = probe(model, self.images.images[: self.protocol.group].to(self.device))
+                        seconds += seen.seconds * sum(count or 0 for count in found.values())
+                        most = max(filter(None, (most, seen.bytes)), default=None)
+                passes |= found
+        return Expected({name: passes[name] for name in images}, seconds, most)
 
     def run(self, progress: Progress | None = None) -> None:
         """Do what is missing, and write ``results.jsonl`` when all is there.
@@ -201,7 +210,7 @@ class Evaluation:
     def _do(self, task: Task, unit: Unit, team: Ranks) -> None:
         group = self._group(task, unit)
         begun = time.perf_counter()
-        with counted_passes(self.model) as passes:
+        with counted_passes(task.model) as passes:
             outcome = task.run(group)
         seconds = time.perf_counter() - begun
         named = {"subject": task.subject, "attack": task.attack, "seed": unit.seed}
@@ -232,8 +241,8 @@ class Evaluation:
 
     def _passes(self, task: Task) -> int | None:
         """Backbone passes per image of a task."""
-        model = self.model
-        if not isinstance(model, PurifiedClassifier) or task.subject not in (DEFENDED, "checks"):
+        model = task.model
+        if not isinstance(model, PurifiedClassifier):
             return 0
         once = model.settings.n_latents * (model.settings.iterations + 1)
         if isinstance(task, ControlTask):
@@ -241,14 +250,13 @@ class Evaluation:
         if isinstance(task, GradientTask):
             return once * task.samples
         assert isinstance(task, AttackTask)
-        cost = self._rehearsed(task.how)
+        cost = self._rehearsed(task.how, model)
         return None if cost is None else cost.passes + once * (task.answers + task.repurifications)
 
-    def _rehearsed(self, attack: Attack) -> AttackCost | None:
-        assert isinstance(self.model, PurifiedClassifier)
+    def _rehearsed(self, attack: Attack, model: PurifiedClassifier) -> AttackCost | None:
         with torch.no_grad():
-            classes = self.model.undefended(self.images.images[:1].to(self.device)).shape[1]
-        return rehearse(attack, self.model, classes)
+            classes = model.undefended(self.images.images[:1].to(self.device)).shape[1]
+        return rehearse(attack, model, classes)
 
     @contextlib.contextmanager
     def _opened(self, team: Ranks) -> Iterator[None]:
@@ -276,7 +284,7 @@ class Evaluation:
 
     def _check_labels(self) -> None:
         """Labels of classes that the model has."""
-        with torch.no_grad(), evaluating(_described(self.model)):
+        with torch.no_grad(), isolated(0), evaluating(_described(self.model)):
             first = self.images.images[:1].to(self.device)
             bare = self.model.undefended if isinstance(self.model, PurifiedClassifier) else self.model
             classes = bare(first).shape[-1]
@@ -333,10 +341,12 @@ def _agree(team: Ranks, settings: dict[str, Any], store: Store) -> None:
         except CmapError as error:
             refusal = str(error)
     refusal = team.shared(refusal)
+    other = None
     if refusal is None and team.rank != 0:
         try:
             store.begin(settings)  # only compares: the first rank has written it
         except CmapError as error:
-            refusal = f"Rank {team.rank} was started with other settings than the first: {error}"
+            other = f"Rank {team.rank} was started with other settings than the first: {error}"
+    refusal = refusal or team.first_of(other)
     if refusal is not None:
         raise EvaluationError(refusal)

@@ -73,7 +73,8 @@ class Subset(Settings):
     """Which images of a data set are evaluated.
 
     count: how many; None for all. order: "first", or "random" for ``numpy.random.RandomState(seed).choice`` without
-    replacement, in the order drawn, as in the paper's scripts. seed: of that draw.
+    replacement, in the order drawn, as in the paper's scripts. seed: of that draw,
+    below 2^32.
 
     Raises:
         SettingsError: a value is out of its range.
@@ -87,7 +88,7 @@ class Subset(Settings):
         if self.count is not None:
             require_integer("Subset", "count", self.count, minimum=1)
         require_choice("Subset", "order", self.order, ("first", "random"))
-        require_integer("Subset", "seed", self.seed, minimum=0)
+        require_integer("Subset", "seed", self.seed, minimum=0, below=2**32)
 
     def indices(self, total: int) -> list[int]:
         """Positions in a data set of ``total`` images. Raises :class:`SettingsError` where it has too few, or none."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import os
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["Ranks", "ranks"]
 
@@ -36,6 +39,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def first_of(self, value: T | None) -> T | None:
+        """Of what the ranks have, that of the first rank that has something."""
+        if self.world == 1:
+            return value
+        found: list[T | None] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return next((part for part in found if part is not None), None)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
@@ -47,7 +58,8 @@ def ranks() -> Iterator[Ranks]:
     """The ranks of this job: those that torchrun started, or this process alone.
 
     A process group is made where there is none (gloo on the CPU, nccl besides where there is CUDA), and taken down
-    again.
+    again. Each has a part of the job's store to itself: in one that a group before it has used, it would meet the
+    addresses of that one.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_available() or (world == 1 and not dist.is_initialized()):
@@ -56,9 +68,20 @@ def ranks() -> Iterator[Ranks]:
     made = not dist.is_initialized()
     if made:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world = _meeting_place()
+        part = dist.distributed_c10d.PrefixStore(f"cmap-defense-{next(_groups)}", store)
+        dist.init_process_group(backend, store=part, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     finally:
         if made:
             dist.destroy_process_group()
+
+
+_groups = itertools.count()
+
+
+@functools.cache
+def _meeting_place() -> tuple[Any, int, int]:
+    """The job's store, this process's rank, and how many there are, by what torchrun put into the environment."""
+    return next(rendezvous("env://"))

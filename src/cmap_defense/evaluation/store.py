@@ -57,16 +57,18 @@ class Store:
         """The folder for this job alone.
 
         Raises:
-            EvaluationError: another job has it.
+            EvaluationError: another job has it, or nothing can be written there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise EvaluationError(
                 f"Another evaluation is writing to {self.folder}. Wait for it, or give another folder."
             ) from error
+        except OSError as error:
+            raise EvaluationError(f"{self.folder} cannot be written to: {error}") from error
         try:
             yield
         finally:
@@ -148,8 +150,12 @@ class Store:
         path = self.folder / "timings" / f"rank-{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         row = dataclasses.asdict(unit) | {"seconds": round(seconds, 3), "passes": passes}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                whole = file.read(1) == b"\n"  # or else the job was killed in the middle of a line
+                file.write(b"" if whole else b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
 
     def timings(self) -> dict[str, tuple[float, int]]:
         """Seconds and backbone passes by task, of the run that finished each piece."""

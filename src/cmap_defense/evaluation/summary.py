@@ -17,7 +17,7 @@ __all__ = ["MEASURES", "Row", "Runs", "WorstCase", "row_of", "worst_case"]
 MEASURES = ("one_shot", "average", "any_of", "vote", "repurified")
 """Columns of a row; what each of them counts as right stands in :class:`Row`."""
 
-LUCK_DRAWS = 1000
+LUCK_DRAWS = 200
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,10 +118,11 @@ class WorstCase:
 
     The attack is chosen by the N answers and counted on the R others, so that no luck in the choice is counted:
     accuracy, the mean over the runs, and spread, its standard deviation over them (None with one run).
-    chosen: on how many images, summed over the runs, each attack was the worst.
+    chosen: on how many images, summed over the runs, each attack was the worst; of attacks that are equally strong on
+    an image the one that is strongest over all images, and of those the first is named and the mean of all counted.
     lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere. lowest_by_luck: the same
-    for clean images that were voted on as often, from their own answers: a smaller number of attacks would have been
-    lower by as much without attacking.
+    for clean images that were voted on as often: their answers, those to the search control too, are dealt out to as
+    many votes, again and again (drawn with replacement where they do not suffice).
     """
 
     accuracy: Accuracy
@@ -172,22 +173,23 @@ def _searched(runs: Runs, control: Runs | None) -> tuple[Accuracy | None, Accura
     searched = Accuracy.mean((~found).double().mean(dim=0))
     if control is None:
         return searched, None, heard
-    clean = torch.tensor(
-        [[line["answers"] + line["repurified"] + line["search"] for line in run] for run in control.lines]
-    )
+    clean = _heard(control)
     if clean.shape[2] < heard:
         return searched, None, heard
     by_luck = (clean[:, :, :heard] == control.truth[:, None]).all(dim=2)
     return searched, Accuracy.mean(by_luck.double().mean(dim=0)), heard
 
 
-def worst_case(attacks: Sequence[Runs], control: Runs) -> WorstCase:
-    """Over attacks on the same images in the same runs; control: clean images."""
-    chosen_by = torch.stack([runs.answers.double().mean(dim=2) for runs in attacks])  # [M, S, B]
+def worst_case(attacks: Sequence[Runs], control: Runs, draws: int = LUCK_DRAWS) -> WorstCase:
+    """Over attacks on the same images in the same runs; control: clean images; draws: of what luck does."""
+    chosen_by = torch.stack([runs.answers.sum(dim=2) for runs in attacks])  # [M, S, B]
     counted_on = torch.stack([runs.repurified.double().mean(dim=2) for runs in attacks])
-    strongest = chosen_by.mean(dim=(1, 2)).argsort(stable=True)  # of equal ones, the strongest over all images
-    worst = strongest[chosen_by[strongest].argmin(dim=0)]  # [S, B]
-    right = counted_on.gather(0, worst[None])[0]
+    strength = chosen_by.sum(dim=(1, 2))[:, None, None].expand_as(chosen_by)
+    equal = chosen_by == chosen_by.amin(dim=0)
+    strongest = torch.where(equal, strength, strength.max() + 1).amin(dim=0)
+    equal &= strength == strongest
+    right = (counted_on * equal).sum(dim=0) / equal.sum(dim=0)  # [S, B]
+    worst = equal.int().argmax(dim=0)
     by_run = right.mean(dim=1)
     votes = torch.stack([runs.vote_right() for runs in attacks]).all(dim=0)
     return WorstCase(
@@ -195,20 +197,32 @@ def worst_case(attacks: Sequence[Runs], control: Runs) -> WorstCase:
         spread=by_run.std().item() if len(by_run) > 1 else None,
         chosen={runs.attack: int((worst == number).sum()) for number, runs in enumerate(attacks)},
         lowest=Accuracy.mean(votes.double().mean(dim=0)),
-        lowest_by_luck=_luck(control, len(attacks)),
+        lowest_by_luck=_luck(control, len(attacks), draws),
     )
 
 
-def _luck(control: Runs, attacks: int) -> float:
-    """The share of clean images that win ``attacks`` votes of N in a row, each vote on draws from their own answers."""
-    answers = control.labels  # [S, B, N]
-    count = answers.shape[2]
+def _luck(control: Runs, attacks: int, draws: int) -> float:
+    """The share of clean images that win ``attacks`` votes of N in a row, each vote on answers of their own."""
+    pool, count = _heard(control), control.labels.shape[2]
+    needed = attacks * count
     generator = torch.Generator().manual_seed(0)
-    won = torch.zeros(answers.shape[:2], dtype=torch.float64)
-    for _ in range(LUCK_DRAWS):
-        picked = torch.randint(count, (*answers.shape[:2], attacks * count), generator=generator)
-        votes = answers.gather(2, picked).unflatten(2, (attacks, count)).mode(dim=3).values
+    won = torch.zeros(pool.shape[:2], dtype=torch.float64)
+    for _ in range(draws):
+        if needed <= pool.shape[2]:
+            picked = torch.rand(pool.shape, generator=generator).argsort(dim=2)[:, :, :needed]
+        else:
+            picked = torch.randint(pool.shape[2], (*pool.shape[:2], needed), generator=generator)
+        votes = pool.gather(2, picked).unflatten(2, (attacks, count)).mode(dim=3).values
         won += (votes == control.truth[:, None]).all(dim=2)
-    value = (won / LUCK_DRAWS).mean().item()
+    value = (won / draws).mean().item()
     assert math.isfinite(value)
     return value
+
+
+def _heard(control: Runs) -> Tensor:
+    """[S, B, A], all answers to the clean images; the N alone where no search was controlled for."""
+    if "search" not in control.lines[0][0]:
+        return control.labels
+    return torch.tensor(
+        [[line["answers"] + line["repurified"] + line["search"] for line in run] for run in control.lines]
+    )

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, SPSA, Attack, AttackResult, Goal
-from cmap_defense.attacks.access import Model, ModelAccess
+from cmap_defense.attacks.access import Model, ModelAccess, usable
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.errors import GradientWarning
 from cmap_defense.evaluation.answers import Answers, ask
 from cmap_defense.evaluation.describe import describe_attack
-from cmap_defense.rng import derived_seeds
+from cmap_defense.rng import derived_seeds, isolated
 
 __all__ = ["CONTROL", "AttackTask", "ControlTask", "GradientTask", "Group", "Outcome", "Task", "searching_answers"]
 
@@ -54,12 +54,13 @@ class Outcome:
 class Task(abc.ABC):
     """One thing that is done with every group.
 
-    subject, attack: whose model and by what. limit: how many of the images, the first of them; None for all.
-    once: in the first run only.
+    subject, attack: whose model and by what. model: images in [0, 1] to logits. limit: how many of the images, the
+    first of them; None for all. once: in the first run only.
     """
 
     subject: str
     attack: str
+    model: Model
     limit: int | None = None
     once: bool = False
 
@@ -181,12 +182,8 @@ class GradientTask(Task):
         return {"attack": describe_attack(self.how), "samples": self.samples, "images": self.limit, "once": self.once}
 
     def run(self, group: Group) -> Outcome:
-        access = ModelAccess(self.model, derived_seeds(group.indices, self.how.seed)).in_mode(self.how.gradient, self)
-        point = random_point(self.how.threat, group.indices, group.images)
-        goal = Goal(group.labels)
-        drawn = torch.stack(
-            [access.feedback(point, goal, self.how.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
-        ).double()
+        with torch.inference_mode(False), isolated(self.how.seed, *group.indices.tolist()):
+            drawn = self._drawn(group)
         counts = [n for n in (2**power for power in range(32)) if 2 * n <= self.samples]
         cosines = [torch.cosine_similarity(drawn[:n].mean(0), drawn[n : 2 * n].mean(0), dim=1) for n in counts]
         spread = drawn.var(dim=0).sum(dim=1) / drawn.mean(dim=0).square().sum(dim=1).clamp_min(1e-300)
@@ -200,6 +197,14 @@ class GradientTask(Task):
             for row, line in enumerate(group.named())
         ]
         return Outcome(lines)
+
+    def _drawn(self, group: Group) -> Tensor:
+        """[samples, B, C * H * W]."""
+        access = ModelAccess(self.model, derived_seeds(group.indices, self.how.seed)).in_mode(self.how.gradient, self)
+        point = random_point(self.how.threat, group.indices, usable(group.images))
+        goal = Goal(usable(group.labels))
+        drawn = [access.feedback(point, goal, self.how.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
+        return torch.stack(drawn).double()
 
 
 def searching_answers(attack: Attack) -> int:

@@ -1,0 +1,283 @@
+"""Evaluations that take a moment, the lines of some that never were, and evaluations in processes of their own.
+
+``python evaluated.py killed FOLDER SEED`` evaluates in FOLDER in one process after the other, each but the last killed
+by SIGKILL. ``torchrun --nproc-per-node=2 evaluated.py together FOLDER`` evaluates in folders in FOLDER as two ranks,
+and writes what happened to each of them to ``FOLDER/rank-<r>.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attacked import QUICK, WEIGHT, labelled, wrapped
+from cmap_defense import PurifiedClassifier
+from cmap_defense.attacks import PGD, SeededModel, ThreatModel, Transfer
+from cmap_defense.errors import CmapError
+from cmap_defense.evaluation import Evaluation, Protocol, evaluate
+from cmap_defense.evaluation.summary import Runs
+from cmap_defense.rng import draw_latents
+
+THREAT = ThreatModel(eps=0.1)
+SMALL = QUICK.replace(iterations=2)
+PROTOCOL = Protocol(
+    answers=2, repurifications=2, seeds=(0, 7), group=2, sanity_images=1, gradient_samples=2, search_control=True
+)
+BRIEF = Protocol(answers=2, repurifications=1, group=2, sanity_images=0)
+IMAGES = 3
+
+
+def defended(**options: Any) -> PurifiedClassifier:
+    """A small defended classifier in eval mode; options as for PurifiedClassifier."""
+    return wrapped(**({"settings": SMALL} | options)).eval()
+
+
+def attacks() -> dict[str, Any]:
+    """One that sees the defence, and one that does not."""
+    return {"transfer": Transfer(PGD(THREAT, steps=1)), "bpda-eot": PGD(THREAT, steps=2, eot=2)}
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    """The arguments of a small evaluation but for model and folder, some of them changed."""
+    given: dict[str, Any] = {"attacks": attacks(), "protocol": PROTOCOL, "threads": 1}
+    return given | {"data": labelled(IMAGES), "baseline_attacks": {"pgd": PGD(THREAT, steps=2)}} | changes
+
+
+def evaluation(out: Path, model: Any = None, **changes: Any) -> Evaluation:
+    """A small evaluation that is not begun yet."""
+    return Evaluation(defended() if model is None else model, out=out, **options(**changes))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The contents of the files that do not hang on how an evaluation was carried out, by their names."""
+    kept = [folder / "settings.json", folder / "results.jsonl", *(folder / "units").rglob("*")]
+    whole = [path for path in kept if path.is_file() and not path.name.endswith(".partial")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in whole}
+
+
+PATIENCE = 150
+"""Seconds after which a process of this file ends, whatever it waits for."""
+
+
+class Interrupted(Exception):
+    """Somebody ended an evaluation."""
+
+
+def interrupt(after: int) -> Callable[..., None]:
+    """A progress function that ends an evaluation when so many pieces are done."""
+
+    def progress(_: object, number: int, __: int) -> None:
+        if number == after:
+            raise Interrupted
+
+    return progress
+
+
+class Shaky(SeededModel):
+    """A linear classifier of slightly noisy images, with a noise that is given: what attacks should break, step by
+    step."""
+
+    def __init__(self, size: float = 0.05, seed: int | None = None) -> None:
+        self.size, self.seed = size, seed
+        self.answers: list[Tensor] = []
+
+    def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
+        if seeds is None:
+            seeds = torch.full((len(images),), 0 if self.seed is None else self.seed)
+        noise = draw_latents(seeds, 1, images.shape[1:])[:, 0].to(images)
+        logits = (images + self.size * noise - 0.5).flatten(1) @ WEIGHT.to(images)
+        self.answers.append(logits.detach().argmax(dim=1))
+        return logits
+
+
+# --------------------------------------------------------------------------------------------- lines that were made up
+
+
+def lines_of(
+    answers: Tensor, repurified: Tensor, truth: Tensor, *, attack: str = "pgd", subject: str = "defended", **more: Any
+) -> list[dict[str, Any]]:
+    """Lines of S runs of B images.
+
+    Args:
+        answers, repurified: [S, B, N] and [S, B, R], predicted classes. truth: [B].
+        attack, subject: of whom the lines are.
+        more: what else a line has, a value for all or a function of run and image.
+    """
+    return [
+        {
+            "subject": subject,
+            "attack": attack,
+            "seed": 10 * run,
+            "image": 100 + image,
+            "label": int(truth[image]),
+            "answers": answers[run, image].tolist(),
+            "repurified": repurified[run, image].tolist(),
+            "one_latent": None,
+        }
+        | {name: value(run, image) if callable(value) else value for name, value in more.items()}
+        for run in range(len(answers))
+        for image in range(len(truth))
+    ]
+
+
+def runs_of(right: Tensor, again: Tensor, **more: Any) -> Runs:
+    """Runs of which is known what is right: [S, B, N] and [S, B, R] bool; class 1 is the truth, 0 is wrong."""
+    return Runs.of(lines_of(right.long(), again.long(), torch.ones(right.shape[1], dtype=torch.int64), **more))
+
+
+# ------------------------------------------------------------------------------------------------ killed and continued
+
+PLACES = [
+    ("settings.json", "half"),
+    ("settings.json", "whole"),
+    (".safetensors", "half"),
+    (".safetensors", "whole"),
+    (".jsonl", "half"),
+    (".jsonl", "whole"),
+]
+"""Where the first processes are killed: while a file has a passing name and half of its content, or right after it got
+its name."""
+
+AT_THE_END = [("results.jsonl", "half"), ("results.jsonl", "whole")]
+
+
+def die_at(name: str, state: str, after: int = 1) -> None:
+    """Let this process be killed when a file whose name ends so gets its name, the n-th one."""
+    replace, seen = Path.replace, [0]
+
+    def replacing(self: Path, target: Path) -> Path:
+        seen[0] += target.name.endswith(name)
+        if seen[0] < after:
+            return replace(self, target)
+        if state == "half":
+            os.truncate(self, self.stat().st_size // 2)
+        else:
+            replace(self, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    Path.replace = replacing
+
+
+def in_a_process(folder: Path, prepare: Callable[[], None], seconds: float | None = None) -> bool:
+    """Evaluate in a process, killed after some time; whether it ended by itself."""
+    child = os.fork()
+    if not child:
+        prepare()
+        evaluation(folder).run()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        assert os.WEXITSTATUS(status) == 0, "a process failed"
+        return True
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return False
+
+
+def killed(folder: Path, seed: int) -> None:
+    """Evaluate and be killed in every place, then at random moments, and in the end be left alone."""
+    moments = random.Random(seed)
+    for name, state in PLACES:
+        assert not in_a_process(folder, lambda name=name, state=state: die_at(name, state)), (name, state)
+    kills = len(PLACES)
+    for _ in range(5):
+        kills += not in_a_process(folder, lambda: None, moments.uniform(0.02, 0.3))
+    while not (folder / "results.jsonl").exists():
+        state, after = moments.choice(["half", "whole"]), moments.randint(5, 30)
+        kills += not in_a_process(folder, lambda state=state, after=after: die_at("", state, after))
+    (folder / "results.jsonl").unlink()
+    for name, state in AT_THE_END:
+        assert not in_a_process(folder, lambda name=name, state=state: die_at(name, state)), (name, state)
+        kills += 1
+    assert in_a_process(folder, lambda: None)
+    print(json.dumps({"kills": kills}))
+
+
+# ------------------------------------------------------------------------------------------------------------ two ranks
+
+
+def what_happened(do: Callable[[], Any]) -> dict[str, Any]:
+    """What came of it, or the error's kind and message; and how long it took."""
+    begun = time.perf_counter()
+    happened: dict[str, Any] = {}
+    try:
+        happened["value"] = do()
+    except (CmapError, RuntimeError) as error:
+        happened |= {"error": type(error).__name__, "message": str(error)}
+    return happened | {"seconds": time.perf_counter() - begun}
+
+
+@contextlib.contextmanager
+def group(folder: Path, rank: int) -> Iterator[None]:
+    """A process group of two that the package did not make."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}-meeting", rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def together(folder: Path) -> None:
+    """All that two ranks do, in one job since a job takes seconds to start."""
+    rank = int(os.environ["RANK"])
+    own: list[list[Any]] = []
+
+    def note(unit: Any, *_: int) -> None:
+        own.append([unit.task, unit.seed, unit.group])
+
+    def report() -> dict[str, Any]:
+        found = evaluate(defended(), **options(protocol=BRIEF)).to_dict()
+        return {name: found[name] for name in ("rows", "checks", "headline", "refused", "curves", "missing")}
+
+    other = PROTOCOL.replace(answers=PROTOCOL.answers + rank)
+    happened: dict[str, Any] = {}
+
+    def try_to(name: str, do: Callable[[], Any]) -> None:
+        happened[name] = what_happened(do)
+        (folder / f"rank-{rank}.json").write_text(json.dumps(happened))
+
+    try_to("whole", lambda: evaluation(folder / "whole").run(note))
+    happened["own"] = own
+    with group(folder, rank):
+        try_to("begun", lambda: evaluation(folder / "begun").run())
+        try_to("changed", lambda: evaluation(folder / "changed").run())
+        try_to("locked", lambda: evaluation(folder / "locked").run())
+        try_to("nowhere", report)
+        happened["group kept"] = dist.is_initialized()
+    with group(folder / "again", rank):
+        try_to("at odds", lambda: evaluation(folder / "at-odds", protocol=other).run())
+    for name in ("second", "third"):
+        try_to(name, lambda name=name: evaluation(folder / name, protocol=BRIEF).run())
+        if "error" in happened[name]:
+            raise SystemExit("the other rank may wait for this one")
+        gc.collect()
+        time.sleep(2.5 * rank)  # they need not arrive at once
+
+
+def main(what: str, folder: Path, *rest: str) -> None:
+    torch.set_num_threads(1)
+    signal.alarm(PATIENCE)
+    if what == "killed":
+        killed(folder, int(rest[0]))
+    else:
+        together(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,326 @@
+"""Each check of the attacks passes and fails as it should, and says so where it could not see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attacked import Noisy, linear, wrapped
+from cmap_defense.attacks import PGD, SPSA, Attack, ShortCMAP, ThreatModel, Transfer
+from cmap_defense.evaluation.checks import Check, checks_of, gradient_table, sweeps_of
+from cmap_defense.evaluation.plan import Subject
+from cmap_defense.evaluation.summary import Runs
+from evaluated import runs_of
+
+SHAPE = (3, 8, 6)
+LINF = ThreatModel(eps=0.1)
+PROBE = PGD(LINF, steps=4, eot=2)
+ATTACKS: dict[str, Attack] = {"transfer": Transfer(PGD(LINF)), "pgd": PROBE}
+IMAGES, ANSWERS = 12, 10
+
+FRESH = "the defence draws fresh noise for each answer"
+THROUGH = "a gradient attack goes through the defence itself"
+START = "one of them starts at random with a step of eps / 4 at least"
+GRADIENTS = "no image's gradient is zero throughout an attack"
+TRANSFER = "attacks that see the defence are no weaker than transfer"
+STEPS = "more steps do not help the defence"
+SIZES = "a larger eps does not help the defence"
+ANY = "with every image allowed, accuracy is 0"
+DIRECTION = "averaged gradients have a direction"
+ALL = [FRESH, THROUGH, START, GRADIENTS, TRANSFER, STEPS, SIZES, ANY, DIRECTION]
+
+
+def runs(share: float | Tensor, name: str = "pgd", again: int = ANSWERS, **more: Any) -> Runs:
+    """Of each image, or of the images as they are in a tensor, this share of the ten answers is right."""
+    shares = torch.as_tensor(share, dtype=torch.float64).expand(IMAGES)
+    right = (torch.arange(ANSWERS) < (shares[:, None] * ANSWERS).round())[None]
+    return runs_of(right, right[:, :, :again], attack=name, **({"zero_gradient": False} | more))
+
+
+def lines(cosines: list[list[float]]) -> list[dict[str, Any]]:
+    """Of the gradients of some images: the cosines of averages of 1, 2 and 4."""
+    return [{"samples": [1, 2, 4], "cosines": row, "variances": [4.0, 2.0, 1.0]} for row in cosines]
+
+
+ATTACKED = {"control": 1.0, "transfer": 0.8, "pgd": 0.2}
+CHECKED = {
+    "steps-1": 0.6,
+    "steps-2": 0.4,
+    "eps-0.25x": 0.8,
+    "eps-0.5x": 0.5,
+    "eps-2x": 0.1,
+    "eps-4x": 0.1,
+    "eps-any": 0.0,
+}
+COSINES = [[0.1, 0.2, 0.4], [0.2, 0.3, 0.5], [0.0, 0.1, 0.3]]
+
+
+def checks(
+    *,
+    model: Any = linear,
+    attacks: Mapping[str, Attack] = ATTACKS,
+    attacked: Mapping[str, Any] | None = None,
+    checked: Mapping[str, Any] | None = None,
+    cosines: list[list[float]] | None = None,
+    **more: Any,
+) -> dict[str, Check]:
+    """By name, for shares of right answers in place of those above; names whose share is None are left out."""
+    found = [
+        {
+            name: share if isinstance(share, Runs) else runs(share, name, **more)
+            for name, share in (given | dict(changed or {})).items()
+            if share is not None
+        }
+        for given, changed in ((ATTACKED, attacked), (CHECKED, checked))
+    ]
+    made = checks_of(Subject("defended", model, attacks), SHAPE, *found, lines(COSINES if cosines is None else cosines))
+    assert len({check.name for check in made}) == len(made)
+    assert all(check.found for check in made)
+    return {check.name: check for check in made}
+
+
+def verdicts(found: Mapping[str, Check]) -> dict[str, bool | None]:
+    return {name: check.passed for name, check in found.items()}
+
+
+def failed(found: Mapping[str, Check]) -> list[str]:
+    return [name for name, check in found.items() if check.passed is not True]
+
+
+def test_attacks_that_work_as_attacks_should_pass_all_checks() -> None:
+    found = checks()
+    assert list(found) == ALL
+    assert verdicts(found) == dict.fromkeys(ALL, True)
+
+
+# --- what can be seen from the attacks themselves ---------------------------------------------------------------------
+
+
+def test_a_fixed_seed_is_no_fresh_noise() -> None:
+    found = checks(model=wrapped(seed=5))
+    assert failed(found) == [FRESH]
+    assert found[FRESH].found == "the model has the fixed seed 5"
+    assert failed(checks(model=wrapped())) == []
+
+
+def test_a_fixed_seed_of_a_seeded_model_is_no_fresh_noise() -> None:
+    assert failed(checks(model=Noisy(seed=5))) == [FRESH]
+
+
+def test_no_gradient_attack_on_the_defence() -> None:
+    """It is seen too that none of them takes large steps, and the checks are made with a probe of their own."""
+    probes = {"probe": 0.2} | {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
+    attacks = {"transfer": ATTACKS["transfer"], "spsa": SPSA(LINF)}
+    found = checks(attacks=attacks, attacked={"pgd": None, "spsa": 0.2}, checked=probes)
+    assert failed(found) == [THROUGH, START]
+    assert found[THROUGH].found == "no PGD on the defended model among the attacks"
+    assert found[START].found == "0 of 0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"step_size": 0.025}, True),
+        ({"step_size": 0.02}, False),
+        ({"random_start": False}, False),
+        ({"step_size": 0.05, "random_start": False}, False),
+    ],
+)
+def test_small_steps_and_clean_starts_are_weak(changes: dict[str, Any], passes: bool) -> None:
+    probe = dataclasses.replace(PROBE, **changes)
+    assert failed(checks(attacks=ATTACKS | {"pgd": probe})) == ([] if passes else [START])
+
+
+def test_one_attack_that_starts_well_is_enough() -> None:
+    more = ATTACKS | {"weak": dataclasses.replace(PROBE, random_start=False)}
+    found = checks(attacks=more, attacked={"weak": 0.2})
+    assert failed(found) == []
+    assert found[START].found == "1 of 2"
+
+
+def test_images_whose_gradient_is_zero_are_counted() -> None:
+    still = runs(0.2, zero_gradient=lambda run, image: image in (3, 4))
+    found = checks(attacked={"pgd": still})
+    assert failed(found) == [GRADIENTS]
+    assert found[GRADIENTS].found == "pgd: 2"
+
+
+def test_without_attacks_that_have_a_gradient_nothing_is_seen_of_it() -> None:
+    none = {name: runs(share, name, zero_gradient=None) for name, share in ATTACKED.items()}
+    found = checks(attacked=none)
+    assert verdicts(found)[GRADIENTS] is None
+    assert "0 attacks" in found[GRADIENTS].found
+
+
+# --- transfer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_transfer_that_is_stronger_than_what_sees_the_defence() -> None:
+    found = checks(attacked={"transfer": 0.1})
+    assert failed(found) == [TRANSFER]
+    assert found[TRANSFER].found == "pgd 0.200, transfer 0.100"
+    assert failed(checks(attacked={"transfer": 0.2})) == []
+
+
+@pytest.mark.parametrize(("wins", "passes"), [(6, True), (9, True), (10, False), (12, False)])
+def test_transfer_has_the_benefit_of_two_standard_errors(wins: int, passes: bool) -> None:
+    """A difference of 1 on some images and of -1 on the others: the mean is 2 p - 1, its error
+    sqrt((1 - (2 p - 1)^2) / 11)."""
+    mine = (torch.arange(IMAGES) < wins).double()
+    mean = 2 * wins / IMAGES - 1
+    assert passes == (mean <= 2 * math.sqrt((1 - mean**2) / (IMAGES - 1)))
+    found = checks(attacked={"pgd": mine, "transfer": 1 - mine, "control": 1.0}, checked=dict.fromkeys(CHECKED, 0.0))
+    assert found[TRANSFER].passed == passes
+
+
+def test_the_strongest_of_each_kind_are_compared() -> None:
+    attacks = ATTACKS | {"spsa": SPSA(LINF), "other-transfer": ATTACKS["transfer"]}
+    strong = {"transfer": 0.3, "spsa": 0.1, "other-transfer": 0.15}
+    assert failed(checks(attacks=attacks, attacked=strong)) == []
+    found = checks(attacks=attacks, attacked=strong | {"other-transfer": 0.0})
+    assert failed(found) == [TRANSFER]
+    assert found[TRANSFER].found == "spsa 0.100, other-transfer 0.000"
+
+
+def test_without_both_kinds_nothing_is_seen() -> None:
+    for left in ("transfer", "pgd"):
+        attacks = {left: ATTACKS[left]}
+        probes = {} if left == "pgd" else {"probe": 0.2, "steps-5": 0.6, "steps-10": 0.4}
+        attacked = {name: None for name in ATTACKS if name != left}
+        assert verdicts(checks(attacks=attacks, attacked=attacked, checked=probes))[TRANSFER] is None
+
+
+def test_an_attack_in_steps_that_is_no_pgd_sees_the_defence_too() -> None:
+    attacks = {"transfer": ATTACKS["transfer"], "short": ShortCMAP(LINF)}
+    probes = {"probe": 0.2, "steps-5": 0.6, "steps-10": 0.4}
+    found = checks(attacks=attacks, attacked={"pgd": None, "short": 0.2}, checked=probes)
+    assert found[TRANSFER].passed
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sweeps() -> None:
+    attacked, checked = ({name: runs(share, name) for name, share in part.items()} for part in (ATTACKED, CHECKED))
+    found = sweeps_of("pgd", PROBE, SHAPE, attacked, checked)
+    assert [sweep.name for sweep in found] == ["steps", "eps"]
+    assert found[0].values == [0, 1, 2, 4]
+    assert found[0].accuracies == pytest.approx([1.0, 0.6, 0.4, 0.2])
+    assert found[1].values == pytest.approx([0, 0.025, 0.05, 0.1, 0.2, 0.4, 1.0])
+    assert found[1].accuracies == pytest.approx([1.0, 0.8, 0.5, 0.2, 0.1, 0.1, 0.0])
+    assert found[0].errors == pytest.approx([0.0] * 4, abs=1e-12)
+
+
+def test_the_errors_of_a_sweep_are_those_of_a_mean_over_images() -> None:
+    shares = torch.tensor([0.0, 1.0] * 6)
+    attacked, checked = ({name: runs(shares, name) for name in part} for part in (ATTACKED, CHECKED))
+    steps, _ = sweeps_of("pgd", PROBE, SHAPE, attacked, checked)
+    assert steps.errors == pytest.approx([math.sqrt(12 / 11 * 0.25 / 12)] * 4)
+
+
+def test_a_sweep_is_over_the_images_of_the_checks_in_the_first_run() -> None:
+    """What the attack found on others is left out."""
+    right = torch.zeros(2, IMAGES, ANSWERS, dtype=torch.bool)
+    right[0, :4] = True
+    whole = {name: runs_of(right, right, attack=name) for name in ATTACKED}
+    some = {name: runs(1.0, name).first(4) for name in CHECKED}
+    for sweep in sweeps_of("pgd", PROBE, SHAPE, whole, some):
+        assert sweep.accuracies == [1.0] * len(sweep.values)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({"steps-2": 0.7}, [STEPS]),
+        ({"steps-1": 0.1}, [STEPS]),
+        ({"eps-2x": 0.3}, [SIZES]),
+        ({"eps-0.25x": 0.4}, [SIZES]),
+        ({"eps-4x": 0.2}, [SIZES]),
+        ({"eps-any": 0.1}, []),
+        ({"steps-1": 0.4, "eps-0.5x": 0.2}, []),
+    ],
+)
+def test_accuracy_that_rises_along_a_sweep(changed: dict[str, float], wrong: list[str]) -> None:
+    found = checks(checked=changed)
+    assert failed(found) == wrong
+    assert "0: 1.000" in found[STEPS].found
+    assert "0.1: 0.200" in found[SIZES].found
+
+
+@pytest.mark.parametrize(("right", "passes"), [(6, True), (7, True), (11, False)])
+def test_a_rise_has_the_benefit_of_two_standard_errors(right: int, passes: bool) -> None:
+    """From 5 of 12 images to more of them."""
+    shares = [(torch.arange(IMAGES) < count).double() for count in (5, right)]
+    errors = [(share.std() / math.sqrt(IMAGES)).item() for share in shares]
+    assert passes == (right / 12 - 5 / 12 <= 2 * math.hypot(*errors))
+    found = checks(checked={"steps-1": shares[0], "steps-2": shares[1]})
+    assert found[STEPS].passed == passes
+
+
+def test_an_attack_that_does_nothing_makes_no_rise() -> None:
+    right = (torch.arange(10) < 5).expand(1, IMAGES, 10)
+    again = torch.ones(1, IMAGES, 20, dtype=torch.bool)
+    same = {name: runs_of(right, again, attack=name, zero_gradient=False) for name in ATTACKED}
+    fewer = {name: runs_of(right, again[:, :, :1], attack=name, zero_gradient=False) for name in CHECKED}
+    for sweep in sweeps_of("pgd", PROBE, SHAPE, same, fewer):
+        assert len(set(sweep.accuracies)) == 1
+
+
+# --- every image, and directions --------------------------------------------------------------------------------------
+
+
+def test_something_is_left_although_every_image_is_allowed() -> None:
+    """An image keeps its vote; a wrong one now and then is no matter."""
+    kept = torch.zeros(IMAGES)
+    kept[5] = 0.6
+    found = checks(checked={"eps-any": kept})
+    assert failed(found) == [ANY]
+    assert found[ANY].found == "1 of 12 images keep their vote"
+    kept[5] = 0.4
+    assert failed(checks(checked={"eps-any": kept})) == []
+
+
+@pytest.mark.parametrize(
+    ("eot", "shown"), [(1, "cosine 0.100 +- 0.058 between two averages of 1"), (3, "0.200"), (4, "of 4"), (9, "of 4")]
+)
+def test_the_direction_is_that_of_averages_of_the_attacks_size(eot: int, shown: str) -> None:
+    attacks = ATTACKS | {"pgd": dataclasses.replace(PROBE, eot=eot)}
+    assert shown in checks(attacks=attacks)[DIRECTION].found
+
+
+def test_gradients_without_a_direction() -> None:
+    around_zero = [[0.0, 0.1, 0.0], [0.0, -0.1, 0.0], [0.0, 0.05, 0.0]]
+    assert failed(checks(cosines=around_zero)) == [DIRECTION]
+    assert failed(checks(cosines=[[0.0, 0.3, 0.0], [0.0, 0.2, 0.0], [0.0, 0.25, 0.0]])) == []
+    assert failed(checks(cosines=[[0.0, 0.0, 0.0]])) == [DIRECTION]
+
+
+def test_without_gradients_nothing_is_seen_of_them() -> None:
+    found = checks(cosines=[])
+    assert verdicts(found) == dict.fromkeys(ALL, True) | {DIRECTION: None}
+    assert gradient_table([]) == []
+
+
+def test_the_table_of_gradients() -> None:
+    given = lines(COSINES)
+    given[0]["variances"] = [100.0, 50.0, 25.0]
+    table = gradient_table(given)
+    assert [row["samples"] for row in table] == [1, 2, 4]
+    assert [row["cosine"] for row in table] == pytest.approx([0.1, 0.2, 0.4])
+    assert [row["error"] for row in table] == pytest.approx([0.1 / math.sqrt(3)] * 3)
+    assert [row["variance"] for row in table] == [4.0, 2.0, 1.0]
+    assert gradient_table(lines(COSINES[:1]))[0]["error"] == 0.0
+
+
+def test_without_the_tasks_of_the_checks_only_the_attacks_are_looked_at() -> None:
+    found = checks_of(Subject("defended", linear, ATTACKS), SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
+    assert [check.name for check in found] == ALL[:6]
+    assert [check.passed for check in found] == [True] * 5 + [None]
+    assert found[-1].found == "not looked at"

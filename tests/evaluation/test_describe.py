@@ -1,0 +1,271 @@
+"""What an evaluation was made of: every change of a model, a data set or an attack shows, and is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from attacked import QUICK, Denoiser, Linear, linear, suite, wrapped
+from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
+from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.evaluation.describe import (
+    checksum,
+    describe_attack,
+    describe_model,
+    describe_software,
+    differences,
+)
+from cmap_defense.gradients import Unrolled
+from toys import ToyBackbone
+
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+PARTS = [("weight", torch.arange(6.0).view(2, 3)), ("bias", torch.tensor([1.0, -0.0])), ("steps", torch.tensor(3))]
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_a_checksum_changes_with_every_element(position: int) -> None:
+    """By the smallest step there is."""
+    changed = PARTS[0][1].clone()
+    flat = changed.view(-1)
+    flat[position] = torch.nextafter(flat[position], torch.tensor(100.0))
+    assert checksum([("weight", changed), *PARTS[1:]]) != checksum(PARTS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        PARTS[::-1],
+        PARTS[:2],
+        [("weights", PARTS[0][1]), *PARTS[1:]],
+        [("weight", PARTS[0][1].view(3, 2)), *PARTS[1:]],
+        [("weight", PARTS[0][1].T), *PARTS[1:]],
+        [("weight", PARTS[0][1].view(torch.int32)), *PARTS[1:]],
+        [("weight", PARTS[0][1].double()), *PARTS[1:]],
+        [PARTS[0], ("bias", torch.tensor([1.0, 0.0])), PARTS[2]],
+        [*PARTS[:2], ("steps", torch.tensor([3]))],
+    ],
+    ids=["order", "one less", "name", "shape", "transposed", "type", "precision", "sign of zero", "axes"],
+)
+def test_a_checksum_changes_with(changed: list[tuple[str, Tensor]]) -> None:
+    assert checksum(changed) != checksum(PARTS)
+
+
+def test_a_checksum_is_that_of_the_values_wherever_they_lie() -> None:
+    strided = torch.zeros(2, 6)[:, ::2]
+    strided.copy_(PARTS[0][1])
+    assert not strided.is_contiguous()
+    asked = PARTS[0][1].clone().requires_grad_()
+    assert checksum([("weight", strided), *PARTS[1:]]) == checksum(PARTS)
+    assert checksum([("weight", asked), *PARTS[1:]]) == checksum(PARTS)
+    assert checksum(iter(PARTS)) == checksum(PARTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.complex64])
+def test_tensors_of_all_types_have_a_checksum(dtype: torch.dtype) -> None:
+    found = {checksum([("x", torch.tensor(values).to(dtype))]) for values in ([0.0, 1.0], [1.0, 0.0], [], [1.0])}
+    assert len(found) == 4
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def moved(module: nn.Module, name: str) -> nn.Module:
+    """A copy with one element of one weight changed."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        weight = other.get_parameter(name).view(-1)
+        weight[-1] = torch.nextafter(weight[-1], torch.tensor(100.0))
+    return other
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
+    "K": (lambda: wrapped(settings=QUICK.replace(n_latents=3)), "settings.n_latents: 2 there, 3 here"),
+    "learning rate": (
+        lambda: wrapped(settings=QUICK.replace(learning_rate=0.2)),
+        "settings.learning_rate: 0.1 there, 0.2 here",
+    ),
+    "vote": (lambda: wrapped(vote="soft"), "vote: 'label' there, 'soft' here"),
+    "seed": (lambda: wrapped(seed=0), "seed: None there, 0 here"),
+    "gradient": (lambda: wrapped(gradient=Unrolled(last=2)), "gradient: 'StraightThrough()' there, 'Unrolled(last=2,"),
+    "class labels": (lambda: wrapped(class_labels="spread"), "class_labels: 'predicted' there, 'spread' here"),
+    "resize": (lambda: wrapped(resize="area"), "resize: None there, 'area' here"),
+    "normalize": (lambda: wrapped(normalize=(0.5, 0.25)), "normalize: None there, [[0.5"),
+    "max_parallel": (lambda: wrapped(max_parallel=4), "max_parallel: None there, 4 here"),
+    "backbone's weights": (lambda: wrapped(backbone=Denoiser(seed=1)), "backbone.weights: "),
+    "one of them": (lambda: wrapped(backbone=moved(Denoiser(), "bias")), "backbone.weights: "),
+    "classifier's weights": (lambda: wrapped(classifier=Linear(1.1)), "classifier.weights: "),
+    "one of those": (lambda: wrapped(classifier=moved(Linear(), "weight")), "classifier.weights: "),
+    "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: 'torch.float32' there, "),
+    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: 'attacked.Linear' there, "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_model_shows(name: str) -> None:
+    """It, and nothing else about the model."""
+    make, said = CHANGES[name]
+    found = differences(describe_model(wrapped()), describe_model(make()))
+    assert found[0].startswith(said)
+    assert all(line.startswith(said.split(".")[0]) for line in found)
+
+
+def test_a_model_that_answers_alike_is_described_alike() -> None:
+    model = wrapped(normalize=(0.5, 0.25))
+    before = describe_model(model)
+    assert json.loads(json.dumps(before)) == before
+    assert describe_model(wrapped(normalize=(0.5, 0.25))) == before
+    assert describe_model(model.variant(inputs="normalized")) == before
+    assert describe_model(model.train()) == before
+    assert describe_model(copy.deepcopy(model)) == before
+
+
+def test_a_function_that_gives_class_labels_is_named() -> None:
+    def own_labels(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), dtype=torch.int64)
+
+    named = describe_model(wrapped(class_labels=own_labels))["class_labels"]
+    assert named.endswith("own_labels")
+    assert "0x" not in named
+
+
+def test_a_backbone_with_a_record_is_named() -> None:
+    backbone = ToyBackbone()
+    backbone.record = BackboneRecord.__new__(BackboneRecord)
+    object.__setattr__(backbone.record, "name", "some-name")
+    assert describe_model(wrapped(backbone=backbone))["backbone"]["name"] == "some-name"
+    assert describe_model(wrapped())["backbone"]["name"] is None
+
+
+def test_another_model_is_described_by_class_and_weights() -> None:
+    found = describe_model(Linear())
+    assert len(found.pop("network")) == 64
+    assert found == {
+        "class": "attacked.Linear",
+        "weights": checksum(Linear().state_dict().items()),
+        "precision": "torch.float32",
+    }
+    assert describe_model(Linear(1.1))["weights"] != found["weights"]
+    assert describe_model(linear)["class"] == "attacked.linear"
+
+
+class Shifted(nn.Module):
+    """Its shift is a constant that is not saved with its weights, as a model's own normalisation often is."""
+
+    shift: Tensor
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return linear(images + self.shift)
+
+
+def test_constants_that_are_not_saved_show() -> None:
+    assert describe_model(Shifted(0.0)) != describe_model(Shifted(0.5))
+
+
+def test_another_network_of_the_same_weights_shows() -> None:
+    def network(between: nn.Module) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Flatten(), nn.Linear(144, 8), between, nn.Linear(8, 4))
+
+    assert describe_model(network(nn.ReLU())) != describe_model(network(nn.Tanh()))
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+def a_source(images: Tensor) -> Tensor:
+    return linear(images)
+
+
+def test_an_attack_is_described_in_full() -> None:
+    found = [describe_attack(attack) for eps in (0.1, 0.2) for attack in suite(ThreatModel(eps=eps)).values()]
+    found += [describe_attack(attack) for attack in suite(ThreatModel(eps=0.1), seed=3).values()]
+    assert len(set(found)) == len(found)
+    assert describe_attack(PGD(ThreatModel(), loss=Margin())) != describe_attack(PGD(ThreatModel()))
+    assert "l1_smoothing=0.3" in describe_attack(PGD(ThreatModel(), gradient=Unrolled(l1_smoothing=0.3)))
+
+
+def test_addresses_in_memory_are_left_out() -> None:
+    attack = Transfer(PGD(ThreatModel()), source=a_source)
+    assert " at 0x" in repr(attack)
+    found = describe_attack(attack)
+    assert "0x" not in found
+    assert "a_source" in found
+    assert found == describe_attack(Transfer(PGD(ThreatModel()), source=a_source))
+
+
+def test_another_source_of_a_transfer_shows() -> None:
+    attacks = [Transfer(PGD(ThreatModel()), source=Linear(scale)) for scale in (1.0, 2.0)]
+    assert describe_attack(attacks[0]) != describe_attack(attacks[1])
+
+
+def test_the_software_is_named() -> None:
+    found = describe_software(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert found["device"] == "cpu"
+    assert json.loads(json.dumps(found)) == found
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-1, 1) | st.text("ab.", max_size=2)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab.", max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(value=VALUES)
+def test_nothing_differs_from_itself(value: Any) -> None:
+    assert differences(value, copy.deepcopy(value)) == []
+
+
+@given(before=VALUES, now=VALUES)
+def test_there_are_differences_where_values_differ_and_only_there(before: Any, now: Any) -> None:
+    assert (differences(before, now) == []) == (before == now)
+    assert len(differences(now, before)) == len(differences(before, now))
+
+
+def test_every_change_has_its_place_and_both_values() -> None:
+    before = {"a": {"b": 1, "c": [1, 2], "gone": None}, "d": "x", "same": {"e": 0}}
+    now = {"a": {"b": 2, "c": [1, 3], "new": {"f": 1}}, "d": {"g": 1}, "same": {"e": 0}}
+    assert differences(before, now) == [
+        "a.b: 1 there, 2 here",
+        "a.c: [1, 2] there, [1, 3] here",
+        "a.gone: None there, nothing here",
+        "a.new: nothing there, {'f': 1} here",
+        "d: 'x' there, {'g': 1} here",
+    ]
+
+
+LONG = st.text("ab'", max_size=3).map(lambda text: 40 * text) | st.text("ab'\\", max_size=300)
+
+
+@given(parts=st.tuples(LONG, LONG, LONG, LONG))
+def test_long_texts_are_cut_down_to_where_they_differ(parts: tuple[str, str, str, str]) -> None:
+    """What is shown of them differs, and is not long where the difference is not."""
+    begin, one, other, end = parts
+    before, now = begin + one + end, begin + other + end
+    found = differences({"a": before}, {"a": now})
+    if before == now:
+        assert found == []
+        return
+    there, here = found[0].removeprefix("a: ").removesuffix(" here").split(" there, ")
+    assert there != here
+    for shown, whole, own in ((there, before, one), (here, now, other)):
+        assert shown.removeprefix("...").removesuffix("...") in repr(whole)
+        assert len(shown) <= max(2 * len(own) + 150, 200)

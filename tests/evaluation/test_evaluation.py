@@ -1,0 +1,566 @@
+"""An evaluation: done in pieces, killed and continued to the same bytes, refused where something differs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+import evaluated
+from attacked import CLASSES, Linear, labelled, linear, wrapped
+from cmap_defense import PurifiedClassifier
+from cmap_defense.attacks import PGD, SPSA, ThreatModel, standard_suite
+from cmap_defense.cmap.optimise import LatentState
+from cmap_defense.errors import CmapError, EvaluationError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.evaluation import Evaluation, Protocol, Subset
+from cmap_defense.evaluation.store import Store, Unit
+from evaluated import (
+    BRIEF,
+    IMAGES,
+    PROTOCOL,
+    SMALL,
+    THREAT,
+    Interrupted,
+    Shaky,
+    attacks,
+    defended,
+    evaluation,
+    interrupt,
+    options,
+    results,
+)
+
+FILES = (".jsonl", ".safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation that ran from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    evaluation(folder).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a shorter one."""
+    folder = tmp_path_factory.mktemp("brief")
+    evaluation(folder, protocol=BRIEF).run()
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def shaken(images: Tensor) -> Tensor:
+    """A random model that draws from torch's global generator."""
+    return linear(images + 0.3 * torch.randn_like(images))
+
+
+# --- the pieces and their files ---------------------------------------------------------------------------------------
+
+
+def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbed: Path) -> None:
+    """In the order of tasks, runs and images; what belongs to the checks on some images in the first run."""
+    found = [(line["subject"], line["attack"], line["seed"], line["image"]) for line in lines(undisturbed)]
+    tasks = [("defended", name) for name in ("control", *attacks())]
+    tasks += [("undefended", name) for name in ("control", "pgd")]
+    names = ("steps-1", *(f"eps-{size}" for size in ("0.25x", "0.5x", "2x", "4x", "any")), "gradients")
+    assert found == [(*task, seed, image) for task in tasks for seed in (0, 7) for image in range(IMAGES)] + [
+        ("checks", name, 0, image) for name in names for image in range(PROTOCOL.sanity_images)
+    ]
+    _, labels = labelled(IMAGES)
+    assert all(line["label"] == labels[line["image"]] for line in lines(undisturbed))
+
+
+def test_each_piece_has_its_files(undisturbed: Path) -> None:
+    found = evaluation(undisturbed)
+    assert found.missing() == []
+    names = {"settings.json", "results.jsonl"}
+    for unit in found.units():
+        ends = FILES[:1] if unit.task == "checks/gradients" else FILES
+        names |= {f"units/{unit.task}/{unit.seed}-{unit.group:05d}{end}" for end in ends}
+    assert set(results(undisturbed)) == names
+    assert len(found.units()) == 5 * 2 * 2 + 7 * 1
+    assert found.units()[:2] == [Unit("defended/control", 0, group) for group in range(2)]
+
+
+def test_the_adversarial_images_are_kept(undisturbed: Path) -> None:
+    """Valid ones within the threat model of each attack, in the order of the lines."""
+    images, _ = labelled(IMAGES)
+    found = evaluation(undisturbed)
+    for task in found.tasks:
+        units = [unit for unit in found.units() if unit.task == task.name and unit.seed == 0]
+        if task.name == "checks/gradients":
+            continue
+        kept = torch.cat([found.store.tensors(unit)["images"] for unit in units])
+        clean = images[: len(kept)]
+        assert kept.min() >= 0
+        assert kept.max() <= 1
+        eps = 0.0 if task.attack == "control" else task.how.threat.eps
+        assert (kept - clean).abs().max() <= eps + 1e-6
+        distances = [line["distance"] for unit in units for line in found.store.lines(unit) if "distance" in line]
+        assert (
+            torch.tensor(distances).tolist() == (kept - clean).abs().flatten(1).amax(dim=1).tolist()[: len(distances)]
+        )
+
+
+def test_the_settings_say_what_decides_about_the_results(undisturbed: Path) -> None:
+    found = json.loads((undisturbed / "settings.json").read_text())
+    assert found["protocol"] == PROTOCOL.to_dict()
+    assert found["protocol"]["group"] == 2
+    assert found["computation"]["threads"] == 1
+    assert found["models"]["defended"]["max_parallel"] is None
+    assert found["models"]["defended"]["settings"] == SMALL.to_dict()
+    assert found["data"]["count"] == IMAGES
+    assert found["data"]["subset"] == Subset().to_dict()
+    assert list(found["models"]) == ["defended", "undefended"]
+    assert list(found["tasks"]) == [task.name for task in evaluation(undisturbed).tasks]
+
+
+def test_a_finished_evaluation_has_nothing_left_to_do(undisturbed: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")}
+    evaluation(undisturbed).run(lambda *told: pytest.fail(f"{told}"))
+    assert {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")} == before
+
+
+def test_progress_is_told_before_each_piece(tmp_path: Path) -> None:
+    told = []
+
+    def progress(unit: Unit, done: int, count: int) -> None:
+        told.append((unit, done, count))
+        assert not Store(tmp_path).done(unit)
+
+    found = evaluation(tmp_path, protocol=BRIEF)
+    found.run(progress)
+    assert told == [(unit, number, len(found.units())) for number, unit in enumerate(found.units())]
+
+
+def test_a_subset_of_the_images(brief: Path, tmp_path: Path) -> None:
+    """By their positions in the data set, by which their noise goes as well: the lines are those of the whole."""
+    subset = Subset(count=2, order="random", seed=1)
+    evaluation(tmp_path, protocol=BRIEF, subset=subset).run()
+    kept = ("answers", "repurified", "label", "search")
+    whole = {(line["subject"], line["attack"], line["image"]): line for line in lines(brief)}
+    some = lines(tmp_path)
+    assert [line["image"] for line in some[:2]] == subset.indices(IMAGES) != [0, 1]
+    for line in some:
+        expected = whole[line["subject"], line["attack"], line["image"]]
+        assert {name: line.get(name) for name in kept} == {name: expected.get(name) for name in kept}
+
+
+# --- interrupted, killed, continued -----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) -> None:
+    first = evaluation(tmp_path)
+    units = first.units()
+    with pytest.raises(Interrupted):
+        first.run(interrupt(9))
+    assert not (tmp_path / "results.jsonl").exists()
+    assert evaluation(tmp_path).missing() == units[9:]
+    told = []
+    evaluation(tmp_path).run(lambda unit, *_: told.append(unit))
+    assert told == units[9:]
+    assert results(tmp_path) == results(undisturbed)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    """By SIGKILL, in each place of the writing and at random moments, again and again."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, evaluated.__file__, "killed", str(tmp_path), "0"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["kills"] >= 9
+    expected = results(undisturbed)
+    found = results(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        if name.endswith(".safetensors"):
+            tensors, others = load(found[name]), load(content)
+            assert tensors.keys() == others.keys()
+            assert all(torch.equal(tensors[key], others[key]) for key in others), name
+        assert found[name] == content, name
+    assert not list(tmp_path.rglob("*.partial"))
+    rows = [json.loads(line) for path in (tmp_path / "timings").iterdir() for line in path.read_text().splitlines()]
+    pieces = [(row["task"], row["seed"], row["group"]) for row in rows]
+    assert len(set(pieces)) == len(pieces), "a finished piece was done again"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Shaky(0.3),
+        shaken,
+    ],
+    ids=["seeded", "random"],
+)
+def test_no_results_hang_on_torchs_generators(model: Any, tmp_path: Path) -> None:
+    """Nor does an evaluation change them."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        given = {"bpda-eot": PGD(THREAT, steps=2)}
+        evaluation(tmp_path / str(seed), model, attacks=given, protocol=BRIEF.replace(sanity_images=2)).run()
+        assert torch.equal(torch.get_rng_state(), before)
+    assert results(tmp_path / "1") == results(tmp_path / "2")
+
+
+def test_making_an_evaluation_leaves_torchs_generators_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    evaluation(tmp_path, shaken)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- changed settings -------------------------------------------------------------------------------------------------
+
+
+def scaled() -> PurifiedClassifier:
+    model = defended()
+    with torch.no_grad():
+        model.backbone.bias[0] += 1e-6
+    return model
+
+
+def moved_images() -> tuple[Tensor, Tensor]:
+    images, labels = labelled(IMAGES)
+    images[2, 2, 7, 5] = (images[2, 2, 7, 5] - 1 / 255).abs()
+    return images, labels
+
+
+def other_label() -> tuple[Tensor, Tensor]:
+    images, labels = labelled(IMAGES)
+    labels[2] = (labels[2] + 1) % CLASSES
+    return images, labels
+
+
+CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "steps of an attack": (
+        {"attacks": attacks() | {"bpda-eot": PGD(THREAT, steps=3, eot=2)}},
+        ["tasks.defended/bpda-eot.attack: ...", "steps=2, ", " there, ", "steps=3, "],
+    ),
+    "seed of an attack": (
+        {"attacks": attacks() | {"bpda-eot": PGD(THREAT, steps=2, eot=2, seed=1)}},
+        ["tasks.defended/bpda-eot.attack: ", "seed=0, ", " there, ", "seed=1, "],
+    ),
+    "another attack": (
+        {"attacks": attacks() | {"spsa": SPSA(THREAT)}},
+        ["tasks.defended/spsa: nothing there, {'attack': \"SPSA("],
+    ),
+    "an attack less": ({"attacks": {"bpda-eot": attacks()["bpda-eot"]}}, ["tasks.defended/transfer: {'attack'"]),
+    "an attack on a baseline": (
+        {"baseline_attacks": {"pgd": PGD(THREAT, steps=3)}},
+        ["tasks.undefended/pgd.attack: ...", "steps=3, "],
+    ),
+    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["models.trained: nothing there, {'class': 'attacked.Lin"]),
+    "grouping": ({"protocol": PROTOCOL.replace(group=1)}, ["protocol.group: 2 there, 1 here"]),
+    "answers": ({"protocol": PROTOCOL.replace(answers=4)}, ["protocol.answers: 2 there, 4 here"]),
+    "runs": ({"protocol": PROTOCOL.replace(seeds=(0, 8))}, ["protocol.seeds: [0, 7] there, [0, 8] here"]),
+    "threads": ({"threads": 2}, ["computation.threads: 1 there, 2 here"]),
+    "chunks": ({"model": defended(max_parallel=7)}, ["models.defended.max_parallel: None there, 7 here"]),
+    "the loop": (
+        {"model": defended(settings=SMALL.replace(iterations=3))},
+        ["models.defended.settings.iterations: 2 there, 3 here"],
+    ),
+    "weights": ({"model": scaled()}, ["models.defended.backbone.weights: '"]),
+    "the classifier's weights": (
+        {"model": defended(classifier=Linear(1.5))},
+        ["models.defended.classifier.weights: '", "models.undefended.weights: '"],
+    ),
+    "a pixel": ({"data": moved_images()}, ["data.checksum: '"]),
+    "a label": ({"data": other_label()}, ["data.checksum: '"]),
+    "the number of images": (
+        {"subset": Subset(count=2)},
+        ["data.count: 3 there, 2 here", "data.subset.count: None there, 2 here"],
+    ),
+    "the subset": (
+        {"subset": Subset(order="random")},
+        ["data.checksum: '", "data.subset.order: 'first' there, 'random' here"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_is_refused_and_named(name: str, undisturbed: Path) -> None:
+    """And what is there stays as it is."""
+    changed, said = CHANGES[name]
+    before = results(undisturbed)
+    with pytest.raises(EvaluationError, match="holds results of another evaluation") as caught:
+        evaluation(undisturbed, **changed).run(lambda *told: pytest.fail(f"{told}"))
+    for part in said:
+        assert part in str(caught.value)
+    assert results(undisturbed) == before
+
+
+def test_threads_are_those_that_the_folder_was_begun_with(tmp_path: Path) -> None:
+    threads = []
+
+    def stop(*_: object) -> None:
+        threads.append(torch.get_num_threads())
+        raise Interrupted
+
+    for given in (2, None, 2):
+        with pytest.raises(Interrupted):
+            evaluation(tmp_path, threads=given).run(stop)
+        assert torch.get_num_threads() == 1
+    assert threads == [2, 2, 2]
+    with pytest.raises(EvaluationError, match=r"computation\.threads: 2 there, 1 here"):
+        evaluation(tmp_path, threads=1).run(stop)
+    assert evaluation(tmp_path / "new", threads=None).threads == torch.get_num_threads()
+
+
+def test_two_evaluations_of_one_folder_do_not_run_together(tmp_path: Path) -> None:
+    refused = []
+
+    def begin_another(*_: object) -> None:
+        with pytest.raises(EvaluationError, match="Another evaluation is writing to"):
+            evaluation(tmp_path, protocol=BRIEF).run(lambda *told: pytest.fail(f"{told}"))
+        refused.append(True)
+
+    evaluation(tmp_path, protocol=BRIEF).run(begin_another)
+    assert refused
+    evaluation(tmp_path, protocol=BRIEF).run()
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"half')
+    with pytest.raises(EvaluationError, match="is not what an evaluation writes"):
+        evaluation(tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EvaluationError):
+        evaluation(tmp_path / "file").run()
+
+
+# --- the model stays as it was ----------------------------------------------------------------------------------------
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of all modules, but for the number of calls that the toy keeps."""
+    return {
+        name: {key: value for key, value in vars(part).items() if key != "calls"}
+        for name, part in model.named_modules()
+    }
+
+
+class Moody(Linear):
+    """Wrong, and another each time, in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, affine=False))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.inner(images))
+
+
+def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(tmp_path: Path) -> None:
+    model = defended(classifier=Moody()).train()
+    model.classifier.inner[1].eval()
+    modes = [part.training for part in model.modules()]
+    assert True in modes
+    weights = copy.deepcopy(model.state_dict())
+    before = attributes(model)
+    seen = []
+
+    def watch(state: LatentState) -> None:
+        seen.append([part.training for part in model.modules()])
+
+    given = evaluation(tmp_path / "training", model, protocol=BRIEF.replace(sanity_images=1))
+    given.expected()
+    with model.register_latent_hook(watch):
+        given.run()
+    assert seen
+    assert not any(True in modes for modes in seen)
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert attributes(model) == before
+    assert len(model._latent_hooks) == 0
+    evaluation(tmp_path / "eval", model.eval(), protocol=BRIEF.replace(sanity_images=1)).run()
+    assert results(tmp_path / "training") == results(tmp_path / "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(PGD):
+    def _begin(self, *_: Any) -> Any:
+        raise ArithmeticError
+
+
+def test_after_a_failure_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = defended().train()
+    before = attributes(model)
+    with pytest.raises(ArithmeticError):
+        evaluation(tmp_path, model, attacks={"failing": Failing(THREAT)}, protocol=BRIEF).run()
+    assert attributes(model) == before
+    assert torch.get_num_threads() == 1
+    with Store(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_is_no_matter(mode: Callable[[], Any], tmp_path: Path) -> None:
+    given = {"attacks": {"bpda-eot": PGD(THREAT, steps=2)}, "protocol": BRIEF.replace(sanity_images=2)}
+    evaluation(tmp_path / "outside", Shaky(), **given).run()
+    with mode():
+        evaluation(tmp_path / "inside", Shaky(), **given).run()
+    assert results(tmp_path / "inside") == results(tmp_path / "outside")
+
+
+def test_a_hook_that_watches_changes_nothing(brief: Path, tmp_path: Path) -> None:
+    model, seen = defended(), []
+    with model.register_latent_hook(lambda state: seen.append(state.iteration)):
+        evaluation(tmp_path, model, protocol=BRIEF).run()
+    assert seen
+    assert results(tmp_path) == results(brief)
+
+
+# --- what is evaluated ------------------------------------------------------------------------------------------------
+
+
+def test_a_wrapper_of_normalised_images_gives_the_same_lines(tmp_path: Path) -> None:
+    """It is handed images in [0, 1] all the same, and its own answers are to others."""
+    unit = defended(normalize=([0.4, 0.5, 0.6], 0.25))
+    normalised = unit.variant(inputs="normalized").eval()
+    for name, model in (("unit", unit), ("normalised", normalised)):
+        evaluation(tmp_path / name, model, protocol=BRIEF.replace(sanity_images=2)).run()
+    assert results(tmp_path / "unit") == results(tmp_path / "normalised")
+    assert normalised.door.inputs == "normalized"
+
+
+class Network(nn.Module):
+    """A linear classifier without a defence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)
+
+
+@pytest.mark.parametrize("model", [Network(), linear, Shaky(0.3)], ids=["network", "function", "seeded"])
+def test_a_model_without_latents(model: Any, tmp_path: Path) -> None:
+    found = evaluation(tmp_path, model, attacks={"pgd": PGD(THREAT, steps=2)}, protocol=BRIEF)
+    found.run()
+    assert [task.name for task in found.tasks] == ["defended/control", "defended/pgd"]
+    assert found.expected().passes == {}
+    for line in lines(tmp_path):
+        assert line["one_latent"] is None
+        assert line["on_the_way"] is None
+    assert found.device == torch.device("cpu")
+
+
+def test_the_undefended_classifier_and_baselines_stand_beside_the_defence(tmp_path: Path) -> None:
+    """Under attacks of their own; a wrapped baseline is attacked through its own defence."""
+    other = defended(seed=3, inputs="normalized", normalize=(0.5, 0.5))
+    found = evaluation(tmp_path, protocol=BRIEF, attacks={}, baselines={"trained": Linear(2.0), "other": other})
+    found.run()
+    names = ["defended/control", *(f"{name}/{part}" for name in ("undefended", "trained", "other") for part in
+                                   ("control", "pgd"))]  # fmt: skip
+    assert [task.name for task in found.tasks] == names
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for line in lines(tmp_path):
+        by_name.setdefault(f"{line['subject']}/{line['attack']}", []).append(line)
+    images, labels = labelled(IMAGES)
+    assert all(line["answers"] == [line["label"]] * 2 for line in by_name["undefended/control"])
+    assert any(line["answers"] != [line["label"]] * 2 for line in by_name["undefended/pgd"])
+    with torch.no_grad():
+        answers = other.variant(inputs="unit")(images).argmax(dim=1)
+    assert [line["answers"] for line in by_name["other/control"]] == [[label] * 2 for label in answers.tolist()]
+    assert by_name["other/pgd"][0]["one_latent"] is not None
+    assert labels.tolist() == [line["label"] for line in by_name["trained/pgd"]]
+
+
+def test_sets_of_attacks_by_name(tmp_path: Path) -> None:
+    threat = ThreatModel(norm="l2", eps=0.5)
+    found = Evaluation(defended(), labelled(2), tmp_path, threat=threat)
+    assert found.subjects[0].attacks == standard_suite(threat)
+    assert found.subjects[1].attacks == {"pgd": PGD(threat, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
+    assert (found.protocol, found.subset) == (Protocol(), Subset())
+    whole = Evaluation(defended(), labelled(2), tmp_path, attacks="full")
+    assert next(iter(whole.subjects[0].attacks.values())).threat == ThreatModel()
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
+    "a label too many": ({"data": (labelled(2)[0], torch.tensor([0, 4]))}, InputValueError, "go up to 4.*4 classes"),
+    "a label below 0": ({"data": (labelled(2)[0], torch.tensor([0, -1]))}, InputValueError, "Labels"),
+    "images of another size": ({"data": labelled(2, size=(9, 6))}, InputValueError, "8 x 6 images, but"),
+    "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
+    "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),
+    "an attack of a taken name": ({"attacks": {"control": attacks()["bpda-eot"]}}, SettingsError, '"control" is'),
+    "a size twice": ({"threat": THREAT}, SettingsError, "attacks of your own have theirs"),
+    "a baseline of a taken name": ({"baselines": {"defended": linear}}, SettingsError, "is the name of something"),
+    "another": ({"baselines": {"checks": linear}}, SettingsError, "is the name of something else"),
+    "no model": ({"model": 3}, SettingsError, "A model takes images and returns logits, but this is 3"),
+    "a class for a model": ({"model": Linear}, SettingsError, "A model takes images"),
+    "a class for a baseline": ({"baselines": {"other": Linear}}, SettingsError, "A model takes images"),
+    "no threads": ({"threads": 0}, SettingsError, "threads must be at least 1"),
+    "no data": ({"data": None}, InputTypeError, "NoneType has none"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_evaluated_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    """Before anything is written."""
+    changed, kind, said = WRONG[name]
+    with pytest.raises(kind, match=said):
+        evaluation(tmp_path / "folder", **changed)
+    assert not (tmp_path / "folder").exists()
+
+
+# --- its cost ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_expected_is_what_it_costs(tmp_path: Path) -> None:
+    """Passes by task, of what is left to do; up to what is asked about the stand-in's memory."""
+    spsa = {"spsa": SPSA(THREAT, steps=1, pairs=1)}
+    given = options(protocol=BRIEF.replace(group=5, sanity_images=3), attacks=attacks() | spsa)
+    model = defended(settings=SMALL.replace(iterations=6), max_parallel=1000)
+    found = Evaluation(model, out=tmp_path, **given)
+    before, state = dict(vars(model.backbone)), torch.get_rng_state()
+    expected = found.expected()
+    assert not tmp_path.joinpath("settings.json").exists()
+    assert vars(model.backbone) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(expected.passes) == [task.name for task in found.tasks]
+    assert expected.total_passes == sum(passes or 0 for passes in expected.passes.values())
+    assert expected.seconds > 0
+    with pytest.raises(Interrupted):
+        found.run(interrupt(2))
+    left = found.expected().passes
+    assert "defended/control" not in left
+    assert left["defended/bpda-eot"] == expected.passes["defended/bpda-eot"]
+    found.run()
+    for name, (_, passes) in found.store.timings().items():
+        assert expected.passes[name] == pytest.approx(passes, rel=0.06), name
+    assert found.expected().passes == {}
+    assert found.expected().seconds == 0
+
+
+def test_the_cost_of_an_attack_that_cannot_be_counted_is_unknown(tmp_path: Path) -> None:
+    found = evaluation(tmp_path, attacks={"failing": Failing(THREAT)}, protocol=BRIEF).expected()
+    assert found.passes["defended/failing"] is None
+    assert found.total_passes == found.passes["defended/control"]
+
+
+def test_a_defence_among_the_baselines_has_its_cost(tmp_path: Path) -> None:
+    other = wrapped(settings=SMALL).eval()
+    given = evaluation(tmp_path, linear, attacks={}, baselines={"other": other}, protocol=BRIEF)
+    assert given.expected().total_passes > 0
+    given.run()
+    assert given.store.timings()["other/control"][1] > 0

@@ -1,0 +1,129 @@
+"""The images of an evaluation: the right ones of a data set, with their labels, or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cmap_defense.errors import CmapError, DataError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.evaluation import Subset
+from cmap_defense.evaluation.images import EvaluationImages
+from toys import uniform
+
+IMAGES = uniform(7, 3, 8, 6, seed=0)
+LABELS = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+RANDOM = Subset(count=4, order="random", seed=1)
+DRAWN = np.random.RandomState(1).choice(7, 4, replace=False).tolist()
+
+
+class Items:
+    """A data set as torch's: an image and its label for each index."""
+
+    def __init__(self, images: Any = IMAGES, labels: Any = LABELS) -> None:
+        self.images, self.labels, self.asked = images, labels, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        assert type(index) is int
+        self.asked.append(index)
+        return self.images[index], self.labels[index]
+
+
+class Named(Items):
+    classes = ("zero", "one")
+
+
+@dataclasses.dataclass
+class Part:
+    unit: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] | None = ("a", "b")
+
+
+class Room:
+    """A data set that gives some of its images at once."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def select(self, positions: Tensor) -> Part:
+        return Part(IMAGES[positions], LABELS[positions])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (IMAGES, LABELS),
+        [IMAGES, LABELS],
+        (IMAGES.double(), LABELS.int()),
+        Items(),
+        Items(labels=LABELS.tolist()),
+        Room(),
+    ],
+    ids=["pair", "list", "other types", "items", "plain labels", "room"],
+)
+@pytest.mark.parametrize("subset", [Subset(), Subset(count=2), RANDOM])
+def test_the_images_that_were_asked_for(data: Any, subset: Subset) -> None:
+    found = EvaluationImages.of(data, subset)
+    positions = subset.indices(7)
+    assert found.positions.tolist() == positions
+    assert torch.equal(found.images, IMAGES[positions])
+    assert torch.equal(found.labels, LABELS[positions])
+    assert (found.images.dtype, found.labels.dtype, found.positions.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert len(found) == len(positions)
+
+
+def test_only_the_images_that_were_asked_for_are_read_each_once() -> None:
+    data = Items()
+    EvaluationImages.of(data, RANDOM)
+    assert data.asked == DRAWN
+
+
+def test_names_of_classes_are_kept_where_there_are_some() -> None:
+    names = [EvaluationImages.of(data, Subset()).class_names for data in ((IMAGES, LABELS), Items(), Named(), Room())]
+    assert names == [None, None, ("zero", "one"), ("a", "b")]
+
+
+def test_the_callers_tensors_stay_what_they_are() -> None:
+    images = IMAGES.clone().requires_grad_()
+    found = EvaluationImages.of((images, LABELS), Subset())
+    assert not found.images.requires_grad
+    assert images.requires_grad
+    assert torch.equal(images.detach(), IMAGES)
+
+
+WRONG: dict[str, tuple[Any, type[CmapError], str]] = {
+    "arrays": ((IMAGES.numpy(), LABELS.numpy()), InputTypeError, "A pair must be two tensors"),
+    "more labels": ((IMAGES, torch.arange(8)), InputTypeError, "There are 7 images, but 8 labels"),
+    "no data set": (7, InputTypeError, "int has none"),
+    "an iterator": (iter([]), InputTypeError, "A data set has a length and items"),
+    "too few": ((IMAGES[:3], LABELS[:3]), SettingsError, "4 images are to be evaluated, but the data set has 3"),
+    "8-bit": (((IMAGES * 255).to(torch.uint8), LABELS), InputTypeError, "Divide uint8 images by 255"),
+    "normalised": ((IMAGES * 4 - 2, LABELS), InputValueError, r"Images must lie in \[0, 1\]"),
+    "one image": ((IMAGES[:, 0], LABELS), InputValueError, r"Images must be \[B, C, H, W\]"),
+    "NaN": ((torch.where(IMAGES > 0.99, torch.nan, IMAGES), LABELS), InputValueError, "Images must be finite"),
+    "fractions": ((IMAGES, LABELS.float()), InputTypeError, "labels must be integers, one per image"),
+    "one-hot": ((IMAGES, torch.eye(7, dtype=torch.int64)), InputTypeError, r"are torch.int64 \[4, 7\]"),
+    "flags": ((IMAGES, LABELS > 3), InputTypeError, "labels must be integers"),
+    "images alone": (list(IMAGES), DataError, r"Each item of a data set must be \(image, label\)"),
+    "pictures": (Items(images=["x"] * 7), DataError, "but are str: give it transform="),
+    "sizes": (
+        Items(images=[uniform(3, 8, 6 + n, seed=0) for n in range(7)]),
+        DataError,
+        "The images must have one size, but have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_data_is_refused(name: str) -> None:
+    data, kind, said = WRONG[name]
+    with pytest.raises(kind, match=said):
+        EvaluationImages.of(data, RANDOM)

@@ -1,0 +1,281 @@
+"""The one call: a folder, a report, and a headline only where the attacks were seen to work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from attacked import labelled, linear
+from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
+from cmap_defense.errors import EvaluationError, MissingExtraError
+from cmap_defense.evaluation import Accuracy, Protocol, Report, evaluate
+from cmap_defense.evaluation.report import build_report
+from cmap_defense.evaluation.report.files import load_facts
+from evaluated import BRIEF, IMAGES, PROTOCOL, Interrupted, Shaky, defended, evaluation, interrupt, options
+
+THREAT = ThreatModel(eps=0.02)
+COUNT = 12
+
+
+def two_classes(images: Tensor) -> Tensor:
+    """Another model with the same classes."""
+    return linear(images.flip(1))
+
+
+ATTACKS = {
+    "transfer": Transfer(PGD(THREAT, steps=2), source=two_classes),
+    "pgd": PGD(THREAT, steps=4, eot=2),
+}
+CAREFUL = Protocol(answers=4, repurifications=6, seeds=(0, 1), group=5, sanity_images=COUNT, gradient_samples=4)
+
+
+def judged(model: Any = None, **changes: Any) -> Report:
+    """A model without latents, under attacks that work on it as attacks should, or with some of that changed."""
+    given: dict[str, Any] = {"attacks": ATTACKS, "protocol": CAREFUL, "threads": 1, "data": labelled(COUNT)}
+    return evaluate(Shaky(0.3) if model is None else model, **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return judged()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """Of a purified classifier, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, evaluate(defended(), **options(out=folder, class_names=("a", "b", "c", "d")))
+
+
+# --- the headline -----------------------------------------------------------------------------------------------------
+
+
+def test_where_all_checks_pass_there_is_a_headline(report: Report) -> None:
+    assert report.refused == []
+    assert len(report.checks) == 9
+    assert all(check.passed for check in report.checks)
+    assert report.headline is not None
+    assert report.headline.accuracy.total == COUNT
+    assert report.headline.accuracy.value <= report.row("pgd").repurified.value + 1e-9
+    assert report.headline.accuracy.value < report.row("control").repurified.value
+    assert set(report.headline.chosen) == {"transfer", "pgd"}
+    assert sum(report.headline.chosen.values()) == 2 * COUNT
+    assert report.headline.spread is not None
+    assert report.headline.lowest.value <= min(report.row(name).vote.value for name in ATTACKS)
+    assert report.missing == 0
+    assert report.curves == {}
+    assert [sweep.name for sweep in report.sweeps] == ["steps", "eps"]
+    assert [row["samples"] for row in report.gradients] == [1, 2]
+
+
+def blind(images: Tensor) -> Tensor:
+    """It has a gradient that leads nowhere."""
+    return linear(images).detach() + 1e-9 * linear(1 - images)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no attack": ({"attacks": {}}, "there was no attack"),
+    "no checks": ({"protocol": CAREFUL.replace(sanity_images=0)}, "more steps do not help the defence: not looked at"),
+    "no transfer": (
+        {"attacks": {"pgd": ATTACKS["pgd"]}},
+        "attacks that see the defence are no weaker than transfer: no attacks of both kinds",
+    ),
+    "small steps": (
+        {"attacks": ATTACKS | {"pgd": dataclasses.replace(ATTACKS["pgd"], step_size=0.004)}},
+        "one of them starts at random with a step of eps / 4 at least: 0 of 1",
+    ),
+    "a gradient that leads nowhere": (
+        {"model": blind},
+        "with every image allowed, accuracy is 0: 12 of 12 images keep their vote",
+    ),
+    "no gradient": ({"model": lambda images: linear(0 * images + images.detach())}, "zero throughout an attack: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_one_does_not_there_is_none_and_the_reason_is_said(name: str) -> None:
+    changed, said = REFUSED[name]
+    found = judged(**({"protocol": CAREFUL.replace(answers=1, repurifications=1, seeds=(0,))} | changed))
+    assert found.headline is None
+    assert any(said in reason for reason in found.refused), found.refused
+    failed = [check for check in found.checks if not check.passed]
+    assert len(found.refused) == len(failed) + (not found.checks)
+    assert found.to_dict()["headline"] is None
+    assert [row.attack for row in found.rows] == ["control", *changed.get("attacks", ATTACKS)]
+
+
+def test_a_fixed_seed_has_no_headline() -> None:
+    found = evaluate(defended(seed=1), **options(protocol=BRIEF))
+    assert found.headline is None
+    assert "the defence draws fresh noise for each answer: the model has the fixed seed 1" in found.refused
+
+
+def test_an_unfinished_evaluation_has_no_headline_and_rows_of_what_is_whole(tmp_path: Path) -> None:
+    found = evaluation(tmp_path, Shaky(0.3), attacks=ATTACKS)
+    with pytest.raises(Interrupted):
+        found.run(interrupt(9))
+    report = build_report(found)
+    assert report.headline is None
+    assert report.refused == [f"{report.missing} pieces are not done yet"]
+    assert report.missing == len(found.units()) - 9
+    assert [row.attack for row in report.rows] == ["control", "transfer"]
+    assert report.checks == []
+    assert build_report(evaluation(tmp_path / "new", Shaky(0.3), attacks=ATTACKS)).rows == []
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_are_what_the_lines_say(whole: tuple[Path, Report]) -> None:
+    folder, report = whole
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    names = [("defended", name) for name in ("control", "transfer", "bpda-eot")]
+    names += [("undefended", name) for name in ("control", "pgd")]
+    assert [(row.subject, row.attack) for row in report.rows] == names
+    for row in report.rows:
+        own = [line for line in lines if (line["subject"], line["attack"]) == (row.subject, row.attack)]
+        answers = np.array([line["answers"] for line in own]).reshape(2, IMAGES, -1)
+        truth = np.array([line["label"] for line in own]).reshape(2, IMAGES)
+        assert row.one_shot.value == pytest.approx((answers[:, :, 0] == truth).mean())
+        assert row.average.value == pytest.approx((answers == truth[:, :, None]).mean())
+        assert (row.images, row.runs) == (IMAGES, 2)
+        assert row.queries == own[0].get("queries")
+        assert row == report.row(row.attack, row.subject)
+    assert report.row("bpda-eot").searched_by_luck is not None
+    assert report.row("transfer").searched is None
+    with pytest.raises(KeyError, match="there are"):
+        report.row("pgd")
+
+
+def test_the_course_of_purifications_and_searches(whole: tuple[Path, Report]) -> None:
+    folder, report = whole
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    given = evaluation(folder)
+    assert list(report.curves) == [f"defended/{name}" for name in ("control", "transfer", "bpda-eot")]
+    for name, curve in report.curves.items():
+        ways = [line["on_the_way"] for line in lines if f"{line['subject']}/{line['attack']}" == name]
+        assert curve["accuracy"] == pytest.approx(np.mean(ways, axis=0).tolist())
+        assert curve["iterations"] == [0, 1, 2]
+        tensors = [given.store.tensors(unit) for unit in given.units() if unit.task == name]
+        for part in ("total", "l1", "ssim", "latent", "latent_mean", "latent_std"):
+            values = torch.cat([found[f"loop.{part}"] for found in tensors], dim=1)
+            assert curve[part] == pytest.approx(values.double().mean(dim=1).tolist())
+    assert set(report.searches) == {"defended/transfer", "defended/bpda-eot"}
+    searched = [given.store.tensors(unit) for unit in given.units() if unit.task == "defended/bpda-eot"]
+    loss = torch.cat([found["history.loss"] for found in searched], dim=1).double().mean(dim=1)
+    assert report.searches["defended/bpda-eot"]["loss"] == pytest.approx(loss.tolist())
+
+
+def test_seconds_and_passes_are_those_that_were_noted(whole: tuple[Path, Report]) -> None:
+    folder, report = whole
+    timings = evaluation(folder).store.timings()
+    assert dict(report.seconds) == {name: seconds for name, (seconds, _) in timings.items()}
+    assert dict(report.passes) == {name: passes for name, (_, passes) in timings.items()}
+    assert report.passes["defended/control"] > 0
+    assert report.passes["undefended/pgd"] == 0
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_the_results_and_the_report(whole: tuple[Path, Report]) -> None:
+    folder, report = whole
+    assert {"settings.json", "results.jsonl", "report.json", "report.md", "units", "timings"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert json.loads((folder / "report.json").read_text()) == report.to_dict() == load_facts(folder)
+    assert report.to_dict()["class_names"] == ["a", "b", "c", "d"]
+    assert report.settings == json.loads((folder / "settings.json").read_text())
+    text = (folder / "report.md").read_text()
+    assert ("**No headline.**" in text) == (report.headline is None)
+    for reason in report.refused:
+        assert f"- {reason}" in text
+    for row in report.rows:
+        assert f"| {row.subject} | {row.attack} | {row.one_shot} (" in text
+    assert f"{IMAGES} images, 2 runs." in text
+    assert "K = 2, N = 2" in text
+
+
+def test_the_headline_is_in_the_text(report: Report) -> None:
+    from cmap_defense.evaluation.report.markdown import markdown
+
+    text = markdown(report.to_dict())
+    assert report.headline is not None
+    assert f"**{report.headline.accuracy}** of the answers are right under the worst attack on each image" in text
+    assert f"{report.headline.lowest_by_luck:.3f} without any attack" in text
+    assert "No headline" not in text
+
+
+def test_every_accuracy_in_the_facts_has_its_interval(report: Report) -> None:
+    def accuracies(value: Any, facts: Any) -> int:
+        if isinstance(value, Accuracy):
+            assert facts == {
+                "value": value.value,
+                "interval": list(value.interval),
+                "correct": value.correct,
+                "total": value.total,
+            }
+            return 1
+        if dataclasses.is_dataclass(value):
+            return sum(accuracies(getattr(value, field.name), facts[field.name]) for field in dataclasses.fields(value))
+        if isinstance(value, Mapping):
+            return sum(accuracies(part, facts[name]) for name, part in value.items())
+        if isinstance(value, (list, tuple)):
+            return sum(accuracies(*pair) for pair in zip(value, facts, strict=True))
+        return 0
+
+    assert accuracies(report, report.to_dict()) == 3 * 5 + 2 + 2
+
+
+def test_without_the_extra_of_the_page_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> str:
+        raise MissingExtraError("pip install cmap-defense[report]")
+
+    monkeypatch.setattr("cmap_defense.evaluation.report.page.page", missing)
+    judged(attacks={}, protocol=BRIEF, out=tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"report.json", "report.md"} <= names
+    assert "report.html" not in names
+
+
+def test_the_same_call_goes_on(tmp_path: Path) -> None:
+    told = []
+    given = {"attacks": {}, "protocol": BRIEF, "out": tmp_path}
+    with pytest.raises(Interrupted):
+        judged(**given, progress=interrupt(2))
+    found = judged(**given, progress=lambda unit, *_: told.append(unit.group))
+    assert told == list(range(2, COUNT // BRIEF.group))
+    assert found.to_dict() == judged(**given, progress=lambda *told: pytest.fail(f"{told}")).to_dict()
+    with pytest.raises(EvaluationError, match=r"protocol\.answers: 2 there, 3 here"):
+        judged(**(given | {"protocol": BRIEF.replace(answers=3)}))
+
+
+def test_without_a_folder_only_the_report_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = judged(attacks={}, protocol=BRIEF)
+    assert found.row("control").images == COUNT
+    assert found.settings["protocol"] == BRIEF.to_dict()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"rows": []}'])
+def test_what_is_no_report_cannot_be_read(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"report\.json"):
+        load_facts(tmp_path)
+
+
+def test_another_loss_is_another_attack(report: Report) -> None:
+    """What is asserted above is about something."""
+    other = judged(attacks=ATTACKS | {"pgd": dataclasses.replace(ATTACKS["pgd"], loss=Margin())})
+    assert other.searches["defended/pgd"] != report.searches["defended/pgd"]
+    assert PROTOCOL != CAREFUL

@@ -1,0 +1,330 @@
+"""From lines to figures: against counting by hand, and against what chance is known to do."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmap_defense.evaluation import summary, wilson_interval
+from cmap_defense.evaluation.accuracy import Accuracy
+from cmap_defense.evaluation.summary import MEASURES, Runs, WorstCase, row_of
+from evaluated import lines_of, runs_of
+
+CLASSES = 3
+
+
+@st.composite
+def predictions(draw: st.DrawFn, attacks: int = 1) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Of each attack N and R predicted classes of B images in S runs; and the true classes."""
+    runs, images = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    answers, again = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    numbers = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return (
+        [numbers.integers(0, CLASSES, (runs, images, answers)) for _ in range(attacks)],
+        [numbers.integers(0, CLASSES, (runs, images, again)) for _ in range(attacks)],
+        numbers.integers(0, CLASSES, images),
+    )
+
+
+def given_runs(answers: np.ndarray, again: np.ndarray, truth: np.ndarray, **more: Any) -> Runs:
+    return Runs.of(lines_of(torch.from_numpy(answers), torch.from_numpy(again), torch.from_numpy(truth), **more))
+
+
+def worst_case(attacks: list[Runs], control: Runs, draws: int = 1) -> WorstCase:
+    """With few draws for the figure of luck where nobody looks at it."""
+    with mock.patch.object(summary, "LUCK_DRAWS", draws):
+        return summary.worst_case(attacks, control)
+
+
+def vote(answers: np.ndarray) -> int:
+    """The most frequent, of several the lowest."""
+    counts = Counter(answers.tolist())
+    return min(label for label, count in counts.items() if count == max(counts.values()))
+
+
+def assert_accuracy(found: Accuracy | None, shares: np.ndarray) -> None:
+    """shares: [S, B]."""
+    assert found is not None
+    assert found.total == shares.shape[1]
+    assert found.value == pytest.approx(shares.mean(), abs=1e-12)
+    assert found.interval == pytest.approx(wilson_interval(shares.mean() * found.total, found.total), abs=1e-9)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@given(made=predictions())
+def test_a_row_is_what_counting_gives(
+    made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray],
+) -> None:
+    (answers,), (again,), truth = made
+    row = row_of(given_runs(answers, again, truth, attack="pgd"))
+    right, right_again = answers == truth[:, None], again == truth[:, None]
+    votes = np.array([[vote(image) for image in run] for run in answers])
+    shares = {
+        "one_shot": right[:, :, 0].astype(float),
+        "average": right.mean(axis=2),
+        "any_of": right.all(axis=2).astype(float),
+        "vote": (votes == truth).astype(float),
+        "repurified": right_again.mean(axis=2),
+    }
+    assert tuple(shares) == MEASURES
+    for name, values in shares.items():
+        assert_accuracy(getattr(row, name), values)
+        if len(answers) > 1:
+            assert row.spread[name] == pytest.approx(values.mean(axis=1).std(ddof=1), abs=1e-12)
+    assert set(row.spread) == (set(MEASURES) if len(answers) > 1 else set())
+    single = right_again.mean(axis=1)  # [S, R]
+    expected = single.std(axis=1, ddof=1).mean() if single.shape[1] > 1 else 0.0
+    assert row.answers_spread == pytest.approx(expected, abs=1e-12)
+    assert (row.subject, row.attack, row.images, row.runs) == ("defended", "pgd", len(truth), len(answers))
+    assert (row.one_latent, row.searched, row.queries, row.distance) == (None, None, None, None)
+
+
+def test_what_else_a_row_has() -> None:
+    answers, again = torch.ones(2, 3, 1, dtype=torch.bool), torch.ones(2, 3, 1, dtype=torch.bool)
+    row = row_of(
+        runs_of(
+            answers,
+            again,
+            one_latent=lambda run, image: 0.1 * run + 0.25 * image,
+            distance=lambda run, image: 0.01 * run + 0.1 * image,
+            queries=17,
+        )
+    )
+    assert row.one_latent == pytest.approx(0.25 + 0.05)
+    assert row.distance == pytest.approx(0.21)
+    assert row.queries == 17
+
+
+def test_runs_are_told_apart_by_their_seeds() -> None:
+    lines = lines_of(torch.tensor([[[1], [0]], [[0], [0]]]), torch.tensor([[[1], [1]], [[1], [1]]]), torch.ones(2))
+    runs = Runs.of(iter(lines))
+    assert runs.answers.tolist() == [[[True], [False]], [[False], [False]]]
+    assert runs.positions.tolist() == [100, 101]
+    first = runs.first(1)
+    assert first.answers.tolist() == [[[True]]]
+    assert first.repurified.tolist() == [[[True]]]
+    assert first.lines == [[lines[0]]]
+    assert (first.truth.tolist(), first.positions.tolist()) == ([1], [100])
+
+
+def test_the_first_images_keep_the_shares_of_their_latents() -> None:
+    truth = torch.ones(3, dtype=torch.int64)
+    ones = torch.ones(2, 3, 1, dtype=torch.int64)
+    runs = Runs.of(lines_of(ones, ones, truth, one_latent=lambda run, image: float(10 * run + image)))
+    assert runs.one_latent is not None
+    assert runs.one_latent.tolist() == [[0, 1, 2], [10, 11, 12]]
+    first = runs.first(2).one_latent
+    assert first is not None
+    assert first.tolist() == [[0, 1]]
+
+
+# --- while searching --------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_while_searching_and_by_luck() -> None:
+    """The clean image is asked as often as the search asked: three times here, of N + R + search = 5 answers."""
+    truth = torch.tensor([1, 1, 1, 1])
+    found = [True, False, True, False, False, False, True, False]
+    attack = Runs.of(
+        lines_of(
+            torch.ones(2, 4, 1), torch.ones(2, 4, 1), truth, search_answers=3, searched=lambda r, b: found[4 * r + b]
+        )
+    )
+    clean = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).expand(2, 4, 5)
+    control = Runs.of(lines_of(clean[:, :, :1], clean[:, :, 1:2], truth, search=lambda r, b: clean[r, b, 2:].tolist()))
+    row = row_of(attack, control)
+    assert_accuracy(row.searched, 1 - np.array(found, dtype=float).reshape(2, 4))
+    assert_accuracy(row.searched_by_luck, np.array([[1.0, 0.0, 0.0, 1.0]]))
+    assert row.search_answers == 3
+    alone = row_of(attack)
+    assert (alone.searched, alone.searched_by_luck, alone.search_answers) == (row.searched, None, 3)
+
+
+def test_luck_is_not_told_from_fewer_answers_than_the_search_heard() -> None:
+    truth, ones = torch.ones(4), torch.ones(1, 4, 1)
+    attack = Runs.of(lines_of(ones, ones, truth, search_answers=4, searched=False))
+    control = Runs.of(lines_of(ones, ones, truth, search=[1]))
+    assert row_of(attack, control).searched_by_luck is None
+    assert row_of(attack, Runs.of(lines_of(ones, ones, truth, search=[1, 0]))).searched_by_luck == Accuracy(0, 4)
+
+
+def test_no_answers_were_heard_where_the_search_asked_something_else() -> None:
+    ones = torch.ones(1, 4, 1)
+    attack = Runs.of(lines_of(ones, ones, torch.ones(4), search_answers=None, searched=None))
+    row = row_of(attack, Runs.of(lines_of(ones, ones, torch.ones(4), search=[1])))
+    assert (row.searched, row.searched_by_luck, row.search_answers) == (None, None, None)
+
+
+# --- the worst attack on each image -----------------------------------------------------------------------------------
+
+
+def worst_by_hand(answers: list[np.ndarray], again: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, Counter]:
+    """[S, B] shares of the R answers under the attack with the smallest share of the N; of equal ones under that with
+    the smallest share over all images and runs. And which attacks those are."""
+    shares = [(part == truth[:, None]).mean(axis=2) for part in answers]
+    over_all = [share.mean() for share in shares]
+    counted = np.empty(shares[0].shape)
+    chosen: Counter = Counter()
+    for run, image in np.ndindex(*counted.shape):
+        worst = min(range(len(answers)), key=lambda m: (shares[m][run, image], over_all[m]))
+        counted[run, image] = (again[worst][run, image] == truth[image]).mean()
+        chosen[f"attack-{worst}"] += 1
+    return counted, chosen
+
+
+def separate(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> bool:
+    """Whether no two attacks are equally strong over all images."""
+    answers, _, truth = made
+    strengths = {int((part == truth[:, None]).sum()) for part in answers}
+    return len(strengths) == len(answers)
+
+
+@given(made=predictions(attacks=3).filter(separate))
+def test_the_worst_case_is_what_counting_gives(
+    made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray],
+) -> None:
+    answers, again, truth = made
+    runs = [given_runs(answers[m], again[m], truth, attack=f"attack-{m}") for m in range(3)]
+    found = worst_case(runs, runs[0])
+    counted, chosen = worst_by_hand(answers, again, truth)
+    assert_accuracy(found.accuracy, counted)
+    assert {name: count for name, count in found.chosen.items() if count} == dict(chosen)
+    assert set(found.chosen) == {"attack-0", "attack-1", "attack-2"}
+    votes = np.array([[[vote(image) for image in run] for run in part] for part in answers])
+    assert_accuracy(found.lowest, (votes == truth).all(axis=0).astype(float))
+    if len(counted) == 1:
+        assert found.spread is None
+    else:
+        assert found.spread == pytest.approx(counted.mean(axis=1).std(ddof=1), abs=1e-12)
+
+
+@given(made=predictions(attacks=4).filter(separate), order=st.permutations(range(4)))
+def test_the_order_of_the_attacks_changes_nothing(
+    made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray], order: list[int]
+) -> None:
+    answers, again, truth = made
+    runs = [given_runs(answers[m], again[m], truth, attack=f"attack-{m}") for m in range(4)]
+    found, other = worst_case(runs, runs[0]), worst_case([runs[m] for m in order], runs[0])
+    assert other.accuracy.value == pytest.approx(found.accuracy.value, abs=1e-12)
+    assert dict(other.chosen) == dict(found.chosen)
+    assert other.lowest == found.lowest
+
+
+def test_the_order_of_equally_strong_attacks_changes_nothing() -> None:
+    right = torch.zeros(1, 6, 2, dtype=torch.bool)
+    strong, weak = (
+        runs_of(right, torch.full((1, 6, 4), again), attack=name) for name, again in (("strong", False), ("weak", True))
+    )
+    one, other = worst_case([strong, weak], strong), worst_case([weak, strong], strong)
+    assert one.accuracy == other.accuracy
+
+
+@given(made=predictions(attacks=2))
+def test_one_attack_is_its_own_worst_case(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> None:
+    answers, again, truth = made
+    runs = given_runs(answers[0], again[0], truth)
+    found = worst_case([runs], runs)
+    assert found.accuracy.value == pytest.approx(row_of(runs).repurified.value, abs=1e-12)
+    assert found.lowest == row_of(runs).vote
+    assert found.chosen == {"pgd": answers[0].shape[0] * len(truth)}
+
+
+def draws(share: float, *shape: int, seed: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def test_luck_in_the_choice_is_not_counted() -> None:
+    """Attacks that do nothing at all, on a model that is right in 70 % of its answers. The worst of eight, chosen by
+    three answers each, is right in 70 % of the further ones; the votes that chose are nearly all lost somewhere."""
+    share, attacks, images, answers = 0.7, 8, 4000, 3
+    runs = [
+        runs_of(
+            draws(share, 1, images, answers, seed=m), draws(share, 1, images, 4, seed=100 + m), attack=f"attack-{m}"
+        )
+        for m in range(attacks)
+    ]
+    control = runs_of(draws(share, 1, images, answers, seed=200), draws(share, 1, images, 4, seed=201))
+    found = worst_case(runs, control)
+    error = math.sqrt(share * (1 - share) / (4 * images))
+    assert found.accuracy.value == pytest.approx(share, abs=4 * error)
+    chosen_by = torch.stack([run.answers.double().mean(dim=2) for run in runs]).amin(dim=0).mean().item()
+    assert chosen_by < share / 2
+
+    won = share**3 + 3 * share**2 * (1 - share)
+    error = math.sqrt(won**attacks / images)
+    assert found.lowest.value == pytest.approx(won**attacks, abs=4 * error)
+    assert found.lowest.value < share / 2
+    assert sum(found.chosen.values()) == images
+    assert min(found.chosen.values()) > 0
+
+
+# --- what luck alone would do -----------------------------------------------------------------------------------------
+
+
+def vote_is_won(share: float, answers: int, *, ties: bool) -> float:
+    """That most of N answers are right, each with this probability; on ties the vote is won or not."""
+    chances = [math.comb(answers, n) * share**n * (1 - share) ** (answers - n) for n in range(answers + 1)]
+    return sum(chance for n, chance in enumerate(chances) if 2 * n > answers or (ties and 2 * n == answers))
+
+
+@pytest.mark.parametrize(("answers", "right"), [(1, 1), (3, 2), (4, 3), (4, 2), (5, 4), (6, 0), (10, 8)])
+@pytest.mark.parametrize("attacks", [2, 3])
+@pytest.mark.parametrize("truth", [0, 1])
+def test_luck_is_the_binomials_where_all_images_are_alike(answers: int, right: int, attacks: int, truth: int) -> None:
+    """Votes are drawn from the N answers of the clean image, which do not suffice; of two classes the lower one wins
+    ties."""
+    images = 40
+    labels = torch.full((1, images, answers), 1 - truth)
+    labels[:, :, :right] = truth
+    control = Runs.of(lines_of(labels, labels[:, :, :1], torch.full((images,), truth)))
+    found = worst_case([control] * attacks, control, 1000).lowest_by_luck
+    expected = vote_is_won(right / answers, answers, ties=truth == 0) ** attacks
+    error = math.sqrt(expected * (1 - expected) / (1000 * images))
+    assert found == pytest.approx(expected, abs=4.5 * error + 1e-12)
+
+
+def test_one_vote_of_luck_is_the_vote() -> None:
+    """The N answers suffice for it."""
+    right = draws(0.6, 2, 50, 3, seed=0)
+    control = runs_of(right, right)
+    assert worst_case([control], control).lowest_by_luck == pytest.approx(row_of(control).vote.value)
+
+
+def test_luck_is_the_mean_over_images_and_runs() -> None:
+    right = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[0, 0, 0], [1, 0, 0]]]).bool()
+    control = runs_of(right, right)
+    shares = [vote_is_won(share, 3, ties=False) ** 2 for share in (1, 2 / 3, 0, 1 / 3)]
+    found = worst_case([control] * 2, control, 1000).lowest_by_luck
+    assert found == pytest.approx(sum(shares) / 4, abs=0.02)
+    assert worst_case([control] * 2, control, 1000).lowest_by_luck == found
+
+
+def test_luck_leaves_torchs_generators_alone() -> None:
+    control = runs_of(draws(0.5, 1, 5, 3, seed=0), draws(0.5, 1, 5, 3, seed=1))
+    before = torch.get_rng_state()
+    worst_case([control], control)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_luck_is_what_attacks_do_that_do_nothing() -> None:
+    share, attacks, images, answers, again = 0.7, 8, 4000, 3, 27
+    runs = [
+        runs_of(draws(share, 1, images, answers, seed=m), draws(share, 1, images, again, seed=100 + m), search=[])
+        for m in range(attacks + 1)
+    ]
+    found = worst_case(runs[1:], runs[0], draws=20)
+    won = share**3 + 3 * share**2 * (1 - share)
+    error = math.sqrt(won**attacks / images)
+    assert found.lowest.value == pytest.approx(won**attacks, abs=4 * error)
+    assert found.lowest_by_luck == pytest.approx(won**attacks, abs=4 * error)
