@@ -115,7 +115,7 @@ def test_purify_writes_a_file_of_the_same_name_and_size(
         (["purify", "-b", "fashion-mnist-ct", "-o", "out"], 2, "IMAGES"),
         (["demo", "--images", "0"], 2, "--images"),
         (["backbones", "info", "no-such-backbone"], 1, "fashion-mnist-ct"),
-        (["train", "--data", "cifar", "-o", "out"], 1, "fashion-mnist"),
+        (["train", "--data", "cifar", "-o", "out"], 1, "cifar10"),
         (["train", "--data", "data.npz", "-o", "out", "--attention", "7"], 2, "--attention"),
         (["train", "--data", "data.npz", "-o", "out", "--device", "cuda:99"], 2, "cuda:99"),
         (["demo", "-o", "boot.png/below"], 2, "cannot be written to"),
