@@ -33,6 +33,7 @@ FLOORS = {
     "inputs": 0,
     "modules": 0,
     "normalisation": 0,
+    "ranks": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

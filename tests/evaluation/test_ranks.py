@@ -16,7 +16,7 @@ from filelock import FileLock
 
 import evaluated
 from cmap_defense.evaluation import evaluate
-from cmap_defense.evaluation.ranks import Ranks, ranks
+from cmap_defense.ranks import Ranks, ranks
 from evaluated import BRIEF, PROTOCOL, Interrupted, defended, evaluation, interrupt, options, results
 
 QUICKLY = 30.0

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.backbones import CompactUNet, ConsistencyBackbone
+from cmap_defense.backbones import CompactUNet, ConsistencyBackbone, NoiseRange
 from cmap_defense.errors import CheckpointError, DataError
 from cmap_defense.training.loop import TrainState, learning_rate, train
-from cmap_defense.training.objectives import ECT
-from cmap_defense.training.settings import ECTSettings, TrainSettings
+from cmap_defense.training.objectives import ECT, Batch, Denoise, ECTSettings, Objective
+from cmap_defense.training.settings import TrainSettings
 from training import killed
 from training.killed import NETWORK, SETTINGS, fresh_backbone, run, training_images
 
@@ -126,7 +126,7 @@ def test_dropout_is_a_function_of_seed_and_step_too(tmp_path: Path) -> None:
 
 
 def train_tiny(
-    folder: Path, settings: TrainSettings, objective: Callable[..., Tensor] | None = None
+    folder: Path, settings: TrainSettings, objective: Objective | None = None
 ) -> tuple[ConsistencyBackbone, list[float]]:
     """The tiny network and its losses, step by step."""
     backbone, losses = fresh_backbone(), []
@@ -160,12 +160,13 @@ def test_the_network_alone_runs_in_the_precision(tmp_path: Path, precision: str,
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
 
-    def objective(*arguments: Any) -> Tensor:
-        losses.append(ECT()(*arguments))
-        return losses[-1]
+    class Watching(ECT):
+        def losses(self, *arguments: Any) -> Tensor:
+            losses.append(super().losses(*arguments))
+            return losses[-1]
 
     settings = SETTINGS.replace(images=24, precision=precision)
-    ema = train(backbone, training_images(), objective, settings, tmp_path, described={})
+    ema = train(backbone, training_images(), Watching(), settings, tmp_path, described={})
     assert seen == {dtype}
     assert {loss.dtype for loss in losses} == {torch.float32}
     assert {p.dtype for p in backbone.parameters()} == {torch.float32}
@@ -234,11 +235,12 @@ def test_images_reach_the_objective_in_their_range_and_about_half_of_them_mirror
     image[..., 0] = torch.tensor([0, 36, 73, 109, 146, 182, 219, 255], dtype=torch.uint8)
     batches: list[Tensor] = []
 
-    def objective(denoise: Any, images: Tensor, *_: Any) -> Tensor:
-        batches.append(images)
-        return denoise(images, torch.ones(len(images))).square().flatten(1).sum(dim=1)
+    class Watching(ECT):
+        def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
+            batches.append(batch.images)
+            return model(batch.images, torch.ones(len(batch.images))).square().flatten(1).sum(dim=1)
 
-    train(fresh_backbone(), image, objective, SETTINGS.replace(flip=flip), tmp_path, described={})
+    train(fresh_backbone(), image, Watching(), SETTINGS.replace(flip=flip), tmp_path, described={})
     seen = torch.cat(batches)
     assert seen.shape == (240, 1, 8, 8)
     assert (seen.min().item(), seen.max().item()) == (-1.0, 1.0)

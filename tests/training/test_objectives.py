@@ -19,14 +19,9 @@ from torch import Tensor, nn
 from cmap_defense.backbones import NoiseRange
 from cmap_defense.errors import SettingsError
 from cmap_defense.rng import generator_for
-from cmap_defense.training.objectives import (
-    ECT,
-    consistency_loss,
-    ect_previous_level,
-    ect_stage,
-    pseudo_huber,
-)
-from cmap_defense.training.settings import ECTSettings
+from cmap_defense.training.objectives import ECT, Batch, ECTSettings
+from cmap_defense.training.objectives.distances import pseudo_huber
+from cmap_defense.training.objectives.ect import ect_loss, ect_previous_level, ect_stage
 from toys import noise
 
 MU, S = 0.3, 0.5
@@ -137,7 +132,7 @@ def test_the_loss_is_its_formula() -> None:
     images, z = noise(3, 2, 4, 5, seed=4), noise(3, 2, 4, 5, seed=5)
     t, r = torch.tensor([0.5, 3.0, 20.0]), torch.tensor([0.4, 1.0, 0.002])
     model = GaussianConsistency(MU, S)
-    found = consistency_loss(model, images, z, t, r, huber=0.1)
+    found = ect_loss(model, model, images, z, t, r, huber=0.1)
 
     shrink = [[math.sqrt((S**2 + NOISE.sigma_min**2) / (S**2 + v**2)) for v in level.tolist()] for level in (t, r)]
     wide, narrow = (
@@ -160,7 +155,7 @@ def test_no_gradient_flows_through_the_second_image() -> None:
         asked.append((torch.is_grad_enabled(), sigma))
         return model(noisy, sigma)
 
-    consistency_loss(watched, images, z, t, r, huber=0.1).sum().backward()
+    ect_loss(watched, watched, images, z, t, r, huber=0.1).sum().backward()
     assert [(grad, sigma.tolist()) for grad, sigma in asked] == [(True, t.tolist()), (False, r.tolist())]
     assert model.mean.grad is not None
 
@@ -172,12 +167,19 @@ def gaussian_images(count: int, seed: int) -> Tensor:
     return MU + S * noise(count, 1, 2, 3, seed=seed)
 
 
+def drawn(images: Tensor, progress: float, *words: int) -> Batch:
+    """What the loop would draw."""
+    generator = generator_for(*words)
+    uniform = torch.rand(len(images), generator=generator, dtype=torch.float64)
+    return Batch(images, torch.randn(images.shape, generator=generator), uniform, progress)
+
+
 def loss_at_gap(model: nn.Module, stage: int) -> Tensor:
     """The mean loss on Gaussian data at t = 0.05 .. 10, the relative gap being 2^-stage."""
     images, z = gaussian_images(4000, 8), noise(4000, 1, 2, 3, seed=9)
     t = torch.logspace(math.log10(0.05), 1, 4000)
     r = ect_previous_level(t, stage, ECTSettings(gap_scale=0.0), NOISE.sigma_min)
-    return consistency_loss(model, images, z, t, r, huber=1.0).mean()
+    return ect_loss(model, model, images, z, t, r, huber=1.0).mean()
 
 
 def test_the_exact_consistency_function_has_a_loss_that_vanishes_with_the_gap() -> None:
@@ -204,7 +206,8 @@ def train_linear(settings: ECTSettings, steps: int) -> GaussianConsistency:
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        losses = objective(model, gaussian_images(256, 10 + step), generator_for(0, step), step / steps, NOISE)
+        batch = drawn(gaussian_images(256, 10 + step), step / steps, 0, step)
+        losses = objective.losses(model, batch, NOISE, model)
         optimiser.zero_grad()
         losses.mean().backward()
         optimiser.step()
@@ -217,12 +220,13 @@ def test_a_linear_model_converges_to_the_exact_consistency_function() -> None:
     assert model.log_std.exp().item() == pytest.approx(S, rel=0.04)
 
 
-def test_a_loss_is_a_function_of_the_generator_alone() -> None:
+def test_a_loss_is_a_function_of_the_batch_alone() -> None:
     images, objective, model = gaussian_images(5, 1), ECT(), GaussianConsistency(MU, S)
     state = torch.random.get_rng_state()
-    first = objective(model, images, generator_for(1, 2), 0.5, NOISE)
-    torch.testing.assert_close(objective(model, images, generator_for(1, 2), 0.5, NOISE), first, rtol=0, atol=0)
-    assert not torch.equal(objective(model, images, generator_for(1, 3), 0.5, NOISE), first)
+    first = objective.losses(model, drawn(images, 0.5, 1, 2), NOISE, model)
+    again = objective.losses(model, drawn(images, 0.5, 1, 2), NOISE, model)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert not torch.equal(objective.losses(model, drawn(images, 0.5, 1, 3), NOISE, model), first)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert first.shape == (5,)
 
@@ -235,7 +239,8 @@ def test_the_levels_that_a_model_sees_lie_in_the_noise_range() -> None:
         seen.append(sigma)
         return noisy
 
-    losses = ECT(ECTSettings(sigma_std=50.0))(watched, gaussian_images(500, 2), generator_for(3), 0.9, NOISE)
+    objective = ECT(ECTSettings(sigma_std=50.0))
+    losses = objective.losses(watched, drawn(gaussian_images(500, 2), 0.9, 3), NOISE, watched)
     t, r = seen
     assert t.max() == NOISE.sigma_max
     assert t.min() > NOISE.sigma_min

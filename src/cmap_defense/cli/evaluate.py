@@ -24,10 +24,10 @@ from cmap_defense.cli.options import (
 )
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
 from cmap_defense.evaluation.evaluation import Evaluation, Expected, Progress
-from cmap_defense.evaluation.ranks import ranks
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import load_facts, write_report
 from cmap_defense.evaluation.store import Unit
+from cmap_defense.ranks import ranks
 
 __all__ = ["cost_text", "evaluate", "on_unit", "report"]
 

@@ -22,9 +22,9 @@ from cmap_defense.cli.options import (
 )
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table
 from cmap_defense.evaluation.accuracy import Accuracy
-from cmap_defense.evaluation.ranks import ranks
 from cmap_defense.evaluation.report.study import write_study
 from cmap_defense.evaluation.studies import STUDIES, make_study, run_study
+from cmap_defense.ranks import ranks
 
 __all__ = ["study"]
 

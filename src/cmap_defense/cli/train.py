@@ -17,8 +17,9 @@ from cmap_defense.data.files import write_image
 from cmap_defense.data.sources import DATASETS, load_dataset
 from cmap_defense.errors import DataError
 from cmap_defense.training.loop import TrainState
+from cmap_defense.training.objectives import ECTSettings
 from cmap_defense.training.run import train_backbone
-from cmap_defense.training.settings import ECTSettings, TrainSettings
+from cmap_defense.training.settings import TrainSettings
 
 __all__ = ["train"]
 

@@ -21,10 +21,10 @@ from cmap_defense.evaluation.describe import checksum, describe_model, describe_
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
 from cmap_defense.evaluation.protocol import Protocol, Subset, run_indices
-from cmap_defense.evaluation.ranks import Ranks, ranks
 from cmap_defense.evaluation.store import Store, Unit, write_text
 from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Group, Task
 from cmap_defense.modules import device_of, evaluating
+from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.rng import isolated
 from cmap_defense.settings import near_matches, require_integer
 

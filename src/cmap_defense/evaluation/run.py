@@ -12,9 +12,9 @@ from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.attacks.access import Model
 from cmap_defense.evaluation.evaluation import Evaluation, Progress
 from cmap_defense.evaluation.protocol import Protocol, Subset
-from cmap_defense.evaluation.ranks import ranks
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import write_report
+from cmap_defense.ranks import ranks
 
 __all__ = ["evaluate"]
 

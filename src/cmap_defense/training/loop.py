@@ -22,7 +22,7 @@ from cmap_defense.errors import DataError
 from cmap_defense.rng import generator_for
 from cmap_defense.training.checkpoint import load_newest, save_checkpoint
 from cmap_defense.training.ema import EMA
-from cmap_defense.training.objectives import Objective
+from cmap_defense.training.objectives import Batch, Objective
 from cmap_defense.training.order import DataOrder
 from cmap_defense.training.settings import TrainSettings
 
@@ -139,13 +139,16 @@ def _step(
     if settings.flip:
         mirrored = torch.rand(len(batch), generator=generator) < 0.5
         batch = torch.where(mirrored[:, None, None, None].to(device), batch.flip(-1), batch)
+    uniform = torch.rand(len(batch), generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    z = torch.randn(batch.shape, generator=generator)
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(settings, step * settings.batch_size)
     with (
         _seeded(device, generator_for(settings.seed, 3, step).initial_seed()),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
     ):
-        losses = objective(backbone.denoise, batch, generator, step / settings.steps, backbone.noise)
+        drawn = Batch(batch, z.to(device), uniform.to(device), step / settings.steps)
+        losses = objective.losses(backbone.denoise, drawn, backbone.noise, backbone.denoise)
     loss = losses.mean()
     optimiser.zero_grad(set_to_none=True)
     loss.backward()

@@ -15,8 +15,8 @@ from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.rng import draw_latents
 from cmap_defense.training.loop import TrainState, train
-from cmap_defense.training.objectives import ECT
-from cmap_defense.training.settings import ECTSettings, TrainSettings
+from cmap_defense.training.objectives import ECT, ECTSettings
+from cmap_defense.training.settings import TrainSettings
 
 __all__ = ["sample_grid", "train_backbone"]
 

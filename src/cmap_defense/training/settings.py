@@ -1,4 +1,4 @@
-"""Settings of a training run."""
+"""Settings of the training loop; those of an objective stand beside it."""
 
 from __future__ import annotations
 
@@ -7,39 +7,7 @@ import dataclasses
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import Settings, require_choice, require_integer, require_number, require_numbers
 
-__all__ = ["ECTSettings", "TrainSettings"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ECTSettings(Settings):
-    """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548), from scratch.
-
-    sigma_mean, sigma_std: of ln sigma, a normal distribution, then clamped to the noise range.
-    halvings: how often the gap between the two noise levels is halved over training; stage 0 is a denoiser.
-    settle: fraction of the training that is left to the last stage.
-    gap_scale, gap_steepness: k and b of the gap's dependence on sigma, 1 + k sigmoid(-b sigma).
-    huber: c of the Pseudo-Huber distance sqrt(d^2 + c^2) - c between whole images.
-    """
-
-    sigma_mean: float = -0.8
-    sigma_std: float = 2.2
-    halvings: int = 7
-    settle: float = 0.25
-    gap_scale: float = 8.0
-    gap_steepness: float = 1.0
-    huber: float = 0.03
-
-    def __post_init__(self) -> None:
-        require_number("ECTSettings", "sigma_mean", self.sigma_mean)
-        require_number("ECTSettings", "sigma_std", self.sigma_std, above=0.0)
-        if require_integer("ECTSettings", "halvings", self.halvings, minimum=0) > 16:
-            raise SettingsError(
-                f"ECTSettings.halvings must be at most 16, but is {self.halvings}: the gap would vanish."
-            )
-        require_number("ECTSettings", "settle", self.settle, minimum=0.0, below=1.0)
-        require_number("ECTSettings", "gap_scale", self.gap_scale, minimum=0.0)
-        require_number("ECTSettings", "gap_steepness", self.gap_steepness, above=0.0)
-        require_number("ECTSettings", "huber", self.huber, above=0.0)
+__all__ = ["TrainSettings"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
