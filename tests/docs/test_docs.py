@@ -59,6 +59,7 @@ def documented() -> list[ModuleType]:
         "attack-libraries.md",
         "attack-this-defence.md",
         "evaluation.md",
+        "observation.md",
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.models import EMBEDDED
-from cmap_defense.cli.options import data_of, data_options, model_of, model_options
+from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.images import EvaluationImages
@@ -53,7 +53,7 @@ CALLED = {
 @click.option("--levels", type=click.IntRange(1, 1000), default=20, help="T, the first of 1000 noise levels.")
 @click.option("--kernel", type=click.Choice(["gaussian", "deep"]), default="gaussian")
 @click.option("--training", type=click.IntRange(2), default=64, help="Of --kernel deep: images after the references.")
-@click.option("--eps", type=click.FloatRange(0, 1, min_open=True), default=0.05, help="Of the linf attack, in [0, 1].")
+@click.option("--eps", type=Size(), default="0.05", help="Of the linf attack, in [0, 1].")
 @click.option("--steps", type=click.IntRange(1), default=20, help="PGD steps.")
 @click.option("--purify/--no-purify", default=True, help="Purified images too, which take most of the time.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the attack and of all noise.")

@@ -22,6 +22,7 @@ from cmap_defense.inputs import RESIZE_MODES
 from cmap_defense.settings import near_matches
 
 __all__ = [
+    "Size",
     "attack_options",
     "attacks_of",
     "baselines_of",
@@ -40,7 +41,7 @@ SUITES: Mapping[str, Any] = {"standard": standard_suite, "paper": paper_suite, "
 PROTOCOL = Protocol()
 
 
-class _Size(click.ParamType):
+class Size(click.ParamType):
     """A number, or a fraction such as 8/255."""
 
     name = "number"
@@ -125,7 +126,7 @@ attack_options = _together(
     click.option("--steps", type=click.IntRange(1), help="Of the attacks on the image.  [default: the set's]"),
     click.option("--eot", type=click.IntRange(1), help="Evaluations per gradient.  [default: the set's]"),
     click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True),
-    click.option("--eps", type=_Size(), default="8/255", show_default=True, help="Of images in [0, 1]."),
+    click.option("--eps", type=Size(), default="8/255", show_default=True, help="Of images in [0, 1]."),
 )
 """By which attacks."""
 
