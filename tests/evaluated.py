@@ -133,9 +133,13 @@ def lines_of(
     ]
 
 
-def runs_of(right: Tensor, again: Tensor, **more: Any) -> Runs:
-    """Runs of which is known what is right: [S, B, N] and [S, B, R] bool; class 1 is the truth, 0 is wrong."""
-    return Runs.of(lines_of(right.long(), again.long(), torch.ones(right.shape[1], dtype=torch.int64), **more))
+def runs_of(right: Tensor, again: Tensor, truth: Tensor | None = None, **more: Any) -> Runs:
+    """Runs of which is known what is right: [S, B, N] and [S, B, R] bool; class 1 is the truth and 0 is wrong, or the
+    truth is one of three classes."""
+    truth = torch.ones(right.shape[1], dtype=torch.int64) if truth is None else truth
+    wrong = (truth + 2) % 3
+    labels = [torch.where(part, truth[:, None], wrong[:, None]) for part in (right, again)]
+    return Runs.of(lines_of(*labels, truth, **more))
 
 
 # ------------------------------------------------------------------------------------------------ killed and continued

@@ -79,7 +79,14 @@ def example_facts(
     refused += [] if names else ["there was no attack"]
     worst = Accuracy(0.347 * images, images)
     chosen = {name: round(images * len(seeds) * 2.0 ** (place - len(names))) for place, name in enumerate(names)}
-    headline = WorstCase(worst, _spread(seeds, 0.0068), chosen, Accuracy(0.211 * images, images), 0.6584)
+    headline = WorstCase(
+        worst,
+        _spread(seeds, 0.0068),
+        chosen,
+        Accuracy(0.211 * images, images),
+        Accuracy(0.8203 * images, images),
+        0.6584,
+    )
     tasks = _tasks(names, how, baselines, threat)
     report = Report(
         headline=None if refused else headline,
@@ -250,7 +257,12 @@ def _settings(
     return {
         "format": 1,
         "models": {"defended": defended} | {name: module("models.WideResNet") for name in baselines},
-        "data": {"count": images, "checksum": "ab" * 32, "subset": {"count": images, "order": "random", "seed": 0}},
+        "data": {
+            "count": images,
+            "classes": 10,
+            "checksum": "ab" * 32,
+            "subset": {"count": images, "order": "random", "seed": 0},
+        },
         "protocol": protocol | {"sanity_images": 16, "gradient_samples": 64},
         "tasks": dict(tasks),
         "computation": {"threads": 8, **software},

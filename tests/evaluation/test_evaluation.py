@@ -24,6 +24,7 @@ from cmap_defense.attacks import PGD, SPSA, ThreatModel, standard_suite
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.errors import CmapError, EvaluationError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation import Evaluation, Protocol, Subset
+from cmap_defense.evaluation.evaluation import fixed_chunk
 from cmap_defense.evaluation.store import Store, Unit
 from evaluated import (
     BRIEF,
@@ -564,3 +565,47 @@ def test_a_defence_among_the_baselines_has_its_cost(tmp_path: Path) -> None:
     assert given.expected().total_passes > 0
     given.run()
     assert given.store.timings()["other/control"][1] > 0
+
+
+# --- what a description of classes and weights does not see -----------------------------------------------------------
+
+
+def test_another_function_behind_the_same_name_is_refused(tmp_path: Path) -> None:
+    """A lambda has no weights, and a constant that is a plain attribute is in no state dict: the answer shows them."""
+
+    def scaled(scale: float) -> Any:
+        return lambda images: linear(images * scale)
+
+    evaluation(tmp_path, scaled(1.0), attacks={}, protocol=BRIEF).run()
+    with pytest.raises(EvaluationError, match=r"models\.defended\.answer: "):
+        evaluation(tmp_path, scaled(0.5), attacks={}, protocol=BRIEF).run()
+    evaluation(tmp_path, scaled(1.0 + 1e-6), attacks={}, protocol=BRIEF).run()
+
+
+def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation(tmp_path, attacks={}, protocol=BRIEF).run()
+    monkeypatch.setattr("cmap_defense.evaluation.describe._version", lambda package: "0.0.1")
+    with pytest.raises(EvaluationError, match=r"computation\.cmap-defense: '[\d.]+' there, '0\.0\.1' here"):
+        evaluation(tmp_path, attacks={}, protocol=BRIEF).run()
+
+
+def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputValueError, match=r"the model 'narrow' has 1 classes"):
+        evaluation(tmp_path, baselines={"narrow": lambda images: linear(images)[:, :1]})
+
+
+def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CUDA device, where what fits hangs on what else is there. Here its memory is a stand-in."""
+    monkeypatch.setattr("cmap_defense.evaluation.evaluation.default_max_parallel", lambda *_, **__: 7)
+    cuda, model = torch.device("cuda"), defended()
+    assert fixed_chunk(model, None) is model
+    assert fixed_chunk(model, None, cuda).max_parallel == 7
+    assert fixed_chunk(model, {"max_parallel": 5}, cuda).max_parallel == 5
+    assert fixed_chunk(defended(max_parallel=3), {"max_parallel": 5}, cuda).max_parallel == 3
+    assert fixed_chunk(linear, None, cuda) is linear
+
+
+def test_a_folder_that_only_the_first_process_sees_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="all must see the same disk"):
+        Store(tmp_path).begin({"a": 1}, first=False)
+    assert not (tmp_path / "settings.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmap_defense.data import load_dataset
 from cmap_defense.errors import CmapError, DataError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation import Subset
 from cmap_defense.evaluation.images import EvaluationImages
@@ -45,10 +47,14 @@ class Part:
     unit: Tensor
     labels: Tensor
     class_names: tuple[str, ...] | None = ("a", "b")
+    labels_known: bool = True
 
 
 class Room:
     """A data set that gives some of its images at once."""
+
+    labels = LABELS
+    class_names = None
 
     def __len__(self) -> int:
         return len(IMAGES)
@@ -127,3 +133,10 @@ def test_what_is_no_data_is_refused(name: str) -> None:
     data, kind, said = WRONG[name]
     with pytest.raises(kind, match=said):
         EvaluationImages.of(data, RANDOM)
+
+
+def test_images_without_labels_are_refused(tmp_path: Path) -> None:
+    """What is read as label 0 for a training would be an accuracy of nothing here."""
+    np.savez(tmp_path / "some.npz", images=np.zeros((3, 4, 5, 3), dtype=np.uint8), y=np.arange(3))
+    with pytest.raises(DataError, match="no labels"):
+        EvaluationImages.of(load_dataset(tmp_path / "some.npz"), Subset(count=2))

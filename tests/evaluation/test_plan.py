@@ -116,7 +116,7 @@ def test_other_sizes(threat: ThreatModel, sizes: dict[str, float]) -> None:
     assert sizes["eps-any"] == (1.0 if threat.norm == "linf" else math.sqrt(3 * 8 * 6))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/", "/a", "a/../b", "a\\b", "end."])
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/", "/a", "a/../b", "a\\b", "end.", "a:b", "a*", "a?"])
 def test_names_that_are_no_words_are_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="is no name for a file"):
         tasks_of([Subject("defended", linear, {name: STEPS})], PROTOCOL, SHAPE)
@@ -131,3 +131,5 @@ def test_names_that_clash_are_refused() -> None:
         tasks_of([subject(), Subject("other", linear, {"control": STEPS})], PROTOCOL, SHAPE)
     with pytest.raises(SettingsError, match="'checks/steps-2' names two tasks"):
         tasks_of([subject(pgd=STEPS), Subject("checks", linear, {"steps-2": STEPS})], PROTOCOL, SHAPE)
+    with pytest.raises(SettingsError, match="names two tasks"):
+        tasks_of([Subject("defended", linear, {"pgd": STEPS, "PGD": STEPS})], PROTOCOL, SHAPE)

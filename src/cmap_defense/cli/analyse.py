@@ -15,7 +15,7 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.models import EMBEDDED
-from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options
+from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options, subset_of
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.images import EvaluationImages
@@ -28,7 +28,6 @@ from cmap_defense.evaluation.observation import (
     vp_sigmas,
 )
 from cmap_defense.evaluation.observation.plot import draw_observation
-from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.modules import device_of
 
 __all__ = ["analyse"]
@@ -116,7 +115,7 @@ def _parts(options: dict[str, Any], sizes: list[int], device: torch.device | Non
             f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with -n, "
             "--reference" + (" and --training." if len(sizes) > 2 else ".")
         )
-    found = EvaluationImages.of(data, Subset(count=sum(sizes), order=options["order"]))
+    found = EvaluationImages.of(data, subset_of(options | {"count": sum(sizes)}))
     images, labels = found.images.to(device), found.labels.to(device)
     return list(zip(images.split(sizes), labels.split(sizes), strict=True))
 

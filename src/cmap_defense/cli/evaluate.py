@@ -12,14 +12,15 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import (
     attack_options,
     attacks_of,
+    attempt_options,
     baselines_of,
+    check_options,
     class_names_of,
     data_of,
     data_options,
     model_of,
     model_options,
     protocol_of,
-    protocol_options,
     subset_of,
 )
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
@@ -39,8 +40,14 @@ PAPER = {"count": 500, "order": "random", "runs": 3, "suite": "paper"}
 @model_options
 @data_options
 @attack_options
-@protocol_options
-@click.option("--baseline", multiple=True, metavar="NAME=PATH", help="Another model for the table, as --classifier.")
+@attempt_options
+@check_options
+@click.option(
+    "--baseline",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Another model for the table; it takes images in [0, 1].",
+)
 @click.option("--preset", type=click.Choice(["paper"]), help="paper: its 500 random images, 3 runs and attacks.")
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
 @out_option()
@@ -101,10 +108,11 @@ def report(folder: Path, as_json: bool) -> None:
 def _made_of(evaluation: Evaluation) -> str:
     model, protocol = evaluation.model, evaluation.protocol
     assert isinstance(model, PurifiedClassifier)
-    runs = len(protocol.seeds)
+    runs, classes = len(protocol.seeds), len(evaluation.images.labels.unique())
     return (
-        f"{len(evaluation.images)} images, {runs} run{'s' if runs > 1 else ''}, {len(evaluation.subjects[0].attacks)} "
-        f"attacks; K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations; "
+        f"{len(evaluation.images)} images of {classes} classes, {runs} run{'s' if runs > 1 else ''}, "
+        f"{len(evaluation.subjects[0].attacks)} attacks; "
+        f"K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations; "
         f"{evaluation.threads} thread{'s' if evaluation.threads > 1 else ''}, {evaluation.device.type}."
     )
 

@@ -25,14 +25,15 @@ __all__ = [
     "Size",
     "attack_options",
     "attacks_of",
+    "attempt_options",
     "baselines_of",
+    "check_options",
     "class_names_of",
     "data_of",
     "data_options",
     "model_of",
     "model_options",
     "protocol_of",
-    "protocol_options",
     "subset_of",
     "threat_of",
 ]
@@ -114,7 +115,11 @@ data_options = _together(
     click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True),
     click.option("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels."),
     click.option("-n", "--n", "count", type=click.IntRange(1), default=512, show_default=True, help="Images."),
-    click.option("--order", type=click.Choice(["first", "random"]), default="first", show_default=True),
+    click.option(
+        "--order",
+        type=click.Choice(["first", "random"]),
+        help="[default: first; random for a folder, whose images come class by class]",
+    ),
 )
 """Which images."""
 
@@ -130,13 +135,17 @@ attack_options = _together(
 )
 """By which attacks."""
 
-protocol_options = _together(
+attempt_options = _together(
     click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="With seeds 0, 1, ..."),
     click.option("--answers", type=click.IntRange(1), default=PROTOCOL.answers, show_default=True, help="Per image."),
     click.option("--repurifications", type=click.IntRange(1), default=PROTOCOL.repurifications, show_default=True),
     click.option(
         "--group", type=click.IntRange(1), default=PROTOCOL.group, show_default=True, help="Images attacked together."
     ),
+)
+"""How often each image is attacked and asked about."""
+
+check_options = _together(
     click.option(
         "--sanity-images",
         type=click.IntRange(0),
@@ -152,7 +161,7 @@ protocol_options = _together(
         help="Ask about clean images as often as a search does.",
     ),
 )
-"""How often each image is attacked and asked about."""
+"""On what the attacks are checked."""
 
 
 def model_of(options: Mapping[str, Any]) -> PurifiedClassifier:
@@ -189,7 +198,8 @@ def class_names_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def subset_of(options: Mapping[str, Any]) -> Subset:
     """Which images of it."""
-    return Subset(count=options["count"], order=options["order"])
+    order = options["order"] or ("random" if Path(options["data"]).expanduser().is_dir() else "first")
+    return Subset(count=options["count"], order=order)
 
 
 def threat_of(options: Mapping[str, Any]) -> ThreatModel:
@@ -210,16 +220,10 @@ def attacks_of(options: Mapping[str, Any]) -> dict[str, Attack]:
 
 
 def protocol_of(options: Mapping[str, Any]) -> Protocol:
-    """What :data:`protocol_options` say."""
-    return Protocol(
-        answers=options["answers"],
-        repurifications=options["repurifications"],
-        seeds=tuple(range(options["runs"])),
-        group=options["group"],
-        search_control=options["search_control"],
-        sanity_images=options["sanity_images"],
-        gradient_samples=options["gradient_samples"],
-    )
+    """What :data:`attempt_options` say, and :data:`check_options` where the command has them."""
+    names = ("answers", "repurifications", "group", "search_control", "sanity_images", "gradient_samples")
+    given = {name: options[name] for name in names if name in options}
+    return Protocol(seeds=tuple(range(options["runs"])), **given)
 
 
 def baselines_of(options: Mapping[str, Any]) -> dict[str, Any]:

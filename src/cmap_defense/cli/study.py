@@ -11,12 +11,12 @@ from cmap_defense.cli.evaluate import on_unit
 from cmap_defense.cli.options import (
     attack_options,
     attacks_of,
+    attempt_options,
     data_of,
     data_options,
     model_of,
     model_options,
     protocol_of,
-    protocol_options,
     subset_of,
     threat_of,
 )
@@ -37,7 +37,7 @@ ATTACKS = ("transfer", "bpda-eot")
 @model_options
 @data_options
 @attack_options
-@protocol_options
+@attempt_options
 @out_option()
 @json_option
 def study(name: str, out: Path, as_json: bool, **options: Any) -> None:

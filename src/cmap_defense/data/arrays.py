@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 import zlib
 from pathlib import Path
@@ -43,7 +44,9 @@ def npz_images(path: Path) -> LabelledImages:
         raise DataError(f"{path}: images must be [N, H, W, C] or [N, H, W], but are {list(images.shape)}.")
     if images.ndim == 3:
         images = images[..., None]
-    return labelled(images, arrays.get("labels", np.zeros(len(images), dtype=np.int64)), str(path))
+    known = "labels" in arrays
+    data = labelled(images, arrays["labels"] if known else np.zeros(len(images), dtype=np.int64), str(path))
+    return dataclasses.replace(data, labels_known=known)
 
 
 def labelled(

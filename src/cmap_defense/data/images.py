@@ -50,17 +50,19 @@ class ImageSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """images: uint8 [N, C, H, W]. labels: int64 [N]. class_names: one per class, where they are known."""
+    """images: uint8 [N, C, H, W]. labels: int64 [N]. class_names: one per class, where they are known. labels_known:
+    False where there are none, and 0 stands for each."""
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...] | None = None
+    labels_known: bool = True
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: slice) -> LabelledImages:
-        return LabelledImages(self.images[index], self.labels[index], self.class_names)
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def select(self, indices: Sequence[int] | Tensor) -> LabelledImages:
         """A copy of the images at these positions, in this order, with the same class names.
@@ -72,7 +74,7 @@ class LabelledImages:
             DataError: an index is no integer or out of range.
         """
         chosen = positions_of(indices, len(self))
-        return LabelledImages(self.images[chosen], self.labels[chosen], self.class_names)
+        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     @property
     def unit(self) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from cmap_defense.data.arrays import labelled, read_npz
 from cmap_defense.data.images import LabelledImages
@@ -78,7 +80,8 @@ def cifar10(split: str) -> LabelledImages:
                     "Delete the folder, and CIFAR-10 is looked for elsewhere, or downloaded."
                 ) from error
     try:
-        return _cifar10_batches(_cache(), split, download=True)
+        with _alone():
+            return _cifar10_batches(_cache(), split, download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"CIFAR-10 is not here and cannot be downloaded ({error}). "
@@ -102,6 +105,14 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cmap-defense")
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process downloads; others of the same job wait, and then find what is there."""
+    _cache().mkdir(parents=True, exist_ok=True)
+    with FileLock(_cache() / ".lock"):
+        yield
+
+
 def _fashion_folder() -> Path:
     downloaded = _cache() / "FashionMNIST" / "raw"
     for folder in (*_asked_for("fashion-mnist")[1:], *_SYSTEM_FOLDERS, downloaded):
@@ -110,7 +121,8 @@ def _fashion_folder() -> Path:
     from torchvision.datasets import FashionMNIST
 
     try:
-        FashionMNIST(str(_cache()), download=True)
+        with _alone():
+            FashionMNIST(str(_cache()), download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"Fashion-MNIST is not here and cannot be downloaded ({error}). "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks import Attack, ConsistencyDisruption
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
 from cmap_defense.gradients import Unrolled
 from cmap_defense.rng import draw_latents
 
@@ -90,6 +91,8 @@ def counted_passes(model: object) -> Iterator[list[int]]:
 def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackCost | None:
     """What an attack costs per image, the choice and one judgement included; None where it does not run on a stand-in.
 
+    It raises what the attack would raise for the model itself: MissingExtraError, SettingsError, GradientError.
+
     Args:
         attack: any.
         model: what it is to be run on, for its settings.
@@ -98,13 +101,18 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
     wanted_at = model.settings.iterations
     short = max([SHORT, *_gone_back(attack), *_gone_back(model.gradient)])
     counts = (short, short + APART) if wanted_at > short + APART else (wanted_at,)
+    own_steps = isinstance(attack, ConsistencyDisruption)  # all it takes, with N of them among them
+    if own_steps and attack.steps <= wanted_at:
+        counts = (wanted_at,)  # which it refuses
     costs = []
     for iterations in counts:
         wanted = attack
-        if isinstance(attack, ConsistencyDisruption):  # its own steps are all it takes, N of them among them
+        if own_steps and attack.steps > wanted_at:
             wanted = dataclasses.replace(attack, steps=max(attack.steps, iterations + 1))
         try:
             costs.append(_count(wanted, _stand_in(model, classes, iterations)))
+        except (MissingExtraError, SettingsError, GradientError):  # so it would go with the model itself
+            raise
         except Exception:  # code of the user's may need the real thing: the cost is then unknown, and is said to be
             return None
     low, high = costs[0], costs[-1]

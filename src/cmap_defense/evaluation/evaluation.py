@@ -15,14 +15,16 @@ import torch
 from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
 from cmap_defense.attacks.access import Model
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.errors import CmapError, EvaluationError, InputValueError, SettingsError
 from cmap_defense.evaluation.cost import AttackCost, counted_passes, probe, rehearse
-from cmap_defense.evaluation.describe import checksum, describe_model, describe_software
+from cmap_defense.evaluation.describe import checksum, describe_answer, describe_model, describe_software
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
 from cmap_defense.evaluation.protocol import Protocol, Subset, run_indices
 from cmap_defense.evaluation.store import Store, Unit, write_text
 from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Group, Task
+from cmap_defense.inputs import check_logits
 from cmap_defense.modules import device_of, evaluating
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.rng import isolated
@@ -104,7 +106,9 @@ class Evaluation:
         self.subset = subset or Subset()
         self.images = EvaluationImages.of(data, self.subset)
         self.class_names = self.images.class_names if class_names is None else tuple(class_names)
-        self.model = _in_unit(model)
+        before = self.store.settings() or {}
+        recorded = before.get("models", {})
+        self.model = fixed_chunk(_in_unit(model), recorded.get(DEFENDED))
         chosen = _attacks(attacks, threat)
         if baseline_attacks is None:
             size = next(iter(chosen.values())).threat if chosen else threat or ThreatModel()
@@ -116,28 +120,36 @@ class Evaluation:
         if undefended and isinstance(self.model, PurifiedClassifier):
             others = {UNDEFENDED: _Undefended(self.model), **others}
         self.subjects = [Subject(DEFENDED, self.model, chosen)]
-        self.subjects += [Subject(name, _in_unit(other), baseline_attacks) for name, other in others.items()]
+        self.subjects += [
+            Subject(name, fixed_chunk(_in_unit(other), recorded.get(name)), baseline_attacks)
+            for name, other in others.items()
+        ]
         self.tasks = tasks_of(self.subjects, self.protocol, tuple(self.images.images.shape[1:]))
         if threads is not None:
             threads = require_integer("Evaluation", "threads", threads, minimum=1)
-        before = self.store.settings() or {}
         self.threads = threads or before.get("computation", {}).get("threads") or torch.get_num_threads()
-        self._check_labels()
+        self._answers = {subject.name: self._first_answer(subject) for subject in self.subjects}
 
     @property
     def device(self) -> torch.device:
         """Where the model is; the CPU for one without weights."""
-        parts = (self.model.backbone,) if isinstance(self.model, PurifiedClassifier) else ()
-        found = [device_of(part) for part in (*parts, self.model)]
-        return next((device for device in found if device is not None), torch.device("cpu"))
+        return _device(self.model)
 
     def settings(self) -> dict[str, Any]:
         """All that decides about the results, as JSON."""
         chosen = self.images
         content = [("images", chosen.images), ("labels", chosen.labels), ("positions", chosen.positions)]
         return {
-            "models": {subject.name: describe_model(_described(subject.model)) for subject in self.subjects},
-            "data": {"count": len(chosen), "checksum": checksum(content), "subset": self.subset.to_dict()},
+            "models": {
+                subject.name: describe_model(_described(subject.model)) | {"answer": self._answers[subject.name]}
+                for subject in self.subjects
+            },
+            "data": {
+                "count": len(chosen),
+                "classes": len(chosen.labels.unique()),
+                "checksum": checksum(content),
+                "subset": self.subset.to_dict(),
+            },
             "protocol": self.protocol.to_dict(),
             "tasks": {task.name: task.describe() for task in self.tasks},
             "computation": {"threads": self.threads, **describe_software(self.device)},
@@ -173,7 +185,7 @@ class Evaluation:
                     costs = {name: self._passes(tasks[name]) for name in own}
                     found = {name: None if cost is None else cost * images[name] for name, cost in costs.items()}
                     if isinstance(model, PurifiedClassifier) and own:
-                        seen = probe(model, self.images.images[: self.protocol.group].to(self.device))
+                        seen = probe(model, self.images.images[: self.protocol.group].to(_device(model)))
                         seconds += seen.seconds * sum(count or 0 for count in found.values())
                         most = max(filter(None, (most, seen.bytes)), default=None)
                 passes |= found
@@ -227,8 +239,8 @@ class Evaluation:
         chosen, where = self.images, slice(rows.start, rows.stop)
         positions = chosen.positions[where]
         return Group(
-            chosen.images[where].to(self.device),
-            chosen.labels[where].to(self.device),
+            chosen.images[where].to(_device(task.model)),
+            chosen.labels[where].to(_device(task.model)),
             positions,
             run_indices(positions, unit.seed),
         )
@@ -255,7 +267,7 @@ class Evaluation:
 
     def _rehearsed(self, attack: Attack, model: PurifiedClassifier) -> AttackCost | None:
         with torch.no_grad():
-            classes = model.undefended(self.images.images[:1].to(self.device)).shape[1]
+            classes = model.undefended(self.images.images[:1].to(_device(model))).shape[1]
         return rehearse(attack, model, classes)
 
     @contextlib.contextmanager
@@ -282,15 +294,16 @@ class Evaluation:
         finally:
             torch.set_num_threads(before)
 
-    def _check_labels(self) -> None:
-        """Labels of classes that the model has."""
-        with torch.no_grad(), isolated(0), evaluating(_described(self.model)):
-            first = self.images.images[:1].to(self.device)
-            bare = self.model.undefended if isinstance(self.model, PurifiedClassifier) else self.model
-            classes = bare(first).shape[-1]
-        top = int(self.images.labels.max())
+    def _first_answer(self, subject: Subject) -> list[float]:
+        """What a model, without its defence, answers to the first image: it fits, and has the classes of the labels."""
+        model = subject.model
+        first = self.images.images[:1].to(_device(model))
+        with torch.no_grad(), isolated(0), evaluating(_described(model)):
+            logits = check_logits(model.undefended(first) if isinstance(model, PurifiedClassifier) else model(first), 1)
+        top, classes = int(self.images.labels.max()), logits.shape[1]
         if top >= classes or int(self.images.labels.min()) < 0:
-            raise InputValueError(f"Labels go up to {top}, but the model has {classes} classes.")
+            raise InputValueError(f"Labels go up to {top}, but the model {subject.name!r} has {classes} classes.")
+        return describe_answer(logits)
 
 
 class _Undefended:
@@ -301,6 +314,14 @@ class _Undefended:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return self.wrapper.undefended(images)
+
+
+def _device(model: Model) -> torch.device:
+    """Where a model is; the CPU for one without weights."""
+    described = model.wrapper if isinstance(model, _Undefended) else model
+    parts = (described.backbone,) if isinstance(described, PurifiedClassifier) else ()
+    found = [device_of(part) for part in (*parts, described)]
+    return next((device for device in found if device is not None), torch.device("cpu"))
 
 
 def _described(model: Model) -> object:
@@ -315,6 +336,23 @@ def _in_unit(model: Model) -> Model:
     if isinstance(model, PurifiedClassifier) and model.door.inputs != "unit":
         return model.variant(hooks=True, inputs="unit")
     return model
+
+
+def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:
+    """The model, on a CUDA device with a chunk size that stays: what fits there hangs on what else is in its memory.
+
+    recorded: its description in the folder, whose chunk size is taken again. device: None for the model's own.
+    """
+    device = device or _device(model)
+    if not isinstance(model, PurifiedClassifier) or model.max_parallel is not None or device.type != "cuda":
+        return model
+    chunk = (recorded or {}).get("max_parallel")
+    with ranks() as team:
+        if chunk is None:
+            conditional = getattr(model.backbone, "num_classes", None) is not None
+            generate: Any = model.backbone.generate
+            chunk = default_max_parallel(generate, model.image_shape, device, conditional=conditional)
+        return model.variant(hooks=True, max_parallel=team.shared(chunk))
 
 
 def _attacks(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
@@ -344,9 +382,9 @@ def _agree(team: Ranks, settings: dict[str, Any], store: Store) -> None:
     other = None
     if refusal is None and team.rank != 0:
         try:
-            store.begin(settings)  # only compares: the first rank has written it
+            store.begin(settings, first=False)
         except CmapError as error:
-            other = f"Rank {team.rank} was started with other settings than the first: {error}"
+            other = f"Rank {team.rank} was started with other settings than the first, or elsewhere: {error}"
     refusal = refusal or team.first_of(other)
     if refusal is not None:
         raise EvaluationError(refusal)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmap_defense.data import ImageSource
 from cmap_defense.errors import DataError, InputTypeError
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.inputs import check_finite, check_images, check_unit_range
@@ -52,9 +53,10 @@ class EvaluationImages:
         if not hasattr(data, "__len__"):
             raise InputTypeError(f"A data set has a length and items, but {type(data).__name__} has none.")
         positions = torch.tensor(subset.indices(len(data)))
-        select = getattr(data, "select", None)
-        if select is not None:
-            part = select(positions)
+        if isinstance(data, ImageSource):
+            part = data.select(positions)
+            if not part.labels_known:
+                raise DataError("The data set has no labels (an .npz file has them in an array named labels).")
             return cls._checked(part.unit, part.labels, positions, part.class_names)
         items = [data[position] for position in positions.tolist()]
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):

@@ -77,11 +77,16 @@ def tasks_of(subjects: Sequence[Subject], protocol: Protocol, image_shape: tuple
     if protocol.sanity_images and subjects[0].attacks:
         tasks += _checks(subjects[0], protocol, image_shape)
     names = [task.name for task in tasks]
+    folded = [name.casefold() for name in names]  # some systems take these for the same file
     for name in names:
         parts = name.split("/")
-        if names.count(name) > 1 or any(not part or part.strip(".") != part or "\\" in part for part in parts):
-            raise SettingsError(f"{name!r} names two tasks, or is no name for a file.")
+        if folded.count(name.casefold()) > 1 or any(not _is_file_name(part) for part in parts):
+            raise SettingsError(f"{name!r} names two tasks, or is no name for a file on every system.")
     return tasks
+
+
+def _is_file_name(part: str) -> bool:
+    return bool(part) and part.strip(" .") == part and not set(part) & set('\\<>:"|?*') and part.isprintable()
 
 
 def _checks(subject: Subject, protocol: Protocol, image_shape: tuple[int, ...]) -> list[Task]:

@@ -91,14 +91,17 @@ class Store:
             raise EvaluationError(f"{path} was written by another version of this package. Give another folder.")
         return found
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Note what the results are made with.
+    def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
+        """Note what the results are made with; only compare it where this is not the first process of the job.
 
         Raises:
-            EvaluationError: those that are there were made with something else; the message says what differs.
+            EvaluationError: those that are there were made with something else; the message says what differs. Or the
+                first process has noted nothing, since its folder is another.
         """
         now = json.loads(json.dumps({"format": FORMAT, **settings}, allow_nan=False))
         before = self.settings()
+        if before is None and not first:
+            raise EvaluationError(f"{self.folder} is not the folder of the first process: all must see the same disk.")
         if before is None:
             write_text(self.folder / "settings.json", json.dumps(now, indent=1))
             return
@@ -121,7 +124,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = _beside(path)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # fsync of a file to be read only fails on Windows
                 os.fsync(file.fileno())
             partial.replace(path)
         write_text(self._path(unit, ".jsonl"), "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))

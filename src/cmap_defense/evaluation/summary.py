@@ -120,15 +120,18 @@ class WorstCase:
     accuracy, the mean over the runs, and spread, its standard deviation over them (None with one run).
     chosen: on how many images, summed over the runs, each attack was the worst; of attacks that are equally strong on
     an image the one that is strongest over all images, and of those the first is named and the mean of all counted.
-    lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere. lowest_by_luck: the same
-    for clean images that were voted on as often: their answers, those to the search control too, are dealt out to as
-    many votes, again and again (drawn with replacement where they do not suffice).
+    lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere. What luck alone leaves of
+    it lies between two figures. clean: the vote on clean images, which is left where attacks do nothing at all, since
+    all of them are answered by the same noise. lowest_by_luck: that many votes on clean images by unrelated noise:
+    their answers, those to the search control too, are dealt out to as many votes, again and again (drawn with
+    replacement where they do not suffice).
     """
 
     accuracy: Accuracy
     spread: float | None
     chosen: Mapping[str, int]
     lowest: Accuracy
+    clean: Accuracy
     lowest_by_luck: float
 
 
@@ -197,6 +200,7 @@ def worst_case(attacks: Sequence[Runs], control: Runs, draws: int = LUCK_DRAWS) 
         spread=by_run.std().item() if len(by_run) > 1 else None,
         chosen={runs.attack: int((worst == number).sum()) for number, runs in enumerate(attacks)},
         lowest=Accuracy.mean(votes.double().mean(dim=0)),
+        clean=Accuracy.mean(control.vote_right().double().mean(dim=0)),
         lowest_by_luck=_luck(control, len(attacks), draws),
     )
 

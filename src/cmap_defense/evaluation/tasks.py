@@ -165,9 +165,9 @@ class GradientTask(Task):
     """How much of an averaged gradient is direction: gradients of the attack's loss at a random point of its ball.
 
     A line has "cosines": for n = 1, 2, 4, ... up to half of the samples, the cosine between the mean of n gradients and
-    the mean of n others; and "variances": that of the mean of n, relative to its squared length: sum of the elements'
-    variances of one gradient / n / squared length of the mean of all (Lee and Kim 2023, arXiv 2303.09051, look at it
-    over n in the same way).
+    the mean of n others; and "variances": of disjoint means of n, as many as there are, the sum of their elements'
+    variances, relative to the squared length of the mean of all (Lee and Kim 2023, arXiv 2303.09051, look at it over n
+    in the same way).
     """
 
     subject: str
@@ -186,13 +186,17 @@ class GradientTask(Task):
             drawn = self._drawn(group)
         counts = [n for n in (2**power for power in range(32)) if 2 * n <= self.samples]
         cosines = [torch.cosine_similarity(drawn[:n].mean(0), drawn[n : 2 * n].mean(0), dim=1) for n in counts]
-        spread = drawn.var(dim=0).sum(dim=1) / drawn.mean(dim=0).square().sum(dim=1).clamp_min(1e-300)
+        length = drawn.mean(dim=0).square().sum(dim=1).clamp_min(1e-300)
+        spreads = [
+            torch.stack([part.mean(0) for part in drawn[: len(drawn) // n * n].split(n)]).var(dim=0).sum(dim=1) / length
+            for n in counts
+        ]
         lines = [
             line
             | {
                 "samples": counts,
                 "cosines": [cosine[row].item() for cosine in cosines],
-                "variances": [spread[row].item() / n for n in counts],
+                "variances": [spread[row].item() for spread in spreads],
             }
             for row, line in enumerate(group.named())
         ]
@@ -208,13 +212,15 @@ class GradientTask(Task):
 
 
 def searching_answers(attack: Attack) -> int:
-    """How many answers of the model as it is an attack hears about each image while it searches, the choice between its
-    attempts left out; 0 where it asks something else (gradients of a surrogate, single latents, another model)."""
+    """How many unrelated answers of the model as it is an attack hears about each image while it searches, the choice
+    between its attempts left out: 1 where it knows the noise, 0 where it asks something else (gradients of a surrogate,
+    single latents, another model) or does not say (the attacks of other libraries)."""
+    heard = 0
     if isinstance(attack, PGD):
-        return attack.restarts * attack.steps * attack.eot
-    if isinstance(attack, SPSA):
-        return attack.restarts * attack.steps * 2 * attack.pairs
-    return 0
+        heard = attack.restarts * attack.steps * attack.eot
+    elif isinstance(attack, SPSA):
+        heard = attack.restarts * attack.steps * 2 * attack.pairs
+    return min(heard, 1) if attack.noise == "known" else heard
 
 
 def _searched(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int | None]:

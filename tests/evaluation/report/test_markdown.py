@@ -30,7 +30,8 @@ def test_a_headline_says_how_it_was_counted() -> None:
     assert f"counted on {facts['settings']['protocol']['repurifications']} others" in text
     assert f"{found['spread']:.3f}" in text
     assert accuracy(found["lowest"]) in text
-    assert f"{found['lowest_by_luck']:.3f} without any attack" in text
+    assert f"luck would leave between {found['clean']['value']:.3f}, the vote on clean images" in text
+    assert f"and {found['lowest_by_luck']:.3f}, as many votes on them by unrelated noise" in text
     worst, *_, none = sorted(found["chosen"].items(), key=lambda item: -item[1])
     assert f"{worst[0]} {worst[1]}" in text
     assert none[1] == 0

@@ -219,7 +219,8 @@ def test_the_headline_in_plain_words(facts: dict[str, Any], tree: Element) -> No
     assert accuracy(found["accuracy"]) in section.text
     assert f"3 runs: {found['spread']:.3f}." in section.text
     assert accuracy(found["lowest"]) in section.text
-    assert f"{found['lowest_by_luck']:.3f} without any attack" in section.text
+    assert f"luck would leave between {found['clean']['value']:.3f}, the vote on clean images" in section.text
+    assert f"and {found['lowest_by_luck']:.3f}, as many votes on them by unrelated noise" in section.text
     assert "8 checks of the attacks passed, 1 could not be seen" in section.text
     beside = {term.text: value.text for term, value in zip(section.all("dt"), section.all("dd"), strict=True)}
     rows = {(row["subject"], row["attack"]): accuracy(row["repurified"]) for row in facts["rows"]}
@@ -397,7 +398,7 @@ def test_what_was_evaluated(tree: Element) -> None:
     assert shown["Latents"] == "K = 10"
     assert shown["Iterations"].startswith("N = 200")
     assert shown["Attacks within"] == "linf, eps = 0.03137 (8/255)"
-    assert shown["Images"] == "512, drawn at random (seed 0)"
+    assert shown["Images"] == "512 of 10 classes, drawn at random (seed 0)"
     assert shown["Runs"].startswith("3, with seeds 0, 1, 2")
     assert shown["Answers"].startswith("10 to each final image, and 20 further ones")
 

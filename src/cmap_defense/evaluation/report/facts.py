@@ -93,7 +93,8 @@ def build_report(evaluation: Evaluation) -> Report:
         checks = checks_of(subject, shape, attacked, checked, gradients)
         if checked:
             sweeps = sweeps_of(*probe_of(subject), shape, attacked, checked)
-        refused += [f"{check.name}: {check.found}" for check in checks if not check.passed]
+        refused += [f"{check.name}: {check.found}" for check in checks if check.passed is False]
+        refused += [f"{check.name}: could not be seen, {check.found}" for check in checks if check.passed is None]
         found = [attacked[name] for name in subject.attacks]
         headline = worst_case(found, attacked[CONTROL]) if not refused else None
     timings = store.timings()

@@ -53,8 +53,9 @@ def _headline(facts: Facts) -> str:
         f"**{accuracy(found['accuracy'])}** of the answers are right under the worst attack on each image, which is "
         f"chosen by some answers and counted on {answers} others.{spread}\n\n"
         f"The worst attack, number of images: {worst}. Counted in the usual way, as the share of images whose every "
-        f"vote is right, it is {accuracy(found['lowest'])}; clean images, voted on as often, would have "
-        f"{found['lowest_by_luck']:.3f} without any attack."
+        f"vote is right, it is {accuracy(found['lowest'])}. Of that, without any attack, luck would leave between "
+        f"{found['clean']['value']:.3f}, the vote on clean images, and {found['lowest_by_luck']:.3f}, as many votes on "
+        "them by unrelated noise."
     )
 
 
@@ -62,7 +63,7 @@ def _made_of(facts: Facts) -> str:
     settings = facts["settings"]
     model, protocol, data = settings["models"]["defended"], settings["protocol"], settings["data"]
     runs = len(protocol["seeds"])
-    lines = [f"{data['count']} images, {runs} run{'s' if runs > 1 else ''}."]
+    lines = [f"{data['count']} images of {data['classes']} classes, {runs} run{'s' if runs > 1 else ''}."]
     if "settings" in model:
         loop, backbone = model["settings"], model["backbone"]
         lines.append(
