@@ -1,5 +1,9 @@
 """The CIFAR ResNets of He et al. 2016 (arXiv 1512.03385, section 4.2), for weights that others have trained.
 
+    cmap-defense quality --backbone cifar10-cd --data cifar10 --out runs/quality \\
+        --classifier cifar_resnet.py:unit_resnet20 --weights cifar10_resnet20.safetensors \\
+        --and resnet56=cifar_resnet.py:unit_resnet56@cifar10_resnet56.safetensors
+
 Names of the tensors: conv1, bn1, layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}, linear. Where the shape changes, the shortcut
 drops every second row and column and pads with zero channels ("option A"), so it has no weights.
 """
@@ -35,10 +39,17 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Images [B, 3, 32, 32], normalised, to logits [B, 10]. depth: 20, 32, 44, 56 or 110."""
+    """Images [B, 3, 32, 32] to logits [B, 10]. depth: 20, 32, 44, 56 or 110.
 
-    def __init__(self, depth: int) -> None:
+    unit: whether images are in [0, 1] and are normalised in here; otherwise they come normalised with MEAN and STD. The
+    weights are the same.
+    """
+
+    def __init__(self, depth: int, *, unit: bool = False) -> None:
         super().__init__()
+        self.unit = unit
+        for name, values in (("mean", MEAN), ("std", STD)) if unit else ():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6 n + 2, but is {depth}")
@@ -54,6 +65,8 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.unit:
+            x = (x - self.get_buffer("mean")) / self.get_buffer("std")
         h = F.relu(self.bn1(self.conv1(x)))
         for stage in (1, 2, 3):
             h = self.get_submodule(f"layer{stage}")(h)
@@ -61,13 +74,26 @@ class CifarResNet(nn.Module):
 
 
 def resnet20() -> CifarResNet:
-    """For ``cmap-defense evaluate --classifier cifar_resnet.py:resnet20 --weights FILE``; untrained."""
+    """For ``cmap-defense evaluate --classifier cifar_resnet.py:resnet20 --weights FILE``; untrained.
+
+    With ``--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225``.
+    """
     return CifarResNet(20)
 
 
 def resnet56() -> CifarResNet:
     """As :func:`resnet20`, deeper."""
     return CifarResNet(56)
+
+
+def unit_resnet20() -> CifarResNet:
+    """As :func:`resnet20` with images in [0, 1], so that it needs no ``--mean`` and ``--std``."""
+    return CifarResNet(20, unit=True)
+
+
+def unit_resnet56() -> CifarResNet:
+    """As :func:`unit_resnet20`, deeper."""
+    return CifarResNet(56, unit=True)
 
 
 def load_cifar_resnet(path: Path, depth: int) -> CifarResNet:

@@ -12,6 +12,7 @@ from cmap_defense.cli.backbones import backbones
 from cmap_defense.cli.demo import demo
 from cmap_defense.cli.evaluate import evaluate, report
 from cmap_defense.cli.purify import purify
+from cmap_defense.cli.quality import quality
 from cmap_defense.cli.study import study
 from cmap_defense.cli.train import train
 from cmap_defense.errors import CmapError
@@ -25,7 +26,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, analyse, train, backbones):
+for command in (demo, purify, evaluate, report, study, analyse, quality, train, backbones):
     cli.add_command(command)
 
 

@@ -1,0 +1,216 @@
+"""``cmap-defense quality``: how good a backbone is, by figures that need no download."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+
+from cmap_defense.attacks import PGD, ThreatModel
+from cmap_defense.backbones.folder import RECORD_FILE, read_record
+from cmap_defense.cli.figures import image_sheet, sample_sheet
+from cmap_defense.cli.models import imported_model
+from cmap_defense.cli.options import Size, class_names_of, data_of, data_options, model_of, model_options, subset_of
+from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, print_table, progress
+from cmap_defense.data.files import write_image
+from cmap_defense.evaluation.quality import Quality, QualityRun
+from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
+from cmap_defense.evaluation.store import write_text
+from cmap_defense.modules import device_of
+
+__all__ = ["quality"]
+
+STEPS = 20
+"""Of PGD."""
+
+SIDE = 96
+"""Pixels that an image of the sheet takes up at least."""
+
+ELSEWHERE = ("out", "as_json", "device", "threads", "max_parallel", "record")
+"""Options that the figures do not hang on."""
+
+
+@click.command()
+@model_options
+@data_options
+@click.option("--and", "beside", multiple=True, metavar="NAME=PATH[@WEIGHTS]", help="Another classifier; repeatable.")
+@click.option("--samples", type=click.IntRange(2), default=2048, show_default=True, help="Generated images.")
+@click.option("--features", metavar="MODULE", help="Whose input is compared.  [default: the last nn.Linear's]")
+@click.option("--eps", type=Size(), default="8/255", show_default=True, help="Of the linf attack, in [0, 1].")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all noise.")
+@click.option("--record", is_flag=True, help="Write the figures into the backbone's record too.")
+@out_option()
+@json_option
+@click.pass_context
+def quality(
+    context: click.Context,
+    samples: int,
+    features: str | None,
+    eps: float,
+    seed: int,
+    record: bool,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how good a backbone is, with what is on this machine.
+
+    Its samples are compared with real images, by the Frechet distance in the classifier's features and, where its
+    network is there, by FID. Clean images are purified and judged, and so are attacked ones; PGD with 20 steps attacks
+    the bare classifier, which does not know the defence. The cost is printed first. Writes quality.json, quality.md,
+    samples.png and reconstructions.png.
+    """
+    start = time.perf_counter()
+    folder = _recorded(options["backbone"]) if record else None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(options["threads"] or threads)
+        model = model_of(options)
+        run = QualityRun(
+            model,
+            data_of(options),
+            name=_name(options["classifier"]),
+            others=_others(options),
+            subset=subset_of(options),
+            samples=samples,
+            features=features,
+            attack=PGD(ThreatModel(norm="linf", eps=eps), steps=STEPS, seed=seed),
+            seed=seed,
+        )
+        if not as_json:
+            click.echo(_cost(run))
+        found = _done(run)
+    finally:
+        torch.set_num_threads(threads)
+    facts = found.to_dict()
+    chosen = f"{options['data']}, {options['split']}, {subset_of(options).order}"
+    about = {"command": _command(context), "data": chosen}
+    facts |= {"data": chosen, "figures": found.figures(**about)}
+    files = write_quality(facts, out)
+    files.append(write_image(sample_sheet(found.samples.shown), out / "samples.png"))
+    files.append(write_image(_sheet(found, class_names_of(options)), out / "reconstructions.png"))
+    if folder is not None:
+        files.append(_written_down(folder, facts["figures"]))
+    seconds = time.perf_counter() - start
+    if as_json:
+        print_json({**facts, "seconds": seconds, "files": [str(path) for path in files]})
+        return
+    _show(facts, seconds, files)
+
+
+def _recorded(backbone: str) -> Path:
+    """The backbone's folder, when it has a record that can be written; wrong usage otherwise, before any work."""
+    folder = Path(backbone)
+    if not (folder / RECORD_FILE).is_file():
+        raise click.BadParameter(
+            f"the backbone must be a folder with a {RECORD_FILE}, but is {backbone}.", param_hint="--record"
+        )
+    if not os.access(folder, os.W_OK):
+        raise click.BadParameter(f"{folder} cannot be written to.", param_hint="--record")
+    return folder
+
+
+def _name(path: str) -> str:
+    """A classifier's name: what its import path ends with."""
+    return path.rpartition(":")[2]
+
+
+def _others(options: dict[str, Any]) -> dict[str, Any]:
+    """Other classifiers by name; they take images in [0, 1]."""
+    found: dict[str, Any] = {}
+    for text in options["beside"]:
+        name, _, rest = text.partition("=")
+        path, _, file = rest.partition("@")
+        if not name or not path:
+            raise click.BadParameter(f"{text!r} is not NAME=PATH or NAME=PATH@WEIGHTS.", param_hint="--and")
+        if name in found or name == _name(options["classifier"]):
+            raise click.BadParameter(f"two classifiers are called {name!r}.", param_hint="--and")
+        weights = Path(file) if file else None
+        if weights is not None and not weights.is_file():
+            raise click.BadParameter(f"there is no file {weights}.", param_hint="--and")
+        found[name] = imported_model(path, weights, checked_device(options["device"]), "--and")
+    return found
+
+
+def _cost(run: QualityRun) -> str:
+    """What it will cost, for people."""
+    settings = run.model.settings
+    device = device_of(run.model)
+    seen = run.probe(1 if device is None or device.type == "cpu" else run.group)
+    minutes = max(1, round(seen.seconds * run.passes / 60))
+    shown = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes} minute{'s' if minutes > 1 else ''}"
+    return (
+        f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
+        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, about {shown} here."
+    )
+
+
+def _done(run: QualityRun) -> Quality:
+    bar = progress(run.steps, "quality")
+
+    def step(name: str) -> None:
+        if name:
+            bar.set_description(name)
+        else:
+            bar.update()
+
+    with bar:
+        return run.run(step)
+
+
+def _command(context: click.Context) -> str:
+    """The command line as it was given, without what the figures do not hang on."""
+    words = ["cmap-defense", "quality"]
+    for option in context.command.params:
+        name = option.name or ""
+        if name in ELSEWHERE or context.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        for single in value if isinstance(value, tuple) else [value]:
+            words += [max(option.opts, key=len), _word(single)]
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
+    """The first images, each with what the classifier makes of it."""
+    shown, answers = found.reconstructions.shown, found.reconstructions.answers
+
+    def called(label: torch.Tensor) -> str:
+        return str(int(label)) if class_names is None else class_names[int(label)]
+
+    captions = [
+        [f"true: {called(found.reconstructions.labels[row])}"]
+        + [f"{'bare' if kind == 'attacked' else 'vote'}: {called(answers[kind][row])}" for kind in list(shown)[1:]]
+        for row in range(len(found.reconstructions.labels))
+    ]
+    columns = {kind.replace("_", ", "): images for kind, images in shown.items()}
+    title = f"{found.attack_name}, on the bare classifier {found.classifier}; first of the K purified images"
+    return image_sheet(columns, captions, title, scale=max(1, SIDE // shown["input"].shape[-1]))
+
+
+def _written_down(folder: Path, figures: dict[str, Any]) -> Path:
+    """The record with these figures beside those that it has."""
+    record = read_record(folder)
+    changed = record.replace(figures={**record.figures, **figures})
+    write_text(folder / RECORD_FILE, changed.to_json(indent=2) + "\n")
+    return folder / RECORD_FILE
+
+
+def _show(facts: dict[str, Any], seconds: float, files: list[Path]) -> None:
+    said = told(facts)
+    click.echo()
+    print_table(distance_rows(facts))
+    click.echo("\n" + "\n".join([*said["samples"], "", *said["purified"], ""]))
+    print_table(accuracy_rows(facts))
+    click.echo("\n" + "\n".join(said["attack"]))
+    click.echo(f"\n{seconds:.0f} s. {', '.join(map(str, files))}")

@@ -1,0 +1,258 @@
+"""The quality of a backbone for purification, without anything that must be downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from cmap_defense.attacks import PGD, Attack, ThreatModel
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.errors import SettingsError
+from cmap_defense.evaluation.cost import Probe, probe
+from cmap_defense.evaluation.describe import describe_attack
+from cmap_defense.evaluation.images import EvaluationImages
+from cmap_defense.evaluation.protocol import Subset
+from cmap_defense.evaluation.quality.compare import SampleComparison, SampleFigures
+from cmap_defense.evaluation.quality.reconstruct import Judged, Reconstructions, reconstruct
+from cmap_defense.modules import device_of, evaluating
+from cmap_defense.settings import require_integer
+
+__all__ = ["Quality", "QualityRun"]
+
+ATTACKER = "the attacker does not know the defence"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+    """What was found.
+
+    backbone, classifier: their names. samples: of the generated images. reconstructions: of the purified ones.
+    settings: of CMAP. attack: what attacked the bare classifiers. seed: of everything.
+    """
+
+    backbone: str
+    classifier: str
+    samples: SampleFigures
+    reconstructions: Reconstructions
+    settings: CMAPSettings
+    vote: str
+    attack: Attack
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON, each accuracy with its 95 % interval; "frechet" and "fid" are None where they could not be
+        had, and "frechet_reason" and "fid_reason" say why."""
+        frechet, fid = self.samples.frechet, self.samples.fid
+        return {
+            "backbone": self.backbone,
+            "classifier": self.classifier,
+            "frechet": None
+            if frechet is None
+            else {
+                "name": self.frechet_name,
+                "samples": frechet.samples,
+                "halves": frechet.halves,
+                "images": frechet.images,
+                "module": frechet.layer.module,
+                "numbers": frechet.layer.numbers,
+            },
+            "frechet_reason": self.samples.frechet_reason,
+            "fid": None if fid is None else dataclasses.asdict(fid),
+            "fid_reason": self.samples.fid_reason,
+            "reconstructions": {
+                "images": self.reconstructions.images,
+                "l1": self.reconstructions.l1,
+                "ssim": self.reconstructions.ssim,
+            },
+            "classifiers": {name: _plain(found) for name, found in self.reconstructions.judged.items()},
+            "attack": self.attack_name,
+            "attack_settings": describe_attack(self.attack),
+            "attacker": ATTACKER,
+            "settings": self.settings.to_dict(),
+            "vote": self.vote,
+            "seed": self.seed,
+            "figures": self.figures(),
+        }
+
+    @property
+    def frechet_name(self) -> str:
+        """What the distance is called: it is no FID."""
+        return f"Frechet distance in features of {self.classifier}"
+
+    @property
+    def attack_name(self) -> str:
+        """The attack in a few words; its settings are in :meth:`to_dict`."""
+        steps, threat = getattr(self.attack, "steps", None), self.attack.threat
+        return f"{type(self.attack).__name__}{'' if steps is None else f'-{steps}'}, {threat.norm} {threat.eps:.4g}"
+
+    def figures(self, **about: Any) -> dict[str, Any]:
+        """For ``figures`` of a :class:`~cmap_defense.backbones.record.BackboneRecord`: one entry, "measured".
+
+        about: what else should stand there, such as the command and the data.
+        """
+        frechet, fid = self.samples.frechet, self.samples.fid
+        found: dict[str, Any] = dict(about)
+        if frechet is not None:
+            found[self.frechet_name] = {
+                "samples and real images": _short(frechet.samples),
+                "two halves of real images": _short(frechet.halves),
+                "images in each set": frechet.images,
+            }
+        if fid is not None:
+            found["FID"] = {
+                "value": _short(fid.value),
+                "samples": fid.samples,
+                "real images": fid.real,
+                "by": fid.source,
+            }
+        found["reconstructions"] = {
+            "images": self.reconstructions.images,
+            "mean L1 per pixel": _short(self.reconstructions.l1),
+            "mean SSIM": _short(self.reconstructions.ssim),
+        }
+        found["accuracy"] = {
+            name: {field.name.replace("_", ", "): str(getattr(judged, field.name)) for field in _FIELDS}
+            for name, judged in self.reconstructions.judged.items()
+        }
+        found["attack"] = f"{self.attack_name}, on the bare classifier: {ATTACKER}"
+        found["settings"] = {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations}
+        found["seed"] = self.seed
+        return {"measured": found}
+
+
+class QualityRun:
+    """How good a backbone is: as a generator, and as what images are purified with.
+
+    ::
+
+        found = QualityRun(model.eval(), load_test_images(), name="embedded", subset=Subset(count=64)).run()
+        print(found.to_dict()["frechet"])
+
+    Samples are compared with real images by the Frechet distance in the classifier's own features, which needs no
+    network that must be fetched, beside the distance of two halves of the real images; and by FID, where the weights of
+    its network are there. Clean images are purified and judged; so are images that were attacked through the bare
+    classifier, which tells how the defence works and not how robust it is.
+
+    Args:
+        model: the defended classifier.
+        data: as :meth:`~cmap_defense.evaluation.images.EvaluationImages.of` takes it.
+        name: of the classifier. others: further classifiers by name, images in [0, 1] to logits: they judge the same
+            purified clean images, and each has an attack and purifications of its own.
+        subset: the images to be purified.
+        samples: generated images. They are compared with real ones drawn from the data by ``seed``, twice as many, in
+            two halves of that size; with fewer where the data has no more. FID is between all of both.
+        features: name of the classifier's module whose input is the features; None for the last ``nn.Linear``.
+        attack: made on the bare classifiers; None for PGD with linf 8/255 and 20 steps.
+        seed: of samples, real images, attack and purifications.
+        group: images at a time. It changes memory, not the result beyond rounding.
+
+    Raises:
+        InputTypeError, InputValueError, DataError: the images are none, or do not fit the model.
+        SettingsError: an option is out of its range, or there is no module of that name.
+    """
+
+    def __init__(
+        self,
+        model: PurifiedClassifier,
+        data: Any,
+        *,
+        name: str = "classifier",
+        others: Mapping[str, nn.Module | Callable[[Tensor], Tensor]] | None = None,
+        subset: Subset | None = None,
+        samples: int = 2048,
+        features: str | None = None,
+        attack: Attack | None = None,
+        seed: int = 0,
+        group: int = 32,
+    ) -> None:
+        require_integer("QualityRun", "samples", samples, minimum=2)
+        require_integer("QualityRun", "seed", seed, minimum=-(2**63), below=2**63)
+        require_integer("QualityRun", "group", group, minimum=1)
+        if attack is not None and not isinstance(attack, Attack):
+            raise SettingsError(f"QualityRun.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
+        if name in (others or {}):
+            raise SettingsError(f"QualityRun.others must have other names than the classifier, which is {name!r}.")
+        self.model = model if model.door.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+        self.name, self.seed, self.group = name, seed, group
+        self.attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
+        self.models = {name: self.model} | {
+            other: _beside(self.model, classifier) for other, classifier in (others or {}).items()
+        }
+        self.images = EvaluationImages.of(data, subset or Subset(count=512))
+        with evaluating(self.model):
+            self.comparison = SampleComparison.of(
+                self.model, data, samples=samples, features=features, seed=seed, group=group
+            )
+
+    @property
+    def passes(self) -> int:
+        """Latents that go through the backbone: of the samples, and of the clean images' and each attacked images'
+        purification, which generates once per iteration and once more at its end. The few by which a purification finds
+        out what fits, where ``max_parallel`` does not say, are not among them."""
+        settings = self.model.settings
+        purified = (1 + len(self.models)) * len(self.images) * settings.n_latents * (settings.iterations + 1)
+        return self.comparison.generated + purified
+
+    @property
+    def steps(self) -> int:
+        """How often :meth:`run` calls ``on_step`` with ""."""
+        groups = -(-len(self.images) // self.group)
+        return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
+
+    def probe(self, images: int = 1) -> Probe:
+        """Seconds per backbone pass, and memory, from a few iterations on the first so many images."""
+        with evaluating(self.model):
+            return probe(self.model, self.images.images[:images].to(device_of(self.model)))
+
+    def run(self, on_step: Callable[[str], None] | None = None) -> Quality:
+        """Do it all. on_step: called with the name of each part as it begins, and with "" at each step."""
+        say = on_step or (lambda name: None)
+        record = getattr(self.model.backbone, "record", None)
+        with contextlib.ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(evaluating(model))
+            samples = self.comparison.run(say)
+            found = reconstruct(
+                self.models, self.images, attack=self.attack, seed=self.seed, group=self.group, on_step=say
+            )
+        return Quality(
+            backbone=type(self.model.backbone).__name__ if record is None else record.name,
+            classifier=self.name,
+            samples=samples,
+            reconstructions=found,
+            settings=self.model.settings,
+            vote=self.model.vote,
+            attack=self.attack,
+            seed=self.seed,
+        )
+
+
+_FIELDS = dataclasses.fields(Judged)
+
+
+def _beside(model: PurifiedClassifier, classifier: nn.Module | Callable[[Tensor], Tensor]) -> PurifiedClassifier:
+    """Another classifier, of images in [0, 1], behind the same defence."""
+    return PurifiedClassifier(
+        classifier,
+        model.backbone,
+        settings=model.settings,
+        resize=model.door.resize,
+        vote=model.vote,
+        seed=model.seed,
+        class_labels=model.class_labels,
+        max_parallel=model.max_parallel,
+    )
+
+
+def _plain(judged: Judged) -> dict[str, Any]:
+    found = {field.name: getattr(judged, field.name) for field in _FIELDS}
+    return {name: {"value": accuracy.value, "interval": list(accuracy.interval)} for name, accuracy in found.items()}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

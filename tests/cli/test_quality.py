@@ -1,0 +1,237 @@
+"""``cmap-defense quality``, as people and machines meet it."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from cmap_defense.backbones import load_backbone
+from cmap_defense.backbones.folder import read_record
+from cmap_defense.cli.main import main
+from cmap_defense.embedded import load_classifier
+from cmap_defense.evaluation import Accuracy
+from cmap_defense.modules import building
+from tiny import tiny_folder
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ["quality", "-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", "3"]
+TINY = [*EMBEDDED, "--latents", "2", "--iterations", "2", "--eps", "0.05"]
+FILES = ["quality.json", "quality.md", "reconstructions.png", "samples.png"]
+
+
+@pytest.fixture(autouse=True)
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def told(arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What it prints as JSON."""
+    assert main([*arguments, "--json", "-o", str(out)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def coloured(tmp_path: Path) -> list[str]:
+    """A backbone folder of 8 x 8 images, a classifier in a file and its weights, and data for both."""
+    tiny_folder(tmp_path / "backbone")
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))\n"
+        "def bare():\n"
+        "    return lambda images: images.flatten(1)[:, :4]\n",
+        encoding="utf-8",
+    )
+    with building():
+        torch.manual_seed(0)
+        state = {"0.weight": torch.randn(5, 3, 3, 3), "0.bias": torch.randn(5)}
+        save_file({**state, "3.weight": torch.randn(4, 5), "3.bias": torch.randn(4)}, tmp_path / "mine.safetensors")
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8), generator.integers(0, 4, 20)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    sizes = ["-n", "3", "--latents", "2", "--iterations", "2"]
+    where = ["-b", str(tmp_path / "backbone"), "-d", str(tmp_path / "data.npz")]
+    named = ["-c", f"{tmp_path / 'mine.py'}:net", "--weights", str(tmp_path / "mine.safetensors")]
+    return ["quality", *where, *named, *sizes]
+
+
+def test_as_text_with_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert main([*TINY, "--threads", "1", "-o", str(tmp_path / "out")]) == 0
+    assert torch.get_num_threads() == threads
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert lines[0].startswith("128 samples; 3 images")
+    assert "backbone passes, about" in lines[0]
+    distances = [line for line in lines if line.startswith("Frechet distance in features of embedded")]
+    assert len(distances) == 2
+    assert "128 and 128" in distances[0]
+    assert "two halves of real images" in distances[1]
+    assert any(line.startswith("FID") and line.endswith("none") for line in lines)
+    assert "No FID: torch-fidelity is not installed: pip install 'cmap-defense[quality]'" in captured.out
+    assert "mean L1 0." in captured.out
+    assert "the attacker does not know the defence" in captured.out
+    assert "PGD-20, linf 0.05" in captured.out
+    assert any(line.startswith("embedded ") for line in lines)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.size == (8 * 57 + 1, 8 * 57 + 1)
+    with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
+        assert picture.size[1] == 3 * (28 * 3 + 24) + 62
+
+
+def test_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = told(TINY, tmp_path / "first", capsys)
+    assert facts["fid"] is None
+    assert "torch-fidelity" in facts["fid_reason"]
+    assert facts["frechet"]["name"] == "Frechet distance in features of embedded"
+    assert (facts["frechet"]["images"], facts["frechet"]["module"], facts["frechet"]["numbers"]) == (128, "head", 64)
+    assert facts["frechet"]["samples"] > facts["frechet"]["halves"] > 0
+    assert facts["settings"]["iterations"] == 2
+    assert set(facts["classifiers"]["embedded"]) == {"clean", "purified", "attacked", "attacked_purified"}
+    assert [Path(path).name for path in facts["files"]] == ["quality.json", "quality.md", "samples.png", FILES[2]]
+    written = json.loads((tmp_path / "first" / "quality.json").read_text(encoding="utf-8"))
+    assert written == {name: value for name, value in facts.items() if name not in ("seconds", "files")}
+    assert list(written["figures"]) == ["measured"]
+    command = written["figures"]["measured"]["command"]
+    assert command.startswith("cmap-defense quality --backbone fashion-mnist-ct --classifier embedded")
+    assert "--n 3" in command
+    assert "--out" not in command
+    assert "--json" not in command
+    again = told(TINY, tmp_path / "second", capsys)
+    assert (tmp_path / "second" / "quality.json").read_text() == (tmp_path / "first" / "quality.json").read_text()
+    for name in FILES:
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+    assert again["frechet"] == facts["frechet"]
+    other = told([*TINY, "--seed", "1"], tmp_path / "third", capsys)
+    assert other["frechet"] != facts["frechet"]
+
+
+def test_others_judge_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from cmap_defense.embedded import FashionCNN, load_classifier as same\n", encoding="utf-8"
+    )
+    state = {name: -part if name.startswith("head") else part for name, part in load_classifier().state_dict().items()}
+    save_file(state, tmp_path / "mine.safetensors")
+    mine = str(tmp_path / "mine.py")
+    beside = ["--and", f"same={mine}:same", "--and", f"opposite={mine}:FashionCNN@{tmp_path / 'mine.safetensors'}"]
+    facts = told([*TINY, *beside], tmp_path / "out", capsys)
+    assert list(facts["classifiers"]) == ["embedded", "same", "opposite"]
+    assert facts["classifiers"]["same"] == facts["classifiers"]["embedded"]
+    assert facts["classifiers"]["opposite"]["clean"]["value"] == 0
+    assert facts["classifiers"]["opposite"]["clean"]["interval"] == list(Accuracy(0, 3).interval)
+    assert f"--and same={mine}:same --and opposite=" in facts["figures"]["measured"]["command"]
+
+
+def test_a_folder_gets_its_figures(tmp_path: Path, coloured: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "backbone"
+    before = read_record(folder).replace(figures={"FID": 3.0, "measured": "earlier"})
+    (folder / "backbone.json").write_text(before.to_json(), encoding="utf-8")
+    facts = told([*coloured, "--record"], tmp_path / "out", capsys)
+    assert facts["files"][-1] == str(folder / "backbone.json")
+    after = read_record(folder)
+    assert after.figures == {"FID": 3.0} | facts["figures"]
+    assert after.replace(figures={}) == before.replace(figures={})
+    assert load_backbone(folder).record == after
+    assert after.figures["measured"]["Frechet distance in features of net"]["images in each set"] == 10
+    untouched = (folder / "backbone.json").read_bytes()
+    assert told(coloured, tmp_path / "out", capsys)["figures"]["measured"]["seed"] == 0
+    assert (folder / "backbone.json").read_bytes() == untouched
+
+
+def test_features_normalisation_and_other_classifiers(
+    tmp_path: Path, coloured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = told(coloured, tmp_path / "out", capsys)
+    assert plain["frechet"]["module"] == "3"
+    named = told([*coloured, "--features", "0"], tmp_path / "out", capsys)
+    assert (named["frechet"]["module"], named["frechet"]["numbers"]) == ("0", 3)
+    same = told([*coloured, "--features", "3"], tmp_path / "out", capsys)
+    assert same["frechet"] == plain["frechet"]
+    normalised = told([*coloured, "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"], tmp_path / "out", capsys)
+    assert normalised["frechet"]["samples"] == pytest.approx(plain["frechet"]["samples"] / 0.2**2, rel=1e-3)
+    assert "--mean 0.5,0.5,0.5" in normalised["figures"]["measured"]["command"]
+    few = told([*coloured, "--samples", "5"], tmp_path / "out", capsys)
+    assert few["frechet"] is None
+    assert "at least 6" in few["frechet_reason"]
+    position = coloured.index("--weights")
+    function = [*coloured[:position], *coloured[position + 2 :]]
+    function[function.index("-c") + 1] = f"{tmp_path / 'mine.py'}:bare"
+    without = told(function, tmp_path / "out", capsys)
+    assert without["frechet"] is None
+    assert "wrap it in one" in without["frechet_reason"]
+    assert list(without["classifiers"]) == ["bare"]
+
+
+def test_the_resnets_of_the_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(ROOT / "examples" / "cifar_resnet.py", tmp_path / "cifar_resnet.py")
+    tiny_folder(tmp_path / "backbone")
+    depths = {"resnet20": 20, "resnet56": 56}
+    module = runpy.run_path(str(tmp_path / "cifar_resnet.py"))
+    with building():
+        torch.manual_seed(0)
+        for name, depth in depths.items():
+            state = {k: v for k, v in module["CifarResNet"](depth).state_dict().items() if "num_batches" not in k}
+            save_file(state, tmp_path / f"{name}.safetensors")
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (140, 8, 8, 3), dtype=np.uint8), generator.integers(0, 10, 140)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    file = tmp_path / "cifar_resnet.py"
+    beside = ["--and", f"resnet56={file}:unit_resnet56@{tmp_path / 'resnet56.safetensors'}"]
+    arguments = ["quality", "-b", str(tmp_path / "backbone"), "-d", str(tmp_path / "data.npz"), "-n", "2"]
+    arguments += ["--latents", "1", "--iterations", "2", "--weights", str(tmp_path / "resnet20.safetensors")]
+    outside = told(
+        [*arguments, *beside, "-c", f"{file}:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"],
+        tmp_path / "out",
+        capsys,
+    )
+    assert outside["frechet"]["numbers"] == 64
+    assert list(outside["classifiers"]) == ["resnet20", "resnet56"]
+    inside = told([*arguments, *beside, "-c", f"{file}:unit_resnet20"], tmp_path / "out", capsys)
+    assert inside["frechet"]["samples"] == pytest.approx(outside["frechet"]["samples"], rel=1e-3)
+    assert inside["classifiers"]["resnet56"] == outside["classifiers"]["resnet56"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--record"], 2, "must be a folder with a backbone.json, but is fashion-mnist-ct"),
+        (["--and", "other"], 2, "'other' is not NAME=PATH"),
+        (["--and", "embedded=embedded"], 2, "two classifiers are called 'embedded'"),
+        (["--and", "a=embedded", "--and", "a=embedded"], 2, "two classifiers are called 'a'"),
+        (["--and", "a=embedded@nowhere.safetensors"], 2, "there is no file nowhere.safetensors"),
+        (["--and", "a=nowhere:net"], 2, "nowhere cannot be imported"),
+        (["--features", "haed"], 1, "Did you mean 'head'"),
+        (["--eps", "0"], 2, "--eps"),
+        (["--samples", "1"], 2, "--samples"),
+        (["-n", "257"], 1, "the data set has 256"),
+        (["-b", "fashion-mnist"], 1, "fashion-mnist-ct"),
+        (["-c", "nowhere"], 2, "--classifier"),
+        (["-d", "nothing-there"], 1, "nothing-there"),
+    ],
+)
+def test_mistakes_get_a_message_a_status_and_no_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
+) -> None:
+    assert main([*TINY, *arguments, "-o", str(tmp_path / "out")]) == status
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split())
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--and NAME=PATH[@WEIGHTS]", "--features MODULE", "8/255", "--record"):
+        assert option in text
