@@ -138,7 +138,8 @@ def interval(held: Tensor) -> str:
 
 
 def worst_by_luck(answers: Tensor, labels: Tensor, judgements: int, attacks: int) -> float:
-    """The worst of as many votes on clean images: each vote is on ``judgements`` draws from the control's answers."""
+    """The worst of as many votes on clean images by unrelated noise: each is on ``judgements`` draws from the
+    control's answers."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(answers), (200, attacks, judgements, answers.shape[1]), generator=generator)
     drawn = answers.gather(0, draws.flatten(0, 2)).view(draws.shape)
@@ -174,7 +175,7 @@ def table(rows: list[dict]) -> str:
         lines += [f"Vote, worst of {len(fresh)} attacks for each image: {interval(held)}"]
     if fresh and controls:
         luck = worst_by_luck(answers["control"], labels, len(fresh[0]), len(fresh))
-        lines += [f"The same by luck alone, clean images voted on as often: {luck:.3f}"]
+        lines += [f"The same for clean images, voted on as often by unrelated noise: {luck:.3f}"]
     return "\n".join(lines)
 
 
