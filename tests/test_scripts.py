@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,8 @@ def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Pat
     rows = [json.loads(line) for line in (tmp_path / "audit/results.jsonl").read_text().splitlines()]
     assert [row["attack"] for row in rows] == ["control", "transfer"]
     assert [len(row["answers"]) for row in rows] == [10, 2]
-    assert "by luck alone" in printed
+    assert "Answers right under the worst attack" in printed
+    assert "by unrelated noise" in printed
     with pytest.raises(AssertionError, match="holds results for"):
         run(tmp_path, script, "--out", "audit", "--images", "3", *sizes[2:], "--only", "control")
 
@@ -91,6 +93,24 @@ def test_a_third_partys_classifier_behind_a_converted_backbone_runs_from_end_to_
     assert (figures["images"], figures["settings"]["n_latents"]) == (3, 2)
     assert figures["objective_last"] < figures["objective_first"]
     assert 0 <= figures["purified"][1] <= figures["purified"][0] <= figures["purified"][2] <= 1
+
+
+def test_a_new_last_layer_is_trained_and_loads_where_the_recipe_says(tmp_path: Path) -> None:
+    rng = np.random.RandomState(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for label, name in enumerate(("cats", "dogs")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.randint(0, 128, (40, 50, 3)) + 127 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    recipe = ROOT / "examples" / "recipes" / "imagenet100_head.py"
+    sizes = ["--size", "32", "--epochs", "2", "--batch-size", "4", "--no-pretrained"]
+    printed = run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes)
+    assert "test accuracy" in printed
+    weights = load_file(tmp_path / "head" / "resnet50.safetensors")
+    assert weights["fc.weight"].shape == (2, 2048)
+    assert {"conv1.weight", "layer4.2.bn3.running_mean"} <= weights.keys()
 
 
 def made_up_cifar10(folder: Path) -> tuple[Path, Path]:

@@ -47,7 +47,10 @@ def load_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path} cannot be read: {error}") from error
+        raise EvaluationError(
+            f"{path} cannot be read: {error}. It is written when an evaluation has ended: "
+            "give its command again to go on."
+        ) from error
     if not isinstance(facts, dict) or "rows" not in facts or "headline" not in facts:
         raise EvaluationError(f"{path} is no report of an evaluation.")
     return facts

@@ -48,7 +48,7 @@ def _headline(facts: Facts) -> str:
         return "**No headline.** " + "\n".join(["", *(f"- {reason}" for reason in facts["refused"])])
     worst = ", ".join(f"{name} {count}" for name, count in found["chosen"].items() if count)
     answers = facts["settings"]["protocol"]["repurifications"]
-    spread = "" if found["spread"] is None else f" Standard deviation over the runs: {found['spread']:.3f}."
+    spread = " One run." if found["spread"] is None else f" Standard deviation over the runs: {found['spread']:.3f}."
     return (
         f"**{accuracy(found['accuracy'])}** of the answers are right under the worst attack on each image, which is "
         f"chosen by some answers and counted on {answers} others.{spread}\n\n"
