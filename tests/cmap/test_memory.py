@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -62,3 +64,18 @@ def test_default_max_parallel_is_what_fits_the_budget(monkeypatch: pytest.Monkey
     shape = (3, 8, 6)
     monkeypatch.setattr(memory, "CPU_BUDGET", 5 * bytes_for(shape) + 1)
     assert default_max_parallel(ToyBackbone(shape).generate, shape, CPU) == 5
+
+
+def test_the_estimate_keeps_nothing_alive():
+    """Outputs that the hooks keep as they are would keep their graph, and the graph them."""
+    backbone = ToyBackbone()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(part) is torch.Tensor for part in gc.get_objects())
+
+    bytes_per_latent(backbone.generate, backbone.image_shape, CPU)
+    before = alive()
+    for _ in range(3):
+        bytes_per_latent(backbone.generate, backbone.image_shape, CPU)
+    assert alive() == before

@@ -35,7 +35,7 @@ def _kept_bytes(generate: Callable[..., Tensor], latents: Tensor, conditional: b
 
     def pack(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output that is kept as it is would keep its graph, which keeps it: for ever
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         generated = generate(
