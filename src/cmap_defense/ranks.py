@@ -8,12 +8,15 @@ import datetime
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+from cmap_defense.errors import CmapError
 
 __all__ = ["Ranks", "ranks"]
 
@@ -46,6 +49,35 @@ class Ranks:
         found: list[T | None] = [None] * self.world
         dist.all_gather_object(found, value)
         return next((part for part in found if part is not None), None)
+
+    def by_first(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns to the first rank, which alone carries it out while the others wait.
+
+        Raises:
+            CmapError, OSError: the action raised it; on all ranks.
+        """
+        if self.world == 1:
+            return action()
+        outcome: Any = None
+        if self.rank == 0:
+            try:
+                outcome = (action(), None)
+            except (CmapError, OSError) as error:
+                outcome = (None, error)
+        value, error = self.shared(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over the ranks; all are of one dtype, on one device."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        sums = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, sums, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
         """Until all ranks are here."""

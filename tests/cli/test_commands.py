@@ -194,7 +194,7 @@ def test_a_training_killed_in_the_middle_continues_to_the_same_weights(tmp_path:
     arguments = ["train", "--data", str(data), "--images", "480", *TINY_TRAINING, "-o"]
     assert run(*arguments, "straight", cwd=tmp_path).returncode == 0
     process = subprocess.Popen([*COMMAND, *arguments, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoint-*.pt")):
+    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoint-*[0-9]")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "killed before it was done"

@@ -1,8 +1,12 @@
-"""A training in a process of its own, which :mod:`test_loop` kills; ``python killed.py FOLDER WHERE``.
+"""Trainings that take a moment, and one in a process of its own, which :mod:`test_loop` kills; ``python killed.py
+FOLDER WHERE WHAT``.
 
-WHERE is "never" (train to the end) or the place at which the process says "ready" and waits to be killed: "step" (after
-step 17, between two checkpoints), "save" (half of the second checkpoint is written), "saved" (it is written whole, and
-nothing is done after it), "logged" (the same for its line of the log).
+WHERE is the place at which the process says "ready" and waits to be killed: "part" (half of a part of the second
+checkpoint is written), "saved" (it is written whole, and nothing is done after it), "logged" (the same for its line of
+the log).
+
+WHAT is "plain" (ECT, one average, an unconditional network) or "rich" (CT, whose target is a running average, two
+averages of the weights, classes, dropout, checkpoints in many parts).
 """
 
 from __future__ import annotations
@@ -15,11 +19,10 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone
-from cmap_defense.training import checkpoint, loop
-from cmap_defense.training.ema import EMA
-from cmap_defense.training.loop import TrainState, train
-from cmap_defense.training.objectives import ECT
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training import checkpoint, log, loop
+from cmap_defense.training.loop import Trained, train
+from cmap_defense.training.objectives import CT, ECT, Objective
+from cmap_defense.training.settings import Execution, TrainSettings
 
 NETWORK = CompactUNetConfig(
     image_shape=(1, 8, 8), channels=(8, 8), blocks=1, attention=(False, False), head_channels=8, embedding=16
@@ -29,18 +32,23 @@ SETTINGS = TrainSettings(
     batch_size=8,
     learning_rate=2e-3,
     warmup_images=40,
-    ema_half_life=50,
+    ema_half_lives=(50,),
     precision="float32",
     checkpoint_every=80,
 )
 """30 steps, checkpoints after 10, 20 and 30."""
 
+PART = 20_000
+"""Bytes of a part of a rich training's checkpoints, so that some tensors take several."""
 
-def fresh_backbone(seed: int = 0) -> ConsistencyBackbone:
+RICH = SETTINGS.replace(ema_half_lives=(50, 20))
+
+
+def fresh_backbone(config: CompactUNetConfig = NETWORK, seed: int = 0) -> ConsistencyBackbone:
     """The tiny network with weights that depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ConsistencyBackbone(CompactUNet(NETWORK), NETWORK.image_shape)
+        return ConsistencyBackbone(CompactUNet(config), config.image_shape, num_classes=config.num_classes)
 
 
 def training_images(count: int = 50) -> Tensor:
@@ -52,11 +60,27 @@ def training_images(count: int = 50) -> Tensor:
     return images.to(torch.uint8)
 
 
-def run(folder: Path, **options: Any) -> tuple[ConsistencyBackbone, EMA]:
+def training_labels(count: int = 50) -> Tensor:
+    """int64 [count]: which half is bright."""
+    return torch.arange(count) % 2
+
+
+def run(folder: Path, what: str = "plain", **options: Any) -> tuple[ConsistencyBackbone, Trained]:
     """Train, or continue, in ``folder``."""
-    backbone = fresh_backbone()
-    described = {"network": NETWORK.to_dict()}
-    return backbone, train(backbone, training_images(), ECT(), SETTINGS, folder, described=described, **options)
+    config, settings, objective = NETWORK, SETTINGS, ECT()
+    made: Objective = objective
+    if what == "rich":
+        config, settings, made = NETWORK.replace(num_classes=2, dropout=0.1), RICH, CT()
+        options = {"labels": training_labels(), "execution": Execution(part_mb=1)} | options
+    backbone = fresh_backbone(config)
+    described = {"network": config.to_dict()}
+    return backbone, train(backbone, training_images(), made, settings, folder, described=described, **options)
+
+
+def result(backbone: ConsistencyBackbone, trained: Trained) -> dict[str, dict[str, Tensor]]:
+    """All weights and averages."""
+    averages = {f"ema-{average.half_life}": average.weights for average in trained.averages}
+    return {"weights": backbone.state_dict()} | averages
 
 
 def wait_to_be_killed(*_: Any, **__: Any) -> None:
@@ -66,50 +90,45 @@ def wait_to_be_killed(*_: Any, **__: Any) -> None:
     raise SystemExit("nobody killed this process")
 
 
-def stop_half_way_through_saving() -> None:
-    """Let the second checkpoint be written to the half."""
-    save, saved = torch.save, []
+def stop_half_way_through_a_part() -> None:
+    """Let the last part of the second checkpoint be written to the half."""
+    write = checkpoint.write_safetensors
 
-    def half(state: Any, file: Any) -> None:
-        saved.append(state["step"])
-        save(state, file)
-        if len(saved) == 2:
-            file.truncate(file.tell() // 2)
-            file.flush()
+    def half(tensors: dict[str, Tensor], path: Path) -> None:
+        write(tensors, path)
+        if path.parent.name == "checkpoint-00000020.partial" and any("adam/step" in name for name in tensors):
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
             wait_to_be_killed()
 
-    checkpoint.torch.save = half
+    checkpoint.write_safetensors = half
 
 
-def stop_after_the_second_call(name: str) -> None:
-    """Let the loop's function ``name`` return once, then finish its work once more and wait."""
-    function, calls = getattr(loop, name), []
+def stop_after_the_second_call(owner: Any, name: str) -> None:
+    """Let a function return once, then finish its work once more and wait."""
+    function, calls = getattr(owner, name), []
 
-    def stopping(*arguments: Any) -> None:
+    def stopping(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
-        function(*arguments)
+        found = function(*arguments, **options)
         if len(calls) == 2:
             wait_to_be_killed()
+        return found
 
-    setattr(loop, name, stopping)
+    setattr(owner, name, stopping)
 
 
-def main(folder: Path, where: str) -> None:
+def main(folder: Path, where: str, what: str) -> None:
     torch.set_num_threads(1)
-
-    def on_step(state: TrainState) -> None:
-        if where == "step" and state.step == 17:
-            wait_to_be_killed()
-
-    if where == "save":
-        stop_half_way_through_saving()
+    checkpoint.MEGABYTE = PART
+    if where == "part":
+        stop_half_way_through_a_part()
     if where == "saved":
-        stop_after_the_second_call("save_checkpoint")
+        stop_after_the_second_call(loop, "save_checkpoint")
     if where == "logged":
-        stop_after_the_second_call("_log")
-    backbone, ema = run(folder, on_step=on_step)
-    torch.save({"weights": backbone.state_dict(), "ema": ema.weights}, folder / "result.pt")
+        stop_after_the_second_call(log.LossLog, "write")
+    run(folder, what)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

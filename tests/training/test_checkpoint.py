@@ -1,108 +1,246 @@
-"""Checkpoints: whole or not there, of the same settings or refused, read without running what they hold."""
+"""Checkpoints: whole or not there, in files of a bounded size, of the same settings or refused."""
 
+import json
 import os
-import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from cmap_defense.errors import CheckpointError
-from cmap_defense.training.checkpoint import load_newest, save_checkpoint
+from cmap_defense.errors import BackboneFileError, CheckpointError
+from cmap_defense.training import checkpoint as module
+from cmap_defense.training.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    refuse_other_settings,
+    save_checkpoint,
+)
 
 SETTINGS = {"train": {"batch_size": 8, "seed": 0}, "objective": {"huber": 0.03}}
 
 
-def state(step: int) -> dict[str, Any]:
+def state(step: int) -> Checkpoint:
     """A small state that says which step it is of."""
-    return {"step": step, "settings": SETTINGS, "weights": {"w": torch.full((50, 40), float(step))}}
+    weights = {"weights/w": torch.full((50, 40), float(step)), "adam/step/w": torch.tensor(float(step))}
+    return Checkpoint(step, SETTINGS, weights)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def newest_step(folder: Path) -> int | None:
+    path = newest_checkpoint(folder, SETTINGS)
+    return None if path is None else read_checkpoint(path).step
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 12, state(12))
-    assert path == tmp_path / "checkpoint-00000012.pt"
-    assert names(tmp_path) == ["checkpoint-00000012.pt"]
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 12
-    assert torch.equal(found["weights"]["w"], state(12)["weights"]["w"])
+    path = save_checkpoint(tmp_path, state(12))
+    assert path == tmp_path / "checkpoint-00000012"
+    assert names(tmp_path) == ["checkpoint-00000012"]
+    assert names(path) == ["index.json", "part-000.safetensors"]
+    assert newest_checkpoint(tmp_path, SETTINGS) == path
+    found = read_checkpoint(path)
+    assert (found.step, found.settings) == (12, SETTINGS)
+    assert_same(found.tensors, state(12).tensors)
 
 
 def test_an_empty_folder_holds_none(tmp_path: Path) -> None:
-    assert load_newest(tmp_path, SETTINGS) is None
+    assert newest_checkpoint(tmp_path, SETTINGS) is None
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     for step in (5, 10, 100, 99):
-        save_checkpoint(tmp_path, step, state(step))
-    assert names(tmp_path) == ["checkpoint-00000099.pt", "checkpoint-00000100.pt"]
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 100
+        save_checkpoint(tmp_path, state(step))
+    assert names(tmp_path) == ["checkpoint-00000099", "checkpoint-00000100"]
+    assert newest_step(tmp_path) == 100
 
 
-def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 3, state(3))
-    for name in ("checkpoint-best.pt", "checkpoint-.pt", "my-checkpoint-00000009.pt", "checkpoint-00000009.partial"):
-        (tmp_path / name).write_bytes(b"nothing")
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 3
-    save_checkpoint(tmp_path, 4, state(4), keep=1)
-    assert names(tmp_path) == [
-        "checkpoint-.pt",
-        "checkpoint-00000004.pt",
-        "checkpoint-00000009.partial",
-        "checkpoint-best.pt",
-        "my-checkpoint-00000009.pt",
-    ]
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(3))
+    for name in ("checkpoint-best", "checkpoint-", "my-checkpoint-00000009", "checkpoint-best.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-00000009.pt").write_bytes(b"of former versions")
+    assert newest_step(tmp_path) == 3
+    others = names(tmp_path)
+    save_checkpoint(tmp_path, state(4), keep=1)
+    assert names(tmp_path) == sorted({*others, "checkpoint-00000004"} - {"checkpoint-00000003"})
 
 
-def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(tmp_path: Path) -> None:
-    """A state that cannot be pickled fails midway through the writing."""
-    save_checkpoint(tmp_path, 3, state(3))
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        save_checkpoint(tmp_path, 4, state(4) | {"unpicklable": lambda: None})
-    assert (tmp_path / "checkpoint-00000003.pt").exists()
-    assert not (tmp_path / "checkpoint-00000004.pt").exists()
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 3
-    save_checkpoint(tmp_path, 4, state(4))
-    assert names(tmp_path) == ["checkpoint-00000003.pt", "checkpoint-00000004.pt"]
+def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000002.partial").mkdir()
+    (tmp_path / "checkpoint-00000002.partial" / "part-000.safetensors").write_bytes(b"half")
+    assert newest_step(tmp_path) is None
+    save_checkpoint(tmp_path, state(3))
+    assert names(tmp_path) == ["checkpoint-00000003"]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 4, 100, 0.5, 0.9, -1])
-def test_a_truncated_newest_one_gives_way_to_the_one_before(tmp_path: Path, kept: float) -> None:
-    """Cut to ``kept`` bytes, to that share of its length, or by one byte."""
-    save_checkpoint(tmp_path, 3, state(3))
-    newest = save_checkpoint(tmp_path, 4, state(4))
-    length = newest.stat().st_size
-    os.truncate(newest, int(kept * length) if 0 < kept < 1 else kept % length)
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 3
+TENSORS = st.dictionaries(
+    st.text(st.sampled_from("abc/._é"), min_size=1, max_size=30),
+    st.tuples(
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]),
+        st.lists(st.integers(0, 13), max_size=3),
+    ),
+    max_size=6,
+)
 
 
-def test_a_newest_one_of_zeros_gives_way_to_the_one_before(tmp_path: Path) -> None:
+@settings(deadline=None, max_examples=25)
+@given(shapes=TENSORS, part=st.integers(2000, 20_000), seed=st.integers(0, 2**31))
+def test_parts_are_small_enough_and_make_up_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, Any], part: int, seed: int
+) -> None:
+    """Tensors of any size and kind, empty ones and numbers too."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (100 * torch.randn(shape, generator=generator)).to(dtype) for name, (dtype, shape) in shapes.items()
+    }
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MEGABYTE", part)
+        path = save_checkpoint(folder, Checkpoint(1, {}, tensors), part_mb=1)
+    parts = sorted(path.glob("part-*"))
+    assert all(file.stat().st_size <= part for file in parts)
+    payload = sum(tensor.nbytes for tensor in tensors.values())
+    assert len(parts) >= payload / part
+    assert_same(read_checkpoint(path).tensors, tensors)
+
+
+def test_a_megabyte_is_a_million_bytes(tmp_path: Path) -> None:
+    """Six of them in files of at most two: no more files than needed, but for the headers."""
+    tensors = {"a": torch.randn(900_000), "b": torch.randn(600, 1000)}
+    path = save_checkpoint(tmp_path, Checkpoint(1, {}, tensors), part_mb=2)
+    sizes = [file.stat().st_size for file in sorted(path.glob("part-*"))]
+    assert len(sizes) == 4
+    assert max(sizes) <= 2_000_000
+    assert all(size > 1_990_000 for size in sizes[:-1])
+    assert_same(read_checkpoint(path).tensors, tensors)
+
+
+def test_the_layout_of_a_tensor_does_not_show(tmp_path: Path) -> None:
+    weight = torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)
+    path = save_checkpoint(tmp_path, Checkpoint(1, {}, {"w": weight, "t": weight.transpose(0, 1)}))
+    found = read_checkpoint(path).tensors
+    assert torch.equal(found["w"], weight)
+    assert torch.equal(found["t"], weight.transpose(0, 1))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["parts", "index"])
+def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """No room on the disk, for the parts or for the index."""
+    save_checkpoint(tmp_path, state(3))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if step == "parts":
+            patch.setattr(module, "write_safetensors", full)
+        else:
+            patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(tmp_path, state(4))
+    assert names(tmp_path) == ["checkpoint-00000003"]
+    assert newest_step(tmp_path) == 3
+    save_checkpoint(tmp_path, state(4))
+    assert names(tmp_path) == ["checkpoint-00000003", "checkpoint-00000004"]
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path: Path) -> None:
     """What some file systems leave after a power failure: the length, not the content."""
-    save_checkpoint(tmp_path, 3, state(3))
-    newest = save_checkpoint(tmp_path, 4, state(4))
-    newest.write_bytes(bytes(newest.stat().st_size))
-    found = load_newest(tmp_path, SETTINGS)
-    assert found is not None
-    assert found["step"] == 3
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    """One bit."""
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, zero, flip, Path.unlink])
+@pytest.mark.parametrize("file", ["index.json", "part-000.safetensors", "part-002.safetensors"])
+def test_a_damaged_newest_one_gives_way_to_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], file: str
+) -> None:
+    monkeypatch.setattr(module, "MEGABYTE", 4000)
+    save_checkpoint(tmp_path, state(3), part_mb=1)
+    newest = save_checkpoint(tmp_path, state(4), part_mb=1)
+    damage(newest / file)
+    assert newest_step(tmp_path) == 3
+
+
+def test_a_damaged_one_is_written_anew(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(3))
+    cut(save_checkpoint(tmp_path, state(4)) / "part-000.safetensors")
+    save_checkpoint(tmp_path, state(4))
+    assert newest_step(tmp_path) == 4
+
+
+def test_files_may_arrive_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carried to another machine, a checkpoint is none before its last file is there, whichever that is."""
+    monkeypatch.setattr(module, "MEGABYTE", 3000)
+    (tmp_path / "here").mkdir()
+    source = save_checkpoint(tmp_path / "here", state(4), part_mb=1)
+    for last in names(source):
+        place = tmp_path / f"last-{last}" / source.name
+        place.mkdir(parents=True)
+        for file in [name for name in names(source) if name != last]:
+            shutil.copyfile(source / file, place / file)
+            assert newest_checkpoint(place.parent, SETTINGS) is None
+        shutil.copyfile(source / last, place / last)
+        assert newest_step(place.parent) == 4
 
 
 def test_when_all_are_damaged_there_is_none(tmp_path: Path) -> None:
     for step in (3, 4):
-        os.truncate(save_checkpoint(tmp_path, step, state(step)), 100)
-    assert load_newest(tmp_path, SETTINGS) is None
+        cut(save_checkpoint(tmp_path, state(step)) / "index.json")
+    assert newest_checkpoint(tmp_path, SETTINGS) is None
+
+
+@pytest.mark.parametrize("index", [[], {}, {"format": 2}, {"format": 1, "step": 4}, "[" * 10**5])
+def test_an_index_that_is_none_gives_way_to_the_one_before(tmp_path: Path, index: Any) -> None:
+    save_checkpoint(tmp_path, state(3))
+    newest = save_checkpoint(tmp_path, state(4))
+    (newest / "index.json").write_text(index if isinstance(index, str) else json.dumps(index))
+    assert newest_step(tmp_path) == 3
+
+
+def test_reading_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state(3))
+    cut(path / "part-000.safetensors")
+    with pytest.raises(BackboneFileError, match="part-000"):
+        read_checkpoint(path)
+
+
+# --- other settings ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,45 +253,19 @@ def test_when_all_are_damaged_there_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path: Path, here: dict[str, Any], said: str) -> None:
-    path = save_checkpoint(tmp_path, 3, state(3))
+    path = save_checkpoint(tmp_path, state(3))
     with pytest.raises(CheckpointError, match=said) as caught:
-        load_newest(tmp_path, SETTINGS | here)
+        newest_checkpoint(tmp_path, SETTINGS | here)
     assert path.name in str(caught.value)
     assert "huber" not in str(caught.value)
 
 
 def test_a_part_that_is_missing_here_is_refused_too(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 3, state(3))
+    save_checkpoint(tmp_path, state(3))
     with pytest.raises(CheckpointError, match=r"objective\.huber: 0\.03 there, None here"):
-        load_newest(tmp_path, {"train": SETTINGS["train"]})
+        newest_checkpoint(tmp_path, {"train": SETTINGS["train"]})
 
 
-class Malicious:
-    """Unpickling it makes a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = str(target)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.target,)
-
-
-@pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(tmp_path: Path, how: str) -> None:
-    """Neither a bare pickle nor one inside torch's own format; it is refused, or the one before it is loaded."""
-    target = tmp_path / "harm"
-    pickle.loads(pickle.dumps(Malicious(target)))  # it would do harm
-    target.rmdir()
-    save_checkpoint(tmp_path, 3, state(3))
-    content = state(4) | {"payload": Malicious(target)}
-    with (tmp_path / "checkpoint-00000004.pt").open("wb") as file:
-        if how == "pickle":
-            pickle.dump(content, file, protocol=2)
-        else:
-            torch.save(content, file)
-    try:
-        found = load_newest(tmp_path, SETTINGS)
-    except (CheckpointError, pickle.UnpicklingError):
-        found = None
-    assert not target.exists()
-    assert found is None or found["step"] == 3
+def test_settings_are_compared_as_json(tmp_path: Path) -> None:
+    """A tuple is a list there."""
+    refuse_other_settings(tmp_path, {"train": {"betas": [0.9, 0.99]}}, {"train": {"betas": (0.9, 0.99)}})

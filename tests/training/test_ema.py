@@ -1,11 +1,12 @@
-"""Averaged weights: the half-life, the start, and that they are copies in float32."""
+"""Averaged weights: the half-life, the start, and that they are copies in float32; the target that follows a model."""
 
 import pytest
 import torch
 from torch import nn
 
-from cmap_defense.training.ema import EMA
+from cmap_defense.training.ema import EMA, Target
 from toys import noise
+from training.killed import fresh_backbone
 
 LATE = 10**9
 """So many images seen that the start plays no part."""
@@ -103,3 +104,59 @@ def test_a_missing_average_is_an_error() -> None:
     ema = EMA(nn.Linear(3, 2), 100)
     with pytest.raises(KeyError, match="bias"):
         ema.load({"weight": torch.zeros(2, 3)})
+
+
+def test_averages_of_several_half_lives_do_not_disturb_each_other() -> None:
+    linear = module(1.0)
+    averages = [EMA(linear, half_life) for half_life in (100, 50, 25)]
+    with torch.no_grad():
+        for p in linear.parameters():
+            p.zero_()
+    for average in averages:
+        average.update(linear, batch_size=100, images_seen=LATE)
+    for average, expected in zip(averages, (0.5, 0.25, 0.0625), strict=True):
+        torch.testing.assert_close(average.weights["weight"], torch.full((2, 3), expected))
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_decay_the_target_is_the_model_itself() -> None:
+    backbone = fresh_backbone()
+    target = Target(backbone, None)
+    assert target.model is backbone
+    assert target.weights == {}
+    target.update(backbone, None)
+    target.load({})
+
+
+def test_with_a_decay_it_is_a_copy_that_follows() -> None:
+    """target <- mu target + (1 - mu) model."""
+    backbone = fresh_backbone()
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p.fill_(1.0)
+    target = Target(backbone, 0.9)
+    assert target.model is not backbone
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert all(p.requires_grad for p in backbone.parameters())
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p.fill_(3.0)
+    assert all((p == 1.0).all() for p in target.model.parameters())
+    target.update(backbone, 0.75)
+    for p in target.model.parameters():
+        torch.testing.assert_close(p, torch.full_like(p, 1.5))
+    target.update(backbone, 0.0)
+    assert all((p == 3.0).all() for p in target.model.parameters())
+
+
+def test_a_target_continues_from_what_was_saved() -> None:
+    saved = {name: 2 * tensor.clone() for name, tensor in Target(fresh_backbone(seed=1), 0.9).weights.items()}
+    target = Target(fresh_backbone(seed=2), 0.9)
+    target.load(saved)
+    for name, p in target.model.named_parameters():
+        assert torch.equal(p, saved[name])
+        assert p.data_ptr() != saved[name].data_ptr()
+    with pytest.raises(KeyError, match="embed"):
+        target.load({})

@@ -38,6 +38,7 @@ __all__ = [
     "build_unet",
     "configuration_of",
     "describe_diffusers",
+    "fresh_unet",
     "is_diffusers",
     "read_unet",
     "save_pipeline",
@@ -265,6 +266,26 @@ def build_unet(config: dict[str, Any]) -> DiffusersUNet:
     """A network of a UNet2DModel's configuration, its weights random."""
     with building():
         return DiffusersUNet(_library().UNet2DModel.from_config(config))
+
+
+def fresh_unet(config: dict[str, Any]) -> DiffusersUNet:
+    """The same as a training starts from: the last layer of each branch, and of the whole, at zero (Dhariwal and Nichol
+    2021, arXiv 2105.05233; the library leaves them random).
+
+    Raises:
+        MissingExtraError: the diffusers library is not installed.
+    """
+    network = build_unet(config)
+    resnet, attention = _library().models.resnet.ResnetBlock2D, _library().models.attention_processor.Attention
+    whole: Any = network.unet
+    last: list[Any] = [whole.conv_out]
+    for module in whole.modules():
+        last += [module.conv2] if isinstance(module, resnet) else []
+        last += [module.to_out[0]] if isinstance(module, attention) else []
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return network
 
 
 def configuration_of(network: PipelineUNet) -> dict[str, Any]:

@@ -82,11 +82,15 @@ def preconditioned(
 
 
 def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels [B] in the precision and on the device of x. Raises InputValueError for what is none."""
+    """Noise levels [B] in the precision and on the device of x. Raises InputValueError for what is none; the signs of
+    levels that are on a GPU already are not looked at, since every look makes the device wait."""
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if level.shape not in ((), x.shape[:1]):
         raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
-    positive = bool((level > 0).all()) if isinstance(sigma, Tensor) else sigma > 0
+    if isinstance(sigma, Tensor):
+        positive = sigma.is_cuda or bool((sigma > 0).all())
+    else:
+        positive = sigma > 0
     if not positive:
         raise InputValueError(f"sigma must be positive, but is {sigma}.")
     return level.expand(x.shape[0])

@@ -2,7 +2,7 @@
 
 Space-to-depth at the door (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
 normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by
-concatenation.
+concatenation. The classes of a class-conditional network are added to the noise embedding, and start at zero.
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 """
 
@@ -31,6 +31,7 @@ class CompactUNetConfig(Settings):
     blocks: residual blocks per level on the way down (one more on the way up).
     attention: for each level, whether its blocks are followed by self-attention.
     head_channels: channels of one attention head. embedding: width of the noise embedding. dropout: in the blocks.
+    num_classes: of a class-conditional network, None for another.
     """
 
     image_shape: tuple[int, int, int] = (3, 32, 32)
@@ -41,6 +42,7 @@ class CompactUNetConfig(Settings):
     head_channels: int = 32
     embedding: int = 128
     dropout: float = 0.0
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "channels", "attention"):
@@ -57,6 +59,8 @@ class CompactUNetConfig(Settings):
             require_integer("CompactUNetConfig", name, getattr(self, name), minimum=1)
         require_integer("CompactUNetConfig", "embedding", self.embedding, minimum=4)
         require_number("CompactUNetConfig", "dropout", self.dropout, minimum=0.0, below=1.0)
+        if self.num_classes is not None:
+            require_integer("CompactUNetConfig", "num_classes", self.num_classes, minimum=1)
         if len(self.attention) != len(self.channels) or not self.channels:
             raise SettingsError(
                 "CompactUNetConfig needs one entry of attention per entry of channels, but has "
@@ -93,6 +97,10 @@ class CompactUNet(nn.Module):
         self.config = config
         pixels = config.image_shape[0] * config.patch**2
         self.embed = NoiseEmbedding(config.embedding)
+        self.classes = None
+        if config.num_classes is not None:
+            self.classes = nn.Embedding(config.num_classes, config.embedding)
+            nn.init.zeros_(self.classes.weight)
         self.enter = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
 
         self.down = nn.ModuleList()
@@ -124,9 +132,11 @@ class CompactUNet(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(_bias(self.leave))
 
-    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
-        """[B, C, H, W] and [B] levels ln(sigma) / 4, float32 or wider, to [B, C, H, W]."""
+    def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
         embedding = self.embed(noise_level)
+        if self.classes is not None:
+            embedding = embedding + self.classes(class_labels)
         h = self.enter(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for part in self.down:

@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
-import shlex
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from cmap_defense.backbones.unet import CompactUNetConfig
-from cmap_defense.cli.figures import sample_sheet
+from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
 from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
-from cmap_defense.data.files import write_image
-from cmap_defense.data.sources import DATASETS, load_dataset
+from cmap_defense.cli.train_options import (
+    Integers,
+    Pair,
+    check_levels,
+    classes_of,
+    network_of,
+    objective_of,
+    recorded_command,
+    teacher_of,
+)
+from cmap_defense.data import DATASETS, load_dataset, write_image
 from cmap_defense.errors import DataError
-from cmap_defense.training.loop import TrainState
-from cmap_defense.training.objectives import ECTSettings
-from cmap_defense.training.run import train_backbone
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.ranks import Ranks, ranks
+from cmap_defense.training.budget import Budget
+from cmap_defense.training.loop import LOG_FILE, TrainState
+from cmap_defense.training.networks import NETWORKS, PRESETS
+from cmap_defense.training.objectives import OBJECTIVES
+from cmap_defense.training.run import TrainedBackbone, train_backbone
+from cmap_defense.training.settings import Execution, TrainSettings
+from cmap_defense.training.start import load_model, source_of
 
-__all__ = ["train"]
+__all__ = ["loss_chart", "train"]
 
-_LOOP, _ECT = TrainSettings(), ECTSettings()
+_LOOP = TrainSettings()
 
-
-class _Integers(click.ParamType):
-    """Comma-separated positive integers."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value in ("", "none"):
-            return ()
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a comma-separated list of integers.", param, ctx)
+PAPERS = {
+    "edm": "arXiv 2206.00364",
+    "ct": "arXiv 2303.01469",
+    "ict": "arXiv 2310.14189 (training), arXiv 2303.01469 (consistency models)",
+    "ect": "arXiv 2406.14548 (training), arXiv 2303.01469 (consistency models)",
+    "cd": "arXiv 2303.01469",
+}
+"""Where an objective comes from, for the record."""
 
 
 @click.command()
 @click.option(
-    "--data", required=True, help=f"A name ({', '.join(DATASETS)}) or an .npz file with images (uint8 [N, H, W, C])."
+    "--data",
+    required=True,
+    help=f"A name ({', '.join(DATASETS)}), an .npz file with images (uint8 [N, H, W, C]), a folder of class folders.",
 )
 @click.option("--hold-out", type=click.IntRange(0), default=0, show_default=True, help="Last images to leave out.")
+@click.option("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels.")
+@click.option("--image-channels", type=click.IntRange(1), help="Of the images: 3, or 1 to read a folder's as grey.")
+@click.option("--class-conditional", is_flag=True, help="Tell the network the labels of the data.")
 @click.option("--name", default="my-backbone", show_default=True, help="Name in the record.")
 @click.option("--description", default="", help="What it is, in the record.")
 @click.option("--licence", default="", help="Licence of the weights, in the record.")
+@click.option("--objective", type=click.Choice(list(OBJECTIVES)), default="ect", show_default=True)
+@click.option("--objective-set", type=Pair(), multiple=True, help="A setting of the objective; may be repeated.")
+@click.option("--halvings", type=click.IntRange(0), help="Of the noise levels' gap, for the objective ect.")
+@click.option("--from", "start_from", help="Start from these weights: a folder, a name or a Hub id.")
+@click.option("--teacher", help="The denoiser to distil, for the objective cd: a folder, a name or a Hub id.")
+@click.option("--network", type=click.Choice(NETWORKS), default="compact", show_default=True)
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Of the compact network.  [default: small]")
+@click.option("--set", "network_set", type=Pair(), multiple=True, help="A setting of the network; may be repeated.")
+@click.option("--channels", type=Integers(), help="Width of each level, finest first.  [default: the preset's]")
+@click.option(
+    "--attention", type=Integers(), help="Levels with attention, 0 being the finest, or none.  [default: the preset's]"
+)
+@click.option("--blocks", type=click.IntRange(1), help="Residual blocks per level.  [default: the preset's]")
+@click.option("--patch", type=click.IntRange(1), help="Space-to-depth patch.  [default: the preset's]")
 @click.option(
     "--images",
     type=click.IntRange(1),
-    default=_LOOP.images,
-    show_default=True,
-    help="Images to train on, with repetition.",
+    help=f"Images to train on, with repetition.  [default: {_LOOP.images}, or what --minutes allow]",
 )
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this call then, to be continued.")
 @click.option("--batch-size", type=click.IntRange(1), default=_LOOP.batch_size, show_default=True)
 @click.option("--learning-rate", type=float, default=_LOOP.learning_rate, show_default=True)
 @click.option(
-    "--ema-half-life", type=click.IntRange(1), default=_LOOP.ema_half_life, show_default=True, help="In images."
+    "--warmup-images", type=click.IntRange(0), default=_LOOP.warmup_images, show_default=True, help="It rises over."
+)
+@click.option("--clip-norm", type=float, default=_LOOP.clip_norm, show_default=True, help="Of the gradient.")
+@click.option(
+    "--ema-half-life",
+    "ema_half_lives",
+    type=Integers(),
+    default=",".join(map(str, _LOOP.ema_half_lives)),
+    show_default=True,
+    help="In images; several with commas, the first being kept as the backbone.",
 )
 @click.option("--flip/--no-flip", default=_LOOP.flip, show_default=True, help="Mirror each image with probability 1/2.")
-@click.option(
-    "--halvings", type=click.IntRange(0), default=_ECT.halvings, show_default=True, help="Of the noise levels' gap."
-)
-@click.option(
-    "--channels", type=_Integers(), default="32,64", show_default=True, help="Width of each level, finest first."
-)
-@click.option(
-    "--attention",
-    type=_Integers(),
-    default="1",
-    show_default=True,
-    help="Levels with attention, 0 being the finest, or none.",
-)
-@click.option("--blocks", type=click.IntRange(1), default=2, show_default=True, help="Residual blocks per level.")
-@click.option("--patch", type=click.IntRange(1), default=2, show_default=True, help="Space-to-depth patch.")
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default=_LOOP.precision, show_default=True)
 @click.option(
     "--weights",
@@ -89,102 +112,125 @@ class _Integers(click.ParamType):
 @click.option(
     "--checkpoint-every", type=click.IntRange(1), default=_LOOP.checkpoint_every, show_default=True, help="In images."
 )
-@click.option("--compile", "compile_network", is_flag=True, help="Run the network through torch.compile.")
+@click.option("--checkpoint-part-mb", type=click.IntRange(1), help="Largest file of a checkpoint.  [default: no limit]")
+@click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
+@click.option("--channels-last/--no-channels-last", default=None, help="Layout of the weights.  [default: on CUDA]")
+@click.option("--hold-images/--no-hold-images", default=None, help="All on the device.  [default: where they fit]")
 @click.option("--device", default="cpu", show_default=True, help="Where to train, such as cuda.")
 @click.option("--seed", type=click.IntRange(0), default=_LOOP.seed, show_default=True)
 @out_option()
 @json_option
-def train(
-    data: str,
-    hold_out: int,
-    name: str,
-    description: str,
-    licence: str,
-    halvings: int,
-    channels: tuple[int, ...],
-    attention: tuple[int, ...],
-    blocks: int,
-    patch: int,
-    weights: str,
-    compile_network: bool,
-    device: str,
-    out: Path,
-    as_json: bool,
-    **loop: object,
-) -> None:
-    """Train a backbone by consistency training (ECT) and write it to OUT/backbone.
+@click.pass_context
+def train(context: click.Context, out: Path, as_json: bool, **options: Any) -> None:
+    """Train a backbone and write it to OUT/backbone: a consistency model, or a denoiser (--objective edm).
 
-    Killed or interrupted, the same command continues where the last checkpoint was, and ends with the same weights.
-    OUT/samples.png shows 64 samples, always from the same noise.
+    Killed, interrupted or stopped by --minutes, the same command continues where the last checkpoint was, and ends
+    with the same weights. Under torchrun (torchrun -m cmap_defense train ...) all processes share each batch.
+    OUT/samples.png shows 64 samples, always from the same noise; OUT/loss.png the loss.
+
+    With --minutes and without --images, the training is as long as fits into the minutes; OUT/plan.json keeps that
+    length for the calls that continue it.
     """
-    where = str(checked_device(device))
-    unknown = [level for level in attention if level not in range(len(channels))]
-    if unknown:
-        raise click.BadParameter(f"there is no level {unknown[0]} of {len(channels)}.", param_hint="--attention")
-    images = load_dataset(data).images
-    if len(images) == 0:
-        raise DataError(f"{data} holds no images.")
-    if hold_out >= len(images):
-        raise DataError(f"--hold-out {hold_out} leaves nothing of the {len(images)} images.")
-    images = images[: len(images) - hold_out]
-    _, image_channels, height, width = images.shape
-    network = CompactUNetConfig(
-        image_shape=(image_channels, height, width),
-        patch=patch,
-        channels=channels,
-        blocks=blocks,
-        attention=tuple(level in attention for level in range(len(channels))),
-    )
-    settings = TrainSettings.from_dict(loop)
-    bar = progress(settings.steps, "training")
+    budget = None if options["minutes"] is None else Budget(options["minutes"])
+    with ranks() as team:
+        done = _trained(context, team, budget, out, options)
+        if team.rank != 0:
+            return
+    seen = min(done.images_seen, done.settings.images)
+    files = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png"), "loss": str(out / "loss.png")}
+    if as_json:
+        print_json(files | {"images": done.settings.images, "images_seen": seen, "finished": done.finished})
+        return
+    if not done.finished:
+        click.echo(f"Stopped after {seen} of {done.settings.images} images: the same command continues.")
+    click.echo(f"Backbone: {files['backbone']}\nSamples: {files['samples']}\nLoss: {files['loss']}")
 
-    def on_step(state: TrainState) -> None:
-        bar.update(state.step - bar.n)
-        bar.set_postfix(loss=f"{state.loss:.3f}", refresh=False)
+
+def _trained(
+    context: click.Context, team: Ranks, budget: Budget | None, out: Path, options: dict[str, Any]
+) -> TrainedBackbone:
+    own_gpu = options["device"] == "cuda" and team.world > 1
+    device = checked_device(f"cuda:{team.local}" if own_gpu else options["device"])
+    check_levels(options)
+    teacher = teacher_of(options, device)
+    objective = objective_of(options, teacher)
+    images, labels, num_classes, class_names = _data(options)
+    channels, height, width = images.shape[1:]
+    network = network_of(options, (channels, height, width), num_classes)
+    start = None if options["start_from"] is None else load_model(options["start_from"])
+    sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
+    if teacher is not None and teacher.image_shape != network.image_shape:
+        raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
+    loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
+    settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
+
+    def described(chosen: TrainSettings) -> dict[str, Any]:
+        command = recorded_command(context.command.params, context.params, chosen, network, objective)
+        training = {name: options[name] for name in ("data", "hold_out", "compile")} | {"command": command}
+        if class_names is not None:
+            training["class_names"] = list(class_names)
+        named = {name: options[name] for name in ("name", "description", "licence")}
+        return named | {"paper": PAPERS[objective.name], "training": training}
 
     def on_samples(samples: Tensor) -> None:
         write_image(sample_sheet(samples), out / "samples.png")
+        write_image(loss_chart(out / LOG_FILE), out / "loss.png")
 
-    with bar:
-        train_backbone(
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(settings.steps, "training")) if team.rank == 0 else None
+        return train_backbone(
             images,
             out,
             network=network,
-            objective=ECTSettings(halvings=halvings),
+            objective=objective,
             settings=settings,
-            described={
-                "name": name,
-                "description": description,
-                "licence": licence,
-                "paper": "arXiv 2406.14548 (training), arXiv 2303.01469 (consistency models)",
-                "training": {"command": _command(), "data": data, "hold_out": hold_out, "compile": compile_network},
-            },
-            device=where,
-            compile_network=compile_network,
-            weights_dtype=getattr(torch, weights),
-            on_step=on_step,
+            described=described,
+            labels=labels,
+            start=start,
+            sources=sources,
+            budget=budget,
+            plan=options["images"] is None,
+            execution=Execution(
+                compile=options["compile"],
+                channels_last=options["channels_last"],
+                hold_images=options["hold_images"],
+                part_mb=options["checkpoint_part_mb"],
+            ),
+            device=str(device),
+            weights_dtype=getattr(torch, options["weights"]),
+            on_step=None if bar is None else functools.partial(_advance, bar),
             on_samples=on_samples,
         )
-    written = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png"), "images": settings.images}
-    if as_json:
-        print_json(written)
-    else:
-        click.echo(f"Backbone: {written['backbone']}\nSamples: {written['samples']}")
 
 
-def _command() -> str:
-    """The command line of this training in full, without where it runs and writes."""
-    context = click.get_current_context()
-    words = ["cmap-defense train"]
-    for option in context.command.params:
-        value = context.params[option.name or ""]
-        if option.name in ("out", "as_json", "device") or value is None or value == "":
-            continue
-        if value is False:
-            words += option.secondary_opts[:1]
-            continue
-        words.append(option.opts[0])
-        if value is not True:
-            text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-            words.append(shlex.quote(text))
-    return " ".join(words)
+def _advance(bar: tqdm[Any], state: TrainState) -> None:
+    bar.total = state.steps
+    bar.update(state.step - bar.n)
+    bar.set_postfix(loss=f"{state.loss:.3f}", refresh=False)
+
+
+def _data(options: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None, Sequence[str] | None]:
+    """Images uint8 [N, C, H, W]; labels, the number of classes and their names where the network is told them."""
+    where, hold_out = options["data"], options["hold_out"]
+    data = load_dataset(where, size=options["size"], channels=options["image_channels"])
+    if len(data) == 0:
+        raise DataError(f"{where} holds no images.")
+    if hold_out >= len(data):
+        raise DataError(f"--hold-out {hold_out} leaves nothing of the {len(data)} images.")
+    kept = data[: len(data) - hold_out]
+    if not options["class_conditional"]:
+        return kept.images, None, None, None
+    return kept.images, kept.labels, classes_of(data, where), data.class_names
+
+
+def loss_chart(log: Path) -> Image.Image:
+    """The mean losses of a log over the images seen."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    last = rows[-1]["images"]
+    unit = next(10**e for e in range(18) if last < 1000 * 10**e)
+    values = [
+        next(row["loss"] for row in rows if row["images"] >= min(n * unit, last))
+        for n in range(math.ceil(last / unit) + 1)
+    ]
+    label = "images seen" if unit == 1 else f"images seen, in units of {unit:,}"
+    return chart_row({"mean loss since the last checkpoint": [Curve("loss", values)]}, x_label=label, targets={})

@@ -1,68 +1,210 @@
-"""Checkpoints that are whole or not there: written beside, then renamed; the newest whole one is loaded."""
+"""Checkpoints that are whole or not there, in files of a bounded size; the newest whole one is read.
+
+::
+
+    checkpoint-00000390/
+      index.json              step, settings, which tensor is where, SHA-256 of the parts and of all this; written last
+      part-000.safetensors    tensors, flat, and pieces of those that are larger than a part
+      part-001.safetensors
+
+The folder is written under another name and renamed. It may be carried elsewhere file by file: until all of them are
+there and unharmed, it is no checkpoint.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
-import pickle
 import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cmap_defense.errors import CheckpointError
+from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
+from cmap_defense.errors import BackboneFileError, CheckpointError
 
-__all__ = ["load_newest", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "newest_checkpoint",
+    "newest_whole",
+    "read_checkpoint",
+    "refuse_other_settings",
+    "save_checkpoint",
+    "settings_of",
+]
 
-_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+INDEX = "index.json"
+MEGABYTE = 10**6
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = ".partial"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>.pt`` and delete all but the ``keep`` newest, 1 at least."""
-    path = folder / f"checkpoint-{step:08d}.pt"
-    partial = path.with_suffix(".partial")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """step: optimiser steps done. settings: what the training was started with, by part. tensors: by name, on the
+    CPU."""
+
+    step: int
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
+    """Write ``checkpoint-<step>`` and delete all but the ``keep`` newest, 1 at least.
+
+    part_mb: largest size of a part, in 10^6 bytes; None for one part.
+
+    Raises:
+        BackboneFileError, OSError: the disk takes no more.
+    """
+    path = folder / f"checkpoint-{checkpoint.step:08d}"
+    for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
+        if _NAME.fullmatch(left_behind.name.removesuffix(_PARTIAL)):
+            shutil.rmtree(left_behind, ignore_errors=True)
+    partial = folder / (path.name + _PARTIAL)
     try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.mkdir()
+        _write(partial, checkpoint, part_mb)
+        if path.exists():  # a damaged one, or it would have been continued
+            shutil.rmtree(path)
         partial.replace(path)
+        _sync(folder)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
     for old in _checkpoints(folder)[: -max(1, keep)]:
-        old.unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def load_newest(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of the newest whole checkpoint, or None when there is none.
+def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are passed over.
 
-    Only plain tensors and containers are read (``weights_only``). Raises :class:`CheckpointError` when the
-    checkpoint was made with other settings; the message lists them.
+    Raises:
+        CheckpointError: it was made with other settings; the message lists them.
     """
+    path = newest_whole(folder)
+    if path is not None:
+        refuse_other_settings(path, settings_of(path), settings)
+    return path
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The same, whatever its settings are."""
     for path in reversed(_checkpoints(folder)):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError):
-            continue  # a damaged or foreign file: the one before it may be whole
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise CheckpointError(f"{path} is not a checkpoint of this package. Give another folder.")
-        differing = {
-            f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-            for part in settings.keys() | state["settings"].keys()
-            for old, new in [(state["settings"].get(part, {}), settings.get(part, {}))]
-            for name in old.keys() | new.keys()
-            if old.get(name) != new.get(name)
-        }
-        if differing:
-            raise CheckpointError(
-                f"{path} was made with other settings ({'; '.join(sorted(differing))}). "
-                "Give the same settings to continue it, or another folder to start afresh."
-            )
-        return state
+            for part in _read_index(path)["parts"]:
+                check_sha256(path / part["file"], part["sha256"])
+        except OSError:  # BackboneFileError is one
+            continue
+        return path
     return None
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """What the training of a checkpoint was started with, by part. Raises as :func:`read_checkpoint`."""
+    return _read_index(path)["settings"]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint's step, settings and tensors.
+
+    Raises:
+        BackboneFileError: a file is missing or damaged.
+    """
+    index = _read_index(path)
+    pieces = {part["file"]: read_safetensors(path / part["file"]) for part in index["parts"]}
+    tensors = {
+        name: torch.cat([pieces[file][key] for file, key in entry["pieces"]]).reshape(entry["shape"])
+        for name, entry in index["tensors"].items()
+    }
+    return Checkpoint(index["step"], index["settings"], tensors)
+
+
+def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises :class:`CheckpointError`, which lists what differs, unless both are the same, part by part."""
+    here = json.loads(json.dumps(here))
+    differing = {
+        f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for part in here.keys() | there.keys()
+        for old, new in [(there.get(part, {}), here.get(part, {}))]
+        for name in old.keys() | new.keys()
+        if old.get(name) != new.get(name)
+    }
+    if differing:
+        raise CheckpointError(
+            f"{path} was made with other settings ({'; '.join(sorted(differing))}). "
+            "Give the same settings to continue it, or another folder to start afresh."
+        )
+
+
+def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:
+    parts, where = [], {}
+    for number, pieces in enumerate(_parts(checkpoint.tensors, part_mb)):
+        file = f"part-{number:03d}.safetensors"
+        write_safetensors({key: piece.cpu() for key, (_, piece) in pieces.items()}, folder / file)
+        _sync(folder / file)
+        parts.append({"file": file, "sha256": sha256_of(folder / file)})
+        for key, (name, _) in pieces.items():
+            where.setdefault(name, []).append([file, key])
+    tensors = {name: {"shape": list(t.shape), "pieces": where[name]} for name, t in checkpoint.tensors.items()}
+    index = {"format": 1, "step": checkpoint.step, "settings": checkpoint.settings, "parts": parts, "tensors": tensors}
+    (folder / INDEX).write_text(json.dumps(index | {"sha256": _digest(index)}) + "\n", encoding="utf-8")
+    _sync(folder / INDEX)
+    _sync(folder)
+
+
+def _parts(tensors: Mapping[str, Tensor], part_mb: int | None) -> Iterator[dict[str, tuple[str, Tensor]]]:
+    """Flat pieces of the tensors, as many as fit a file with its header: key -> (name of the tensor, piece)."""
+    room = limit = sys.maxsize if part_mb is None else part_mb * MEGABYTE - 1024
+    pieces: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        flat, begin = tensor.detach().flatten(), 0
+        while begin < len(flat) or (begin == 0 and not len(flat)):
+            heading = len(name.encode()) + 192  # of the piece in the file's header
+            if room < heading + flat.itemsize:
+                yield pieces
+                pieces, room = {}, limit
+            count = min(len(flat) - begin, (room - heading) // flat.itemsize)
+            pieces[f"{name}#{begin}"] = (name, flat[begin : begin + count])
+            room -= heading + count * flat.itemsize
+            begin += max(1, count)
+    yield pieces
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneFileError(f"{path / INDEX} cannot be read ({error}).") from error
+    if not isinstance(index, dict) or index.get("format") != 1:
+        raise BackboneFileError(f"{path / INDEX} is no index of a checkpoint of format 1.")
+    if index.pop("sha256", None) != _digest(index):
+        raise BackboneFileError(f"{path / INDEX} is damaged: its SHA-256 is not that of its content.")
+    return index
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """To the disk itself, a file or the names in a folder, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    found = [(match, path) for path in folder.glob("checkpoint-*.pt") if (match := _NAME.fullmatch(path.name))]
+    found = [(match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]

@@ -1,195 +1,190 @@
-"""The training loop: a function of (network, images, settings, folder) that continues where it was stopped.
+"""The training loop: a function of (model, images, settings, folder) that continues where it was stopped.
 
 Every draw is a function of (seed, step), so a killed and continued training ends with the same weights, bit for bit
-on the same machine with the same number of threads.
+on the same machine with the same number of threads. Under torchrun the processes share each batch: they end with the
+weights that one process would have, up to rounding (and but for dropout, whose masks each process draws by itself), and
+a training may be continued by another number of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmap_defense.backbones.karras import ConsistencyBackbone
-from cmap_defense.errors import DataError
-from cmap_defense.rng import generator_for
-from cmap_defense.training.checkpoint import load_newest, save_checkpoint
+from cmap_defense.errors import CheckpointError, DataError
+from cmap_defense.ranks import Ranks, ranks
+from cmap_defense.training.budget import Budget
+from cmap_defense.training.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    refuse_other_settings,
+    save_checkpoint,
+)
 from cmap_defense.training.ema import EMA
-from cmap_defense.training.objectives import Batch, Objective
-from cmap_defense.training.order import DataOrder
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.learner import Learner
+from cmap_defense.training.log import LossLog
+from cmap_defense.training.models import Model
+from cmap_defense.training.objectives import Objective
+from cmap_defense.training.settings import Execution, TrainSettings
 
-__all__ = ["TrainState", "train"]
+__all__ = ["LOG_FILE", "TrainState", "Trained", "check_data", "train"]
+
+LOG_FILE = "log.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What ``on_step`` sees after each optimiser step: steps done, of how many, and the mean loss of the step."""
+    """What ``on_step`` sees after each optimiser step: steps done, of how many, and the newest mean loss that is known.
+
+    On the CPU it is the loss of this step. On CUDA it is read every 50 steps, so that no step waits for the device.
+    """
 
     step: int
     steps: int
     loss: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """step: optimiser steps done, of ``steps``; fewer where a budget was spent. averages: the averaged weights, one per
+    half-life of the settings."""
+
+    step: int
+    steps: int
+    averages: tuple[EMA, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+
 def train(
-    backbone: ConsistencyBackbone,
+    model: Model,
     images: Tensor,
     objective: Objective,
     settings: TrainSettings,
     folder: Path,
     *,
-    described: dict[str, Any],
+    described: Mapping[str, Any],
+    labels: Tensor | None = None,
+    budget: Budget | None = None,
+    execution: Execution | None = None,
     on_step: Callable[[TrainState], None] | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
-) -> EMA:
-    """Train ``backbone`` in place and return the averaged weights.
+) -> Trained:
+    """Train ``model`` in place and return the averaged weights.
+
+    Under torchrun every process calls this with the same arguments, and ``folder`` is one that all of them see; the
+    first one alone writes, and calls ``on_checkpoint``.
 
     Args:
-        backbone: fresh; its weights are overwritten by the checkpoint's when ``folder`` holds one.
-        images: uint8 [N, C, H, W], the training set, kept where it is.
+        model: fresh, of the objective's kind; its weights are overwritten by the checkpoint's when ``folder`` holds
+            one.
+        images: uint8 [N, C, H, W], the training set, on the CPU.
         objective: losses per image.
         settings: of the loop.
         folder: receives checkpoints and ``log.jsonl`` (one line per checkpoint: step, mean loss since the last).
-        described: further settings by part name; a checkpoint made with others is refused.
+        described: further settings by part name, as JSON; a checkpoint made with others is refused.
+        labels: int64 [N], for a class-conditional model.
+        budget: when it is spent, the training stops after the step, with a checkpoint, and can be continued.
+        execution: how it is carried out.
         on_step: called after each step.
-        on_checkpoint: called after each checkpoint with the steps done, the averages being in ``backbone`` meanwhile.
+        on_checkpoint: called after each checkpoint with the steps done, the averages of the first half-life being in
+            ``model`` meanwhile.
 
     Raises:
-        DataError: the images do not fit the backbone.
-        CheckpointError: ``folder`` belongs to a training with other settings.
+        DataError: images or labels do not fit the model.
+        SettingsError: the objective trains another kind of model, or there are more processes than images in a batch.
+        CheckpointError: ``folder`` belongs to a training with other settings, or the loss is infinite or no number.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(backbone.image_shape):
+    check_data(model, images, labels)
+    execution = execution or Execution()
+    with ranks() as team:
+        learner = Learner(model, images, labels, objective, settings, execution, team)
+        described = {"train": settings.to_dict(), **described}
+        newest = team.by_first(functools.partial(_opened, folder, described))
+        _agree(team, folder, described)
+        step = 0
+        if newest is not None:
+            checkpoint = read_checkpoint(newest)
+            step = checkpoint.step
+            learner.load(checkpoint.tensors)
+        log = LossLog(folder / LOG_FILE, learner.device)
+        model.train()
+        late = False
+        while step < settings.steps and not late:
+            loss = learner.step(step)
+            step += 1
+            log.add(loss)
+            if on_step is not None:
+                on_step(TrainState(step, settings.steps, log.newest))
+            late = budget is not None and team.shared(budget.left <= 0)
+            if step % settings.checkpoint_steps == 0 or step == settings.steps or late:
+                mean, state = log.mean(), Checkpoint(step, described, learner.tensors())
+                team.by_first(functools.partial(log.write, step, step * settings.batch_size, mean))
+                team.by_first(functools.partial(save_checkpoint, folder, state, part_mb=execution.part_mb))
+                if on_checkpoint is not None:
+                    team.by_first(functools.partial(_shown, learner, on_checkpoint, step))
+        return Trained(step, settings.steps, learner.averages)
+
+
+def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
+    """Raises :class:`DataError` unless these are images, and labels, that the model can be trained on."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
         raise DataError(
-            f"Training images must be uint8 [N, {', '.join(map(str, backbone.image_shape))}], "
+            f"Training images must be uint8 [N, {', '.join(map(str, model.image_shape))}], "
             f"but are {images.dtype} {list(images.shape)}."
         )
     if len(images) == 0:
         raise DataError("The training set is empty.")
+    if (labels is None) != (model.num_classes is None):
+        needed = "needs labels" if labels is None else "takes no labels"
+        raise DataError(f"A model with num_classes={model.num_classes} {needed}.")
+    if labels is None:
+        return
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise DataError(f"Labels must be int64 [{len(images)}], but are {labels.dtype} {list(labels.shape)}.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= (model.num_classes or 0):
+        raise DataError(f"Labels go from {low} to {high}, but the model has {model.num_classes} classes.")
+
+
+def _opened(folder: Path, described: Mapping[str, Any]) -> Path | None:
+    """The folder's newest checkpoint; the folder is made when it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"train": settings.to_dict(), **described}
-    device = next(backbone.parameters()).device
-
-    ema = EMA(backbone, settings.ema_half_life)
-    optimiser = torch.optim.Adam(backbone.parameters(), lr=settings.learning_rate, betas=settings.betas)
-    order = DataOrder(len(images), settings.batch_size, settings.seed)
-    step = 0
-    since: list[float] = []  # losses since the last checkpoint
-    state = load_newest(folder, described)
-    if state is not None:
-        step = state["step"]
-        backbone.load_state_dict(state["weights"])
-        optimiser.load_state_dict(state["optimiser"])
-        ema.load(state["ema"])
-
-    every = max(1, settings.checkpoint_every // settings.batch_size)
-    backbone.train()
-    while step < settings.steps:
-        loss = _step(backbone, images, objective, settings, optimiser, order, step, device)
-        step += 1
-        ema.update(backbone, batch_size=settings.batch_size, images_seen=step * settings.batch_size)
-        since.append(loss)
-        if on_step is not None:
-            on_step(TrainState(step, settings.steps, loss))
-        if step % every == 0 or step == settings.steps:
-            mean = math.fsum(since) / len(since)
-            since = []
-            _log(folder / "log.jsonl", {"step": step, "images": step * settings.batch_size, "loss": mean})
-            save_checkpoint(
-                folder,
-                step,
-                {
-                    "step": step,
-                    "settings": described,
-                    "weights": backbone.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "ema": ema.weights,
-                },
-            )
-            if on_checkpoint is not None:
-                with _averaged(backbone, ema):
-                    on_checkpoint(step)
-    return ema
+    return newest_checkpoint(folder, described)
 
 
-def learning_rate(settings: TrainSettings, images_seen: float) -> float:
-    """Linear warm-up, then a half cosine to zero at the end of the training."""
-    rise = min(1.0, (images_seen + settings.batch_size) / max(1, settings.warmup_images))
-    return settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / settings.images)))
-
-
-def _step(
-    backbone: ConsistencyBackbone,
-    images: Tensor,
-    objective: Objective,
-    settings: TrainSettings,
-    optimiser: torch.optim.Optimizer,
-    order: DataOrder,
-    step: int,
-    device: torch.device,
-) -> float:
-    generator = generator_for(settings.seed, 2, step)
-    batch = images[order.batch(step)].to(device).float() / 127.5 - 1
-    if settings.flip:
-        mirrored = torch.rand(len(batch), generator=generator) < 0.5
-        batch = torch.where(mirrored[:, None, None, None].to(device), batch.flip(-1), batch)
-    uniform = torch.rand(len(batch), generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-    z = torch.randn(batch.shape, generator=generator)
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(settings, step * settings.batch_size)
-    with (
-        _seeded(device, generator_for(settings.seed, 3, step).initial_seed()),
-        torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"),
-    ):
-        drawn = Batch(batch, z.to(device), uniform.to(device), step / settings.steps)
-        losses = objective.losses(backbone.denoise, drawn, backbone.noise, backbone.denoise)
-    loss = losses.mean()
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(backbone.parameters(), settings.clip_norm)
-    optimiser.step()
-    return loss.item()
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global generators, which dropout draws from, seeded; as they were afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-class _averaged:
-    """The averaged weights in the module, its own back afterwards."""
-
-    def __init__(self, backbone: ConsistencyBackbone, ema: EMA) -> None:
-        self.backbone, self.ema = backbone, ema
-
-    def __enter__(self) -> None:
-        self.own = {name: p.detach().clone() for name, p in self.backbone.named_parameters()}
-        self.ema.copy_to(self.backbone)
-        self.backbone.eval()
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, p in self.backbone.named_parameters():
-            p.copy_(self.own[name])
-        self.backbone.train()
-
-
-def _log(path: Path, row: dict[str, Any]) -> None:
-    """Append one line, dropping lines of the same or later steps that a killed run left behind."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [old for old in rows if old["step"] < row["step"]] + [row]
-    partial = path.with_suffix(".partial")
+def _agree(team: Ranks, folder: Path, described: Mapping[str, Any]) -> None:
+    """All ranks were started with the settings of the first; all of them raise where not."""
+    other = None
     try:
-        partial.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        partial.replace(path)
+        refuse_other_settings(folder, team.shared(described), described)
+    except CheckpointError as error:
+        other = f"Rank {team.rank} was started with other settings than the first: {error}"
+    refusal = team.first_of(other)
+    if refusal is not None:
+        raise CheckpointError(refusal)
+
+
+def _shown(learner: Learner, on_checkpoint: Callable[[int], None], step: int) -> None:
+    """Call ``on_checkpoint`` with the averages in the model, in eval mode, its own weights being back afterwards."""
+    model = learner.model
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    try:
+        learner.averages[0].copy_to(model)
+        model.eval()
+        on_checkpoint(step)
     finally:
-        partial.unlink(missing_ok=True)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(own[name])
+        model.train()

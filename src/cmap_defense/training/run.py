@@ -1,9 +1,11 @@
-"""A whole training: data, network, loop, and a backbone folder with a sample sheet at every checkpoint."""
+"""A whole training: data, network, loop, and a backbone folder with samples at every checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,97 +13,147 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.folder import write_backbone
-from cmap_defense.backbones.karras import ConsistencyBackbone
-from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
-from cmap_defense.rng import draw_latents
-from cmap_defense.training.loop import TrainState, train
-from cmap_defense.training.objectives import ECT, ECTSettings
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.backbones.karras import KarrasModel, NoiseRange
+from cmap_defense.ranks import ranks
+from cmap_defense.training.budget import Budget
+from cmap_defense.training.learner import Learner
+from cmap_defense.training.loop import TrainState, check_data, train
+from cmap_defense.training.models import MODELS, Model
+from cmap_defense.training.networks import Network
+from cmap_defense.training.objectives import Objective
+from cmap_defense.training.plan import planned
+from cmap_defense.training.samples import sample_grid
+from cmap_defense.training.settings import Execution, TrainSettings
+from cmap_defense.training.start import load_weights
 
-__all__ = ["sample_grid", "train_backbone"]
+__all__ = ["TrainedBackbone", "train_backbone"]
 
-SAMPLES = 64
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedBackbone:
+    """What :func:`train_backbone` leaves: the model with the averaged weights in eval mode, the settings with the
+    length that was trained for, images seen, and whether these are all."""
+
+    model: Model
+    settings: TrainSettings
+    images_seen: int
+    finished: bool
 
 
 def train_backbone(
     images: Tensor,
     folder: Path,
     *,
-    network: CompactUNetConfig,
-    objective: ECTSettings,
+    network: Network,
+    objective: Objective,
     settings: TrainSettings,
-    described: dict[str, Any],
+    described: Callable[[TrainSettings], dict[str, Any]],
+    labels: Tensor | None = None,
+    start: KarrasModel | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
+    budget: Budget | None = None,
+    plan: bool = False,
+    execution: Execution | None = None,
     device: str = "cpu",
-    compile_network: bool = False,
     weights_dtype: torch.dtype = torch.float32,
     on_step: Callable[[TrainState], None] | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
-) -> ConsistencyBackbone:
-    """Train a backbone by consistency training, or continue a training, and write ``folder/backbone``.
+) -> TrainedBackbone:
+    """Train a backbone, or continue a training, and write ``folder/backbone``.
+
+    Under torchrun every process calls this, and the first one writes.
 
     Args:
         images: uint8 [N, C, H, W].
-        folder: of the training: checkpoints, log, and ``backbone/``, which is written anew at every checkpoint.
+        folder: of the training: checkpoints, log, and ``backbone/``, which is written anew at every checkpoint. At the
+            end ``backbone-<half-life>/`` holds the averages of each further half-life.
         network, objective, settings: what is trained, on what loss, how long.
-        described: fields of the record (``name`` at least); what the training saw belongs in ``training``.
+        described: fields of the record (``name`` at least) for the settings with the length that was chosen; what the
+            training saw belongs in ``training``.
+        labels: int64 [N], for a class-conditional network.
+        start: a model of the same network, whose weights are the first ones; None for fresh weights.
+        sources: where other weights came from, such as those of ``start``: by role, name and checksum; for the record,
+            and to refuse a checkpoint that was made with others.
+        budget: when it is spent, the training stops with a checkpoint and the backbone as it is then.
+        plan: choose the length so that the training ends inside the budget, see
+            :func:`~cmap_defense.training.plan.planned`.
+        execution: how it is carried out.
         device: where to train.
-        compile_network: run the network through torch.compile.
         weights_dtype: precision of the written weights.
         on_step: called after every step.
         on_samples: called at every checkpoint with 64 samples [64, C, H, W] in [0, 1], always from the same noise.
 
-    Returns:
-        The backbone with the averaged weights, in eval mode.
-
     Raises:
         DataError: the images do not fit the network.
-        CheckpointError: the folder belongs to a training with other settings.
+        SettingsError: ``start`` is of another network.
+        CheckpointError: the folder belongs to a training with other settings, or the training has diverged.
     """
+    execution = execution or Execution()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        backbone = ConsistencyBackbone(CompactUNet(network), network.image_shape).to(device)
-    if compile_network:
-        backbone.network.compile()
-    settings_by_part = {
-        "objective": objective.to_dict(),
-        "network": network.to_dict(),
-        "data": {"images": len(images), "sha256": hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()},
+        torch.default_generator.manual_seed(settings.seed)
+        built = network.build()
+    noise = NoiseRange() if start is None else start.noise
+    model = MODELS[objective.kind](built, network.image_shape, noise, network.num_classes)
+    if start is not None:
+        load_weights(model, start)
+    model = model.to(device)
+    check_data(model, images, labels)
+    parts = {
+        "objective": objective.describe(),
+        "network": network.describe(),
+        "data": _fingerprint(images, labels),
+        **(sources or {}),
     }
-    record = dict(described)
-    record["training"] = {
-        **record.get("training", {}),
-        "train": settings.to_dict(),
-        "objective": {"name": "ECT", **objective.to_dict()},
-        "images": len(images),
-    }
+    with ranks() as team:
+        if budget is not None and plan:
+            learner = Learner(model, images, labels, objective, settings, execution, team)
+            settings = planned(learner, folder, parts, budget, execution)
+            del learner
+        record = described(settings)
+        record["training"] = {
+            **record.get("training", {}),
+            **(sources or {}),
+            "train": settings.to_dict(),
+            "objective": objective.describe(),
+            "images": len(images),
+        }
 
-    def checkpoint(step: int) -> None:
-        seen = {"images_seen": step * settings.batch_size}
-        write_backbone(
-            backbone, folder / "backbone", dtype=weights_dtype, **{**record, "training": record["training"] | seen}
+        def write(step: int, name: str = "backbone") -> None:
+            seen = {"images_seen": step * settings.batch_size}
+            fields = record | {"training": record["training"] | seen}
+            write_backbone(model, folder / name, dtype=weights_dtype, **fields)
+
+        def checkpoint(step: int) -> None:
+            write(step)
+            if on_samples is not None:
+                on_samples(sample_grid(model))
+
+        trained = train(
+            model,
+            images,
+            objective,
+            settings,
+            folder,
+            described=parts,
+            labels=labels,
+            budget=budget,
+            execution=execution,
+            on_step=on_step,
+            on_checkpoint=checkpoint,
         )
-        if on_samples is not None:
-            on_samples(sample_grid(backbone))
-
-    ema = train(
-        backbone,
-        images,
-        ECT(objective),
-        settings,
-        folder,
-        described=settings_by_part,
-        on_step=on_step,
-        on_checkpoint=checkpoint,
-    )
-    ema.copy_to(backbone)
-    backbone.eval()
-    checkpoint(settings.steps)  # also where a kill came between the last checkpoint and its backbone
-    return backbone
+        model.eval()
+        for average in reversed(trained.averages):
+            average.copy_to(model)
+            if trained.finished and average is not trained.averages[0]:
+                team.by_first(functools.partial(write, trained.step, f"backbone-{average.half_life}"))
+        if trained.finished:  # also where a kill came between the last checkpoint and its backbone
+            team.by_first(functools.partial(checkpoint, trained.step))
+    return TrainedBackbone(model, settings, trained.step * settings.batch_size, trained.finished)
 
 
-@torch.no_grad()
-def sample_grid(backbone: ConsistencyBackbone, seed: int = 0) -> Tensor:
-    """64 one-step samples [64, C, H, W] in [0, 1], always from the same noise."""
-    latents = draw_latents(torch.tensor([seed]), SAMPLES, backbone.image_shape)[0]
-    device = next(backbone.parameters()).device
-    return (backbone.generate(latents.to(device)) + 1) / 2
+def _fingerprint(images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    """Number and SHA-256 of the images, with their labels where they are used."""
+    digest = hashlib.sha256()
+    for tensor in (images,) if labels is None else (images, labels):
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return {"images": len(images), "sha256": digest.hexdigest()}

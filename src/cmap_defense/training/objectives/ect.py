@@ -13,15 +13,15 @@ from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import Settings, require_integer, require_number
 from cmap_defense.training.objectives.base import Batch, Denoise, Objective
-from cmap_defense.training.objectives.distances import pseudo_huber
+from cmap_defense.training.objectives.ict import ict_loss
 from cmap_defense.training.objectives.levels import lognormal_levels
 
-__all__ = ["ECT", "ECTSettings", "ect_loss", "ect_previous_level", "ect_stage"]
+__all__ = ["ECT", "ECTSettings", "ect_previous_level", "ect_stage"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ECTSettings(Settings):
-    """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548), from scratch.
+    """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548); the defaults are for a training from scratch.
 
     sigma_mean, sigma_std: of ln sigma, a normal distribution, then clamped to the noise range.
     halvings: how often the gap between the two noise levels is halved over training; stage 0 is a denoiser.
@@ -52,7 +52,13 @@ class ECTSettings(Settings):
 
 
 class ECT(Objective):
-    """Pairs of noise levels (t, r) whose gap halves again and again; the first stage is a denoiser."""
+    """Pairs of noise levels (t, r) whose gap halves again and again; the first stage is a denoiser.
+
+    The loss is that of improved consistency training, :func:`~cmap_defense.training.objectives.ict.ict_loss`.
+
+    A training may start from the weights of a denoiser (:class:`~cmap_defense.training.objectives.edm.EDM`): D and f
+    are the same network, whose scalings differ by sigma_min alone, and D is what the first stage comes to.
+    """
 
     name = "ect"
     kind = "consistency"
@@ -64,21 +70,7 @@ class ECT(Objective):
         s = self.settings
         t = lognormal_levels(batch.uniform, s.sigma_mean, s.sigma_std, noise)
         r = ect_previous_level(t, ect_stage(batch.progress, s), s, noise.sigma_min)
-        return ect_loss(model, target, batch.images, batch.z, t, r, huber=s.huber)
-
-
-def ect_loss(
-    model: Denoise, target: Denoise, images: Tensor, z: Tensor, t: Tensor, r: Tensor, *, huber: float
-) -> Tensor:
-    """d(f(x + t z, t), f(x + r z, r)) / (t - r) per image, no gradient through the second; arXiv 2310.14189, eq. 7.
-
-    images, z: [B, C, H, W]. t, r: [B], r below t. huber: c of the Pseudo-Huber distance.
-    """
-    level = (slice(None), None, None, None)
-    ahead = model(images + t[level] * z, t)
-    with torch.no_grad():
-        behind = target(images + r[level] * z, r)
-    return pseudo_huber(ahead, behind, huber) / (t - r)
+        return ict_loss(model, target, batch.images, batch.z, t, r, huber=s.huber)
 
 
 def ect_stage(progress: float, settings: ECTSettings) -> int:

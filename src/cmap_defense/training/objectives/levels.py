@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.karras import NoiseRange
+from cmap_defense.backbones.karras import NoiseRange, karras_levels
+from cmap_defense.errors import SettingsError
 
-__all__ = ["lognormal_levels"]
+__all__ = ["adjacent_levels", "lognormal_index", "lognormal_levels", "uniform_index"]
 
 
 def lognormal_levels(uniform: Tensor, mean: float, std: float, noise: NoiseRange) -> Tensor:
@@ -15,3 +18,35 @@ def lognormal_levels(uniform: Tensor, mean: float, std: float, noise: NoiseRange
     and sigma_max at most. uniform: [B] in (0, 1)."""
     log_sigma = mean + std * torch.special.ndtri(uniform.double())
     return log_sigma.exp().clamp(noise.sigma_min * (1 + 1e-3), noise.sigma_max).float()
+
+
+def uniform_index(uniform: Tensor, count: int) -> Tensor:
+    """[B] integers from 0 to count - 1, all equally likely. uniform: [B] in (0, 1)."""
+    return (uniform.double() * count).long().clamp_max(count - 1)
+
+
+def lognormal_index(uniform: Tensor, levels: Sequence[float], mean: float, std: float) -> Tensor:
+    """[B] integers i from 0 to len(levels) - 2, drawn as ln sigma ~ N(mean, std^2) falls between ln levels[i] and
+    ln levels[i + 1], given that it falls between the first and the last (arXiv 2310.14189, Table 1):
+
+    p(i) ~ erf((ln sigma_i+1 - mean) / (sqrt 2 std)) - erf((ln sigma_i - mean) / (sqrt 2 std)).
+
+    uniform: [B] in (0, 1). levels: at least two, rising. Raises SettingsError when no level has any probability.
+    """
+    below = torch.erf((torch.tensor(levels, dtype=torch.float64).log() - mean) / (2**0.5 * std))
+    if not below[-1] > below[0]:
+        raise SettingsError(
+            f"ln sigma ~ N({mean:g}, {std:g}^2) never falls between the noise levels {levels[0]:g} and {levels[-1]:g}: "
+            "choose another sigma_mean or a larger sigma_std."
+        )
+    reached = (below - below[0]) / (below[-1] - below[0])  # probability of the intervals below a level
+    return torch.searchsorted(reached[1:-1].to(uniform.device), uniform.double().contiguous(), right=True)
+
+
+def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) -> tuple[Tensor, Tensor]:
+    """t_n+1 and t_n, each [B] in float32, of ``count`` Karras levels t_1 = sigma_min .. t_count = sigma_max.
+
+    index: [B] integers n - 1, from 0 to count - 2.
+    """
+    levels = torch.tensor(karras_levels(count, noise, rho=rho), dtype=torch.float32, device=index.device)
+    return levels[index + 1], levels[index]

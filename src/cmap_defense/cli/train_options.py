@@ -1,0 +1,180 @@
+"""What the options of ``cmap-defense train`` mean: a network, an objective, a command line that says it all again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+import torch
+
+from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
+from cmap_defense.data import LabelledImages
+from cmap_defense.errors import DataError
+from cmap_defense.training.networks import PRESETS, Network
+from cmap_defense.training.objectives import OBJECTIVES, Objective
+from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.start import load_model
+
+__all__ = [
+    "Integers",
+    "Pair",
+    "check_levels",
+    "classes_of",
+    "network_of",
+    "objective_of",
+    "recorded_command",
+    "teacher_of",
+]
+
+COMPACT = ("preset", "channels", "attention", "blocks", "patch")
+"""Options that belong to the compact network."""
+
+SAID_OTHERWISE = (*COMPACT, "halvings")
+"""Options that stand in a recorded command as ``--set`` and ``--objective-set``."""
+
+ELSEWHERE = ("out", "as_json", "device", "minutes", "checkpoint_part_mb", "hold_images", "channels_last")
+"""Options that say where a training runs and what it may take, and not what it is."""
+
+
+class Integers(click.ParamType):
+    """Comma-separated integers."""
+
+    name = "integers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value in ("", "none"):
+            return ()
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of integers.", param, ctx)
+
+
+class Pair(click.ParamType):
+    """``key=value``, the value in JSON, or else text as it is."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r} is not key=value.", param, ctx)
+        try:
+            return key, json.loads(text)
+        except ValueError:
+            return key, text
+
+
+def check_levels(options: Mapping[str, Any]) -> None:
+    """Raises click.BadParameter for attention at a level that is not there, before any data are read."""
+    levels = len(options["channels"] or PRESETS[options["preset"] or "small"]["channels"])
+    unknown = [level for level in options["attention"] or () if level not in range(levels)]
+    if unknown:
+        raise click.BadParameter(f"there is no level {unknown[0]} of {levels}.", param_hint="--attention")
+
+
+def network_of(options: Mapping[str, Any], image_shape: tuple[int, int, int], num_classes: int | None) -> Network:
+    """The network that --network, --set and the compact network's own options describe."""
+    name, changes = options["network"], _once(options["network_set"], "--set")
+    if name == "compact":
+        changes = _compact(options) | changes
+    else:
+        given = [option for option in COMPACT if options[option] is not None]
+        if given:
+            raise click.UsageError(f"--{given[0]} belongs to the compact network: use --set for those of {name}.")
+    return Network.named(name, image_shape, changes, num_classes=num_classes)
+
+
+def _compact(options: Mapping[str, Any]) -> dict[str, Any]:
+    changes = dict(PRESETS[options["preset"] or "small"])
+    given = {name: options[name] for name in ("channels", "blocks", "patch") if options[name] is not None}
+    levels, flags = len(given.get("channels", changes["channels"])), changes["attention"]
+    attended = options["attention"]
+    if attended is None:
+        attended = [level for level, flag in enumerate(flags) if flag]
+    return changes | given | {"attention": tuple(level in attended for level in range(levels))}
+
+
+def objective_of(options: Mapping[str, Any], teacher: EDMDenoiser | None) -> Objective:
+    """The objective that --objective and --objective-set describe."""
+    name, values = options["objective"], _once(options["objective_set"], "--objective-set")
+    if options["halvings"] is not None:
+        if name != "ect" or "halvings" in values:
+            raise click.UsageError("--halvings is --objective-set halvings=..., of the objective ect.")
+        values["halvings"] = options["halvings"]
+    make, settings = OBJECTIVES[name]
+    if name != "cd":
+        return make(settings.from_dict(values))
+    assert teacher is not None
+    assert teacher.record is not None
+    return make(settings.from_dict(values), teacher=teacher.denoise, teacher_name=teacher.record.name)
+
+
+def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser | None:
+    """The denoiser that --teacher names, for the objective cd; None for the other objectives."""
+    if (options["objective"] == "cd") != (options["teacher"] is not None):
+        raise click.UsageError("--teacher names what --objective cd distils: they go together.")
+    if options["teacher"] is None:
+        return None
+    teacher: KarrasModel = load_model(options["teacher"])
+    if not isinstance(teacher, EDMDenoiser):
+        raise click.BadParameter("this is a consistency model, not a denoiser.", param_hint="--teacher")
+    if teacher.num_classes is not None:
+        raise click.BadParameter("a class-conditional teacher cannot be distilled.", param_hint="--teacher")
+    return teacher.to(device)
+
+
+def classes_of(data: LabelledImages, where: str) -> int:
+    """The number of classes of a data set. Raises DataError when there are not two."""
+    count = len(data.class_names) if data.class_names is not None else int(data.labels.max()) + 1
+    if count < 2:
+        raise DataError(f"{where} has no labels of several classes, which --class-conditional needs.")
+    return count
+
+
+def recorded_command(
+    parameters: Sequence[click.Parameter],
+    options: Mapping[str, Any],
+    settings: TrainSettings,
+    network: Network,
+    objective: Objective,
+) -> str:
+    """The command line of a training in full, without where it runs and writes.
+
+    parameters: of the command. options: their values. settings, network, objective: what they came to.
+    """
+    values = dict(options) | dict.fromkeys((*SAID_OTHERWISE, *ELSEWHERE))
+    values["images"] = settings.images
+    values["network_set"] = tuple(network.changes.items())
+    values["objective_set"] = tuple(objective.settings.to_dict().items())
+    words = ["cmap-defense train"]
+    for parameter in parameters:
+        value = values[parameter.name or ""]
+        if value is None or value == "":
+            continue
+        if isinstance(parameter.type, Pair):
+            for key, item in value:
+                words += [parameter.opts[0], shlex.quote(f"{key}={json.dumps(item, separators=(',', ':'))}")]
+        elif value is False:
+            words += parameter.secondary_opts[:1]
+        else:
+            words.append(parameter.opts[0])
+            if value is not True:
+                text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+                words.append(shlex.quote(text))
+    return " ".join(words)
+
+
+def _once(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Pairs as a mapping. Raises click.BadParameter where a key comes twice."""
+    twice = [key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number])]
+    if twice:
+        raise click.BadParameter(f"{twice[0]} is set twice.", param_hint=option)
+    return dict(pairs)

@@ -1,0 +1,210 @@
+"""Networks by name, and the weights that a training starts from.
+
+"compact" is this project's U-Net, "ncsnpp" that of the published CIFAR-10 models (arXiv 2303.01469, appendix C),
+"imagenet64" that of the published ImageNet-64 models (the same appendix; Dhariwal and Nichol 2021, arXiv 2105.05233),
+built by the diffusers library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from cmap_defense.backbones.diffusers import fresh_unet
+from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
+from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.errors import SettingsError, UnknownNameError
+from cmap_defense.modules import building
+from cmap_defense.settings import Settings, near_matches, require_integer, require_number
+
+__all__ = ["NETWORKS", "PRESETS", "Network", "UNet64Config"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "small": MappingProxyType({"channels": (32, 64), "attention": (False, True)}),
+        "cifar10": MappingProxyType(
+            {
+                "patch": 1,
+                "channels": (64, 128, 128),
+                "blocks": 3,
+                "attention": (False, True, True),
+                "head_channels": 64,
+                "embedding": 256,
+            }
+        ),
+    }
+)
+"""Configurations of the compact network by name: changes to the defaults of ``CompactUNetConfig``.
+
+"small" has 1 million parameters; "cifar10" has 9.6 million, for images 3 x 32 x 32.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNet64Config(Settings):
+    """The U-Net of the published ImageNet-64 models; the defaults are theirs.
+
+    image_shape: (C, H, W), H and W multiples of 2^(levels - 1). channels: width of each level, finest first.
+    blocks: residual blocks per level on the way down (one more on the way up).
+    attention: for each level, whether its blocks are followed by self-attention. head_channels: of one attention head.
+    groups: of the group normalisations. dropout: in the blocks. num_classes: None for an unconditional network.
+    """
+
+    image_shape: tuple[int, int, int] = (3, 64, 64)
+    channels: tuple[int, ...] = (192, 384, 576, 768)
+    blocks: int = 3
+    attention: tuple[bool, ...] = (False, True, True, True)
+    head_channels: int = 64
+    groups: int = 32
+    dropout: float = 0.0
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_shape", "channels", "attention"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not value:
+                raise SettingsError(f"UNet64Config.{name} must be a sequence, but is {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if len(self.image_shape) != 3:
+            raise SettingsError(f"UNet64Config.image_shape must be (C, H, W), but is {self.image_shape!r}.")
+        for name in ("image_shape", "channels"):
+            for size in getattr(self, name):
+                require_integer("UNet64Config", name, size, minimum=1)
+        for name in ("blocks", "head_channels", "groups"):
+            require_integer("UNet64Config", name, getattr(self, name), minimum=1)
+        require_number("UNet64Config", "dropout", self.dropout, minimum=0.0, below=1.0)
+        if self.num_classes is not None:
+            require_integer("UNet64Config", "num_classes", self.num_classes, minimum=1)
+        if len(self.attention) != len(self.channels) or not all(isinstance(flag, bool) for flag in self.attention):
+            raise SettingsError(
+                f"UNet64Config.attention must be one boolean per level, {len(self.channels)} in all, but is "
+                f"{self.attention!r}."
+            )
+        attended = {c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]}
+        for unit, name, widths in (
+            (self.groups, "groups", self.channels),
+            (self.head_channels, "head_channels", attended),
+        ):
+            unfit = [width for width in widths if width % unit]
+            if unfit:
+                raise SettingsError(f"UNet64Config.{name} ({unit}) must divide {unfit[0]} channels.")
+        unit = 2 ** (len(self.channels) - 1)
+        if self.image_shape[1] % unit or self.image_shape[2] % unit:
+            raise SettingsError(f"UNet64Config: image sides {self.image_shape[1:]} must be multiples of {unit}.")
+
+    def to_unet(self) -> dict[str, Any]:
+        """The same as a configuration of diffusers' UNet2DModel."""
+        colours, height, width = self.image_shape
+        return {
+            "sample_size": height if height == width else [height, width],
+            "in_channels": colours,
+            "out_channels": colours,
+            "layers_per_block": self.blocks,
+            "block_out_channels": list(self.channels),
+            "down_block_types": ["AttnDownBlock2D" if flag else "ResnetDownsampleBlock2D" for flag in self.attention],
+            "up_block_types": ["AttnUpBlock2D" if f else "ResnetUpsampleBlock2D" for f in reversed(self.attention)],
+            "downsample_type": "resnet",
+            "upsample_type": "resnet",
+            "resnet_time_scale_shift": "scale_shift",
+            "attention_head_dim": self.head_channels,
+            "dropout": self.dropout,
+            "num_class_embeds": self.num_classes,
+            "norm_num_groups": self.groups,
+            "attn_norm_num_groups": self.groups,
+            "norm_eps": 1e-5,
+        }
+
+
+def _ncsnpp(image_shape: tuple[int, int, int], num_classes: int | None, changes: dict[str, Any]) -> NCSNppConfig:
+    channels, height, width = image_shape
+    if height != width:
+        raise SettingsError(f"The network ncsnpp takes square images, but these are {height} x {width}.")
+    if num_classes is not None:
+        raise SettingsError("The network ncsnpp is not class-conditional: choose compact or imagenet64.")
+    return NCSNppConfig.from_dict({"num_channels": channels, "image_size": height} | changes)
+
+
+def _shaped(config: type[Any]) -> Callable[[tuple[int, int, int], int | None, dict[str, Any]], Any]:
+    return lambda shape, classes, changes: config.from_dict({"image_shape": shape, "num_classes": classes} | changes)
+
+
+_KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any], nn.Module], frozenset[str]]] = {
+    "compact": (_shaped(CompactUNetConfig), CompactUNet, frozenset({"image_shape", "num_classes"})),
+    "ncsnpp": (_ncsnpp, NCSNpp, frozenset({"image_size", "num_channels"})),
+    "imagenet64": (
+        _shaped(UNet64Config),
+        lambda config: fresh_unet(config.to_unet()),
+        frozenset({"image_shape", "num_classes"}),
+    ),
+}
+"""Name -> configuration from (image shape, classes, changes), network from it, and what the data decide in it."""
+
+NETWORKS = tuple(_KINDS)
+"""Names that :meth:`Network.named` knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network that is yet to be built.
+
+    name: one of :data:`NETWORKS`. config: its settings. image_shape: (C, H, W) of its images. num_classes: of a
+    class-conditional one.
+    """
+
+    name: str
+    config: Any
+    image_shape: tuple[int, int, int]
+    num_classes: int | None = None
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        image_shape: tuple[int, int, int],
+        changes: Mapping[str, Any] | None = None,
+        *,
+        num_classes: int | None = None,
+    ) -> Network:
+        """A network for images of this shape.
+
+        Args:
+            name: one of :data:`NETWORKS`.
+            image_shape: (C, H, W).
+            changes: to the defaults of its configuration, such as one of :data:`PRESETS`.
+            num_classes: for a class-conditional one.
+
+        Raises:
+            UnknownNameError: there is no such network.
+            SettingsError: a change is unknown or out of its range, or the network does not fit the images.
+        """
+        if name not in _KINDS:
+            raise UnknownNameError(f"There is no network {name!r}.{near_matches(name, NETWORKS)}")
+        configure, _, decided = _KINDS[name]
+        changes = dict(changes or {})
+        for field in sorted(decided & changes.keys()):
+            raise SettingsError(f"{field} of the network {name} is that of the data, and cannot be set.")
+        return cls(name, configure(image_shape, num_classes, changes), image_shape, num_classes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """All fields of the configuration that the data do not decide, as JSON values: :meth:`named` with them gives
+        an equal network."""
+        decided = _KINDS[self.name][2]
+        return {field: value for field, value in self.config.to_dict().items() if field not in decided}
+
+    def build(self) -> nn.Module:
+        """F with fresh weights, float32, on the CPU, in the state that torch's global generator is in.
+
+        Raises:
+            MissingExtraError: it needs the diffusers library.
+        """
+        with building():
+            return _KINDS[self.name][1](self.config)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and configuration as JSON, for records and checkpoints."""
+        return {"name": self.name, **self.config.to_dict()}

@@ -1,0 +1,61 @@
+"""Other models that a training begins with: the one whose weights are the first ones, and the teacher."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of
+from cmap_defense.backbones.folder import read_record
+from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.backbones.load import load_backbone, load_denoiser, resolve_backbone
+from cmap_defense.errors import SettingsError
+
+__all__ = ["load_model", "load_weights", "source_of"]
+
+
+def load_model(source: str | os.PathLike[str]) -> KarrasModel:
+    """A consistency model or a denoiser, whichever it is, on the CPU in float32.
+
+    source: a name, a folder or a Hub id, as for :func:`~cmap_defense.backbones.load_backbone`, with its errors.
+    """
+    folder = resolve_backbone(source)
+    return load_backbone(folder) if read_record(folder).kind == "consistency" else load_denoiser(folder)
+
+
+def source_of(model: KarrasModel) -> dict[str, Any]:
+    """Name, kind and checksum of a model that came from a folder, for records."""
+    assert model.record is not None
+    return {name: getattr(model.record, name) for name in ("name", "kind", "weights_sha256")}
+
+
+def load_weights(model: KarrasModel, start: KarrasModel) -> None:
+    """Copy the weights of ``start`` into ``model``, whose network is the same; their dropout may differ.
+
+    Raises:
+        SettingsError: it is another network, and the message says in what.
+    """
+    own, other = _architecture(model.network), _architecture(start.network)
+    differing = [
+        f"{name}: {other.get(name)!r} there, {own.get(name)!r} here"
+        for name in sorted(own.keys() | other.keys())
+        if own.get(name) != other.get(name)
+    ]
+    if differing:
+        raise SettingsError(
+            f"The weights to start from are those of another network ({'; '.join(differing)}). "
+            "Give the network the same settings."
+        )
+    model.network.load_state_dict(start.network.state_dict())
+
+
+def _architecture(network: nn.Module) -> dict[str, Any]:
+    """Class and configuration of a network, but for what acts in training alone."""
+    if isinstance(network, PipelineUNet):
+        config = {name: value for name, value in configuration_of(network).items() if not name.startswith("_")}
+    else:
+        settings: Any = network.config
+        config = settings.to_dict()
+    return {"network": type(network).__name__} | {name: value for name, value in config.items() if name != "dropout"}

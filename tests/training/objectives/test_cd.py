@@ -1,0 +1,200 @@
+"""Consistency distillation: the teacher's Heun step, the loss, the settings."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.training.objectives import CD, LPIPS, Batch, CDSettings, heun_step
+from cmap_defense.training.objectives.cd import cd_loss
+from cmap_defense.training.objectives.distances import l1, pseudo_huber, squared_l2
+from toys import noise
+from training.gaussian import (
+    MU,
+    NOISE,
+    GaussianConsistency,
+    GaussianDenoiser,
+    S,
+    at_levels,
+    gaussian_images,
+    plain_consistency,
+    plain_heun,
+    plain_noisy,
+    plain_squares,
+)
+
+IMAGES, Z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, seed=5, dtype=torch.float64)
+T, R = torch.tensor([0.5, 3.0, 20.0], dtype=torch.float64), torch.tensor([0.4, 1.0, 14.0], dtype=torch.float64)
+
+
+def flow(x: Tensor, t: float, r: float) -> Tensor:
+    """The probability flow itself, from level t to r."""
+    return MU + (x - MU) * math.sqrt((S**2 + r**2) / (S**2 + t**2))
+
+
+# --- Heun's step ------------------------------------------------------------------------------------------------------
+
+
+def test_the_step_is_its_formula() -> None:
+    noisy = plain_noisy(IMAGES, Z, T)
+    expected = [[plain_heun(x, t, r) for x in xs] for xs, t, r in zip(noisy, T.tolist(), R.tolist(), strict=True)]
+    found = heun_step(GaussianDenoiser(), torch.tensor(noisy, dtype=torch.float64).view_as(IMAGES), T, R)
+    torch.testing.assert_close(found.flatten(1).tolist(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_error_of_one_step_falls_with_its_third_power() -> None:
+    x, denoiser = noise(2, 1, 2, 3, seed=1, dtype=torch.float64), GaussianDenoiser()
+
+    def error(h: float) -> float:
+        t, r = (torch.full((2,), level, dtype=torch.float64) for level in (1.0, 1.0 - h))
+        return (heun_step(denoiser, x, t, r) - flow(x, 1.0, 1.0 - h)).abs().max().item()
+
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(error(0.1 / 2**k) for k in range(6))]
+    assert orders[-1] == pytest.approx(3.0, abs=0.03)
+    assert all(abs(b - 3) < abs(a - 3) for a, b in itertools.pairwise(orders))
+
+
+def test_the_error_of_a_whole_trajectory_falls_with_the_square_of_the_step() -> None:
+    x, denoiser = noise(2, 1, 2, 3, seed=1, dtype=torch.float64), GaussianDenoiser()
+
+    def error(count: int) -> float:
+        levels = torch.linspace(3.0, 0.1, count + 1, dtype=torch.float64)
+        y = x
+        for t, r in itertools.pairwise(levels):
+            y = heun_step(denoiser, y, t.expand(2), r.expand(2))
+        return (y - flow(x, 3.0, 0.1)).abs().max().item()
+
+    assert math.log2(error(200) / error(400)) == pytest.approx(2.0, abs=0.03)
+
+
+def test_the_teacher_is_asked_at_both_levels() -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def teacher(noisy: Tensor, sigma: Tensor) -> Tensor:
+        asked.append((noisy, sigma))
+        return torch.zeros_like(noisy)
+
+    x = noise(3, 1, 2, 3, seed=1, dtype=torch.float64)
+    heun_step(teacher, x, T, R)
+    assert [sigma.tolist() for _, sigma in asked] == [T.tolist(), R.tolist()]
+    torch.testing.assert_close(asked[1][0], x * (R / T)[:, None, None, None])  # Euler's step towards zero
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_its_formula() -> None:
+    noisy = plain_noisy(IMAGES, Z, T)
+    stepped = [[plain_heun(x, t, r) for x in xs] for xs, t, r in zip(noisy, T.tolist(), R.tolist(), strict=True)]
+    expected = plain_squares(at_levels(plain_consistency, noisy, T), at_levels(plain_consistency, stepped, R))
+    model = GaussianConsistency()
+    found = cd_loss(model, model, GaussianDenoiser(), IMAGES, Z, T, R, distance=squared_l2)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_gradient_reaches_neither_target_nor_teacher() -> None:
+    model, target, teacher = GaussianConsistency(0.1, 0.7), GaussianConsistency(-0.4, 0.2), GaussianDenoiser()
+    losses = cd_loss(model, target, teacher, IMAGES, Z, T, R, distance=squared_l2)
+    losses.sum().backward()
+    assert model.mean.grad is not None
+    assert target.mean.grad is None
+    assert teacher.mean.grad is None
+    level = (slice(None), None, None, None)
+    noisy = IMAGES + T[level] * Z
+    expected = squared_l2(model(noisy, T), target(heun_step(teacher, noisy, T, R), R))
+    torch.testing.assert_close(losses, expected)
+
+
+def test_no_graph_of_the_teacher_is_kept() -> None:
+    recorded: list[bool] = []
+
+    def teacher(noisy: Tensor, sigma: Tensor) -> Tensor:
+        recorded.append(torch.is_grad_enabled())
+        return torch.zeros_like(noisy)
+
+    model = GaussianConsistency()
+    cd_loss(model, model, teacher, IMAGES, Z, T, R, distance=squared_l2)
+    assert recorded == [False, False]
+
+
+def test_the_loss_vanishes_at_the_exact_consistency_function_but_for_the_solvers_error() -> None:
+    """Squares of errors of the third order fall with the sixth power of the number of levels."""
+    exact, teacher, images = GaussianConsistency(), GaussianDenoiser(), gaussian_images(500, 3).double()
+    z = noise(500, 1, 2, 3, seed=4, dtype=torch.float64)
+    uniform = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+
+    def loss(levels: int) -> float:
+        objective = CD(CDSettings(levels=levels), teacher=teacher, teacher_name="exact")
+        return objective.losses(exact, Batch(images, z, uniform, 0.0), NOISE, exact).mean().item()
+
+    assert loss(18) < 0.02
+    assert math.log2(loss(41) / loss(81)) == pytest.approx(6.0, abs=0.5)
+
+
+def test_the_levels_are_neighbours_drawn_uniformly() -> None:
+    uniform = torch.tensor([0.003, 0.26, 0.5, 0.75, 0.999], dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return noisy
+
+    batch = Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, 0.4)
+    CD(teacher=GaussianDenoiser(), teacher_name="exact").losses(model, batch, NOISE, model)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    table = [(low + i / 17 * (high - low)) ** 7 for i in range(18)]
+    index = [math.floor(u * 17) for u in uniform.tolist()]
+    assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
+    assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def made(**settings: Any) -> CD:
+    return CD(CDSettings(**settings), teacher=GaussianDenoiser(), teacher_name="edm-cifar10")
+
+
+def test_the_distance_is_the_settings() -> None:
+    a, b = noise(2, 1, 4, 5, seed=1), noise(2, 1, 4, 5, seed=2)
+    assert made().distance is squared_l2
+    assert made(distance="l1").distance is l1
+    assert torch.equal(made(distance="pseudo-huber").distance(a, b), pseudo_huber(a, b))
+    assert torch.equal(made(distance="pseudo-huber", huber=0.2).distance(a, b), pseudo_huber(a, b, 0.2))
+    lpips = LPIPS(torch.nn.PairwiseDistance())
+    settings = CDSettings(distance="lpips")
+    assert CD(settings, teacher=GaussianDenoiser(), teacher_name="x", lpips=lpips).distance is lpips
+
+
+def test_the_decay_of_the_target_is_the_settings() -> None:
+    assert made().target_decay(0.5) is None
+    assert made(target_decay=0.95).target_decay(0.5) == 0.95
+    assert made(target_decay=0.0).target_decay(0.5) == 0.0
+
+
+def test_the_description_names_the_teacher() -> None:
+    described = made(levels=40).describe()
+    assert described["name"] == "cd"
+    assert described["teacher"] == "edm-cifar10"
+    assert described["levels"] == 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"levels": 1},
+        {"rho": 0.0},
+        {"distance": "l3"},
+        {"huber": 0.1},
+        {"huber": 0.0, "distance": "pseudo-huber"},
+        {"target_decay": 1.0},
+        {"target_decay": -0.1},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        CDSettings(**wrong)

@@ -1,0 +1,164 @@
+"""Consistency training as first published: its two schedules, its pair of levels, its loss."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.training.objectives import CT, LPIPS, Batch, CTSettings
+from cmap_defense.training.objectives.ct import ct_decay, ct_level_count, ct_loss
+from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
+from toys import noise
+from training.gaussian import (
+    NOISE,
+    GaussianConsistency,
+    at_levels,
+    gaussian_images,
+    plain_consistency,
+    plain_noisy,
+    plain_squares,
+)
+
+LAST = math.nextafter(1.0, 0.0)
+SCHEDULES = st.builds(
+    lambda start, more, mu: CTSettings(levels_start=start, levels_end=start + more, decay_start=mu),
+    st.integers(2, 40),
+    st.integers(0, 300),
+    st.floats(0.01, 0.999),
+)
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("progress", "count"), [(0.0, 2), (0.0001, 3), (0.25, 101), (0.5, 143), (0.9, 191), (LAST, 201)]
+)
+def test_the_number_of_levels_by_hand(progress: float, count: int) -> None:
+    """sqrt(0.0001 x 40397 + 4) = 2.8, sqrt(0.25 x 40397 + 4) = 100.5, sqrt(0.5 x 40397 + 4) = 142.1, and so on."""
+    assert ct_level_count(progress, CTSettings()) == count
+
+
+@given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
+def test_the_number_of_levels_rises_between_its_bounds(settings: CTSettings, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    start, end = settings.levels_start, settings.levels_end + 1
+    assert start <= ct_level_count(low, settings) <= ct_level_count(high, settings) <= end
+    assert ct_level_count(0.0, settings) == start
+    assert ct_level_count(LAST, settings) == end
+
+
+def test_the_decay_by_hand() -> None:
+    """mu_0 at first; 0.95^(2/201) = 0.99949 at last."""
+    assert ct_decay(0.0, CTSettings()) == pytest.approx(0.95, rel=1e-15)
+    assert ct_decay(LAST, CTSettings()) == pytest.approx(0.95 ** (2 / 201), rel=1e-12)
+    assert ct_decay(0.25, CTSettings(decay_start=0.9)) == pytest.approx(0.9 ** (2 / 101), rel=1e-12)
+
+
+@given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
+def test_the_decay_rises_from_its_start_and_stays_below_one(settings: CTSettings, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    assert ct_decay(0.0, settings) == pytest.approx(settings.decay_start, rel=1e-12)
+    assert ct_decay(low, settings) <= ct_decay(high, settings) < 1
+    assert CT(settings).target_decay(low) == ct_decay(low, settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"levels_start": 1},
+        {"levels_end": 1},
+        {"levels_end": 9.5},
+        {"decay_start": 1.0},
+        {"decay_start": 0.0},
+        {"rho": 0.0},
+        {"distance": "pseudo-huber"},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        CTSettings(**wrong)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def plain_l1(a: list[list[float]], b: list[list[float]]) -> list[float]:
+    return [math.fsum(abs(p - q) for p, q in zip(x, y, strict=True)) for x, y in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize(("distance", "plain"), [(squared_l2, plain_squares), (l1, plain_l1)])
+def test_the_loss_is_its_formula(distance: Distance, plain: Any) -> None:
+    images, z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, seed=5, dtype=torch.float64)
+    t = torch.tensor([0.5, 3.0, 20.0], dtype=torch.float64)
+    r = torch.tensor([0.4, 1.0, 0.002], dtype=torch.float64)
+    model = GaussianConsistency()
+    ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
+    behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
+    found = ct_loss(model, model, images, z, t, r, distance=distance)
+    assert found.tolist() == pytest.approx(plain(ahead, behind), rel=1e-12)
+
+
+def test_the_target_gives_the_values_and_no_gradient() -> None:
+    images, z = gaussian_images(3, 1), noise(3, 1, 2, 3, seed=2)
+    t, r = torch.tensor([0.5, 3.0, 20.0]), torch.tensor([0.4, 1.0, 0.002])
+    model, target = GaussianConsistency(0.1, 0.7), GaussianConsistency(-0.4, 0.2)
+    losses = ct_loss(model, target, images, z, t, r, distance=squared_l2)
+    losses.sum().backward()
+    assert model.mean.grad is not None
+    assert target.mean.grad is None
+    level = (slice(None), None, None, None)
+    expected = (model(images + t[level] * z, t) - target(images + r[level] * z, r)).square().flatten(1).sum(dim=1)
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize(("progress", "count"), [(0.0, 2), (0.25, 101), (LAST, 201)])
+def test_the_levels_are_neighbours_drawn_uniformly(progress: float, count: int) -> None:
+    uniform = torch.tensor([0.003, 0.26, 0.5, 0.75, 0.999], dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return noisy
+
+    CT().losses(model, Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, progress), NOISE, model)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    table = [(low + i / (count - 1) * (high - low)) ** 7 for i in range(count)]
+    index = [math.floor(u * (count - 1)) for u in uniform.tolist()]
+    assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
+    assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "distance"), [("l2", squared_l2), ("l1", l1)])
+def test_the_distance_is_the_settings(name: str, distance: Distance) -> None:
+    assert CT(CTSettings(distance=name)).distance is distance
+
+
+def test_lpips_is_the_distance_between_the_images_of_the_pair() -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a.mean(dim=(1, 2, 3)) - b.mean(dim=(1, 2, 3))).abs()
+
+    batch = Batch(gaussian_images(2, 1), noise(2, 1, 2, 3, seed=2), torch.tensor([0.2, 0.9], dtype=torch.float64), 0.1)
+
+    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
+        return torch.zeros_like(noisy) + sigma[:, None, None, None]
+
+    seen: list[Tensor] = []
+
+    def target(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return torch.zeros_like(noisy)
+
+    objective = CT(CTSettings(distance="lpips"), lpips=LPIPS(Mean()))
+    count = ct_level_count(0.1, objective.settings)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    upper = [
+        (low + (math.floor(u * (count - 1)) + 1) / (count - 1) * (high - low)) ** 7 for u in batch.uniform.tolist()
+    ]
+    assert objective.losses(model, batch, NOISE, target).tolist() == pytest.approx(upper, rel=1e-5)

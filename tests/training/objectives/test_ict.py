@@ -1,0 +1,142 @@
+"""Improved consistency training: its doubling schedule, its distribution of levels, its loss."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.training.objectives import ICT, Batch, ICTSettings
+from cmap_defense.training.objectives.ict import ict_level_count, ict_loss
+from toys import noise
+from training.gaussian import (
+    NOISE,
+    GaussianConsistency,
+    at_levels,
+    gaussian_images,
+    plain_consistency,
+    plain_huber,
+    plain_noisy,
+)
+
+LAST = math.nextafter(1.0, 0.0)
+SCHEDULES = st.builds(
+    lambda start, more: ICTSettings(intervals_start=start, intervals_end=start + more),
+    st.integers(1, 40),
+    st.integers(0, 3000),
+)
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_levels_doubles_in_eight_equal_stages() -> None:
+    counts = [ict_level_count(k / 800, ICTSettings()) for k in range(800)]
+    assert counts == [10 * 2**stage + 1 for stage in range(8) for _ in range(100)]
+
+
+@pytest.mark.parametrize(("start", "end", "counts"), [(3, 20, [4, 7, 13, 21]), (5, 5, [6]), (4, 9, [5, 9])])
+def test_the_last_stage_is_capped(start: int, end: int, counts: list[int]) -> None:
+    """3, 6, 12, then 20 instead of 24; 4 and 8 never reach 9, since floor(9/4) = 2 leaves two stages."""
+    settings = ICTSettings(intervals_start=start, intervals_end=end)
+    found = [ict_level_count(k / 1000, settings) for k in range(1000)]
+    assert sorted(set(found)) == counts
+
+
+@given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
+def test_the_number_of_levels_rises_between_its_bounds(settings: ICTSettings, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    start, end = settings.intervals_start, settings.intervals_end
+    assert start + 1 <= ict_level_count(low, settings) <= ict_level_count(high, settings) <= end + 1
+    assert ict_level_count(0.0, settings) == start + 1
+    assert 2 * ict_level_count(LAST, settings) > end
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"intervals_start": 0},
+        {"intervals_end": 9},
+        {"sigma_mean": math.nan},
+        {"sigma_std": 0.0},
+        {"rho": -1.0},
+        {"huber": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        ICTSettings(**wrong)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("huber", [0.1, None])
+def test_the_loss_is_its_formula(huber: float | None) -> None:
+    images, z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, seed=5, dtype=torch.float64)
+    t = torch.tensor([0.5, 3.0, 20.0], dtype=torch.float64)
+    r = torch.tensor([0.4, 1.0, 0.002], dtype=torch.float64)
+    model = GaussianConsistency()
+    ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
+    behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
+    c = 0.00054 * math.sqrt(2 * 4 * 5) if huber is None else huber
+    expected = [
+        distance / (upper - lower)
+        for distance, upper, lower in zip(plain_huber(ahead, behind, c), t.tolist(), r.tolist(), strict=True)
+    ]
+    assert ict_loss(model, model, images, z, t, r, huber=huber).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_no_gradient_flows_through_the_second_image() -> None:
+    images, z = gaussian_images(2, 1), noise(2, 1, 2, 3, seed=2)
+    model, target = GaussianConsistency(0.1, 0.7), GaussianConsistency(-0.4, 0.2)
+    ict_loss(model, target, images, z, torch.tensor([0.5, 3.0]), torch.tensor([0.4, 1.0]), huber=0.1).sum().backward()
+    assert model.mean.grad is not None
+    assert target.mean.grad is None
+
+
+def test_the_whole_loss_by_its_formula() -> None:
+    """Levels from the table of the stage, interval by the cumulative probability, weight, distance."""
+    progress, count = 0.3, 41  # stage floor(0.3 x 8) = 2
+    uniform = torch.tensor([0.01, 0.4, 0.77, 0.995], dtype=torch.float64)
+    images, z = gaussian_images(4, 1), noise(4, 1, 2, 3, seed=2)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    table = [(low + i / (count - 1) * (high - low)) ** 7 for i in range(count)]
+    erf = [math.erf((math.log(level) + 1.1) / (math.sqrt(2) * 2.0)) for level in table]
+    cumulative = [(e - erf[0]) / (erf[-1] - erf[0]) for e in erf]
+    index = [max(i for i in range(count - 1) if cumulative[i] <= u) for u in uniform.tolist()]
+    t, r = (torch.tensor([table[i + k] for i in index], dtype=torch.float64) for k in (1, 0))
+    ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
+    behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
+    distances = plain_huber(ahead, behind, 0.00054 * math.sqrt(6))
+    expected = [d / (b - a) for d, a, b in zip(distances, r.tolist(), t.tolist(), strict=True)]
+
+    model = GaussianConsistency()
+    found = ICT().losses(model, Batch(images, z, uniform, progress), NOISE, model)
+    assert found.tolist() == pytest.approx(expected, rel=1e-3)  # differences of float32 images
+    assert len(set(index)) == 4
+
+
+def test_the_target_is_the_model_itself() -> None:
+    assert ICT().kind == "consistency"
+    assert all(ICT().target_decay(progress) is None for progress in (0.0, 0.4, LAST))
+
+
+def test_the_levels_come_from_the_stage() -> None:
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return noisy
+
+    uniform = torch.linspace(0.001, 0.999, 300, dtype=torch.float64)
+    batch = Batch(gaussian_images(300, 1), noise(300, 1, 2, 3, seed=2), uniform, 0.0)
+    ICT().losses(model, batch, NOISE, model)
+    assert len(seen[0].unique()) == 10
+    assert len(seen[1].unique()) == 10
+    assert seen[0].max() == pytest.approx(80.0)
+    assert seen[1].min() == pytest.approx(0.002)

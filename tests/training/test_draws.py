@@ -1,0 +1,113 @@
+"""What a step has to work with: functions of (seed, step), whoever shares the batch and wherever the images are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmap_defense.ranks import Ranks
+from cmap_defense.rng import generator_for
+from cmap_defense.training.draws import Draws, fits_beside
+from cmap_defense.training.objectives import Batch
+from cmap_defense.training.order import DataOrder
+from cmap_defense.training.settings import TrainSettings
+
+CPU = torch.device("cpu")
+IMAGES = torch.randint(0, 256, (23, 2, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(23) * 3
+
+
+def draws(team: Ranks | None = None, *, labels: Tensor | None = LABELS, **changes: object) -> Draws:
+    settings = TrainSettings(images=1000, batch_size=10).replace(**changes)
+    return Draws(IMAGES, labels, settings, device=CPU, hold=True, team=team or Ranks())
+
+
+def tensors(drawn: tuple[Batch, Tensor | None]) -> list[Tensor]:
+    batch, labels = drawn
+    assert labels is not None
+    return [batch.images, batch.z, batch.uniform, labels]
+
+
+@settings(deadline=None, max_examples=30)
+@given(world=st.integers(2, 5), size=st.integers(5, 12), seed=st.integers(0, 2**40), step=st.integers(0, 10**6))
+def test_processes_share_what_one_would_draw(world: int, size: int, seed: int, step: int) -> None:
+    """Rank r has rows r, r + world, ...; together they have all of them once."""
+    changes = {"batch_size": size, "seed": seed}
+    whole = tensors(draws(**changes)(step))
+    for rank in range(world):
+        part = tensors(draws(Ranks(rank, world, rank), **changes)(step))
+        for found, expected in zip(part, whole, strict=True):
+            assert torch.equal(found, expected[rank::world])
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    used = draws()
+    for step in (3, 0, 7, 3):
+        for found, expected in zip(tensors(used(step)), tensors(draws()(step)), strict=True):
+            assert torch.equal(found, expected)
+    assert not torch.equal(draws()(3)[0].z, draws()(4)[0].z)
+    assert not torch.equal(draws()(3)[0].z, draws(seed=1)(3)[0].z)
+
+
+def test_it_is_its_plain_program() -> None:
+    """Flips, then numbers, then noise, from one generator; images in [-1, 1] in the data's order."""
+    batch, labels = draws(seed=5)(7)
+    generator = generator_for(5, 2, 7)
+    chosen = DataOrder(23, 10, 5).batch(7)
+    expected = IMAGES[chosen].double() / 127.5 - 1
+    mirrored = torch.rand(10, generator=generator) < 0.5
+    expected[mirrored] = expected[mirrored].flip(-1)
+    assert 0 < mirrored.sum() < 10
+    torch.testing.assert_close(batch.images.double(), expected, rtol=0, atol=1e-7)
+    assert torch.equal(batch.uniform, torch.rand(10, generator=generator, dtype=torch.float64))
+    assert torch.equal(batch.z, torch.randn(10, 2, 5, 3, generator=generator))
+    assert torch.equal(labels, LABELS[chosen])
+    assert batch.progress == 7 / 100
+    assert (batch.images.dtype, batch.z.dtype, batch.uniform.dtype) == (torch.float32, torch.float32, torch.float64)
+
+
+def test_without_flips_the_images_are_as_they_are() -> None:
+    batch, _ = draws(flip=False)(2)
+    assert torch.equal(batch.images, IMAGES[DataOrder(23, 10, 0).batch(2)].float() / 127.5 - 1)
+
+
+def test_numbers_are_uniform_and_noise_is_normal() -> None:
+    batch, _ = draws(batch_size=20_000)(0)
+    low, high = batch.uniform.aminmax()
+    assert 0 < low < 1e-3
+    assert 1 - 1e-3 < high < 1
+    assert batch.uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert batch.z.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert batch.z.std().item() == pytest.approx(1.0, abs=0.01)
+    assert torch.corrcoef(torch.stack([batch.uniform, batch.z[:, 0, 0, 0].double()]))[0, 1].abs() < 0.03
+
+
+def test_without_labels_there_are_none() -> None:
+    assert draws(labels=None)(0)[1] is None
+
+
+def test_the_global_generator_and_the_images_are_left_alone() -> None:
+    state, images = torch.random.get_rng_state(), IMAGES.clone()
+    draws()(3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(IMAGES, images)
+
+
+def test_images_on_the_cpu_are_where_they_are() -> None:
+    assert fits_beside(IMAGES, CPU)
+    made = draws()
+    assert made.images.data_ptr() == IMAGES.data_ptr()
+
+
+@pytest.mark.gpu
+def test_held_or_sent_a_gpu_gets_the_same() -> None:
+    device = torch.device("cuda:0")
+    settings = TrainSettings(images=1000, batch_size=10)
+    held, sent = (Draws(IMAGES, LABELS, settings, device=device, hold=hold, team=Ranks()) for hold in (True, False))
+    for found, expected in zip(tensors(held(3)), tensors(sent(3)), strict=True):
+        assert found.device == device
+        assert torch.equal(found, expected)
+    assert torch.equal(held(3)[1], draws()(3)[1].to(device))

@@ -1,0 +1,91 @@
+"""One optimiser step: what it does not wait for, and that its state can be taken out and put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmap_defense.backbones import EDMDenoiser
+from cmap_defense.ranks import Ranks
+from cmap_defense.training.learner import Learner
+from cmap_defense.training.models import Model
+from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, Objective
+from cmap_defense.training.settings import Execution
+from training.killed import NETWORK, RICH, fresh_backbone, training_images, training_labels
+
+
+def learner(objective: Objective, *, classes: int | None = 2, **changes: Any) -> Learner:
+    """Of the tiny network, with two averages."""
+    backbone = fresh_backbone(NETWORK.replace(num_classes=classes))
+    model: Model = backbone
+    if objective.kind == "diffusion":
+        model = EDMDenoiser(backbone.network, backbone.image_shape, num_classes=classes)
+    settings, labels = RICH.replace(**changes), None if classes is None else training_labels()
+    return Learner(model.train(), training_images(), labels, objective, settings, Execution(), Ranks())
+
+
+def teacher(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """A denoiser of images that are all zero."""
+    return noisy * 0.01 / (0.01 + sigma[:, None, None, None] ** 2)
+
+
+OBJECTIVES: list[Objective] = [EDM(), CT(), ICT(), ECT(), CD(teacher=teacher, teacher_name="none")]
+
+
+class Reading(TorchDispatchMode):
+    """Counts how often a number is read off a tensor, which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_a_step_reads_nothing_from_the_device(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the backbone's own check of the noise levels, one for each call. What is read on the CPU wherever the
+    network is stays out of it: the steps that Adam counts there, where it is not fused, and iCT's table of levels."""
+    made = learner(objective, classes=None)
+    made.step(0)
+    calls = []
+    for model in {made.model, made.target.model}:
+        model.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(made.optimiser, "step", lambda: None)
+    with Reading() as reading:
+        loss = made.step(1)
+    assert loss.shape == ()
+    assert len(calls) == (1 if objective.name == "edm" else 2)
+    assert reading.count <= len(calls) + (objective.name == "ict")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_its_state_is_all_that_the_next_step_hangs_on(objective: Objective) -> None:
+    one, other = learner(objective), learner(objective)
+    for number in range(3):
+        one.step(number)
+    other.load({name: tensor.clone() for name, tensor in one.tensors().items()})
+    assert torch.equal(one.step(3), other.step(3))
+    expected = one.tensors()
+    assert expected.keys() == other.tensors().keys()
+    for name, tensor in other.tensors().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert any(name.startswith("target/") for name in expected) is (objective.name == "ct")
+
+
+def test_a_fresh_state_is_no_state_to_go_on_from() -> None:
+    with pytest.raises(RuntimeError, match="Missing key"):
+        learner(ECT()).load({})
+
+
+def test_the_gradient_is_clipped() -> None:
+    """Adam's second moment after one step is (1 - beta) g^2, g of norm clip_norm at most."""
+    made = learner(ECT(), clip_norm=0.01)
+    made.step(0)
+    squares = sum(float(t.double().sum()) for name, t in made.tensors().items() if name.startswith("adam/exp_avg_sq"))
+    assert squares == pytest.approx(0.01 * 0.01**2, rel=1e-3)

@@ -1,0 +1,154 @@
+"""Several processes that share each batch: they end with what one process would have made, and agree or all refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cmap_defense import load_backbone
+from cmap_defense.cli.main import main as command
+from cmap_defense.ranks import Ranks
+from cmap_defense.training.budget import Budget
+from training import together
+from training.killed import fresh_backbone, result, run
+from training.together import commands, odd
+
+QUICKLY = 30.0
+"""Seconds, on a busy machine; what hangs takes days."""
+
+NOT_SEEN = ("conv_in.bias", "up.4.block.conv_out.bias", "up.4.block.skip.bias")
+"""Biases in front of a normalisation of single channels, which takes them out again: their gradients are zero but for
+rounding, of which Adam makes whole steps."""
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Folders of trainings by two ranks, what each met in them, and the weights that each ended with."""
+    folder = tmp_path_factory.mktemp("together")
+    images = np.random.RandomState(0).randint(0, 256, (40, 8, 12, 3)).astype(np.uint8)
+    np.savez(folder / "data.npz", images=images)
+    run(folder / "begun", budget=Budget(1.0, clock=iter([0.0, *[1.0] * 12, 99.0]).__next__))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", together.__file__, folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(together.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    found = [folder / f"rank-{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), done.stderr
+    weights = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, [json.loads(path.read_text()) for path in found], weights
+
+
+def assert_close(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
+    """Up to 1e-5, a two-hundredth of one of Adam's steps, in all weights that have an effect."""
+    assert found.keys() == expected.keys()
+    for part, tensors in expected.items():
+        assert found[part].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            if not name.endswith(NOT_SEEN):
+                torch.testing.assert_close(found[part][name], tensor, rtol=0, atol=1e-5, msg=f"{part} {name}")
+
+
+def logged(folder: Path) -> dict[int, float]:
+    """Mean losses by step."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.mark.parametrize("name", ["whole", "odd", "begun"])
+def test_two_ranks_end_with_the_weights_of_one_process(met: Any, tmp_path: Path, name: str) -> None:
+    """With batches that they share equally or not, and where one process was before."""
+    folder, found, weights = met
+    assert [rank[name].get("message") for rank in found] == [None, None]
+    alone = odd(tmp_path) if name == "odd" else run(tmp_path)
+    assert_close(weights[0][name], result(*alone))
+    for part, tensors in weights[0][name].items():
+        for key, tensor in tensors.items():
+            assert torch.equal(weights[1][name][part][key], tensor), "the ranks hold the same bits"
+    theirs, ours = logged(folder / name), logged(tmp_path)
+    assert (theirs.keys() == ours.keys()) is (name != "begun")
+    for step in theirs.keys() & ours.keys() if name != "begun" else {30}:
+        assert theirs[step] == pytest.approx(ours[step], rel=1e-4), "the loss of the whole batch"
+
+
+def test_one_process_goes_on_where_two_were(met: Any, tmp_path: Path) -> None:
+    folder, found, _ = met
+    assert [rank["late"].get("message") for rank in found] == [None, None]
+    assert list(logged(folder / "late")) == [9], "the first rank's clock decides"
+    alone = result(*run(folder / "late"))
+    assert list(logged(folder / "late")) == [9, 10, 20, 30]
+    assert_close(alone, result(*run(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("other", "train.batch_size: 8 there, 7 here"),
+        ("at odds", "Rank 1 was started with other settings than the first"),
+        ("too many", "A batch of 1 images cannot be shared by 2 processes"),
+    ],
+)
+def test_what_is_refused_is_refused_to_both_ranks_at_once(met: Any, name: str, said: str) -> None:
+    _, found, _ = met
+    for rank in found:
+        assert said in rank[name]["message"]
+        assert rank[name]["seconds"] < QUICKLY
+
+
+def test_the_command_line_writes_one_backbone(met: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, found, _ = met
+    assert [rank["command"].get("message") for rank in found] == [None, None]
+    one = load_backbone(folder / "command" / "backbone")
+    arguments = [*commands(folder)[:-1], str(folder / "alone")]
+    assert command(arguments) == 0
+    assert json.loads(capfd.readouterr().out)["finished"]
+    latents = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    alone = load_backbone(folder / "alone" / "backbone")
+    torch.testing.assert_close(one.generate(latents), alone.generate(latents), rtol=0, atol=1e-5)
+    assert sorted(path.name for path in (folder / "command").iterdir()) == sorted(
+        path.name for path in (folder / "alone").iterdir()
+    )
+
+
+def test_ranks_tell_each_other(met: Any) -> None:
+    _, found, _ = met
+    sums = [[3.0] * 6, [30.0], [1.0] * 12]
+    assert [rank["helpers"] for rank in found] == [
+        {"said": "by 0", "done": done, "sums": sums, "failed": "no room"} for done in ([0], [])
+    ]
+
+
+def test_a_process_alone_does_all_by_itself() -> None:
+    alone = Ranks()
+    tensor = torch.ones(3)
+    alone.add_up([tensor])
+    assert tensor.tolist() == [1.0, 1.0, 1.0]
+    assert alone.by_first(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        alone.by_first(lambda: 1 // 0)
+
+
+def test_biases_in_front_of_a_normalisation_have_no_effect() -> None:
+    """What :data:`NOT_SEEN` says: other values, the same images."""
+    backbone = fresh_backbone().eval()
+    with torch.no_grad():
+        for index, p in enumerate(backbone.parameters()):
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
+        noisy, sigma = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 3.0])
+        before = backbone.denoise(noisy, sigma)
+        for name, p in backbone.named_parameters():
+            if name.endswith(NOT_SEEN):
+                p.add_(0.1)
+        torch.testing.assert_close(backbone.denoise(noisy, sigma), before, rtol=0, atol=1e-5)

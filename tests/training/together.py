@@ -1,0 +1,102 @@
+"""Trainings that several processes share: ``torchrun --nproc-per-node=2 together.py FOLDER``.
+
+Each rank writes what it met to ``FOLDER/rank-<r>.json``, and its weights to ``FOLDER/rank-<r>.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmap_defense.cli.main import main as command
+from cmap_defense.errors import CheckpointError, CmapError
+from cmap_defense.ranks import Ranks, ranks
+from cmap_defense.training.budget import Budget
+from cmap_defense.training.loop import train
+from cmap_defense.training.objectives import ECT
+from training.killed import SETTINGS, fresh_backbone, result, run, training_images
+
+PATIENCE = 150
+"""Seconds after which a process of this file ends, whatever it waits for."""
+
+ODD = SETTINGS.replace(images=35, batch_size=7, checkpoint_every=14)
+"""Batches that two processes cannot share equally."""
+
+
+def odd(folder: Path, **changes: Any) -> tuple[Any, Any]:
+    """A training with these batches."""
+    backbone = fresh_backbone()
+    return backbone, train(backbone, training_images(), ECT(), ODD.replace(**changes), folder, described={})
+
+
+def commands(folder: Path) -> list[str]:
+    """A training on the command line, on images in ``folder``."""
+    options = ["--channels", "8,8", "--blocks", "1", "--batch-size", "6", "--checkpoint-every", "12"]
+    data = ["--data", str(folder / "data.npz"), "--images", "24", "--precision", "float32"]
+    return ["train", *data, *options, "--json", "-o", str(folder / "command")]
+
+
+def helpers(team: Ranks) -> dict[str, Any]:
+    """What ranks tell each other."""
+    done: list[int] = []
+
+    def fail() -> None:
+        raise CheckpointError("no room")
+
+    said = team.by_first(lambda: done.append(team.rank) or f"by {team.rank}")
+    tensors = [torch.full((2, 3), 1.0 + team.rank), torch.tensor(10.0 * (team.rank + 1))]
+    tensors.append(torch.full((1, 2, 3, 2), float(team.rank)).to(memory_format=torch.channels_last))
+    team.add_up(tensors)
+    found: dict[str, Any] = {"said": said, "done": done, "sums": [tensor.flatten().tolist() for tensor in tensors]}
+    try:
+        team.by_first(fail)
+    except CheckpointError as error:
+        found["failed"] = str(error)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    timer = threading.Timer(PATIENCE, lambda: sys.exit("waited too long"))
+    timer.daemon = True
+    timer.start()
+    met: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> None:
+        begun = time.monotonic()
+        try:
+            outcome = action()
+        except CmapError as error:
+            met[name] = {"error": type(error).__name__, "message": str(error)}
+        else:
+            met[name] = {}
+            if isinstance(outcome, tuple):
+                weights[name] = result(*outcome)
+        met[name]["seconds"] = time.monotonic() - begun
+
+    with ranks() as team:
+        met["helpers"] = helpers(team)
+        attempt("whole", lambda: run(folder / "whole"))
+        attempt("odd", lambda: odd(folder / "odd"))
+        attempt("begun", lambda: run(folder / "begun"))
+        attempt("other", lambda: odd(folder / "begun"))
+        attempt("at odds", lambda: odd(folder / "at-odds", seed=team.rank))
+        attempt("too many", lambda: odd(folder / "too-many", batch_size=1))
+        times = iter(range(team.rank * 1000, 10**6, 7))  # the second rank's clock is far ahead
+        budget = Budget(1.0, clock=lambda: float(next(times)))
+        attempt("late", lambda: run(folder / "late", budget=budget))
+        attempt("command", lambda: command(commands(folder)))
+        (folder / f"rank-{team.rank}.json").write_text(json.dumps(met))
+        torch.save(weights, folder / f"rank-{team.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
