@@ -98,7 +98,7 @@ def test_the_preset_is_the_papers_protocol_unless_told_otherwise(
 ) -> None:
     given = [*MODEL, *SMALL, "--steps", "1", "--eot", "1", "--only", "paper-pgd", *CHECKS]
     assert main(["evaluate", *given, "--preset", "paper", "--dry-run", "--out", str(tmp_path / "out")]) == 0
-    assert "3 images, 3 runs, 1 attacks" in capsys.readouterr().out
+    assert "3 images of 2 classes, 3 runs, 1 attacks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

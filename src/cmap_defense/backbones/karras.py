@@ -87,10 +87,7 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if level.shape not in ((), x.shape[:1]):
         raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
-    if isinstance(sigma, Tensor):
-        positive = sigma.is_cuda or bool((sigma > 0).all())
-    else:
-        positive = sigma > 0
+    positive = sigma.is_cuda or bool((sigma > 0).all()) if isinstance(sigma, Tensor) else sigma > 0
     if not positive:
         raise InputValueError(f"sigma must be positive, but is {sigma}.")
     return level.expand(x.shape[0])

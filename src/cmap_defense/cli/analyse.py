@@ -16,7 +16,7 @@ from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.models import EMBEDDED
 from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options, subset_of
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
+from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress, steps_of
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.observation import (
@@ -133,12 +133,7 @@ def _observed(
     (images, labels), (reference, _), *rest = parts
     bar = progress(2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify, "analyse")
 
-    def step(name: str) -> None:
-        if name:
-            bar.set_description(name)
-        else:
-            bar.update()
-
+    step = steps_of(bar)
     with bar:
         kernel = None
         for training, classes in rest:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.figures import BLUE, ORANGE, Curve, chart_row, image_sheet
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
+from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress, steps_of
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.evaluation.demo import Demonstration, demonstrate
@@ -57,12 +57,7 @@ def demo(
     test_images, labels = load_test_images()
     bar = progress(3 * settings.iterations, "demo")
 
-    def step(name: str) -> None:
-        if name:
-            bar.set_description(name)
-        else:
-            bar.update()
-
+    step = steps_of(bar)
     with bar:
         shown = demonstrate(
             classifier,

@@ -23,7 +23,7 @@ from cmap_defense.cli.options import (
     protocol_of,
     subset_of,
 )
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress
+from cmap_defense.cli.output import duration, json_option, out_option, print_json, print_table, progress
 from cmap_defense.evaluation.evaluation import Evaluation, Expected, Progress
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import load_facts, write_report
@@ -134,8 +134,7 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     if not left:
         return f"All {total} pieces are done."
     unknown = [name for name, passes in expected.passes.items() if passes is None]
-    minutes = max(1, round(expected.seconds / world / 60))
-    shown = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes} minute{'s' if minutes > 1 else ''}"
+    shown = duration(expected.seconds / world)
     memory = "" if expected.bytes is None else f", {expected.bytes / 2**30:.1f} GiB of memory or more"
     text = f"{left} of {total} pieces to do: {expected.total_passes:,} backbone passes, about {shown} here{memory}."
     return text + (f"\nNot counted: {', '.join(unknown)}." if unknown else "")

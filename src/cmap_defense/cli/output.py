@@ -13,7 +13,17 @@ import click
 import torch
 from tqdm import tqdm
 
-__all__ = ["checked_device", "json_option", "out_option", "print_json", "print_table", "progress", "writable_folder"]
+__all__ = [
+    "checked_device",
+    "duration",
+    "json_option",
+    "out_option",
+    "print_json",
+    "print_table",
+    "progress",
+    "steps_of",
+    "writable_folder",
+]
 
 
 def out_option(default: str | None = None) -> Callable[[Any], Any]:
@@ -44,6 +54,24 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def progress(total: int, what: str) -> tqdm[Any]:
     """A progress bar on standard error when that is a terminal, nothing otherwise."""
     return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+
+
+def steps_of(bar: tqdm[Any]) -> Callable[[str], None]:
+    """What parts of the package call as they go on: with the name of a part as it begins, with "" for one step more."""
+
+    def step(name: str) -> None:
+        if name:
+            bar.set_description(name)
+        else:
+            bar.update()
+
+    return step
+
+
+def duration(seconds: float) -> str:
+    """In minutes, or in hours where there are many."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
 def print_json(value: Any) -> None:

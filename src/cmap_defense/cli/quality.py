@@ -17,7 +17,16 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.cli.figures import image_sheet, sample_sheet
 from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.options import Size, class_names_of, data_of, data_options, model_of, model_options, subset_of
-from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, print_table, progress
+from cmap_defense.cli.output import (
+    checked_device,
+    duration,
+    json_option,
+    out_option,
+    print_json,
+    print_table,
+    progress,
+    steps_of,
+)
 from cmap_defense.data.files import write_image
 from cmap_defense.evaluation.quality import Quality, QualityRun
 from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
@@ -143,25 +152,18 @@ def _cost(run: QualityRun) -> str:
     settings = run.model.settings
     device = device_of(run.model)
     seen = run.probe(1 if device is None or device.type == "cpu" else run.group)
-    minutes = max(1, round(seen.seconds * run.passes / 60))
-    shown = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes} minute{'s' if minutes > 1 else ''}"
     return (
         f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
-        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, about {shown} here."
+        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, "
+        f"about {duration(seen.seconds * run.passes)} here."
     )
 
 
 def _done(run: QualityRun) -> Quality:
     bar = progress(run.steps, "quality")
 
-    def step(name: str) -> None:
-        if name:
-            bar.set_description(name)
-        else:
-            bar.update()
-
     with bar:
-        return run.run(step)
+        return run.run(steps_of(bar))
 
 
 def _command(context: click.Context) -> str:
