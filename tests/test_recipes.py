@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 TINY = ["--channels", "8,16", "--blocks", "1", "--batch-size", "16", "--checkpoint-every", "16"]
@@ -19,7 +22,13 @@ TINY = ["--channels", "8,16", "--blocks", "1", "--batch-size", "16", "--checkpoi
 def recipe(cwd: Path, name: str, *arguments: str, **environment: str) -> str:
     """What a recipe prints, with this environment's programs on the path and nothing compiled."""
     found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": found, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "CMAP_DATA": str(cwd)}
+    settings = {
+        "PATH": found,
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CMAP_DATA": str(cwd),
+        "DEVICE": "cpu",
+    }
     done = subprocess.run(
         ["bash", str(RECIPES / name), *arguments],
         cwd=cwd,
@@ -60,11 +69,36 @@ def test_cifar10_in_its_parts(tmp_path: Path) -> None:
     recipe(tmp_path, "cifar10.sh", "model", *small, IMAGES="32")
     made = record(tmp_path / "runs/cifar10/model")
     assert (made["kind"], made["name"]) == ("consistency", "cifar10-ct-small")
-    files = [path.stat().st_size for path in (tmp_path / "runs/cifar10/model").rglob("*") if path.is_file()]
-    assert max(files) <= 16 * 2**20
     sizes = ["-n", "4", "--latents", "2", "--iterations", "2", "--samples", "8"]
-    recipe(tmp_path, "cifar10.sh", "quality", *sizes)
+    with pytest.raises(AssertionError, match="RESNET56"):
+        recipe(tmp_path, "cifar10.sh", "quality", *sizes)
+    classifiers = {name: str(random_resnet(tmp_path, int(name[6:]))) for name in ("RESNET20", "RESNET56")}
+    recipe(tmp_path, "cifar10.sh", "quality", *sizes, **classifiers)
     assert record(tmp_path / "runs/cifar10/model")["figures"]["measured"]
+
+
+def test_a_training_is_carried_in_files(tmp_path: Path) -> None:
+    content = np.random.RandomState(0).bytes(20_000_000)
+    (tmp_path / "runs/cifar10/model/backbone").mkdir(parents=True)
+    (tmp_path / "runs/cifar10/model/backbone/weights.safetensors").write_bytes(content)
+    recipe(tmp_path, "cifar10.sh", "pack")
+    parts = sorted((tmp_path / "runs").glob("cifar10.part-*"))
+    assert len(parts) == 2
+    assert max(part.stat().st_size for part in parts) <= 16 * 10**6
+    shutil.rmtree(tmp_path / "runs/cifar10")
+    recipe(tmp_path, "cifar10.sh", "unpack")
+    assert (tmp_path / "runs/cifar10/model/backbone/weights.safetensors").read_bytes() == content
+
+
+def random_resnet(folder: Path, depth: int) -> Path:
+    """Weights of a classifier that knows nothing."""
+    specification = importlib.util.spec_from_file_location("cifar_resnet", RECIPES.parent / "cifar_resnet.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    save_file(module.CifarResNet(depth).state_dict(), folder / f"{depth}.safetensors")
+    return folder / f"{depth}.safetensors"
 
 
 def test_imagenet100(tmp_path: Path) -> None:
@@ -77,8 +111,8 @@ def test_imagenet100(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "images" / "train" / name / f"{number}.png")
     network = {"channels": [8, 16], "attention": [False, True], "groups": 4, "head_channels": 8, "blocks": 1}
     changes = [word for key, value in network.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    sizes = ["--batch-size", "4", "--device", "cpu", *changes]
-    recipe(tmp_path, "imagenet100.sh", *sizes, IMAGENET100="images", IMAGES="8", DISTANCE="l2")
+    sizes = ["--batch-size", "4", "--device", "cpu", *changes]  # and three images at a time
+    recipe(tmp_path, "imagenet100.sh", *sizes, IMAGENET100="images", IMAGES="8", DISTANCE="l2", MICRO="3")
     made = record(tmp_path / "runs/imagenet100")
     assert made["training"]["objective"]["name"] == "ct"
     assert made["image_shape"] == [3, 64, 64]
@@ -86,5 +120,5 @@ def test_imagenet100(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["other"]])
 def test_a_part_that_is_none(tmp_path: Path, arguments: list[str]) -> None:
-    with pytest.raises(AssertionError, match="teacher, model or quality"):
+    with pytest.raises(AssertionError, match="teacher, model, quality, pack or unpack"):
         recipe(tmp_path, "cifar10.sh", *arguments)

@@ -106,7 +106,9 @@ def test_a_new_last_layer_is_trained_and_loads_where_the_recipe_says(tmp_path: P
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     recipe = ROOT / "examples" / "recipes" / "imagenet100_head.py"
     sizes = ["--size", "32", "--epochs", "2", "--batch-size", "4", "--no-pretrained"]
-    printed = run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes)
+    with pytest.raises(AssertionError, match="2 classes, not 100"):
+        run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes)
+    printed = run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes, CLASSES="2")
     assert "test accuracy" in printed
     weights = load_file(tmp_path / "head" / "resnet50.safetensors")
     assert weights["fc.weight"].shape == (2, 2048)

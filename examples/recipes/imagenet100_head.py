@@ -13,6 +13,7 @@ features. It writes OUT/MODEL.safetensors, whose factories stand below:
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torchvision import models
 from cmap_defense.data import FolderImages, ImageSource, open_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLASSES = 100
+CLASSES = int(os.environ.get("CLASSES", "100"))  # of another data set than ImageNet-100
 NETWORKS = ("resnet50", "resnet101", "wide_resnet50_2")
 
 
@@ -88,6 +89,10 @@ def main() -> None:
     torch.manual_seed(options.seed)
     train, test = (open_dataset(options.data, split, size=options.size, channels=3) for split in ("train", "test"))
     assert isinstance(train, FolderImages)
+    if len(train.class_names) != CLASSES:
+        parser.error(
+            f"--data has {len(train.class_names)} classes, not {CLASSES}: say so in the environment, CLASSES=..."
+        )
     weights = None if options.no_pretrained else "IMAGENET1K_V1"
     network = getattr(models, options.model)(weights=weights).to(options.device).eval()
     layer = nn.Linear(network.fc.in_features, len(train.class_names)).to(options.device)

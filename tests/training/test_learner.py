@@ -17,14 +17,22 @@ from cmap_defense.training.settings import Execution
 from training.killed import NETWORK, RICH, fresh_backbone, training_images, training_labels
 
 
-def learner(objective: Objective, *, classes: int | None = 2, **changes: Any) -> Learner:
+def learner(
+    objective: Objective,
+    *,
+    classes: int | None = 2,
+    dropout: float | None = None,
+    micro: int | None = None,
+    **changes: Any,
+) -> Learner:
     """Of the tiny network, with two averages."""
-    backbone = fresh_backbone(NETWORK.replace(num_classes=classes))
+    dropout = NETWORK.dropout if dropout is None else dropout
+    backbone = fresh_backbone(NETWORK.replace(num_classes=classes, dropout=dropout))
     model: Model = backbone
     if objective.kind == "diffusion":
         model = EDMDenoiser(backbone.network, backbone.image_shape, num_classes=classes)
     settings, labels = RICH.replace(**changes), None if classes is None else training_labels()
-    return Learner(model.train(), training_images(), labels, objective, settings, Execution(), Ranks())
+    return Learner(model.train(), training_images(), labels, objective, settings, Execution(micro_batch=micro), Ranks())
 
 
 def teacher(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -89,3 +97,20 @@ def test_the_gradient_is_clipped() -> None:
     made.step(0)
     squares = sum(float(t.double().sum()) for name, t in made.tensors().items() if name.startswith("adam/exp_avg_sq"))
     assert squares == pytest.approx(0.01 * 0.01**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole(objective: Objective, micro: int) -> None:
+    """Where dropout does not draw by the layout of the batch."""
+    whole, pieces = (
+        learner(objective, dropout=0.0, micro=size, precision="float32", clip_norm=1e9) for size in (None, micro)
+    )
+    torch.testing.assert_close(pieces.step(0), whole.step(0), rtol=1e-5, atol=1e-6)
+    largest = max(p.grad.abs().max() for p in whole.weights.values() if p.grad is not None)
+    for name, p in whole.weights.items():
+        other = pieces.weights[name].grad
+        if p.grad is None:
+            assert other is None
+            continue
+        torch.testing.assert_close(other, p.grad, rtol=1e-3, atol=1e-5 * largest.item())

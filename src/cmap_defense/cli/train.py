@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
 from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
 from cmap_defense.cli.train_options import (
@@ -113,6 +114,7 @@ PAPERS = {
     "--checkpoint-every", type=click.IntRange(1), default=_LOOP.checkpoint_every, show_default=True, help="In images."
 )
 @click.option("--checkpoint-part-mb", type=click.IntRange(1), help="Largest file of a checkpoint.  [default: no limit]")
+@click.option("--micro-batch", type=click.IntRange(1), help="Images at a time in each process.  [default: all]")
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option("--channels-last/--no-channels-last", default=None, help="Layout of the weights.  [default: on CUDA]")
 @click.option("--hold-images/--no-hold-images", default=None, help="All on the device.  [default: where they fit]")
@@ -161,6 +163,9 @@ def _trained(
     sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
+    noise = NoiseRange() if start is None else start.noise
+    if teacher is not None and teacher.noise != noise:
+        raise click.BadParameter(f"its noise levels are {teacher.noise}, not {noise}.", param_hint="--teacher")
     loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
     settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
 
@@ -195,6 +200,7 @@ def _trained(
                 channels_last=options["channels_last"],
                 hold_images=options["hold_images"],
                 part_mb=options["checkpoint_part_mb"],
+                micro_batch=options["micro_batch"],
             ),
             device=str(device),
             weights_dtype=getattr(torch, options["weights"]),

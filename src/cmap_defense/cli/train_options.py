@@ -35,7 +35,7 @@ COMPACT = ("preset", "channels", "attention", "blocks", "patch")
 SAID_OTHERWISE = (*COMPACT, "halvings")
 """Options that stand in a recorded command as ``--set`` and ``--objective-set``."""
 
-ELSEWHERE = ("out", "as_json", "device", "minutes", "checkpoint_part_mb", "hold_images", "channels_last")
+ELSEWHERE = ("out", "as_json", "device", "minutes", "checkpoint_part_mb", "micro_batch", "hold_images", "channels_last")
 """Options that say where a training runs and what it may take, and not what it is."""
 
 

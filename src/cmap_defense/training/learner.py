@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from cmap_defense.rng import isolated
 from cmap_defense.training.draws import Draws, fits_beside
 from cmap_defense.training.ema import EMA, Target
 from cmap_defense.training.models import MODELS, Model
-from cmap_defense.training.objectives import Objective
+from cmap_defense.training.objectives import Batch, Objective
 from cmap_defense.training.settings import Execution, TrainSettings
 
 __all__ = ["Learner", "learning_rate"]
@@ -45,6 +47,7 @@ class Learner:
     ) -> None:
         _check_fits(model, objective, settings, team)
         self.model, self.objective, self.settings, self.team = model, objective, settings, team
+        self.execution = execution
         self.device = next(model.parameters()).device
         on_cuda = self.device.type == "cuda"
         if on_cuda if execution.channels_last is None else execution.channels_last:
@@ -63,14 +66,10 @@ class Learner:
         """Optimiser step ``number`` >= 0. Returns the mean loss [] of the whole batch, on the device."""
         model, settings, seen = self.model, self.settings, number * self.settings.batch_size
         batch, labels = self.draws(number)
-        denoise, target = (functools.partial(m.denoise, class_labels=labels) for m in (model, self.target.model))
-        with isolated(settings.seed, 3, number, self.team.rank), self._precision():  # what dropout draws
-            losses = self.objective.losses(denoise, batch, model.noise, target)
-        loss = losses.sum() / settings.batch_size
-
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        loss = loss.detach()
+        with isolated(settings.seed, 3, number, self.team.rank):  # what dropout draws
+            loss = sum(self._backward(*part) for part in self._parts(batch, labels))
+        assert isinstance(loss, Tensor)
         self.team.add_up([loss, *(p.grad for p in self.weights.values() if p.grad is not None)])
         nn.utils.clip_grad_norm_(self.weights.values(), settings.clip_norm)
         for group in self.optimiser.param_groups:
@@ -81,6 +80,23 @@ class Learner:
         for average in self.averages:
             average.update(model, batch_size=settings.batch_size, images_seen=seen + settings.batch_size)
         return loss
+
+    def _parts(self, batch: Batch, labels: Tensor | None) -> Iterator[tuple[Batch, Tensor | None]]:
+        """As many images of this process's share at a time as go through the network together."""
+        size = self.execution.micro_batch or len(batch.images)
+        for start in range(0, len(batch.images), size):
+            rows = slice(start, start + size)
+            part = dataclasses.replace(batch, images=batch.images[rows], z=batch.z[rows], uniform=batch.uniform[rows])
+            yield part, None if labels is None else labels[rows]
+
+    def _backward(self, batch: Batch, labels: Tensor | None) -> Tensor:
+        """Add to the gradients of the whole batch's mean loss; what these images are of it, [], without a graph."""
+        denoise, target = (functools.partial(m.denoise, class_labels=labels) for m in (self.model, self.target.model))
+        with self._precision():
+            losses = self.objective.losses(denoise, batch, self.model.noise, target)
+        loss = losses.sum() / self.settings.batch_size
+        loss.backward()
+        return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold, by name; not copied."""

@@ -23,7 +23,8 @@ class TrainSettings(Settings):
 
     images: length of the training. batch_size: images per optimiser step, all processes together.
     learning_rate: of Adam at its height; it rises over warmup_images and falls to zero along a half cosine.
-    betas: of Adam. clip_norm: gradients with a larger global norm are scaled down to it.
+    betas: of Adam. clip_norm: gradients with a larger global norm are scaled down to it. Of losses that are sums over
+    pixels that is nearly every one; Adam's steps do not hang on their scale.
     ema_half_lives: half-lives in images of the averaged weights; the first one's are kept as the backbone, the others
     are written beside it at the end. At the start a half-life is a twentieth of the images seen.
     flip: mirror each image with probability 1/2. precision: of the network's arithmetic, "bfloat16" or "float32".
@@ -81,17 +82,20 @@ class Execution(Settings):
     channels_last: weights laid out channels last; None: on CUDA.
     hold_images: the training set on the network's device; None: where it takes a quarter of the free memory at most.
     part_mb: largest size of a file of a checkpoint, in 10^6 bytes; None: one file for all tensors.
+    micro_batch: images that go through the network at a time in each process; None: all that it has of a batch.
     """
 
     compile: bool = False
     channels_last: bool | None = None
     hold_images: bool | None = None
     part_mb: int | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         require_flag("Execution", "compile", self.compile)
         for name in ("channels_last", "hold_images"):
             if getattr(self, name) is not None:
                 require_flag("Execution", name, getattr(self, name))
-        if self.part_mb is not None:
-            require_integer("Execution", "part_mb", self.part_mb, minimum=1)
+        for name in ("part_mb", "micro_batch"):
+            if getattr(self, name) is not None:
+                require_integer("Execution", name, getattr(self, name), minimum=1)
