@@ -19,6 +19,7 @@ __all__ = [
     "InputValueError",
     "MissingExtraError",
     "SettingsError",
+    "TrainingError",
     "UnknownNameError",
 ]
 
@@ -81,3 +82,7 @@ class EvaluationError(CmapError, RuntimeError):
 
 class CheckpointError(CmapError, RuntimeError):
     """A training folder holds a checkpoint that does not belong to the settings given."""
+
+
+class TrainingError(CmapError, RuntimeError):
+    """A training cannot go on: its loss is infinite or no number."""

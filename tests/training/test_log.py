@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmap_defense.errors import CheckpointError
+from cmap_defense.errors import TrainingError
 from cmap_defense.training.log import READ_EVERY, LossLog
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_what_is_no_loss_is_an_error_when_it_is_read(tmp_path: Path, value: floa
         log.add(torch.tensor(1.0))
         log.mean()
 
-    with pytest.raises(CheckpointError, match="diverged"):
+    with pytest.raises(TrainingError, match="diverged"):
         until_read()
 
 

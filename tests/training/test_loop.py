@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.errors import CheckpointError, DataError, SettingsError
+from cmap_defense.errors import CheckpointError, DataError, SettingsError, TrainingError
 from cmap_defense.training import checkpoint
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.checkpoint import read_checkpoint
@@ -466,7 +466,7 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(tmp_path: 
             found = super().losses(model, batch, noise, target)
             return found * math.inf if batch.progress > 0.5 else found
 
-    with pytest.raises(CheckpointError, match="diverged"):
+    with pytest.raises(TrainingError, match="diverged"):
         train_tiny(tmp_path, SETTINGS, Diverging())
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-00000010"]
 

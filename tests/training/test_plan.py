@@ -132,6 +132,19 @@ def test_measuring_leaves_the_weights_and_the_folder_as_they_were(tmp_path: Path
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_what_is_done_beside_a_checkpoint_counts(tmp_path: Path, clock: Clock) -> None:
+    """Once it is warm; the model is in eval mode."""
+    seen: list[bool] = []
+
+    def beside(model: Any) -> None:
+        seen.append(model.training)
+        clock.now += 4.0 if len(seen) > 1 else 100.0
+
+    speed = plan.measure(learner(), tmp_path, Budget(1.0, clock), Execution(), beside)
+    assert speed.checkpoint == pytest.approx(SAVE + 4.0)
+    assert seen == [False, False]
+
+
 def test_measuring_takes_a_small_part_of_the_budget(tmp_path: Path, clock: Clock) -> None:
     """Five per cent at most, or a few steps."""
     for minutes, steps in ((1.0, 3 + 5), (20.0, 3 + 5), (21.0, 3 + 10)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmap_defense.errors import CheckpointError
+from cmap_defense.errors import TrainingError
 from cmap_defense.training.files import write_whole
 
 __all__ = ["LossLog"]
@@ -36,7 +36,7 @@ class LossLog:
         """Take the loss [] of a step, on the device.
 
         Raises:
-            CheckpointError: a loss is infinite or no number.
+            TrainingError: a loss is infinite or no number.
         """
         self._unread.append(loss.detach())
         if len(self._unread) >= self.every or math.isnan(self.newest):
@@ -60,7 +60,7 @@ class LossLog:
         found = torch.stack(self._unread).tolist()
         self._unread = []
         if not all(map(math.isfinite, found)):
-            raise CheckpointError(
+            raise TrainingError(
                 f"The loss is {next(loss for loss in found if not math.isfinite(loss))}: the training has diverged, "
                 "and no checkpoint of it is written. Start afresh in another folder with a lower learning rate, a "
                 "longer warm-up, or float32."

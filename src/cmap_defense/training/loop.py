@@ -103,7 +103,8 @@ def train(
     Raises:
         DataError: images or labels do not fit the model.
         SettingsError: the objective trains another kind of model, or there are more processes than images in a batch.
-        CheckpointError: ``folder`` belongs to a training with other settings, or the loss is infinite or no number.
+        CheckpointError: ``folder`` belongs to a training with other settings.
+        TrainingError: the loss is infinite or no number.
     """
     check_data(model, images, labels)
     execution = execution or Execution()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cmap_defense.training.checkpoint import (
 )
 from cmap_defense.training.files import write_whole
 from cmap_defense.training.learner import Learner
+from cmap_defense.training.models import Model
 from cmap_defense.training.settings import Execution, TrainSettings
 
 __all__ = ["PLAN_FILE", "Plan", "Speed", "plan_images", "planned", "read_plan"]
@@ -65,7 +66,12 @@ class Plan(Settings):
 
 
 def planned(
-    learner: Learner, folder: Path, described: Mapping[str, Any], budget: Budget, execution: Execution
+    learner: Learner,
+    folder: Path,
+    described: Mapping[str, Any],
+    budget: Budget,
+    execution: Execution,
+    beside: Callable[[Model], object] | None = None,
 ) -> TrainSettings:
     """The learner's settings with the length that the folder's plan says, or its newest checkpoint, or else with one
     that fits the budget.
@@ -79,6 +85,7 @@ def planned(
         described: its further settings by part name; a plan made with others is refused.
         budget: of this call.
         execution: of the training.
+        beside: what else each checkpoint takes time for, such as samples, given the model in eval mode.
 
     Raises:
         CheckpointError: the plan in the folder is one of other settings, or damaged.
@@ -90,7 +97,7 @@ def planned(
     with ranks() as team:
         images = team.by_first(functools.partial(_length_so_far, folder, parts))
         if images is None:
-            speed = measure(learner, folder, budget, execution)
+            speed = measure(learner, folder, budget, execution, beside)
             images = team.shared(plan_images(settings, speed, budget.left))
             rate = settings.batch_size / max(speed.step, 1e-9)
             plan = Plan(images=images, minutes=budget.minutes, images_per_second=rate, settings=parts)
@@ -133,8 +140,15 @@ def _length_so_far(folder: Path, described: Mapping[str, Any]) -> int | None:
     return None if newest is None else settings_of(newest)["train"]["images"]
 
 
-def measure(learner: Learner, folder: Path, budget: Budget, execution: Execution) -> Speed:
-    """Seconds of a step and of a checkpoint in ``folder``, from a few steps whose effect is undone."""
+def measure(
+    learner: Learner,
+    folder: Path,
+    budget: Budget,
+    execution: Execution,
+    beside: Callable[[Model], object] | None = None,
+) -> Speed:
+    """Seconds of a step and of a checkpoint in ``folder``, with what is done beside it, from a few steps whose effect is
+    undone."""
     model, team, clock = learner.model, learner.team, budget.clock
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -146,8 +160,13 @@ def measure(learner: Learner, folder: Path, budget: Budget, execution: Execution
         done += len(losses)
         losses[-1].item()  # waits for the device
         spent = clock() - begun
+    model.eval()
+    if beside is not None:
+        team.by_first(functools.partial(beside, model))  # the first time may compile
     begun = clock()
     team.by_first(functools.partial(_save_on_trial, learner, folder, execution))
+    if beside is not None:
+        team.by_first(functools.partial(beside, model))
     speed = Speed(spent / done, clock() - begun)
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)

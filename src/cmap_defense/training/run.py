@@ -86,7 +86,8 @@ def train_backbone(
     Raises:
         DataError: the images do not fit the network.
         SettingsError: ``start`` is of another network.
-        CheckpointError: the folder belongs to a training with other settings, or the training has diverged.
+        CheckpointError: the folder belongs to a training with other settings.
+        TrainingError: the training has diverged.
     """
     execution = execution or Execution()
     with torch.random.fork_rng(devices=[]):
@@ -107,7 +108,9 @@ def train_backbone(
     with ranks() as team:
         if budget is not None and plan:
             learner = Learner(model, images, labels, objective, settings, execution, team)
-            settings = planned(learner, folder, parts, budget, execution)
+            settings = planned(
+                learner, folder, parts, budget, execution, beside=None if on_samples is None else sample_grid
+            )
             del learner
         record = described(settings)
         record["training"] = {

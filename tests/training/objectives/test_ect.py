@@ -56,6 +56,13 @@ def test_the_stages_are_equally_long_and_the_last_one_settles() -> None:
     assert stages == sorted(stages)
 
 
+def test_a_training_that_goes_on_has_the_stages_that_are_left() -> None:
+    settings = ECTSettings(halvings=5, halved=3, settle=0.5)
+    stages = [ect_stage(step / 1000, settings) for step in range(1000)]
+    assert [stages.count(stage) for stage in (3, 4, 5)] == [250, 250, 500]
+    assert {ect_stage(step / 10, ECTSettings(halvings=5, halved=5)) for step in range(10)} == {5}
+
+
 @given(progress=st.floats(0, 1, exclude_max=True), halvings=st.integers(0, 10), settle=st.floats(0, 0.9))
 def test_a_stage_is_never_beyond_the_last(progress: float, halvings: int, settle: float) -> None:
     stage = ect_stage(progress, ECTSettings(halvings=halvings, settle=settle))
@@ -66,11 +73,16 @@ def test_a_stage_is_never_beyond_the_last(progress: float, halvings: int, settle
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sigma_std": 0.0}, {"halvings": -1}, {"settle": 1.0}, {"gap_steepness": 0.0}, {"huber": -0.1}]
+    "wrong", [{"sigma_std": 0.0}, {"halvings": -1}, {"halved": -1}, {"settle": 1.0}, {"gap_steepness": 0.0}, {"huber": -0.1}]
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         ECTSettings(**wrong)
+
+
+def test_more_halvings_behind_than_in_all_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"halved \(3\) must not be above ECTSettings.halvings \(2\)"):
+        ECTSettings(halvings=2, halved=3)
 
 
 # --- what it is a loss for --------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_a_uniform_index_holds_its_number(uniform: float, count: int) -> None:
 def test_intervals_come_as_often_as_their_table_says(count: int, mean: float, std: float) -> None:
     """Of n evenly spread uniform numbers, n p fall into an interval, rounded one way or the other at both ends."""
     levels, n = karras_levels(count, NOISE), 200_000
-    found = torch.bincount(lognormal_index(strata(n), levels, mean, std), minlength=count - 1)
+    found = torch.bincount(lognormal_index(strata(n), count, NOISE, rho=7.0, mean=mean, std=std), minlength=count - 1)
     assert len(found) == count - 1
     expected = n * torch.tensor(interval_probabilities(levels, mean, std), dtype=torch.float64)
     assert (found - expected).abs().max() <= 1.0
@@ -70,7 +70,8 @@ def test_intervals_come_as_often_as_their_table_says(count: int, mean: float, st
 @given(uniform=st.floats(1e-9, 1 - 1e-9), count=st.integers(2, 300))
 def test_an_interval_holds_its_number(uniform: float, count: int) -> None:
     levels = karras_levels(count, NOISE)
-    index = int(lognormal_index(torch.tensor([uniform, uniform], dtype=torch.float64), levels, -1.1, 2.0)[0])
+    pair = torch.tensor([uniform, uniform], dtype=torch.float64)
+    index = int(lognormal_index(pair, count, NOISE, rho=7.0, mean=-1.1, std=2.0)[0])
     probabilities = interval_probabilities(levels, -1.1, 2.0)
     assert math.fsum(probabilities[:index]) <= uniform + 1e-12
     assert uniform <= math.fsum(probabilities[: index + 1]) + 1e-12
@@ -78,7 +79,7 @@ def test_an_interval_holds_its_number(uniform: float, count: int) -> None:
 
 def test_intervals_without_any_probability_never_come() -> None:
     levels = karras_levels(30, NOISE)
-    index = lognormal_index(strata(1000), levels, 0.0, 0.02)
+    index = lognormal_index(strata(1000), 30, NOISE, rho=7.0, mean=0.0, std=0.02)
     possible = [i for i, p in enumerate(interval_probabilities(levels, 0.0, 0.02)) if p > 0]
     assert set(index.tolist()) <= set(possible)
     assert 0 < len(possible) < 29
@@ -86,7 +87,7 @@ def test_intervals_without_any_probability_never_come() -> None:
 
 def test_a_distribution_outside_of_the_levels_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"N\(20, 0.5\^2\) never falls between the noise levels 0.002 and 80"):
-        lognormal_index(strata(4), karras_levels(5, NOISE), 20.0, 0.5)
+        lognormal_index(strata(4), 5, NOISE, rho=7.0, mean=20.0, std=0.5)
 
 
 @pytest.mark.parametrize("rho", [1.0, 7.0])

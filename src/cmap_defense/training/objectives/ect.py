@@ -24,7 +24,8 @@ class ECTSettings(Settings):
     """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548); the defaults are for a training from scratch.
 
     sigma_mean, sigma_std: of ln sigma, a normal distribution, then clamped to the noise range.
-    halvings: how often the gap between the two noise levels is halved over training; stage 0 is a denoiser.
+    halvings: how often the gap between the two noise levels is halved in all; stage 0 is a denoiser.
+    halved: how often it has been before this training, which starts from the weights of a consistency model.
     settle: fraction of the training that is left to the last stage.
     gap_scale, gap_steepness: k and b of the gap's dependence on sigma, 1 + k sigmoid(-b sigma).
     huber: c of the Pseudo-Huber distance sqrt(d^2 + c^2) - c between whole images.
@@ -33,6 +34,7 @@ class ECTSettings(Settings):
     sigma_mean: float = -0.8
     sigma_std: float = 2.2
     halvings: int = 7
+    halved: int = 0
     settle: float = 0.25
     gap_scale: float = 8.0
     gap_steepness: float = 1.0
@@ -44,6 +46,11 @@ class ECTSettings(Settings):
         if require_integer("ECTSettings", "halvings", self.halvings, minimum=0) > 16:
             raise SettingsError(
                 f"ECTSettings.halvings must be at most 16, but is {self.halvings}: the gap would vanish."
+            )
+        require_integer("ECTSettings", "halved", self.halved, minimum=0)
+        if self.halved > self.halvings:
+            raise SettingsError(
+                f"ECTSettings.halved ({self.halved}) must not be above ECTSettings.halvings ({self.halvings})."
             )
         require_number("ECTSettings", "settle", self.settle, minimum=0.0, below=1.0)
         require_number("ECTSettings", "gap_scale", self.gap_scale, minimum=0.0)
@@ -57,7 +64,8 @@ class ECT(Objective):
     The loss is that of improved consistency training, :func:`~cmap_defense.training.objectives.ict.ict_loss`.
 
     A training may start from the weights of a denoiser (:class:`~cmap_defense.training.objectives.edm.EDM`): D and f
-    are the same network, whose scalings differ by sigma_min alone, and D is what the first stage comes to.
+    are the same network, whose scalings differ by sigma_min alone, and D is what the first stage comes to. It may go on
+    from a consistency model too, with ``halved`` as its training left it.
     """
 
     name = "ect"
@@ -75,10 +83,9 @@ class ECT(Objective):
 
 def ect_stage(progress: float, settings: ECTSettings) -> int:
     """The number of halvings of the gap at ``progress`` in [0, 1): equal stages, then the last one for ``settle``."""
-    if settings.halvings == 0:
-        return 0
     moving = progress / (1 - settings.settle)
-    return min(settings.halvings, math.floor(moving * settings.halvings))
+    more = settings.halvings - settings.halved
+    return settings.halved + min(more, math.floor(moving * more))
 
 
 def ect_previous_level(t: Tensor, stage: int, settings: ECTSettings, sigma_min: float) -> Tensor:

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from cmap_defense.backbones.karras import NoiseRange, karras_levels
+from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.settings import Settings, require_integer, require_number
 from cmap_defense.training.objectives.base import Batch, Denoise, Objective
 from cmap_defense.training.objectives.distances import pseudo_huber
@@ -57,7 +57,7 @@ class ICT(Objective):
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
         s = self.settings
         count = ict_level_count(batch.progress, s)
-        index = lognormal_index(batch.uniform, karras_levels(count, noise, rho=s.rho), s.sigma_mean, s.sigma_std)
+        index = lognormal_index(batch.uniform, count, noise, rho=s.rho, mean=s.sigma_mean, std=s.sigma_std)
         t, r = adjacent_levels(index, count, noise, s.rho)
         return ict_loss(model, target, batch.images, batch.z, t, r, huber=s.huber)
 

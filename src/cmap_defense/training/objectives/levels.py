@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 from torch import Tensor
@@ -25,22 +25,16 @@ def uniform_index(uniform: Tensor, count: int) -> Tensor:
     return (uniform.double() * count).long().clamp_max(count - 1)
 
 
-def lognormal_index(uniform: Tensor, levels: Sequence[float], mean: float, std: float) -> Tensor:
-    """[B] integers i from 0 to len(levels) - 2, drawn as ln sigma ~ N(mean, std^2) falls between ln levels[i] and
-    ln levels[i + 1], given that it falls between the first and the last (arXiv 2310.14189, Table 1):
+def lognormal_index(uniform: Tensor, count: int, noise: NoiseRange, *, rho: float, mean: float, std: float) -> Tensor:
+    """[B] integers i from 0 to count - 2, drawn as ln sigma ~ N(mean, std^2) falls between the logarithms of levels i
+    and i + 1 of ``count`` Karras levels, given that it falls between the first and the last (arXiv 2310.14189, Table 1):
 
     p(i) ~ erf((ln sigma_i+1 - mean) / (sqrt 2 std)) - erf((ln sigma_i - mean) / (sqrt 2 std)).
 
-    uniform: [B] in (0, 1). levels: at least two, rising. Raises SettingsError when no level has any probability.
+    uniform: [B] in (0, 1). count: two at least. Raises SettingsError when no level has any probability.
     """
-    below = torch.erf((torch.tensor(levels, dtype=torch.float64).log() - mean) / (2**0.5 * std))
-    if not below[-1] > below[0]:
-        raise SettingsError(
-            f"ln sigma ~ N({mean:g}, {std:g}^2) never falls between the noise levels {levels[0]:g} and {levels[-1]:g}: "
-            "choose another sigma_mean or a larger sigma_std."
-        )
-    reached = (below - below[0]) / (below[-1] - below[0])  # probability of the intervals below a level
-    return torch.searchsorted(reached[1:-1].to(uniform.device), uniform.double().contiguous(), right=True)
+    reached = _reached(count, noise, rho, mean, std, uniform.device)
+    return torch.searchsorted(reached, uniform.double().contiguous(), right=True)
 
 
 def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) -> tuple[Tensor, Tensor]:
@@ -48,5 +42,24 @@ def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) ->
 
     index: [B] integers n - 1, from 0 to count - 2.
     """
-    levels = torch.tensor(karras_levels(count, noise, rho=rho), dtype=torch.float32, device=index.device)
+    levels = _levels(count, noise, rho, index.device)
     return levels[index + 1], levels[index]
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(count: int, noise: NoiseRange, rho: float, device: torch.device) -> Tensor:
+    """Kept, so that not every step waits for a copy to the device."""
+    return torch.tensor(karras_levels(count, noise, rho=rho), dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _reached(count: int, noise: NoiseRange, rho: float, mean: float, std: float, device: torch.device) -> Tensor:
+    """Probability of the intervals below each inner level, float64, kept as the levels are."""
+    levels = karras_levels(count, noise, rho=rho)
+    below = torch.erf((torch.tensor(levels, dtype=torch.float64).log() - mean) / (2**0.5 * std))
+    if not below[-1] > below[0]:
+        raise SettingsError(
+            f"ln sigma ~ N({mean:g}, {std:g}^2) never falls between the noise levels {levels[0]:g} and {levels[-1]:g}: "
+            "choose another sigma_mean or a larger sigma_std."
+        )
+    return ((below - below[0]) / (below[-1] - below[0]))[1:-1].to(device)
