@@ -96,9 +96,9 @@ def unit_resnet56() -> CifarResNet:
     return CifarResNet(56, unit=True)
 
 
-def load_cifar_resnet(path: Path, depth: int) -> CifarResNet:
+def load_cifar_resnet(path: Path, depth: int, *, unit: bool = False) -> CifarResNet:
     """A trained classifier in eval mode."""
-    classifier = CifarResNet(depth)
+    classifier = CifarResNet(depth, unit=unit)
     state = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("num_batches_tracked")}
     with torch.no_grad():
         missing, unexpected = classifier.load_state_dict(state, strict=False)

@@ -66,6 +66,20 @@ def test_the_measurement_prints_a_line_per_setting(tmp_path: Path) -> None:
     assert [row["n_latents"] for row in rows[1:]] == [1, 2]
 
 
+@pytest.mark.parametrize("on", ["test", "held-out"])
+def test_a_cifar10_backbone_is_measured_with_somebody_elses_classifier(tmp_path: Path, on: str) -> None:
+    images, classifier = made_up_cifar10(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / f"cifar10_{split}.npz").write_bytes(images.read_bytes())
+    arguments = ["--on", on, "--count", "3", "--latents", "2", "--iterations", "1", "2"]
+    arguments += ["--classifier", str(classifier), "--depth", "20"]
+    script = str(ROOT / "examples" / "measure_cifar10.py")
+    lines = run(tmp_path, script, *arguments, CMAP_DATA=str(tmp_path)).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert (rows[0]["images"], rows[0]["eps"]) == (3, 8 / 255)
+    assert [row["iterations"] for row in rows[1:]] == [1, 2]
+
+
 def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
     folder = tmp_path / "fashion-mnist"
     folder.mkdir()

@@ -21,6 +21,7 @@ from cmap_defense.cli import train as module
 from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import LabelledImages
+from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.training.objectives import ECT, ECTSettings
 from cmap_defense.training.settings import TrainSettings
 
@@ -173,6 +174,20 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     assert (record.image_shape, record.num_classes) == ((1, 8, 8), 3)
     assert record.training["class_names"] == ["ants", "bees", "cats"]
     assert "--size 8 --image-channels 1 --class-conditional" in record.training["command"]
+
+
+def test_what_is_held_out_of_a_folder_is_what_the_other_commands_look_at(
+    tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the last class."""
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
+    data = LabelledImages(images.clone(), torch.arange(40) // 20)
+    monkeypatch.setattr(module, "load_dataset", lambda source, **options: data)
+    assert run("--data", tmp_path, "--hold-out", 10, "-o", tmp_path / "out") == 130
+    kept = captured["images"][:, 0, 0, 0].tolist()
+    looked_at = Subset(count=10, order="random").indices(40)
+    assert sorted([*kept, *looked_at]) == list(range(40))
+    assert {position // 20 for position in looked_at} == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from cmap_defense.cli.train_options import (
     recorded_command,
     teacher_of,
 )
-from cmap_defense.data import DATASETS, load_dataset, write_image
+from cmap_defense.data import DATASETS, LabelledImages, load_dataset, write_image
 from cmap_defense.errors import DataError
+from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.loop import LOG_FILE, TrainState
@@ -60,7 +61,13 @@ PAPERS = {
     required=True,
     help=f"A name ({', '.join(DATASETS)}), an .npz file with images (uint8 [N, H, W, C]), a folder of class folders.",
 )
-@click.option("--hold-out", type=click.IntRange(0), default=0, show_default=True, help="Last images to leave out.")
+@click.option(
+    "--hold-out",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Images to leave out: the last ones, or of a folder a draw over all classes.",
+)
 @click.option("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels.")
 @click.option("--image-channels", type=click.IntRange(1), help="Of the images: 3, or 1 to read a folder's as grey.")
 @click.option("--class-conditional", is_flag=True, help="Tell the network the labels of the data.")
@@ -223,10 +230,19 @@ def _data(options: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None, S
         raise DataError(f"{where} holds no images.")
     if hold_out >= len(data):
         raise DataError(f"--hold-out {hold_out} leaves nothing of the {len(data)} images.")
-    kept = data[: len(data) - hold_out]
+    kept = _without(data, hold_out, drawn=Path(where).expanduser().is_dir())
     if not options["class_conditional"]:
         return kept.images, None, None, None
     return kept.images, kept.labels, classes_of(data, where), data.class_names
+
+
+def _without(data: LabelledImages, hold_out: int, *, drawn: bool) -> LabelledImages:
+    """All images but the last ones; or but the first of a random subset, which ``--split train -n`` of the other
+    commands looks at: a folder's images come class by class, and its last ones would be a class."""
+    if not drawn or hold_out == 0:
+        return data[: len(data) - hold_out]
+    left_out = set(Subset(count=hold_out, order="random").indices(len(data)))
+    return data.select([position for position in range(len(data)) if position not in left_out])
 
 
 def loss_chart(log: Path) -> Image.Image:
