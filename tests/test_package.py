@@ -51,6 +51,8 @@ def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:
         "assets/fashion-mnist/test256.npz",
         "assets/fashion-mnist-ct/backbone.json",
         "assets/fashion-mnist-ct/weights.safetensors",
+        "assets/cifar10-ct-small/backbone.json",
+        "assets/cifar10-ct-small/weights.safetensors",
     ):
         assert (package / name).is_file(), name
     (metadata,) = installed.glob("cmap_defense-*.dist-info")

@@ -54,7 +54,8 @@ ON_THE_HUB = {
     "cat256-ct": "openai/diffusers-ct_cat256",
 }
 SIDES = {"cifar10": 32, "imagenet64": 64, "bedroom256": 256, "cat256": 256}
-NAMES = sorted({"fashion-mnist-ct", *OFFICIAL, *ON_THE_HUB})
+EMBEDDED = ("fashion-mnist-ct", "cifar10-ct-small")
+NAMES = sorted({*EMBEDDED, *OFFICIAL, *ON_THE_HUB})
 FILE, REPOSITORY = tiny_file("https://example.org/checkpoint"), HubRepository(repo_id="someone/model")
 COMMIT, SHA256 = "0123456789" * 4, "0123456789abcdef" * 4
 
@@ -76,10 +77,11 @@ def test_names_are_sorted_and_each_has_an_entry_of_that_name():
     assert [registry_entry(name).name for name in names] == names
 
 
-def test_packaged_model_lies_in_a_folder_that_is_called_like_it():
-    (source,) = registry_entry("fashion-mnist-ct").sources
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_packaged_models_lie_in_folders_that_are_called_like_them(name: str):
+    (source,) = registry_entry(name).sources
     assert isinstance(source, LocalFolder)
-    assert source.folder.name == "fashion-mnist-ct"
+    assert source.folder.name == name
     assert source.verified
 
 
@@ -138,7 +140,7 @@ def test_entries_say_what_a_user_has_to_know(name: str):
     assert "\n" not in entry.description
     assert entry.licence
     assert entry.paper
-    assert not entry.quality or "cited from" in entry.quality or name == "fashion-mnist-ct"
+    assert not entry.quality or "cited from" in entry.quality or name in EMBEDDED
     for source in entry.sources:
         assert source.address in str(entry.to_dict())
 

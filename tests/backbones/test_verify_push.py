@@ -136,8 +136,9 @@ def test_folder_is_verified_and_nothing_is_noted(tmp_path: Path, cache: Path, gi
     assert not cache.exists()
 
 
-def test_packaged_model_is_verified_and_nothing_is_noted(cache: Path):
-    found = verify_backbone("fashion-mnist-ct")
+@pytest.mark.parametrize("name", ["fashion-mnist-ct", "cifar10-ct-small"])
+def test_packaged_models_are_verified_and_nothing_is_noted(cache: Path, name: str):
+    found = verify_backbone(name)
     assert found.boundary_error == 0
     assert found.pinned is None
     assert not cache.exists()

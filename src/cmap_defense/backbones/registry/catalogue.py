@@ -1,4 +1,4 @@
-"""The backbones that have a name: the published consistency models, and the one in the package.
+"""The backbones that have a name: the published consistency models, and the two in the package.
 
 Nothing here was fetched to write it. Commits are those that stand in public links to these repositories' newest files
 (huggingface.co/REPOSITORY/tree/COMMIT); figures are those of the paper's tables. A source without a commit or a
@@ -20,12 +20,15 @@ from cmap_defense.backbones.registry.entry import (
     Source,
 )
 
-__all__ = ["CIFAR10_CD_REPOSITORY", "catalogue"]
+__all__ = ["CIFAR10_CD_REPOSITORY", "EMBEDDED_BACKBONES", "catalogue"]
 
 CIFAR10_CD_REPOSITORY: HubRepository | None = None
 """This project's own converted cifar10-cd on the Hub, with its commit and checksum.
 
 None until the project owns the name: an id that anybody could register is not trusted."""
+
+EMBEDDED_BACKBONES = ("fashion-mnist-ct", "cifar10-ct-small")
+"""Backbones that ship with the package, folders of its assets."""
 
 _ASSETS = Path(__file__).parents[2] / "assets"
 _JCM = "https://openaipublic.blob.core.windows.net/consistency/jcm_checkpoints/"
@@ -44,14 +47,15 @@ _IMAGENET: dict[str, Any] = {
 
 def catalogue() -> tuple[RegistryEntry, ...]:
     """All entries that come with the package."""
-    return (_fashion(), *_cifar10(), _cifar10_demo(), *_imagenet64(), *_lsun("bedroom"), *_lsun("cat"))
+    embedded = (_embedded(name) for name in EMBEDDED_BACKBONES)
+    return (*embedded, *_cifar10(), _cifar10_demo(), *_imagenet64(), *_lsun("bedroom"), *_lsun("cat"))
 
 
-def _fashion() -> RegistryEntry:
-    folder = _ASSETS / "fashion-mnist-ct"
+def _embedded(name: str) -> RegistryEntry:
+    folder = _ASSETS / name
     record = read_record(folder)
     return RegistryEntry(
-        name="fashion-mnist-ct",
+        name=name,
         description=record.description,
         sources=(LocalFolder(folder=folder),),
         image_shape=record.image_shape,
