@@ -1,4 +1,4 @@
-"""What measure_fashion.py and measure_cifar10.py share: PGD-20 on the bare classifier, then one line of JSON per settings."""
+"""What measure_fashion.py and measure_cifar10.py share: PGD-20 on the bare classifier, a line of JSON per settings."""
 
 import argparse
 import itertools

@@ -58,8 +58,8 @@ def test_the_backbone_generates_clothes_rather_than_noise() -> None:
 
 
 def test_the_cifar10_backbone_generates_the_colours_of_cifar10_and_smooth_images() -> None:
-    """Means and standard deviations of CIFAR-10's channels are 0.491, 0.482, 0.447 and 0.247, 0.243, 0.262; neighbouring
-    pixels of its images correlate with 0.96, and those of noise not at all."""
+    """CIFAR-10's channels have means 0.491, 0.482, 0.447 and standard deviations 0.247, 0.243, 0.262; neighbouring
+    pixels are alike, and those of noise are not."""
     latents = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         samples = (load_backbone("cifar10-ct-small").generate(latents) + 1) / 2

@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the command would train, of any data set: noise 1 x 28 x 28."""
+    """What the command would train, of any data set: noise of cifar10's shape for that name, else 1 x 28 x 28."""
     found: dict[str, Any] = {}
 
     def train_backbone(images: torch.Tensor, folder: Path, **options: Any) -> None:
@@ -48,7 +48,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def load_dataset(source: str, **options: Any) -> LabelledImages:
         found.update(source=source, data_options=options)
-        images = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8)
+        shape = (3, 32, 32) if source == "cifar10" else (1, 28, 28)
+        images = torch.randint(0, 256, (60, *shape), dtype=torch.uint8)
         return LabelledImages(images, torch.arange(60) % 3)
 
     monkeypatch.setattr(module, "train_backbone", train_backbone)
@@ -63,27 +64,32 @@ def run(*arguments: object) -> int:
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_of_the_embedded_backbone_still_means_what_it_meant(
-    tmp_path: Path, captured: dict[str, Any]
+@pytest.mark.parametrize(
+    ("name", "data", "held_out"),
+    [("fashion-mnist-ct", "fashion-mnist", "5000"), ("cifar10-ct-small", "cifar10", "2000")],
+)
+def test_the_commands_of_packaged_backbones_still_mean_what_they_meant(
+    tmp_path: Path, captured: dict[str, Any], name: str, data: str, held_out: str
 ) -> None:
-    """The record that ships: network, objective and loop, though its options are those of an older version."""
-    record = load_backbone("fashion-mnist-ct").record
+    """The records that ship: network, objective and loop, though options may be those of an older version."""
+    record = load_backbone(name).record
     assert record is not None
     words = shlex.split(record.training["command"])
     assert words[:2] == ["cmap-defense", "train"]
     hold_out = words.index("--hold-out") + 1
-    assert words[hold_out] == "5000"
+    assert words[hold_out] == held_out
     words[hold_out] = "5"
     assert main([*words[1:], "-o", str(tmp_path / "out")]) == 130, "as far as the training itself"
-    assert captured["source"] == "fashion-mnist"
+    assert captured["source"] == data
     assert len(captured["images"]) == 55
     assert captured["network"].name == "compact"
     assert captured["network"].config == CompactUNetConfig.from_dict(record.network_config)
     assert isinstance(captured["objective"], ECT)
-    settings = {name: value for name, value in record.training["objective"].items() if name != "name"}
+    settings = {key: value for key, value in record.training["objective"].items() if key != "name"}
     assert captured["objective"].settings == ECTSettings.from_dict(settings)
     loop = dict(record.training["train"])
-    loop["ema_half_lives"] = [loop.pop("ema_half_life")]
+    if "ema_half_life" in loop:
+        loop["ema_half_lives"] = [loop.pop("ema_half_life")]
     assert captured["settings"] == TrainSettings.from_dict(loop)
     assert captured["execution"].compile
     assert captured["weights_dtype"] == torch.float16

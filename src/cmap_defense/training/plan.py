@@ -147,8 +147,8 @@ def measure(
     execution: Execution,
     beside: Callable[[Model], object] | None = None,
 ) -> Speed:
-    """Seconds of a step and of a checkpoint in ``folder``, with what is done beside it, from a few steps whose effect is
-    undone."""
+    """Seconds of a step and of a checkpoint in ``folder``, with what is done beside it: from a few steps, whose effect
+    is undone."""
     model, team, clock = learner.model, learner.team, budget.clock
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()

@@ -27,7 +27,8 @@ def uniform_index(uniform: Tensor, count: int) -> Tensor:
 
 def lognormal_index(uniform: Tensor, count: int, noise: NoiseRange, *, rho: float, mean: float, std: float) -> Tensor:
     """[B] integers i from 0 to count - 2, drawn as ln sigma ~ N(mean, std^2) falls between the logarithms of levels i
-    and i + 1 of ``count`` Karras levels, given that it falls between the first and the last (arXiv 2310.14189, Table 1):
+    and i + 1 of ``count`` Karras levels, given that it falls between the first and the last (arXiv 2310.14189, Table
+    1):
 
     p(i) ~ erf((ln sigma_i+1 - mean) / (sqrt 2 std)) - erf((ln sigma_i - mean) / (sqrt 2 std)).
 
