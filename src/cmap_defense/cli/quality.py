@@ -31,7 +31,6 @@ from cmap_defense.data.files import write_image
 from cmap_defense.evaluation.quality import Quality, QualityRun
 from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
 from cmap_defense.evaluation.store import write_text
-from cmap_defense.modules import device_of
 
 __all__ = ["quality"]
 
@@ -150,8 +149,7 @@ def _others(options: dict[str, Any]) -> dict[str, Any]:
 def _cost(run: QualityRun) -> str:
     """What it will cost, for people."""
     settings = run.model.settings
-    device = device_of(run.model)
-    seen = run.probe(1 if device is None or device.type == "cpu" else run.group)
+    seen = run.probe()
     return (
         f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
         f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, "

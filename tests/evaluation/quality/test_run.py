@@ -15,8 +15,9 @@ from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation import Accuracy, Subset
-from cmap_defense.evaluation.cost import counted_passes
+from cmap_defense.evaluation.cost import Probe, counted_passes
 from cmap_defense.evaluation.quality import InceptionDistance, Quality, QualityRun
+from cmap_defense.evaluation.quality import run as module
 from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, quality_markdown, write_quality
 from cmap_defense.modules import building
 from tiny import tiny_backbone
@@ -159,7 +160,26 @@ def test_passes_and_steps_are_those_that_happen() -> None:
         run.run(said.append)
     assert passes[0] == run.passes == 64 + 3 * 3 * 2 * (QUICK.iterations + 1)
     assert said.count("") == run.steps
-    assert run.probe(2).seconds > 0
+
+
+def test_the_probe_takes_as_many_images_as_its_seconds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, then four times as many, up to a group; each image takes a second on this machine."""
+    clock, seen = [0.0], []
+
+    def probe(model: Any, images: torch.Tensor) -> Probe:
+        seen.append(len(images))
+        clock[0] += len(images)
+        return Probe(1 / len(images), None)
+
+    monkeypatch.setattr(module, "probe", probe)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    for seconds, sizes in ((3.0, [1]), (4.0, [1, 4]), (15.0, [1, 4]), (100.0, [1, 4, 5])):
+        seen.clear()
+        run = run_of(model=wrapped(classifier=classifier()).eval(), subset=Subset(count=6), group=5)
+        assert run.probe(seconds).seconds == 1 / sizes[-1]
+        assert seen == sizes
+    monkeypatch.undo()
+    assert run_of().probe().seconds > 0
 
 
 def test_it_is_the_same_again_and_leaves_modes_alone() -> None:

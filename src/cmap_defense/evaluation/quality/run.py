@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -204,10 +205,18 @@ class QualityRun:
         groups = -(-len(self.images) // self.group)
         return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
 
-    def probe(self, images: int = 1) -> Probe:
-        """Seconds per backbone pass, and memory, from a few iterations on the first so many images."""
+    def probe(self, seconds: float = 2.0) -> Probe:
+        """Seconds per backbone pass, and memory, from a few iterations: on one image, then on four times as many again
+        and again, up to a group, as long as that should take no more than about ``seconds``. Images are faster together.
+        """
+        count, most = 1, min(self.group, len(self.images))
         with evaluating(self.model):
-            return probe(self.model, self.images.images[:images].to(device_of(self.model)))
+            while True:
+                begun = time.perf_counter()
+                seen = probe(self.model, self.images.images[:count].to(device_of(self.model)))
+                if count == most or 4 * (time.perf_counter() - begun) > seconds:
+                    return seen
+                count = min(4 * count, most)
 
     def run(self, on_step: Callable[[str], None] | None = None) -> Quality:
         """Do it all. on_step: called with the name of each part as it begins, and with "" at each step."""
