@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from cmap_defense.backbones import load_backbone
 from cmap_defense.backbones.folder import read_record
+from cmap_defense.cli import quality as module
 from cmap_defense.cli.main import main
+from cmap_defense.data.known import CIFAR10_CLASSES
 from cmap_defense.embedded import load_classifier
 from cmap_defense.evaluation import Accuracy
 from cmap_defense.modules import building
@@ -88,6 +90,29 @@ def test_as_text_with_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert picture.size == (8 * 57 + 1, 8 * 57 + 1)
     with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
         assert picture.size[1] == 3 * (28 * 3 + 24) + 62
+
+
+def test_the_sheet_calls_classes_by_the_names_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nnet = nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(3, 10))\n",
+        encoding="utf-8",
+    )
+    rng = np.random.RandomState(0)
+    images, labels = rng.randint(0, 256, (8, 32, 32, 3)).astype(np.uint8), np.array([0, 9, 3, 3, 3, 3, 3, 3])
+    np.savez(tmp_path / "cifar10_test.npz", images=images, labels=labels)
+    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
+    seen: list[list[str]] = []
+
+    def sheet(columns: Any, captions: Any, title: str, *, scale: int) -> Image.Image:
+        seen.extend(captions)
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(module, "image_sheet", sheet)
+    where = ["-b", "cifar10-ct-small", "-c", f"{tmp_path / 'mine.py'}:net", "-d", "cifar10"]
+    sizes = ["-n", "2", "--latents", "1", "--iterations", "1", "--samples", "4"]
+    assert main(["quality", *where, *sizes, "-o", str(tmp_path / "out")]) == 0
+    assert [caption[0] for caption in seen] == ["true: airplane", "true: truck"]
+    assert all(text.partition(": ")[2] in CIFAR10_CLASSES for caption in seen for text in caption)
 
 
 def test_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,8 @@ def quality(
     facts |= {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)
     files.append(write_image(sample_sheet(found.samples.shown), out / "samples.png"))
-    files.append(write_image(_sheet(found, class_names_of(options)), out / "reconstructions.png"))
+    names = class_names_of(options) or run.images.class_names
+    files.append(write_image(_sheet(found, names), out / "reconstructions.png"))
     if folder is not None:
         files.append(_written_down(folder, facts["figures"]))
     seconds = time.perf_counter() - start

@@ -207,8 +207,8 @@ class QualityRun:
 
     def probe(self, seconds: float = 2.0) -> Probe:
         """Seconds per backbone pass, and memory, from a few iterations: on one image, then on four times as many again
-        and again, up to a group, as long as that should take no more than about ``seconds``. Images are faster together.
-        """
+        and again, up to a group, as long as that should take no more than about ``seconds``: images are faster
+        together."""
         count, most = 1, min(self.group, len(self.images))
         with evaluating(self.model):
             while True:
