@@ -217,6 +217,8 @@ from PIL import Image
 import cmap_defense.cli.demo, cmap_defense.evaluation.demo
 from cmap_defense.cli.main import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
+
 def interrupt(*arguments, **options):
     if {inside_a_file}:
         with open(arguments[1], "wb") as file:
