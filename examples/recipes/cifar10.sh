@@ -29,6 +29,8 @@ case $part in
       --classifier "$here/cifar_resnet.py:unit_resnet56" --weights "${RESNET56:?a safetensors file}" \
       --and "resnet20=$here/cifar_resnet.py:unit_resnet20@${RESNET20:?a safetensors file}" --out "$out/quality" "$@" ;;
   pack)
+    rm -f "$out".part-*
+    set -o pipefail
     tar -cf - -C "$out" . | split -b 15000000 -a 4 - "$out.part-" ;;
   unpack)
     mkdir -p "$out"

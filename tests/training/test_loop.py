@@ -471,6 +471,19 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(tmp_path: 
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-00000010"]
 
 
+def test_a_gradient_that_is_no_number_stops_a_training_too(tmp_path: Path) -> None:
+    """Whose losses are finite: the root of zero."""
+
+    class Rootless(ECT):
+        def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
+            found = super().losses(model, batch, noise, target)
+            return found + (0 * found).sqrt() if batch.progress > 0.3 else found
+
+    with pytest.raises(TrainingError, match="diverged"):
+        train_tiny(tmp_path, SETTINGS, Rootless())
+    assert not list(tmp_path.glob("checkpoint-*20"))
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     train_tiny(tmp_path, SETTINGS.replace(images=80))
     before = files(tmp_path)

@@ -127,6 +127,26 @@ def test_the_published_networks_can_be_trained(tmp_path: Path, name: str) -> Non
     assert found.generate(latents, *told).shape == latents.shape
 
 
+def test_what_was_found_out_about_a_backbone_outlives_the_same_command(tmp_path: Path) -> None:
+    """Figures and settings in its record, as long as its weights are the same."""
+    trained(tmp_path)
+    record, file = read_record(tmp_path / "backbone"), tmp_path / "backbone" / "backbone.json"
+    found = record.replace(figures={"measured": {"accuracy": 0.5}}, settings={"n_latents": 3})
+    file.write_text(found.to_json(indent=2))
+    trained(tmp_path)
+    assert read_record(tmp_path / "backbone") == found
+    file.write_text(found.replace(weights_sha256="0" * 64).to_json(indent=2))
+    trained(tmp_path)
+    assert read_record(tmp_path / "backbone") == record
+
+
+def test_the_length_of_a_plan_holds_without_a_budget(tmp_path: Path) -> None:
+    """The same call without its minutes goes on to the end of the plan, not to that of the default length."""
+    assert trained(tmp_path, plan=True, budget=None, settings=BRIEF).settings == BRIEF
+    again = trained(tmp_path, plan=True, budget=None, settings=BRIEF.replace(images=10**6))
+    assert (again.settings, again.images_seen, again.finished) == (BRIEF, 40, True)
+
+
 # --- a budget ---------------------------------------------------------------------------------------------------------
 
 

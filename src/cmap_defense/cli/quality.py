@@ -30,6 +30,7 @@ from cmap_defense.cli.output import (
 from cmap_defense.data.files import write_image
 from cmap_defense.evaluation.quality import Quality, QualityRun
 from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
+from cmap_defense.evaluation.quality.run import SAMPLES
 from cmap_defense.evaluation.store import write_text
 
 __all__ = ["quality"]
@@ -48,7 +49,7 @@ ELSEWHERE = ("out", "as_json", "device", "threads", "max_parallel", "record")
 @model_options
 @data_options
 @click.option("--and", "beside", multiple=True, metavar="NAME=PATH[@WEIGHTS]", help="Another classifier; repeatable.")
-@click.option("--samples", type=click.IntRange(2), default=5000, show_default=True, help="Generated images.")
+@click.option("--samples", type=click.IntRange(2), default=SAMPLES, show_default=True, help="Generated images.")
 @click.option("--features", metavar="MODULE", help="Whose input is compared.  [default: the last nn.Linear's]")
 @click.option("--eps", type=Size(), default="8/255", show_default=True, help="Of the linf attack, in [0, 1].")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all noise.")

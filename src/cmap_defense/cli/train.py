@@ -150,6 +150,12 @@ def train(context: click.Context, out: Path, as_json: bool, **options: Any) -> N
     if as_json:
         print_json(files | {"images": done.settings.images, "images_seen": seen, "finished": done.finished})
         return
+    if seen < done.settings.warmup_images:
+        click.echo(
+            f"Only {seen:,} images were trained on, fewer than the warm-up of {done.settings.warmup_images:,}: this "
+            "backbone knows hardly anything yet.",
+            err=True,
+        )
     if not done.finished:
         click.echo(f"Stopped after {seen} of {done.settings.images} images: the same command continues.")
     click.echo(f"Backbone: {files['backbone']}\nSamples: {files['samples']}\nLoss: {files['loss']}")
@@ -160,7 +166,8 @@ def _trained(
 ) -> TrainedBackbone:
     own_gpu = options["device"] == "cuda" and team.world > 1
     device = checked_device(f"cuda:{team.local}" if own_gpu else options["device"])
-    check_levels(options)
+    if options["network"] == "compact":
+        check_levels(options)
     teacher = teacher_of(options, device)
     objective = objective_of(options, teacher)
     images, labels, num_classes, class_names = _data(options)

@@ -109,6 +109,7 @@ def train(
     check_data(model, images, labels)
     execution = execution or Execution()
     with ranks() as team:
+        model.train()  # before a target is copied from it
         learner = Learner(model, images, labels, objective, settings, execution, team)
         described = {"train": settings.to_dict(), **described}
         newest = team.by_first(functools.partial(_opened, folder, described))
@@ -119,7 +120,6 @@ def train(
             step = checkpoint.step
             learner.load(checkpoint.tensors)
         log = LossLog(folder / LOG_FILE, learner.device)
-        model.train()
         late = False
         while step < settings.steps and not late:
             loss = learner.step(step)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.ranks import ranks
+from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.settings import Settings, require_integer, require_number
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.checkpoint import (
@@ -25,7 +26,7 @@ from cmap_defense.training.learner import Learner
 from cmap_defense.training.models import Model
 from cmap_defense.training.settings import Execution, TrainSettings
 
-__all__ = ["PLAN_FILE", "Plan", "Speed", "plan_images", "planned", "read_plan"]
+__all__ = ["PLAN_FILE", "Plan", "Speed", "length_so_far", "plan_images", "planned", "read_plan"]
 
 PLAN_FILE = "plan.json"
 USED = 0.95
@@ -73,8 +74,7 @@ def planned(
     execution: Execution,
     beside: Callable[[Model], object] | None = None,
 ) -> TrainSettings:
-    """The learner's settings with the length that the folder's plan says, or its newest checkpoint, or else with one
-    that fits the budget.
+    """The learner's settings with the length that the calls before had, or else with one that fits the budget.
 
     The speed is measured on the learner, whose weights are the same afterwards; make another to train. The plan is
     written into the folder. Under torchrun all processes call this, and agree.
@@ -89,17 +89,22 @@ def planned(
 
     Raises:
         CheckpointError: the plan in the folder is one of other settings, or damaged.
+        SettingsError: not one step fits into what is left of the budget; nothing is written then.
     """
     settings = learner.settings
-    shown = settings.to_dict()
-    del shown["images"]
-    parts = {"train": shown, **described}
     with ranks() as team:
-        images = team.by_first(functools.partial(_length_so_far, folder, parts))
+        images = length_so_far(settings, folder, described, team)
         if images is None:
             speed = measure(learner, folder, budget, execution, beside)
             images = team.shared(plan_images(settings, speed, budget.left))
+            if images == 0:
+                raise SettingsError(
+                    f"{budget.minutes:g} minutes are too few: reading the data and measuring the speed (a step takes "
+                    f"{speed.step:.3g} s, a checkpoint {speed.checkpoint:.3g} s) left {budget.left:.0f} s. Allow more, "
+                    "or say how many images to train on."
+                )
             rate = settings.batch_size / max(speed.step, 1e-9)
+            parts = _parts(settings, described)
             plan = Plan(images=images, minutes=budget.minutes, images_per_second=rate, settings=parts)
             text = plan.to_json(indent=2) + "\n"
             team.by_first(functools.partial(write_whole, folder / PLAN_FILE, text))
@@ -107,11 +112,11 @@ def planned(
 
 
 def plan_images(settings: TrainSettings, speed: Speed, seconds: float) -> int:
-    """How many images can be trained on in ``seconds``, whole steps, one at least, checkpoints and the last backbone
-    included."""
+    """How many images can be trained on in ``seconds``, in whole steps, checkpoints and the last backbone included; 0
+    where not one step fits."""
     useful = USED * (seconds - 2 * speed.checkpoint)
     per_step = max(speed.step, 1e-9) + speed.checkpoint / settings.checkpoint_steps
-    return settings.batch_size * max(1, int(useful / per_step))
+    return settings.batch_size * max(0, int(useful / per_step))
 
 
 def read_plan(folder: Path, described: Mapping[str, Any]) -> Plan | None:
@@ -131,8 +136,23 @@ def read_plan(folder: Path, described: Mapping[str, Any]) -> Plan | None:
     return plan
 
 
-def _length_so_far(folder: Path, described: Mapping[str, Any]) -> int | None:
-    """What the calls before have trained for, in images."""
+def length_so_far(settings: TrainSettings, folder: Path, described: Mapping[str, Any], team: Ranks) -> int | None:
+    """What the calls before were to train for, in images, by the folder's plan or its newest checkpoint; None where
+    there is neither. All ranks agree.
+
+    Raises:
+        CheckpointError: the plan in the folder is one of other settings, or damaged.
+    """
+    return team.by_first(functools.partial(_length_found, folder, _parts(settings, described)))
+
+
+def _parts(settings: TrainSettings, described: Mapping[str, Any]) -> dict[str, Any]:
+    shown = settings.to_dict()
+    del shown["images"]
+    return {"train": shown, **described}
+
+
+def _length_found(folder: Path, described: Mapping[str, Any]) -> int | None:
     plan = read_plan(folder, described)
     if plan is not None:
         return plan.images
@@ -149,7 +169,9 @@ def measure(
 ) -> Speed:
     """Seconds of a step and of a checkpoint in ``folder``, with what is done beside it: from a few steps, whose effect
     is undone."""
-    model, team, clock = learner.model, learner.team, budget.clock
+    model, team, clock, mode = learner.model, learner.team, budget.clock, learner.model.training
+    for left_behind in folder.glob(".trial-*"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     for number in range(WARM_UP):
@@ -162,15 +184,21 @@ def measure(
         spent = clock() - begun
     model.eval()
     if beside is not None:
-        team.by_first(functools.partial(beside, model))  # the first time may compile
+        team.by_first(functools.partial(_carry_out, beside, model))  # the first time may compile
     begun = clock()
     team.by_first(functools.partial(_save_on_trial, learner, folder, execution))
     if beside is not None:
-        team.by_first(functools.partial(beside, model))
+        team.by_first(functools.partial(_carry_out, beside, model))
     speed = Speed(spent / done, clock() - begun)
+    model.train(mode)
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
     return speed
+
+
+def _carry_out(action: Callable[[Model], object], model: Model) -> None:
+    """What comes of it stays here: other ranks would be sent it."""
+    action(model)
 
 
 def _save_on_trial(learner: Learner, folder: Path, execution: Execution) -> None:

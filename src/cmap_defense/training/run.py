@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.folder import write_backbone
+from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import KarrasModel, NoiseRange
+from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.errors import BackboneFileError
 from cmap_defense.ranks import ranks
 from cmap_defense.training.budget import Budget
+from cmap_defense.training.files import write_whole
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, check_data, train
 from cmap_defense.training.models import MODELS, Model
 from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import Objective
-from cmap_defense.training.plan import planned
+from cmap_defense.training.plan import length_so_far, planned
 from cmap_defense.training.samples import sample_grid
 from cmap_defense.training.settings import Execution, TrainSettings
 from cmap_defense.training.start import load_weights
@@ -75,8 +78,8 @@ def train_backbone(
         sources: where other weights came from, such as those of ``start``: by role, name and checksum; for the record,
             and to refuse a checkpoint that was made with others.
         budget: when it is spent, the training stops with a checkpoint and the backbone as it is then.
-        plan: choose the length so that the training ends inside the budget, see
-            :func:`~cmap_defense.training.plan.planned`.
+        plan: the length is that of the calls before, or, where there is a budget, chosen so that the training ends
+            inside it, see :func:`~cmap_defense.training.plan.planned`; else that of the settings.
         execution: how it is carried out.
         device: where to train.
         weights_dtype: precision of the written weights.
@@ -106,12 +109,17 @@ def train_backbone(
         **(sources or {}),
     }
     with ranks() as team:
-        if budget is not None and plan:
+        so_far = length_so_far(settings, folder, parts, team) if plan else None
+        if so_far is not None:
+            settings = settings.replace(images=so_far)
+        elif budget is not None and plan:
             learner = Learner(model, images, labels, objective, settings, execution, team)
             settings = planned(
                 learner, folder, parts, budget, execution, beside=None if on_samples is None else sample_grid
             )
             del learner
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # or the images might seem not to fit any more
         record = described(settings)
         record["training"] = {
             **record.get("training", {}),
@@ -124,7 +132,9 @@ def train_backbone(
         def write(step: int, name: str = "backbone") -> None:
             seen = {"images_seen": step * settings.batch_size}
             fields = record | {"training": record["training"] | seen}
+            before = _record(folder / name)
             write_backbone(model, folder / name, dtype=weights_dtype, **fields)
+            _keep_what_was_found(folder / name, before)
 
         def checkpoint(step: int) -> None:
             write(step)
@@ -152,6 +162,22 @@ def train_backbone(
         if trained.finished:  # also where a kill came between the last checkpoint and its backbone
             team.by_first(functools.partial(checkpoint, trained.step))
     return TrainedBackbone(model, settings, trained.step * settings.batch_size, trained.finished)
+
+
+def _record(folder: Path) -> BackboneRecord | None:
+    """That of a backbone which is there, and can be read."""
+    try:
+        return read_record(folder)
+    except BackboneFileError:
+        return None
+
+
+def _keep_what_was_found(folder: Path, before: BackboneRecord | None) -> None:
+    """Figures and CMAP settings that were written into the record of the same weights."""
+    record = read_record(folder)
+    if before is not None and before.weights_sha256 == record.weights_sha256 and (before.figures or before.settings):
+        kept = record.replace(figures=before.figures, settings=before.settings)
+        write_whole(folder / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
 
 def _fingerprint(images: Tensor, labels: Tensor | None) -> dict[str, Any]:

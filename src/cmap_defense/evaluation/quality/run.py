@@ -23,7 +23,10 @@ from cmap_defense.evaluation.quality.reconstruct import Judged, Reconstructions,
 from cmap_defense.modules import device_of, evaluating
 from cmap_defense.settings import require_integer
 
-__all__ = ["Quality", "QualityRun"]
+__all__ = ["SAMPLES", "Quality", "QualityRun"]
+
+SAMPLES = 5000
+"""Generated images, unless said otherwise. Distances of other numbers cannot be compared with these."""
 
 ATTACKER = "the attacker does not know the defence"
 
@@ -165,7 +168,7 @@ class QualityRun:
         name: str = "classifier",
         others: Mapping[str, nn.Module | Callable[[Tensor], Tensor]] | None = None,
         subset: Subset | None = None,
-        samples: int = 2048,
+        samples: int = SAMPLES,
         features: str | None = None,
         attack: Attack | None = None,
         seed: int = 0,
