@@ -97,7 +97,7 @@ def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list
 
 def _source_lines(source: Source) -> list[str]:
     if isinstance(source, LocalFolder):
-        return ["- A folder on this machine; the embedded model comes with the package."]
+        return ["- A folder: one that comes with the package, or one on this machine."]
     if isinstance(source, HubRepository):
         revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"
         return [
