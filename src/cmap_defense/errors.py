@@ -81,7 +81,7 @@ class EvaluationError(CmapError, RuntimeError):
 
 
 class CheckpointError(CmapError, RuntimeError):
-    """A training folder holds a checkpoint that does not belong to the settings given."""
+    """A training's folder is in use, or holds a checkpoint that does not belong to the settings given."""
 
 
 class TrainingError(CmapError, RuntimeError):

@@ -18,9 +18,10 @@ from cmap_defense.backbones import load_denoiser
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
+from cmap_defense.cli import train_data
 from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
-from cmap_defense.data import LabelledImages
+from cmap_defense.data import FolderImages, LabelledImages
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.training.objectives import ECT, ECTSettings
 from cmap_defense.training.settings import TrainSettings
@@ -46,14 +47,14 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(options, images=images, folder=folder)
         raise click.exceptions.Abort
 
-    def load_dataset(source: str, **options: Any) -> LabelledImages:
+    def open_dataset(source: str, **options: Any) -> LabelledImages:
         found.update(source=source, data_options=options)
         shape = (3, 32, 32) if source == "cifar10" else (1, 28, 28)
         images = torch.randint(0, 256, (60, *shape), dtype=torch.uint8)
         return LabelledImages(images, torch.arange(60) % 3)
 
     monkeypatch.setattr(module, "train_backbone", train_backbone)
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr(train_data, "open_dataset", open_dataset)
     return found
 
 
@@ -188,12 +189,51 @@ def test_what_is_held_out_of_a_folder_is_what_the_other_commands_look_at(
     """And not the last class."""
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
     data = LabelledImages(images.clone(), torch.arange(40) // 20)
-    monkeypatch.setattr(module, "load_dataset", lambda source, **options: data)
+    monkeypatch.setattr(train_data, "open_dataset", lambda source, **options: data)
     assert run("--data", tmp_path, "--hold-out", 10, "-o", tmp_path / "out") == 130
     kept = captured["images"][:, 0, 0, 0].tolist()
     looked_at = Subset(count=10, order="random").indices(40)
     assert sorted([*kept, *looked_at]) == list(range(40))
     assert {position // 20 for position in looked_at} == {0, 1}
+
+
+def test_what_is_held_out_of_other_data_is_their_last_images(
+    tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
+    data = LabelledImages(images.clone(), torch.arange(40) // 20)
+    monkeypatch.setattr(train_data, "open_dataset", lambda source, **options: data)
+    assert run("--data", tmp_path / "images.npz", "--hold-out", 10, "-o", tmp_path / "out") == 130
+    kept = captured["images"][:, 0, 0, 0].tolist()
+    assert [*kept, *Subset(count=10, order="last").indices(40)] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    "mistake", [["--set", "channel=[8]"], ["--learning-rate", "-1"], ["--from", "fashion-mnist-ct"]]
+)
+def test_a_mistake_is_named_before_a_folder_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: list[str]
+) -> None:
+    """Whose images may take minutes: one alone is looked at, for its size."""
+    for number in range(6):
+        place = tmp_path / "images" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number}.png")
+    read: list[list[int]] = []
+    select = FolderImages.select
+
+    def noted(self: FolderImages, indices: Any) -> LabelledImages:
+        read.append(list(indices))
+        return select(self, indices)
+
+    monkeypatch.setattr(FolderImages, "select", noted)
+    arguments = ["--data", tmp_path / "images", *TINY, "-o", tmp_path / "run"]
+    assert run(*arguments, *mistake) == 1
+    assert read in ([], [[0]])
+    assert not (tmp_path / "run").exists()
+    read.clear()
+    assert run(*arguments, "--images", "8", "--hold-out", "2") == 0
+    assert [len(indices) for indices in read] == [1, 4], "what is held out is not read"
 
 
 @pytest.mark.parametrize(

@@ -123,15 +123,17 @@ def test_the_papers_subset_is_numpys_draw() -> None:
 @given(total=st.integers(1, 200), data=st.data())
 def test_a_subset_has_as_many_different_images_as_were_asked_for(total: int, data: st.DataObject) -> None:
     count = data.draw(st.none() | st.integers(1, total))
-    order = data.draw(st.sampled_from(["first", "random"]))
+    order = data.draw(st.sampled_from(["first", "last", "random"]))
     drawn = Subset(count=count, order=order).indices(total)
     assert all(type(position) is int and 0 <= position < total for position in drawn)
     assert len(drawn) == len(set(drawn)) == (total if count is None else count)
     if order == "first":
         assert drawn == list(range(len(drawn)))
+    if order == "last":
+        assert drawn == list(range(total))[-len(drawn) :]
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 2.5}, {"order": "last"}, {"seed": -1}, {"seed": True}])
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 2.5}, {"order": "least"}, {"seed": -1}, {"seed": True}])
 def test_a_wrong_subset_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         Subset(**wrong)
@@ -149,6 +151,8 @@ def test_a_seed_that_numpy_does_not_take_is_refused() -> None:
         Subset(count=2, order="random", seed=2**32).indices(4)
 
 
-@given(subset=st.builds(Subset, count=st.none() | st.integers(1, 99), order=st.sampled_from(["first", "random"])))
+@given(
+    subset=st.builds(Subset, count=st.none() | st.integers(1, 99), order=st.sampled_from(["first", "last", "random"]))
+)
 def test_json_gives_an_equal_subset_back(subset: Subset) -> None:
     assert Subset.from_json(subset.to_json()) == subset

@@ -16,7 +16,9 @@ from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import CheckpointError, SettingsError
 from cmap_defense.training.budget import Budget
+from cmap_defense.training.files import LOCK_FILE
 from cmap_defense.training.learner import Learner
+from cmap_defense.training.loop import TrainState
 from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import CT, ECT, EDM
 from cmap_defense.training.run import TrainedBackbone, train_backbone
@@ -41,7 +43,7 @@ def trained(folder: Path, **options: Any) -> TrainedBackbone:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -145,6 +147,23 @@ def test_the_length_of_a_plan_holds_without_a_budget(tmp_path: Path) -> None:
     assert trained(tmp_path, plan=True, budget=None, settings=BRIEF).settings == BRIEF
     again = trained(tmp_path, plan=True, budget=None, settings=BRIEF.replace(images=10**6))
     assert (again.settings, again.images_seen, again.finished) == (BRIEF, 40, True)
+
+
+def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:
+    """What one training has begun, another leaves alone; and whoever ends, by an error too, lets go of it."""
+    second: list[str] = []
+
+    def meanwhile(_: TrainState) -> None:
+        with pytest.raises(CheckpointError, match="Another training is writing to") as refused:
+            trained(tmp_path)
+        second.append(str(refused.value))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, on_step=meanwhile)
+    assert len(second) == 1
+    assert names(tmp_path) == []
+    assert trained(tmp_path).finished
 
 
 # --- a budget ---------------------------------------------------------------------------------------------------------

@@ -117,8 +117,9 @@ data_options = _together(
     click.option("-n", "--n", "count", type=click.IntRange(1), default=512, show_default=True, help="Images."),
     click.option(
         "--order",
-        type=click.Choice(["first", "random"]),
-        help="[default: first; random for a folder, whose images come class by class]",
+        type=click.Choice(["first", "last", "random"]),
+        help="last: what train --hold-out leaves out.  "
+        "[default: first; random for a folder, whose images come class by class]",
     ),
 )
 """Which images."""

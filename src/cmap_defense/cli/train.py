@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,17 @@ from tqdm import tqdm
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
 from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
+from cmap_defense.cli.train_data import classes_of, training_set
 from cmap_defense.cli.train_options import (
     Integers,
     Pair,
     check_levels,
-    classes_of,
     network_of,
     objective_of,
     recorded_command,
     teacher_of,
 )
-from cmap_defense.data import DATASETS, LabelledImages, load_dataset, write_image
-from cmap_defense.errors import DataError
-from cmap_defense.evaluation.protocol import Subset
+from cmap_defense.data import DATASETS, write_image
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.loop import LOG_FILE, TrainState
@@ -39,7 +36,7 @@ from cmap_defense.training.networks import NETWORKS, PRESETS
 from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
 from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_model, source_of
+from cmap_defense.training.start import load_model, refuse_other_network, source_of
 
 __all__ = ["loss_chart", "train"]
 
@@ -170,9 +167,12 @@ def _trained(
         check_levels(options)
     teacher = teacher_of(options, device)
     objective = objective_of(options, teacher)
-    images, labels, num_classes, class_names = _data(options)
-    channels, height, width = images.shape[1:]
-    network = network_of(options, (channels, height, width), num_classes)
+    loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
+    settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
+    chosen = training_set(options)
+    classes = classes_of(chosen.source, chosen.where) if options["class_conditional"] else None
+    class_names = None if classes is None else chosen.source.class_names
+    network = network_of(options, chosen.shape, classes)
     start = None if options["start_from"] is None else load_model(options["start_from"])
     sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
@@ -180,11 +180,13 @@ def _trained(
     noise = NoiseRange() if start is None else start.noise
     if teacher is not None and teacher.noise != noise:
         raise click.BadParameter(f"its noise levels are {teacher.noise}, not {noise}.", param_hint="--teacher")
-    loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
-    settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
+    if start is not None:
+        with torch.device("meta"):
+            refuse_other_network(network.build(), start.network)
+    data = chosen.loaded()
 
-    def described(chosen: TrainSettings) -> dict[str, Any]:
-        command = recorded_command(context.command.params, context.params, chosen, network, objective)
+    def described(planned: TrainSettings) -> dict[str, Any]:
+        command = recorded_command(context.command.params, context.params, planned, network, objective)
         training = {name: options[name] for name in ("data", "hold_out", "compile")} | {"command": command}
         if class_names is not None:
             training["class_names"] = list(class_names)
@@ -198,13 +200,13 @@ def _trained(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(settings.steps, "training")) if team.rank == 0 else None
         return train_backbone(
-            images,
+            data.images,
             out,
             network=network,
             objective=objective,
             settings=settings,
             described=described,
-            labels=labels,
+            labels=None if classes is None else data.labels,
             start=start,
             sources=sources,
             budget=budget,
@@ -227,29 +229,6 @@ def _advance(bar: tqdm[Any], state: TrainState) -> None:
     bar.total = state.steps
     bar.update(state.step - bar.n)
     bar.set_postfix(loss=f"{state.loss:.3f}", refresh=False)
-
-
-def _data(options: dict[str, Any]) -> tuple[Tensor, Tensor | None, int | None, Sequence[str] | None]:
-    """Images uint8 [N, C, H, W]; labels, the number of classes and their names where the network is told them."""
-    where, hold_out = options["data"], options["hold_out"]
-    data = load_dataset(where, size=options["size"], channels=options["image_channels"])
-    if len(data) == 0:
-        raise DataError(f"{where} holds no images.")
-    if hold_out >= len(data):
-        raise DataError(f"--hold-out {hold_out} leaves nothing of the {len(data)} images.")
-    kept = _without(data, hold_out, drawn=Path(where).expanduser().is_dir())
-    if not options["class_conditional"]:
-        return kept.images, None, None, None
-    return kept.images, kept.labels, classes_of(data, where), data.class_names
-
-
-def _without(data: LabelledImages, hold_out: int, *, drawn: bool) -> LabelledImages:
-    """All images but the last ones; or but the first of a random subset, which ``--split train -n`` of the other
-    commands looks at: a folder's images come class by class, and its last ones would be a class."""
-    if not drawn or hold_out == 0:
-        return data[: len(data) - hold_out]
-    left_out = set(Subset(count=hold_out, order="random").indices(len(data)))
-    return data.select([position for position in range(len(data)) if position not in left_out])
 
 
 def loss_chart(log: Path) -> Image.Image:

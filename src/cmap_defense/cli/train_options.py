@@ -11,8 +11,6 @@ import click
 import torch
 
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
-from cmap_defense.data import LabelledImages
-from cmap_defense.errors import DataError
 from cmap_defense.training.networks import PRESETS, Network
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.settings import TrainSettings
@@ -22,7 +20,6 @@ __all__ = [
     "Integers",
     "Pair",
     "check_levels",
-    "classes_of",
     "network_of",
     "objective_of",
     "recorded_command",
@@ -129,14 +126,6 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
     if teacher.num_classes is not None:
         raise click.BadParameter("a class-conditional teacher cannot be distilled.", param_hint="--teacher")
     return teacher.to(device)
-
-
-def classes_of(data: LabelledImages, where: str) -> int:
-    """The number of classes of a data set. Raises DataError when there are not two."""
-    count = len(data.class_names) if data.class_names is not None else int(data.labels.max()) + 1
-    if count < 2:
-        raise DataError(f"{where} has no labels of several classes, which --class-conditional needs.")
-    return count
 
 
 def recorded_command(

@@ -72,9 +72,9 @@ class Protocol(Settings):
 class Subset(Settings):
     """Which images of a data set are evaluated.
 
-    count: how many; None for all. order: "first", or "random" for ``numpy.random.RandomState(seed).choice`` without
-    replacement, in the order drawn, as in the paper's scripts. seed: of that draw,
-    below 2^32.
+    count: how many; None for all. order: "first"; "last", which a training with ``--hold-out`` has left out, in their
+    order; or "random" for ``numpy.random.RandomState(seed).choice`` without replacement, in the order drawn, as in the
+    paper's scripts. seed: of that draw, below 2^32.
 
     Raises:
         SettingsError: a value is out of its range.
@@ -87,7 +87,7 @@ class Subset(Settings):
     def __post_init__(self) -> None:
         if self.count is not None:
             require_integer("Subset", "count", self.count, minimum=1)
-        require_choice("Subset", "order", self.order, ("first", "random"))
+        require_choice("Subset", "order", self.order, ("first", "last", "random"))
         require_integer("Subset", "seed", self.seed, minimum=0, below=2**32)
 
     def indices(self, total: int) -> list[int]:
@@ -97,6 +97,8 @@ class Subset(Settings):
             raise SettingsError(f"{count} images are to be evaluated, but the data set has {total}.")
         if self.order == "first":
             return list(range(count))
+        if self.order == "last":
+            return list(range(total - count, total))
         return np.random.RandomState(self.seed).choice(total, count, replace=False).tolist()
 
 

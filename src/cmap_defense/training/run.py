@@ -18,7 +18,7 @@ from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.errors import BackboneFileError
 from cmap_defense.ranks import ranks
 from cmap_defense.training.budget import Budget
-from cmap_defense.training.files import write_whole
+from cmap_defense.training.files import locked, write_whole
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, check_data, train
 from cmap_defense.training.models import MODELS, Model
@@ -89,7 +89,7 @@ def train_backbone(
     Raises:
         DataError: the images do not fit the network.
         SettingsError: ``start`` is of another network.
-        CheckpointError: the folder belongs to a training with other settings.
+        CheckpointError: the folder belongs to a training with other settings, or another one is writing to it.
         TrainingError: the training has diverged.
     """
     execution = execution or Execution()
@@ -108,7 +108,7 @@ def train_backbone(
         "data": _fingerprint(images, labels),
         **(sources or {}),
     }
-    with ranks() as team:
+    with ranks() as team, locked(folder, team):
         so_far = length_so_far(settings, folder, parts, team) if plan else None
         if so_far is not None:
             settings = settings.replace(images=so_far)

@@ -13,7 +13,7 @@ from cmap_defense.backbones.karras import KarrasModel
 from cmap_defense.backbones.load import load_backbone, load_denoiser, resolve_backbone
 from cmap_defense.errors import SettingsError
 
-__all__ = ["load_model", "load_weights", "source_of"]
+__all__ = ["load_model", "load_weights", "refuse_other_network", "source_of"]
 
 
 def load_model(source: str | os.PathLike[str]) -> KarrasModel:
@@ -37,18 +37,24 @@ def load_weights(model: KarrasModel, start: KarrasModel) -> None:
     Raises:
         SettingsError: it is another network, and the message says in what.
     """
-    own, other = _architecture(model.network), _architecture(start.network)
+    refuse_other_network(model.network, start.network)
+    model.network.load_state_dict(start.network.state_dict())
+
+
+def refuse_other_network(network: nn.Module, other: nn.Module) -> None:
+    """Raises :class:`SettingsError` unless ``other`` could lend ``network``, which may be on the meta device, its
+    weights."""
+    own, there = _architecture(network), _architecture(other)
     differing = [
-        f"{name}: {other.get(name)!r} there, {own.get(name)!r} here"
-        for name in sorted(own.keys() | other.keys())
-        if own.get(name) != other.get(name)
+        f"{name}: {there.get(name)!r} there, {own.get(name)!r} here"
+        for name in sorted(own.keys() | there.keys())
+        if own.get(name) != there.get(name)
     ]
     if differing:
         raise SettingsError(
             f"The weights to start from are those of another network ({'; '.join(differing)}). "
             "Give the network the same settings."
         )
-    model.network.load_state_dict(start.network.state_dict())
 
 
 def _architecture(network: nn.Module) -> dict[str, Any]:
