@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ __all__ = [
     "NOISE",
     "GaussianConsistency",
     "GaussianDenoiser",
+    "GaussianMixed",
     "S",
     "at_levels",
     "drawn",
@@ -75,6 +77,21 @@ class GaussianDenoiser(_Gaussian):
     def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
         variance = (2 * self.log_std).exp()
         return self.mean + (noisy - self.mean) * (variance / (variance + sigma.double() ** 2))[:, None, None, None]
+
+
+class GaussianMixed(_Gaussian):
+    """The denoiser, and ``weight`` times what the consistency function differs from it by: 0 at first."""
+
+    def __init__(self, mean: float = MU, std: float = S) -> None:
+        super().__init__(mean, std)
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        variance = (2 * self.log_std).exp()
+        there = variance + sigma.double() ** 2
+        denoised, consistent = variance / there, ((variance + NOISE.sigma_min**2) / there).sqrt()
+        shrink = (1 - self.weight) * denoised + self.weight * consistent
+        return self.mean + (noisy - self.mean) * shrink[:, None, None, None]
 
 
 def plain_consistency(x: float, t: float) -> float:
@@ -134,9 +151,12 @@ def drawn(images: Tensor, progress: float, *words: int) -> Batch:
     return Batch(images, torch.randn(images.shape, generator=generator), uniform, progress)
 
 
+Gaussian = TypeVar("Gaussian", bound=_Gaussian)
+
+
 def train_linear(
-    model: _Gaussian, objective: Objective, steps: int, *, rate: float = 0.02, batch: int = 256
-) -> _Gaussian:
+    model: Gaussian, objective: Objective, steps: int, *, rate: float = 0.02, batch: int = 256
+) -> Gaussian:
     """Train ``model`` by Adam, its rate falling along a half cosine, with a running average as target where the
     objective has one."""
     target = copy.deepcopy(model)

@@ -11,7 +11,16 @@ import pytest
 
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, CDSettings, CTSettings, ECTSettings, Objective
-from training.gaussian import MU, NOISE, GaussianConsistency, GaussianDenoiser, S, plain_heun, train_linear
+from training.gaussian import (
+    MU,
+    NOISE,
+    GaussianConsistency,
+    GaussianDenoiser,
+    GaussianMixed,
+    S,
+    plain_heun,
+    train_linear,
+)
 
 QUICK = 1e-300
 """mu_0 for which the target follows within a few steps; with 0.95 it lags behind by thousands."""
@@ -84,6 +93,25 @@ def test_consistency_training_comes_to_the_fixed_point_of_its_levels() -> None:
     assert expected == pytest.approx(S, rel=0.0135)
     assert std == pytest.approx(expected, rel=0.004)
     assert mean == pytest.approx(MU, abs=0.003)
+
+
+def test_consistency_training_comes_there_too_when_its_target_lags_behind() -> None:
+    """By 15 steps at the end, with mu_0 = 0.5 and 21 levels; by more with fewer, so that it takes longer."""
+    expected = fixed_point(21, lambda t, r: S**2 + t * r)
+    mean, std = trained(CT(CTSettings(levels_end=20, decay_start=0.5)), 4000, batch=512)
+    assert expected == pytest.approx(S, rel=0.135)
+    assert std == pytest.approx(expected, rel=0.006)
+    assert mean == pytest.approx(MU, abs=0.003)
+
+
+def test_easy_tuning_makes_a_consistency_function_of_a_denoiser() -> None:
+    """It starts from the exact denoiser, which the first of its stages leaves alone."""
+    denoiser = train_linear(GaussianMixed(), ECT(ECTSettings(halvings=0)), 300, rate=0.05)
+    assert denoiser.weight.item() == pytest.approx(0.0, abs=0.02)
+    tuned = train_linear(GaussianMixed(), ECT(ECTSettings(halvings=10)), 1000, rate=0.05)
+    assert tuned.weight.item() == pytest.approx(1.0, abs=0.02)
+    assert tuned.mean.item() == pytest.approx(MU, abs=0.004)
+    assert tuned.std == pytest.approx(S, rel=0.01)
 
 
 def test_distillation_comes_to_the_fixed_point_of_its_levels() -> None:
