@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense import load_backbone
+from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli.main import main as command
 from cmap_defense.ranks import Ranks
 from cmap_defense.training.budget import Budget
@@ -92,11 +93,24 @@ def test_one_process_goes_on_where_two_were(met: Any, tmp_path: Path) -> None:
     assert_close(alone, result(*run(tmp_path)))
 
 
+def test_the_length_of_a_plan_is_that_of_the_first_ranks_clock(met: Any) -> None:
+    folder, found, _ = met
+    assert [rank["planned"].get("message") for rank in found] == [None, None]
+    first, second = ({name: rank["planned"][name] for name in ("planned", "seen", "finished")} for rank in found)
+    assert first == second
+    plan = json.loads((folder / "planned" / "plan.json").read_text())
+    record = read_record(folder / "planned" / "backbone")
+    assert first["planned"] == plan["images"] == record.training["images_planned"]
+    assert 0 < first["seen"] < first["planned"], "each look at this clock takes 7 s, so the minutes end before"
+    assert first["planned"] > 1000, "by the second rank's clock it would be a fifteenth"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("other", "train.batch_size: 8 there, 7 here"),
         ("at odds", "Rank 1 was started with other settings than the first"),
+        ("in use", "Another training is writing to"),
         ("too many", "A batch of 1 images cannot be shared by 2 processes"),
     ],
 )

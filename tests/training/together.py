@@ -5,6 +5,7 @@ Each rank writes what it met to ``FOLDER/rank-<r>.json``, and its weights to ``F
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -19,9 +20,12 @@ from cmap_defense.cli.main import main as command
 from cmap_defense.errors import CheckpointError, CmapError
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.budget import Budget
+from cmap_defense.training.files import locked
 from cmap_defense.training.loop import train
+from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import ECT
-from training.killed import SETTINGS, fresh_backbone, result, run, training_images
+from cmap_defense.training.run import train_backbone
+from training.killed import NETWORK, SETTINGS, fresh_backbone, result, run, training_images
 
 PATIENCE = 150
 """Seconds after which a process of this file ends, whatever it waits for."""
@@ -41,6 +45,29 @@ def commands(folder: Path) -> list[str]:
     options = ["--channels", "8,8", "--blocks", "1", "--batch-size", "6", "--checkpoint-every", "12"]
     data = ["--data", str(folder / "data.npz"), "--images", "24", "--precision", "float32"]
     return ["train", *data, *options, "--json", "-o", str(folder / "command")]
+
+
+def planned(folder: Path, team: Ranks) -> dict[str, Any]:
+    """A training whose length is chosen to fit its minutes, by clocks that go at different speeds."""
+    times = iter(range(0, 10**6, 7 + 100 * team.rank))
+    done = train_backbone(
+        training_images(),
+        folder,
+        network=Network("compact", NETWORK, NETWORK.image_shape),
+        objective=ECT(),
+        settings=SETTINGS,
+        described=lambda settings: {"name": "tiny", "training": {"images_planned": settings.images}},
+        budget=Budget(10.0, clock=lambda: float(next(times))),
+        plan=True,
+    )
+    return {"planned": done.settings.images, "seen": done.images_seen, "finished": done.finished}
+
+
+def in_use(folder: Path, team: Ranks) -> None:
+    """A training in a folder that another job has."""
+    holding = locked(folder, Ranks()) if team.rank == 0 else contextlib.nullcontext()
+    with holding, locked(folder, team):
+        raise AssertionError("nobody was refused")
 
 
 def helpers(team: Ranks) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def main(folder: Path) -> None:
         except CmapError as error:
             met[name] = {"error": type(error).__name__, "message": str(error)}
         else:
-            met[name] = {}
+            met[name] = outcome if isinstance(outcome, dict) else {}
             if isinstance(outcome, tuple):
                 weights[name] = result(*outcome)
         met[name]["seconds"] = time.monotonic() - begun
@@ -93,6 +120,8 @@ def main(folder: Path) -> None:
         times = iter(range(team.rank * 1000, 10**6, 7))  # the second rank's clock is far ahead
         budget = Budget(1.0, clock=lambda: float(next(times)))
         attempt("late", lambda: run(folder / "late", budget=budget))
+        attempt("planned", lambda: planned(folder / "planned", team))
+        attempt("in use", lambda: in_use(folder / "in-use", team))
         attempt("command", lambda: command(commands(folder)))
         (folder / f"rank-{team.rank}.json").write_text(json.dumps(met))
         torch.save(weights, folder / f"rank-{team.rank}.pt")
