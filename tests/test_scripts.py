@@ -122,6 +122,8 @@ def test_a_new_last_layer_is_trained_and_loads_where_the_recipe_says(tmp_path: P
     sizes = ["--size", "32", "--epochs", "2", "--batch-size", "4", "--no-pretrained"]
     with pytest.raises(AssertionError, match="2 classes, not 100"):
         run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes)
+    with pytest.raises(AssertionError, match="the folders train and test"):
+        run(tmp_path, str(recipe), "--data", "images/train", "--out", "head", *sizes, CLASSES="2")
     printed = run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes, CLASSES="2")
     assert "test accuracy" in printed
     weights = load_file(tmp_path / "head" / "resnet50.safetensors")

@@ -88,7 +88,10 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     train, test = (open_dataset(options.data, split, size=options.size, channels=3) for split in ("train", "test"))
-    assert isinstance(train, FolderImages)
+    if not isinstance(train, FolderImages) or not isinstance(test, FolderImages) or train.paths == test.paths:
+        parser.error("--data must be a folder with the folders train and test (or val), of class folders each")
+    if train.class_names != test.class_names:
+        parser.error("--data has other classes in train than in test")
     if len(train.class_names) != CLASSES:
         parser.error(
             f"--data has {len(train.class_names)} classes, not {CLASSES}: say so in the environment, CLASSES=..."
