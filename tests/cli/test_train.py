@@ -157,6 +157,24 @@ def test_a_denoiser_is_tuned_and_distilled(tmp_path: Path, data: Path, capsys: p
     assert "from.weights_sha256" in capsys.readouterr().err
 
 
+def test_a_class_conditional_denoiser_is_distilled_class_by_class(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into a network that is told the classes too, and knows as many."""
+    options = ["--data", data, "--images", 16, *TINY]
+    denoiser = tmp_path / "edm" / "backbone"
+    assert run(*options, "--class-conditional", "--objective", "edm", "-o", tmp_path / "edm") == 0
+    distil = ["--objective", "cd", "--teacher", denoiser, "--objective-set", "levels=5"]
+    assert run(*options, "--class-conditional", *distil, "-o", tmp_path / "cd") == 0
+    assert load_backbone(tmp_path / "cd" / "backbone").num_classes == 2
+    assert run(*options, *distil, "-o", tmp_path / "other") == 2
+    assert "add --class-conditional" in capsys.readouterr().err
+    images = np.zeros((9, 8, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "three.npz", images=images, labels=np.arange(9) % 3)
+    assert run(*options, "--data", tmp_path / "three.npz", "--class-conditional", *distil, "-o", tmp_path / "o") == 2
+    assert "it knows 2 classes, not 3" in capsys.readouterr().err
+
+
 def test_a_published_network_by_name(tmp_path: Path, data: Path) -> None:
     images = np.random.RandomState(0).randint(0, 256, (20, 8, 8)).astype(np.uint8)
     np.savez(data, images=images)

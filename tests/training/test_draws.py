@@ -25,10 +25,9 @@ def draws(team: Ranks | None = None, *, labels: Tensor | None = LABELS, **change
     return Draws(IMAGES, labels, settings, device=CPU, hold=True, team=team or Ranks())
 
 
-def tensors(drawn: tuple[Batch, Tensor | None]) -> list[Tensor]:
-    batch, labels = drawn
-    assert labels is not None
-    return [batch.images, batch.z, batch.uniform, labels]
+def tensors(batch: Batch) -> list[Tensor]:
+    assert batch.labels is not None
+    return [batch.images, batch.z, batch.uniform, batch.labels]
 
 
 @settings(deadline=None, max_examples=30)
@@ -48,13 +47,14 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
     for step in (3, 0, 7, 3):
         for found, expected in zip(tensors(used(step)), tensors(draws()(step)), strict=True):
             assert torch.equal(found, expected)
-    assert not torch.equal(draws()(3)[0].z, draws()(4)[0].z)
-    assert not torch.equal(draws()(3)[0].z, draws(seed=1)(3)[0].z)
+    assert not torch.equal(draws()(3).z, draws()(4).z)
+    assert not torch.equal(draws()(3).z, draws(seed=1)(3).z)
 
 
 def test_it_is_its_plain_program() -> None:
     """Flips, then numbers, then noise, from one generator; images in [-1, 1] in the data's order."""
-    batch, labels = draws(seed=5)(7)
+    batch = draws(seed=5)(7)
+    assert batch.labels is not None
     generator = generator_for(5, 2, 7)
     chosen = DataOrder(23, 10, 5).batch(7)
     expected = IMAGES[chosen].double() / 127.5 - 1
@@ -64,18 +64,18 @@ def test_it_is_its_plain_program() -> None:
     torch.testing.assert_close(batch.images.double(), expected, rtol=0, atol=1e-7)
     assert torch.equal(batch.uniform, torch.rand(10, generator=generator, dtype=torch.float64))
     assert torch.equal(batch.z, torch.randn(10, 2, 5, 3, generator=generator))
-    assert torch.equal(labels, LABELS[chosen])
+    assert torch.equal(batch.labels, LABELS[chosen])
     assert batch.progress == 7 / 100
     assert (batch.images.dtype, batch.z.dtype, batch.uniform.dtype) == (torch.float32, torch.float32, torch.float64)
 
 
 def test_without_flips_the_images_are_as_they_are() -> None:
-    batch, _ = draws(flip=False)(2)
+    batch = draws(flip=False)(2)
     assert torch.equal(batch.images, IMAGES[DataOrder(23, 10, 0).batch(2)].float() / 127.5 - 1)
 
 
 def test_numbers_are_uniform_and_noise_is_normal() -> None:
-    batch, _ = draws(batch_size=20_000)(0)
+    batch = draws(batch_size=20_000)(0)
     low, high = batch.uniform.aminmax()
     assert 0 < low < 1e-3
     assert 1 - 1e-3 < high < 1
@@ -86,7 +86,16 @@ def test_numbers_are_uniform_and_noise_is_normal() -> None:
 
 
 def test_without_labels_there_are_none() -> None:
-    assert draws(labels=None)(0)[1] is None
+    assert draws(labels=None)(0).labels is None
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_some_rows_of_a_batch_keep_together(labels: Tensor | None) -> None:
+    whole = draws(labels=labels)(0)
+    part = whole.rows(slice(2, 5))
+    for name in ("images", "z", "uniform") if labels is None else ("images", "z", "uniform", "labels"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[2:5]), name
+    assert (part.labels is None, part.progress) == (labels is None, whole.progress)
 
 
 def test_the_global_generator_and_the_images_are_left_alone() -> None:
@@ -110,4 +119,4 @@ def test_held_or_sent_a_gpu_gets_the_same() -> None:
     for found, expected in zip(tensors(held(3)), tensors(sent(3)), strict=True):
         assert found.device == device
         assert torch.equal(found, expected)
-    assert torch.equal(held(3)[1], draws()(3)[1].to(device))
+    assert torch.equal(tensors(held(3))[-1], tensors(draws()(3))[-1].to(device))

@@ -364,13 +364,13 @@ def test_labels_reach_the_network_with_their_images(tmp_path: Path) -> None:
     class Watching(CT):
         def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
             left, right = batch.images[..., :4].mean(dim=(1, 2, 3)), batch.images[..., 4:].mean(dim=(1, 2, 3))
-            told = [denoise.keywords["class_labels"] for denoise in (model, target)]  # pyright: ignore
+            told = [batch.labels, *(denoise.keywords["class_labels"] for denoise in (model, target))]  # pyright: ignore
             seen.extend(((right > left).long(), labels) for labels in told)
             return super().losses(model, batch, noise, target)
 
     settings = SETTINGS.replace(flip=False, images=80)
     train(backbone, training_images(), Watching(), settings, tmp_path, described={}, labels=training_labels())
-    assert len(seen) == 20
+    assert len(seen) == 30
     for bright, labels in seen:
         assert torch.equal(bright, labels)
     assert backbone.network.classes.weight.abs().max() > 0

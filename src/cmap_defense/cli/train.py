@@ -92,7 +92,13 @@ PAPERS = {
 )
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this call then, to be continued.")
 @click.option("--batch-size", type=click.IntRange(1), default=_LOOP.batch_size, show_default=True)
-@click.option("--learning-rate", type=float, default=_LOOP.learning_rate, show_default=True)
+@click.option(
+    "--learning-rate",
+    type=float,
+    default=_LOOP.learning_rate,
+    show_default=True,
+    help="The highest; it falls along a half cosine to 0.",
+)
 @click.option(
     "--warmup-images", type=click.IntRange(0), default=_LOOP.warmup_images, show_default=True, help="It rises over."
 )
@@ -177,6 +183,8 @@ def _trained(
     sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
+    if teacher is not None and teacher.num_classes not in (None, classes):
+        raise click.BadParameter(f"it knows {teacher.num_classes} classes, not {classes}.", param_hint="--teacher")
     noise = NoiseRange() if start is None else start.noise
     if teacher is not None and teacher.noise != noise:
         raise click.BadParameter(f"its noise levels are {teacher.noise}, not {noise}.", param_hint="--teacher")

@@ -111,7 +111,12 @@ def objective_of(options: Mapping[str, Any], teacher: EDMDenoiser | None) -> Obj
         return make(settings.from_dict(values))
     assert teacher is not None
     assert teacher.record is not None
-    return make(settings.from_dict(values), teacher=teacher.denoise, teacher_name=teacher.record.name)
+    return make(
+        settings.from_dict(values),
+        teacher=teacher.denoise,
+        teacher_name=teacher.record.name,
+        class_conditional=teacher.num_classes is not None,
+    )
 
 
 def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser | None:
@@ -123,8 +128,8 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
     teacher: KarrasModel = load_model(options["teacher"])
     if not isinstance(teacher, EDMDenoiser):
         raise click.BadParameter("this is a consistency model, not a denoiser.", param_hint="--teacher")
-    if teacher.num_classes is not None:
-        raise click.BadParameter("a class-conditional teacher cannot be distilled.", param_hint="--teacher")
+    if teacher.num_classes is not None and not options["class_conditional"]:
+        raise click.BadParameter("it is told the classes: add --class-conditional.", param_hint="--teacher")
     return teacher.to(device)
 
 

@@ -44,8 +44,8 @@ class Draws:
         self.settings, self.device = settings, device
         self.rows = slice(team.rank, None, team.world)
 
-    def __call__(self, step: int) -> tuple[Batch, Tensor | None]:
-        """This rank's rows of step ``step`` >= 0, and their labels int64 where there are labels; on the device."""
+    def __call__(self, step: int) -> Batch:
+        """This rank's rows of step ``step`` >= 0; on the device."""
         size, shape = self.settings.batch_size, self.images.shape[1:]
         generator = self._generator(step)
         chosen = self.order.batch(step)[self.rows]
@@ -55,8 +55,8 @@ class Draws:
             batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
         uniform = torch.rand(size, generator=generator, device=self.device, dtype=torch.float64)[self.rows]
         z = torch.randn(size, *shape, generator=generator, device=self.device)[self.rows]
-        drawn = Batch(batch, z, uniform.clamp(1e-9, 1 - 1e-9), step / self.settings.steps)
-        return drawn, None if self.labels is None else self._taken(self.labels, chosen)
+        labels = None if self.labels is None else self._taken(self.labels, chosen)
+        return Batch(batch, z, uniform.clamp(1e-9, 1 - 1e-9), step / self.settings.steps, labels)
 
     def _generator(self, step: int) -> torch.Generator:
         on_cpu = generator_for(self.settings.seed, 2, step)

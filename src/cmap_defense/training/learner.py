@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -65,10 +64,10 @@ class Learner:
     def step(self, number: int) -> Tensor:
         """Optimiser step ``number`` >= 0. Returns the mean loss [] of the whole batch, on the device."""
         model, settings, seen = self.model, self.settings, number * self.settings.batch_size
-        batch, labels = self.draws(number)
+        batch = self.draws(number)
         self.optimiser.zero_grad(set_to_none=True)
         with isolated(settings.seed, 3, number, self.team.rank):  # what dropout draws
-            loss = sum(self._backward(*part) for part in self._parts(batch, labels))
+            loss = sum(self._backward(part) for part in self._parts(batch))
         assert isinstance(loss, Tensor)
         self.team.add_up([loss, *(p.grad for p in self.weights.values() if p.grad is not None)])
         norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.clip_norm)
@@ -81,19 +80,18 @@ class Learner:
             average.update(model, batch_size=settings.batch_size, images_seen=seen + settings.batch_size)
         return loss + 0 * norm  # no number where a gradient is none: what reads the loss stops the training
 
-    def _parts(self, batch: Batch, labels: Tensor | None) -> Iterator[tuple[Batch, Tensor | None]]:
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
         """As many images of this process's share at a time as go through the network together."""
         size = self.execution.micro_batch or len(batch.images)
         for start in range(0, len(batch.images), size):
-            rows = slice(start, start + size)
-            part = dataclasses.replace(batch, images=batch.images[rows], z=batch.z[rows], uniform=batch.uniform[rows])
-            yield part, None if labels is None else labels[rows]
+            yield batch.rows(slice(start, start + size))
 
-    def _backward(self, batch: Batch, labels: Tensor | None) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """Add to the gradients of the whole batch's mean loss; what these images are of it, [], without a graph."""
-        denoise, target = (functools.partial(m.denoise, class_labels=labels) for m in (self.model, self.target.model))
+        model, target = self.model, self.target.model
+        denoise, target_denoise = (functools.partial(m.denoise, class_labels=batch.labels) for m in (model, target))
         with self._precision():
-            losses = self.objective.losses(denoise, batch, self.model.noise, target)
+            losses = self.objective.losses(denoise, batch, model.noise, target_denoise)
         loss = losses.sum() / self.settings.batch_size
         loss.backward()
         return loss.detach()

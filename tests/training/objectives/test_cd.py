@@ -121,6 +121,21 @@ def test_no_graph_of_the_teacher_is_kept() -> None:
     assert recorded == [False, False]
 
 
+@pytest.mark.parametrize("class_conditional", [True, False])
+def test_a_class_conditional_teacher_is_told_the_classes_of_the_images(class_conditional: bool) -> None:
+    told: list[dict[str, Any]] = []
+
+    def teacher(noisy: Tensor, sigma: Tensor, **options: Any) -> Tensor:
+        told.append(options)
+        return torch.zeros_like(noisy)
+
+    labels, uniform = torch.tensor([4, 0, 2]), torch.full((3,), 0.5, dtype=torch.float64)
+    made = CD(teacher=teacher, teacher_name="x", class_conditional=class_conditional)
+    model = GaussianConsistency()
+    made.losses(model, Batch(IMAGES, Z, uniform, 0.0, labels), NOISE, model)
+    assert told == [{"class_labels": labels} if class_conditional else {}] * 2
+
+
 def test_the_loss_vanishes_at_the_exact_consistency_function_but_for_the_solvers_error() -> None:
     """Squares of errors of the third order fall with the sixth power of the number of levels."""
     exact, teacher, images = GaussianConsistency(), GaussianDenoiser(), gaussian_images(500, 3).double()

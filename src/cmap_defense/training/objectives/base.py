@@ -24,7 +24,8 @@ class Batch:
 
     images: float32 [B, C, H, W] in [-1, 1]. z: [B, C, H, W], unit normal noise. uniform: float64 [B] in (0, 1), what
     noise levels are drawn by, by inverting their distribution. progress: in [0, 1), the part of the training that is
-    done.
+    done. labels: int64 [B], the classes of the images where the network is told them; None for another. Model and
+    target have them bound already.
 
     Noise and numbers come from (seed, step) and belong to the image's place in the whole batch, so that it is no matter
     how many processes share it.
@@ -34,6 +35,12 @@ class Batch:
     z: Tensor
     uniform: Tensor
     progress: float
+    labels: Tensor | None = None
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of its images, with what was drawn for them."""
+        parts = {name: getattr(self, name)[chosen] for name in ("images", "z", "uniform")}
+        return dataclasses.replace(self, **parts, labels=None if self.labels is None else self.labels[chosen])
 
 
 class Objective(abc.ABC):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +63,8 @@ class CD(Objective):
         teacher: the denoiser D of Karras et al. 2022 (``EDMDenoiser.denoise``), in eval mode, on the device of what is
             trained; called without gradients.
         teacher_name: as in records and checkpoints.
+        class_conditional: whether the teacher is told the classes, as ``class_labels``; what is trained must be told
+            them too.
         lpips: what the distance "lpips" is; None for LPIPS with the published network.
 
     Raises:
@@ -74,18 +78,21 @@ class CD(Objective):
         self,
         settings: CDSettings | None = None,
         *,
-        teacher: Denoise,
+        teacher: Callable[..., Tensor],
         teacher_name: str,
+        class_conditional: bool = False,
         lpips: Distance | None = None,
     ) -> None:
         self.settings = settings or CDSettings()
-        self.teacher, self.teacher_name = teacher, teacher_name
+        self.teacher, self.teacher_name, self.class_conditional = teacher, teacher_name, class_conditional
         self.distance = distance_named(self.settings.distance, huber=self.settings.huber, lpips=lpips)
 
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
         s = self.settings
         t, r = adjacent_levels(uniform_index(batch.uniform, s.levels - 1), s.levels, noise, s.rho)
-        return cd_loss(model, target, self.teacher, batch.images, batch.z, t, r, distance=self.distance)
+        told = {"class_labels": batch.labels} if self.class_conditional else {}
+        teacher = functools.partial(self.teacher, **told)
+        return cd_loss(model, target, teacher, batch.images, batch.z, t, r, distance=self.distance)
 
     def target_decay(self, progress: float) -> float | None:
         return self.settings.target_decay
