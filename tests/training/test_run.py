@@ -228,7 +228,9 @@ def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path:
         "name": "tiny",
         "kind": "diffusion",
         "weights_sha256": read_record(denoiser).weights_sha256,
+        "training": read_record(denoiser).training,
     }
+    assert said["training"]["command"] == "--images 16"
     with pytest.raises(CheckpointError, match=r"from\.weights_sha256"):
         trained(tmp_path, settings=settings)
 

@@ -74,7 +74,8 @@ def train_backbone(
         described: fields of the record (``name`` at least) for the settings with the length that was chosen; what the
             training saw belongs in ``training``.
         labels: int64 [N], for a class-conditional network.
-        start: a model of the same network, whose weights are the first ones; None for fresh weights.
+        start: a model of the same network, whose weights are the first ones; None for fresh weights. How it was
+            trained, where its record says so, goes into the new one.
         sources: where other weights came from, such as those of ``start``: by role, name and checksum; for the record,
             and to refuse a checkpoint that was made with others.
         budget: when it is spent, the training stops with a checkpoint and the backbone as it is then.
@@ -128,6 +129,8 @@ def train_backbone(
             "objective": objective.describe(),
             "images": len(images),
         }
+        if start is not None and start.record is not None:
+            record["training"]["from"] = {**parts.get("from", {}), "training": start.record.training}
 
         def write(step: int, name: str = "backbone") -> None:
             seen = {"images_seen": step * settings.batch_size}
