@@ -13,7 +13,6 @@ import pytest
 
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.report.plots import (
-    COLOURS,
     PANEL,
     Bar,
     Bars,
@@ -22,9 +21,9 @@ from cmap_defense.evaluation.report.plots import (
     averaging,
     course,
     key,
-    shortened,
     sweep,
 )
+from cmap_defense.evaluation.report.svg import COLOURS, shortened
 
 WORDS = {"title": "a title", "description": "what is to be seen"}
 GRADIENTS = [{"samples": n, "cosine": n / (n + 3), "error": 0.02, "variance": 1 / n} for n in (1, 2, 4)]

@@ -1,45 +1,25 @@
 """The plots of a report's page: SVG to stand in HTML, in the page's colours and font.
 
-Each draws what it is given and computes nothing. Colours are variables of the page's style sheet, so that one plot
-serves light and dark; what they tell is told by shapes as well. matplotlib is the extra ``[report]``, imported when
-something is drawn, and its settings are put back.
+Each draws what it is given and computes nothing. What colours tell is told by shapes as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
-from cmap_defense.errors import MissingExtraError
+from cmap_defense.evaluation.report.svg import colour_of, drawn, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Bars", "Line", "accuracies", "averaging", "course", "key", "shortened", "sweep"]
-
-COLOURS = {
-    "ink": ("#010101", "#1c2330"),
-    "muted": ("#010102", "#566070"),
-    "grid": ("#010103", "#dfe3e8"),
-    "paper": ("#010104", "#ffffff"),
-    "series-1": ("#010105", "#0067a5"),
-    "series-2": ("#010106", "#b84700"),
-    "series-3": ("#010107", "#00795c"),
-}
-"""Names of the page's colours: what stands for each in matplotlib, and what it is where the page does not say."""
+__all__ = ["Bar", "Bars", "Line", "accuracies", "averaging", "course", "key", "sweep"]
 
 STYLES = (("ink", "-", "o"), ("series-1", (0, (5, 2)), "s"), ("series-2", (0, (1, 1.5)), "^"), ("series-3", "-.", "D"))
 """Colour, dashes and marker of the first, second ... line of a plot."""
-
-FONT = "'DejaVu Sans', sans-serif"
-"""As matplotlib writes it; the page's own takes its place."""
 
 TEXT, SMALL, TINY = 11.5, 10.5, 9.5
 """Sizes of text, in units of a plot: about a pixel of the screen."""
@@ -101,9 +81,9 @@ def accuracies(groups: Sequence[Bars], votes: int, *, narrow: bool, title: str, 
         bottom = height - 24.0
         for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
             x = left + share * (right - left)
-            pad.plot([x, x], [head, bottom], color=_colour("grid"), linewidth=1, zorder=0)
+            pad.plot([x, x], [head, bottom], color=colour_of("grid"), linewidth=1, zorder=0)
             side = {0.0: "left", 1.0: "right"}.get(share, "center") if narrow else "center"
-            pad.text(x, bottom + 12, f"{share:g}", ha=side, va="center", color=_colour("muted"), size=SMALL)
+            pad.text(x, bottom + 12, f"{share:g}", ha=side, va="center", color=colour_of("muted"), size=SMALL)
         _heads(pad, columns, head / 2, votes)
         y = head
         for group in groups:
@@ -118,7 +98,7 @@ def accuracies(groups: Sequence[Bars], votes: int, *, narrow: bool, title: str, 
                     _whisker(pad, bar.vote, where + 4.5, (left, right), "s", filled=False)
                 y += step
 
-    return _drawn(f"accuracies-{'narrow' if narrow else 'wide'}", (width, height), title, description, draw)
+    return drawn(f"accuracies-{'narrow' if narrow else 'wide'}", (width, height), title, description, draw)
 
 
 def sweep(
@@ -149,7 +129,7 @@ def sweep(
         span = max(places) - min(places) or 1.0
         axes.set_xlim(min(places) - 0.07 * span, max(places) + 0.07 * span)
         axes.set_xlabel(axis + (", in 255ths" if whole else ""))
-        ink = _colour("series-1")
+        ink = colour_of("series-1")
         axes.plot(places, shares, color=ink, linewidth=1.2, linestyle=DOTS, clip_on=False)
         axes.plot(places[inner], shares[inner], color=ink, linewidth=1.6, clip_on=False)
         axes.errorbar(places, shares, errors, fmt="o", color=ink, markersize=5, elinewidth=1.3, capsize=3)
@@ -163,14 +143,14 @@ def sweep(
                 ha="center",
                 va="bottom" if up else "top",
                 size=TINY,
-                color=_colour("muted"),
+                color=colour_of("muted"),
                 annotation_clip=False,
             )
         for before, after in ((0, 1),) * inner.start + ((-2, -1),) * any_image:
             middle = (places[before] + places[after]) / 2
-            axes.text(middle, 0, "//", ha="center", va="center", color=_colour("muted"), size=TEXT)
+            axes.text(middle, 0, "//", ha="center", va="center", color=colour_of("muted"), size=TEXT)
 
-    return _drawn(f"sweep-{facts['name']}", PANEL, title, description, draw)
+    return drawn(f"sweep-{facts['name']}", PANEL, title, description, draw)
 
 
 def averaging(table: Sequence[Mapping[str, float]], *, title: str, description: str) -> str:
@@ -186,15 +166,15 @@ def averaging(table: Sequence[Mapping[str, float]], *, title: str, description: 
         axes = _axes(figure, "cosine")
         lowest = min(cosine - error for cosine, error in zip(cosines, errors, strict=True))
         axes.set_ylim(min(0.0, math.floor(lowest * 5) / 5), 1)
-        axes.axhline(0, color=_colour("muted"), linewidth=1)
+        axes.axhline(0, color=colour_of("muted"), linewidth=1)
         places = [math.log2(count) for count in counts]
         axes.set_xticks(places, [f"{count:g}" for count in counts])
         axes.set_xlim(min(places) - 0.4, max(places) + 0.4)
         axes.set_xlabel("gradients in each average")
-        ink = _colour("series-1")
+        ink = colour_of("series-1")
         axes.errorbar(places, cosines, errors, fmt="o-", color=ink, lw=1.6, markersize=5, elinewidth=1.3, capsize=3)
 
-    return _drawn("averaging", PANEL, title, description, draw)
+    return drawn("averaging", PANEL, title, description, draw)
 
 
 def course(
@@ -236,17 +216,17 @@ def course(
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         if prior is not None:
-            axes.axhline(prior, color=_colour("muted"), linewidth=1.2, zorder=0)
+            axes.axhline(prior, color=colour_of("muted"), linewidth=1.2, zorder=0)
             axes.annotate(
                 f"prior {prior:g}", (1, prior), (0, 3), axes.get_yaxis_transform(), "offset points", ha="right",
-                size=TINY, color=_colour("muted"), annotation_clip=False,
+                size=TINY, color=colour_of("muted"), annotation_clip=False,
             )  # fmt: skip
         for line in lines:
             _line(axes, line)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("iteration")
 
-    return _drawn(f"course-{name}", PANEL, title, description, draw)
+    return drawn(f"course-{name}", PANEL, title, description, draw)
 
 
 def key(number: int) -> str:
@@ -256,16 +236,10 @@ def key(number: int) -> str:
         pad = figure.add_axes((0, 0, 1, 1), xlim=(0, 40), ylim=(0, 14))
         pad.set_axis_off()
         colour, dashes, marker = STYLES[number]
-        pad.plot([1, 39], [7, 7], color=_colour(colour), linestyle=dashes, linewidth=1.8)
-        pad.plot([20], [7], color=_colour(colour), marker=marker, markersize=6)
+        pad.plot([1, 39], [7, 7], color=colour_of(colour), linestyle=dashes, linewidth=1.8)
+        pad.plot([20], [7], color=colour_of(colour), marker=marker, markersize=6)
 
-    return _drawn(f"key-{number}", (40.0, 14.0), None, None, draw)
-
-
-def shortened(name: str, length: int) -> str:
-    """A name in one line of printable characters, its end left out where it is too long."""
-    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    return shown if len(shown) <= length else shown[: length - 1] + "…"
+    return drawn(f"key-{number}", (40.0, 14.0), None, None, draw)
 
 
 def _whisker(
@@ -274,7 +248,7 @@ def _whisker(
     if value["value"] is None:
         return
     low, high, middle = (ends[0] + share * (ends[1] - ends[0]) for share in (*value["interval"], value["value"]))
-    colour = _colour("series-1" if filled else "series-2")
+    colour = colour_of("series-1" if filled else "series-2")
     pad.plot([low, high], [y, y], color=colour, linewidth=2.2 if filled else 1, solid_capstyle="butt")
     _marker(pad, middle, y, marker, filled=filled)
 
@@ -288,13 +262,13 @@ def _values(pad: Axes, bar: Bar, columns: tuple[float, float], y: float) -> None
 def _heads(pad: Axes, columns: tuple[float, float], y: float, votes: int) -> None:
     """Names of the two measures above the columns of their values, each after its marker."""
     for x, name, filled in ((columns[0], "re-purified", True), (columns[1], f"vote of {votes}", False)):
-        pad.text(x, y, name, ha="right", va="center", size=SMALL, color=_colour("muted"))
+        pad.text(x, y, name, ha="right", va="center", size=SMALL, color=colour_of("muted"))
         _marker(pad, x - 5.6 * len(name) - 8, y, "o" if filled else "s", filled=filled)
 
 
 def _marker(pad: Axes, x: float, y: float, marker: str, *, filled: bool) -> None:
-    colour = _colour("series-1" if filled else "series-2")
-    face = colour if filled else _colour("paper")
+    colour = colour_of("series-1" if filled else "series-2")
+    face = colour if filled else colour_of("paper")
     pad.plot([x], [y], marker=marker, markersize=7 if filled else 6, color=colour, markerfacecolor=face, mew=1.3)
 
 
@@ -303,7 +277,7 @@ def _line(axes: Axes, line: Line) -> None:
     every = max(1, len(line.x) // 5)
     start = min(line.number * every // len(STYLES), len(line.x) - 1)
     axes.plot(
-        line.x, line.y, color=_colour(colour), linestyle=dashes, linewidth=1.6, marker=marker, markersize=4.5,
+        line.x, line.y, color=colour_of(colour), linestyle=dashes, linewidth=1.6, marker=marker, markersize=4.5,
         markevery=(start, every), clip_on=False,
     )  # fmt: skip
 
@@ -323,88 +297,10 @@ def _axes(figure: Figure, what: str) -> Axes:
     axes = figure.add_axes((46 / width, 50 / height, (width - 60) / width, (height - 82) / height))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_colour("muted"))
-    axes.tick_params(which="both", length=0, labelsize=SMALL, labelcolor=_colour("muted"), pad=5)
-    axes.grid(axis="y", color=_colour("grid"), linewidth=1)
+    axes.spines["bottom"].set_color(colour_of("muted"))
+    axes.tick_params(which="both", length=0, labelsize=SMALL, labelcolor=colour_of("muted"), pad=5)
+    axes.grid(axis="y", color=colour_of("grid"), linewidth=1)
     axes.set_axisbelow(True)
-    axes.xaxis.label.set(size=SMALL, color=_colour("ink"))
-    figure.text(4 / width, 1 - 12 / height, what, va="center", size=SMALL, color=_colour("ink"))
+    axes.xaxis.label.set(size=SMALL, color=colour_of("ink"))
+    figure.text(4 / width, 1 - 12 / height, what, va="center", size=SMALL, color=colour_of("ink"))
     return axes
-
-
-def _colour(name: str) -> str:
-    return COLOURS[name][0]
-
-
-def _drawn(
-    name: str, size: tuple[float, float], title: str | None, description: str | None, draw: Callable[[Figure], None]
-) -> str:
-    """A plot of that size in units, as an element of HTML; without a title it is no more than decoration.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            f"The plots of a report are drawn with matplotlib, which cannot be imported ({error}): "
-            "pip install 'cmap-defense[report]'."
-        ) from error
-    ours = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.family": ["sans-serif"],
-        "font.sans-serif": ["DejaVu Sans"],
-        "text.parse_math": False,
-        "text.color": _colour("ink"),
-    }
-    unknown = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with warnings.catch_warnings(), matplotlib.style.context(["default", ours]):
-        warnings.filterwarnings("ignore", "Glyph ", UserWarning)  # names in any script: the browser has its own fonts
-        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
-        figure = Figure((size[0] / 72, size[1] / 72), dpi=72)
-        draw(figure)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata=unknown)
-    return _inline(text.getvalue(), name, title, description)
-
-
-def _inline(text: str, name: str, title: str | None, description: str | None) -> str:
-    """An SVG file as an element of a page: no namespaces, no ids but those referred to, the page's colours."""
-    root = ElementTree.fromstring(text)
-    used = set(re.findall(r"#(\w+)[\")]", text))
-    sentinels = {sentinel: f"var(--{colour}, {else_})" for colour, (sentinel, else_) in COLOURS.items()}
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for attribute in list(element.attrib):
-            value = element.attrib.pop(attribute)
-            plain = attribute.rpartition("}")[2]
-            if plain == "style":
-                value = re.sub("#0101[0-9a-f]{2}", lambda found: sentinels[found[0]], value)
-                value = value.replace(FONT, f"var(--font, {FONT})")
-            if plain != "id" or value in used:
-                element.set(plain, " ".join(value.split()))
-        if element.tag != "text" and not (element.text or "").strip():
-            element.text = None
-        element.tail = None
-    for element in list(root):
-        if element.tag == "defs" and element.find("style") is not None:
-            root.remove(element)  # it would hold for the whole page
-    for attribute in ("width", "height", "version"):
-        root.attrib.pop(attribute, None)
-    width, height = root.attrib["viewBox"].split()[2:]
-    root.set("width", width)
-    root.set("height", height)
-    root.set("class", "plot")
-    if title is None:
-        root.set("aria-hidden", "true")
-        return ElementTree.tostring(root, encoding="unicode")
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{name}-title {name}-description")
-    for place, (part, words) in enumerate((("title", title), ("desc", description or ""))):
-        element = ElementTree.Element(part, {"id": f"{name}-{'title' if part == 'title' else 'description'}"})
-        element.text = shortened(words, 2000)
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
