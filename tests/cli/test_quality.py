@@ -255,6 +255,18 @@ def test_mistakes_get_a_message_a_status_and_no_files(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_is_no_folder_even_where_one_is_called_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of the packaged model are not written into somebody's folder."""
+    own = tiny_folder(tmp_path / "fashion-mnist-ct", 0)
+    before = (own / "backbone.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, "-b", "fashion-mnist-ct", "--record", "-o", "out"]) == 2
+    assert "must be a folder with a backbone.json" in " ".join(capsys.readouterr().err.split())
+    assert (own / "backbone.json").read_bytes() == before
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", "--help"]) == 0
     text = capsys.readouterr().out

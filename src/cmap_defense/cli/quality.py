@@ -14,6 +14,7 @@ from PIL import Image
 
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
+from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli.figures import image_sheet, sample_sheet
 from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.options import Size, class_names_of, data_of, data_options, model_of, model_options, subset_of
@@ -117,7 +118,7 @@ def quality(
 def _recorded(backbone: str) -> Path:
     """The backbone's folder, when it has a record that can be written; wrong usage otherwise, before any work."""
     folder = Path(backbone)
-    if not (folder / RECORD_FILE).is_file():
+    if entry_of(backbone) is not None or not (folder / RECORD_FILE).is_file():  # a name, whatever lies here too
         raise click.BadParameter(
             f"the backbone must be a folder with a {RECORD_FILE}, but is {backbone}.", param_hint="--record"
         )
