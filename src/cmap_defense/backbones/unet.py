@@ -4,6 +4,10 @@ Space-to-depth at the door (a patch of p x p pixels becomes p^2 channels), resid
 normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by
 concatenation. The classes of a class-conditional network are added to the noise embedding, and start at zero.
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
+
+Under autocast, what is added up along the network stays in the precision of the weights: the door, the shortcuts, the
+modulation, the way out. Consistency training compares the network's answers at neighbouring noise levels, and their
+difference would drown in the rounding of bfloat16.
 """
 
 from __future__ import annotations
@@ -137,7 +141,7 @@ class CompactUNet(nn.Module):
         embedding = self.embed(noise_level)
         if self.classes is not None:
             embedding = embedding + self.classes(class_labels)
-        h = self.enter(F.pixel_unshuffle(x, self.config.patch))
+        h = _not_autocast(self.enter, F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for part in self.down:
             h = part(h, embedding)
@@ -148,7 +152,7 @@ class CompactUNet(nn.Module):
             if isinstance(part, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = part(h, embedding)
-        return F.pixel_shuffle(self.leave(F.silu(self.norm(h))), self.config.patch)
+        return F.pixel_shuffle(_not_autocast(self.leave, F.silu(self.norm(h))), self.config.patch)
 
 
 class NoiseEmbedding(nn.Module):
@@ -202,9 +206,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(F.silu(self.norm_in(x)))
-        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = _not_autocast(self.modulate, embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.norm_out(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
+        shortcut = _not_autocast(self.skip, x) if isinstance(self.skip, nn.Conv2d) else x
+        return shortcut + self.conv_out(self.dropout(F.silu(h)))
 
 
 class SelfAttention(nn.Module):
@@ -250,6 +255,12 @@ class Upsample(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
+def _not_autocast(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the precision of its weights."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
