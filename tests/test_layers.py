@@ -34,6 +34,7 @@ FLOORS = {
     "modules": 0,
     "normalisation": 0,
     "ranks": 0,
+    "locks": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

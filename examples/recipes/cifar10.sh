@@ -31,7 +31,7 @@ case $part in
   pack)
     rm -f "$out".part-*
     set -o pipefail
-    tar -cf - -C "$out" . | split -b 15000000 -a 4 - "$out.part-" ;;
+    tar -cf - --exclude=.lock -C "$out" . | split -b 15000000 -a 4 - "$out.part-" ;;
   unpack)
     mkdir -p "$out"
     cat "$out".part-* | tar -xf - -C "$out" ;;

@@ -32,14 +32,15 @@ def dtype_of(module: object) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def building() -> Iterator[None]:
-    """Networks made in here are float32, on the CPU, ordinary tensors, and leave the random generators alone.
+def building(device: str = "cpu") -> Iterator[None]:
+    """Networks made in here are float32, on the CPU, ordinary tensors, and leave the random generators alone. On the
+    device "meta" they are shapes without values, which cost nothing.
 
     That is so whatever default dtype, default device or inference mode the caller works under.
     """
     default = torch.get_default_dtype()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.device("cpu"):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.device(device):
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -21,7 +21,7 @@ from cmap_defense.cli import train as module
 from cmap_defense.cli import train_data
 from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
-from cmap_defense.data import FolderImages, LabelledImages
+from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.training.objectives import ECT, ECTSettings
 from cmap_defense.training.settings import TrainSettings
@@ -47,14 +47,14 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(options, images=images, folder=folder)
         raise click.exceptions.Abort
 
-    def open_dataset(source: str, **options: Any) -> LabelledImages:
+    def opened(source: str, **options: Any) -> LabelledImages:
         found.update(source=source, data_options=options)
         shape = (3, 32, 32) if source == "cifar10" else (1, 28, 28)
         images = torch.randint(0, 256, (60, *shape), dtype=torch.uint8)
         return LabelledImages(images, torch.arange(60) % 3)
 
     monkeypatch.setattr(module, "train_backbone", train_backbone)
-    monkeypatch.setattr(train_data, "open_dataset", open_dataset)
+    monkeypatch.setattr(train_data, "open_dataset", opened)
     return found
 
 
@@ -176,6 +176,26 @@ def test_a_class_conditional_denoiser_is_distilled_class_by_class(
     assert "it knows 2 classes, not 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--teacher", "--from"])
+def test_a_model_that_was_told_other_classes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    """As many, in another order: every label would be wrong."""
+    for names in ("ab", "ba"):
+        for number, name in enumerate(names):
+            place = tmp_path / names / f"{number}{name}" if names == "ba" else tmp_path / names / name
+            place.mkdir(parents=True)
+            Image.new("RGB", (12, 8), (80 * number, 0, 0)).save(place / "0.png")
+    options = ["--class-conditional", "--images", 16, *TINY]
+    objective = "edm" if option == "--teacher" else "ect"
+    assert run("--data", tmp_path / "ab", *options, "--objective", objective, "-o", tmp_path / "first") == 0
+    others = ["--objective", "cd"] if option == "--teacher" else []
+    given = ["--data", tmp_path / "ba", *options, *others, option, tmp_path / "first" / "backbone"]
+    assert run(*given, "-o", tmp_path / "second") == 2
+    assert "its classes are a, b, those of the data 0b, 1a" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "second").exists()
+
+
 def test_a_published_network_by_name(tmp_path: Path, data: Path) -> None:
     images = np.random.RandomState(0).randint(0, 256, (20, 8, 8)).astype(np.uint8)
     np.savez(data, images=images)
@@ -206,23 +226,30 @@ def test_what_is_held_out_of_a_folder_is_what_the_other_commands_look_at(
     tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not the last class."""
-    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
-    data = LabelledImages(images.clone(), torch.arange(40) // 20)
-    monkeypatch.setattr(train_data, "open_dataset", lambda source, **options: data)
-    assert run("--data", tmp_path, "--hold-out", 10, "-o", tmp_path / "out") == 130
+    monkeypatch.setattr(train_data, "open_dataset", open_dataset)
+    for number in range(40):
+        place = tmp_path / "images" / "ab"[number // 20]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(place / f"{number:02d}.png")
+    given = ["--data", tmp_path / "images", "--image-channels", 1, "--hold-out", 10]
+    assert run(*given, "-o", tmp_path / "out") == 130
     kept = captured["images"][:, 0, 0, 0].tolist()
     looked_at = Subset(count=10, order="random").indices(40)
     assert sorted([*kept, *looked_at]) == list(range(40))
     assert {position // 20 for position in looked_at} == {0, 1}
 
 
+@pytest.mark.parametrize("where", ["images.npz", "cifar10"])
 def test_what_is_held_out_of_other_data_is_their_last_images(
-    tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    """Of a name's too, where a folder lies that is called like it."""
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
     data = LabelledImages(images.clone(), torch.arange(40) // 20)
     monkeypatch.setattr(train_data, "open_dataset", lambda source, **options: data)
-    assert run("--data", tmp_path / "images.npz", "--hold-out", 10, "-o", tmp_path / "out") == 130
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run("--data", where, "--hold-out", 10, "-o", tmp_path / "out") == 130
     kept = captured["images"][:, 0, 0, 0].tolist()
     assert [*kept, *Subset(count=10, order="last").indices(40)] == list(range(40))
 

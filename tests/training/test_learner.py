@@ -99,7 +99,18 @@ def test_the_gradient_is_clipped() -> None:
     assert squares == pytest.approx(0.01 * 0.01**2, rel=1e-3)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def told(noisy: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    """A denoiser of images that are all their label."""
+    return teacher(noisy, sigma) + class_labels[:, None, None, None] * (
+        1 - 0.01 / (0.01 + sigma[:, None, None, None] ** 2)
+    )
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [*OBJECTIVES, CD(teacher=told, teacher_name="none", class_conditional=True)],
+    ids=lambda objective: objective.name,
+)
 @pytest.mark.parametrize("micro", [1, 3, 100])
 def test_a_batch_in_pieces_has_the_gradients_of_the_whole(objective: Objective, micro: int) -> None:
     """Where dropout does not draw by the layout of the batch."""

@@ -228,3 +228,12 @@ def test_classes_start_without_effect() -> None:
     assert conditional.classes is not None
     moved = conditional.classes.weight.grad.abs().sum(dim=1)
     assert (moved > 0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_on_meta_costs_nothing(name: str) -> None:
+    network = Network.named(name, (3, 8, 8), TINY[name])
+    shapes = {key: tensor.shape for key, tensor in network.build().state_dict().items()}
+    there = network.build("meta")
+    assert {p.device.type for p in there.parameters()} == {"meta"}
+    assert {key: tensor.shape for key, tensor in there.state_dict().items()} == shapes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, load_denois
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import CheckpointError, SettingsError
+from cmap_defense.locks import LOCK_FILE
 from cmap_defense.training.budget import Budget
-from cmap_defense.training.files import LOCK_FILE
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState
 from cmap_defense.training.networks import Network
@@ -166,6 +168,18 @@ def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:
     assert trained(tmp_path).finished
 
 
+def test_a_folder_that_another_process_has_is_refused_until_it_is_gone(tmp_path: Path) -> None:
+    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / LOCK_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="Another training is writing to"):
+            trained(tmp_path)
+        other.kill()
+    assert trained(tmp_path).finished
+
+
 # --- a budget ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +254,7 @@ def test_the_noise_levels_of_the_first_weights_are_kept(tmp_path: Path) -> None:
     write_backbone(ConsistencyBackbone(NETWORK.build(), (1, 8, 8), noise), tmp_path / "start", name="other")
     trained(tmp_path / "run", settings=BRIEF.replace(images=8), start=load_model(tmp_path / "start"))
     assert load_backbone(tmp_path / "run" / "backbone").noise == noise
+    assert "from" not in read_record(tmp_path / "run" / "backbone").training, "nothing is known of its training"
 
 
 def test_dropout_alone_may_differ() -> None:

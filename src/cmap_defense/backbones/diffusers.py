@@ -262,20 +262,20 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
         raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
 
 
-def build_unet(config: dict[str, Any]) -> DiffusersUNet:
-    """A network of a UNet2DModel's configuration, its weights random."""
-    with building():
+def build_unet(config: dict[str, Any], device: str = "cpu") -> DiffusersUNet:
+    """A network of a UNet2DModel's configuration, its weights random; on the CPU, or on "meta"."""
+    with building(device):
         return DiffusersUNet(_library().UNet2DModel.from_config(config))
 
 
-def fresh_unet(config: dict[str, Any]) -> DiffusersUNet:
+def fresh_unet(config: dict[str, Any], device: str = "cpu") -> DiffusersUNet:
     """The same as a training starts from: the last layer of each branch, and of the whole, at zero (Dhariwal and Nichol
     2021, arXiv 2105.05233; the library leaves them random).
 
     Raises:
         MissingExtraError: the diffusers library is not installed.
     """
-    network = build_unet(config)
+    network = build_unet(config, device)
     resnet, attention = _library().models.resnet.ResnetBlock2D, _library().models.attention_processor.Attention
     whole: Any = network.unet
     last: list[Any] = [whole.conv_out]

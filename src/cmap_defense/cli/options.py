@@ -15,7 +15,7 @@ from cmap_defense.attacks import Attack, ThreatModel, full_suite, paper_suite, s
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.models import EMBEDDED, imported_model
 from cmap_defense.cli.output import checked_device
-from cmap_defense.data import open_dataset
+from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.inputs import RESIZE_MODES
@@ -118,7 +118,7 @@ data_options = _together(
     click.option(
         "--order",
         type=click.Choice(["first", "last", "random"]),
-        help="last: what train --hold-out leaves out.  "
+        help="last, with --split train: what train --hold-out leaves out of data that are no folder.  "
         "[default: first; random for a folder, whose images come class by class]",
     ),
 )
@@ -199,8 +199,9 @@ def class_names_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def subset_of(options: Mapping[str, Any]) -> Subset:
     """Which images of it."""
-    order = options["order"] or ("random" if Path(options["data"]).expanduser().is_dir() else "first")
-    return Subset(count=options["count"], order=order)
+    source = options["data"]
+    folder = source not in (EMBEDDED, *DATASETS) and Path(source).expanduser().is_dir()
+    return Subset(count=options["count"], order=options["order"] or ("random" if folder else "first"))
 
 
 def threat_of(options: Mapping[str, Any]) -> ThreatModel:

@@ -22,6 +22,7 @@ from cmap_defense.cli.train_data import classes_of, training_set
 from cmap_defense.cli.train_options import (
     Integers,
     Pair,
+    check_class_names,
     check_levels,
     network_of,
     objective_of,
@@ -185,12 +186,13 @@ def _trained(
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
     if teacher is not None and teacher.num_classes not in (None, classes):
         raise click.BadParameter(f"it knows {teacher.num_classes} classes, not {classes}.", param_hint="--teacher")
+    for option, model in (("--teacher", teacher), ("--from", start)):
+        check_class_names(model, class_names, option)
     noise = NoiseRange() if start is None else start.noise
     if teacher is not None and teacher.noise != noise:
         raise click.BadParameter(f"its noise levels are {teacher.noise}, not {noise}.", param_hint="--teacher")
     if start is not None:
-        with torch.device("meta"):
-            refuse_other_network(network.build(), start.network)
+        refuse_other_network(network.build("meta"), start.network)
     data = chosen.loaded()
 
     def described(planned: TrainSettings) -> dict[str, Any]:

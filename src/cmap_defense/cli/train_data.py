@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from cmap_defense.data import ImageSource, LabelledImages, open_dataset
+from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset
 from cmap_defense.errors import DataError
 from cmap_defense.evaluation.protocol import Subset
 
@@ -46,7 +45,7 @@ def training_set(options: Mapping[str, Any]) -> TrainingSet:
     if hold_out >= total:
         raise DataError(f"--hold-out {hold_out} leaves nothing of the {total} images.")
     positions: Sequence[int] = range(total - hold_out)
-    if hold_out and Path(where).expanduser().is_dir():
+    if hold_out and isinstance(source, FolderImages):
         left_out = set(Subset(count=hold_out, order="random").indices(total))
         positions = [position for position in range(total) if position not in left_out]
     channels, height, width = source.select([0]).images.shape[1:]

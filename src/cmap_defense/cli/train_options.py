@@ -19,6 +19,7 @@ from cmap_defense.training.start import load_model
 __all__ = [
     "Integers",
     "Pair",
+    "check_class_names",
     "check_levels",
     "network_of",
     "objective_of",
@@ -75,6 +76,17 @@ def check_levels(options: Mapping[str, Any]) -> None:
     unknown = [level for level in options["attention"] or () if level not in range(levels)]
     if unknown:
         raise click.BadParameter(f"there is no level {unknown[0]} of {levels}.", param_hint="--attention")
+
+
+def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, option: str) -> None:
+    """Raises click.BadParameter where a model was told the data's classes in another order, or other classes."""
+    record = None if model is None else model.record
+    told = None if record is None else record.training.get("class_names")
+    if told is None or names is None or list(told) == list(names):
+        return
+    raise click.BadParameter(
+        f"its classes are {', '.join(map(str, told))}, those of the data {', '.join(names)}.", param_hint=option
+    )
 
 
 def network_of(options: Mapping[str, Any], image_shape: tuple[int, int, int], num_classes: int | None) -> Network:

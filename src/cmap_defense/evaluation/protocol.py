@@ -72,9 +72,9 @@ class Protocol(Settings):
 class Subset(Settings):
     """Which images of a data set are evaluated.
 
-    count: how many; None for all. order: "first"; "last", which a training with ``--hold-out`` has left out, in their
-    order; or "random" for ``numpy.random.RandomState(seed).choice`` without replacement, in the order drawn, as in the
-    paper's scripts. seed: of that draw, below 2^32.
+    count: how many; None for all. order: "first"; "last", in their order: of a training split that is no folder what
+    ``train --hold-out`` left out; or "random" for ``numpy.random.RandomState(seed).choice`` without replacement, in the
+    order drawn, as in the paper's scripts. seed: of that draw, below 2^32.
 
     Raises:
         SettingsError: a value is out of its range.

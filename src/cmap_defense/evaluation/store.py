@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation.describe import differences
+from cmap_defense.locks import FolderLock
 
 __all__ = ["Store", "Unit", "write_text"]
 
@@ -59,16 +59,8 @@ class Store:
         Raises:
             EvaluationError: another job has it, or nothing can be written there.
         """
-        lock = FileLock(self.folder / ".lock")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise EvaluationError(
-                f"Another evaluation is writing to {self.folder}. Wait for it, or give another folder."
-            ) from error
-        except OSError as error:
-            raise EvaluationError(f"{self.folder} cannot be written to: {error}") from error
+        lock = FolderLock(self.folder, "evaluation", EvaluationError)
+        lock.take()
         try:
             yield
         finally:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cmap_defense.errors import CheckpointError
+from cmap_defense.locks import FolderLock
 from cmap_defense.ranks import Ranks
 
-__all__ = ["LOCK_FILE", "locked", "write_whole"]
-
-LOCK_FILE = ".lock"
+__all__ = ["locked", "write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -29,27 +25,15 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, team: Ranks) -> Iterator[None]:
-    """The folder for the processes of this job alone; it is made when it is not there. The system lets go of the lock
-    of a process that was killed.
+    """The folder for the processes of this job alone; it is made when it is not there.
 
     Raises:
-        CheckpointError: another training has it; on all ranks.
-        OSError: nothing can be written there; on all ranks.
+        CheckpointError: another training has it, or nothing can be written there; on all ranks.
     """
-    lock = FileLock(folder / LOCK_FILE)
-    team.by_first(functools.partial(_take, lock, folder))
+    lock = FolderLock(folder, "training", CheckpointError)
+    team.by_first(lock.take)
     try:
         yield
     finally:
         if team.rank == 0:
             lock.release()
-
-
-def _take(lock: FileLock, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise CheckpointError(
-            f"Another training is writing to {folder}. Wait for it, stop it, or give another folder."
-        ) from error

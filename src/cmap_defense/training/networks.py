@@ -132,12 +132,16 @@ def _shaped(config: type[Any]) -> Callable[[tuple[int, int, int], int | None, di
     return lambda shape, classes, changes: config.from_dict({"image_shape": shape, "num_classes": classes} | changes)
 
 
-_KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any], nn.Module], frozenset[str]]] = {
-    "compact": (_shaped(CompactUNetConfig), CompactUNet, frozenset({"image_shape", "num_classes"})),
-    "ncsnpp": (_ncsnpp, NCSNpp, frozenset({"image_size", "num_channels"})),
+_KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any, str], nn.Module], frozenset[str]]] = {
+    "compact": (
+        _shaped(CompactUNetConfig),
+        lambda config, device: CompactUNet(config),
+        frozenset({"image_shape", "num_classes"}),
+    ),
+    "ncsnpp": (_ncsnpp, lambda config, device: NCSNpp(config), frozenset({"image_size", "num_channels"})),
     "imagenet64": (
         _shaped(UNet64Config),
-        lambda config: fresh_unet(config.to_unet()),
+        lambda config, device: fresh_unet(config.to_unet(), device),
         frozenset({"image_shape", "num_classes"}),
     ),
 }
@@ -196,14 +200,15 @@ class Network:
         decided = _KINDS[self.name][2]
         return {field: value for field, value in self.config.to_dict().items() if field not in decided}
 
-    def build(self) -> nn.Module:
-        """F with fresh weights, float32, on the CPU, in the state that torch's global generator is in.
+    def build(self, device: str = "cpu") -> nn.Module:
+        """F with fresh weights, float32, on the CPU, in the state that torch's global generator is in; or, on the
+        device "meta", without any.
 
         Raises:
             MissingExtraError: it needs the diffusers library.
         """
-        with building():
-            return _KINDS[self.name][1](self.config)
+        with building(device):
+            return _KINDS[self.name][1](self.config, device)
 
     def describe(self) -> dict[str, Any]:
         """Name and configuration as JSON, for records and checkpoints."""

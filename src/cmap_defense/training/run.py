@@ -27,7 +27,7 @@ from cmap_defense.training.objectives import Objective
 from cmap_defense.training.plan import length_so_far, planned
 from cmap_defense.training.samples import sample_grid
 from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_weights
+from cmap_defense.training.start import load_weights, source_of
 
 __all__ = ["TrainedBackbone", "train_backbone"]
 
@@ -129,8 +129,8 @@ def train_backbone(
             "objective": objective.describe(),
             "images": len(images),
         }
-        if start is not None and start.record is not None:
-            record["training"]["from"] = {**parts.get("from", {}), "training": start.record.training}
+        if start is not None and start.record is not None and start.record.training:
+            record["training"]["from"] = {**source_of(start), "training": start.record.training}
 
         def write(step: int, name: str = "backbone") -> None:
             seen = {"images_seen": step * settings.batch_size}

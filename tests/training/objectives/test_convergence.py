@@ -98,7 +98,9 @@ def test_consistency_training_comes_to_the_fixed_point_of_its_levels() -> None:
 def test_consistency_training_comes_there_too_when_its_target_lags_behind() -> None:
     """By 15 steps at the end, with mu_0 = 0.5 and 21 levels; by more with fewer, so that it takes longer."""
     expected = fixed_point(21, lambda t, r: S**2 + t * r)
-    mean, std = trained(CT(CTSettings(levels_end=20, decay_start=0.5)), 4000, batch=512)
+    objective = CT(CTSettings(levels_end=20, decay_start=0.5))
+    assert objective.target_decay(1 - 1e-9) == pytest.approx(0.936, abs=0.001)
+    mean, std = trained(objective, 4000, batch=512)
     assert expected == pytest.approx(S, rel=0.135)
     assert std == pytest.approx(expected, rel=0.006)
     assert mean == pytest.approx(MU, abs=0.003)
