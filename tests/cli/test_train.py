@@ -329,8 +329,8 @@ def test_labels_of_one_class_are_no_condition(tmp_path: Path, data: Path, capsys
 
 
 def test_minutes_choose_a_length_that_is_kept(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two seconds, by the machine's own clock; the command that is recorded says what they came to."""
-    options = ["--data", data, "--minutes", 0.03, *TINY, "--checkpoint-every", 10**6, "--json", "-o", tmp_path / "run"]
+    """Six seconds, by the machine's own clock; the command that is recorded says what they came to."""
+    options = ["--data", data, "--minutes", 0.1, *TINY, "--checkpoint-every", 10**6, "--json", "-o", tmp_path / "run"]
     assert run(*options) == 0
     answer = json.loads(capsys.readouterr().out)
     planned = json.loads((tmp_path / "run" / "plan.json").read_text())

@@ -232,12 +232,13 @@ def test_the_loss_falls(tmp_path: Path, precision: str) -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_network_alone_runs_in_the_precision(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
-    """Weights, gradients, averages and losses stay in float32."""
-    seen: set[torch.dtype] = set()
+    """Weights, gradients, averages and losses stay in float32, and so does what is added up along the network."""
+    seen: dict[str, set[torch.dtype]] = {"branches": set(), "sums": set()}
     backbone, losses = fresh_backbone(), []
-    for module in backbone.modules():
+    for name, module in backbone.network.named_modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+            role = "sums" if name in ("enter", "leave") or name.endswith("skip") else "branches"
+            module.register_forward_hook(lambda _, inputs, output, role=role: seen[role].add(output.dtype))
 
     class Watching(ECT):
         def losses(self, *arguments: Any) -> Tensor:
@@ -246,7 +247,7 @@ def test_the_network_alone_runs_in_the_precision(tmp_path: Path, precision: str,
 
     settings = SETTINGS.replace(images=24, precision=precision)
     (ema,) = train(backbone, training_images(), Watching(), settings, tmp_path, described={}).averages
-    assert seen == {dtype}
+    assert seen == {"branches": {dtype}, "sums": {torch.float32}}
     assert {loss.dtype for loss in losses} == {torch.float32}
     assert {p.dtype for p in backbone.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in backbone.parameters() if p.grad is not None} == {torch.float32}
