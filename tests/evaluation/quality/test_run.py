@@ -163,21 +163,26 @@ def test_passes_and_steps_are_those_that_happen() -> None:
 
 
 def test_the_probe_takes_as_many_images_as_its_seconds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, then four times as many, up to a group; each image takes a second on this machine."""
-    clock, seen = [0.0], []
+    """One, then four times as many, up to a group; each image takes a second on this machine. Where all would take
+    hours, more seconds are allowed."""
+    clock, seen, slow = [0.0], [], [1e-3]
 
     def probe(model: Any, images: torch.Tensor) -> Probe:
         seen.append(len(images))
         clock[0] += len(images)
-        return Probe(1 / len(images), None)
+        return Probe(slow[0] / len(images), None)
 
     monkeypatch.setattr(module, "probe", probe)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     for seconds, sizes in ((3.0, [1]), (4.0, [1, 4]), (15.0, [1, 4]), (100.0, [1, 4, 5])):
         seen.clear()
         run = run_of(model=wrapped(classifier=classifier()).eval(), subset=Subset(count=6), group=5)
-        assert run.probe(seconds).seconds == 1 / sizes[-1]
+        assert run.probe(seconds).seconds == 1e-3 / sizes[-1]
         assert seen == sizes
+    seen.clear()
+    slow[0] = 100 * 17 / run.passes
+    run.probe(0.0)
+    assert seen == [1, 4], "a hundredth is 17 s at the pace of one image, 4.25 s at that of four, and five take 16 s"
     monkeypatch.undo()
     assert run_of().probe().seconds > 0
 

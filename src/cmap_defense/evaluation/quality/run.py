@@ -210,14 +210,15 @@ class QualityRun:
 
     def probe(self, seconds: float = 2.0) -> Probe:
         """Seconds per backbone pass, and memory, from a few iterations: on one image, then on four times as many again
-        and again, up to a group, as long as that should take no more than about ``seconds``: images are faster
-        together."""
+        and again, up to a group, since images are faster together; as long as that should take no more than about
+        ``seconds``, or a hundredth of what all would take at the pace seen so far."""
         count, most = 1, min(self.group, len(self.images))
         with evaluating(self.model):
             while True:
                 begun = time.perf_counter()
                 seen = probe(self.model, self.images.images[:count].to(device_of(self.model)))
-                if count == most or 4 * (time.perf_counter() - begun) > seconds:
+                allowed = max(seconds, 0.01 * seen.seconds * self.passes)
+                if count == most or 4 * (time.perf_counter() - begun) > allowed:
                     return seen
                 count = min(4 * count, most)
 
