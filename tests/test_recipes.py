@@ -65,7 +65,7 @@ def test_cifar10_in_its_parts(tmp_path: Path) -> None:
         np.savez(tmp_path / f"cifar10_{split}.npz", images=images.astype(np.uint8), labels=labels.astype(np.uint8))
     small = [*TINY, "--attention", "1"]
     recipe(tmp_path, "cifar10.sh", "teacher", "--images", "32", *small)
-    assert record(tmp_path / "runs/cifar10/teacher")["kind"] == "diffusion"
+    assert record(tmp_path / "runs/cifar10/teacher")["kind"] == "denoiser"
     recipe(tmp_path, "cifar10.sh", "model", *small, IMAGES="32")
     made = record(tmp_path / "runs/cifar10/model")
     assert (made["kind"], made["name"]) == ("consistency", "cifar10-ct-small")

@@ -21,6 +21,7 @@ __all__ = [
     "SettingsError",
     "TrainingError",
     "UnknownNameError",
+    "WrongKindError",
 ]
 
 
@@ -50,6 +51,10 @@ class ClassifierError(CmapError, ValueError):
 
 class BackboneError(CmapError, TypeError):
     """An object does not satisfy the backbone protocol, or its ``generate`` broke its promise."""
+
+
+class WrongKindError(BackboneError):
+    """A backbone is a denoiser where a consistency model is needed, or the other way round."""
 
 
 class BackboneFileError(CmapError, OSError):

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmap_defense.backbones.convert import convert_openai
 from cmap_defense.backbones.diffusers import DiffusersUNet, UnscaledUNet, build_unet, configuration_of
-from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_denoiser, read_record, write_backbone
+from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError
+from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError, WrongKindError
 from goldens import FOLDER, arrays
 from toys import noise
 
@@ -289,9 +289,9 @@ def test_denoiser_is_written_and_read(tmp_path: Path):
     ours = EDMDenoiser(made.network, made.image_shape, made.noise, made.num_classes)
     write_backbone(ours, tmp_path, name="teacher")
     x, sigma, labels = noise(2, 3, 8, 8, seed=1), torch.tensor([0.3, 5.0]), torch.tensor([1, 2])
-    close(read_denoiser(tmp_path).denoise(x, sigma, labels), ours.denoise(x, sigma, labels), 1e-5)
-    with pytest.raises(BackboneFileError, match="diffusion model"):
-        read_backbone(tmp_path)
+    close(read_backbone(tmp_path).denoise(x, sigma, labels), ours.denoise(x, sigma, labels), 1e-5)
+    with pytest.raises(WrongKindError, match="is a denoiser"):
+        read_backbone(tmp_path, kind="consistency")
 
 
 # --------------------------------------------------------------------------------------- the community's own scalings

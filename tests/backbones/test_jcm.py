@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cmap_defense.backbones.convert import convert_jcm
 from cmap_defense.backbones.convert.jcm import jcm_slots
-from cmap_defense.backbones.folder import read_backbone, read_denoiser, write_backbone
+from cmap_defense.backbones.folder import read_backbone, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
-from cmap_defense.errors import BackboneFileError, UnknownNameError
+from cmap_defense.errors import BackboneFileError, UnknownNameError, WrongKindError
 from goldens import FOLDER, JCM, arrays, channels_first, flax_bytes, full_size_weights, jcm, jcm_names, nested
 from toys import noise
 
@@ -185,9 +185,9 @@ def test_the_teacher_is_written_and_read_as_a_denoiser(tmp_path: Path):
     golden = jcm("tiny_c")
     made = convert_jcm(golden.checkpoint, golden.config)
     write_backbone(EDMDenoiser(made.network, made.image_shape), tmp_path, name="teacher")
-    close(read_denoiser(tmp_path).denoise(golden.arrays["x"], golden.arrays["sigma"]), golden.arrays["D_edm"], 2e-5)
-    with pytest.raises(BackboneFileError, match="'teacher' is a diffusion model"):
-        read_backbone(tmp_path)
+    close(read_backbone(tmp_path).denoise(golden.arrays["x"], golden.arrays["sigma"]), golden.arrays["D_edm"], 2e-5)
+    with pytest.raises(WrongKindError, match="'teacher' is a denoiser, and a consistency model is needed"):
+        read_backbone(tmp_path, kind="consistency")
 
 
 # ------------------------------------------------------------------------------------------------- files that differ

@@ -93,7 +93,7 @@ def test_cifar10_models_come_from_their_authors(name: str):
     assert source.url == JCM + OFFICIAL[name]
     assert (source.config, source.params) == (NCSNppConfig(), "params_ema")
     assert (entry.image_shape, entry.num_classes) == ((3, 32, 32), None)
-    assert entry.kind == ("diffusion" if name == "cifar10-edm" else "consistency")
+    assert entry.kind == ("denoiser" if name == "cifar10-edm" else "consistency")
     assert "Apache-2.0" in entry.licence
     assert "research" in entry.licence
 

@@ -144,8 +144,8 @@ def test_packaged_models_are_verified_and_nothing_is_noted(cache: Path, name: st
     assert not cache.exists()
 
 
-def test_diffusion_model_has_no_boundary(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"), replace=True)
+def test_denoiser_has_no_boundary(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"), replace=True)
     found = verify_backbone(NAME)
     assert found.boundary_error is None
     assert found.pinned is not None
@@ -163,7 +163,7 @@ def test_model_that_makes_no_numbers_is_refused(tmp_path: Path, kind: type, valu
 
 
 def bad_scalings(sigma: Tensor, *, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of a diffusion model: f(x, sigma_min) is not x."""
+    """Those of a denoiser: f(x, sigma_min) is not x."""
     return boundary_scalings(sigma, sigma_data=sigma_data, sigma_min=0 * sigma_min)
 
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 
 from cmap_defense import load_backbone
-from cmap_defense.backbones import EDMDenoiser, load_denoiser
+from cmap_defense.backbones import EDMDenoiser
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.registry import backbone_names, register, registry_entry
@@ -199,10 +199,10 @@ def test_convert_writes_the_precision_that_is_asked_for(checkpoint: str, capsys:
         torch.testing.assert_close(written[name], kept, rtol=0, atol=0)
 
 
-def test_convert_writes_a_diffusion_model(checkpoint: str, capsys: Captured):
-    arguments = ["convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, "--kind", "diffusion"]
-    assert answered(capsys, *arguments)["kind"] == "diffusion"
-    assert type(load_denoiser("./out")) is EDMDenoiser
+def test_convert_writes_a_denoiser(checkpoint: str, capsys: Captured):
+    arguments = ["convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, "--kind", "denoiser"]
+    assert answered(capsys, *arguments)["kind"] == "denoiser"
+    assert type(load_backbone("./out")) is EDMDenoiser
 
 
 def test_config_takes_numbers_truth_values_and_lists():

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from cmap_defense import load_backbone
-from cmap_defense.backbones import load_denoiser
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
@@ -142,11 +141,11 @@ def test_a_denoiser_is_tuned_and_distilled(tmp_path: Path, data: Path, capsys: p
     denoiser = tmp_path / "edm" / "backbone"
     assert run(*options, "--objective", "edm", "--name", "teacher", "-o", tmp_path / "edm") == 0
     before = read_record(denoiser)
-    assert load_denoiser(denoiser).image_shape == (3, 8, 12)
+    assert load_backbone(denoiser).image_shape == (3, 8, 12)
     assert run(*options, "--from", denoiser, "-o", tmp_path / "ect") == 0
     distil = ["--objective", "cd", "--teacher", denoiser, "--from", denoiser, "--objective-set", "levels=5"]
     assert run(*options, *distil, "-o", tmp_path / "cd") == 0
-    source = {"name": "teacher", "kind": "diffusion", "weights_sha256": before.weights_sha256}
+    source = {"name": "teacher", "kind": "denoiser", "weights_sha256": before.weights_sha256}
     ect, cd = (read_record(tmp_path / name / "backbone") for name in ("ect", "cd"))
     assert (ect.kind, cd.kind) == ("consistency", "consistency")
     assert cd.training["teacher"] == source

@@ -29,7 +29,7 @@ def learner(
     dropout = NETWORK.dropout if dropout is None else dropout
     backbone = fresh_backbone(NETWORK.replace(num_classes=classes, dropout=dropout))
     model: Model = backbone
-    if objective.kind == "diffusion":
+    if objective.kind == "denoiser":
         model = EDMDenoiser(backbone.network, backbone.image_shape, num_classes=classes)
     settings, labels = RICH.replace(**changes), None if classes is None else training_labels()
     return Learner(model.train(), training_images(), labels, objective, settings, Execution(micro_batch=micro), Ranks())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense import load_backbone
-from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, load_denoiser
+from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import CheckpointError, SettingsError
@@ -25,7 +25,7 @@ from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import CT, ECT, EDM
 from cmap_defense.training.run import TrainedBackbone, train_backbone
 from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_model, load_weights, source_of
+from cmap_defense.training.start import load_weights, source_of
 from training.clock import Clock
 from training.killed import SETTINGS, training_images, training_labels
 from training.test_networks import TINY
@@ -83,9 +83,9 @@ def test_a_denoiser_is_written_as_one(tmp_path: Path) -> None:
     sheets: list[Tensor] = []
     done = trained(tmp_path, objective=EDM(), on_samples=sheets.append)
     assert isinstance(done.model, EDMDenoiser)
-    assert_same(load_denoiser(tmp_path / "backbone"), done.model)
+    assert_same(load_backbone(tmp_path / "backbone"), done.model)
     assert sheets[0].shape == (64, 1, 8, 8)
-    assert read_record(tmp_path / "backbone").kind == "diffusion"
+    assert read_record(tmp_path / "backbone").kind == "denoiser"
 
 
 def test_every_half_life_has_its_folder_at_the_end(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path: Path) -> None:
     """At a learning rate of next to nothing it ends where it starts; the record names it."""
-    start = load_model(denoiser)
+    start = load_backbone(denoiser)
     settings = BRIEF.replace(learning_rate=1e-12, images=8)
     sources = {"from": source_of(start)}
     done = trained(tmp_path, settings=settings, start=start, sources=sources)
@@ -240,7 +240,7 @@ def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path:
     said = read_record(tmp_path / "backbone").training["from"]
     assert said == {
         "name": "tiny",
-        "kind": "diffusion",
+        "kind": "denoiser",
         "weights_sha256": read_record(denoiser).weights_sha256,
         "training": read_record(denoiser).training,
     }
@@ -252,7 +252,7 @@ def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path:
 def test_the_noise_levels_of_the_first_weights_are_kept(tmp_path: Path) -> None:
     noise = NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4)
     write_backbone(ConsistencyBackbone(NETWORK.build(), (1, 8, 8), noise), tmp_path / "start", name="other")
-    trained(tmp_path / "run", settings=BRIEF.replace(images=8), start=load_model(tmp_path / "start"))
+    trained(tmp_path / "run", settings=BRIEF.replace(images=8), start=load_backbone(tmp_path / "start"))
     assert load_backbone(tmp_path / "run" / "backbone").noise == noise
     assert "from" not in read_record(tmp_path / "run" / "backbone").training, "nothing is known of its training"
 
@@ -285,7 +285,7 @@ def test_weights_of_another_network_are_refused(name: str, changes: dict[str, An
 def test_weights_of_a_unet_of_the_library_are_taken(tmp_path: Path) -> None:
     network = Network.named("imagenet64", (1, 8, 8), TINY["imagenet64"])
     write_backbone(ConsistencyBackbone(network.build(), (1, 8, 8)), tmp_path, name="unet")
-    start = load_model(tmp_path)
+    start = load_backbone(tmp_path)
     model = ConsistencyBackbone(network.build(), (1, 8, 8))
     load_weights(model, start)
     assert_same(model, start)

@@ -2,9 +2,9 @@
 
 from cmap_defense.backbones.base import Backbone
 from cmap_defense.backbones.convert import convert_jcm, convert_openai
-from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record, write_backbone
+from cmap_defense.backbones.folder import read_backbone, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.backbones.load import load_backbone, load_denoiser
+from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.record import BackboneRecord
@@ -39,10 +39,8 @@ __all__ = [
     "convert_jcm",
     "convert_openai",
     "load_backbone",
-    "load_denoiser",
     "push_backbone",
     "read_backbone",
-    "read_denoiser",
     "read_record",
     "register",
     "registry_entry",

@@ -46,7 +46,7 @@ def check_backbone(backbone: object) -> nn.Module:
     if not callable(getattr(backbone, "generate", None)):
         hint = ""
         if callable(getattr(backbone, "denoise", None)):
-            hint = " A diffusion model has no one-step generator: CMAP needs a consistency model."
+            hint = " A denoiser has no one-step generator: CMAP needs a consistency model."
         raise BackboneError(
             f"A backbone has generate(latents) -> images in [-1, 1], but {name} has no such method.{hint}"
         )

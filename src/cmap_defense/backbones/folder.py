@@ -17,11 +17,11 @@ from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
-from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
 from cmap_defense.modules import building
 from cmap_defense.settings import near_matches
 
-__all__ = ["RECORD_FILE", "read_backbone", "read_denoiser", "read_record", "write_backbone"]
+__all__ = ["RECORD_FILE", "read_backbone", "read_record", "write_backbone"]
 
 RECORD_FILE = "backbone.json"
 
@@ -29,7 +29,13 @@ _NETWORKS: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "compact-unet": (CompactUNetConfig, CompactUNet),
     "ncsnpp": (NCSNppConfig, NCSNpp),
 }
-_KINDS: dict[str, type[KarrasModel]] = {"consistency": ConsistencyBackbone, "diffusion": EDMDenoiser}
+_KINDS: dict[str, type[KarrasModel]] = {model.kind: model for model in (ConsistencyBackbone, EDMDenoiser)}
+
+
+_WRONG_KIND = {
+    "consistency": "{name!r} is a denoiser, and a consistency model is needed: a denoiser has no one-step generator.",
+    "denoiser": "{name!r} is a consistency model, and a denoiser is needed.",
+}
 
 
 def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
@@ -54,40 +60,30 @@ def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
         raise BackboneFileError(f"{path} is not a backbone record: {error}") from error
 
 
-def read_backbone(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> ConsistencyBackbone:
-    """The consistency model of a folder: in eval mode, its weights needing no gradient, on the CPU.
+def read_backbone(
+    folder: str | os.PathLike[str], *, kind: str | None = None, dtype: torch.dtype = torch.float32
+) -> KarrasModel:
+    """The model of a folder: in eval mode, its weights needing no gradient, on the CPU.
 
     Args:
         folder: with ``backbone.json`` and the weights that it names, or a pipeline of the diffusers library.
+        kind: "consistency" or "denoiser" where only that will do; None for whichever the record says.
         dtype: of the weights; they are cast once from the file's precision.
 
+    Returns:
+        A :class:`ConsistencyBackbone` or an :class:`EDMDenoiser`.
+
     Raises:
-        BackboneFileError: a file is missing, truncated, damaged or foreign, or holds a diffusion model.
+        BackboneFileError: a file is missing, truncated, damaged or foreign, or holds a model of another kind.
         MissingExtraError: the folder needs the diffusers library.
     """
     record = read_record(folder)
-    if record.kind != "consistency":
-        raise BackboneFileError(
-            f"{record.name!r} is a diffusion model, not a consistency model: it has no one-step generator, which CMAP "
-            "needs. For purifiers that denoise, load it with cmap_defense.backbones.load_denoiser."
-        )
-    backbone = _read_model(Path(folder), record, dtype)
-    assert isinstance(backbone, ConsistencyBackbone)
-    backbone.default_settings = dict(record.settings)
-    return backbone
-
-
-def read_denoiser(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> EDMDenoiser:
-    """The diffusion model of a folder; arguments and errors as for :func:`read_backbone`."""
-    record = read_record(folder)
-    if record.kind != "diffusion":
-        raise BackboneFileError(
-            f"{record.name!r} is a consistency model, not a diffusion model; its denoise is the consistency function. "
-            "Load it with cmap_defense.load_backbone."
-        )
-    denoiser = _read_model(Path(folder), record, dtype)
-    assert isinstance(denoiser, EDMDenoiser)
-    return denoiser
+    if kind is not None and record.kind != kind:
+        raise WrongKindError(_WRONG_KIND[kind].format(name=record.name))
+    model = _read_model(Path(folder), record, dtype)
+    if isinstance(model, ConsistencyBackbone):
+        model.default_settings = dict(record.settings)
+    return model
 
 
 def write_backbone(
@@ -113,8 +109,7 @@ def write_backbone(
     """
     folder = Path(folder)
     network = backbone.network
-    kind = next(kind for kind, model in _KINDS.items() if isinstance(backbone, model))
-    described = {"kind": kind, "num_classes": backbone.num_classes} | described
+    described = {"kind": backbone.kind, "num_classes": backbone.num_classes} | described
     names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
     if not names and not isinstance(network, diffusers.PipelineUNet):
         raise BackboneFileError(

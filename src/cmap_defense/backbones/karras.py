@@ -103,8 +103,10 @@ class KarrasModel(nn.Module):
         noise: the noise levels that the network was trained for.
         num_classes: of a class-conditional model; None for an unconditional one.
 
-    record: what is known about it, when it came from a folder.
+    kind: "consistency" or "denoiser", as in its record. record: what is known about it, when it came from a folder.
     """
+
+    kind: str = ""
 
     accepts_any_float = True
     """Inputs of any float dtype are cast at the network's door, so callers keep their latents in float32."""
@@ -139,6 +141,7 @@ class ConsistencyBackbone(KarrasModel):
     its own precision. Outputs have the input's precision, float32 at least.
     """
 
+    kind = "consistency"
     default_settings: dict[str, Any] | None = None
 
     def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -163,11 +166,13 @@ class ConsistencyBackbone(KarrasModel):
 
 
 class EDMDenoiser(KarrasModel):
-    """The diffusion model's view of a network: D(x, sigma), the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
+    """A denoiser D(x, sigma): the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
 
-    For purifiers that diffuse and denoise. It has no one-step generator, so CMAP refuses it. Its arguments are those of
-    :class:`KarrasModel`.
+    For purifiers that add noise and denoise. It has no one-step generator, so CMAP refuses it. Its arguments are those
+    of :class:`KarrasModel`.
     """
+
+    kind = "denoiser"
 
     def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """The mean of all clean images behind ``noisy``; arguments and errors as for a consistency model's denoise."""

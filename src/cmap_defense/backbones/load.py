@@ -7,23 +7,38 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 
-from cmap_defense.backbones.folder import read_backbone, read_denoiser
+from cmap_defense.backbones.folder import read_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel
+from cmap_defense.backbones.record import KINDS
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
-from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
+from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError, WrongKindError
+from cmap_defense.settings import require_choice
 
-__all__ = ["entry_of", "hinting", "load_backbone", "load_denoiser", "resolve_backbone"]
+__all__ = ["entry_of", "hinting", "load_backbone", "resolve_backbone"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> ConsistencyBackbone:
+@overload
+def load_backbone(
+    source: str | os.PathLike[str], *, kind: Literal["consistency"], dtype: torch.dtype = ...
+) -> ConsistencyBackbone: ...
+@overload
+def load_backbone(
+    source: str | os.PathLike[str], *, kind: Literal["denoiser"], dtype: torch.dtype = ...
+) -> EDMDenoiser: ...
+@overload
+def load_backbone(source: str | os.PathLike[str], *, kind: str | None = ..., dtype: torch.dtype = ...) -> Any: ...
+def load_backbone(
+    source: str | os.PathLike[str], *, kind: str | None = None, dtype: torch.dtype = torch.float32
+) -> KarrasModel:
     """A backbone in eval mode, on the CPU, its weights needing no gradient.
 
     What is not on this machine yet is fetched once: from the Hub by huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT,
@@ -34,33 +49,33 @@ def load_backbone(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.
         source: a name (``cmap-defense backbones list``), a local folder, or a Hub id ``organisation/name`` or
             ``organisation/name@revision``. A name wins over a folder, and a folder over a Hub id, that is spelt alike;
             ``./name`` is always a folder.
+        kind: "consistency" or "denoiser" where only that will do; None for whichever it is.
         dtype: of the weights, cast once; latents and losses stay in float32 whatever it is.
+
+    Returns:
+        A :class:`~cmap_defense.backbones.ConsistencyBackbone` or an :class:`~cmap_defense.backbones.EDMDenoiser`, as
+        its record says.
 
     Raises:
         UnknownNameError: no such name, or no such repository on the Hub.
+        WrongKindError: it is of another kind than ``kind``.
         BackboneFileError: a file is missing, truncated, damaged or foreign, or could not be fetched.
         MissingExtraError: it is in the format of diffusers, and that library is not installed.
     """
+    if kind is not None:
+        require_choice("load_backbone", "kind", kind, KINDS)
     folder, entry = resolve_backbone(source), entry_of(source)
-    with hinting(entry):
-        backbone = read_backbone(folder, dtype=dtype)
+    try:
+        with hinting(entry):
+            model = read_backbone(folder, kind=kind, dtype=dtype)
+    except WrongKindError as error:
+        fitting = [name for name in backbone_names() if registry_entry(name).kind == kind]
+        raise WrongKindError(f"{error} Of that kind are: {', '.join(fitting)}.") from error
     if entry is not None:
-        _describe(backbone, entry)
-        backbone.default_settings = dict(backbone.record.settings) if backbone.record else None
-    return backbone
-
-
-def load_denoiser(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> EDMDenoiser:
-    """The EDM view of a model whose record says that it is a diffusion model, for purifiers that denoise.
-
-    Arguments and errors are those of :func:`load_backbone`; a consistency model is a :class:`BackboneFileError`.
-    """
-    folder, entry = resolve_backbone(source), entry_of(source)
-    with hinting(entry):
-        denoiser = read_denoiser(folder, dtype=dtype)
-    if entry is not None:
-        _describe(denoiser, entry)
-    return denoiser
+        _describe(model, entry)
+        if isinstance(model, ConsistencyBackbone):
+            model.default_settings = dict(model.record.settings) if model.record else None
+    return model
 
 
 def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, weights: bool = True) -> Path:
@@ -102,8 +117,7 @@ def hinting(entry: RegistryEntry | None) -> Iterator[None]:
     except MissingExtraError:
         raise
     except BackboneFileError as error:
-        local = entry is not None and isinstance(entry.sources[0], LocalFolder)
-        if entry is None or local or "load_denoiser" in str(error) or "load_backbone" in str(error):
+        if entry is None or isinstance(entry.sources[0], LocalFolder):
             raise
         raise BackboneFileError(
             f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again."

@@ -10,7 +10,7 @@ from cmap_defense.settings import Settings, require_choice, require_integer
 
 __all__ = ["KINDS", "BackboneRecord"]
 
-KINDS = ("consistency", "diffusion")
+KINDS = ("consistency", "denoiser")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class BackboneRecord(Settings):
 
     format: version of this layout. name, description: for people.
     network: which class. network_config: its settings. noise: sigma_min, sigma_max, sigma_data.
-    kind: "consistency", or "diffusion" for a model that denoises and has no one-step generator.
+    kind: "consistency", or "denoiser" for a model that denoises and has no one-step generator.
     image_shape: (C, H, W). num_classes: of a class-conditional model, or None.
     value_range: of the images that ``generate`` returns.
     weights_file, weights_dtype, weights_sha256: the safetensors file, below the record's folder; the checksum is empty

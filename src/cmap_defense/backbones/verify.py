@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.folder import read_backbone, read_denoiser, read_record
+from cmap_defense.backbones.folder import read_backbone, read_record
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel
 from cmap_defense.backbones.load import entry_of, hinting, resolve_backbone
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
@@ -29,7 +29,7 @@ class Verification:
 
     source: what was verified. folder: where it is. weights_sha256: of the weights there.
     revision: the Hub's commit, where it came from there. official_sha256: of the official file that was converted.
-    boundary_error: the largest |f(x, sigma_min) - x|, 0 for the paper's boundary condition; None for a diffusion model.
+    boundary_error: the largest |f(x, sigma_min) - x|, 0 for the paper's boundary condition; None for a denoiser.
     image_mean, image_std: over 4 generated (or denoised) images in [-1, 1]: some 0 and 0.5 for photographs.
     pinned: the file in which the commit and checksum were noted; None for what has no name.
     """
@@ -70,7 +70,7 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
         folder, origin = fetch_entry(pinned(entry))
     record = read_record(folder)
     with hinting(entry):
-        model: KarrasModel = read_backbone(folder) if record.kind == "consistency" else read_denoiser(folder)
+        model = read_backbone(folder)
     boundary, images = _probe(model)
     allowed = getattr(model.network, "boundary_error", 0.0)
     if not bool(torch.isfinite(images).all()) or (boundary is not None and not math.isfinite(boundary)):

@@ -117,7 +117,7 @@ class PurifiedClassifier(LatentAccess):
 
         self.classifier = classifier
         if isinstance(backbone, (str, os.PathLike)):
-            loaded = load_backbone(backbone)
+            loaded = load_backbone(backbone, kind="consistency")
             device = device_of(classifier)
             self.backbone: nn.Module = loaded if device is None else loaded.to(device)
         else:

@@ -94,7 +94,7 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
 @click.option("--description", default="", help="What it is, in the record.")
 @click.option("--licence", default="", help="Licence of the weights, in the record.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the file.")
-@click.option("--kind", type=click.Choice(["consistency", "diffusion"]), default="consistency", show_default=True)
+@click.option("--kind", type=click.Choice(["consistency", "denoiser"]), default="consistency", show_default=True)
 @click.option("--params", default="params_ema", show_default=True, help="jcm: which weights.")
 @click.option(
     "--config",
@@ -136,7 +136,7 @@ def convert(
         if overrides:
             raise click.BadParameter("the architecture of --from openai is read off the file.", param_hint="--config")
         model = convert_openai(checkpoint, image_size=image_size, head_channels=head_channels)
-    if kind == "diffusion":
+    if kind == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise, model.num_classes)
     source |= {"size": checkpoint.stat().st_size, "sha256": sha256_of(checkpoint)}
     record = write_backbone(

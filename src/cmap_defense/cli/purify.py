@@ -52,7 +52,7 @@ def purify(
     There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that
     matches it best (eq. 10) is written.
     """
-    generator = load_backbone(backbone).to(checked_device(device))
+    generator = load_backbone(backbone, kind="consistency").to(checked_device(device))
     settings = CMAPSettings.from_dict(generator.default_settings or {})
     changes = {"n_latents": latents, "iterations": iterations}
     settings = settings.replace(**{name: value for name, value in changes.items() if value is not None})

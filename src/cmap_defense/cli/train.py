@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cmap_defense.backbones.karras import NoiseRange
+from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
 from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
 from cmap_defense.cli.train_data import classes_of, training_set
@@ -37,7 +38,7 @@ from cmap_defense.training.networks import NETWORKS, PRESETS
 from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
 from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_model, refuse_other_network, source_of
+from cmap_defense.training.start import refuse_other_network, source_of
 
 __all__ = ["loss_chart", "train"]
 
@@ -180,7 +181,7 @@ def _trained(
     classes = classes_of(chosen.source, chosen.where) if options["class_conditional"] else None
     class_names = None if classes is None else chosen.source.class_names
     network = network_of(options, chosen.shape, classes)
-    start = None if options["start_from"] is None else load_model(options["start_from"])
+    start = None if options["start_from"] is None else load_backbone(options["start_from"])
     sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")

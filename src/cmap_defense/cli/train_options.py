@@ -11,10 +11,11 @@ import click
 import torch
 
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
+from cmap_defense.backbones.load import load_backbone
+from cmap_defense.errors import WrongKindError
 from cmap_defense.training.networks import PRESETS, Network
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.settings import TrainSettings
-from cmap_defense.training.start import load_model
 
 __all__ = [
     "Integers",
@@ -137,9 +138,10 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
         raise click.UsageError("--teacher names what --objective cd distils: they go together.")
     if options["teacher"] is None:
         return None
-    teacher: KarrasModel = load_model(options["teacher"])
-    if not isinstance(teacher, EDMDenoiser):
-        raise click.BadParameter("this is a consistency model, not a denoiser.", param_hint="--teacher")
+    try:
+        teacher = load_backbone(options["teacher"], kind="denoiser")
+    except WrongKindError as error:
+        raise click.BadParameter(str(error), param_hint="--teacher") from error
     if teacher.num_classes is not None and not options["class_conditional"]:
         raise click.BadParameter("it is told the classes: add --class-conditional.", param_hint="--teacher")
     return teacher.to(device)

@@ -10,6 +10,6 @@ Model = ConsistencyBackbone | EDMDenoiser
 
 MODELS: dict[str, type[ConsistencyBackbone] | type[EDMDenoiser]] = {
     "consistency": ConsistencyBackbone,
-    "diffusion": EDMDenoiser,
+    "denoiser": EDMDenoiser,
 }
 """Kind of an objective -> what it trains."""

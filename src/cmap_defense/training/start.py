@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import nn
 
 from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of
-from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.karras import KarrasModel
-from cmap_defense.backbones.load import load_backbone, load_denoiser, resolve_backbone
 from cmap_defense.errors import SettingsError
 
-__all__ = ["load_model", "load_weights", "refuse_other_network", "source_of"]
-
-
-def load_model(source: str | os.PathLike[str]) -> KarrasModel:
-    """A consistency model or a denoiser, whichever it is, on the CPU in float32.
-
-    source: a name, a folder or a Hub id, as for :func:`~cmap_defense.backbones.load_backbone`, with its errors.
-    """
-    folder = resolve_backbone(source)
-    return load_backbone(folder) if read_record(folder).kind == "consistency" else load_denoiser(folder)
+__all__ = ["load_weights", "refuse_other_network", "source_of"]
 
 
 def source_of(model: KarrasModel) -> dict[str, Any]:

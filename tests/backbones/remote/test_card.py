@@ -58,7 +58,7 @@ def test_page_of_a_name_says_what_it_is_and_where_it_comes_from(entry: RegistryE
     table = rows(card)
     assert table["licence of the weights"] == entry.licence
     assert table["paper"] == entry.paper
-    assert table["kind"] == f"{entry.kind} model"
+    assert table["kind"] == ("denoiser" if entry.kind == "denoiser" else "consistency model")
     assert table["images"].startswith(" x ".join(map(str, entry.image_shape)))
     for source in entry.sources:
         if isinstance(source, OfficialFile):
@@ -77,7 +77,7 @@ def test_page_of_a_name_says_that_nobody_has_verified_it_or_that_somebody_has(en
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_page_of_a_name_shows_how_to_use_it(entry: RegistryEntry):
     card = entry_card(entry)
-    use = f'load_denoiser("{entry.name}")' if entry.kind == "diffusion" else f'backbone="{entry.name}"'
+    use = f'load_backbone("{entry.name}")' if entry.kind == "denoiser" else f'backbone="{entry.name}"'
     assert use in card
     assert ("class_labels" in card) == (entry.num_classes is not None)
     for name, value in entry.settings.items():
@@ -163,10 +163,10 @@ def test_class_conditional_model_is_not_called_unconditional():
     assert rows(card)["images"] == "3 x 8 x 8, class-conditional, 10 classes"
 
 
-def test_diffusion_model_is_shown_as_one():
-    card = hub_card(RECORD.replace(kind="diffusion"), "someone/tiny")
-    assert "diffusion" in head_of(card)["tags"]
-    assert 'load_denoiser("someone/tiny")' in card
+def test_denoiser_is_shown_as_one():
+    card = hub_card(RECORD.replace(kind="denoiser"), "someone/tiny")
+    assert "denoiser" in head_of(card)["tags"]
+    assert 'load_backbone("someone/tiny")' in card
     assert "PurifiedClassifier" not in card
     assert "## Settings" not in card
 

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 
 from cmap_defense import PurifiedClassifier, load_backbone
-from cmap_defense.backbones import EDMDenoiser, load_denoiser
+from cmap_defense.backbones import EDMDenoiser
 from cmap_defense.backbones.folder import RECORD_FILE
 from cmap_defense.backbones.load import resolve_backbone
 from cmap_defense.backbones.registry import register, registry_entry
@@ -25,7 +25,7 @@ from cmap_defense.backbones.remote import download as module
 from cmap_defense.backbones.remote import fetch
 from cmap_defense.backbones.remote.cache import cache_folder
 from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
-from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError
+from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError, WrongKindError
 from elsewhere import finish, start_elsewhere
 from hubserver import Fault, HubServer, serving
 from tiny import CONFIG, fingerprint, own_names, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file
@@ -169,8 +169,8 @@ def test_two_names_for_one_file_are_two_models(hub: HubServer):
 
 def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: HubServer, named: Callable[..., None]):
     first = resolve_backbone(NAME)
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"), replace=True)
-    assert load_denoiser(NAME).record is not None
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"), replace=True)
+    assert load_backbone(NAME).record is not None
     named(config=CONFIG.replace(skip_rescale=False))
     assert resolve_backbone(NAME) != first
     named(params="params")
@@ -399,31 +399,42 @@ def test_force_that_fails_leaves_the_model_that_is_there(hub: HubServer, cache: 
     assert fingerprint(load_backbone(NAME)) == MODEL
 
 
-# ---------------------------------------------------------------------------------------------------------- diffusion
+# ---------------------------------------------------------------------------------------------------------- denoisers
 
 
-def test_diffusion_model_is_loaded_as_a_denoiser(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"))
-    denoiser = load_denoiser(NAME)
+def test_load_backbone_returns_the_kind_of_the_record(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"))
+    denoiser = load_backbone(NAME)
     assert type(denoiser) is EDMDenoiser
     assert fingerprint(denoiser) == MODEL
     assert denoiser.record is not None
-    assert (denoiser.record.name, denoiser.record.kind, denoiser.record.licence) == (NAME, "diffusion", "CC0")
+    assert (denoiser.record.name, denoiser.record.kind, denoiser.record.licence) == (NAME, "denoiser", "CC0")
     expected = EDMDenoiser(tiny_backbone().network, CONFIG.image_shape).denoise(noise(2, 3, 8, 8, seed=5), 2.0)
     torch.testing.assert_close(denoiser.denoise(noise(2, 3, 8, 8, seed=5), 2.0), expected)
 
 
-def test_diffusion_model_is_no_backbone_and_the_error_says_what_to_call(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="diffusion"))
-    for use in (load_backbone, lambda name: PurifiedClassifier(torch.nn.Identity(), backbone=name)):
-        with pytest.raises(BackboneFileError, match=rf"{NAME}.*is a diffusion model.*load_denoiser"):
+def test_denoiser_where_a_consistency_model_is_needed_is_refused_with_names_of_the_other_kind(hub: HubServer):
+    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"))
+    uses: list[Callable[[str], object]] = [
+        lambda name: load_backbone(name, kind="consistency"),
+        lambda name: PurifiedClassifier(torch.nn.Identity(), backbone=name),
+    ]
+    for use in uses:
+        with pytest.raises(WrongKindError, match=rf"{NAME}.*is a denoiser.*Of that kind are: .*cifar10-cd") as error:
             use(NAME)
+        assert "cifar10-edm" not in str(error.value)
 
 
 @pytest.mark.usefixtures("named")
-def test_consistency_model_is_no_denoiser():
-    with pytest.raises(BackboneFileError, match=r"consistency model.*load_backbone"):
-        load_denoiser(NAME)
+def test_consistency_model_where_a_denoiser_is_needed_is_refused_with_names_of_the_other_kind():
+    with pytest.raises(WrongKindError, match=r"is a consistency model.*Of that kind are: .*cifar10-edm") as error:
+        load_backbone(NAME, kind="denoiser")
+    assert "cifar10-cd" not in str(error.value)
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(SettingsError, match=r"kind.*'denoiser'"):
+        load_backbone(NAME, kind="diffusion")
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -32,7 +32,7 @@ def distilled(**settings: Any) -> CD:
 
 def trained(objective: Objective, steps: int, batch: int) -> tuple[float, float]:
     """Mean and standard deviation that the model has after a training."""
-    make = GaussianDenoiser if objective.kind == "diffusion" else GaussianConsistency
+    make = GaussianDenoiser if objective.kind == "denoiser" else GaussianConsistency
     model = train_linear(make(-0.2, 3 * S), objective, steps, rate=0.05, batch=batch)
     return model.mean.item(), model.std
 

@@ -75,8 +75,8 @@ def test_levels_are_lognormal_and_the_noise_ranges_sigma_data_counts() -> None:
     assert found.tolist() == pytest.approx([w * q for w, q in zip(weights, squares, strict=True)], rel=1e-5)
 
 
-def test_it_trains_a_diffusion_model_without_a_running_average() -> None:
-    assert EDM().kind == "diffusion"
+def test_it_trains_a_denoiser_without_a_running_average() -> None:
+    assert EDM().kind == "denoiser"
     assert EDM().target_decay(0.3) is None
     assert EDM().settings == EDMSettings(sigma_mean=-1.2, sigma_std=1.2)
     assert NOISE.sigma_data == 0.5

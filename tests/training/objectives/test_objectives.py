@@ -34,7 +34,7 @@ def test_names_and_settings_go_together(name: str) -> None:
     assert issubclass(settings, Settings)
     assert made(name).name == name
     assert made(name).settings == settings()
-    assert made(name).kind == ("diffusion" if name == "edm" else "consistency")
+    assert made(name).kind == ("denoiser" if name == "edm" else "consistency")
 
 
 @pytest.mark.parametrize("name", NAMES)

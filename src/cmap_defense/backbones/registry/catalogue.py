@@ -128,7 +128,7 @@ def _cifar10() -> list[RegistryEntry]:
     teacher = (OfficialFile(url=_JCM + "edm_cifar10_ema"),)
     return [
         *entries,
-        _cifar10_entry("cifar10-edm", "The EDM teacher of the distilled models.", teacher, kind="diffusion"),
+        _cifar10_entry("cifar10-edm", "The EDM teacher of the distilled models.", teacher, kind="denoiser"),
     ]
 
 

@@ -114,7 +114,7 @@ class RegistryEntry:
     name: letters, digits, dots, dashes and underscores. description: one line, for people.
     sources: where it comes from, tried in this order.
     image_shape: (C, H, W). num_classes: of a class-conditional model, or None.
-    kind: "consistency", or "diffusion" for a model without a one-step generator.
+    kind: "consistency", or "denoiser" for a model without a one-step generator.
     licence: of the weights. paper: where the model comes from.
     settings: the CMAP settings to use with it, as changes to the defaults.
     quality: measured or cited figures, each with where it comes from.

@@ -50,7 +50,7 @@ def entry_card(entry: RegistryEntry) -> str:
 
 def hub_card(record: BackboneRecord, repo_id: str) -> str:
     """The README of a repository that holds a backbone folder: the Hub's metadata, then the page."""
-    tags = ["consistency-model" if record.kind == "consistency" else "diffusion", "adversarial-purification"]
+    tags = ["consistency-model" if record.kind == "consistency" else "denoiser", "adversarial-purification"]
     head = ["---", "library_name: cmap-defense"]
     head += [] if record.num_classes else ["pipeline_tag: unconditional-image-generation"]
     head += ["tags:", *(f"- {tag}" for tag in tags)]
@@ -71,15 +71,18 @@ def hub_card(record: BackboneRecord, repo_id: str) -> str:
     return "\n".join([*lines, *_figure_lines(record.figures)]).rstrip() + "\n"
 
 
+_KINDS = {"consistency": "consistency model", "denoiser": "denoiser"}
+
+
 def _use(source: str, shape: tuple[int, int, int]) -> str:
     return _USE.format(source=source, channels=shape[0], height=shape[1], width=shape[2])
 
 
 def _denoiser_use(source: str) -> str:
     return (
-        "A diffusion model: it denoises, and has no one-step generator, so CMAP refuses it.\n\n```python\n"
-        "from cmap_defense.backbones import load_denoiser\n\n"
-        f'denoiser = load_denoiser("{source}")\nclean = denoiser.denoise(noisy, sigma)\n```\n'
+        "It denoises, and has no one-step generator, so CMAP refuses it.\n\n```python\n"
+        "from cmap_defense import load_backbone\n\n"
+        f'denoiser = load_backbone("{source}")\nclean = denoiser.denoise(noisy, sigma)\n```\n'
     )
 
 
@@ -89,7 +92,7 @@ def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list
         "| | |",
         "| --- | --- |",
         f"| images | {' x '.join(map(str, of.image_shape))}, {classes} |",
-        f"| kind | {of.kind} model |",
+        f"| kind | {_KINDS[of.kind]} |",
         f"| licence of the weights | {licence or 'not stated'} |",
         f"| paper | {paper or 'not stated'} |",
     ]

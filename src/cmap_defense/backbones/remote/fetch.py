@@ -217,7 +217,7 @@ def _convert(
         if isinstance(error, NotACheckpointError) or source.sha256 is None:
             checkpoint.unlink(missing_ok=True)  # nobody vouches for it: the next run fetches it afresh
         raise
-    if entry.kind == "diffusion":
+    if entry.kind == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
     write_backbone(
         model,

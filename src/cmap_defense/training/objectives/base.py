@@ -47,7 +47,7 @@ class Objective(abc.ABC):
     """One training objective: its settings, and the loss per image.
 
     name: as in records and on the command line. kind: what the network is trained to be, "consistency" (f of Song et
-    al. 2023) or "diffusion" (the denoiser D of Karras et al. 2022), as in a backbone's record. settings: a frozen
+    al. 2023) or "denoiser" (the denoiser D of Karras et al. 2022), as in a backbone's record. settings: a frozen
     :class:`~cmap_defense.settings.Settings` of its own.
     """
 

@@ -1,4 +1,4 @@
-"""Training of a denoiser D(x, sigma), the diffusion model of Karras et al. 2022 (arXiv 2206.00364): what is distilled,
+"""Training of a denoiser D(x, sigma), that of Karras et al. 2022 (arXiv 2206.00364): what is distilled,
 and what consistency tuning starts from."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EDM(Objective):
     """The squared error of the denoised image, weighted so that the network's own errors count alike at all levels."""
 
     name = "edm"
-    kind = "diffusion"
+    kind = "denoiser"
 
     def __init__(self, settings: EDMSettings | None = None) -> None:
         self.settings = settings or EDMSettings()
