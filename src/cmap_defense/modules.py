@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = ["building", "device_of", "dtype_of", "evaluating", "weights_of"]
+__all__ = ["building", "device_of", "dtype_of", "evaluating", "multiplies_bfloat16", "weights_of"]
 
 
 def weights_of(module: object) -> Iterator[Tensor]:
@@ -29,6 +29,21 @@ def device_of(module: object) -> torch.device | None:
 def dtype_of(module: object) -> torch.dtype | None:
     """The precision of the first floating-point weight; None when there is none."""
     return next((tensor.dtype for tensor in weights_of(module) if tensor.is_floating_point()), None)
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device multiplies bfloat16 matrices natively, so that they are faster there than float32 ones.
+
+    True for CUDA devices of compute capability 8 and above, and for x86 processors with AMX or AVX-512 BF16. A
+    processor without them emulates bfloat16, which is many times slower than float32. False where it is not known.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+        return any(check() for check in checks if check is not None)
+    return False
 
 
 @contextlib.contextmanager

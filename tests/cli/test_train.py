@@ -286,7 +286,7 @@ def test_a_mistake_is_named_before_a_folder_is_read(
     [
         (["--objective", "cd"], 2, "--teacher"),
         (["--teacher", "somewhere"], 2, "--teacher"),
-        (["--objective", "cd", "--teacher", "fashion-mnist-ct"], 2, "not a denoiser"),
+        (["--objective", "cd", "--teacher", "fashion-mnist-ct"], 2, "a denoiser is needed"),
         (["--objective", "ict", "--halvings", "3"], 2, "--halvings"),
         (["--halvings", "3", "--objective-set", "halvings=3"], 2, "--halvings"),
         (["--objective-set", "huber"], 2, "key=value"),

@@ -37,7 +37,7 @@ from cmap_defense.training.loop import LOG_FILE, TrainState
 from cmap_defense.training.networks import NETWORKS, PRESETS
 from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
-from cmap_defense.training.settings import Execution, TrainSettings
+from cmap_defense.training.settings import PRECISIONS, Execution, TrainSettings
 from cmap_defense.training.start import refuse_other_network, source_of
 
 __all__ = ["loss_chart", "train"]
@@ -114,7 +114,13 @@ PAPERS = {
     help="In images; several with commas, the first being kept as the backbone.",
 )
 @click.option("--flip/--no-flip", default=_LOOP.flip, show_default=True, help="Mirror each image with probability 1/2.")
-@click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default=_LOOP.precision, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default=_LOOP.precision,
+    show_default=True,
+    help="Precision of the network's arithmetic; auto is bfloat16 where the device multiplies it natively.",
+)
 @click.option(
     "--weights",
     type=click.Choice(["float32", "float16", "bfloat16"]),

@@ -159,7 +159,7 @@ def recorded_command(
     parameters: of the command. options: their values. settings, network, objective: what they came to.
     """
     values = dict(options) | dict.fromkeys((*SAID_OTHERWISE, *ELSEWHERE))
-    values["images"] = settings.images
+    values |= {"images": settings.images, "precision": settings.precision}
     values["network_set"] = tuple(network.changes.items())
     values["objective_set"] = tuple(objective.settings.to_dict().items())
     words = ["cmap-defense train"]

@@ -32,6 +32,7 @@ from cmap_defense.training.learner import Learner
 from cmap_defense.training.log import LossLog
 from cmap_defense.training.models import Model
 from cmap_defense.training.objectives import Objective
+from cmap_defense.training.precision import resolve_precision
 from cmap_defense.training.settings import Execution, TrainSettings
 
 __all__ = ["LOG_FILE", "TrainState", "Trained", "check_data", "train"]
@@ -109,6 +110,7 @@ def train(
     check_data(model, images, labels)
     execution = execution or Execution()
     with ranks() as team:
+        settings = resolve_precision(settings, next(model.parameters()).device, folder, team)
         model.train()  # before a target is copied from it
         learner = Learner(model, images, labels, objective, settings, execution, team)
         described = {"train": settings.to_dict(), **described}

@@ -25,6 +25,7 @@ from cmap_defense.training.models import MODELS, Model
 from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import Objective
 from cmap_defense.training.plan import length_so_far, planned
+from cmap_defense.training.precision import resolve_precision
 from cmap_defense.training.samples import sample_grid
 from cmap_defense.training.settings import Execution, TrainSettings
 from cmap_defense.training.start import load_weights, source_of
@@ -110,6 +111,7 @@ def train_backbone(
         **(sources or {}),
     }
     with ranks() as team, locked(folder, team):
+        settings = resolve_precision(settings, device, folder, team)
         so_far = length_so_far(settings, folder, parts, team) if plan else None
         if so_far is not None:
             settings = settings.replace(images=so_far)

@@ -14,7 +14,9 @@ from cmap_defense.settings import (
     require_numbers,
 )
 
-__all__ = ["Execution", "TrainSettings"]
+__all__ = ["PRECISIONS", "Execution", "TrainSettings"]
+
+PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,9 @@ class TrainSettings(Settings):
     pixels that is nearly every one; Adam's steps do not hang on their scale.
     ema_half_lives: half-lives in images of the averaged weights; the first one's are kept as the backbone, the others
     are written beside it at the end. At the start a half-life is a twentieth of the images seen.
-    flip: mirror each image with probability 1/2. precision: of the network's arithmetic, "bfloat16" or "float32".
+    flip: mirror each image with probability 1/2.
+    precision: of the network's arithmetic, "bfloat16" (autocast), "float32", or "auto": bfloat16 where the device
+    multiplies it natively and float32 elsewhere; a continued training keeps the one that it began with.
     checkpoint_every: images between checkpoints. seed: of the weights, the data order and the noise.
     """
 
@@ -39,7 +43,7 @@ class TrainSettings(Settings):
     clip_norm: float = 1.0
     ema_half_lives: tuple[int, ...] = (30_000,)
     flip: bool = True
-    precision: str = "bfloat16"
+    precision: str = "auto"
     checkpoint_every: int = 50_000
     seed: int = 0
 
@@ -59,7 +63,7 @@ class TrainSettings(Settings):
         if len(set(lives)) != len(lives):
             raise SettingsError(f"TrainSettings.ema_half_lives must differ from each other, but are {lives}.")
         object.__setattr__(self, "ema_half_lives", lives)
-        require_choice("TrainSettings", "precision", self.precision, ("bfloat16", "float32"))
+        require_choice("TrainSettings", "precision", self.precision, PRECISIONS)
         require_flag("TrainSettings", "flip", self.flip)
 
     @property
