@@ -35,6 +35,7 @@ FLOORS = {
     "normalisation": 0,
     "ranks": 0,
     "locks": 0,
+    "paths": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

@@ -90,6 +90,8 @@ def main() -> None:
     train, test = (open_dataset(options.data, split, size=options.size, channels=3) for split in ("train", "test"))
     if not isinstance(train, FolderImages) or not isinstance(test, FolderImages) or train.paths == test.paths:
         parser.error("--data must be a folder with the folders train and test (or val), of class folders each")
+    if train.class_names is None or test.class_names is None:
+        parser.error("--data has images outside of class folders, whose classes are not known")
     if train.class_names != test.class_names:
         parser.error("--data has other classes in train than in test")
     if len(train.class_names) != CLASSES:

@@ -8,8 +8,6 @@
     logits = model(images)
 """
 
-from importlib.metadata import version as _version
-
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.settings import CMAPSettings
@@ -18,4 +16,5 @@ from cmap_defense.results import History, PurificationResult
 
 __all__ = ["CMAPSettings", "CmapError", "History", "PurificationResult", "PurifiedClassifier", "load_backbone"]
 
-__version__ = _version("cmap-defense")
+__version__ = "0.1.0"
+"""Also that of the distribution: the build reads it from here."""

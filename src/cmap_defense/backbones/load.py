@@ -19,6 +19,7 @@ from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError, WrongKindError
+from cmap_defense.paths import expanded
 from cmap_defense.settings import require_choice
 
 __all__ = ["entry_of", "hinting", "load_backbone", "resolve_backbone"]
@@ -91,10 +92,7 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, wei
     entry = entry_of(source)
     if entry is not None:
         return fetch_entry(pinned(entry, verified_only=force), force=force)[0]
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:  # "~nobody"
-        raise BackboneFileError(f"{text} is no folder: {error}") from error
+    path = expanded(text)
     if isinstance(source, os.PathLike) or path.is_dir() or text.startswith((".", "~", os.sep)):
         return path
     if _HUB_ID.fullmatch(text):

@@ -22,6 +22,7 @@ __all__ = [
     "check_sha256",
     "read_pickle",
     "read_safetensors",
+    "read_state_dict",
     "sha256_of",
     "tensor_names",
     "write_safetensors",
@@ -29,6 +30,9 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions of the weights in a file."""
+
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
+"""What people call the state dict in a checkpoint."""
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -89,10 +93,50 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         BackboneFileError: the file is missing, cut off, no state dict, or asks for code to be run.
     """
+    state = _unpickled(path)
+    if not _is_state_dict(state):
+        raise BackboneFileError(f"{path} is no state dict: it must map names to tensors.")
+    return dict(state)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict of safetensors, or of ``torch.save``, where it may be an entry of a checkpoint.
+
+    Raises:
+        BackboneFileError: the file is missing, cut off, or holds no state dict.
+    """
+    if path.suffix == ".safetensors" or _is_safetensors(path):
+        return read_safetensors(path)
+    saved = _unpickled(path)
+    entries = [saved[name] for name in STATE_DICTS if isinstance(saved, dict) and name in saved]
+    for state in (saved, *entries):
+        if _is_state_dict(state):
+            return dict(state)
+    raise BackboneFileError(
+        f"{path} holds no state dict, by itself or as {', '.join(STATE_DICTS)}: save it with "
+        "torch.save(model.state_dict(), path)."
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins like one of safetensors: the length of a JSON object, and that object."""
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
+def _unpickled(path: Path) -> Any:
+    """What ``torch.save`` wrote; the errors of :func:`read_pickle`."""
     if not path.is_file():
         raise BackboneFileError(f"{path} is missing. Fetch it again.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneFileError(
             f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
@@ -102,11 +146,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise BackboneFileError(
             f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again."
         ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise BackboneFileError(f"{path} is no state dict: it must map names to tensors.")
-    return dict(state)
 
 
 def _looks(path: Path) -> str:

@@ -18,7 +18,7 @@ from cmap_defense.cli.models import EMBEDDED
 from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options, subset_of
 from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress, steps_of
 from cmap_defense.errors import MissingExtraError
-from cmap_defense.evaluation.images import EvaluationImages
+from cmap_defense.evaluation.images import EvaluationImages, data_for
 from cmap_defense.evaluation.observation import (
     EPS,
     DeepKernelSettings,
@@ -83,7 +83,7 @@ def analyse(
         torch.set_num_threads(options["threads"] or threads)
         model = model_of(options)
         count = options["count"]
-        parts = _parts(options, [count, reference] + ([training] if kernel == "deep" else []), device_of(model))
+        parts = _parts(options, model, [count, reference] + ([training] if kernel == "deep" else []))
         score = EPS(sigmas=vp_sigmas(levels), seed=seed)
         found = _observed(model, score, parts, eps=eps, steps=steps, purify=purify, seed=seed)
     finally:
@@ -106,9 +106,9 @@ def analyse(
         click.echo(f"No picture: {lacking}", err=True)
 
 
-def _parts(options: dict[str, Any], sizes: list[int], device: torch.device | None) -> list[tuple[Tensor, Tensor]]:
+def _parts(options: dict[str, Any], model: PurifiedClassifier, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Images and labels to observe, of the references, and of the deep kernel's training: one after the other."""
-    data = data_of(options)
+    data = data_for(model, data_of(options))
     if len(data[0] if isinstance(data, tuple) else data) < sum(sizes):
         total = len(data[0] if isinstance(data, tuple) else data)
         raise click.UsageError(
@@ -116,6 +116,7 @@ def _parts(options: dict[str, Any], sizes: list[int], device: torch.device | Non
             "--reference" + (" and --training." if len(sizes) > 2 else ".")
         )
     found = EvaluationImages.of(data, subset_of(options | {"count": sum(sizes)}))
+    device = device_of(model)
     images, labels = found.images.to(device), found.labels.to(device)
     return list(zip(images.split(sizes), labels.split(sizes), strict=True))
 

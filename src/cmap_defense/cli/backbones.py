@@ -18,6 +18,7 @@ from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
 from cmap_defense.cli.output import json_option, print_json, print_table, writable_folder
+from cmap_defense.cli.paths import PathType
 from cmap_defense.errors import SettingsError
 
 __all__ = ["backbones"]
@@ -87,8 +88,8 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
 
 
 @backbones.command()
-@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path), callback=writable_folder)
+@click.argument("checkpoint", type=PathType(exists=True, dir_okay=False))
+@click.argument("out", type=PathType(file_okay=False), callback=writable_folder)
 @click.option("--from", "format_", type=click.Choice(["jcm", "openai"]), required=True, help="Format of CHECKPOINT.")
 @click.option("--name", default=None, help="Name in the record.  [default: OUT's]")
 @click.option("--description", default="", help="What it is, in the record.")
@@ -170,7 +171,7 @@ def verify(backbone: str, as_json: bool) -> None:
 
 
 @backbones.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=PathType(exists=True, file_okay=False))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make a private repository, where it makes one.")
 @click.option("--message", default="Add the backbone", show_default=True, help="Of the commit.")

@@ -24,6 +24,7 @@ from cmap_defense.cli.options import (
     subset_of,
 )
 from cmap_defense.cli.output import duration, json_option, out_option, print_json, print_table, progress
+from cmap_defense.cli.paths import PathType
 from cmap_defense.evaluation.evaluation import Evaluation, Expected, Progress
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import load_facts, write_report
@@ -92,7 +93,7 @@ def evaluate(context: click.Context, out: Path, as_json: bool, dry_run: bool, **
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=PathType(exists=True, file_okay=False))
 @json_option
 def report(folder: Path, as_json: bool) -> None:
     """Write the report of an evaluation's FOLDER anew, from its report.json."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fractions
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,10 +14,12 @@ from cmap_defense.attacks import Attack, ThreatModel, full_suite, paper_suite, s
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.models import EMBEDDED, imported_model
 from cmap_defense.cli.output import checked_device
+from cmap_defense.cli.paths import PathType
 from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.inputs import RESIZE_MODES
+from cmap_defense.paths import expanded
 from cmap_defense.settings import near_matches
 
 __all__ = [
@@ -90,7 +91,9 @@ model_options = _together(
         help='Where it is made: pkg.module:factory, file.py:factory, or "embedded".',
     ),
     click.option(
-        "--weights", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="Its safetensors file."
+        "--weights",
+        type=PathType(dir_okay=False, exists=True),
+        help="Its state dict, of safetensors or torch.save.",
     ),
     click.option("--mean", type=_Channels(), help="That the classifier expects its images normalised with; see --std."),
     click.option("--std", type=_Channels(), help="One number per channel, such as 0.25,0.24,0.26."),
@@ -200,7 +203,7 @@ def class_names_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
 def subset_of(options: Mapping[str, Any]) -> Subset:
     """Which images of it."""
     source = options["data"]
-    folder = source not in (EMBEDDED, *DATASETS) and Path(source).expanduser().is_dir()
+    folder = source not in (EMBEDDED, *DATASETS) and expanded(source).is_dir()
     return Subset(count=options["count"], order=options["order"] or ("random" if folder else "first"))
 
 

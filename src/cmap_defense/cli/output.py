@@ -13,6 +13,8 @@ import click
 import torch
 from tqdm import tqdm
 
+from cmap_defense.cli.paths import PathType
+
 __all__ = [
     "checked_device",
     "duration",
@@ -31,7 +33,7 @@ def out_option(default: str | None = None) -> Callable[[Any], Any]:
     return click.option(
         "-o",
         "--out",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=PathType(file_okay=False),
         default=default,
         callback=writable_folder,
         required=default is None,

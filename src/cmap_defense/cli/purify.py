@@ -10,20 +10,25 @@ from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
+from cmap_defense.cli.paths import PathType
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.data.files import read_image, write_image
+from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.inputs import RESIZE_MODES, check_shape, resize_images
 from cmap_defense.purifiers.cmap import CMAP
 
 __all__ = ["purify"]
 
+GROUP = 64
+"""Images at a time."""
+
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=PathType())
 @click.option("-b", "--backbone", required=True, help="A name, a folder or a Hub id.")
 @click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")
 @click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
@@ -49,6 +54,8 @@ def purify(
 ) -> None:
     """Purify the image files IMAGES... and write PNG files of the same names into a folder.
 
+    Of a folder all images are taken, those in folders below it too, and written into folders of the same names.
+
     There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that
     matches it best (eq. 10) is written.
     """
@@ -58,32 +65,38 @@ def purify(
     settings = settings.replace(**{name: value for name, value in changes.items() if value is not None})
     channels, *size = generator.image_shape
     targets = _targets(images, out)
-    originals = [read_image(path, channels) for path in images]
-    for path, original in zip(images, originals, strict=True):
-        _check_size(path, original, generator.image_shape, resizes=resize is not None)
-    batch = torch.cat([resize_images(original[None], size, resize or "bilinear") for original in originals]).to(device)
-    labels = _class_labels(class_label, generator.num_classes, len(batch), settings.n_latents, batch.device)
-    bar = progress(settings.iterations, "purifying")
+    for path in targets:  # before any work is done
+        _check_size(path, read_image(path, channels), generator.image_shape, resizes=resize is not None)
+    paths = list(targets)
+    groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
+    bar = progress(settings.iterations * len(groups), "purifying")
 
     def on_iteration(state: LatentState) -> None:
         bar.update()
 
+    written, mismatches = [], []
     with bar:
-        seeds = torch.full((len(batch),), seed)
-        result = CMAP(settings)(generator, batch, seeds=seeds, class_labels=labels, callback=on_iteration)
-    mismatch = _mismatch(result.images, batch, settings)
-    best = mismatch.argmin(dim=1)
-    written = []
-    for i, (target, original) in enumerate(zip(targets, originals, strict=True)):
-        versions = resize_images(result.images[i], original.shape[-2:], resize or "bilinear")
-        written.append(write_image(versions[best[i]], target))
-        if write_all:
-            written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
+        for group in groups:
+            originals = [read_image(path, channels) for path in group]
+            batch = torch.cat([resize_images(image[None], size, resize or "bilinear") for image in originals])
+            batch = batch.to(device)
+            labels = _class_labels(class_label, generator.num_classes, len(batch), settings.n_latents, batch.device)
+            seeds = torch.full((len(batch),), seed)
+            result = CMAP(settings)(generator, batch, seeds=seeds, class_labels=labels, callback=on_iteration)
+            mismatch = _mismatch(result.images, batch, settings)
+            mismatches += mismatch.amin(dim=1).tolist()
+            best = mismatch.argmin(dim=1)
+            for i, (path, original) in enumerate(zip(group, originals, strict=True)):
+                target = targets[path]
+                versions = resize_images(result.images[i], original.shape[-2:], resize or "bilinear")
+                written.append(write_image(versions[best[i]], target))
+                if write_all:
+                    written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
     if as_json:
         print_json(
             {
                 "files": [str(path) for path in written],
-                "mismatch": mismatch.amin(dim=1).tolist(),
+                "mismatch": mismatches,
                 "settings": settings.to_dict(),
                 "backbone": backbone,
                 "seed": seed,
@@ -127,11 +140,23 @@ def _mismatch(purified: Tensor, images: Tensor, settings: CMAPSettings) -> Tenso
     return (l1 - settings.ssim_weight * ssim).unflatten(0, (-1, n_latents))
 
 
-def _targets(images: tuple[Path, ...], out: Path) -> list[Path]:
-    targets = [out / f"{path.stem}.png" for path in images]
-    for path, target in zip(images, targets, strict=True):
-        if targets.count(target) > 1:
-            raise DataError(f"{path}: two images would be written to {target}. Purify them into different folders.")
-        if target.resolve() == path.resolve():
-            raise DataError(f"{path} would be overwritten by its purified version. Give another folder with --out.")
-    return targets
+def _targets(given: tuple[Path, ...], out: Path) -> dict[Path, Path]:
+    """By the path of each image, where its purified version goes."""
+    found: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for path in given:
+        below = image_files(path) if path.is_dir() else []
+        if path.resolve() in out.resolve().parents:  # what was written there before is not purified again
+            below = [file for file in below if out.resolve() not in file.resolve().parents]
+        if path.is_dir() and not below:
+            raise DataError(f"{path} has no image files in it: name another folder, or image files.")
+        pairs = [(file, file.relative_to(path)) for file in below] or [(path, Path(path.name))]
+        for file, name in pairs:
+            target = out / name.with_suffix(".png")
+            if target in taken:
+                raise DataError(f"{file}: two images would be written to {target}. Purify them into different folders.")
+            if target.resolve() == file.resolve():
+                raise DataError(f"{file} would be overwritten by its purified version. Give another folder with --out.")
+            found[file] = target
+            taken.add(target)
+    return found

@@ -58,7 +58,7 @@ PAPERS = {
 @click.option(
     "--data",
     required=True,
-    help=f"A name ({', '.join(DATASETS)}), an .npz file with images (uint8 [N, H, W, C]), a folder of class folders.",
+    help=f"A name ({', '.join(DATASETS)}), an .npz file with images (uint8 [N, H, W, C]), a folder of images.",
 )
 @click.option(
     "--hold-out",
@@ -68,7 +68,11 @@ PAPERS = {
     help="Images to leave out: the last ones, or of a folder a draw over all classes.",
 )
 @click.option("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels.")
-@click.option("--image-channels", type=click.IntRange(1), help="Of the images: 3, or 1 to read a folder's as grey.")
+@click.option(
+    "--image-channels",
+    type=click.IntRange(1),
+    help="In which a folder is read: 3 or 1.  [default: those of --from, or 3]",
+)
 @click.option("--class-conditional", is_flag=True, help="Tell the network the labels of the data.")
 @click.option("--name", default="my-backbone", show_default=True, help="Name in the record.")
 @click.option("--description", default="", help="What it is, in the record.")
@@ -183,11 +187,13 @@ def _trained(
     objective = objective_of(options, teacher)
     loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
     settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
-    chosen = training_set(options)
+    start = None if options["start_from"] is None else load_backbone(options["start_from"])
+    chosen = training_set(
+        options, next((model.image_shape[0] for model in (start, teacher) if model is not None), None)
+    )
     classes = classes_of(chosen.source, chosen.where) if options["class_conditional"] else None
     class_names = None if classes is None else chosen.source.class_names
     network = network_of(options, chosen.shape, classes)
-    start = None if options["start_from"] is None else load_backbone(options["start_from"])
     sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")

@@ -31,14 +31,20 @@ class TrainingSet:
         return source.select(positions)
 
 
-def training_set(options: Mapping[str, Any]) -> TrainingSet:
-    """What --data and --hold-out say.
+def training_set(options: Mapping[str, Any], channels: int | None = None) -> TrainingSet:
+    """What --data, --size, --image-channels and --hold-out say.
+
+    Args:
+        options: of the command.
+        channels: in which the images of a folder are read where the options do not say; None for 3.
 
     All images but the last ones; or, of a folder, but the first of a random subset, which ``--split train -n`` of the
     other commands looks at: its images come class by class, and the last ones would be a class.
     """
     where, hold_out = options["data"], options["hold_out"]
     source = open_dataset(where, size=options["size"], channels=options["image_channels"])
+    if isinstance(source, FolderImages) and source.channels is None:
+        source = dataclasses.replace(source, channels=channels)
     total = len(source)
     if total == 0:
         raise DataError(f"{where} holds no images.")

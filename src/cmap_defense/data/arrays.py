@@ -64,6 +64,8 @@ def labelled(
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
     classes = torch.tensor(labels.astype(np.int64))
+    if class_names is None and len(classes) and classes.min() < 0:
+        raise DataError(f"{where}: labels must be integers from 0, but there is {classes.min()}.")
     if class_names is not None and len(classes) and not 0 <= classes.min() <= classes.max() < len(class_names):
         raise DataError(
             f"{where}: labels must lie in 0 to {len(class_names) - 1}, but lie in {classes.min()} to {classes.max()}."

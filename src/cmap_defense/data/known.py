@@ -15,7 +15,8 @@ from filelock import FileLock
 
 from cmap_defense.data.arrays import labelled, read_npz
 from cmap_defense.data.images import LabelledImages
-from cmap_defense.errors import DataError
+from cmap_defense.errors import DataError, SettingsError
+from cmap_defense.paths import expanded, home
 
 __all__ = ["CIFAR10_CLASSES", "FASHION_MNIST_CLASSES", "KNOWN", "cifar10", "fashion_mnist"]
 
@@ -45,6 +46,7 @@ def fashion_mnist(split: str) -> LabelledImages:
 
     Raises:
         DataError: a file is damaged, or the download failed.
+        SettingsError: it is in neither of the first two, and the account has no home folder.
     """
     folder, stem = _fashion_folder(), _FASHION_FILES[split]
     images = _idx(folder, f"{stem}-images-idx3-ubyte", axes=3)
@@ -55,30 +57,20 @@ def fashion_mnist(split: str) -> LabelledImages:
 def cifar10(split: str) -> LabelledImages:
     """CIFAR-10: 50000 images for "train", 10000 for "test", 3 x 32 x 32, in their published order.
 
-    Looked for as ``cifar10_train.npz`` and ``cifar10_test.npz`` (images uint8 [N, 32, 32, 3], labels integers [N]) in
-    ``$CMAP_DATA`` and ``~/.cache/cmap-data`` and in folders cifar10 there; then as torchvision's folder
-    cifar-10-batches-py in ``$CMAP_DATA``, ``$CMAP_DATA/cifar10`` and ``~/.cache/cmap-defense``, to which torchvision
-    downloads it when it is nowhere.
+    Looked for in ``$CMAP_DATA`` and ``$CMAP_DATA/cifar10``, then in ``~/.cache/cmap-data``, its folder cifar10 and
+    ``~/.cache/cmap-defense``: as ``cifar10_train.npz`` and ``cifar10_test.npz`` (images uint8 [N, 32, 32, 3], labels
+    integers [N]), or as torchvision's folder cifar-10-batches-py. When it is nowhere, torchvision downloads it to
+    ``~/.cache/cmap-defense``.
 
     Raises:
         DataError: a file is damaged or holds something else, or the download failed.
+        SettingsError: it is not in ``$CMAP_DATA``, and the account has no home folder.
     """
-    asked = _asked_for("cifar10")
-    fetched = Path.home() / ".cache" / "cmap-data"
-    for folder in (*asked, fetched, fetched / "cifar10"):
-        path = folder / f"cifar10_{split}.npz"
-        if path.is_file():
-            return _cifar10_npz(path)
-    for folder in (*asked, _cache()):
-        batches = folder / "cifar-10-batches-py"
-        if batches.is_dir():
-            try:
-                return _cifar10_batches(folder, split, download=False)
-            except (OSError, RuntimeError) as error:
-                raise DataError(
-                    f"{batches} cannot be read, or a file in it is missing or is not the published one. "
-                    "Delete the folder, and CIFAR-10 is looked for elsewhere, or downloaded."
-                ) from error
+    found = _cifar10_in(_asked_for("cifar10"), split)
+    if found is None:
+        found = _cifar10_in(_own(), split)
+    if found is not None:
+        return found
     try:
         with _alone():
             return _cifar10_batches(_cache(), split, download=True)
@@ -97,12 +89,21 @@ KNOWN: Mapping[str, Callable[[str], LabelledImages]] = {"cifar10": cifar10, "fas
 def _asked_for(name: str) -> list[Path]:
     """The folder that the environment names, and that of the data set in it; none where it names none."""
     given = os.environ.get("CMAP_DATA")
-    return [Path(given).expanduser(), Path(given).expanduser() / name] if given else []
+    return [expanded(given), expanded(given) / name] if given else []
+
+
+def _own() -> list[Path]:
+    """Folders of the account's own with CIFAR-10."""
+    cache = _cache()
+    with contextlib.suppress(SettingsError):
+        fetched = home("CMAP_DATA") / ".cache" / "cmap-data"
+        return [fetched, fetched / "cifar10", cache]
+    return [cache]
 
 
 def _cache() -> Path:
     """Where torchvision downloads to."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cmap-defense")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home("CMAP_DATA") / ".cache", "cmap-defense")
 
 
 @contextlib.contextmanager
@@ -114,10 +115,12 @@ def _alone() -> Iterator[None]:
 
 
 def _fashion_folder() -> Path:
-    downloaded = _cache() / "FashionMNIST" / "raw"
-    for folder in (*_asked_for("fashion-mnist")[1:], *_SYSTEM_FOLDERS, downloaded):
-        if any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
+    for folder in (*_asked_for("fashion-mnist")[1:], *_SYSTEM_FOLDERS):
+        if _has_fashion(folder):
             return folder
+    downloaded = _cache() / "FashionMNIST" / "raw"
+    if _has_fashion(downloaded):
+        return downloaded
     from torchvision.datasets import FashionMNIST
 
     try:
@@ -132,6 +135,10 @@ def _fashion_folder() -> Path:
     return downloaded
 
 
+def _has_fashion(folder: Path) -> bool:
+    return any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz"))
+
+
 def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
     """An array in the idx format of MNIST: a magic number, the sizes (big-endian), the bytes."""
     try:
@@ -141,6 +148,25 @@ def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:
         return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(sizes)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from error
+
+
+def _cifar10_in(folders: list[Path], split: str) -> LabelledImages | None:
+    """The split from the first of these folders that holds it, an .npz file before torchvision's layout."""
+    for folder in folders:
+        path = folder / f"cifar10_{split}.npz"
+        if path.is_file():
+            return _cifar10_npz(path)
+    for folder in folders:
+        batches = folder / "cifar-10-batches-py"
+        if batches.is_dir():
+            try:
+                return _cifar10_batches(folder, split, download=False)
+            except (OSError, RuntimeError) as error:
+                raise DataError(
+                    f"{batches} cannot be read, or a file in it is missing or is not the published one. "
+                    "Delete the folder, and CIFAR-10 is looked for elsewhere, or downloaded."
+                ) from error
+    return None
 
 
 def _cifar10_npz(path: Path) -> LabelledImages:

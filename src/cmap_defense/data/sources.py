@@ -10,6 +10,7 @@ from cmap_defense.data.folders import FolderImages
 from cmap_defense.data.images import ImageSource, LabelledImages
 from cmap_defense.data.known import KNOWN
 from cmap_defense.errors import DataError, UnknownNameError
+from cmap_defense.paths import expanded
 from cmap_defense.settings import near_matches
 
 __all__ = ["DATASETS", "load_dataset", "open_dataset"]
@@ -27,12 +28,13 @@ def open_dataset(
         source: "cifar10" or "fashion-mnist", see :func:`~cmap_defense.data.known.cifar10` and
             :func:`~cmap_defense.data.known.fashion_mnist` for where they are looked for; an .npz file with ``images``
             (uint8 [N, H, W, C] or [N, H, W]) and, where there are some, ``labels`` (integers [N]); or a folder with one
-            folder of image files per class, or with such a folder per split, see
+            folder of image files per class, of image files without labels, or with such a folder per split, see
             :meth:`~cmap_defense.data.folders.FolderImages.of`.
         split: "train" or "test"; an .npz file has one split and takes no notice of it.
         size: height and width of the images in pixels. Those of a folder are resized and cropped to it, and need it
             where they differ in size; others must have it.
-        channels: 3 for RGB, 1 for grey. Images of a folder are read so, with 3 unless told; others must have as many.
+        channels: 3 for RGB, 1 for grey. Images of a folder are read so; None reads them with 3, and an evaluation with
+            as many as its backbone has. Others must have as many.
 
     Raises:
         UnknownNameError: neither a known name nor a file nor a folder.
@@ -42,11 +44,11 @@ def open_dataset(
     if split not in ("train", "test"):
         raise DataError(f'split must be "train" or "test", but is {split!r}.')
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = Path(text) if text in KNOWN else expanded(text)
     if text in KNOWN:
         data = KNOWN[text](split)
     elif path.is_dir():
-        return FolderImages.of(path, split, size=size, channels=3 if channels is None else channels)
+        return FolderImages.of(path, split, size=size, channels=channels)
     elif path.suffix == ".npz" or path.is_file():
         data = npz_images(path)
     else:

@@ -16,10 +16,10 @@ from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_sui
 from cmap_defense.attacks.access import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.errors import CmapError, EvaluationError, InputValueError, SettingsError
+from cmap_defense.errors import CmapError, EvaluationError, SettingsError
 from cmap_defense.evaluation.cost import AttackCost, counted_passes, probe, rehearse
 from cmap_defense.evaluation.describe import checksum, describe_answer, describe_model, describe_software
-from cmap_defense.evaluation.images import EvaluationImages
+from cmap_defense.evaluation.images import EvaluationImages, data_for
 from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
 from cmap_defense.evaluation.protocol import Protocol, Subset, run_indices
 from cmap_defense.evaluation.store import Store, Unit, write_text
@@ -104,7 +104,7 @@ class Evaluation:
         self.store = Store(Path(out))
         self.protocol = protocol or Protocol()
         self.subset = subset or Subset()
-        self.images = EvaluationImages.of(data, self.subset)
+        self.images = EvaluationImages.of(data_for(model, data), self.subset)
         self.class_names = self.images.class_names if class_names is None else tuple(class_names)
         before = self.store.settings() or {}
         recorded = before.get("models", {})
@@ -300,9 +300,7 @@ class Evaluation:
         first = self.images.images[:1].to(_device(model))
         with torch.no_grad(), isolated(0), evaluating(_described(model)):
             logits = check_logits(model.undefended(first) if isinstance(model, PurifiedClassifier) else model(first), 1)
-        top, classes = int(self.images.labels.max()), logits.shape[1]
-        if top >= classes or int(self.images.labels.min()) < 0:
-            raise InputValueError(f"Labels go up to {top}, but the model {subject.name!r} has {classes} classes.")
+        self.images.check_classes(logits.shape[1], subject.name)
         return describe_answer(logits)
 
 

@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from cmap_defense.data import ImageSource
-from cmap_defense.errors import DataError, InputTypeError
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset
+from cmap_defense.embedded import CLASS_NAMES, load_test_images
+from cmap_defense.errors import DataError, InputTypeError, InputValueError
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.inputs import check_finite, check_images, check_unit_range
 
-__all__ = ["EvaluationImages"]
+__all__ = ["EvaluationImages", "data_for"]
+
+
+def data_for(model: Any, data: Any) -> Any:
+    """A data set as an evaluation of this model reads it.
+
+    Args:
+        model: where it is a purified classifier, the images of a folder are read in its backbone's channels, unless the
+            caller chose them.
+        data: as :meth:`EvaluationImages.of` takes it; or what the command line takes for ``--data``, of which the split
+            "test" is opened: a name, "embedded", an .npz file, a folder.
+
+    Raises:
+        UnknownNameError: neither a known name nor a file nor a folder.
+        DataError: the data set is damaged, or has no labels.
+        InputTypeError: it is a DataLoader.
+    """
+    if data == "embedded" and isinstance(data, str):
+        images, labels = load_test_images()
+        data = LabelledImages((images * 255).round().to(torch.uint8), labels, CLASS_NAMES)
+    elif isinstance(data, (str, os.PathLike)):
+        data = open_dataset(data, "test")
+    if isinstance(data, DataLoader):
+        raise InputTypeError("data is a DataLoader, which gives batches: give its data set, loader.dataset.")
+    if isinstance(data, FolderImages) and data.channels is None and isinstance(model, PurifiedClassifier):
+        data = dataclasses.replace(data, channels=model.image_shape[0])
+    if not getattr(data, "labels_known", True):
+        raise DataError(
+            "The data set has no labels, which are needed here: a folder has one folder of images per class, such as "
+            "images/cat/1.png and images/dog/1.png, and an .npz file has an array named labels."
+        )
+    return data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,12 +72,14 @@ class EvaluationImages:
         Args:
             data: what :func:`~cmap_defense.data.open_dataset` or :func:`~cmap_defense.data.load_dataset` gives; a pair
                 of images [N, C, H, W] in [0, 1] and labels [N]; or a data set of torch's that gives such an image and
-                its label for each index.
+                its label for each index. What the command line takes for ``--data`` is opened, with the split "test".
+                Labels are integers from 0.
 
         Raises:
-            InputTypeError, InputValueError, DataError: it is something else.
+            InputTypeError, InputValueError, DataError, UnknownNameError: it is something else.
             SettingsError: it has too few images.
         """
+        data = data_for(None, data)
         if isinstance(data, (tuple, list)) and len(data) == 2:
             images, labels = data
             if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
@@ -50,13 +88,11 @@ class EvaluationImages:
                 raise InputTypeError(f"There are {len(images)} images, but {len(labels)} labels.")
             positions = torch.tensor(subset.indices(len(images)))
             return cls._checked(images.detach().cpu()[positions], labels.detach().cpu()[positions], positions, None)
-        if not hasattr(data, "__len__"):
+        if not hasattr(data, "__len__") or not (hasattr(data, "__getitem__") or isinstance(data, ImageSource)):
             raise InputTypeError(f"A data set has a length and items, but {type(data).__name__} has none.")
         positions = torch.tensor(subset.indices(len(data)))
         if isinstance(data, ImageSource):
-            part = data.select(positions)
-            if not part.labels_known:
-                raise DataError("The data set has no labels (an .npz file has them in an array named labels).")
+            part = data_for(None, data.select(positions))
             return cls._checked(part.unit, part.labels, positions, part.class_names)
         items = [data[position] for position in positions.tolist()]
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
@@ -72,9 +108,17 @@ class EvaluationImages:
                 f"The images must have one size, but have {sorted(shapes)[:3]}: give the data set a resize."
             )
         images = torch.stack([image for image, _ in items])
-        labels = torch.tensor([int(label) for _, label in items])
+        labels = torch.tensor([_label(label, position) for (_, label), position in zip(items, positions, strict=True)])
         names = getattr(data, "classes", None)
         return cls._checked(images, labels, positions, None if names is None else tuple(map(str, names)))
+
+    def check_classes(self, classes: int, model: str) -> None:
+        """Raises :class:`InputValueError` when there is a label that a model of so many classes does not have."""
+        for row in (self.labels >= classes).nonzero().flatten()[:1].tolist():
+            raise InputValueError(
+                f"Labels must be from 0 to {classes - 1}, the classes of the model {model!r}, but that of image "
+                f"{int(self.positions[row])} is {int(self.labels[row])}."
+            )
 
     @classmethod
     def _checked(
@@ -86,4 +130,19 @@ class EvaluationImages:
             raise InputTypeError(
                 f"labels must be integers, one per image, but are {labels.dtype} {list(labels.shape)}."
             )
+        for row in (labels < 0).nonzero().flatten()[:1].tolist():
+            raise InputValueError(
+                f"Labels must be integers from 0, but that of image {int(positions[row])} is {int(labels[row])}: leave "
+                "out images without a class."
+            )
         return cls(images.float(), labels.long(), positions, class_names)
+
+
+def _label(label: Any, position: Any) -> int:
+    """A label that came with one image."""
+    number = label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+        raise InputTypeError(
+            f"Labels must be integers from 0, but that of image {int(position)} is {label!r} ({type(label).__name__})."
+        )
+    return int(number)

@@ -17,6 +17,7 @@ from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.evaluation import Evaluation, Progress
+from cmap_defense.evaluation.images import data_for
 from cmap_defense.evaluation.plan import DEFENDED
 from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.evaluation.report import Report, build_report
@@ -191,6 +192,7 @@ def run_study(
         EvaluationError: a folder is in use, or holds results of other settings.
     """
     without = (protocol or Protocol()).replace(sanity_images=0, search_control=False)
+    data = data_for(model, data)
     reports = []
     for variant in study.variants:
         changed = model.variant(settings=model.settings.replace(**variant.changes)) if variant.changes else model

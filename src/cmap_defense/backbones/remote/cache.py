@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.messages import tell
 from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.paths import expanded, home
 
 __all__ = ["cache_folder", "locked", "pin", "pinned"]
 
@@ -26,8 +27,17 @@ LONGEST_WORK = 2 * 3600.0
 
 
 def cache_folder() -> Path:
-    """CMAP_DEFENSE_CACHE, or ``cmap-defense`` in HF_HOME (by default ~/.cache/huggingface)."""
-    return Path(os.environ.get("CMAP_DEFENSE_CACHE") or Path(constants.HF_HOME) / "cmap-defense").expanduser()
+    """CMAP_DEFENSE_CACHE, or ``cmap-defense`` in HF_HOME (by default ~/.cache/huggingface).
+
+    Raises:
+        SettingsError: neither is set, and the account has no home folder.
+    """
+    own = os.environ.get("CMAP_DEFENSE_CACHE")
+    if own:
+        return expanded(own)
+    if constants.HF_HOME.startswith("~"):  # huggingface_hub leaves it so where there is no home folder
+        home("CMAP_DEFENSE_CACHE")
+    return expanded(constants.HF_HOME) / "cmap-defense"
 
 
 @contextlib.contextmanager
@@ -108,7 +118,10 @@ def _with_pin(source: Source, pins: dict[str, Any]) -> Source:
 
 
 def _read_pins() -> dict[str, Any]:
-    path = cache_folder() / _PINS
+    try:
+        path = cache_folder() / _PINS
+    except SettingsError:  # nothing is noted where there is no place for notes
+        return {}
     try:
         pins = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from cmap_defense.errors import BackboneFileError, UnknownNameError
+from cmap_defense.paths import home
 
 __all__ = ["fetch_folder", "push_files"]
 
@@ -34,7 +35,10 @@ def fetch_folder(
     Raises:
         UnknownNameError: no such repository or revision, or no access to it.
         BackboneFileError: the Hub cannot be reached and the cache does not hold the files.
+        SettingsError: the cache would lie below the home folder, and the account has none.
     """
+    if str(huggingface_hub.constants.HF_HUB_CACHE).startswith("~"):  # left so where there is no home folder
+        home("HF_HOME")
     with _translated(repo_id, revision, "is not in the local cache and could not be fetched"):
         return Path(
             huggingface_hub.snapshot_download(

@@ -180,7 +180,8 @@ def observe(
     _check(reference, "reference", like=images)
     if len(reference) < 2:
         raise InputValueError(f"There must be 2 reference images at least, but there are {len(reference)}.")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+    if not integers or labels.shape != images.shape[:1]:
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
     labels = labels.to(images.device)
     index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
@@ -194,6 +195,13 @@ def observe(
         max_parallel,
         on_step or (lambda name: None),
     )
+    with torch.no_grad():
+        classes = work.model.undefended(images[:1]).shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        low, high = (int(label) for label in labels.aminmax())
+        raise InputValueError(
+            f"labels must be from 0 to {classes - 1}, the classes of the classifier, but go from {low} to {high}."
+        )
     attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
     told = "given images" if adversarial is not None else f"{describe_attack(attack)} on the {victim} classifier"
     if adversarial is None:

@@ -13,7 +13,7 @@ from torch.utils.data import Subset as TorchSubset
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.data import ImageSource
-from cmap_defense.errors import ClassifierError, DataError, MissingExtraError
+from cmap_defense.errors import ClassifierError, DataError, MissingExtraError, SettingsError
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.evaluation.quality.features import FeatureLayer, find_features, read_features
@@ -110,7 +110,7 @@ class SampleComparison:
             fid_reason = too_few(min(samples, count), INCEPTION_NUMBERS)
             if image.shape[1] not in (1, 3):
                 fid_reason = f"FID is of images with 1 or 3 channels, but these have {image.shape[1]}."
-        except (DataError, MissingExtraError) as error:
+        except (DataError, MissingExtraError, SettingsError) as error:
             fid_reason = str(error)
         return cls(
             model,

@@ -7,6 +7,7 @@ checksum is the known one, since the library unpickles it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.weights import sha256_of
-from cmap_defense.errors import DataError, InputValueError, MissingExtraError
+from cmap_defense.errors import DataError, InputValueError, MissingExtraError, SettingsError
 from cmap_defense.modules import building
+from cmap_defense.paths import home, hub_folder
 
 __all__ = ["INCEPTION_NUMBERS", "inception_features", "inception_file"]
 
@@ -95,10 +97,12 @@ def _library() -> Any:
 
 def _place() -> Path:
     """Where the library looks for the weights: below $TORCH_HOME."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    return hub_folder() / "checkpoints" / FILE
 
 
 def _shown(path: Path) -> str:
     """For people, who may pass it on."""
-    home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
+    with contextlib.suppress(SettingsError):
+        own = home("TORCH_HOME")
+        return f"~/{path.relative_to(own).as_posix()}" if path.is_relative_to(own) else str(path)
+    return str(path)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel
@@ -16,7 +17,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.cost import Probe, probe
 from cmap_defense.evaluation.describe import describe_attack
-from cmap_defense.evaluation.images import EvaluationImages
+from cmap_defense.evaluation.images import EvaluationImages, data_for
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.evaluation.quality.compare import SampleComparison, SampleFigures
 from cmap_defense.evaluation.quality.reconstruct import Judged, Reconstructions, reconstruct
@@ -187,7 +188,12 @@ class QualityRun:
         self.models = {name: self.model} | {
             other: _beside(self.model, classifier) for other, classifier in (others or {}).items()
         }
+        data = data_for(self.model, data)
         self.images = EvaluationImages.of(data, subset or Subset(count=512))
+        for other, model in self.models.items():
+            with torch.no_grad(), evaluating(model):
+                logits = model.undefended(self.images.images[:1].to(device_of(model)))
+            self.images.check_classes(logits.shape[1], other)
         with evaluating(self.model):
             self.comparison = SampleComparison.of(
                 self.model, data, samples=samples, features=features, seed=seed, group=group

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from cmap_defense.backbones.weights import sha256_of
 from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, UnknownNameError
 from cmap_defense.modules import building, device_of, dtype_of
+from cmap_defense.paths import hub_folder
 from cmap_defense.settings import near_matches
 
 __all__ = ["LPIPS", "Distance", "distance_named", "l1", "pseudo_huber", "published_lpips", "squared_l2"]
@@ -139,7 +139,7 @@ def _require_trunk() -> None:
     from torchvision.models import VGG16_Weights
 
     url = VGG16_Weights.IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    path = hub_folder() / "checkpoints" / url.rsplit("/", 1)[1]
     fix = f"Put {url} (528 MB) there; TORCH_HOME moves the folder."
     if not path.is_file():
         raise BackboneFileError(f"LPIPS needs the weights of VGG16 at {path}, where there is no file. {fix}")
