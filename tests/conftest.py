@@ -1,6 +1,8 @@
 """Settings for all tests: repeatable property tests, a fixed number of threads, nothing fetched from anywhere."""
 
 import os
+import pwd
+from typing import NoReturn
 
 import pytest
 import torch
@@ -24,3 +26,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = chosen
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account as in many containers: HOME is not set, and there is no entry in /etc/passwd."""
+
+    def unknown(user: object) -> NoReturn:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
@@ -193,8 +194,8 @@ def test_a_folder_without_splits_is_taken_itself(tmp_path: Path, picture_folders
 @pytest.mark.parametrize(
     ("there", "split", "message"),
     [
-        (("train",), "test", "class folders for train, but none for test: make a folder test or val"),
-        (("test", "val"), "train", "class folders for test and val, but none for train: make a folder train"),
+        (("train",), "test", "folders for train, but none for test: make a folder test or val"),
+        (("test", "val"), "train", "folders for test and val, but none for train: make a folder train"),
     ],
 )
 def test_another_split_is_not_taken_for_classes(
@@ -247,3 +248,74 @@ def test_indices_are_checked(tmp_path: Path, picture_folders: Writer) -> None:
     assert source.select(torch.tensor([1, 0])).labels.tolist() == [0, 0]
     with pytest.raises(DataError, match="no image 2: they go from 0 to 1"):
         source.select([2])
+
+
+HIDDEN = [".ipynb_checkpoints", ".git", "__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information"]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("below", [".", "train", "ant"])
+def test_hidden_folders_are_no_classes_no_splits_and_hold_no_images(
+    tmp_path: Path, picture_folders: Writer, hidden: str, below: str
+) -> None:
+    root = tmp_path / "train" if below == "train" else tmp_path
+    pixels = picture_folders(root, ant=[(7, 5)] * 2, bee=[(7, 5)])
+    picture_folders(tmp_path / below / hidden, old=[(9, 9)])
+    shutil.copy(root / "bee" / "0.png", tmp_path / below / hidden / "0-checkpoint.png")
+    source = open_dataset(tmp_path)
+    assert isinstance(source, FolderImages)
+    assert source.class_names == ("ant", "bee")
+    assert source.paths == tuple(pixels)
+    assert source.labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["._0.png", ".hidden.png", "Thumbs.db", "desktop.ini", ".DS_Store"])
+def test_hidden_files_are_no_images(tmp_path: Path, picture_folders: Writer, name: str) -> None:
+    pixels = picture_folders(tmp_path, ant=[(7, 5)])
+    (tmp_path / "ant" / name).write_bytes(b"no image")
+    (tmp_path / name).write_bytes(b"no image")
+    source = open_dataset(tmp_path)
+    assert isinstance(source, FolderImages)
+    assert source.paths == tuple(pixels)
+
+
+def test_without_hidden_files_the_order_is_torchvisions(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 11, B=[(7, 5)])
+    picture_folders(tmp_path / "ant", a=[(7, 5)] * 2, z=[(7, 5)])
+    shutil.copy(tmp_path / "B" / "0.png", tmp_path / "B" / "upper.PNG")
+    expected = ImageFolder(str(tmp_path))
+    source = open_dataset(tmp_path)
+    assert isinstance(source, FolderImages)
+    assert [str(path) for path in source.paths] == [path for path, _ in expected.samples]
+    assert source.labels.tolist() == expected.targets
+    assert source.class_names == tuple(expected.classes)
+
+
+@pytest.mark.parametrize("beside", ["", "notes", ".ipynb_checkpoints"])
+def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path, picture_folders: Writer, beside: str) -> None:
+    pixels = picture_folders(tmp_path, images=[(7, 5)] * 3)
+    if beside:
+        (tmp_path / "images" / beside).mkdir()
+        (tmp_path / "images" / beside / "notes.txt").write_text("not an image")
+    source = open_dataset(tmp_path / "images")
+    assert isinstance(source, FolderImages)
+    assert (source.paths, source.class_names, source.labels_known) == (tuple(pixels), None, False)
+    data = load_dataset(tmp_path / "images")
+    assert torch.equal(data.images, channels_first(list(pixels.values())))
+    assert (data.labels.tolist(), data.class_names, data.labels_known) == ([0] * 3, None, False)
+
+
+def test_splits_without_classes_are_no_classes(tmp_path: Path, picture_folders: Writer) -> None:
+    """A training on such a folder would be one on its test images too."""
+    picture_folders(tmp_path, train=[(7, 5)] * 2, test=[(7, 5)])
+    assert [len(open_dataset(tmp_path, split)) for split in ("train", "test")] == [2, 1]
+    assert open_dataset(tmp_path, "train").class_names is None
+
+
+def test_what_the_images_are_read_in_where_nobody_chose(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)])
+    source = open_dataset(tmp_path)
+    assert isinstance(source, FolderImages)
+    assert source.channels is None
+    assert source.select([0]).images.shape == (1, 3, 7, 5)
+    assert open_dataset(tmp_path, channels=1).select([0]).images.shape == (1, 1, 7, 5)

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from cmap_defense.data import known, load_dataset
 from cmap_defense.embedded import CLASS_NAMES
-from cmap_defense.errors import CmapError, DataError
+from cmap_defense.errors import CmapError, DataError, SettingsError
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (4, 32, 32, 3)).astype(np.uint8)
 LABELS = np.array([3, 1, 9, 0], dtype=np.uint8)
@@ -142,10 +142,16 @@ def test_cifar10_is_found_as_arrays(machine: Path, place: str) -> None:
 
 @pytest.mark.parametrize("first", range(4))
 def test_the_first_place_counts(machine: Path, cifar10_batches: Batches, first: int) -> None:
-    cifar10_batches(machine / "given")
+    cifar10_batches(machine / "home" / ".cache" / "cmap-defense")
     for i, place in enumerate(PLACES[first:]):
         write_cifar10(machine / place, "test", i)
     assert len(load_dataset("cifar10", "test")) == 4
+
+
+def test_what_the_environment_names_comes_before_the_home_folder(machine: Path, cifar10_batches: Batches) -> None:
+    cifar10_batches(machine / "given")
+    write_cifar10(machine / PLACES[2], "test")
+    assert len(load_dataset("cifar10", "test")) == 3
 
 
 @pytest.mark.parametrize("place", ["given", "given/cifar10", "home/.cache/cmap-defense"])
@@ -220,3 +226,32 @@ def test_arrays_that_are_not_cifar10_are_refused(machine: Path, changes: dict[st
     write_cifar10(machine / "given", "test", **changes)
     with pytest.raises(DataError, match=rf"cifar10_test\.npz.*{message}"):
         load_dataset("cifar10", "test")
+
+
+@pytest.mark.parametrize("layout", ["arrays", "batches", "fashion"])
+def test_without_a_home_folder_the_environment_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar10_batches: Batches, homeless: None, layout: str
+) -> None:
+    if layout == "arrays":
+        write_cifar10(tmp_path, "test")
+    elif layout == "batches":
+        cifar10_batches(tmp_path)
+    else:
+        write_fashion(tmp_path / "fashion-mnist")
+    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
+    name, count = {"arrays": ("cifar10", 4), "batches": ("cifar10", 3), "fashion": ("fashion-mnist", 3)}[layout]
+    assert len(load_dataset(name, "test")) == count
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+def test_without_a_home_folder_and_data_the_error_names_the_variable(homeless: None, name: str) -> None:
+    with pytest.raises(SettingsError, match="no home folder: set the environment variable CMAP_DATA"):
+        load_dataset(name, "test")
+
+
+def test_without_a_home_folder_another_cache_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cifar10_batches: Batches, homeless: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cifar10_batches(tmp_path / "cmap-defense")
+    assert len(load_dataset("cifar10", "test")) == 3

@@ -99,6 +99,7 @@ def test_a_missing_npz_file_is_no_unknown_name(tmp_path: Path) -> None:
         ({"images": IMAGES[None]}, "uint8"),
         ({"images": IMAGES, "labels": LABELS[:2]}, "labels"),
         ({"images": IMAGES, "labels": LABELS.astype(float)}, "labels"),
+        ({"images": IMAGES, "labels": LABELS.astype(int) - 2}, "integers from 0, but there is -1"),
     ],
 )
 def test_foreign_npz_files(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:

@@ -498,7 +498,11 @@ def test_sets_of_attacks_by_name(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
-    "a label too many": ({"data": (labelled(2)[0], torch.tensor([0, 4]))}, InputValueError, "go up to 4.*4 classes"),
+    "a label too many": (
+        {"data": (labelled(2)[0], torch.tensor([0, 4]))},
+        InputValueError,
+        "must be from 0 to 3, the classes of the model 'defended', but that of image 1 is 4",
+    ),
     "a label below 0": ({"data": (labelled(2)[0], torch.tensor([0, -1]))}, InputValueError, "Labels"),
     "images of another size": ({"data": labelled(2, size=(9, 6))}, InputValueError, "8 x 6 images, but"),
     "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
