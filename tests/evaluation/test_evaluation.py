@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import evaluated
 from attacked import CLASSES, Linear, labelled, linear, wrapped
@@ -503,7 +504,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
         InputValueError,
         "must be from 0 to 3, the classes of the model 'defended', but that of image 1 is 4",
     ),
-    "a label below 0": ({"data": (labelled(2)[0], torch.tensor([0, -1]))}, InputValueError, "Labels"),
+    "a label below 0": (
+        {"data": (labelled(2)[0], torch.tensor([0, -1]))},
+        InputValueError,
+        "integers from 0, but that of image 1 is -1",
+    ),
+    "batches": ({"data": DataLoader(TensorDataset(*labelled(2)))}, InputTypeError, r"loader\.dataset"),
     "images of another size": ({"data": labelled(2, size=(9, 6))}, InputValueError, "8 x 6 images, but"),
     "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
     "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),

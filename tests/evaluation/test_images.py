@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from cmap_defense.data import load_dataset
-from cmap_defense.errors import CmapError, DataError, InputTypeError, InputValueError, SettingsError
+from cmap_defense import PurifiedClassifier
+from cmap_defense.data import FolderImages, load_dataset, open_dataset
+from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
+from cmap_defense.errors import CmapError, DataError, InputTypeError, InputValueError, SettingsError, UnknownNameError
 from cmap_defense.evaluation import Subset
-from cmap_defense.evaluation.images import EvaluationImages
+from cmap_defense.evaluation.images import EvaluationImages, data_for
 from toys import uniform
 
 IMAGES = uniform(7, 3, 8, 6, seed=0)
@@ -71,9 +75,11 @@ class Room:
         (IMAGES.double(), LABELS.int()),
         Items(),
         Items(labels=LABELS.tolist()),
+        Items(labels=LABELS.numpy()),
+        TensorDataset(IMAGES, LABELS),
         Room(),
     ],
-    ids=["pair", "list", "other types", "items", "plain labels", "room"],
+    ids=["pair", "list", "other types", "items", "plain labels", "numpy's labels", "torch's", "room"],
 )
 @pytest.mark.parametrize("subset", [Subset(), Subset(count=2), RANDOM])
 def test_the_images_that_were_asked_for(data: Any, subset: Subset) -> None:
@@ -119,6 +125,15 @@ WRONG: dict[str, tuple[Any, type[CmapError], str]] = {
     "one-hot": ((IMAGES, torch.eye(7, dtype=torch.int64)), InputTypeError, r"are torch.int64 \[4, 7\]"),
     "flags": ((IMAGES, LABELS > 3), InputTypeError, "labels must be integers"),
     "images alone": (list(IMAGES), DataError, r"Each item of a data set must be \(image, label\)"),
+    "batches": (DataLoader(TensorDataset(IMAGES, LABELS)), InputTypeError, r"a DataLoader.*give its data set, loader"),
+    "no items by index": ({1, 2, 3, 4, 5}, InputTypeError, "set has none"),
+    "below 0": ((IMAGES, LABELS - 3), InputValueError, r"integers from 0, but that of image \d is -[12]"),
+    "None": (Items(labels=[None] * 7), InputTypeError, r"that of image \d is None \(NoneType\)"),
+    "a fraction": (Items(labels=[2.5] * 7), InputTypeError, r"is 2.5 \(float\)"),
+    "a whole fraction": (Items(labels=LABELS.float()), InputTypeError, r"integers from 0, but .* \(Tensor\)"),
+    "text": (Items(labels=list("3141592")), InputTypeError, r"is '\d' \(str\)"),
+    "a flag": (Items(labels=[True] * 7), InputTypeError, r"is True \(bool\)"),
+    "one-hot items": (Items(labels=torch.eye(7)), InputTypeError, "integers from 0"),
     "pictures": (Items(images=["x"] * 7), DataError, "but are str: give it transform="),
     "sizes": (
         Items(images=[uniform(3, 8, 6 + n, seed=0) for n in range(7)]),
@@ -140,3 +155,57 @@ def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "some.npz", images=np.zeros((3, 4, 5, 3), dtype=np.uint8), y=np.arange(3))
     with pytest.raises(DataError, match="no labels"):
         EvaluationImages.of(load_dataset(tmp_path / "some.npz"), Subset(count=2))
+
+
+def grey_folder(folder: Path) -> Tensor:
+    """One image file of each of three classes below ``folder``/test; gives the images, uint8 [3, 1, 8, 6]."""
+    images = (uniform(3, 1, 8, 6, seed=4) * 255).round().to(torch.uint8)
+    for label, image in enumerate(images):
+        (folder / "test" / f"class-{label}").mkdir(parents=True)
+        Image.fromarray(image[0].numpy()).save(folder / "test" / f"class-{label}" / "0.png")
+    return images
+
+
+@pytest.fixture(scope="module")
+def grey_model() -> PurifiedClassifier:
+    return PurifiedClassifier(load_classifier(), "fashion-mnist-ct").eval()
+
+
+@pytest.mark.parametrize("kind", [str, Path, open_dataset])
+def test_a_folder_is_read_in_the_channels_of_the_backbone(
+    tmp_path: Path, grey_model: PurifiedClassifier, kind: Any
+) -> None:
+    images = grey_folder(tmp_path)
+    data = kind(tmp_path) if kind is not open_dataset else open_dataset(tmp_path, "test")
+    found = EvaluationImages.of(data_for(grey_model, data), Subset())
+    assert torch.equal(found.images, images.float() / 255)
+    assert found.labels.tolist() == [0, 1, 2]
+    assert found.class_names == ("class-0", "class-1", "class-2")
+    assert EvaluationImages.of(data_for(lambda images: images, data), Subset()).images.shape == (3, 3, 8, 6)
+
+
+def test_channels_that_were_chosen_stay(tmp_path: Path, grey_model: PurifiedClassifier) -> None:
+    grey_folder(tmp_path)
+    data = data_for(grey_model, open_dataset(tmp_path, "test", channels=3))
+    assert isinstance(data, FolderImages)
+    assert data.channels == 3
+
+
+def test_what_the_command_line_takes_is_opened(tmp_path: Path) -> None:
+    embedded = EvaluationImages.of("embedded", Subset(count=3))
+    assert torch.equal(embedded.images, load_test_images()[0][:3])
+    assert torch.equal(embedded.labels, load_test_images()[1][:3])
+    assert embedded.class_names == CLASS_NAMES
+    np.savez(tmp_path / "some.npz", images=np.full((2, 4, 5, 3), 51, dtype=np.uint8), labels=np.arange(2))
+    found = EvaluationImages.of(tmp_path / "some.npz", Subset())
+    assert torch.equal(found.images, torch.full((2, 3, 4, 5), 0.2))
+    with pytest.raises(UnknownNameError, match="no data set 'fashion-mnits'"):
+        EvaluationImages.of("fashion-mnits", Subset())
+
+
+def test_a_folder_without_classes_says_how_folders_look(tmp_path: Path) -> None:
+    """Before an image is read."""
+    (tmp_path / "0.png").write_bytes(b"damaged")
+    for data in (tmp_path, open_dataset(tmp_path, "test")):
+        with pytest.raises(DataError, match=r"no labels, which are needed.*one folder of images per class"):
+            EvaluationImages.of(data, Subset())

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import PGD, ConsistencyDisruption, NoiseAndDenoise, ThreatModel, Transfer
 from cmap_defense.backbones.karras import NoiseRange, karras_levels
-from cmap_defense.errors import SettingsError
+from cmap_defense.errors import InputTypeError, SettingsError
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report.study import study_markdown, write_study
 from cmap_defense.evaluation.report.study_plot import study_plot
@@ -185,3 +186,10 @@ def test_without_matplotlib_there_is_no_plot_and_a_word_about_it(
     assert [file.name for file in files] == ["study.json", "study.md"]
     assert lacking is not None
     assert "cmap-defense[report]" in lacking
+
+
+def test_batches_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    study = make_study("vote", toy(), ATTACKS, THREAT)
+    with pytest.raises(InputTypeError, match=r"loader\.dataset"):
+        run_study(study, toy(), DataLoader(TensorDataset(*data())), tmp_path / "study", protocol=PROTOCOL)
+    assert not (tmp_path / "study").exists()

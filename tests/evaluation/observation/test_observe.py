@@ -209,9 +209,13 @@ def test_mistakes_in_the_model_and_the_labels() -> None:
     with pytest.raises(BackboneError, match="denoise"):
         observed(wrapped(backbone=ToyBackbone(SHAPE)))
     images, labels = labelled(4)
-    for wrong in (labels[:3], labels.float(), [0, 1, 2, 3]):
+    for wrong in (labels[:3], labels.float(), labels > 1, [0, 1, 2, 3]):
         with pytest.raises(InputTypeError, match="labels"):
             observe(wrapped(), images, wrong, reference=REFERENCE)  # pyright: ignore[reportArgumentType]
+    for label in (-1, CLASSES):
+        wrong = torch.tensor([0, label, 0, 0])
+        with pytest.raises(InputValueError, match=rf"from 0 to {CLASSES - 1}, .*go from {min(0, label)} to"):
+            observe(wrapped().eval(), images, wrong, reference=REFERENCE, adversarial=images, eps=EPS_FEW)
 
 
 def test_a_single_image_has_no_two_sample_mmd() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from attacked import QUICK, THREATS, Linear, linear, wrapped
 from cmap_defense.attacks import PGD, LatentAttack
@@ -221,6 +222,19 @@ def test_other_attacks_have_their_names() -> None:
         run_of(attack=attack).run()  # it needs the defence
     found = dataclasses.replace(run_of().run(), attack=attack)
     assert found.attack_name == "LatentAttack-3, l2 1"
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (DataLoader(TensorDataset(*DATA)), InputTypeError, r"loader\.dataset"),
+        ((DATA[0], DATA[1] - 9), InputValueError, "integers from 0, but that of image 0 is -"),
+        ((DATA[0], DATA[1] + 9), InputValueError, "the classes of the model 'own', but that of image 0 is"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_at_once(data: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run_of(data=data)
 
 
 def test_wrong_answers_are_counted() -> None:

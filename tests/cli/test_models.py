@@ -1,0 +1,167 @@
+"""Models by import path, and their weights in files of others."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cmap_defense.cli.models import imported_model
+
+CPU = torch.device("cpu")
+CODE = """
+    import torch
+    from torch import nn
+
+    def net():
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+    def wrapped():
+        return nn.ModuleDict({"model": net()})
+
+    def failing():
+        raise ZeroDivisionError("nothing to divide by")
+
+    def calling_wrongly():
+        return nn.Linear(4)
+
+    def needs(width):
+        return nn.Linear(width, 3)
+
+    def leaving():
+        raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "my_models.py").write_text(textwrap.dedent(CODE))
+    return tmp_path / "my_models.py"
+
+
+def state() -> dict[str, Tensor]:
+    return {"1.weight": torch.arange(12.0).reshape(3, 4), "1.bias": torch.tensor([3.0, 1.0, 4.0])}
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state().items()}
+
+
+def loaded(file: Path, weights: Path, option: str = "--classifier") -> nn.Module:
+    made = imported_model(f"{file}:net", weights, CPU, option)
+    assert isinstance(made, nn.Module)
+    return made
+
+
+SAVED: dict[str, Any] = {
+    "plain": state(),
+    "DataParallel": prefixed("module."),
+    "torch.compile": prefixed("_orig_mod."),
+    "both": prefixed("module._orig_mod."),
+    "a checkpoint": {"state_dict": state(), "epoch": 3, "best": torch.tensor(0.5)},
+    "Lightning": {"state_dict": prefixed("model."), "global_step": 7},
+    "model": {"model": state(), "optimizer": {"lr": 0.1}},
+    "model_state_dict": {"model_state_dict": prefixed("module.")},
+    "net": {"net": prefixed("module."), "acc": 95.0},
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_files_of_torch_save(tmp_path: Path, file: Path, name: str, zipped: bool) -> None:
+    torch.save(SAVED[name], tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    found = loaded(file, tmp_path / "w.pth").state_dict()
+    assert found.keys() == state().keys()
+    assert all(torch.equal(found[key], value) for key, value in state().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_files_of_safetensors(tmp_path: Path, file: Path, prefix: str, ending: str) -> None:
+    save_file(prefixed(prefix), tmp_path / f"w.{ending}")
+    assert torch.equal(loaded(file, tmp_path / f"w.{ending}").state_dict()["1.weight"], state()["1.weight"])
+
+
+def test_a_prefix_that_the_model_has_stays(tmp_path: Path, file: Path) -> None:
+    torch.save(prefixed("model."), tmp_path / "w.pt")
+    made = imported_model(f"{file}:wrapped", tmp_path / "w.pt", CPU, "--classifier")
+    assert isinstance(made, nn.Module)
+    assert torch.equal(made.state_dict()["model.1.bias"], state()["1.bias"])
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path, file: Path) -> None:
+    torch.save({"state_dict": state(), "more": Harmful(tmp_path / "executed")}, tmp_path / "w.pt")
+    with pytest.raises(click.BadParameter, match="asks for code to be run"):
+        loaded(file, tmp_path / "w.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "other names": ({"other.weight": torch.zeros(3, 4)}, r"does not hold 1\.weight, 1\.bias; it holds besides other"),
+    "a prefix of some": (prefixed("module.") | {"x": torch.zeros(1)}, r"holds besides module\.1\.weight"),
+    "other shapes": (state() | {"1.bias": torch.zeros(7)}, r"is not of this model: it has other shapes for 1\.bias"),
+    "no state dict": ({"weights": [1, 2]}, "holds no state dict, by itself or as state_dict"),
+    "a whole model": (nn.Linear(4, 3), "asks for code to be run"),
+    "numbers": ([1.5], "holds no state dict"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(("option", "named"), [("--classifier", "--weights"), ("--and", "--and")])
+def test_what_is_no_file_of_this_model_names_the_option(
+    tmp_path: Path, file: Path, name: str, option: str, named: str
+) -> None:
+    saved, message = WRONG[name]
+    torch.save(saved, tmp_path / "w.pt")
+    with pytest.raises(click.BadParameter, match=message) as caught:
+        loaded(file, tmp_path / "w.pt", option)
+    assert caught.value.param_hint == named
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_damaged_file(tmp_path: Path, file: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not a file of weights")
+    with pytest.raises(click.BadParameter, match=rf"{name} is not a whole|{name} is refused"):
+        loaded(file, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("failing", "my_models.py:failing raised ZeroDivisionError: nothing to divide by"),
+        ("calling_wrongly", "my_models.py:calling_wrongly raised TypeError: .*out_features"),
+        ("needs", r"cannot be called without arguments \(missing a required argument: 'width'\)"),
+        ("leaving", "my_models.py:leaving raised SystemExit: 3"),
+    ],
+)
+def test_a_factory_that_raises_is_named(file: Path, name: str, message: str) -> None:
+    with pytest.raises(click.BadParameter, match=message) as caught:
+        imported_model(f"{file}:{name}", None, CPU, "--classifier")
+    assert caught.value.param_hint == "--classifier"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("1 / 0", "raised ZeroDivisionError"), ("x = (", "raised SyntaxError"), ("import nothing_here", "be imported")],
+)
+def test_a_module_that_raises_is_named(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(click.BadParameter, match=rf"broken\.py .*{message}"):
+        imported_model(f"{tmp_path}/broken.py:net", None, CPU, "--classifier")
