@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -172,6 +173,22 @@ def test_images_are_those_of_the_librarys_pipeline(
     ours = (backbone.generate(latents, labels) + 1) / 2
     close(ours, torch.as_tensor(made), 2e-6)
     close(ours, recorded["images_pt"], 2e-5)
+
+
+@pytest.mark.parametrize("kind", [DiffusersUNet, UnscaledUNet])
+def test_forward_passes_log_nothing(kind: type[Any]):
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    library = logging.getLogger("diffusers")
+    assert library.getEffectiveLevel() <= logging.WARNING
+    backbone = small_backbone(kind)
+    library.addHandler(handler)
+    try:
+        backbone.generate(noise(2, 3, 8, 8, seed=1), torch.tensor([0, 3]))
+    finally:
+        library.removeHandler(handler)
+    assert [record.getMessage() for record in logged] == []
 
 
 def test_labels_matter_and_are_asked_for(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):

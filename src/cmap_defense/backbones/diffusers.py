@@ -76,8 +76,19 @@ class PipelineUNet(nn.Module, abc.ABC):
 class WrittenOutAttention:
     """Self-attention of the library's, with a second derivative, and with its softmax in the network's precision."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[B, C, H, W] to the same."""
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """[B, C, H, W] to the same.
+
+        The last three are what the blocks of a UNet2DModel pass and self-attention does without. They have their names
+        here because the library warns at every call of arguments that a processor does not name.
+        """
         tokens = hidden_states.flatten(2).mT
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.mT).mT
