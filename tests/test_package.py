@@ -1,5 +1,7 @@
 """The package as it is built, installed and described."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -7,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import cmap_defense
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,16 +66,65 @@ def test_importing_changes_no_global_state() -> None:
         " torch.get_default_dtype(), len(logging.root.handlers), len(warnings.filters))\n"
         "import pytorch_msssim, safetensors.torch, huggingface_hub\n"
         "before = state()\n"
-        "import cmap_defense\n"
+        "from cmap_defense import *\n"
         "assert state() == before, (state(), before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_public_names_are_there_and_documented() -> None:
-    for name in cmap_defense.__all__:
-        assert getattr(cmap_defense, name).__doc__
+def imported_by(script: str) -> set[str]:
+    """Modules that a process of its own has imported at the end of a script."""
+    whole = f"{script}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import cmap_defense",
+        "import cmap_defense; dir(cmap_defense), cmap_defense.__version__",
+        "from cmap_defense import CMAPSettings, CmapError, ThreatModel",
+        "from cmap_defense.evaluation import Protocol, Subset",
+        "from cmap_defense.training import Execution, TrainSettings",
+    ],
+)
+def test_neither_the_package_nor_settings_import_torch(script: str) -> None:
+    assert not imported_by(script) & {"torch", "numpy", "huggingface_hub", "PIL"}
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    script = (
+        "from cmap_defense import CMAP, PurifiedClassifier, attacks, evaluate, gradients, load_backbone, purifiers\n"
+        "assert callable(evaluate) and attacks.PGD and gradients.Unrolled and purifiers.CMAP is CMAP\n"
+    )
+    assert "torch" in imported_by(script)
+
+
+@pytest.mark.parametrize(
+    "name", ["cmap_defense", "cmap_defense.cmap", "cmap_defense.evaluation", "cmap_defense.training"]
+)
+def test_public_names_are_there_and_documented(name: str) -> None:
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    for public in package.__all__:
+        value = getattr(package, public)
+        assert value.__doc__ or isinstance(value, (tuple, dict))
+    with pytest.raises(AttributeError, match=rf"module '{name}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["", "cmap", "evaluation", "training"])
+def test_type_checkers_see_the_public_names(folder: str) -> None:
+    tree = ast.parse((ROOT / "src" / "cmap_defense" / folder / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    package = importlib.import_module(f"cmap_defense.{folder}".rstrip("."))
+    assert set(package.__all__) <= seen.keys()
+    for name in package.__all__:
+        module, _, attribute = seen[name].rpartition(".")
+        assert getattr(importlib.import_module(module), attribute) is getattr(package, name)
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:

@@ -6,15 +6,72 @@
 
     model = PurifiedClassifier(my_classifier, backbone="fashion-mnist-ct")
     logits = model(images)
+
+Names are imported when they are first used: ``import cmap_defense`` alone does not import torch.
 """
 
-from cmap_defense.backbones.load import load_backbone
-from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cmap.settings import CMAPSettings
-from cmap_defense.errors import CmapError
-from cmap_defense.results import History, PurificationResult
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CMAPSettings", "CmapError", "History", "PurificationResult", "PurifiedClassifier", "load_backbone"]
+from cmap_defense.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cmap_defense import attacks, backbones, data, evaluation, gradients, purifiers, training
+    from cmap_defense.backbones.load import load_backbone
+    from cmap_defense.classifier.wrapper import PurifiedClassifier
+    from cmap_defense.cmap.settings import CMAPSettings
+    from cmap_defense.errors import CmapError
+    from cmap_defense.evaluation.run import evaluate
+    from cmap_defense.purifiers.cmap import CMAP
+    from cmap_defense.results import History, PurificationResult
+    from cmap_defense.threat import ThreatModel
 
 __version__ = "0.1.0"
 """Also that of the distribution: the build reads it from here."""
+
+__all__ = [
+    "CMAP",
+    "CMAPSettings",
+    "CmapError",
+    "History",
+    "PurificationResult",
+    "PurifiedClassifier",
+    "ThreatModel",
+    "attacks",
+    "backbones",
+    "data",
+    "evaluate",
+    "evaluation",
+    "gradients",
+    "load_backbone",
+    "purifiers",
+    "training",
+]
+
+_MODULES = {
+    "CMAP": "cmap_defense.purifiers.cmap",
+    "CMAPSettings": "cmap_defense.cmap.settings",
+    "CmapError": "cmap_defense.errors",
+    "History": "cmap_defense.results",
+    "PurificationResult": "cmap_defense.results",
+    "PurifiedClassifier": "cmap_defense.classifier.wrapper",
+    "ThreatModel": "cmap_defense.threat",
+    "attacks": "cmap_defense.attacks",
+    "backbones": "cmap_defense.backbones",
+    "data": "cmap_defense.data",
+    "evaluate": "cmap_defense.evaluation.run",
+    "evaluation": "cmap_defense.evaluation",
+    "gradients": "cmap_defense.gradients",
+    "load_backbone": "cmap_defense.backbones.load",
+    "purifiers": "cmap_defense.purifiers",
+    "training": "cmap_defense.training",
+}
+"""Public name -> the module that defines it."""
+
+if not TYPE_CHECKING:
+    _resolve, _listed = lazy_names(__name__, _MODULES)
+
+    def __getattr__(name: str) -> Any:
+        return _resolve(name)
+
+    def __dir__() -> list[str]:
+        return _listed()

@@ -1,7 +1,5 @@
 """``python -m cmap_defense``."""
 
-import sys
+from cmap_defense.cli.main import run
 
-from cmap_defense.cli.main import main
-
-sys.exit(main())
+run()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from cmap_defense.errors import SettingsError
 
 __all__ = ["expanded", "home", "hub_folder"]
@@ -50,6 +48,8 @@ def hub_folder() -> Path:
     Raises:
         SettingsError: it would lie below the home folder, and the account has none.
     """
+    import torch
+
     folder = torch.hub.get_dir()
     if folder.startswith("~"):  # torch leaves it so where there is no home folder
         home("TORCH_HOME")

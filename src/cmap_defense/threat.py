@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cmap_defense.settings import Settings, require_choice, require_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ThreatModel"]
 
@@ -29,6 +30,8 @@ class ThreatModel(Settings):
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """The allowed images near ``images``, [B, C, H, W] each: clamped (linf) or shrunk (l2), then in [0, 1]."""
+        import torch  # here, so that the settings alone can be imported without it
+
         delta = images - clean
         if self.norm == "linf":
             delta = delta.clamp(-self.eps, self.eps)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmap_defense.cli.analyse import analyse
+from cmap_defense.cli.commands.analyse import analyse
 from cmap_defense.cli.main import cli, main
 from cmap_defense.evaluation.observation import KINDS
 

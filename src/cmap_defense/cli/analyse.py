@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.models import EMBEDDED
-from cmap_defense.cli.options import Size, data_of, data_options, model_of, model_options, subset_of
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress, steps_of
+from cmap_defense.cli.options import data_of, model_of, subset_of
+from cmap_defense.cli.output import print_json, print_table, using_threads
+from cmap_defense.cli.progress import Progress
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.images import EvaluationImages, data_for
 from cmap_defense.evaluation.observation import (
@@ -30,10 +29,7 @@ from cmap_defense.evaluation.observation import (
 from cmap_defense.evaluation.observation.plot import draw_observation
 from cmap_defense.modules import device_of
 
-__all__ = ["analyse"]
-
-DEFAULTS = {"backbone": "fashion-mnist-ct", "classifier": EMBEDDED, "data": EMBEDDED, "count": 64}
-"""What ships with the package."""
+__all__ = ["run_analyse"]
 
 GROUP = 64
 """Images at a time."""
@@ -45,20 +41,8 @@ CALLED = {
 }
 
 
-@click.command(context_settings={"default_map": DEFAULTS, "show_default": True})
-@model_options
-@data_options
-@click.option("--reference", type=click.IntRange(2), default=128, help="Clean images to measure from; the next ones.")
-@click.option("--levels", type=click.IntRange(1, 1000), default=20, help="T, the first of 1000 noise levels.")
-@click.option("--kernel", type=click.Choice(["gaussian", "deep"]), default="gaussian")
-@click.option("--training", type=click.IntRange(2), default=64, help="Of --kernel deep: images after the references.")
-@click.option("--eps", type=Size(), default="0.05", help="Of the linf attack, in [0, 1].")
-@click.option("--steps", type=click.IntRange(1), default=20, help="PGD steps.")
-@click.option("--purify/--no-purify", default=True, help="Purified images too, which take most of the time.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the attack and of all noise.")
-@out_option("cmap-observation")
-@json_option
-def analyse(
+def run_analyse(
+    *,
     reference: int,
     levels: int,
     kernel: str,
@@ -71,23 +55,14 @@ def analyse(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure how far from clean images attacked, generated and purified ones lie (Fig. 1 of the paper).
-
-    Far is the squared MMD between the expected perturbation scores (EPS) of one image and of clean reference images.
-    Without options it looks at what ships with the package and needs no network. The attack is PGD on the bare
-    classifier. Prints a table, and writes observation.json and observation.png.
-    """
+    """Carry out the command; the arguments are its options."""
     start = time.perf_counter()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(options["threads"] or threads)
+    with using_threads(options["threads"]):
         model = model_of(options)
         count = options["count"]
         parts = _parts(options, model, [count, reference] + ([training] if kernel == "deep" else []))
         score = EPS(sigmas=vp_sigmas(levels), seed=seed)
         found = _observed(model, score, parts, eps=eps, steps=steps, purify=purify, seed=seed)
-    finally:
-        torch.set_num_threads(threads)
     files, lacking = _written(found, out)
     seconds = time.perf_counter() - start
     if as_json:
@@ -132,13 +107,11 @@ def _observed(
     seed: int,
 ) -> Observation:
     (images, labels), (reference, _), *rest = parts
-    bar = progress(2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify, "analyse")
-
-    step = steps_of(bar)
-    with bar:
+    total = 2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify
+    with Progress(total, "analyse") as progress:
         kernel = None
         for training, classes in rest:
-            step("training the kernel")
+            progress.step("training the kernel")
             trained = DeepKernelSettings(seed=seed)
             kernel = deep_kernel(model, training, classes, eps=score, settings=trained, max_parallel=GROUP)
         return observe(
@@ -152,7 +125,7 @@ def _observed(
             purify=purify,
             seed=seed,
             max_parallel=GROUP,
-            on_step=step,
+            on_step=progress.step,
         )
 
 

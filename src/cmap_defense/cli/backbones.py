@@ -17,22 +17,21 @@ from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
-from cmap_defense.cli.output import json_option, print_json, print_table, writable_folder
-from cmap_defense.cli.paths import PathType
+from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.errors import SettingsError
 
-__all__ = ["backbones"]
+__all__ = [
+    "convert_checkpoint",
+    "list_backbones",
+    "pull_backbone",
+    "push_folder",
+    "show_backbone",
+    "verify_and_show",
+]
 
 
-@click.group()
-def backbones() -> None:
-    """List, inspect, fetch, convert, verify and share backbones."""
-
-
-@backbones.command("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List the backbones that have a name. Nothing is fetched."""
+def list_backbones(*, as_json: bool) -> None:
+    """Carry out the command backbones list."""
     entries = [pinned(registry_entry(name)) for name in backbone_names()]
     if as_json:
         print_json([entry.to_dict() for entry in entries])
@@ -52,11 +51,8 @@ def list_(as_json: bool) -> None:
     click.echo("\nverified: its commit and checksum are known. `cmap-defense backbones verify NAME` fills them in.")
 
 
-@backbones.command()
-@click.argument("backbone")
-@json_option
-def info(backbone: str, as_json: bool) -> None:
-    """Show what is known of BACKBONE: a name (nothing is fetched), a folder or a Hub id."""
+def show_backbone(backbone: str, *, as_json: bool) -> None:
+    """Carry out the command backbones info."""
     entry = entry_of(backbone)
     if entry is not None:
         values = pinned(entry).to_dict()
@@ -70,12 +66,8 @@ def info(backbone: str, as_json: bool) -> None:
         _show(name, value, indent=0)
 
 
-@backbones.command()
-@click.argument("backbone")
-@click.option("--force", is_flag=True, help="Fetch it again even where it is on this machine already.")
-@json_option
-def pull(backbone: str, force: bool, as_json: bool) -> None:
-    """Fetch BACKBONE, a name or a Hub id, so that it loads without a network afterwards."""
+def pull_backbone(backbone: str, *, force: bool, as_json: bool) -> None:
+    """Carry out the command backbones pull."""
     folder = resolve_backbone(backbone, force=force)
     record = read_record(folder)
     weights = folder / record.weights_file
@@ -87,27 +79,8 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
     click.echo(f"{backbone} is in {folder} ({weights.stat().st_size / 2**20:,.1f} MiB of weights).")
 
 
-@backbones.command()
-@click.argument("checkpoint", type=PathType(exists=True, dir_okay=False))
-@click.argument("out", type=PathType(file_okay=False), callback=writable_folder)
-@click.option("--from", "format_", type=click.Choice(["jcm", "openai"]), required=True, help="Format of CHECKPOINT.")
-@click.option("--name", default=None, help="Name in the record.  [default: OUT's]")
-@click.option("--description", default="", help="What it is, in the record.")
-@click.option("--licence", default="", help="Licence of the weights, in the record.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the file.")
-@click.option("--kind", type=click.Choice(["consistency", "denoiser"]), default="consistency", show_default=True)
-@click.option("--params", default="params_ema", show_default=True, help="jcm: which weights.")
-@click.option(
-    "--config",
-    "overrides",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="jcm: architecture other than CIFAR-10's, such as nf=64 or ch_mult=1,2; may be repeated.",
-)
-@click.option("--image-size", type=click.IntRange(1), default=None, help="openai: side of the images.")
-@click.option("--head-channels", type=click.IntRange(1), default=64, show_default=True, help="openai: of one head.")
-@json_option
-def convert(
+def convert_checkpoint(
+    *,
     checkpoint: Path,
     out: Path,
     format_: str,
@@ -122,11 +95,7 @@ def convert(
     head_channels: int,
     as_json: bool,
 ) -> None:
-    """Convert CHECKPOINT into a backbone folder OUT, which load_backbone(OUT) loads.
-
-    jcm: the JAX checkpoints of the CIFAR-10 consistency models (flax msgpack). openai: the .pt files of the ImageNet-64
-    and LSUN-256 models, which become a pipeline of the diffusers library.
-    """
+    """Carry out the command backbones convert; the arguments are its own."""
     source: dict[str, Any] = {"file": checkpoint.name, "converter": format_}
     if format_ == "jcm":
         if image_size is not None:
@@ -155,11 +124,8 @@ def convert(
     click.echo(f"Wrote {out / record.weights_file} and {out / RECORD_FILE}. Load it with load_backbone({str(out)!r}).")
 
 
-@backbones.command()
-@click.argument("backbone")
-@json_option
-def verify(backbone: str, as_json: bool) -> None:
-    """Load BACKBONE, check it, note its commit and checksum: other files are refused under its name from then on."""
+def verify_and_show(backbone: str, *, as_json: bool) -> None:
+    """Carry out the command backbones verify."""
     found = verify_backbone(backbone)
     if as_json:
         print_json(found.to_dict())
@@ -170,14 +136,8 @@ def verify(backbone: str, as_json: bool) -> None:
     click.echo(f"{backbone} is whole and works.")
 
 
-@backbones.command()
-@click.argument("folder", type=PathType(exists=True, file_okay=False))
-@click.argument("repo_id")
-@click.option("--private", is_flag=True, help="Make a private repository, where it makes one.")
-@click.option("--message", default="Add the backbone", show_default=True, help="Of the commit.")
-@json_option
-def push(folder: Path, repo_id: str, private: bool, message: str, as_json: bool) -> None:
-    """Upload FOLDER with a model card to the Hub's repository REPO_ID (organisation/name)."""
+def push_folder(folder: Path, repo_id: str, *, private: bool, message: str, as_json: bool) -> None:
+    """Carry out the command backbones push."""
     pushed = push_backbone(folder, repo_id, private=private, message=message)
     if as_json:
         print_json({"backbone": pushed})

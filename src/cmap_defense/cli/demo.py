@@ -11,43 +11,31 @@ from PIL import Image
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.figures import BLUE, ORANGE, Curve, chart_row, image_sheet
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table, progress, steps_of
+from cmap_defense.cli.output import print_json, print_table, using_threads
+from cmap_defense.cli.progress import Progress
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.evaluation.demo import Demonstration, demonstrate
 
-__all__ = ["demo"]
+__all__ = ["run_demo"]
 
 NOTE = "the attacker did not know the defence"
 SHOWN = 6
 
 
-@click.command()
-@click.option("--images", type=click.IntRange(1, 256), default=24, show_default=True, help="Test images to use.")
-@click.option("--eps", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Size of the linf attack.")
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="PGD steps.")
-@click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")
-@click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the attack and of the noise."
-)
-@out_option("cmap-demo")
-@json_option
-def demo(
+def run_demo(
+    *,
     images: int,
     eps: float,
     steps: int,
     latents: int | None,
     iterations: int | None,
     seed: int,
+    threads: int | None,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Attack a small classifier, purify, and compare; under a minute on two cores, with no network.
-
-    Prints bare and purified accuracy on clean and on attacked images, and writes two pictures: a sheet of images,
-    and the latents' mean and standard deviation over the iterations, with and without the latent constraint.
-    """
+    """Carry out the command; the arguments are its options."""
     start = time.perf_counter()
     classifier = load_classifier()
     defended = PurifiedClassifier(classifier, backbone="fashion-mnist-ct")
@@ -55,10 +43,7 @@ def demo(
     settings = defended.settings.replace(**{name: value for name, value in changes.items() if value is not None})
     defended = PurifiedClassifier(classifier, defended.backbone, settings=settings)
     test_images, labels = load_test_images()
-    bar = progress(3 * settings.iterations, "demo")
-
-    step = steps_of(bar)
-    with bar:
+    with using_threads(threads), Progress(3 * settings.iterations, "demo") as progress:
         shown = demonstrate(
             classifier,
             defended,
@@ -68,7 +53,7 @@ def demo(
             steps=steps,
             seed=seed,
             shown=min(SHOWN, images),
-            on_step=step,
+            on_step=progress.step,
         )
     files = [write_image(_sheet(shown, eps), out / "sheet.png"), write_image(_moments(shown), out / "latents.png")]
     seconds = time.perf_counter() - start

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +12,28 @@ import click
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import (
-    attack_options,
     attacks_of,
-    attempt_options,
     baselines_of,
-    check_options,
     class_names_of,
     data_of,
-    data_options,
     model_of,
-    model_options,
     protocol_of,
     subset_of,
 )
-from cmap_defense.cli.output import duration, json_option, out_option, print_json, print_table, progress
-from cmap_defense.cli.paths import PathType
-from cmap_defense.evaluation.evaluation import Evaluation, Expected, Progress
+from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.progress import Progress
+from cmap_defense.evaluation.evaluation import Evaluation, Expected
+from cmap_defense.evaluation.evaluation import Progress as OnUnit
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import load_facts, write_report
 from cmap_defense.evaluation.store import Unit
-from cmap_defense.ranks import ranks
+from cmap_defense.ranks import Ranks, ranks
 
-__all__ = ["cost_text", "evaluate", "on_unit", "report"]
-
-PAPER = {"count": 500, "order": "random", "runs": 3, "suite": "paper"}
-"""The paper's protocol, where other options do not say otherwise."""
+__all__ = ["cost_text", "run_evaluate", "run_report", "unit_progress"]
 
 
-@click.command()
-@model_options
-@data_options
-@attack_options
-@attempt_options
-@check_options
-@click.option(
-    "--baseline",
-    multiple=True,
-    metavar="NAME=PATH",
-    help="Another model for the table; it takes images in [0, 1].",
-)
-@click.option("--preset", type=click.Choice(["paper"]), help="paper: its 500 random images, 3 runs and attacks.")
-@click.option("--dry-run", is_flag=True, help="Say what it would cost, and stop.")
-@out_option()
-@json_option
-@click.pass_context
-def evaluate(context: click.Context, out: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Attack a defended classifier, judge it afresh, check the attacks, report.
-
-    Results go to OUT: one line per image, attack and seed, the adversarial images, report.json, report.md and
-    report.html. Killed at any moment, the same command goes on; with other options it is refused. Under torchrun
-    (torchrun -m cmap_defense evaluate ...) the work is dealt out to all processes.
-    """
-    given = {name for name in options if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT}
-    if options["preset"] == "paper":
-        options |= {name: value for name, value in PAPER.items() if name not in given}
+def run_evaluate(options: dict[str, Any], out: Path, *, as_json: bool, dry_run: bool) -> None:
+    """Carry out the command evaluate."""
     with ranks() as team:
         evaluation = Evaluation(
             model_of(options),
@@ -84,7 +54,8 @@ def evaluate(context: click.Context, out: Path, as_json: bool, dry_run: bool, **
             if as_json:
                 print_json(dataclasses.asdict(evaluation.expected()))
             return
-        evaluation.run(on_unit() if first else None)
+        with unit_progress(team) as progress:
+            evaluation.run(progress)
         if first:
             found = build_report(evaluation)
             files, lacking = write_report(found.to_dict(), out)
@@ -92,11 +63,8 @@ def evaluate(context: click.Context, out: Path, as_json: bool, dry_run: bool, **
         team.wait()
 
 
-@click.command()
-@click.argument("folder", type=PathType(exists=True, file_okay=False))
-@json_option
-def report(folder: Path, as_json: bool) -> None:
-    """Write the report of an evaluation's FOLDER anew, from its report.json."""
+def run_report(folder: Path, *, as_json: bool) -> None:
+    """Carry out the command report."""
     files, lacking = write_report(load_facts(folder), folder)
     if as_json:
         print_json({"files": [str(file) for file in files], "lacking": lacking})
@@ -118,15 +86,18 @@ def _made_of(evaluation: Evaluation) -> str:
     )
 
 
-def on_unit() -> Progress:
-    """A progress bar over pieces of work."""
-    bar = progress(0, "evaluating")
+@contextlib.contextmanager
+def unit_progress(team: Ranks) -> Iterator[OnUnit | None]:
+    """What an evaluation calls before each work unit, to show how far it is; None for all ranks but the first."""
+    if team.rank != 0:
+        yield None
+        return
+    with Progress(0, "evaluating") as progress:
 
-    def show(unit: Unit, done: int, total: int) -> None:
-        bar.total, bar.n = total, done
-        bar.set_description(f"{unit.task}, run {unit.seed}")
+        def show(unit: Unit, done: int, total: int) -> None:
+            progress.at(done, total, what=f"{unit.task}, run {unit.seed}")
 
-    return show
+        yield show
 
 
 def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
-from cmap_defense import __version__
-from cmap_defense.cli.analyse import analyse
-from cmap_defense.cli.backbones import backbones
-from cmap_defense.cli.demo import demo
-from cmap_defense.cli.evaluate import evaluate, report
-from cmap_defense.cli.purify import purify
-from cmap_defense.cli.quality import quality
-from cmap_defense.cli.study import study
-from cmap_defense.cli.train import train
+from cmap_defense.cli.commands.analyse import analyse
+from cmap_defense.cli.commands.backbones import backbones
+from cmap_defense.cli.commands.demo import demo
+from cmap_defense.cli.commands.evaluate import evaluate, report
+from cmap_defense.cli.commands.purify import purify
+from cmap_defense.cli.commands.quality import quality
+from cmap_defense.cli.commands.study import study
+from cmap_defense.cli.commands.train import train
+from cmap_defense.cli.grouped import Group
 from cmap_defense.errors import CmapError
 
-__all__ = ["cli", "main"]
+__all__ = ["cli", "main", "run"]
+
+WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
+"""Variables that say how OpenMP's threads wait; each for another library, or for all."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="cmap-defense")
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="cmap-defense", prog_name="cmap-defense")
 def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
@@ -50,5 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """The console script, and ``python -m cmap_defense``."""
+    wait_passively()
     sys.exit(main())
+
+
+def wait_passively() -> None:
+    """Let torch's threads sleep, rather than spin, while they wait for each other, unless the environment decides it.
+
+    Threads that spin take the cores from those that they wait for as soon as another process wants a core too: two
+    threads are then several times slower than one. Torch's OpenMP reads these variables when it is loaded, which
+    torch's import does; results do not depend on them.
+    """
+    if not WAITING & os.environ.keys():
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE")

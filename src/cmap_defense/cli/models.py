@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.weights import read_state_dict
+from cmap_defense.cli.choices import EMBEDDED
 from cmap_defense.embedded import load_classifier
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["EMBEDDED", "imported_model", "state_dict_of"]
-
-EMBEDDED = "embedded"
-"""The name of what ships with the package."""
+__all__ = ["imported_model", "state_dict_of"]
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.")

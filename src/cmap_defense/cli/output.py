@@ -1,73 +1,22 @@
-"""What all commands share: progress on a terminal, JSON for machines, and options that mean the same everywhere."""
+"""What all commands share: JSON for machines, tables for people, the device and the threads."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
-
-from cmap_defense.cli.paths import PathType
 
 __all__ = [
     "checked_device",
     "duration",
-    "json_option",
-    "out_option",
     "print_json",
     "print_table",
-    "progress",
-    "steps_of",
-    "writable_folder",
+    "using_threads",
 ]
-
-
-def out_option(default: str | None = None) -> Callable[[Any], Any]:
-    """``-o/--out DIR``: where a command writes; required when it has no default."""
-    return click.option(
-        "-o",
-        "--out",
-        type=PathType(file_okay=False),
-        default=default,
-        callback=writable_folder,
-        required=default is None,
-        show_default=default is not None,
-        help="Folder to write to; made when it is not there.",
-    )
-
-
-def writable_folder(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
-    """``folder``, refused before any work is done when nothing can be written there."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise click.BadParameter(f"{folder} cannot be written to.", context, parameter)
-    return folder
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-
-
-def progress(total: int, what: str) -> tqdm[Any]:
-    """A progress bar on standard error when that is a terminal, nothing otherwise."""
-    return tqdm(total=total, desc=what, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
-
-
-def steps_of(bar: tqdm[Any]) -> Callable[[str], None]:
-    """What parts of the package call as they go on: with the name of a part as it begins, with "" for one step more."""
-
-    def step(name: str) -> None:
-        if name:
-            bar.set_description(name)
-        else:
-            bar.update()
-
-    return step
 
 
 def duration(seconds: float) -> str:
@@ -98,3 +47,14 @@ def checked_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise click.BadParameter(f"{name}: {error}", param_hint="--device") from error
     return device
+
+
+@contextlib.contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many threads of the CPU inside; None leaves their number to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
-from cmap_defense.cli.output import checked_device, json_option, out_option, print_json, progress
-from cmap_defense.cli.paths import PathType
+from cmap_defense.cli.output import checked_device, print_json, using_threads
+from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.settings import CMAPSettings
@@ -18,28 +18,17 @@ from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
-from cmap_defense.inputs import RESIZE_MODES, check_shape, resize_images
+from cmap_defense.inputs import check_shape, resize_images
 from cmap_defense.purifiers.cmap import CMAP
 
-__all__ = ["purify"]
+__all__ = ["run_purify"]
 
 GROUP = 64
 """Images at a time."""
 
 
-@click.command()
-@click.argument("images", nargs=-1, required=True, type=PathType())
-@click.option("-b", "--backbone", required=True, help="A name, a folder or a Hub id.")
-@click.option("--latents", type=click.IntRange(1), help="K, latents per image.  [default: the backbone's]")
-@click.option("--iterations", type=click.IntRange(1), help="N, steps of the latent loop.  [default: the backbone's]")
-@click.option("--resize", type=click.Choice(RESIZE_MODES), help="Resize images to the backbone's size and back.")
-@click.option("--all", "write_all", is_flag=True, help="Write all K versions, not only the one that matches best.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the noise.")
-@click.option("--class-label", type=click.IntRange(0), help="Of a class-conditional backbone: the images' class.")
-@click.option("--device", default="cpu", show_default=True, help="Where to run, such as cuda.")
-@out_option()
-@json_option
-def purify(
+def run_purify(
+    *,
     images: tuple[Path, ...],
     backbone: str,
     latents: int | None,
@@ -48,17 +37,12 @@ def purify(
     write_all: bool,
     seed: int,
     class_label: int | None,
+    threads: int | None,
     device: str,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Purify the image files IMAGES... and write PNG files of the same names into a folder.
-
-    Of a folder all images are taken, those in folders below it too, and written into folders of the same names.
-
-    There is no classifier here, so nothing is voted on: of the K purified versions of an image, the one that
-    matches it best (eq. 10) is written.
-    """
+    """Carry out the command; the arguments are its options."""
     generator = load_backbone(backbone, kind="consistency").to(checked_device(device))
     settings = CMAPSettings.from_dict(generator.default_settings or {})
     changes = {"n_latents": latents, "iterations": iterations}
@@ -69,13 +53,12 @@ def purify(
         _check_size(path, read_image(path, channels), generator.image_shape, resizes=resize is not None)
     paths = list(targets)
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
-    bar = progress(settings.iterations * len(groups), "purifying")
-
-    def on_iteration(state: LatentState) -> None:
-        bar.update()
-
     written, mismatches = [], []
-    with bar:
+    with using_threads(threads), Progress(settings.iterations * len(groups), "purifying") as progress:
+
+        def on_iteration(state: LatentState) -> None:
+            progress.step()
+
         for group in groups:
             originals = [read_image(path, channels) for path in group]
             batch = torch.cat([resize_images(image[None], size, resize or "bilinear") for image in originals])

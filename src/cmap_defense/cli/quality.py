@@ -17,24 +17,21 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli.figures import image_sheet, sample_sheet
 from cmap_defense.cli.models import imported_model
-from cmap_defense.cli.options import Size, class_names_of, data_of, data_options, model_of, model_options, subset_of
+from cmap_defense.cli.options import class_names_of, data_of, model_of, subset_of
 from cmap_defense.cli.output import (
     checked_device,
     duration,
-    json_option,
-    out_option,
     print_json,
     print_table,
-    progress,
-    steps_of,
+    using_threads,
 )
+from cmap_defense.cli.progress import Progress
 from cmap_defense.data.files import write_image
 from cmap_defense.evaluation.quality import Quality, QualityRun
 from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
-from cmap_defense.evaluation.quality.run import SAMPLES
 from cmap_defense.evaluation.store import write_text
 
-__all__ = ["quality"]
+__all__ = ["run_quality"]
 
 STEPS = 20
 """Of PGD."""
@@ -46,20 +43,9 @@ ELSEWHERE = ("out", "as_json", "device", "threads", "max_parallel", "record")
 """Options that the figures do not hang on."""
 
 
-@click.command()
-@model_options
-@data_options
-@click.option("--and", "beside", multiple=True, metavar="NAME=PATH[@WEIGHTS]", help="Another classifier; repeatable.")
-@click.option("--samples", type=click.IntRange(2), default=SAMPLES, show_default=True, help="Generated images.")
-@click.option("--features", metavar="MODULE", help="Whose input is compared.  [default: the last nn.Linear's]")
-@click.option("--eps", type=Size(), default="8/255", show_default=True, help="Of the linf attack, in [0, 1].")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of all noise.")
-@click.option("--record", is_flag=True, help="Write the figures into the backbone's record too.")
-@out_option()
-@json_option
-@click.pass_context
-def quality(
+def run_quality(
     context: click.Context,
+    *,
     samples: int,
     features: str | None,
     eps: float,
@@ -69,18 +55,10 @@ def quality(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure how good a backbone is, with what is on this machine.
-
-    Its samples are compared with real images, by the Frechet distance in the classifier's features and, where its
-    network is there, by FID. Clean images are purified and judged, and so are attacked ones; PGD with 20 steps attacks
-    the bare classifier, which does not know the defence. The cost is printed first. Writes quality.json, quality.md,
-    samples.png and reconstructions.png.
-    """
+    """Carry out the command; the arguments are its context and its options."""
     start = time.perf_counter()
     folder = _recorded(options["backbone"]) if record else None
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(options["threads"] or threads)
+    with using_threads(options["threads"]):
         model = model_of(options)
         run = QualityRun(
             model,
@@ -96,8 +74,6 @@ def quality(
         if not as_json:
             click.echo(_cost(run))
         found = _done(run)
-    finally:
-        torch.set_num_threads(threads)
     facts = found.to_dict()
     chosen = f"{options['data']}, {options['split']}, {subset_of(options).order}"
     about = {"command": _command(context), "data": chosen}
@@ -161,10 +137,8 @@ def _cost(run: QualityRun) -> str:
 
 
 def _done(run: QualityRun) -> Quality:
-    bar = progress(run.steps, "quality")
-
-    with bar:
-        return run.run(steps_of(bar))
+    with Progress(run.steps, "quality") as progress:
+        return run.run(progress.step)
 
 
 def _command(context: click.Context) -> str:

@@ -7,49 +7,29 @@ from typing import Any
 
 import click
 
-from cmap_defense.cli.evaluate import on_unit
+from cmap_defense.cli.evaluate import unit_progress
 from cmap_defense.cli.options import (
-    attack_options,
     attacks_of,
-    attempt_options,
     data_of,
-    data_options,
     model_of,
-    model_options,
     protocol_of,
     subset_of,
     threat_of,
 )
-from cmap_defense.cli.output import json_option, out_option, print_json, print_table
+from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.report.study import write_study
-from cmap_defense.evaluation.studies import STUDIES, make_study, run_study
+from cmap_defense.evaluation.studies import make_study, run_study
 from cmap_defense.ranks import ranks
 
-__all__ = ["study"]
+__all__ = ["run_study_command"]
 
 ATTACKS = ("transfer", "bpda-eot")
 """Of the standard set, where none is named: one that does not see the defence and one that does."""
 
 
-@click.command()
-@click.argument("name", type=click.Choice(sorted(STUDIES)))
-@model_options
-@data_options
-@attack_options
-@attempt_options
-@out_option()
-@json_option
-def study(name: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Vary one thing, keep the rest: the studies of the paper.
-
-    vote: with and without the vote of the latents (Tab. XI). ssim-weight (VII). latent-weight (VIII, Fig. 3). latents:
-    K (IX). beta: of the disruption attack (X). surrogate: its noise level (V). eps: higher intensities (VI).
-    trajectory: along the disruption attack and the purification after it (Fig. 4 and 5).
-
-    Every variant is an evaluation in a folder of its own below OUT; study.json, study.md and study.svg compare them.
-    Killed at any moment, the same command goes on.
-    """
+def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    """Carry out the command."""
     if options["suite"] == "standard" and not options["only"]:
         options["only"] = ATTACKS
     with ranks() as team:
@@ -57,16 +37,17 @@ def study(name: str, out: Path, as_json: bool, **options: Any) -> None:
         chosen = make_study(name, model, attacks_of(options), threat_of(options))
         if team.rank == 0 and not as_json:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
-        result = run_study(
-            chosen,
-            model,
-            data_of(options),
-            out,
-            protocol=protocol_of(options),
-            subset=subset_of(options),
-            threads=options["threads"],
-            progress=on_unit() if team.rank == 0 else None,
-        )
+        with unit_progress(team) as progress:
+            result = run_study(
+                chosen,
+                model,
+                data_of(options),
+                out,
+                protocol=protocol_of(options),
+                subset=subset_of(options),
+                threads=options["threads"],
+                progress=progress,
+            )
         if team.rank == 0:
             facts = result.to_dict()
             files, lacking = write_study(facts, out)

@@ -12,14 +12,13 @@ import torch
 
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.cli.commands.train import Pair
 from cmap_defense.errors import WrongKindError
 from cmap_defense.training.networks import PRESETS, Network
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.settings import TrainSettings
 
 __all__ = [
-    "Integers",
-    "Pair",
     "check_class_names",
     "check_levels",
     "network_of",
@@ -34,41 +33,18 @@ COMPACT = ("preset", "channels", "attention", "blocks", "patch")
 SAID_OTHERWISE = (*COMPACT, "halvings")
 """Options that stand in a recorded command as ``--set`` and ``--objective-set``."""
 
-ELSEWHERE = ("out", "as_json", "device", "minutes", "checkpoint_part_mb", "micro_batch", "hold_images", "channels_last")
+ELSEWHERE = (
+    "out",
+    "as_json",
+    "device",
+    "threads",
+    "minutes",
+    "checkpoint_part_mb",
+    "micro_batch",
+    "hold_images",
+    "channels_last",
+)
 """Options that say where a training runs and what it may take, and not what it is."""
-
-
-class Integers(click.ParamType):
-    """Comma-separated integers."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value in ("", "none"):
-            return ()
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a comma-separated list of integers.", param, ctx)
-
-
-class Pair(click.ParamType):
-    """``key=value``, the value in JSON, or else text as it is."""
-
-    name = "key=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not key or not equals:
-            self.fail(f"{value!r} is not key=value.", param, ctx)
-        try:
-            return key, json.loads(text)
-        except ValueError:
-            return key, text
 
 
 def check_levels(options: Mapping[str, Any]) -> None:

@@ -1,11 +1,16 @@
-"""How robust a model is: attacked, judged afresh, checked, reported."""
+"""How robust a model is: attacked, re-evaluated with independent noise, checked, reported."""
 
-from cmap_defense.evaluation.accuracy import Accuracy, wilson_interval
-from cmap_defense.evaluation.demo import Demonstration, demonstrate
-from cmap_defense.evaluation.evaluation import Evaluation
+from typing import TYPE_CHECKING
+
 from cmap_defense.evaluation.protocol import Protocol, Subset
-from cmap_defense.evaluation.report import Report
-from cmap_defense.evaluation.run import evaluate
+from cmap_defense.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cmap_defense.evaluation.accuracy import Accuracy, wilson_interval
+    from cmap_defense.evaluation.demo import Demonstration, demonstrate
+    from cmap_defense.evaluation.evaluation import Evaluation
+    from cmap_defense.evaluation.report import Report
+    from cmap_defense.evaluation.run import evaluate
 
 __all__ = [
     "Accuracy",
@@ -18,3 +23,17 @@ __all__ = [
     "evaluate",
     "wilson_interval",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Accuracy": "cmap_defense.evaluation.accuracy",
+            "Demonstration": "cmap_defense.evaluation.demo",
+            "Evaluation": "cmap_defense.evaluation.evaluation",
+            "Report": "cmap_defense.evaluation.report",
+            "demonstrate": "cmap_defense.evaluation.demo",
+            "evaluate": "cmap_defense.evaluation.run",
+            "wilson_interval": "cmap_defense.evaluation.accuracy",
+        },
+    )

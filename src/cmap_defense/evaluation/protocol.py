@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.rng import derived_seeds
 from cmap_defense.settings import Settings, require_choice, require_flag, require_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Protocol", "Subset", "answer_seeds", "run_indices"]
 
@@ -99,6 +99,8 @@ class Subset(Settings):
             return list(range(count))
         if self.order == "last":
             return list(range(total - count, total))
+        import numpy as np
+
         return np.random.RandomState(self.seed).choice(total, count, replace=False).tolist()
 
 
@@ -112,4 +114,6 @@ def answer_seeds(indices: Tensor, number: int) -> Tensor:
 
     The same for all attacks and for the clean image, so that differences between them are not made of noise.
     """
+    from cmap_defense.rng import derived_seeds  # here, so that the settings alone can be imported without torch
+
     return derived_seeds(derived_seeds(indices, ANSWERS), number)

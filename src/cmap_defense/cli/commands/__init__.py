@@ -1,0 +1,1 @@
+"""The commands and their options. Nothing here imports torch: what a command does is imported when it runs."""
