@@ -25,6 +25,7 @@ from cmap_defense.backbones.convert import convert_openai
 from cmap_defense.backbones.diffusers import DiffusersUNet, UnscaledUNet, build_unet, configuration_of
 from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
+from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError, WrongKindError
 from goldens import FOLDER, arrays
 from toys import noise
@@ -265,6 +266,77 @@ def test_pickled_weights_are_read_alike(folder: Path):
 def test_safetensors_are_preferred_to_a_pickle(folder: Path):
     (folder / PICKLE).write_bytes(b"never opened")
     assert read_backbone(folder).record.weights_file == SAFETENSORS
+
+
+def resaved(folder: Path, **options: Any) -> None:
+    """The network's weights as the library itself saves them with these options, and no others."""
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    for file in (folder / "unet").glob("diffusion_pytorch_model*"):
+        file.unlink()
+    if options.get("variant") == "fp16":
+        unet = unet.half()
+    unet.save_pretrained(folder / "unet", **options)
+
+
+@pytest.mark.parametrize("pickles", [False, True])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard", [None, "10KB"])
+def test_shards_and_variants_are_read(folder: Path, variant: str | None, shard: str | None, pickles: bool):
+    expected = read_backbone(folder).state_dict()
+    sizes = {} if shard is None else {"max_shard_size": shard}
+    resaved(folder, variant=variant, safe_serialization=not pickles, **sizes)
+    files = [file.name for file in (folder / "unet").glob("diffusion_pytorch_model*")]
+    assert (len(files) > 2) == (shard is not None), files
+    found = read_backbone(folder)
+    assert found.record.weights_dtype == ("float32" if variant is None else "float16")
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected[name], rtol=0 if variant is None else 1e-3, atol=1e-6)
+
+
+def test_full_precision_is_preferred_to_a_variant(folder: Path):
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never opened")
+    assert read_backbone(folder).record.weights_file == SAFETENSORS
+
+
+def test_checksum_of_shards_depends_on_each(folder: Path):
+    single = sha256_of_weights(folder / SAFETENSORS)
+    assert single == hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()
+    resaved(folder, max_shard_size="10KB")
+    index = folder / read_record(folder).weights_file
+    before = sha256_of_weights(index)
+    shard = sorted((folder / "unet").glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    assert before != sha256_of_weights(index) != single
+
+
+SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "content"),
+    [
+        ("not an index of shards", "<html>"),
+        ("not an index of shards", "[]"),
+        ("not an index of shards", '{"weight_map": [1]}'),
+        ("names 'none'", '{"weight_map": {}}'),
+        ("names '../other.safetensors'", '{"weight_map": {"a": "../other.safetensors"}}'),
+        ("names '/other.safetensors'", '{"weight_map": {"a": "/other.safetensors"}}'),
+        ("names '*.safetensors'", '{"weight_map": {"a": "*.safetensors"}}'),
+        ("names 'other.py'", '{"weight_map": {"a": "other.py"}}'),
+        ("other.safetensors is missing", '{"weight_map": {"a": "other.safetensors"}}'),
+    ],
+)
+def test_damaged_indices_of_shards_are_refused(folder: Path, words: str, content: str):
+    (folder / SAFETENSORS).rename(folder / "unet" / "unused.safetensors")
+    (folder / SHARDS).write_text(content)
+    check_refused(folder, words)
+
+
+def test_weights_of_unknown_names_are_listed_with_what_to_do(folder: Path):
+    (folder / SAFETENSORS).rename(folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    check_refused(folder, "holds diffusion_pytorch_model.non_ema.safetensors")
+    check_refused(folder, "save_pretrained(folder")
 
 
 # --------------------------------------------------------------------------------------------------- what is written

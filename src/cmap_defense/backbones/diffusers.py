@@ -7,6 +7,7 @@
     unet/config.json
     unet/diffusion_pytorch_model.safetensors
 
+The weights may be in shards or in a variant too, see :mod:`~cmap_defense.backbones.shards`.
 The library builds the network and reads its weights; it is the extra ``[diffusers]`` and is imported when it is needed.
 The network inside is used bare: the library's scheduler rounds time steps and clips with no way around it.
 """
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.weights import read_pickle, tensor_names, write_safetensors
+from cmap_defense.backbones.shards import VARIANTS, WEIGHTS, describe_missing, read_weights, variant_of
+from cmap_defense.backbones.weights import tensor_names, write_safetensors
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
 from cmap_defense.modules import building
 
@@ -46,8 +48,6 @@ __all__ = [
 
 INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
-WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin")
-"""In order of preference; the second is a pickle, of which tensors alone are read."""
 
 
 class PipelineUNet(nn.Module, abc.ABC):
@@ -155,6 +155,7 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
     except SettingsError as error:
         raise BackboneFileError(f"{folder / SCHEDULER_CONFIG}: {error}") from error
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
+    weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
     try:
         return BackboneRecord(
             name=name,
@@ -163,7 +164,8 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
             noise=_noise_of(scheduler),
             image_shape=(unet.get("in_channels", 3), height, width),  # pyright: ignore[reportArgumentType] - it checks
             num_classes=unet.get("num_class_embeds"),
-            weights_file=next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0]),
+            weights_file=weights,
+            weights_dtype=VARIANTS.get(variant_of(weights) or "", "float32"),
             weights_sha256="",
         )
     except SettingsError as error:
@@ -188,15 +190,17 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked
     """
     library = _library()
     path = Path(folder) / record.weights_file
-    if record.weights_file not in WEIGHTS:  # the library looks for these two names, whatever was checked
-        raise BackboneFileError(f"{path}: the weights of a pipeline are {' or '.join(WEIGHTS)}.")
-    if path.suffix == ".safetensors":
+    if record.weights_file not in WEIGHTS:  # the library looks for the first of these names, whatever was checked
+        raise BackboneFileError(f"{path}: the weights of a pipeline are {WEIGHTS[0]}, its shards or a variant.")
+    if not path.is_file():
+        raise BackboneFileError(describe_missing(Path(folder)))
+    if record.weights_file == WEIGHTS[0]:
         tensor_names(path)
         unet, found = _from_pretrained(library, path)
     else:
-        with tempfile.TemporaryDirectory() as place:  # the library never sees the pickle, only the tensors in it
+        with tempfile.TemporaryDirectory() as place:  # the library never sees a pickle, only the tensors in it
             copy_of = Path(place) / Path(WEIGHTS[0]).name
-            write_safetensors({name: t.contiguous() for name, t in read_pickle(path).items()}, copy_of)
+            write_safetensors({name: t.contiguous() for name, t in read_weights(path).items()}, copy_of)
             (Path(place) / "config.json").write_bytes((path.parent / "config.json").read_bytes())
             unet, found = _from_pretrained(library, copy_of)
     wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]

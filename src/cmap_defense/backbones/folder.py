@@ -15,6 +15,7 @@ from cmap_defense.backbones import diffusers
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel, NoiseRange
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
@@ -173,7 +174,7 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
         noise = NoiseRange.from_dict(record.noise)
         if record.network in diffusers.NETWORKS:
             if record.weights_sha256 and path.is_file():
-                check_sha256(path, record.weights_sha256)
+                check_sha256(path, record.weights_sha256, sha256_of_weights(path))
             described = (folder / RECORD_FILE).is_file()
             network: nn.Module = diffusers.read_unet(folder, record, checked=described)
         else:

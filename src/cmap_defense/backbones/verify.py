@@ -17,7 +17,7 @@ from cmap_defense.backbones.load import entry_of, hinting, resolve_backbone
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
 from cmap_defense.backbones.remote.cache import pin, pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry
-from cmap_defense.backbones.weights import sha256_of
+from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.errors import BackboneFileError
 
 __all__ = ["Verification", "verify_backbone"]
@@ -77,7 +77,7 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
         raise BackboneFileError(f"{folder} is no working model: it makes NaN or infinite values.")
     if boundary is not None and boundary > allowed:
         raise BackboneFileError(f"{folder} is no consistency model: |f(x, sigma_min) - x| is {boundary:.3g}.")
-    weights = sha256_of(folder / record.weights_file)
+    weights = sha256_of_weights(folder / record.weights_file)
     revision = folder.name if folder.parent.name == "snapshots" else None
     official = record.source.get("sha256")
     note = None

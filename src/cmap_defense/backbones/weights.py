@@ -44,9 +44,12 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Raises :class:`BackboneFileError` when the file is another than the one that was recorded."""
-    found = sha256_of(path)
+def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
+    """Raises :class:`BackboneFileError` when the file is another than the one that was recorded.
+
+    found: its SHA-256 where it is known, or is that of several files; None to compute it.
+    """
+    found = found or sha256_of(path)
     if found != expected:
         raise BackboneFileError(
             f"{path} is not the file that the record describes: its SHA-256 is {found}, the record says {expected}. "

@@ -15,6 +15,7 @@ from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
+from cmap_defense.backbones.shards import weights_files
 from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
 from cmap_defense.cli.output import print_json, print_table
@@ -71,12 +72,11 @@ def pull_backbone(backbone: str, *, force: bool, as_json: bool) -> None:
     folder = resolve_backbone(backbone, force=force)
     record = read_record(folder)
     weights = folder / record.weights_file
+    size = sum(file.stat().st_size for file in weights_files(weights))
     if as_json:
-        print_json(
-            {"backbone": backbone, "folder": str(folder), "weights": str(weights), "bytes": weights.stat().st_size}
-        )
+        print_json({"backbone": backbone, "folder": str(folder), "weights": str(weights), "bytes": size})
         return
-    click.echo(f"{backbone} is in {folder} ({weights.stat().st_size / 2**20:,.1f} MiB of weights).")
+    click.echo(f"{backbone} is in {folder} ({size / 2**20:,.1f} MiB of weights).")
 
 
 def convert_checkpoint(

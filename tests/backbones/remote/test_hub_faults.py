@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tiny import files_of, fingerprint, tiny_backbone, tiny_checkpoint, tiny_fol
 MODEL, OTHER_MODEL = fingerprint(tiny_backbone(0)), fingerprint(tiny_backbone(1))
 WEIGHTS, UNET = "weights.safetensors", "unet/diffusion_pytorch_model.safetensors"
 CONFIG, UNET_PICKLE = "unet/config.json", "unet/diffusion_pytorch_model.bin"
+UNET_HALF, UNET_SHARDS = "unet/diffusion_pytorch_model.fp16.safetensors", f"{UNET}.index.json"
 CHECKPOINT = "/official/checkpoint_80"
 PAGE = b"<!DOCTYPE html><html><title>Log in</title></html>"
 HTML = {"Content-Type": "text/html"}
@@ -30,7 +32,7 @@ PASSING = ["busy", "hiccup", "cut"]
 STAYING = ["broken", "hangs-up", "page", "portal", "padded-page", "no-api", "no-tree", "forbidden"]
 """Repositories that hold a model, were it not for a server whose trouble passes at once, or stays for one load."""
 WRONG = ["truncated", "short", "pointer", "tampered", "no-weights", "escapes", "empty"]
-OTHERS = ["pipeline", "pickle", "hostile", "moves", "missing", "private", "gated"]
+OTHERS = ["pipeline", "pickle", "sharded", "shard-missing", "half", "hostile", "moves", "missing", "private", "gated"]
 
 Steps = dict[str, list[Any]]
 Answers = dict[str, Answer]
@@ -52,6 +54,15 @@ def pickled(value: object) -> bytes:
     return file.getvalue()
 
 
+def in_shards(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """An index, and two shards with the tensors by turns."""
+    names = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {tensor: names[number % 2] for number, tensor in enumerate(tensors)}
+    parts = [{tensor: tensors[tensor] for tensor in tensors if places[tensor] == name} for name in names]
+    files = {f"unet/{name}": safetensors.torch.save(part) for name, part in zip(names, parts, strict=True)}
+    return {UNET_SHARDS: json.dumps({"metadata": {}, "weight_map": places}).encode()} | files
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
@@ -64,6 +75,9 @@ def hub(place: Path) -> Iterator[HubServer]:
     pipeline = files_of(tiny_pipeline(place / "pipeline"))
     unet = pickled(safetensors.torch.load(pipeline[UNET]))
     configurations = {name: content for name, content in pipeline.items() if name != UNET}
+    tensors = safetensors.torch.load(pipeline[UNET])
+    shards = in_shards(tensors)
+    half = safetensors.torch.save({name: t.half() for name, t in tensors.items()})
     variants = {"unet/diffusion_pytorch_model.fp16.safetensors": b"fp16", "unet/model.fp16.bin": b"fp16"}
     with serving() as server:
         server.put(CHECKPOINT, tiny_checkpoint(0))
@@ -104,6 +118,9 @@ def hub(place: Path) -> Iterator[HubServer]:
         server.repository("someone/empty", {"README.md": b"# Nothing"})
         server.repository("someone/pipeline", pipeline | {UNET_PICKLE: b"not this one"} | variants)
         server.repository("someone/pickle", configurations | {UNET_PICKLE: unet} | variants)
+        server.repository("someone/sharded", configurations | shards)
+        server.repository("someone/shard-missing", configurations | dict(list(shards.items())[:-1]))
+        server.repository("someone/half", configurations | {UNET_HALF: half})
         server.repository("someone/hostile", configurations | {UNET_PICKLE: pickled({"w": Runs(place / "executed")})})
         yield server
 
@@ -376,6 +393,23 @@ def test_pipeline_is_fetched_without_what_it_does_not_need(answers: Answers, hub
 def test_pickle_is_fetched_only_where_there_is_nothing_better(answers: Answers, hub: HubServer):
     check_model(answers["pickle"], answers["pipeline"].value["fingerprint"])
     assert contents(hub, "pickle")[-1] == UNET_PICKLE
+
+
+def test_shards_are_fetched_with_their_index(answers: Answers, hub: HubServer):
+    check_model(answers["sharded"], answers["pipeline"].value["fingerprint"])
+    fetched = contents(hub, "sharded")
+    assert fetched[-3] == UNET_SHARDS
+    assert all("-of-00002" in name for name in fetched[-2:])
+
+
+def test_shard_that_a_repository_lacks_is_named(answers: Answers):
+    check_error(answers["shard-missing"], "BackboneFileError", "someone/shard-missing", "00002-of-00002.safetensors")
+
+
+def test_variant_is_fetched_where_there_is_nothing_better(answers: Answers, hub: HubServer):
+    assert answers["half"].error == ""
+    assert answers["half"].value["fingerprint"] != answers["pipeline"].value["fingerprint"]
+    assert contents(hub, "half")[-1] == UNET_HALF
 
 
 def test_pickle_that_wants_to_run_code_is_refused_and_does_not(answers: Answers, place: Path):

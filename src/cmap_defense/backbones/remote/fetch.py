@@ -20,6 +20,7 @@ from cmap_defense.backbones.remote.cache import cache_folder, locked, pin
 from cmap_defense.backbones.remote.download import download
 from cmap_defense.backbones.remote.hub import fetch_folder
 from cmap_defense.backbones.remote.messages import tell
+from cmap_defense.backbones.shards import sha256_of_weights, weights_files
 from cmap_defense.backbones.weights import check_sha256, sha256_of
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
 
@@ -86,15 +87,28 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
     for file in _weights_names(folder):  # of the commit that the record came from
         fetch_folder(repo_id, folder.name, [file], force=force)
         if (folder / file).is_file():
-            _check_blob(folder / file)
+            _fetch_shards(repo_id, folder, file, force)
             return folder
-    missing = f"{' or '.join(_weights_names(folder))} of {repo_id} at {folder.name}"
+    names = _weights_names(folder)
+    missing = f"{names[0]}{', nor its shards or a variant,' if len(names) > 1 else ''} of {repo_id} at {folder.name}"
     if constants.HF_HUB_OFFLINE:
         raise BackboneFileError(
             f"{missing} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it. Run "
             f"`cmap-defense backbones pull {repo_id}@{folder.name}` on a machine with a network."
         )
     raise BackboneFileError(f"There is no {missing}: the repository lacks its weights.")
+
+
+def _fetch_shards(repo_id: str, folder: Path, file: str, force: bool) -> None:
+    """After an index its shards, and the checksums of all. Raises BackboneFileError where a shard is missing."""
+    path = folder / file
+    parts = [part.relative_to(folder).as_posix() for part in weights_files(path)]
+    if len(parts) > 1:
+        fetch_folder(repo_id, folder.name, parts[1:], force=force)
+    for part in parts:
+        if not (folder / part).is_file():
+            raise BackboneFileError(f"{file} of {repo_id} at {folder.name} names {part}, which is not there.")
+        _check_blob(folder / part)
 
 
 def _is_backbone(folder: Path) -> bool:
@@ -110,7 +124,8 @@ def _weights_file(folder: Path) -> Path | None:
     """The weights of a folder when they are there."""
     if not _is_backbone(folder):
         return None
-    return next((folder / name for name in _weights_names(folder) if (folder / name).is_file()), None)
+    found = next((folder / name for name in _weights_names(folder) if (folder / name).is_file()), None)
+    return found if found is not None and all(part.is_file() for part in weights_files(found)) else None
 
 
 def _check_blob(path: Path) -> None:
@@ -134,7 +149,8 @@ def _fetch(entry: RegistryEntry, source: Source, force: bool) -> Path:
         folder = fetch_repository(source.repo_id, source.revision, force=force)
         if source.sha256 is not None:
             try:
-                check_sha256(folder / read_record(folder).weights_file, source.sha256)
+                weights = folder / read_record(folder).weights_file
+                check_sha256(weights, source.sha256, sha256_of_weights(weights))
             except BackboneFileError as error:
                 raise BackboneFileError(
                     f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again; when it stays so, "

@@ -1,0 +1,105 @@
+"""The files that the diffusers library keeps a network's weights in: one file, shards with an index, or a variant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from cmap_defense.backbones.weights import read_pickle, read_safetensors, sha256_of
+from cmap_defense.errors import BackboneFileError
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "VARIANTS",
+    "WEIGHTS",
+    "describe_missing",
+    "read_weights",
+    "sha256_of_weights",
+    "variant_of",
+    "weights_files",
+]
+
+VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
+"""Variants by their part of the file name, with the precision that they are saved in."""
+
+STEM = "unet/diffusion_pytorch_model"
+INDEX_SUFFIX = ".json"
+_SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+
+
+def _names() -> Iterator[str]:
+    for variant in ("", *(f".{name}" for name in VARIANTS)):
+        for suffix in ("safetensors", "bin"):
+            yield f"{STEM}{variant}.{suffix}"
+            yield f"{STEM}.{suffix}.index{variant}{INDEX_SUFFIX}"
+
+
+WEIGHTS = tuple(_names())
+"""The weights of a pipeline, in order of preference: full precision before a variant, safetensors before a pickle (of
+which tensors alone are read), one file before an index of shards."""
+
+
+def variant_of(name: str) -> str | None:
+    """The variant that a name of :data:`WEIGHTS` belongs to; None for the full precision."""
+    return next((variant for variant in VARIANTS if variant in Path(name).name.split(".")), None)
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The file itself, and after an index its shards.
+
+    Raises:
+        BackboneFileError: the index cannot be read, or names something that is no shard beside it.
+    """
+    if path.suffix != INDEX_SUFFIX:
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise BackboneFileError(
+            f"{path} is not an index of shards ({type(error).__name__}: {error}). Fetch or write the folder again."
+        ) from error
+    wrong = [name for name in names if not isinstance(name, str) or not _SHARD.fullmatch(name)]
+    if wrong or not names:
+        raise BackboneFileError(
+            f"{path} must name files of weights beside it, but names {wrong[0] if wrong else 'none'!r}. Fetch or write "
+            "the folder again."
+        )
+    return [path, *(path.parent / name for name in names)]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards of an index.
+
+    Raises:
+        BackboneFileError: a file is missing, cut off, something else, or asks for code to be run.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in weights_files(path):
+        if part.suffix != INDEX_SUFFIX:
+            tensors |= read_safetensors(part) if part.suffix == ".safetensors" else read_pickle(part)
+    return tensors
+
+
+def sha256_of_weights(path: Path) -> str:
+    """The SHA-256 of a file; of an index, that of the names and SHA-256 of its shards."""
+    files = weights_files(path)
+    if len(files) == 1:
+        return sha256_of(path)
+    listed = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def describe_missing(folder: Path) -> str:
+    """For a pipeline without weights of :data:`WEIGHTS`: what there is, and how to save it so that it is read."""
+    place = folder / Path(STEM).parent
+    found = sorted(file.name for file in place.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack", ".pt"))
+    held = f"holds {', '.join(found[:5])}" if found else "holds no weights"
+    return (
+        f"{folder / WEIGHTS[0]} is missing: {place} {held}. Fetch the folder again, or load it with the diffusers "
+        'library, with its variant where it has one, and save it with save_pretrained(folder, max_shard_size="100GB").'
+    )
