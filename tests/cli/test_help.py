@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from cmap_defense.attacks import suites
 from cmap_defense.backbones.weights import DTYPES
 from cmap_defense.cli import choices
-from cmap_defense.cli.main import cli, main
+from cmap_defense.cli.main import WAITING, cli, main, wait_passively
 from cmap_defense.cli.options import SUITES
 from cmap_defense.data import DATASETS
 from cmap_defense.evaluation.quality.run import SAMPLES
@@ -115,6 +116,25 @@ def test_summaries_are_shown_whole(path: tuple[str, ...], capsys: pytest.Capture
     for name, command in group.commands.items():
         summary = " ".join((command.help or "").split("\n\n")[0].split())
         assert f" {name} {summary}" in shown
+
+
+def test_the_console_script_lets_waiting_threads_sleep_before_torch_is_imported() -> None:
+    script = (
+        "import os, sys\n"
+        "from cmap_defense.cli import main\n"
+        "main.main = lambda: [print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules), 0][1]\n"
+        "main.run()\n"
+    )
+    others = {name: value for name, value in os.environ.items() if name not in {*WAITING, "KMP_BLOCKTIME"}}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=others)
+    assert done.stdout.split() == ["PASSIVE", "False"]
+
+
+@pytest.mark.parametrize("variable", [*WAITING, "KMP_BLOCKTIME"])
+def test_what_the_environment_says_about_waiting_stays(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {variable: "x"})
+    wait_passively()
+    assert os.environ == {variable: "x"}
 
 
 @pytest.mark.parametrize("path", COMPUTING, ids=" ".join)

@@ -20,8 +20,8 @@ from cmap_defense.errors import CmapError
 
 __all__ = ["cli", "main", "run"]
 
-WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
-"""Variables that say how OpenMP's threads wait; each for another library, or for all."""
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""What OpenMP's threads do while they wait: sleep, in GNU's library (Linux) after some microseconds of spinning."""
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,8 +63,8 @@ def wait_passively() -> None:
     """Let torch's threads sleep, rather than spin, while they wait for each other, unless the environment decides it.
 
     Threads that spin take the cores from those that they wait for as soon as another process wants a core too: two
-    threads are then several times slower than one. Torch's OpenMP reads these variables when it is loaded, which
-    torch's import does; results do not depend on them.
+    threads are then several times slower than one. OpenMP reads these variables when torch is imported, so this comes
+    first; results do not depend on them.
     """
-    if not WAITING & os.environ.keys():
-        os.environ.update(OMP_WAIT_POLICY="PASSIVE")
+    if not {*WAITING, "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ.update(WAITING)

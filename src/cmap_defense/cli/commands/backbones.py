@@ -83,7 +83,12 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
     help="Setting of a jcm checkpoint's architecture that differs from CIFAR-10's, such as nf=64 or ch_mult=1,2. "
     "May be repeated.",
 )
-@ARCHITECTURE("--image-size", type=click.IntRange(1), help="Height and width of the images, for an openai checkpoint.")
+@ARCHITECTURE(
+    "--image-size",
+    type=click.IntRange(1),
+    show_default="from the file's name",
+    help="Height and width of the images, for an openai checkpoint.",
+)
 @ARCHITECTURE(
     "--head-channels",
     type=click.IntRange(1),
