@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cmap_defense.cli import progress as module
@@ -23,6 +24,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def no_lines() -> None:
+    """Here there are lines."""
 
 
 @pytest.fixture
@@ -118,14 +124,18 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_write_lines_to_a_log(
+def test_commands_write_lines_to_a_log_and_compute_with_the_threads_that_are_given(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "EVERY", 0.0)  # all lines are due at once
     monkeypatch.chdir(tmp_path)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     Image.fromarray(np.zeros((28, 28), np.uint8)).save("image.png")
     np.savez("data.npz", images=np.arange(16 * 64, dtype=np.uint8).reshape(16, 8, 8, 1))
-    assert main([command, *COMMANDS[command]]) == 0
+    assert main([command, *COMMANDS[command], "--threads", "3"]) == 0
+    assert 3 in threads
+    assert threads[-1] == torch.get_num_threads(), "as before"
     said = capsys.readouterr().err
     assert any(" of " in line for line in said.splitlines()), said
     assert "\r" not in said
