@@ -148,12 +148,14 @@ def worst_by_luck(answers: Tensor, labels: Tensor, judgements: int, attacks: int
 
 def worst_attack(answers: Tensor, labels: Tensor) -> Tensor:
     """[B], the share of right answers under the worst attack on each image, of answers [M, J, B]: the attack is chosen
-    by J - 1 of them and counted on the other, each in its turn, so that luck in the choice is not counted."""
+    by J - 1 of them and counted on the other, each in its turn, so that luck in the choice is not counted. Or those
+    under one attack, where it leaves less."""
     right = (answers == labels).double()
     order = right.mean(dim=(1, 2)).argsort(stable=True)  # of equal ones, the strongest over all images
     right = right[order]
     others = right.sum(dim=1, keepdim=True) - right
-    return right.gather(0, others.argmin(dim=0)[None])[0].mean(dim=0)
+    by_image = right.gather(0, others.argmin(dim=0)[None])[0].mean(dim=0)
+    return min(by_image, right[0].mean(dim=0), key=lambda share: round(share.sum().item(), 9))
 
 
 def table(rows: list[dict]) -> str:

@@ -71,17 +71,22 @@ def example_facts(
         rows.append(_row(name, "pgd", 0.66 * place, images, len(seeds)))
     states = {title: False if title in failed else None if title in unseen else True for title in TITLES}
     checks = (
-        [Check(title, state, f"what was found {'there' if state else 'is this'}") for title, state in states.items()]
+        [
+            Check(title, state, f"what was found {'there' if state else 'is this'}", f"Do this about {number}.")
+            for number, (title, state) in enumerate(states.items())
+        ]
         if names
         else []
     )
-    refused = [f"{check.name}: {check.found}" for check in checks if check.passed is False]
+    refused = [check.reason for check in checks if check.passed is False]
     refused += [] if names else ["there was no attack"]
     worst = Accuracy(0.347 * images, images)
     chosen = {name: round(images * len(seeds) * 2.0 ** (place - len(names))) for place, name in enumerate(names)}
     headline = WorstCase(
         worst,
         _spread(seeds, 0.0068),
+        worst,
+        None,
         chosen,
         Accuracy(0.211 * images, images),
         Accuracy(0.8203 * images, images),

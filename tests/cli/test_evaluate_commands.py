@@ -202,3 +202,4 @@ def test_ranks_share_a_command(tmp_path: Path) -> None:
     assert (out["one"] / "results.jsonl").read_bytes() == (out["two"] / "results.jsonl").read_bytes()
     assert {path.name for path in (out["two"] / "timings").iterdir()} == {"rank-0.jsonl", "rank-1.jsonl"}
     assert texts["two"].count("No headline:") == 1
+    assert "Evaluate with checks: --sanity-images 16." in texts["two"]

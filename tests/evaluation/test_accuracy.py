@@ -48,3 +48,13 @@ def test_bad_arguments() -> None:
         wilson_interval(3, 2)
     with pytest.raises(CmapError):
         Accuracy.of(torch.zeros(3), torch.zeros(2))
+
+
+@given(shares=st.lists(st.integers(0, 20), min_size=1, max_size=40), seed=st.integers(0, 2**32))
+def test_equal_shares_in_any_order_have_the_same_accuracy(shares: list[int], seed: int) -> None:
+    """To the last digit: 0.5125 would be shown as 0.512 in one place and as 0.513 in another."""
+    values = torch.tensor(shares).double() / 20
+    shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
+    found = Accuracy.mean(values)
+    assert found == Accuracy.mean(shuffled)
+    assert found.correct == pytest.approx(sum(shares) / 20, abs=1e-9)

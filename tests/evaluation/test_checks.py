@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from attacked import Noisy, linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
+from cmap_defense.cli.evaluate import evaluate
 from cmap_defense.evaluation.checks import Check, checks_of, follows, gradient_table, sweeps_of
 from cmap_defense.evaluation.plan import Subject
 from cmap_defense.evaluation.summary import Runs
@@ -61,6 +63,9 @@ CHECKED = {
     "eps-4x": 0.1,
     "eps-any": 0.0,
 }
+PROBES = {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
+"""Of a probe that is none of the attacks."""
+
 COSINES = [[0.1, 0.2, 0.4], [0.2, 0.3, 0.5], [0.0, 0.1, 0.3]]
 
 
@@ -389,3 +394,46 @@ def test_without_the_tasks_of_the_checks_only_the_attacks_are_looked_at() -> Non
     assert [check.name for check in found] == ALL[:7]
     assert [check.passed for check in found] == [True] * 6 + [None]
     assert found[-1].found == "not looked at"
+
+
+# --- what to do -------------------------------------------------------------------------------------------------------
+
+
+def options_named(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+def assert_remedies(found: Mapping[str, Check], titles: list[str]) -> None:
+    """Each of these did not pass, and says what to do in options that there are."""
+    known = {option for parameter in evaluate.params for option in parameter.opts}
+    for title in titles:
+        check = found[title]
+        assert check.passed is not True
+        assert check.reason.endswith(f"{check.found}. {check.remedy}")
+        assert check.remedy.endswith(".")
+        assert options_named(check.remedy) or "PurifiedClassifier(" in check.remedy, title
+        assert options_named(check.remedy) <= known
+
+
+def test_each_check_says_what_to_do_about_it() -> None:
+    """All of those that can fail, and all of those that could not be made."""
+    probe = dataclasses.replace(PROBE, random_start=False)
+    attacked = {"control": 0.1, "transfer": 0.2, "pgd": runs(0.8, zero_gradient=True)}
+    worse = dict.fromkeys(CHECKED, 0.0) | {"eps-any": 1.0}
+    cosines = [[0.0, 0.0, 0.0], [0.1, -0.1, 0.1], [-0.1, 0.1, -0.1]]
+    attacks = ATTACKS | {"pgd": probe}
+    found = checks(model=wrapped(seed=5), attacks=attacks, attacked=attacked, checked=worse, cosines=cosines)
+    blind = checks(attacks={"transfer": ATTACKS["transfer"]}, attacked={"pgd": None}, checked={"probe": 0.2, **PROBES})
+    assert_remedies(found, [title for title in ALL if title != THROUGH])
+    assert_remedies(blind, [THROUGH, START, TRANSFER])
+    unseen = runs(0.2, zero_gradient=None)
+    nothing = checks(attacked={"pgd": unseen, **{n: runs(1.0, n, zero_gradient=None) for n in ("control", "transfer")}})
+    assert_remedies(nothing, [GRADIENTS])
+    assert_remedies(checks(cosines=[]), [DIRECTION])
+
+
+def test_the_remedies_are_made_for_the_attack() -> None:
+    found = checks(attacked={"transfer": 0.1, "pgd": 0.8})
+    assert "--steps 8 --eot 4" in found[TRANSFER].remedy
+    cosines = [[0.0, 0.0, 0.0], [0.1, -0.1, 0.1], [-0.1, 0.1, -0.1]]
+    assert "--eot 8" in checks(cosines=cosines)[DIRECTION].remedy

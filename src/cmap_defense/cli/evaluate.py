@@ -26,6 +26,7 @@ from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.evaluation import Progress as OnUnit
 from cmap_defense.evaluation.report import Report, build_report
 from cmap_defense.evaluation.report.files import load_facts, write_report
+from cmap_defense.evaluation.report.markdown import HEADLINE
 from cmap_defense.evaluation.store import Unit
 from cmap_defense.ranks import Ranks, ranks
 
@@ -122,7 +123,7 @@ def _show(found: Report, files: list[Path], lacking: str | None, *, as_json: boo
     print_table(rows)
     click.echo()
     if found.headline is not None:
-        click.echo(f"Worst attack on each image: {found.headline.accuracy} of the answers are right.")
+        click.echo(f"Headline: {found.headline.accuracy} {HEADLINE}")
     else:
         click.echo("No headline:")
         for reason in found.refused:

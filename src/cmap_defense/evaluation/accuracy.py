@@ -40,7 +40,7 @@ class Accuracy:
         """From [B], bool or shares in [0, 1]. Raises :class:`InputValueError` on another shape."""
         if right.ndim != 1:
             raise InputValueError(f"right must be [B], but is {list(right.shape)}.")
-        correct = right.double().sum().item()
+        correct = round(right.double().sum().item(), 9)  # equal shares in any order have the same sum
         return cls(int(correct) if correct == int(correct) else correct, len(right))
 
     @property

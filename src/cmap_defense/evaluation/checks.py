@@ -39,14 +39,26 @@ __all__ = ["Check", "Sweep", "checks_of", "gradient_table", "sweeps_of"]
 BENEFIT = 2.0
 """Standard errors."""
 
+WITH_BPDA = "--attacks standard, with --only bpda-eot where --only is given"
+
+NOT_MADE = "Evaluate with checks: --sanity-images 16."
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """name: what must hold. passed: whether it does; None where it could not be seen. found: what was measured."""
+    """name: what must hold. passed: whether it does; None where it could not be seen. found: what was measured.
+    remedy: what to do where it did not pass, a sentence with options of ``cmap-defense evaluate``."""
 
     name: str
     passed: bool | None
     found: str
+    remedy: str
+
+    @property
+    def reason(self) -> str:
+        """Why there is no headline where it did not pass, and what to do."""
+        unseen = "could not be seen, " if self.passed is None else ""
+        return f"{self.name}: {unseen}{self.found}. {self.remedy}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +97,7 @@ def checks_of(
             "a gradient attack goes through the defence itself",
             bool(followers),
             ", ".join(followers) if followers else "none among the attacks",
+            f"Add one, such as bpda-eot: {WITH_BPDA}.",
         ),
         _first_step(through),
         _gradients_there(attacked),
@@ -92,10 +105,10 @@ def checks_of(
     if isinstance(subject.model, PurifiedClassifier) or any(map(_foreign, subject.attacks.values())):
         found.append(_transfer(subject.attacks, attacked))
     if not checked:
-        return [*found, Check(FALLS["steps"], None, "not looked at")]
+        return [*found, Check(FALLS["steps"], None, "not looked at", NOT_MADE)]
     swept = {sweep: _points(points) for sweep, points in _swept(name, probe, image_shape, attacked, checked).items()}
-    falls = [_falls(sweep, points) for sweep, points in swept.items()]
-    return [*found, *falls, _any_image(checked["eps-any"]), _direction(gradients, probe.eot)]
+    falls = [_falls(sweep, points, probe) for sweep, points in swept.items()]
+    return [*found, *falls, _any_image(checked["eps-any"], probe), _direction(gradients, probe.eot)]
 
 
 def follows(attack: Attack, model: object) -> bool:
@@ -177,7 +190,8 @@ def gradient_table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
 def _fresh_noise(model: object) -> Check:
     seed = model.seed if isinstance(model, (PurifiedClassifier, SeededModel)) else None
     found = "no fixed seed" if seed is None else f"the model has the fixed seed {seed}"
-    return Check("the defence draws fresh noise for each answer", seed is None, found)
+    remedy = "Evaluate the model without a fixed seed: PurifiedClassifier(..., seed=None)."
+    return Check("the defence draws fresh noise for each answer", seed is None, found, remedy)
 
 
 def _clean(control: Runs) -> Check:
@@ -189,6 +203,8 @@ def _clean(control: Runs) -> Check:
         "clean images are answered better than by always naming one class",
         found.value > guess,
         f"{found}, against {guess:.3f} for the most frequent class",
+        "See whether the labels are numbered as the classifier's classes are, and whether --mean, --std and --resize "
+        "are what it was trained with.",
     )
 
 
@@ -198,6 +214,7 @@ def _first_step(through: Sequence[PGD]) -> Check:
         "one of them starts at random with a step of eps / 4 at least",
         bool(good),
         f"{len(good)} of {len(through)}",
+        f"Add a PGD with random_start=True and a step_size of eps / 4 or more, such as bpda-eot: {WITH_BPDA}.",
     )
 
 
@@ -209,7 +226,8 @@ def _gradients_there(attacked: Mapping[str, Runs]) -> Check:
     }
     wrong = {name: count for name, count in still.items() if count}
     found = ", ".join(f"{name}: {count}" for name, count in wrong.items()) or f"none in {len(still)} attacks"
-    return Check("no image's gradient is zero throughout an attack", not wrong if still else None, found)
+    remedy = f"Attack by another gradient, such as that of bpda-eot: {WITH_BPDA}; or by another loss, such as Margin()."
+    return Check("no image's gradient is zero throughout an attack", not wrong if still else None, found, remedy)
 
 
 def _foreign(attack: Attack) -> bool:
@@ -223,7 +241,8 @@ def _transfer(attacks: Mapping[str, Attack], attacked: Mapping[str, Runs]) -> Ch
     blind = {name: attacked[name] for name, attack in attacks.items() if _foreign(attack)}
     seeing = {name: attacked[name] for name in attacks if name not in blind}
     if not blind or not seeing:
-        return Check(title, None, "no attacks of both kinds")
+        remedy = "Evaluate one of each kind: --attacks standard without --only, or --only transfer --only bpda-eot."
+        return Check(title, None, "no attacks of both kinds", remedy)
     best = {
         kind: min(of.items(), key=lambda item: _share(item[1]).mean()) for kind, of in (("b", blind), ("s", seeing))
     }
@@ -233,6 +252,7 @@ def _transfer(attacks: Mapping[str, Attack], attacked: Mapping[str, Runs]) -> Ch
         title,
         gap.mean().item() <= BENEFIT * _error(gap),
         f"{seeing_name} {_share(seeing_runs).mean():.3f}, {blind_name} {_share(blind_runs).mean():.3f}",
+        f"Make the attacks that see the defence stronger: {_stronger(attacks[seeing_name])}.",
     )
 
 
@@ -240,7 +260,7 @@ FALLS = {"steps": "more steps do not help the defence", "eps": "a larger eps doe
 """What must hold along a sweep, by its name."""
 
 
-def _falls(sweep: str, points: Mapping[float, Tensor]) -> Check:
+def _falls(sweep: str, points: Mapping[float, Tensor], probe: PGD) -> Check:
     """Accuracy does not rise along a sweep: no point lies above the lowest before it, image by image, by more than luck
     would have it in as many comparisons (5 % for all of them)."""
     shares = list(points.values())
@@ -251,16 +271,27 @@ def _falls(sweep: str, points: Mapping[float, Tensor]) -> Check:
         rises |= gap.mean().item() > benefit * _error(gap)
         lowest = share if share.mean() < lowest.mean() else lowest
     shown = ", ".join(f"{value:g}: {share.mean():.3f}" for value, share in points.items())
-    return Check(FALLS[sweep], not rises, shown)
+    remedy = (
+        f"Make the attack follow its gradient better: {_stronger(probe)}; or compare more images: --sanity-images 64."
+    )
+    return Check(FALLS[sweep], not rises, shown, remedy)
 
 
-def _any_image(runs: Runs) -> Check:
+def _stronger(attack: Attack) -> str:
+    """Options for twice the steps, and twice the samples of a gradient, of an attack that has such."""
+    steps, eot = getattr(attack, "steps", None), getattr(attack, "eot", None)
+    given = [f"--{name} {2 * count}" for name, count in (("steps", steps), ("eot", eot)) if count]
+    return " ".join(given) or "raise --steps and --eot"
+
+
+def _any_image(runs: Runs, probe: PGD) -> Check:
     """With every image allowed nothing is left: an attack that leaves more does not find what is there."""
     votes = runs.vote_right()
     return Check(
         "with every image allowed, accuracy is 0",
         not bool(votes.any()),
         f"{int(votes.sum())} of {votes.numel()} images keep their vote",
+        f"Let the attack go further, and see whether its gradient is one of this model: {_stronger(probe)}.",
     )
 
 
@@ -269,10 +300,11 @@ def _direction(gradients: Sequence[Mapping[str, Any]], eot: int) -> Check:
     title = "averaged gradients have a direction"
     table = [row for row in gradient_table(gradients) if row["samples"] <= max(1, eot)]
     if not table:
-        return Check(title, None, "not looked at")
+        return Check(title, None, "not looked at", NOT_MADE)
     row = table[-1]
     shown = f"cosine {row['cosine']:.3f} +- {row['error']:.3f} between two averages of {row['samples']:.0f}"
-    return Check(title, row["cosine"] > BENEFIT * row["error"], shown)
+    remedy = f"Average more gradients: --eot {4 * max(1, eot)}; or look at more images: --sanity-images 64."
+    return Check(title, row["cosine"] > BENEFIT * row["error"], shown, remedy)
 
 
 def _share(runs: Runs, count: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cmap_defense.evaluation.report.markdown import COMPARING, accuracy, markdown, table
+from cmap_defense.evaluation.report.markdown import COMPARING, HEADLINE, accuracy, markdown, table
 from facts_example import TITLES, example_facts
 
 
@@ -26,8 +26,9 @@ def test_a_headline_says_how_it_was_counted() -> None:
     facts = example_facts()
     text = markdown(facts)
     found = facts["headline"]
-    assert f"**{accuracy(found['accuracy'])}** of the answers are right under the worst attack on each image" in text
-    assert f"counted on {facts['settings']['protocol']['repurifications']} others" in text
+    assert f"**{accuracy(found['accuracy'])}** {HEADLINE}" in text
+    assert f"on {facts['settings']['protocol']['repurifications']} others it is {accuracy(found['by_image'])};" in text
+    assert "no single attack leaves less." in text
     assert f"{found['spread']:.3f}" in text
     assert accuracy(found["lowest"]) in text
     assert f"luck would leave between {found['clean']['value']:.3f}, the vote on clean images" in text
@@ -39,8 +40,20 @@ def test_a_headline_says_how_it_was_counted() -> None:
     assert "No headline" not in text
 
 
-def test_without_a_headline_the_reasons_come_first() -> None:
+@pytest.mark.parametrize(
+    ("single", "said"), [("pgd", "pgd alone leaves less, "), ("control", "the clean images have less, ")]
+)
+def test_a_headline_of_one_attack_says_so(single: str, said: str) -> None:
+    facts = example_facts()
+    found = facts["headline"]
+    found |= {"single": single, "by_image": found["clean"]}
+    text = markdown(facts)
+    assert f"others it is {accuracy(found['clean'])}; {said}{accuracy(found['accuracy'])}, and that is the" in text
+
+
+def test_without_a_headline_the_reasons_and_remedies_come_first() -> None:
     facts = example_facts(failed=TITLES[-2:])
+    assert all(reason.endswith(f"Do this about {7 + n}.") for n, reason in enumerate(facts["refused"]))
     text = markdown(facts)
     first, rest = text.split("## Accuracy")
     assert "**No headline.**" in first

@@ -27,7 +27,7 @@ __all__ = ["Report", "build_report"]
 class Report:
     """What an evaluation found so far.
 
-    headline: the worst attack on each image; None where there is none, and refused then says why.
+    headline: accuracy under all attacks; None where there is none, and refused then says why, and what to do.
     rows: of the defended model and the baselines, clean images first. checks, sweeps, gradients: of the attacks.
     curves: by task of the defended model, how its purifications went: "iterations" and "accuracy", the share of right
     votes there in one purification; and the means of all others over all their iterations, by name as in
@@ -83,18 +83,17 @@ def build_report(evaluation: Evaluation) -> Report:
     checked = {run.attack: run for run in runs.values() if run.subject == CHECKS}
     rows = [row_of(run, runs.get(f"{run.subject}/{CONTROL}")) for name, run in runs.items() if run.subject != CHECKS]
     shape = tuple(evaluation.images.images.shape[1:])
-    refused = [f"{len(missing)} pieces are not done yet"] if missing else []
+    refused = [f"{len(missing)} pieces are not done yet. Give the same command again to go on."] if missing else []
     checks: list[Check] = []
     sweeps: list[Sweep] = []
     headline = None
     if not subject.attacks:
-        refused.append("there was no attack")
+        refused.append("there was no attack. Choose some: --attacks standard.")
     elif not missing:
         checks = checks_of(subject, shape, attacked, checked, gradients)
         if checked:
             sweeps = sweeps_of(*probe_of(subject), shape, attacked, checked)
-        refused += [f"{check.name}: {check.found}" for check in checks if check.passed is False]
-        refused += [f"{check.name}: could not be seen, {check.found}" for check in checks if check.passed is None]
+        refused += [check.reason for state in (False, None) for check in checks if check.passed is state]
         found = [attacked[name] for name in subject.attacks]
         headline = worst_case(found, attacked[CONTROL]) if not refused else None
     timings = store.timings()

@@ -53,4 +53,9 @@ def load_facts(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(facts, dict) or "rows" not in facts or "headline" not in facts:
         raise EvaluationError(f"{path} is no report of an evaluation.")
+    if facts["headline"] is not None and "by_image" not in facts["headline"]:
+        raise EvaluationError(
+            f"{path} was written by another version of this package. Give the command of its evaluation again: what is "
+            "done is not done again, and the report is written anew."
+        )
     return facts

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["markdown"]
+__all__ = ["HEADLINE", "accuracy", "headline_members", "markdown", "table"]
 
 Facts = Mapping[str, Any]
+
+HEADLINE = (
+    "of the predictions are right under all attacks: the accuracy under the worst attack on each image, or the lowest "
+    "re-purified accuracy of one attack where that is lower."
+)
+"""What the headline is, after its number."""
 
 
 def markdown(facts: Facts) -> str:
@@ -47,15 +53,27 @@ def _headline(facts: Facts) -> str:
     if found is None:
         return "**No headline.** " + "\n".join(["", *(f"- {reason}" for reason in facts["refused"])])
     worst = ", ".join(f"{name} {count}" for name, count in found["chosen"].items() if count)
-    answers = facts["settings"]["protocol"]["repurifications"]
     spread = " One run." if found["spread"] is None else f" Standard deviation over the runs: {found['spread']:.3f}."
     return (
-        f"**{accuracy(found['accuracy'])}** of the answers are right under the worst attack on each image, which is "
-        f"chosen by some answers and counted on {answers} others.{spread}\n\n"
+        f"**{accuracy(found['accuracy'])}** {HEADLINE}{spread}\n\n{headline_members(facts)}\n\n"
         f"The worst attack, number of images: {worst}. Counted in the usual way, as the share of images whose every "
         f"vote is right, it is {accuracy(found['lowest'])}. Of that, without any attack, luck would leave between "
         f"{found['clean']['value']:.3f}, the vote on clean images, and {found['lowest_by_luck']:.3f}, as many votes on "
         "them by unrelated noise."
+    )
+
+
+def headline_members(facts: Facts) -> str:
+    """The two accuracies of which the headline is the lower one."""
+    found, protocol = facts["headline"], facts["settings"]["protocol"]
+    if found["single"] is None:
+        lower = "no single attack leaves less"
+    else:
+        name = "the clean images have" if found["single"] == "control" else f"{found['single']} alone leaves"
+        lower = f"{name} less, {accuracy(found['accuracy'])}, and that is the headline"
+    return (
+        f"With the worst attack chosen for each image by {protocol['answers']} predictions and counted on "
+        f"{protocol['repurifications']} others it is {accuracy(found['by_image'])}; {lower}."
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.plan import CHECKS, DEFENDED, UNDEFENDED
 from cmap_defense.evaluation.report import plots, samples
-from cmap_defense.evaluation.report.markdown import COMPARING, accuracy
+from cmap_defense.evaluation.report.markdown import COMPARING, HEADLINE, accuracy, headline_members
 from cmap_defense.evaluation.store import Store
 from cmap_defense.evaluation.summary import MEASURES
 from cmap_defense.evaluation.tasks import CONTROL
@@ -130,12 +130,14 @@ def _headline(facts: Facts) -> dict[str, Any] | None:
             worst = min(others, key=_share)
             beside.append((_subject(subject), f"under {worst['attack']}", worst["repurified"]))
         elif subject == DEFENDED:
-            beside.append((_subject(subject), "worst attack on each image", found["accuracy"]))
+            beside.append((_subject(subject), "all attacks", found["accuracy"]))
     value = found["accuracy"]["value"]
     chosen = sorted(found["chosen"].items(), key=lambda item: -item[1])
     return {
         **found,
         "percent": f"{100 * float(f'{value:.3f}'):.1f}",  # of what the tables show, so that both are rounded alike
+        "what": HEADLINE,
+        "members": headline_members(facts),
         "beside": beside,
         "chosen": [(name, count) for name, count in chosen if count],
         "total": sum(found["chosen"].values()),
@@ -207,8 +209,8 @@ def _forest(facts: Facts, strongest: Sequence[str]) -> list[str]:
     if not groups:
         return []
     if facts["headline"] is not None:
-        worst = plots.Bar("all attacks together", facts["headline"]["accuracy"], None, "D")
-        groups.insert(0, plots.Bars("Worst attack on each image", [worst]))
+        worst = plots.Bar("all attacks", facts["headline"]["accuracy"], None, "D")
+        groups.insert(0, plots.Bars("Headline", [worst]))
     shown = [f"{group.title}: {bar.name} {accuracy(bar.answers)}" for group in groups for bar in group.bars]
     about = "Accuracy of re-purified answers with 95 % intervals. " + "; ".join(shown)
     votes, title = facts["settings"]["protocol"]["answers"], "Accuracy by attack"
