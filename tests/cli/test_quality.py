@@ -89,7 +89,7 @@ def test_as_text_with_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size == (8 * 57 + 1, 8 * 57 + 1)
     with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
-        assert picture.size[1] == 3 * (28 * 3 + 24) + 62
+        assert picture.size[1] == 3 * (28 * 3 + 24) + 62 + 18, "a title of two lines"
 
 
 def test_the_sheet_calls_classes_by_the_names_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

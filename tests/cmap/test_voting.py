@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.cmap.voting import count_votes, log_mean_probability, majority_label, vote_logits, vote_margin
+from cmap_defense.cmap.voting import (
+    count_votes,
+    log_mean_probability,
+    majority_label,
+    nearest_voter,
+    vote_logits,
+    vote_margin,
+)
 from toys import noise
 
 SEEDS = st.integers(0, 2**31)
@@ -339,3 +346,12 @@ def test_logits_are_not_changed(shape, seed: int):
     vote_logits(logits)
     majority_label(logits)
     assert torch.equal(logits, before)
+
+
+def test_the_nearest_of_those_that_agree_with_the_vote_is_shown():
+    """Version 0 is nearest but disagrees; of image 1 nobody agrees; image 2 has two that agree alike."""
+    images = torch.zeros(3, 1, 2, 3)
+    size = torch.tensor([[0.1, 0.5, 0.3], [0.3, 0.2, 0.4], [0.5, 0.2, 0.2]])
+    versions = size[:, :, None, None, None].expand(3, 3, 1, 2, 3)
+    logits = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 1, 1]])[:, :, None] == torch.arange(2)
+    assert nearest_voter(images, versions, logits.float(), torch.tensor([1, 1, 1])).tolist() == [2, 1, 1]

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 
 import click
-import torch
 from PIL import Image
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.figures import BLUE, ORANGE, Curve, chart_row, image_sheet
+from cmap_defense.cli.figures import BLUE, NEAREST, ORANGE, Curve, chart_row, image_sheet
 from cmap_defense.cli.output import print_json, print_table, using_threads
 from cmap_defense.cli.progress import Progress
+from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
-from cmap_defense.evaluation.demo import Demonstration, demonstrate
+from cmap_defense.evaluation.demo import Demonstration, demonstrate, over_margin
 
 __all__ = ["run_demo"]
 
@@ -90,12 +90,13 @@ def run_demo(
 
 
 def _sheet(shown: Demonstration, eps: float) -> Image.Image:
-    """Input, attacked, difference and purified image of the first few, each with what is made of it."""
-    rows = range(min(SHOWN, len(shown.clean)))
+    """Input, attacked, difference and purified image of a few, evenly over the vote's margin, each with what the
+    classifier makes of it."""
     result = shown.purified_attacked
     assert result.labels is not None
     assert result.logits is not None
-    voter = (result.logits.argmax(-1) == result.labels[:, None]).int().argmax(dim=1)
+    rows = over_margin(result, shown.labels, min(SHOWN, len(shown.clean)))
+    voter = nearest_voter(shown.attacked, result.images, result.logits, result.labels)
     captions = [
         [
             f"true: {CLASS_NAMES[shown.labels[r]]}",
@@ -106,12 +107,13 @@ def _sheet(shown: Demonstration, eps: float) -> Image.Image:
         for r in rows
     ]
     columns = {
-        "input": shown.clean,
-        "attacked": shown.attacked,
-        "difference x 10": (0.5 + 10 * (shown.attacked - shown.clean)).clamp(0, 1),
-        "purified": result.images[torch.arange(len(voter)), voter],
+        "input": shown.clean[rows],
+        "attacked": shown.attacked[rows],
+        "difference x 10": (0.5 + 10 * (shown.attacked - shown.clean)[rows]).clamp(0, 1),
+        "purified": result.images[rows, voter[rows]],
     }
-    return image_sheet(columns, captions, f"PGD at linf {eps:g} on the bare classifier; {NOTE}")
+    title = f"PGD at linf {eps:g} on the bare classifier; {NOTE}\n{NEAREST};\nimages spread evenly over the margin of the vote"
+    return image_sheet(columns, captions, title)
 
 
 def _moments(shown: Demonstration) -> Image.Image:

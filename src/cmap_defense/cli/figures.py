@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,19 +13,27 @@ from torch import Tensor
 
 from cmap_defense.data.files import to_pil
 
-__all__ = ["Curve", "chart_row", "image_sheet", "sample_sheet"]
+__all__ = ["NEAREST", "Curve", "chart_row", "image_sheet", "sample_sheet"]
 
 INK, GREY, PAPER, GRID = "#222222", "#777777", "#ffffff", "#e4e4e4"
 BLUE, ORANGE = "#1f6fb4", "#d9662b"
 
+NEAREST = "purified: of the K images the nearest that agrees with the vote"
+"""Which one is shown, for titles."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A line of a chart: its name, its values from iteration 0 on, its colour."""
+    """A line of a chart: its name, its values, its colour, and where they lie on the x axis; None: 0, 1, ..."""
 
     name: str
     values: Sequence[float]
     colour: str = BLUE
+    x: Sequence[float] | None = None
+
+    def points(self) -> list[tuple[float, float]]:
+        """(x, value) of each."""
+        return list(zip(range(len(self.values)) if self.x is None else self.x, self.values, strict=True))
 
 
 def image_sheet(
@@ -35,22 +44,24 @@ def image_sheet(
     Args:
         columns: heading -> images [R, C, H, W] in [0, 1], all of one shape.
         captions: R rows of one caption per column; empty for none.
-        title: above the table.
+        title: above the table; its lines are kept.
         scale: pixels of the sheet per pixel of an image.
     """
     height, width = next(iter(columns.values())).shape[-2:]
     font, small = _font(13), _font(11)
     cell_w, cell_h = max(width * scale, 84) + 12, height * scale + 24
     rows = len(captions)
-    longest = font.getlength(title)
-    sheet = Image.new("RGB", (max(cell_w * len(columns), int(longest)) + 24, cell_h * rows + 62), PAPER)
+    lines = title.split("\n")
+    longest, head = max(map(font.getlength, lines)), 18 * (len(lines) - 1)
+    sheet = Image.new("RGB", (max(cell_w * len(columns), int(longest)) + 24, cell_h * rows + 62 + head), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((12, 8), title, INK, font)
+    for number, line in enumerate(lines):
+        draw.text((12, 8 + 18 * number), line, INK, font)
     for c, (heading, images) in enumerate(columns.items()):
         left = 12 + c * cell_w
-        draw.text((left, 34), heading, INK, small)
+        draw.text((left, 34 + head), heading, INK, small)
         for r in range(rows):
-            top = 54 + r * cell_h
+            top = 54 + head + r * cell_h
             enlarged = F.interpolate(images[r : r + 1].float(), scale_factor=scale, mode="nearest")[0]
             sheet.paste(to_pil(enlarged), (left, top))
             draw.text((left, top + height * scale + 3), captions[r][c], GREY, small)
@@ -87,23 +98,25 @@ def _chart(
 ) -> Image.Image:
     picture = Image.new("RGB", (width, height), PAPER)
     draw, font, small = ImageDraw.Draw(picture), _font(13), _font(11)
-    left, right, top, bottom = 58, width - 16, 58, height - 44
     values = [v for curve in curves for v in curve.values] + ([] if target is None else [target])
     ticks = _ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
-    last = max(1, max(len(curve.values) for curve in curves) - 1)
+    names = _labels(ticks)
+    left, right = max(58, 14 + math.ceil(max(map(small.getlength, names)))), width - 16
+    top, bottom = 58, height - 44
+    last = max(1.0, *(x for curve in curves for x, _ in curve.points()))
+    places = [x for x in _ticks(0, last, least=1) if x <= last]
 
-    def at(n: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * n / last, bottom - (bottom - top) * (value - low) / (high - low)
+    def at(x: float, value: float) -> tuple[float, float]:
+        return left + (right - left) * x / last, bottom - (bottom - top) * (value - low) / (high - low)
 
     draw.text((left, 8), heading, INK, font)
-    for value in ticks:
+    for value, name in zip(ticks, names, strict=True):
         y = at(0, value)[1]
         draw.line([(left, y), (right, y)], GRID)
-        draw.text((left - 6, y), f"{value:g}", GREY, small, anchor="rm")
-    for n in sorted({0, last // 2, last}):
-        x = at(n, low)[0]
-        draw.text((x, bottom + 6), str(n), GREY, small, anchor="ma")
+        draw.text((left - 6, y), name, GREY, small, anchor="rm")
+    for place, name in zip(places, _labels(places), strict=True):
+        draw.text((at(place, low)[0], bottom + 6), name, GREY, small, anchor="ma")
     draw.text(((left + right) / 2, bottom + 22), x_label, GREY, small, anchor="ma")
     if target is not None:
         y = at(0, target)[1]
@@ -111,19 +124,43 @@ def _chart(
             draw.line([(x, y), (min(x + 4, right), y)], INK)
     x = float(left)
     for curve in curves:
-        draw.line([at(n, v) for n, v in enumerate(curve.values)], curve.colour, width=2)
+        points = [at(*point) for point in curve.points()]
+        draw.line(points, curve.colour, width=2)
+        if len(points) == 1:
+            (across, down) = points[0]
+            draw.ellipse([across - 3, down - 3, across + 3, down + 3], fill=curve.colour)
         draw.line([(x, 40), (x + 16, 40)], curve.colour, width=3)
         draw.text((x + 22, 33), curve.name, INK, small)
         x += 34 + small.getlength(curve.name)
     return picture
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose [low, high]."""
-    span = max(high - low, 1e-6)
-    step = next(s for e in range(-9, 12) for m in (1, 2, 5) for s in [m * 10.0**e] if span / s <= 6)
+def _ticks(low: float, high: float, *, least: float = 0.0) -> list[float]:
+    """Two to eight round numbers that enclose [low, high], ``least`` apart or more."""
+    span = max(high - low, 1e-9 * max(abs(low), abs(high)), 1e-12)
+    exponent = math.floor(math.log10(span / 6))
+    multiple, power = next(
+        (m, e) for e in itertools.count(exponent) for m in (1, 2, 5) if span <= 6 * m * 10.0**e and m * 10.0**e >= least
+    )
+
+    def tick(number: int) -> float:
+        return number * multiple * 10.0**power if power >= 0 else number * multiple / 10.0**-power
+
+    step = tick(1)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [tick(number) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Ticks as texts that differ from each other, with as many digits as that needs."""
+    largest = max(map(abs, ticks))
+    kind = "f" if largest == 0 or 1e-3 <= largest < 1e7 else "e"
+    step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    for digits in range(18):
+        labels = [f"{tick:.{digits}{kind}}" for tick in ticks]
+        if all(abs(float(label) - tick) < 0.01 * step for label, tick in zip(labels, ticks, strict=True)):
+            break
+    return labels
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -15,7 +15,7 @@ from PIL import Image
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
-from cmap_defense.cli.figures import image_sheet, sample_sheet
+from cmap_defense.cli.figures import NEAREST, image_sheet, sample_sheet
 from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.options import class_names_of, data_of, model_of, subset_of
 from cmap_defense.cli.output import (
@@ -171,7 +171,7 @@ def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
         for row in range(len(found.reconstructions.labels))
     ]
     columns = {kind.replace("_", ", "): images for kind, images in shown.items()}
-    title = f"{found.attack_name}, on the bare classifier {found.classifier}; first of the K purified images"
+    title = f"{found.attack_name}, on the bare classifier {found.classifier};\n{NEAREST}"
     return image_sheet(columns, captions, title, scale=max(1, SIDE // shown["input"].shape[-1]))
 
 

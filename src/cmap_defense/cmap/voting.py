@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["count_votes", "log_mean_probability", "majority_label", "vote_logits", "vote_margin"]
+__all__ = ["count_votes", "log_mean_probability", "majority_label", "nearest_voter", "vote_logits", "vote_margin"]
 
 LIFT = 1e-3
 """How far above the rest the majority label's logit is lifted where it is not on top."""
@@ -44,6 +44,21 @@ def majority_label(logits: Tensor) -> Tensor:
     probability = logits.detach().double().softmax(dim=-1).sort(dim=1).values.sum(dim=1)
     leading = votes == votes.max(dim=1, keepdim=True).values
     return torch.where(leading, probability, -1.0).argmax(dim=1)
+
+
+def nearest_voter(images: Tensor, versions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """[B] int64 in [0, K), the purified image to show of each: the nearest in L1 of those that agree with the vote.
+
+    Args:
+        images: [B, C, H, W], what was purified.
+        versions: [B, K, C, H, W], purified.
+        logits: [B, K, classes] of the purified images.
+        labels: [B], what the vote says. Where none of the K is classified so, which a soft vote allows, it is the
+            nearest of all.
+    """
+    distance = (versions - images[:, None]).abs().flatten(2).mean(dim=2)
+    agrees = logits.argmax(dim=-1) == labels[:, None]
+    return torch.where(agrees | ~agrees.any(dim=1, keepdim=True), distance, torch.inf).argmin(dim=1)
 
 
 def vote_margin(votes: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from cmap_defense.attacks import SeededModel
 from cmap_defense.attacks.access import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.optimise import LatentState
-from cmap_defense.cmap.voting import vote_logits
+from cmap_defense.cmap.voting import nearest_voter, vote_logits
 from cmap_defense.evaluation.protocol import answer_seeds
 from cmap_defense.inputs import check_logits
-from cmap_defense.results import History, PurificationResult
+from cmap_defense.results import History
 from cmap_defense.rng import isolated
 
 __all__ = ["Answers", "ask", "looked_at"]
@@ -29,7 +29,8 @@ class Answers:
     Of a purified classifier besides (None and empty for another model):
 
     one_latent: [A, B], the share of the K latents that are right by themselves: the accuracy without a vote.
-    purified: [B, C, H, W] uint8, of the first answer the first purified image that is taken for what the vote says.
+    purified: [B, C, H, W] uint8, of the first answer the purified image nearest in L1 of those that are classified as
+    the vote says (:func:`~cmap_defense.cmap.voting.nearest_voter`).
     loop: by name the terms and moments of :class:`~cmap_defense.results.History`, [iterations, B], means over the
     answers. on_the_way: [T, B] bool, whether the vote of the first answer is right at :func:`looked_at`'s iterations.
     """
@@ -84,10 +85,12 @@ def _ask_purified(
             seeds = answer_seeds(indices, number) if model.seed is None else None
             result = model.purify(images, seeds=seeds)
         assert result.logits is not None
-        if purified is None:
-            purified = _seen(result)
         shares.append((result.logits.argmax(dim=-1) == labels[:, None]).float().mean(dim=1))
         predicted.append(vote_logits(result.logits, lift=model.vote == "label").argmax(dim=1))
+        if purified is None:
+            voter = nearest_voter(images, result.images, result.logits, predicted[0])
+            shown = result.images[torch.arange(len(voter), device=voter.device), voter]
+            purified = (shown * 255).round().to(torch.uint8).cpu()
         for field in dataclasses.fields(History) if result.history is not None else ():
             values = getattr(result.history, field.name).double().cpu()
             sums[field.name] = sums.get(field.name, 0) + values / len(numbers)
@@ -99,15 +102,6 @@ def _ask_purified(
         {name: values.float() for name, values in sums.items()},
         torch.cat([way.right, found[:1] == labels.cpu()]),
     )
-
-
-def _seen(result: PurificationResult) -> Tensor:
-    """[B, C, H, W] uint8: the first of each image's purified ones that is taken for what the vote says."""
-    assert result.logits is not None
-    assert result.labels is not None
-    voter = (result.logits.argmax(dim=-1) == result.labels[:, None]).int().argmax(dim=1)
-    shown = result.images[torch.arange(len(voter), device=voter.device), voter]
-    return (shown * 255).round().to(torch.uint8).cpu()
 
 
 class _Way:

@@ -11,7 +11,7 @@ from torch import Tensor
 from attacked import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD
-from cmap_defense.cmap.voting import majority_label
+from cmap_defense.cmap.voting import majority_label, nearest_voter
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.evaluation.protocol import Subset
@@ -65,9 +65,13 @@ def test_against_the_plain_way() -> None:
         assert isinstance(said, Tensor)
         assert getattr(found.judged["own"], name) == Accuracy.of(said, images.labels)
     torch.testing.assert_close(found.shown["input"], images.images)
-    torch.testing.assert_close(found.shown["purified"], versions[:, 0])
+    for name, result in (("purified", clean), ("attacked_purified", recovered)):
+        assert result.logits is not None
+        assert result.labels is not None
+        before = images.images if name == "purified" else attacked
+        voter = nearest_voter(before, result.images, result.logits, result.labels)
+        torch.testing.assert_close(found.shown[name], result.images[torch.arange(len(voter)), voter])
     torch.testing.assert_close(found.shown["attacked"], attacked)
-    torch.testing.assert_close(found.shown["attacked_purified"], recovered.images[:, 0])
     assert torch.equal(found.labels, images.labels)
     assert [part.tolist() for part in found.answers.values()] == [
         part.tolist() for part in expected.values() if isinstance(part, Tensor)

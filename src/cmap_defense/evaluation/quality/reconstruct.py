@@ -11,7 +11,7 @@ from torch import Tensor
 from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.ssim import SSIMReference
-from cmap_defense.cmap.voting import vote_logits
+from cmap_defense.cmap.voting import nearest_voter, vote_logits
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.images import EvaluationImages
 from cmap_defense.modules import device_of
@@ -42,7 +42,8 @@ class Reconstructions:
     in [0, 1]. ssim: mean SSIM of the same pairs. images: how many clean ones.
 
     judged: by the classifiers' names. shown: by "input", "purified", "attacked" and "attacked_purified", the first
-    images [<= 8, C, H, W] in [0, 1] on the CPU, of the purified ones the first of the K; labels: [<= 8], the true ones;
+    images [<= 8, C, H, W] in [0, 1] on the CPU, of the K purified ones the nearest in L1 of those that are classified
+    as the vote says; labels: [<= 8], the true ones;
     answers: [<= 8] by the same names, what the first classifier says, to purified images by its vote.
     """
 
@@ -147,7 +148,8 @@ class _Work:
     def purified(
         self, model: PurifiedClassifier, images: Tensor, judges: list[PurifiedClassifier], *, near: bool
     ) -> _Purified:
-        """Purify by one model, let the classifiers of several vote. near: measure how near the images stay."""
+        """Purify by one model, let the classifiers of several vote, the first of which decides which purified images
+        are kept. near: measure how near the images stay."""
         seeds = derived_seeds(derived_seeds(self.images.positions, PURIFIED), self.seed)
         answers: list[list[Tensor]] = [[] for _ in judges]
         kept, l1, ssim = [], [], []
@@ -155,9 +157,16 @@ class _Work:
             for rows in self._rows():
                 part = images[rows].to(self._device)
                 versions = model.purify(part, seeds=seeds[rows] if model.seed is None else None).images
-                for judge, said in zip(judges, answers, strict=True):
-                    said.append(_vote(judge, versions).cpu())
-                kept.append(versions[: max(0, SHOWN - int(rows[0])), 0].cpu())
+                logits = [_logits(judge, versions) for judge in judges]
+                votes = [
+                    vote_logits(found, lift=judge.vote == "label").argmax(dim=1)
+                    for found, judge in zip(logits, judges, strict=True)
+                ]
+                for vote, said in zip(votes, answers, strict=True):
+                    said.append(vote.cpu())
+                voter = nearest_voter(part, versions, logits[0], votes[0])
+                nearest = versions[torch.arange(len(voter), device=voter.device), voter]
+                kept.append(nearest[: max(0, SHOWN - int(rows[0]))].cpu())
                 if near:
                     for found, distances in zip((l1, ssim), _nearness(part, versions), strict=True):
                         found.append(distances.double().cpu())
@@ -177,10 +186,9 @@ class _Work:
         return device_of(self.first) or torch.device("cpu")
 
 
-def _vote(model: PurifiedClassifier, versions: Tensor) -> Tensor:
-    """[B], what the classifier says to K versions of each image, [B, K, C, H, W], by the model's vote."""
-    logits = torch.stack([model.undefended(version) for version in versions.unbind(dim=1)], dim=1)
-    return vote_logits(logits, lift=model.vote == "label").argmax(dim=1)
+def _logits(model: PurifiedClassifier, versions: Tensor) -> Tensor:
+    """[B, K, classes], what the classifier says to K versions of each image, [B, K, C, H, W]."""
+    return torch.stack([model.undefended(version) for version in versions.unbind(dim=1)], dim=1)
 
 
 def _nearness(images: Tensor, versions: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def course(
     found = [value for line in lines for value in line.y] + ([] if prior is None else [prior])
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
         axes = _axes(figure, axis)
         if share:
@@ -214,7 +214,9 @@ def course(
             room = 0.08 * (max(found) - min(found)) or 0.5
             axes.set_ylim(min(found) - room, max(found) + room)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+            plain = ScalarFormatter(useOffset=False)  # as many digits as tell the ticks apart
+            plain.set_scientific(False)
+            axes.yaxis.set_major_formatter(plain)
         if prior is not None:
             axes.axhline(prior, color=colour_of("muted"), linewidth=1.2, zorder=0)
             axes.annotate(
