@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -22,8 +23,11 @@ from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.evaluation.protocol import Subset
+from cmap_defense.training.budget import Budget
+from cmap_defense.training.learner import Learner
 from cmap_defense.training.objectives import ECT, ECTSettings
 from cmap_defense.training.settings import TrainSettings
+from training.clock import Clock
 
 TINY = ["--channels", "8,8", "--blocks", "1", "--batch-size", "8", "--checkpoint-every", "16", "--precision", "float32"]
 
@@ -327,16 +331,20 @@ def test_labels_of_one_class_are_no_condition(tmp_path: Path, data: Path, capsys
 # --- a budget ---------------------------------------------------------------------------------------------------------
 
 
-def test_minutes_choose_a_length_that_is_kept(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Six seconds, by the machine's own clock; the command that is recorded says what they came to."""
+def test_minutes_choose_a_length_that_is_kept(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six seconds of a clock by which a step takes a quarter of one, and nothing else anything; the command that is
+    recorded says what they came to."""
+    clock = Clock()
+    monkeypatch.setattr(module, "Budget", functools.partial(Budget, clock=clock))
+    monkeypatch.setattr(Learner, "step", clock.taking(0.25, Learner.step))
     options = ["--data", data, "--minutes", 0.1, *TINY, "--checkpoint-every", 10**6, "--json", "-o", tmp_path / "run"]
     assert run(*options) == 0
     answer = json.loads(capsys.readouterr().out)
     planned = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert answer["images"] == planned["images"] > 0
-    while not answer["finished"]:  # a machine that was slower than when it was measured
-        assert run(*options) == 0
-        answer = json.loads(capsys.readouterr().out)
+    assert answer["finished"]
     assert answer["images_seen"] == planned["images"]
     assert f"--images {planned['images']} " in read_record(tmp_path / "run" / "backbone").training["command"]
 
@@ -381,18 +389,19 @@ def test_a_training_draws_its_loss_and_its_samples(tmp_path: Path, data: Path) -
 
 
 @pytest.mark.parametrize(
-    ("rows", "values", "label"),
+    ("rows", "places", "label"),
     [
-        ([(50_000, 3.0), (100_000, 1.0)], [3.0] * 51 + [1.0] * 50, "images seen, in units of 1,000"),
-        ([(3, 3.0), (4, 1.0)], [3.0] * 4 + [1.0], "images seen"),
-        ([(2500, 2.0), (2501, 4.0)], [2.0] * 251 + [4.0], "images seen, in units of 10"),
+        ([(50_000, 3.0), (100_000, 1.0)], [25, 75], "images seen, in units of 1,000"),
+        ([(3, 3.0), (4, 1.0)], [1.5, 3.5], "images seen"),
+        ([(2500, 2.0), (2501, 4.0)], [125, 250.05], "images seen, in units of 10"),
+        ([(8, 5.0)], [4], "images seen"),
     ],
 )
 def test_the_chart_shows_each_mean_over_the_images_that_it_is_of(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[tuple[int, float]],
-    values: list[float],
+    places: list[float],
     label: str,
 ) -> None:
     log = tmp_path / "log.jsonl"
@@ -401,5 +410,13 @@ def test_the_chart_shows_each_mean_over_the_images_that_it_is_of(
     monkeypatch.setattr(module, "chart_row", lambda charts, **options: shown.update(charts=charts, **options))
     loss_chart(log)
     ((curve,),) = shown["charts"].values()
-    assert list(curve.values) == values
+    assert curve.points() == [(place, loss) for place, (_, loss) in zip(places, rows, strict=True)]
     assert shown["x_label"] == label
+
+
+def test_a_short_training_has_a_curve_of_its_loss(tmp_path: Path, data: Path) -> None:
+    """Three steps and one checkpoint are three points, not one."""
+    assert run("--data", data, "--images", 24, *TINY, "--checkpoint-every", 10**6, "-o", tmp_path / "run") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [8, 16, 24]
+    assert len({row["loss"] for row in rows}) == 3

@@ -193,7 +193,7 @@ def test_a_spent_budget_stops_with_a_checkpoint_and_the_next_call_goes_on(straig
     assert checkpoints == [10, 12, 20, 24, 30]
     assert_same_result(outcome, straight["plain"][1])
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == checkpoints
+    assert [row["step"] for row in rows] == steps, "up to 20 lines a checkpoint"
 
 
 def test_even_a_budget_that_is_spent_makes_a_step(tmp_path: Path) -> None:
@@ -257,9 +257,8 @@ def test_the_network_alone_runs_in_the_precision(tmp_path: Path, precision: str,
 def test_the_log_holds_the_mean_losses_between_checkpoints(tmp_path: Path) -> None:
     _, losses = train_tiny(tmp_path, SETTINGS.replace(images=27 * 8))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["images"]) for row in rows] == [(10, 80), (20, 160), (27, 216)]
-    for row, part in zip(rows, (losses[:10], losses[10:20], losses[20:]), strict=True):
-        assert row["loss"] == pytest.approx(math.fsum(part) / len(part), rel=1e-12)
+    assert [(row["step"], row["images"]) for row in rows] == [(step, 8 * step) for step in range(1, 28)]
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-12)
 
 
 def test_hooks_see_every_step_and_every_checkpoint(tmp_path: Path) -> None:

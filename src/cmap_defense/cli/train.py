@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,11 @@ def _advance(progress: Progress, state: TrainState) -> None:
 
 
 def loss_chart(log: Path) -> Image.Image:
-    """The mean losses of a log over the images seen."""
+    """The mean losses of a log over the images seen, each in the middle of the images that it is of."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    last = rows[-1]["images"]
-    unit = next(10**e for e in range(18) if last < 1000 * 10**e)
-    values = [
-        next(row["loss"] for row in rows if row["images"] >= min(n * unit, last))
-        for n in range(math.ceil(last / unit) + 1)
-    ]
+    ends = [0, *(row["images"] for row in rows)]
+    unit = next(10**e for e in range(18) if ends[-1] < 1000 * 10**e)
+    middles = [(first + last) / 2 / unit for first, last in itertools.pairwise(ends)]
     label = "images seen" if unit == 1 else f"images seen, in units of {unit:,}"
-    return chart_row({"mean loss since the last checkpoint": [Curve("loss", values)]}, x_label=label, targets={})
+    curve = Curve("mean loss", [row["loss"] for row in rows], x=middles)
+    return chart_row({"loss of the training": [curve]}, x_label=label, targets={})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +16,15 @@ from cmap_defense.training.files import write_whole
 
 __all__ = ["LossLog"]
 
+LINES = 20
+"""Of a checkpoint, at most."""
+
 READ_EVERY = 50
 """Steps between two readings from a device that works ahead of the program."""
 
 
 class LossLog:
-    """One line per checkpoint: step, images, mean loss since the last one.
+    """Lines of step, images seen until then, and the mean loss since the line before: up to 20 per checkpoint.
 
     path: of the file. device: of the losses. newest: the newest loss that is known. It is that of the last step on the
     CPU; a CUDA device would have to be waited for, so there it is read every 50 steps, and at checkpoints.
@@ -42,16 +47,23 @@ class LossLog:
         if len(self._unread) >= self.every or math.isnan(self.newest):
             self._read()
 
-    def mean(self) -> float:
-        """Of the losses since the last call. Raises as :meth:`add`."""
+    def means(self, step: int) -> list[tuple[int, float]]:
+        """Of the losses since the last call, up to ``step``: in stretches of about as many steps, the last step and the
+        mean of each. Raises as :meth:`add`."""
         self._read()
         since, self._since = self._since, []
-        return math.fsum(since) / len(since)
+        begun, parts = step - len(since), min(LINES, len(since))
+        ends = [len(since) * part // parts for part in range(parts + 1)]
+        return [
+            (begun + last, math.fsum(since[first:last]) / (last - first)) for first, last in itertools.pairwise(ends)
+        ]
 
-    def write(self, step: int, images: int, loss: float) -> None:
-        """Append one line, dropping lines of the same or later steps that a killed run left behind."""
+    def write(self, begun: int, means: Sequence[tuple[int, float]], batch_size: int) -> None:
+        """Append a line for each of these stretches, dropping lines of steps after ``begun``, where the first of them
+        began, that a killed run left behind."""
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        rows = [old for old in rows if old["step"] < step] + [{"step": step, "images": images, "loss": loss}]
+        rows = [old for old in rows if old["step"] <= begun]
+        rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> None:

@@ -92,7 +92,7 @@ def train(
         images: uint8 [N, C, H, W], the training set, on the CPU.
         objective: losses per image.
         settings: of the loop.
-        folder: receives checkpoints and ``log.jsonl`` (one line per checkpoint: step, mean loss since the last).
+        folder: receives checkpoints and ``log.jsonl`` (up to 20 lines per checkpoint: step, mean loss since the last).
         described: further settings by part name, as JSON; a checkpoint made with others is refused.
         labels: int64 [N], for a class-conditional model.
         budget: when it is spent, the training stops after the step, with a checkpoint, and can be continued.
@@ -122,7 +122,7 @@ def train(
             step = checkpoint.step
             learner.load(checkpoint.tensors)
         log = LossLog(folder / LOG_FILE, learner.device)
-        late = False
+        logged, late = step, False
         while step < settings.steps and not late:
             loss = learner.step(step)
             step += 1
@@ -131,8 +131,9 @@ def train(
                 on_step(TrainState(step, settings.steps, log.newest))
             late = budget is not None and team.shared(budget.left <= 0)
             if step % settings.checkpoint_steps == 0 or step == settings.steps or late:
-                mean, state = log.mean(), Checkpoint(step, described, learner.tensors())
-                team.by_first(functools.partial(log.write, step, step * settings.batch_size, mean))
+                means, state = log.means(step), Checkpoint(step, described, learner.tensors())
+                team.by_first(functools.partial(log.write, logged, means, settings.batch_size))
+                logged = step
                 team.by_first(functools.partial(save_checkpoint, folder, state, part_mb=execution.part_mb))
                 if on_checkpoint is not None:
                     team.by_first(functools.partial(_shown, learner, on_checkpoint, step))
