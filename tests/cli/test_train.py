@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cmap_defense import load_backbone
+from cmap_defense import PurifiedClassifier, load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
 from cmap_defense.cli import train_data
 from cmap_defense.cli.main import main
+from cmap_defense.cli.quality import quality
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.evaluation.protocol import Subset
@@ -420,3 +422,58 @@ def test_a_short_training_has_a_curve_of_its_loss(tmp_path: Path, data: Path) ->
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["images"] for row in rows] == [8, 16, 24]
     assert len({row["loss"] for row in rows}) == 3
+
+
+# --- what comes next --------------------------------------------------------------------------------------------------
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The command lines that a training ends with, in words."""
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("  cmap-defense ")]
+
+
+def test_a_training_ends_with_its_loss_its_time_and_the_next_command(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command is one that there is, with the folder of this training."""
+    out = tmp_path / "a run"
+    given = ["--data", data, "--images", 16, *TINY, "-o", out]
+    assert run(*given) == 0
+    text = capsys.readouterr().out
+    loss = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["loss"]
+    assert re.search(rf"^Mean loss of the last steps {loss:.4g}; 16 images seen; this call took \d+ s\.$", text, re.M)
+    (words,) = commands_of(text)
+    parsed = quality.make_context("quality", words[2:]).params
+    assert (words[:2], parsed["backbone"]) == (["cmap-defense", "quality"], str(out / "backbone"))
+    assert (parsed["data"], parsed["out"]) == (str(data), out / "quality")
+    (line,) = [line for line in text.splitlines() if "PurifiedClassifier(" in line]
+    made = eval(line, {"PurifiedClassifier": PurifiedClassifier, "my_classifier": torch.nn.Flatten()})
+    assert made.image_shape == (3, 8, 12)
+    assert run(*given, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["loss"], answer["next"]) == (loss, [shlex.join(words), line.strip()])
+    assert answer["seconds"] > 0
+
+
+def test_a_training_that_is_not_done_names_no_next_command(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--data", data, "--images", 24, *TINY, "--minutes", 1e-9, "-o", tmp_path / "run") == 0
+    text = capsys.readouterr().out
+    assert commands_of(text) == []
+    assert "the same command continues" in text
+
+
+def test_what_comes_after_a_denoiser_is_its_distillation(tmp_path: Path) -> None:
+    options = {"data": "cifar10", "size": None, "objective": "edm"}
+    (line,) = module.next_commands(tmp_path / "run", options)
+    parsed = module.train.make_context("train", shlex.split(line)[2:]).params
+    assert (parsed["objective"], parsed["teacher"]) == ("cd", str(tmp_path / "run" / "backbone"))
+    assert parsed["out"] == tmp_path / "run-distilled"
+
+
+def test_the_embedded_classifier_is_for_fashion_mnist(tmp_path: Path) -> None:
+    for data, classifier in (("fashion-mnist", "embedded"), ("images/", "my_models.py:classifier")):
+        options = {"data": data, "size": 28, "objective": "ect"}
+        parsed = quality.make_context("quality", shlex.split(module.next_commands(tmp_path, options)[0])[2:]).params
+        assert (parsed["classifier"], parsed["data"], parsed["size"]) == (classifier, data, 28)

@@ -112,7 +112,9 @@ def _sheet(shown: Demonstration, eps: float) -> Image.Image:
         "difference x 10": (0.5 + 10 * (shown.attacked - shown.clean)[rows]).clamp(0, 1),
         "purified": result.images[rows, voter[rows]],
     }
-    title = f"PGD at linf {eps:g} on the bare classifier; {NOTE}\n{NEAREST};\nimages spread evenly over the margin of the vote"
+    title = (
+        f"PGD at linf {eps:g} on the bare classifier; {NOTE}\n{NEAREST};\nimages spread evenly over the vote's margin"
+    )
     return image_sheet(columns, captions, title)
 
 

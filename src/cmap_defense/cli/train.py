@@ -6,6 +6,8 @@ import contextlib
 import functools
 import itertools
 import json
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
-from cmap_defense.cli.output import checked_device, print_json, using_threads
+from cmap_defense.cli.output import checked_device, duration, print_json, using_threads
 from cmap_defense.cli.progress import Progress
 from cmap_defense.cli.train_data import classes_of, training_set
 from cmap_defense.cli.train_options import (
@@ -52,6 +54,7 @@ PAPERS = {
 
 def run_train(context: click.Context, out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     """Carry out the command."""
+    begun = time.perf_counter()
     budget = None if options["minutes"] is None else Budget(options["minutes"])
     with using_threads(options["threads"]), ranks() as team:
         done = _trained(context, team, budget, out, options)
@@ -59,8 +62,11 @@ def run_train(context: click.Context, out: Path, options: dict[str, Any], *, as_
             return
     seen = min(done.images_seen, done.settings.images)
     files = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png"), "loss": str(out / "loss.png")}
+    loss, seconds = _losses(out / LOG_FILE)[-1]["loss"], time.perf_counter() - begun
+    following = next_commands(out, options) if done.finished else []
     if as_json:
-        print_json(files | {"images": done.settings.images, "images_seen": seen, "finished": done.finished})
+        counted = {"images": done.settings.images, "images_seen": seen, "finished": done.finished}
+        print_json(files | counted | {"loss": loss, "seconds": seconds, "next": following})
         return
     if seen < done.settings.warmup_images:
         click.echo(
@@ -70,7 +76,26 @@ def run_train(context: click.Context, out: Path, options: dict[str, Any], *, as_
         )
     if not done.finished:
         click.echo(f"Stopped after {seen} of {done.settings.images} images: the same command continues.")
+    took = f"{seconds:.0f} s" if seconds < 120 else duration(seconds)
+    click.echo(f"Mean loss of the last steps {loss:.4g}; {seen:,} images seen; this call took {took}.")
     click.echo(f"Backbone: {files['backbone']}\nSamples: {files['samples']}\nLoss: {files['loss']}")
+    if following:
+        click.echo("Next, with your own classifier where it is not the embedded one:")
+        click.echo("\n".join(f"  {line}" for line in following))
+
+
+def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
+    """What to do with the backbone of a finished training: command lines and a line of Python, each for itself."""
+    backbone, data = str(out / "backbone"), ["--data", options["data"]]
+    if options["size"] is not None:
+        data += ["--size", str(options["size"])]
+    if OBJECTIVES[options["objective"]][0].kind == "diffusion":
+        distil = ["train", *data, "--objective", "cd", "--teacher", backbone, "--out", f"{out}-distilled"]
+        return [shlex.join(["cmap-defense", *distil])]
+    embedded = options["data"] == "fashion-mnist"
+    named = ["--backbone", backbone, "--classifier", "embedded" if embedded else "my_models.py:classifier"]
+    quality = ["cmap-defense", "quality", *named, *data, "--out", str(out / "quality")]
+    return [shlex.join(quality), f"PurifiedClassifier(my_classifier, backbone={backbone!r})"]
 
 
 def _trained(
@@ -151,10 +176,15 @@ def _advance(progress: Progress, state: TrainState) -> None:
 
 def loss_chart(log: Path) -> Image.Image:
     """The mean losses of a log over the images seen, each in the middle of the images that it is of."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows = _losses(log)
     ends = [0, *(row["images"] for row in rows)]
     unit = next(10**e for e in range(18) if ends[-1] < 1000 * 10**e)
     middles = [(first + last) / 2 / unit for first, last in itertools.pairwise(ends)]
     label = "images seen" if unit == 1 else f"images seen, in units of {unit:,}"
     curve = Curve("mean loss", [row["loss"] for row in rows], x=middles)
     return chart_row({"loss of the training": [curve]}, x_label=label, targets={})
+
+
+def _losses(log: Path) -> list[dict[str, Any]]:
+    """The lines of a training's log."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]

@@ -56,7 +56,7 @@ def test_sets_of_one_size_that_share_no_image() -> None:
     assert found.frechet is not None
     assert (found.frechet.images, found.frechet.layer.module, found.frechet.layer.numbers) == (20, "3", NUMBERS)
     first, second = features_of(model, data[0][work.real]).split(20)
-    made = sample_images(model, torch.arange(64), seed=5)
+    made = sample_images(model, torch.arange(20), seed=5)
     assert found.frechet.samples == pytest.approx(frechet_distance(features_of(model, made[:20]), first), rel=1e-4)
     assert found.frechet.halves == pytest.approx(frechet_distance(second, first), rel=1e-4)
     torch.testing.assert_close(found.shown, made)
@@ -70,6 +70,14 @@ def test_with_fewer_real_images_both_sets_shrink() -> None:
     assert found.frechet is not None
     assert found.frechet.images == 10
     assert work.generated == len(found.shown) == 64
+
+
+@pytest.mark.parametrize("samples", [16, 63, 64, 65])
+def test_no_more_samples_are_made_than_were_asked_for(samples: int) -> None:
+    """Not for the picture either."""
+    work = compared(wrapped(classifier=classifier()), real(21), samples=samples, group=32)
+    assert work.generated == min(64, samples)
+    assert len(work.run(lambda name: None).shown) == min(64, samples)
 
 
 def test_groups_and_the_kind_of_data_change_nothing() -> None:
@@ -114,7 +122,7 @@ def test_images_of_another_size_than_the_backbones() -> None:
     model, data = wrapped(classifier=pooled, resize="bilinear"), (uniform(30, 3, 10, 9, seed=1), torch.zeros(30).long())
     found = compared(model, data).run(lambda name: None)
     assert found.frechet is not None
-    assert found.shown.shape == (64, 3, 10, 9)
+    assert found.shown.shape == (20, 3, 10, 9)
     with pytest.raises(InputValueError, match="8 x 6 images"):
         compared(wrapped(classifier=pooled), data)
 
@@ -132,7 +140,7 @@ def test_where_there_is_no_distance_the_samples_are_there(model: PurifiedClassif
     found = work.run(lambda name: None)
     assert found.frechet is None
     assert re.search(reason, str(found.frechet_reason))
-    assert len(found.shown) == 64
+    assert len(found.shown) == 20
     assert found.fid is None
     assert "cmap-defense[quality]" in str(found.fid_reason)
 
@@ -162,7 +170,7 @@ def test_fid_is_between_all_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_are_announced() -> None:
-    for model, steps in ((wrapped(classifier=classifier()), 10 + 6), (wrapped(), 10)):
+    for model, steps in ((wrapped(classifier=classifier()), 3 + 6), (wrapped(), 3)):
         work, said = compared(model, real(40)), []
         work.run(said.append)
         assert said.count("") == work.steps == steps

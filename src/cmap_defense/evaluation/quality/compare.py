@@ -26,7 +26,7 @@ from cmap_defense.rng import derived_seeds
 __all__ = ["SHOWN", "Frechet", "InceptionDistance", "SampleComparison", "SampleFigures"]
 
 SHOWN = 64
-"""Samples that are kept for a picture."""
+"""Samples that are kept for a picture, at most."""
 
 REAL = 0x4EA1
 """Sets the draw of the real images apart from other draws of the same seed."""
@@ -58,8 +58,8 @@ class InceptionDistance:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleFigures:
-    """frechet, fid: None where they could not be had, and then the reason says why. shown: [64, C, H, W] in [0, 1], the
-    first samples, on the CPU."""
+    """frechet, fid: None where they could not be had, and then the reason says why. shown: [<= 64, C, H, W] in [0, 1],
+    the first samples, on the CPU."""
 
     frechet: Frechet | None
     frechet_reason: str | None
@@ -130,7 +130,7 @@ class SampleComparison:
     def generated(self) -> int:
         """How many samples are needed."""
         half = len(self.real) // 2
-        return max(SHOWN, half if self.layer else 0, self.samples if self.inception else 0)
+        return max(min(SHOWN, self.samples), half if self.layer else 0, self.samples if self.inception else 0)
 
     @property
     def steps(self) -> int:
