@@ -39,6 +39,7 @@ FLOORS = {
     "ranks": 0,
     "locks": 0,
     "paths": 0,
+    "differences": 0,
 }
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attacked import QUICK, Denoiser, Linear, linear, suite, wrapped
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.differences import differences
 from cmap_defense.evaluation.describe import (
+    attack_settings,
     checksum,
     describe_attack,
     describe_model,
     describe_software,
-    differences,
 )
 from cmap_defense.gradients import Unrolled
 from toys import ToyBackbone
@@ -88,24 +87,24 @@ def moved(module: nn.Module, name: str) -> nn.Module:
 
 
 CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
-    "K": (lambda: wrapped(settings=QUICK.replace(n_latents=3)), "settings.n_latents: 2 there, 3 here"),
+    "K": (lambda: wrapped(settings=QUICK.replace(n_latents=3)), "n_latents: 2 before, 3 now"),
     "learning rate": (
         lambda: wrapped(settings=QUICK.replace(learning_rate=0.2)),
-        "settings.learning_rate: 0.1 there, 0.2 here",
+        "learning_rate: 0.1 before, 0.2 now",
     ),
-    "vote": (lambda: wrapped(vote="soft"), "vote: 'label' there, 'soft' here"),
-    "seed": (lambda: wrapped(seed=0), "seed: None there, 0 here"),
-    "gradient": (lambda: wrapped(gradient=Unrolled(last=2)), "gradient: 'StraightThrough()' there, 'Unrolled(last=2,"),
-    "class labels": (lambda: wrapped(class_labels="spread"), "class_labels: 'predicted' there, 'spread' here"),
-    "resize": (lambda: wrapped(resize="area"), "resize: None there, 'area' here"),
-    "normalize": (lambda: wrapped(normalize=(0.5, 0.25)), "normalize: None there, [[0.5"),
-    "max_parallel": (lambda: wrapped(max_parallel=4), "max_parallel: None there, 4 here"),
+    "vote": (lambda: wrapped(vote="soft"), "vote: label before, soft now"),
+    "seed": (lambda: wrapped(seed=0), "seed: None before, 0 now"),
+    "gradient": (lambda: wrapped(gradient=Unrolled(last=2)), "gradient: StraightThrough() before, Unrolled(last=2,"),
+    "class labels": (lambda: wrapped(class_labels="spread"), "class_labels: predicted before, spread now"),
+    "resize": (lambda: wrapped(resize="area"), "resize: None before, area now"),
+    "normalize": (lambda: wrapped(normalize=(0.5, 0.25)), "normalize: None before, [[0.5"),
+    "max_parallel": (lambda: wrapped(max_parallel=4), "max_parallel: None before, 4 now"),
     "backbone's weights": (lambda: wrapped(backbone=Denoiser(seed=1)), "backbone.weights: "),
     "one of them": (lambda: wrapped(backbone=moved(Denoiser(), "bias")), "backbone.weights: "),
     "classifier's weights": (lambda: wrapped(classifier=Linear(1.1)), "classifier.weights: "),
     "one of those": (lambda: wrapped(classifier=moved(Linear(), "weight")), "classifier.weights: "),
-    "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: 'torch.float32' there, "),
-    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: 'attacked.Linear' there, "),
+    "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: torch.float32 before, "),
+    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attacked.Linear before, "),
 }
 
 
@@ -198,6 +197,17 @@ def test_an_attack_is_described_in_full() -> None:
     assert "l1_smoothing=0.3" in describe_attack(PGD(ThreatModel(), gradient=Unrolled(l1_smoothing=0.3)))
 
 
+def test_the_settings_of_an_attack_are_those_by_which_it_differs() -> None:
+    """JSON, and as different as the texts are."""
+    attacks = [attack for eps in (0.1, 0.2) for attack in suite(ThreatModel(eps=eps)).values()]
+    attacks += [Transfer(PGD(ThreatModel()), source=Linear(scale)) for scale in (1.0, 2.0)]
+    attacks += [Transfer(PGD(ThreatModel()), source=a_source), PGD(ThreatModel(), loss=Margin())]
+    found = [json.dumps(attack_settings(attack), allow_nan=False) for attack in attacks]
+    assert len(set(found)) == len(found)
+    before, now = (attack_settings(PGD(ThreatModel(eps=size / 255), steps=3)) for size in (8, 4))
+    assert differences(before, now) == ["eps: 8/255 before, 4/255 now"]
+
+
 def test_addresses_in_memory_are_left_out() -> None:
     attack = Transfer(PGD(ThreatModel()), source=a_source)
     assert " at 0x" in repr(attack)
@@ -217,55 +227,3 @@ def test_the_software_is_named() -> None:
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert json.loads(json.dumps(found)) == found
-
-
-# --- differences ------------------------------------------------------------------------------------------------------
-
-LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-1, 1) | st.text("ab.", max_size=2)
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab.", max_size=2), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(value=VALUES)
-def test_nothing_differs_from_itself(value: Any) -> None:
-    assert differences(value, copy.deepcopy(value)) == []
-
-
-@given(before=VALUES, now=VALUES)
-def test_there_are_differences_where_values_differ_and_only_there(before: Any, now: Any) -> None:
-    assert (differences(before, now) == []) == (before == now)
-    assert len(differences(now, before)) == len(differences(before, now))
-
-
-def test_every_change_has_its_place_and_both_values() -> None:
-    before = {"a": {"b": 1, "c": [1, 2], "gone": None}, "d": "x", "same": {"e": 0}}
-    now = {"a": {"b": 2, "c": [1, 3], "new": {"f": 1}}, "d": {"g": 1}, "same": {"e": 0}}
-    assert differences(before, now) == [
-        "a.b: 1 there, 2 here",
-        "a.c: [1, 2] there, [1, 3] here",
-        "a.gone: None there, nothing here",
-        "a.new: nothing there, {'f': 1} here",
-        "d: 'x' there, {'g': 1} here",
-    ]
-
-
-LONG = st.text("ab'", max_size=3).map(lambda text: 40 * text) | st.text("ab'\\", max_size=300)
-
-
-@given(parts=st.tuples(LONG, LONG, LONG, LONG))
-def test_long_texts_are_cut_down_to_where_they_differ(parts: tuple[str, str, str, str]) -> None:
-    """What is shown of them differs, and is not long where the difference is not."""
-    begin, one, other, end = parts
-    before, now = begin + one + end, begin + other + end
-    found = differences({"a": before}, {"a": now})
-    if before == now:
-        assert found == []
-        return
-    there, here = found[0].removeprefix("a: ").removesuffix(" here").split(" there, ")
-    assert there != here
-    for shown, whole, own in ((there, before, one), (here, now, other)):
-        assert shown.removeprefix("...").removesuffix("...") in repr(whole)
-        assert len(shown) <= max(2 * len(own) + 150, 200)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cmap_defense.errors import EvaluationError
-from cmap_defense.evaluation.store import Store, Unit, write_text
+from cmap_defense.evaluation.store import FORMAT, Store, Unit, write_text
 
 UNIT = Unit("defended/pgd", 7, 12)
 LINES = [{"image": 3, "answers": [1, 0]}, {"image": 4, "answers": []}]
@@ -201,7 +201,7 @@ def test_settings_are_noted_once_and_compared_afterwards(tmp_path: Path) -> None
     store = Store(tmp_path)
     assert store.settings() is None
     store.begin(SETTINGS)
-    assert store.settings() == {"format": 1, **SETTINGS}
+    assert store.settings() == {"format": FORMAT, **SETTINGS}
     noted = (tmp_path / "settings.json").read_bytes()
     store.begin({"models": {"defended": {"seed": None}}, "protocol": {"seeds": (0, 1), "answers": 10}})
     assert (tmp_path / "settings.json").read_bytes() == noted
@@ -215,10 +215,10 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path)
         store.begin({"protocol": {"answers": 20, "seeds": [0]}, "models": {"defended": {}}, "new": 1})
     assert str(caught.value) == (
         f"{tmp_path} holds results of another evaluation:\n"
-        "  models.defended.seed: None there, nothing here\n"
-        "  new: nothing there, 1 here\n"
-        "  protocol.answers: 10 there, 20 here\n"
-        "  protocol.seeds: [0, 1] there, [0] here\n"
+        "  seed: None before, not given now\n"
+        "  new: not given before, 1 now\n"
+        "  answers: 10 before, 20 now\n"
+        "  seeds: [0, 1] before, [0] now\n"
         "Give the same settings to go on with it, or another folder."
     )
     assert (tmp_path / "settings.json").read_bytes() == noted
@@ -230,8 +230,8 @@ def test_of_many_differences_the_first_are_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError) as caught:
         store.begin({"tasks": {f"t{n:02}": -1 for n in range(15)}})
     lines = str(caught.value).splitlines()
-    assert lines[1] == "  tasks.t00: 0 there, -1 here"
-    assert lines[12] == "  tasks.t11: 11 there, -1 here"
+    assert lines[1] == "  t00: 0 before, -1 now"
+    assert lines[12] == "  t11: 11 before, -1 now"
     assert lines[13] == "  and 3 more"
     assert len(lines) == 15
 
@@ -245,7 +245,7 @@ def test_damaged_settings_are_an_error_that_names_the_file(tmp_path: Path, conte
         Store(tmp_path).begin(SETTINGS)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"format": 2}', "null"])
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"format": 1}', "null"])
 def test_settings_of_another_version_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(EvaluationError, match="was written by another version of this package"):

@@ -487,6 +487,6 @@ def test_a_gradient_that_is_no_number_stops_a_training_too(tmp_path: Path) -> No
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     train_tiny(tmp_path, SETTINGS.replace(images=80))
     before = files(tmp_path)
-    with pytest.raises(CheckpointError, match=r"train\.batch_size: 8 there, 4 here"):
+    with pytest.raises(CheckpointError, match=r"batch_size: 8 before, 4 now"):
         train_tiny(tmp_path, SETTINGS.replace(images=80, batch_size=4))
     assert files(tmp_path) == before

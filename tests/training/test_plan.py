@@ -187,7 +187,7 @@ def test_a_training_is_the_same_with_a_plan_and_without(tmp_path: Path, clock: C
 
 def test_a_plan_of_other_settings_is_refused(tmp_path: Path, clock: Clock) -> None:
     chosen(tmp_path, 4.0, clock)
-    with pytest.raises(CheckpointError, match=r"data\.images: 50 there, 51 here"):
+    with pytest.raises(CheckpointError, match=r"data\.images: 50 before, 51 now"):
         chosen(tmp_path, 1.0, clock, {"data": {"images": 51}})
 
 

@@ -269,10 +269,10 @@ def test_dropout_alone_may_differ() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("compact", {"channels": [8, 12]}, r"channels: \[8, 8\] there, \[8, 12\] here"),
-        ("compact", {"head_channels": 8}, "head_channels: 4 there, 8 here"),
-        ("ncsnpp", {}, "network: 'CompactUNet' there, 'NCSNpp' here"),
-        ("imagenet64", {}, "network: 'CompactUNet' there, 'DiffusersUNet' here"),
+        ("compact", {"channels": [8, 12]}, r"channels: \[8, 8\] before, \[8, 12\] now"),
+        ("compact", {"head_channels": 8}, "head_channels: 4 before, 8 now"),
+        ("ncsnpp", {}, "network: CompactUNet before, NCSNpp now"),
+        ("imagenet64", {}, "network: CompactUNet before, DiffusersUNet now"),
     ],
 )
 def test_weights_of_another_network_are_refused(name: str, changes: dict[str, Any], said: str) -> None:

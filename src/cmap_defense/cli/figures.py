@@ -156,6 +156,7 @@ def _labels(ticks: Sequence[float]) -> list[str]:
     largest = max(map(abs, ticks))
     kind = "f" if largest == 0 or 1e-3 <= largest < 1e7 else "e"
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+    labels: list[str] = []
     for digits in range(18):
         labels = [f"{tick:.{digits}{kind}}" for tick in ticks]
         if all(abs(float(label) - tick) < 0.01 * step for label, tick in zip(labels, ticks, strict=True)):

@@ -34,6 +34,7 @@ from cmap_defense.data import write_image
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.loop import LOG_FILE, TrainState
+from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
 from cmap_defense.training.settings import Execution, TrainSettings
 from cmap_defense.training.start import refuse_other_network, source_of
@@ -89,7 +90,7 @@ def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
     backbone, data = str(out / "backbone"), ["--data", options["data"]]
     if options["size"] is not None:
         data += ["--size", str(options["size"])]
-    if OBJECTIVES[options["objective"]][0].kind == "diffusion":
+    if OBJECTIVES[options["objective"]][0].kind == "denoiser":
         distil = ["train", *data, "--objective", "cd", "--teacher", backbone, "--out", f"{out}-distilled"]
         return [shlex.join(["cmap-defense", *distil])]
     embedded = options["data"] == "fashion-mnist"

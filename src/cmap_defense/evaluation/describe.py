@@ -19,13 +19,14 @@ from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.modules import dtype_of
 
-__all__ = ["checksum", "describe_answer", "describe_attack", "describe_model", "describe_software", "differences"]
-
-AROUND = 30
-"""Characters that are shown beside a difference."""
-
-ANSWER = ".answer"
-"""Ends the place of an answer, which is compared as numbers."""
+__all__ = [
+    "attack_settings",
+    "checksum",
+    "describe_answer",
+    "describe_attack",
+    "describe_model",
+    "describe_software",
+]
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -106,54 +107,24 @@ def describe_answer(logits: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in logits[0].double().tolist()]
 
 
-def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, one line each: place, value before, value now."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for name in sorted(before.keys() | now.keys(), key=str):
-            place = f"{where}.{name}" if where else str(name)
-            if name not in before or name not in now:
-                found.append(f"{place}: {_shown(before, name)} there, {_shown(now, name)} here")
-            else:
-                found += differences(before[name], now[name], place)
-        return found
-    if before == now or (where.endswith(ANSWER) and _alike_logits(before, now)):
-        return []
-    there, here = _apart(repr(before), repr(now))
-    return [f"{where}: {there} there, {here} here"]
+def attack_settings(attack: Attack) -> dict[str, Any]:
+    """Its settings by name, as JSON, to be compared with those of another: settings of its parts inside it, networks by
+    class and checksum."""
+    found = _plain(attack)
+    return found if isinstance(found, dict) else {"class": _name(attack), "described": found}
 
 
-def _alike_logits(before: Any, now: Any) -> bool:
-    """Up to what rounding on another machine of the kind may change."""
-    largest = max((abs(value) for value in before), default=0.0)
-    return len(before) == len(now) and all(
-        math.isclose(one, other, abs_tol=1e-2 * largest) for one, other in zip(before, now, strict=True)
-    )
-
-
-def _apart(before: str, now: str) -> tuple[str, str]:
-    """Two long texts, cut down to where they differ and a few words around it."""
-    if max(len(before), len(now)) <= 4 * AROUND:
-        return before, now
-    same = _alike(before, now)
-    rest = _alike(before[same:][::-1], now[same:][::-1])
-    begin = max(0, same - AROUND)
-    ends = [len(text) - max(0, rest - AROUND) for text in (before, now)]
-    shown = [
-        ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
-        for text, end in zip((before, now), ends, strict=True)
-    ]
-    return shown[0], shown[1]
-
-
-def _alike(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-def _shown(values: dict[str, Any], name: str) -> str:
-    return repr(values[name]) if name in values else "nothing"
+def _plain(part: object) -> Any:
+    if isinstance(part, nn.Module):
+        return _module(part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = {field.name: _plain(getattr(part, field.name)) for field in dataclasses.fields(part)}
+        return {"class": type(part).__name__, **fields}
+    if isinstance(part, (list, tuple)):
+        return [_plain(value) for value in part]
+    if part is None or isinstance(part, (bool, int, str)) or (isinstance(part, float) and math.isfinite(part)):
+        return part
+    return _without_addresses(repr(part))
 
 
 def _module(module: object) -> dict[str, Any]:

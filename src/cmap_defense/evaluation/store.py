@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmap_defense.differences import refuse_other_settings
 from cmap_defense.errors import EvaluationError
-from cmap_defense.evaluation.describe import differences
 from cmap_defense.locks import FolderLock
 
 __all__ = ["Store", "Unit", "write_text"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -97,13 +97,14 @@ class Store:
         if before is None:
             write_text(self.folder / "settings.json", json.dumps(now, indent=1))
             return
-        differing = differences(before, now)
-        if differing:
-            shown = "\n  ".join(differing[:12] + ([f"and {len(differing) - 12} more"] if len(differing) > 12 else []))
-            raise EvaluationError(
-                f"{self.folder} holds results of another evaluation:\n  {shown}\n"
-                "Give the same settings to go on with it, or another folder."
-            )
+        refuse_other_settings(
+            _compared(before),
+            _compared(now),
+            EvaluationError,
+            what=f"{self.folder} holds results of another evaluation",
+            remedy="Give the same settings to go on with it, or another folder.",
+            derived=("checks/", "search"),
+        )
 
     def done(self, unit: Unit) -> bool:
         """Whether that piece is finished."""
@@ -180,6 +181,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without texts of attacks that are there by name too."""
+    tasks = settings.get("tasks", {})
+    shown = {
+        name: {part: value for part, value in task.items() if part != "attack" or task.get("settings") is None}
+        if isinstance(task, dict)
+        else task
+        for name, task in tasks.items()
+    }
+    return {**settings, "tasks": shown}
 
 
 def _beside(path: Path) -> Path:

@@ -16,7 +16,7 @@ from cmap_defense.attacks.access import Model, ModelAccess, usable
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.errors import GradientWarning
 from cmap_defense.evaluation.answers import Answers, ask
-from cmap_defense.evaluation.describe import describe_attack
+from cmap_defense.evaluation.describe import attack_settings, describe_attack
 from cmap_defense.rng import derived_seeds, isolated
 
 __all__ = ["CONTROL", "AttackTask", "ControlTask", "GradientTask", "Group", "Outcome", "Task", "searching_answers"]
@@ -101,7 +101,7 @@ class AttackTask(Task):
     once: bool = False
 
     def describe(self) -> dict[str, Any]:
-        return {"attack": describe_attack(self.how), "images": self.limit, "once": self.once}
+        return {**_described(self.how), "images": self.limit, "once": self.once}
 
     def run(self, group: Group) -> Outcome:
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ class GradientTask(Task):
     once: bool = True
 
     def describe(self) -> dict[str, Any]:
-        return {"attack": describe_attack(self.how), "samples": self.samples, "images": self.limit, "once": self.once}
+        return {**_described(self.how), "samples": self.samples, "images": self.limit, "once": self.once}
 
     def run(self, group: Group) -> Outcome:
         with torch.inference_mode(False), isolated(self.how.seed, *group.indices.tolist()):
@@ -231,6 +231,11 @@ def _searched(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int 
         found = found | (result.history["reached"] > 0).any(dim=0)
     heard = asked + (attempts if attempts > 1 else 0)
     return (found.cpu(), heard) if heard else (None, None)
+
+
+def _described(attack: Attack) -> dict[str, Any]:
+    """An attack as a text for people, and by its settings to be compared."""
+    return {"attack": describe_attack(attack), "settings": attack_settings(attack)}
 
 
 def _shown(heard: Answers) -> dict[str, Tensor]:

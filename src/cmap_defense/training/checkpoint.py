@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
+from cmap_defense.differences import refuse_other_settings as refuse_changes
 from cmap_defense.errors import BackboneFileError, CheckpointError
 
 __all__ = [
@@ -128,20 +129,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises :class:`CheckpointError`, which lists what differs, unless both are the same, part by part."""
-    here = json.loads(json.dumps(here))
-    differing = {
-        f"{part}.{name}: {old.get(name)!r} there, {new.get(name)!r} here"
-        for part in here.keys() | there.keys()
-        for old, new in [(there.get(part, {}), here.get(part, {}))]
-        for name in old.keys() | new.keys()
-        if old.get(name) != new.get(name)
-    }
-    if differing:
-        raise CheckpointError(
-            f"{path} was made with other settings ({'; '.join(sorted(differing))}). "
-            "Give the same settings to continue it, or another folder to start afresh."
-        )
+    """Raises :class:`CheckpointError`, which lists what differs, a line per option, unless both are the same."""
+    refuse_changes(
+        there,
+        here,
+        CheckpointError,
+        what=f"{path} was made with other settings",
+        remedy="Give the same settings to continue it, or another folder to start afresh.",
+    )
 
 
 def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of
 from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.differences import refuse_other_settings
 from cmap_defense.errors import SettingsError
 
 __all__ = ["load_weights", "refuse_other_network", "source_of"]
@@ -32,17 +33,13 @@ def load_weights(model: KarrasModel, start: KarrasModel) -> None:
 def refuse_other_network(network: nn.Module, other: nn.Module) -> None:
     """Raises :class:`SettingsError` unless ``other`` could lend ``network``, which may be on the meta device, its
     weights."""
-    own, there = _architecture(network), _architecture(other)
-    differing = [
-        f"{name}: {there.get(name)!r} there, {own.get(name)!r} here"
-        for name in sorted(own.keys() | there.keys())
-        if own.get(name) != there.get(name)
-    ]
-    if differing:
-        raise SettingsError(
-            f"The weights to start from are those of another network ({'; '.join(differing)}). "
-            "Give the network the same settings."
-        )
+    refuse_other_settings(
+        _architecture(other),
+        _architecture(network),
+        SettingsError,
+        what="The weights to start from are those of another network",
+        remedy="Give the network the same settings.",
+    )
 
 
 def _architecture(network: nn.Module) -> dict[str, Any]:
