@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from patience import HANGS
+
 __all__ = ["NOWHERE", "Answer", "finish", "run_elsewhere", "start_elsewhere"]
 
 NOWHERE = "http://127.0.0.1:9"
@@ -76,7 +78,7 @@ def start_elsewhere(
 def finish(process: subprocess.Popen[str]) -> list[Answer]:
     """The answers, one for each step, when all are done."""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=HANGS)
     finally:
         process.kill()
     assert process.returncode == 0, err

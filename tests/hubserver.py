@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from patience import HANGS
+
 __all__ = ["ALWAYS", "OTHER_TOKEN", "TOKEN", "Fault", "HubServer", "Repository", "Request", "Stored", "serving"]
 
 ALWAYS = 10**9
@@ -343,7 +345,7 @@ def _file(stored: Stored, request: Request) -> Answer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60
+    timeout = HANGS
     hub: HubServer
 
     def log_message(self, *_: object) -> None:
@@ -415,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.close()
                 return
             if end == fault.stall:
-                self.hub.go_on.wait(60)
+                self.hub.go_on.wait(HANGS)
         if answer.chunked:
             self.wfile.write(b"0\r\n\r\n")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from patience import HANGS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,7 +21,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(work), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(build, check=True, capture_output=True, text=True, timeout=HANGS)
     (wheel,) = work.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(work / "lib"), str(wheel)], check=True)
     return work / "lib"

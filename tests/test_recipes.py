@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from patience import HANGS
+
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 TINY = ["--channels", "8,16", "--blocks", "1", "--batch-size", "16", "--checkpoint-every", "16"]
 
@@ -36,7 +38,7 @@ def recipe(cwd: Path, name: str, *arguments: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from patience import HANGS
+
 ROOT = Path(__file__).parent.parent
 
 
 def run(cwd: Path, *arguments: str, **environment: str) -> str:
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

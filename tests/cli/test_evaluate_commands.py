@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from cmap_defense.cli.main import main
 from cmap_defense.embedded import load_classifier
+from patience import HANGS
 
 MODEL = ["--backbone", "fashion-mnist-ct", "--classifier", "embedded", "--data", "embedded", "--eps", "0.05"]
 SMALL = ["-n", "3", "--latents", "2", "--iterations", "2", "--answers", "2", "--repurifications", "2", "--group", "2"]
@@ -54,7 +55,11 @@ def test_the_same_command_finds_nothing_to_do(evaluated: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [(["--eps", "0.04"], "eps=0.04"), (["--iterations", "3"], "iterations"), (["--group", "3"], "protocol.group")],
+    [
+        (["--eps", "4/255"], "eps: 0.05 before, 4/255 now"),
+        (["--iterations", "3"], "iterations"),
+        (["--group", "3"], "group: "),
+    ],
 )
 def test_another_setting_in_the_same_folder_is_refused_and_named(
     evaluated: Path, capsys: pytest.CaptureFixture[str], changed: list[str], named: str
@@ -196,7 +201,7 @@ def test_ranks_share_a_command(tmp_path: Path) -> None:
     texts = {}
     for name, arguments in {"one": command, "two": [*launch, *command]}.items():
         given = [sys.executable, *arguments, "--out", str(out[name])]
-        done = subprocess.run(given, capture_output=True, text=True, check=False, env=environment, timeout=300)
+        done = subprocess.run(given, capture_output=True, text=True, check=False, env=environment, timeout=HANGS)
         assert done.returncode == 0, done.stderr
         texts[name] = done.stdout
     assert (out["one"] / "results.jsonl").read_bytes() == (out["two"] / "results.jsonl").read_bytes()

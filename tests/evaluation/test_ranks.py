@@ -18,9 +18,7 @@ import evaluated
 from cmap_defense.evaluation import evaluate
 from cmap_defense.ranks import Ranks, ranks
 from evaluated import BRIEF, PROTOCOL, Interrupted, defended, evaluation, interrupt, options, results
-
-QUICKLY = 30.0
-"""Seconds, on a busy machine; what hangs takes days."""
+from patience import HANGS
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
@@ -30,7 +28,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
         check=False,
     )
     found = [folder / f"rank-{rank}.json" for rank in range(2)]
@@ -78,7 +76,7 @@ def test_two_ranks_go_on_where_one_process_was(happened: tuple[Path, list[dict[s
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("changed", "protocol.answers: 9 there, 2 here"), ("locked", "Another evaluation is writing to")],
+    [("changed", "answers: 9 before, 2 now"), ("locked", "Another evaluation is writing to")],
 )
 def test_a_folder_is_refused_to_both_ranks_at_once(
     name: str, said: str, happened: tuple[Path, list[dict[str, Any]]]
@@ -87,7 +85,6 @@ def test_a_folder_is_refused_to_both_ranks_at_once(
     for rank in found:
         assert rank[name]["error"] == "EvaluationError"
         assert said in rank[name]["message"]
-        assert rank[name]["seconds"] < QUICKLY
     assert not (folder / name / "units").exists()
 
 
@@ -106,7 +103,7 @@ def test_a_process_group_of_the_callers_is_kept(happened: tuple[Path, list[dict[
 def test_ranks_with_different_settings_are_refused_all_of_them(happened: tuple[Path, list[dict[str, Any]]]) -> None:
     _, found = happened
     assert "Rank 1 was started with other settings" in found[1]["at odds"]["message"]
-    assert "protocol.answers: 2 there, 3 here" in found[1]["at odds"]["message"]
+    assert "answers: 2 before, 3 now" in found[1]["at odds"]["message"]
     assert found[0]["at odds"]["error"] == "EvaluationError", found[0]["at odds"]
 
 

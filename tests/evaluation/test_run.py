@@ -258,7 +258,7 @@ def test_the_same_call_goes_on(tmp_path: Path) -> None:
     found = judged(**given, progress=lambda unit, *_: told.append(unit.group))
     assert told == list(range(2, COUNT // BRIEF.group))
     assert found.to_dict() == judged(**given, progress=lambda *told: pytest.fail(f"{told}")).to_dict()
-    with pytest.raises(EvaluationError, match=r"protocol\.answers: 2 there, 3 here"):
+    with pytest.raises(EvaluationError, match=r"answers: 2 before, 3 now"):
         judged(**(given | {"protocol": BRIEF.replace(answers=3)}))
 
 

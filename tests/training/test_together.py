@@ -19,12 +19,12 @@ from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli.main import main as command
 from cmap_defense.ranks import Ranks
 from cmap_defense.training.budget import Budget
+from patience import HANGS
 from training import together
 from training.killed import fresh_backbone, result, run
 from training.together import commands, odd
 
-QUICKLY = 30.0
-"""Seconds, on a busy machine; what hangs takes days."""
+TESTS = Path(together.__file__).parent.parent
 
 NOT_SEEN = ("conv_in.bias", "up.4.block.conv_out.bias", "up.4.block.skip.bias")
 """Biases in front of a normalisation of single channels, which takes them out again: their gradients are zero but for
@@ -40,10 +40,10 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     run(folder / "begun", budget=Budget(1.0, clock=iter([0.0, *[1.0] * 12, 99.0]).__next__))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", together.__file__, folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(together.__file__).parent.parent)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
         check=False,
     )
     found = [folder / f"rank-{rank}.json" for rank in range(2)]
@@ -79,17 +79,17 @@ def test_two_ranks_end_with_the_weights_of_one_process(met: Any, tmp_path: Path,
         for key, tensor in tensors.items():
             assert torch.equal(weights[1][name][part][key], tensor), "the ranks hold the same bits"
     theirs, ours = logged(folder / name), logged(tmp_path)
-    assert (theirs.keys() == ours.keys()) is (name != "begun")
-    for step in theirs.keys() & ours.keys() if name != "begun" else {30}:
+    assert list(theirs) == list(ours) == list(range(1, len(ours) + 1))
+    for step in ours:
         assert theirs[step] == pytest.approx(ours[step], rel=1e-4), "the loss of the whole batch"
 
 
 def test_one_process_goes_on_where_two_were(met: Any, tmp_path: Path) -> None:
     folder, found, _ = met
     assert [rank["late"].get("message") for rank in found] == [None, None]
-    assert list(logged(folder / "late")) == [9], "the first rank's clock decides"
+    assert list(logged(folder / "late")) == list(range(1, 10)), "the first rank's clock decides"
     alone = result(*run(folder / "late"))
-    assert list(logged(folder / "late")) == [9, 10, 20, 30]
+    assert list(logged(folder / "late")) == list(range(1, 31))
     assert_close(alone, result(*run(tmp_path)))
 
 
@@ -108,7 +108,7 @@ def test_the_length_of_a_plan_is_that_of_the_first_ranks_clock(met: Any) -> None
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("other", "train.batch_size: 8 there, 7 here"),
+        ("other", "batch_size: 8 before, 7 now"),
         ("at odds", "Rank 1 was started with other settings than the first"),
         ("in use", "Another training is writing to"),
         ("too many", "A batch of 1 images cannot be shared by 2 processes"),
@@ -118,7 +118,6 @@ def test_what_is_refused_is_refused_to_both_ranks_at_once(met: Any, name: str, s
     _, found, _ = met
     for rank in found:
         assert said in rank[name]["message"]
-        assert rank[name]["seconds"] < QUICKLY
 
 
 def test_the_command_line_writes_one_backbone(met: Any, capfd: pytest.CaptureFixture[str]) -> None:

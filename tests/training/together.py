@@ -9,7 +9,6 @@ import contextlib
 import json
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from cmap_defense.training.loop import train
 from cmap_defense.training.networks import Network
 from cmap_defense.training.objectives import ECT
 from cmap_defense.training.run import train_backbone
+from patience import HANGS
 from training.killed import NETWORK, SETTINGS, fresh_backbone, result, run, training_images
 
-PATIENCE = 150
+PATIENCE = HANGS - 60
 """Seconds after which a process of this file ends, whatever it waits for."""
 
 ODD = SETTINGS.replace(images=35, batch_size=7, checkpoint_every=14)
@@ -98,7 +98,6 @@ def main(folder: Path) -> None:
     weights: dict[str, Any] = {}
 
     def attempt(name: str, action: Callable[[], Any]) -> None:
-        begun = time.monotonic()
         try:
             outcome = action()
         except CmapError as error:
@@ -107,7 +106,6 @@ def main(folder: Path) -> None:
             met[name] = outcome if isinstance(outcome, dict) else {}
             if isinstance(outcome, tuple):
                 weights[name] = result(*outcome)
-        met[name]["seconds"] = time.monotonic() - begun
 
     with ranks() as team:
         met["helpers"] = helpers(team)

@@ -30,6 +30,7 @@ from cmap_defense.evaluation.report.markdown import COMPARING, HEADLINE, accurac
 from cmap_defense.evaluation.report.page import page
 from cmap_defense.evaluation.store import Store
 from facts_example import TITLES, example_facts, example_store
+from patience import HANGS
 
 VOID = ("meta", "link", "img", "br", "wbr", "hr", "input")
 SCRIPT = "<script>alert('x')</script>\"'&"
@@ -638,7 +639,7 @@ def opened(text: str, folder: Path) -> tuple[str, list[str]]:
             "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
             "--v=0", "--virtual-time-budget=5000", "--dump-dom", (folder / "page.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=180, check=True,
+        capture_output=True, text=True, timeout=HANGS, check=True,
     )  # fmt: skip
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
