@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
+from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.cmap.voting import log_mean_probability, majority_label
-from cmap_defense.errors import CmapError, GradientError
+from cmap_defense.errors import ClassifierError, CmapError, GradientError
 from cmap_defense.gradients import Detached, StraightThrough
 from toys import ToyBackbone, noise, uniform
 
@@ -538,6 +540,8 @@ BAD_CLASSIFIERS = {
     "rank": (lambda x: x.flatten(), r"\[12, classes\]"),
     "batch": (lambda x: x.flatten(1)[:3], r"\[12, classes\]"),
     "no classes": (lambda x: x.flatten(1)[:, :0], r"\[12, classes\]"),
+    "one logit": (lambda x: x.flatten(1)[:, :1], r"2 classes at least.*ConstantPad1d\(\(1, 0\), 0.0\)"),
+    "one number": (lambda x: x.flatten(1)[:, 0], r"nn.Unflatten\(0, \(-1, 1\)\), nn.ConstantPad1d"),
     "a tuple": (lambda x: (x.flatten(1), None), "tuple"),
     "labels": (lambda x: x.flatten(1).long(), "int64"),
     "NaN": (lambda x: x.flatten(1) * float("nan"), "NaN"),
@@ -551,6 +555,28 @@ def test_bad_classifiers(name: str) -> None:
     with pytest.raises(CmapError, match=message) as caught:
         make(classifier=classifier)(images())
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_the_two_logits_that_the_error_makes_of_one_have_the_sigmoid_as_their_softmax(squeezed: bool) -> None:
+    classifier: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(144, 1))
+    x, sigmoid = images(), torch.sigmoid(classifier(images()))
+    if squeezed:
+        classifier.append(nn.Flatten(0))
+    with pytest.raises(CmapError) as caught:
+        make(classifier=classifier)(x)
+    line = re.search(r"nn\.Sequential\(.*\)(?=, without)", str(caught.value))
+    assert line is not None
+    wrapped = eval(line.group(), {"nn": nn, "classifier": classifier})
+    assert torch.allclose(wrapped(x).softmax(dim=1), torch.cat([1 - sigmoid, sigmoid], dim=1), atol=1e-6)
+    assert make(classifier=wrapped)(x).shape == (4, 2)
+
+
+def test_one_logit_is_refused_bare_too() -> None:
+    attack, labels = PGD(ThreatModel(), steps=1), torch.zeros(4, dtype=torch.int64)
+    for model in (make(classifier=lambda x: x.flatten(1)[:, :1]).undefended, lambda x: x.flatten(1)[:, :1]):
+        with pytest.raises(ClassifierError, match="2 classes"):
+            attack(model, images(), labels)
 
 
 def test_masked_classes_stay_finite() -> None:

@@ -35,6 +35,7 @@ FLOORS = {
     "lazy": 0,
     "inputs": 0,
     "modules": 0,
+    "cautions": 0,
     "normalisation": 0,
     "ranks": 0,
     "locks": 0,

@@ -9,6 +9,7 @@ __all__ = [
     "BackboneFileError",
     "CheckpointError",
     "ClassifierError",
+    "ClassifierWarning",
     "CmapError",
     "DataError",
     "DeviceError",
@@ -18,6 +19,7 @@ __all__ = [
     "InputTypeError",
     "InputValueError",
     "MissingExtraError",
+    "OptionError",
     "SettingsError",
     "TrainingError",
     "UnknownNameError",
@@ -31,6 +33,10 @@ class CmapError(Exception):
 
 class SettingsError(CmapError, ValueError):
     """A setting is missing, unknown, of the wrong type or out of its range."""
+
+
+class OptionError(CmapError, TypeError):
+    """A constructor has no option of that name; the message says which object has it, or which name is near."""
 
 
 class InputValueError(CmapError, ValueError):
@@ -47,6 +53,10 @@ class DeviceError(CmapError, RuntimeError):
 
 class ClassifierError(CmapError, ValueError):
     """The wrapped classifier returned something that is not a [B, classes] tensor of finite logits."""
+
+
+class ClassifierWarning(UserWarning):
+    """A classifier is in training mode where nothing is trained, or returns probabilities in place of logits."""
 
 
 class BackboneError(CmapError, TypeError):

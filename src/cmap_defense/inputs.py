@@ -167,11 +167,14 @@ def check_logits(logits: object, count: int) -> Tensor:
     """A classifier's logits [count, classes], float32 at least.
 
     Raises:
-        ClassifierError: another shape or dtype, NaN, +inf, or a row of nothing but -inf.
+        ClassifierError: another shape or dtype, fewer than 2 classes, NaN, +inf, or a row of nothing but -inf.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 1:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ClassifierError(f"The classifier must return logits [{count}, classes], but returned {came}.")
+        raise ClassifierError(
+            f"The classifier must return logits [{count}, classes] of 2 classes at least, but returned {came}."
+            + (_two_classes(logits) if isinstance(logits, Tensor) and logits.shape in ((count,), (count, 1)) else "")
+        )
     if not logits.is_floating_point():
         raise ClassifierError(f"The classifier must return floating-point logits, but returned {logits.dtype}.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -180,6 +183,15 @@ def check_logits(logits: object, count: int) -> Tensor:
     if torch.isneginf(logits.detach()).all(dim=1).any():
         raise ClassifierError("The classifier returned -inf for every class of a purified image.")
     return logits
+
+
+def _two_classes(logits: Tensor) -> str:
+    """How to make two logits of one, [count] or [count, 1]: their softmax is the sigmoid."""
+    first = "" if logits.ndim == 2 else "nn.Unflatten(0, (-1, 1)), "
+    return (
+        " For one logit, whose sigmoid is the probability of class 1, put a 0 before it: "
+        f"nn.Sequential(classifier, {first}nn.ConstantPad1d((1, 0), 0.0)), without the sigmoid."
+    )
 
 
 def signed_word(seed: int) -> int:

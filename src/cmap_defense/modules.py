@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["building", "device_of", "dtype_of", "evaluating", "multiplies_bfloat16", "weights_of"]
+__all__ = [
+    "building",
+    "device_of",
+    "dtype_of",
+    "evaluating",
+    "module_behind",
+    "multiplies_bfloat16",
+    "weights_of",
+]
 
 
 def weights_of(module: object) -> Iterator[Tensor]:
@@ -63,10 +73,22 @@ def building(device: str = "cpu") -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
+def module_behind(model: object) -> nn.Module | None:
+    """The module that a callable runs, where that can be seen: a module, its bound method, a partial of either."""
+    while not isinstance(model, nn.Module):
+        if isinstance(model, types.MethodType):
+            model = model.__self__
+        elif isinstance(model, functools.partial):
+            model = model.func
+        else:
+            return None
+    return model
+
+
 @contextlib.contextmanager
-def evaluating(classifier: object) -> Iterator[None]:
-    """The classifier in eval mode, each of its modules back in its own mode afterwards."""
-    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+def evaluating(*models: object) -> Iterator[None]:
+    """The modules behind models in eval mode, each of their parts back in its own mode afterwards."""
+    modules = [part for model in models if (module := module_behind(model)) is not None for part in module.modules()]
     modes = [module.training for module in modules]
     try:
         for module in modules:

@@ -257,7 +257,7 @@ def test_eot_narrows_the_gradient():
     [
         lambda x: linear(x).detach(),
         lambda x: linear(x.detach()),
-        lambda x: torch.tensor([[0.0, 1.0]]).expand(len(x), 2),
+        lambda x: torch.tensor([[0.0, 2.0]]).expand(len(x), 2),
     ],
 )
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)

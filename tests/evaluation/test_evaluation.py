@@ -604,8 +604,8 @@ def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InputValueError, match=r"the model 'narrow' has 1 classes"):
-        evaluation(tmp_path, baselines={"narrow": lambda images: linear(images)[:, :1]})
+    with pytest.raises(InputValueError, match=r"the model 'narrow' has 2 classes"):
+        evaluation(tmp_path, baselines={"narrow": lambda images: linear(images)[:, :2]})
 
 
 def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.goal import Goal, Loss
-from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cautions import warn_of_probabilities
+from cmap_defense.classifier import LatentAccess, PurifiedClassifier
 from cmap_defense.errors import GradientError, InputValueError, SettingsError
 from cmap_defense.gradients import GradientMode
 from cmap_defense.inputs import check_logits
+from cmap_defense.modules import module_behind
 from cmap_defense.rng import derived_seeds, isolated
 
 __all__ = ["Feedback", "Model", "ModelAccess", "SeededModel", "by_largest", "gradient_to", "unit", "usable"]
@@ -132,7 +134,10 @@ class ModelAccess:
                 logits = self.model(images)
         else:
             logits = self.model(images)
-        return self.checked(logits, len(images))
+        checked = self.checked(logits, len(images))
+        if not isinstance(self.model, SeededModel) and not isinstance(module_behind(self.model), LatentAccess):
+            warn_of_probabilities(self.model, logits)
+        return checked
 
     def check_classes(self, wrapper: PurifiedClassifier, clean: Tensor) -> None:
         """As :meth:`checked`, for attacks that ask the bare classifier: it is asked about one image."""

@@ -22,6 +22,7 @@ from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.modules import evaluating
 from cmap_defense.rng import derived_seeds, isolated
 from cmap_defense.settings import require_choice, require_integer
 from cmap_defense.threat import ThreatModel
@@ -133,9 +134,10 @@ class Attack(abc.ABC):
 
         Args:
             model: images in [0, 1] to logits; its weights' gradients are left alone. A purified classifier that takes
-                normalised images is attacked in [0, 1] all the same. Call ``model.eval()`` first: a network in training
-                mode changes its running statistics in every evaluation. A purified classifier with a seed of its own
-                answers with that noise always, in the judgements too.
+                normalised images is attacked in [0, 1] all the same. A module, or the module of a bound method, is
+                attacked in eval mode, and has its own mode back afterwards; the modules that a function calls cannot be
+                seen: call their ``eval()`` first. A purified classifier with a seed of its own answers with that noise
+                always, in the judgements too.
             images: float [B, C, H, W] in [0, 1].
             labels: int64 [B], the true classes.
             targets: int64 [B], for a targeted attack: the class that each image is to be taken for.
@@ -160,6 +162,7 @@ class Attack(abc.ABC):
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(isolated(self.seed, *index.tolist()))
+            stack.enter_context(evaluating(model))
             bar = stack.enter_context(tqdm(desc=name, unit="evaluation", disable=not progress))
             clean = usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
             goal = Goal(usable(labels), None if targets is None else usable(targets))

@@ -16,6 +16,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
 from cmap_defense.inputs import signed_word
+from cmap_defense.modules import evaluating
 from cmap_defense.rng import draw_latents, fresh_seeds
 from cmap_defense.settings import require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel
@@ -133,4 +134,5 @@ class Transfer(Attack):
         source = self.source.of(access.wrapper(self)) if isinstance(self.source, Source) else self.source
         if isinstance(source, PurifiedClassifier) and source.door.inputs != "unit":
             source = source.variant(hooks=True, inputs="unit")
-        return self.attack._run(access.of(source), clean, goal)
+        with evaluating(source):
+            return self.attack._run(access.of(source), clean, goal)

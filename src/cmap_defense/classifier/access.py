@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.base import latent_caster
+from cmap_defense.cautions import warn_of_probabilities, warn_of_training_mode
 from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
@@ -200,7 +201,11 @@ class LatentAccess(nn.Module):
         """The classifier's logits [M, classes], float32 at least, checked."""
         images = self.door.to_classifier(images)
         dtype = dtype_of(self.classifier)
-        return check_logits(self.classifier(images if dtype is None else images.to(dtype)), len(images))
+        warn_of_training_mode(self.classifier, images)
+        outputs = self.classifier(images if dtype is None else images.to(dtype))
+        logits = check_logits(outputs, len(images))
+        warn_of_probabilities(self.classifier, outputs)
+        return logits
 
     def _labels(self, given: object, unit: Tensor, n_latents: int) -> Tensor | None:
         """The class of each latent, [B, K]; None where the backbone is not class-conditional."""

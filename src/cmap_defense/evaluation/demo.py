@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cmap_defense.attacks.pgd import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.evaluation.accuracy import Accuracy
+from cmap_defense.modules import evaluating
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.threat import ThreatModel
 
@@ -100,7 +101,7 @@ def demonstrate(
     say("attacking the bare classifier")
     attacked = PGD(ThreatModel(norm="linf", eps=eps), steps=steps, seed=seed)(classifier, images, labels).images
     seeds = torch.arange(len(images)) + 1_000_003 * seed
-    with torch.no_grad(), defended.register_latent_hook(lambda state: say("")):
+    with torch.no_grad(), evaluating(classifier, defended), defended.register_latent_hook(lambda state: say("")):
         bare = {"clean": classifier(images).argmax(1), "attacked": classifier(attacked).argmax(1)}
         start = time.perf_counter()
         say("purifying the clean images")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
 from cmap_defense.attacks.access import Model
+from cmap_defense.cautions import warn_of_probabilities
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
@@ -118,7 +120,7 @@ class Evaluation:
             if name in (DEFENDED, UNDEFENDED, "checks"):
                 raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
         if undefended and isinstance(self.model, PurifiedClassifier):
-            others = {UNDEFENDED: _Undefended(self.model), **others}
+            others = {UNDEFENDED: _Undefended(self.model.undefended), **others}
         self.subjects = [Subject(DEFENDED, self.model, chosen)]
         self.subjects += [
             Subject(name, fixed_chunk(_in_unit(other), recorded.get(name)), baseline_attacks)
@@ -299,19 +301,20 @@ class Evaluation:
         model = subject.model
         first = self.images.images[:1].to(_device(model))
         with torch.no_grad(), isolated(0), evaluating(_described(model)):
-            logits = check_logits(model.undefended(first) if isinstance(model, PurifiedClassifier) else model(first), 1)
+            outputs = model.undefended(first) if isinstance(model, PurifiedClassifier) else model(first)
+        logits = check_logits(outputs, 1)
+        if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have said it
+            warn_of_probabilities(model, outputs)
         self.images.check_classes(logits.shape[1], subject.name)
         return describe_answer(logits)
 
 
-class _Undefended:
-    """The classifier of a purified classifier, on images in [0, 1]."""
+class _Undefended(functools.partial[torch.Tensor]):
+    """The method ``undefended`` of a purified classifier."""
 
-    def __init__(self, wrapper: PurifiedClassifier) -> None:
-        self.wrapper = wrapper
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.wrapper.undefended(images)
+    @property
+    def wrapper(self) -> PurifiedClassifier:
+        return self.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _device(model: Model) -> torch.device:

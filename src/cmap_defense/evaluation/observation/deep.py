@@ -206,7 +206,7 @@ def deep_kernel(
     classifier. The two samples share no noise.
 
     Args:
-        model: its classifier and its backbone are used; call ``model.eval()`` first.
+        model: its classifier and its backbone are used, in eval mode.
         images: float [n, C, H, W] in [0, 1], neither observed later nor references then. labels: int64 [n].
         eps: the score; that of :func:`~cmap_defense.evaluation.observation.observe.observe`, to which the kernel goes.
         settings: None for the defaults. max_parallel: images at a time.

@@ -22,6 +22,7 @@ from cmap_defense.evaluation.observation.auroc import AUROC
 from cmap_defense.evaluation.observation.eps import EPS
 from cmap_defense.evaluation.observation.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
 from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.modules import evaluating
 from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.settings import require_choice, require_flag, require_integer
 
@@ -134,7 +135,7 @@ def observe(
     ::
 
         images, labels = load_test_images()
-        found = observe(model.eval(), images[:64], labels[:64], reference=images[64:192])
+        found = observe(model, images[:64], labels[:64], reference=images[64:192])
         print(found.summary["adversarial"].auroc)
 
     The kinds: "clean", the images. "generated", G of fresh latents, as many. "adversarial". "noise", the control: the
@@ -145,7 +146,8 @@ def observe(
     it (the first of the K); that of an attacked image may be the attacker's.
 
     Args:
-        model: the defended classifier; call ``model.eval()`` first. Images are in [0, 1] whatever its ``inputs`` say.
+        model: the defended classifier, which is observed in eval mode. Images are in [0, 1] whatever its ``inputs``
+            say.
         images: float [B, C, H, W] in [0, 1]. labels: int64 [B].
         reference: float [n, C, H, W] in [0, 1], other clean images; the paper has 500.
         attack: what makes the adversarial images; None for PGD with linf 8/255 and 20 steps.
@@ -204,21 +206,22 @@ def observe(
         )
     attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
     told = "given images" if adversarial is not None else f"{describe_attack(attack)} on the {victim} classifier"
-    if adversarial is None:
-        adversarial = work.attacked(attack, images, labels, defended=victim == "defended")
-    shown = {
-        "clean": images,
-        "generated": work.generated(images),
-        "noise": work.flipped(images, adversarial),
-        "adversarial": adversarial,
-    }
-    right = {name: work.bare_right(shown[name], labels) for name in ("clean", "noise", "adversarial")}
-    for name in ("adversarial", "clean") if purify else ():
-        shown[f"purified_{name}"], right[f"purified_{name}"] = work.purified(shown[name], labels, name)
-    work.say("measuring distances")
-    references = work.scored(reference, "reference", torch.arange(len(reference)))
-    kernel = kernel or Gaussian.median(references)
-    scores = {name: work.scored(shown[name], name, index) for name in KINDS if name in shown}
+    with evaluating(model):
+        if adversarial is None:
+            adversarial = work.attacked(attack, images, labels, defended=victim == "defended")
+        shown = {
+            "clean": images,
+            "generated": work.generated(images),
+            "noise": work.flipped(images, adversarial),
+            "adversarial": adversarial,
+        }
+        right = {name: work.bare_right(shown[name], labels) for name in ("clean", "noise", "adversarial")}
+        for name in ("adversarial", "clean") if purify else ():
+            shown[f"purified_{name}"], right[f"purified_{name}"] = work.purified(shown[name], labels, name)
+        work.say("measuring distances")
+        references = work.scored(reference, "reference", torch.arange(len(reference)))
+        kernel = kernel or Gaussian.median(references)
+        scores = {name: work.scored(shown[name], name, index) for name in KINDS if name in shown}
     distances = {name: mmd_distances(kernel, score, references).cpu() for name, score in scores.items()}
     return Observation(
         distances=distances,

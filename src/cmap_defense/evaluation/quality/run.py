@@ -135,7 +135,7 @@ class QualityRun:
 
     ::
 
-        found = QualityRun(model.eval(), load_test_images(), name="embedded", subset=Subset(count=64)).run()
+        found = QualityRun(model, load_test_images(), name="embedded", subset=Subset(count=64)).run()
         print(found.to_dict()["frechet"])
 
     Samples are compared with real images by the Frechet distance in the classifier's own features, which needs no

@@ -1,0 +1,98 @@
+"""Warnings about a classifier that is accepted but probably not used as meant, once for each classifier."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.errors import ClassifierWarning
+from cmap_defense.modules import module_behind, weights_of
+
+__all__ = ["warn_of_probabilities", "warn_of_training_mode"]
+
+_WARNED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+"""What was said about which classifier."""
+
+
+def warn_of_training_mode(classifier: object, images: Tensor) -> None:
+    """Warn of a classifier in training mode that is called where nothing can be trained.
+
+    Nothing can be trained where gradients are off, or where neither the images nor a weight of the classifier requires
+    one. Only modules count whose code asks for the mode, such as BatchNorm and Dropout.
+
+    Args:
+        classifier: an ``nn.Module`` or a callable.
+        images: what it is given.
+    """
+    module = module_behind(classifier)
+    if module is None or "training" in _said(module):
+        return
+    wanted = images.requires_grad or any(weight.requires_grad for weight in weights_of(module))
+    if wanted and torch.is_grad_enabled():
+        return
+    found = next((part for part in module.modules() if part.training and _depends_on_mode(part)), None)
+    if found is not None:
+        _warn(
+            module,
+            "training",
+            f"The classifier is in training mode ({type(found).__name__}), so that its predictions may be random or "
+            "depend on the batch, and its running statistics may change with each call. Call model.eval() first.",
+        )
+
+
+def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:
+    """Warn where all outputs [M, classes] of a classifier lie in [0, 1] and each row sums to 1, within rounding."""
+    if not len(outputs) or "probabilities" in _said(classifier):
+        return
+    rounding = max(1e-5, 4 * torch.finfo(outputs.dtype).eps)
+    values = outputs.detach().float()
+    outside = (values.amin() < -rounding) | ((values.sum(dim=1) - 1).abs() > rounding).any()
+    if not bool(outside):
+        _warn(
+            classifier,
+            "probabilities",
+            "The classifier's outputs lie in [0, 1] and sum to 1 for each image, as probabilities do, but logits are "
+            "expected: a softmax of probabilities is nearly uniform, and so are its gradients. Pass the classifier "
+            "without its softmax (of an nn.Sequential: classifier[:-1]), or the logarithm of its outputs: "
+            "lambda images: classifier(images).clamp_min(1e-30).log().",
+        )
+
+
+def _said(classifier: object) -> set[str]:
+    """What was said about a classifier; of one that has no identity of its own, about its type."""
+    module = module_behind(classifier)
+    key = classifier if module is None else module
+    if getattr(key, "_is_replica", False):  # nn.DataParallel makes them anew for each call
+        key = type(key)
+    try:
+        return _WARNED.setdefault(key, set())
+    except TypeError:  # no weak reference, or no hash
+        return _WARNED.setdefault(type(key), set())
+
+
+def _warn(classifier: object, topic: str, text: str) -> None:
+    """Warn at the line outside of this package and of torch that led here."""
+    _said(classifier).add(topic)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("cmap_defense", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ClassifierWarning, stacklevel=level)
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a method of a module's class reads ``training``, as those of BatchNorm and Dropout do."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    lineage = type(module).__mro__
+    for base in lineage[: lineage.index(nn.Module)]:
+        for name, method in vars(base).items():
+            code = getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
+            if code is not None and not (name.startswith("__") or name == "train") and "training" in code.co_names:
+                return True
+    return False
