@@ -36,6 +36,7 @@ FLOORS = {
     "inputs": 0,
     "modules": 0,
     "cautions": 0,
+    "options": 0,
     "normalisation": 0,
     "ranks": 0,
     "locks": 0,

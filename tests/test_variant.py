@@ -141,7 +141,7 @@ def test_variants_of_variants():
     ("changes", "message"),
     [
         ({"iterations": 5}, "no option 'iterations'"),
-        ({"gradients": Unrolled()}, "Did you mean 'gradient'"),
+        ({"gradients": Unrolled()}, r"Did you mean PurifiedClassifier\(..., gradient="),
         ({"classifier": Linear()}, "no option 'classifier'"),
         ({"backbone": Denoiser()}, "no option 'backbone'"),
         ({"vote": "hard"}, "vote"),

@@ -7,7 +7,6 @@ calls the ``require_*`` helpers; lists from JSON become tuples there.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -17,6 +16,7 @@ from typing import Any
 from typing_extensions import Self
 
 from cmap_defense.errors import SettingsError
+from cmap_defense.options import NamedOptions, near_matches
 
 __all__ = [
     "Settings",
@@ -30,7 +30,7 @@ __all__ = [
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(NamedOptions):
     """Base of all settings. Make a changed copy with :meth:`replace`."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,16 +76,6 @@ def _plain(value: Any) -> int | float:
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError(f"{value!r} has no place in JSON")
-
-
-def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
-    """A sentence with the names nearest to ``name``, or all of them when none is near; starts with a space."""
-    names = sorted(known)
-    by_lower = {known_name.lower(): known_name for known_name in names}
-    near = [by_lower[n] for n in difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)]
-    if near:
-        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return " Known: " + ", ".join(repr(n) for n in names) + "."
 
 
 def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:

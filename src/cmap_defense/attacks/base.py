@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.modules import evaluating
+from cmap_defense.options import NamedOptions
 from cmap_defense.rng import derived_seeds, isolated
 from cmap_defense.settings import require_choice, require_integer
 from cmap_defense.threat import ThreatModel
@@ -90,7 +91,7 @@ class AttackResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Attack(abc.ABC):
+class Attack(NamedOptions, abc.ABC):
     """An attack under a threat model: settings when made, ``attack(model, images, labels)`` when run.
 
     Args:
@@ -111,10 +112,26 @@ class Attack(abc.ABC):
     seed: int = 0
     noise: str = "fresh"
 
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        "epsilon": "eps",
+        "iterations": "steps",
+        "num_steps": "steps",
+        "n_steps": "steps",
+        "alpha": "step_size",
+        "random_state": "seed",
+    }
+    _advice: ClassVar[Mapping[str, str]] = {
+        "targeted": "Targets are given to the call: attack(model, images, labels, targets=...).",
+        "targets": "Targets are given to the call: attack(model, images, labels, targets=...).",
+        "model": "The model is given to the call: attack(model, images, labels).",
+    }
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not isinstance(self.threat, ThreatModel):
-            raise SettingsError(f"{name}.threat must be a ThreatModel, but is {self.threat!r}.")
+            raise SettingsError(
+                f"{name}.threat must be a ThreatModel such as ThreatModel(eps=8 / 255), but is {self.threat!r}."
+            )
         require_integer(name, "restarts", self.restarts, minimum=1)
         object.__setattr__(self, "seed", require_integer(name, "seed", self.seed, minimum=-(2**63)))
         require_choice(name, "noise", self.noise, ("fresh", "known"))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmap_defense.options import NamedOptions
+
 __all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin"]
 
 
@@ -46,7 +48,7 @@ def margin(logits: Tensor, goal: Goal) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss(abc.ABC):
+class Loss(NamedOptions, abc.ABC):
     """A number per image that an attack raises.
 
     joint: whether it is a function of all samples together, instead of the mean of a function of each.

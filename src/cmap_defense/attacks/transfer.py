@@ -17,6 +17,7 @@ from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
 from cmap_defense.inputs import signed_word
 from cmap_defense.modules import evaluating
+from cmap_defense.options import NamedOptions
 from cmap_defense.rng import draw_latents, fresh_seeds
 from cmap_defense.settings import require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel
@@ -24,7 +25,7 @@ from cmap_defense.threat import ThreatModel
 __all__ = ["NoiseAndDenoise", "Shortened", "Source", "Transfer", "Undefended"]
 
 
-class Source(abc.ABC):
+class Source(NamedOptions, abc.ABC):
     """A model to attack in place of a purified classifier, made from its parts."""
 
     @abc.abstractmethod

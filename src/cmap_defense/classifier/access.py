@@ -19,6 +19,7 @@ from cmap_defense.door import ImageDoor
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
 from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.modules import device_of, dtype_of, evaluating
+from cmap_defense.options import NamedOptions
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.rng import draw_latents, fresh_seeds
@@ -29,7 +30,7 @@ CLASSIFIER_CHUNK = 256
 """Images in one call of the classifier where ``max_parallel`` does not say."""
 
 
-class LatentAccess(nn.Module):
+class LatentAccess(NamedOptions, nn.Module):
     """What a wrapped classifier is made of, and the steps of a purification one by one.
 
     It is the part of :class:`~cmap_defense.classifier.PurifiedClassifier` that attacks on latents work with; make that.

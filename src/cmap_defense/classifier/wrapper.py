@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import os
-from collections.abc import Callable, Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,11 @@ from cmap_defense.errors import (
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.hooks import HookHandle, LatentHooks, together
 from cmap_defense.modules import device_of, evaluating, weights_of
+from cmap_defense.options import unknown_option
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import History, PurificationResult
-from cmap_defense.settings import near_matches, require_choice, require_integer
+from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["PurifiedClassifier"]
 
@@ -77,6 +78,25 @@ class PurifiedClassifier(LatentAccess):
         BackboneError: the backbone does not satisfy the protocol.
         UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
     """
+
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        "batch_size": "max_parallel",
+        "model": "classifier",
+        "purifier": "backbone",
+        "random_state": "seed",
+        "steps": "iterations",
+        "K": "n_latents",
+        "N": "iterations",
+    }
+    _advice: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("mean", "std"), "Give both together: PurifiedClassifier(..., normalize=(mean, std))."),
+        "device": "Move the model: PurifiedClassifier(...).to(device). A backbone given by name joins the classifier.",
+        "dtype": "Convert the model, PurifiedClassifier(...).to(dtype), or its backbone, "
+        "load_backbone(name, dtype=dtype).",
+        "eps": "The eps of an attack is an option of ThreatModel, that of Adam one of CMAPSettings: "
+        "PurifiedClassifier(..., settings=CMAPSettings(eps=...)).",
+        "seeds": "Seeds of single images are given to the call: model(images, seeds=...).",
+    }
 
     def __init__(
         self,
@@ -203,10 +223,12 @@ class PurifiedClassifier(LatentAccess):
             "max_parallel": self.max_parallel,
         }
         for name in changes:
-            if name not in options:
+            if name in ("classifier", "backbone"):
                 raise SettingsError(
-                    f"PurifiedClassifier has no option {name!r} to change.{near_matches(name, options)}"
+                    f"A variant has no option {name!r} to change: it shares the {name}. Make a new one."
                 )
+            if name not in options:
+                raise SettingsError(unknown_option(PurifiedClassifier, name, changes[name]))
         other = PurifiedClassifier(self.classifier, self.backbone, **(options | changes))
         other.training = self.training
         if hooks:

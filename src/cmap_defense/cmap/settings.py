@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import ClassVar
 
 from typing_extensions import Self
 
@@ -42,6 +43,14 @@ class CMAPSettings(Settings):
     ssim_weight: float = 2.0
     latent_weight: float = 3.2
     l1_smoothing: float = 0.0
+
+    _synonyms: ClassVar[Mapping[str, str]] = {
+        "k": "n_latents",
+        "latents": "n_latents",
+        "n": "iterations",
+        "steps": "iterations",
+        "lr": "learning_rate",
+    }
 
     def __post_init__(self) -> None:
         require_integer("CMAPSettings", "n_latents", self.n_latents, minimum=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.errors import GradientError
+from cmap_defense.options import NamedOptions
 from cmap_defense.results import PurificationResult
 
 __all__ = ["GradientMode", "Purification"]
@@ -52,7 +53,7 @@ class Purification:
         return self.prepare()
 
 
-class GradientMode(abc.ABC):
+class GradientMode(NamedOptions, abc.ABC):
     """Carries out a purification so that its images have a gradient to the input.
 
     A mode does the plain purification and nothing else where no gradient is wanted.

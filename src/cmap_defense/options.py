@@ -1,0 +1,138 @@
+"""Unknown keyword arguments of constructors: errors that say which object has the option, or which name is near."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from cmap_defense.errors import OptionError
+
+__all__ = ["NamedOptions", "near_matches", "unknown_option"]
+
+
+class NamedOptions:
+    """Base of classes that are made from options by name.
+
+    An unknown option raises :class:`~cmap_defense.errors.OptionError`. It is looked for among the options of the class
+    and of the objects that the class takes, which are read from its type hints. Signatures stay those of ``__init__``.
+
+    A subclass may set ``_synonyms``, other names of its options, and ``_advice``, sentences about names that are no
+    option of any object.
+    """
+
+    _synonyms: ClassVar[Mapping[str, str]] = {}
+    _advice: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if options:
+            known = inspect.signature(cls.__init__).parameters.values()
+            names = {parameter.name for parameter in known}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+                for name, value in options.items():
+                    if name not in names:
+                        raise OptionError(unknown_option(cls, name, value))
+        return super().__new__(cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """An option of ``home``. call: the constructor's call that sets it, with {} for the option and its value."""
+
+    name: str
+    home: type[NamedOptions]
+    call: str
+
+    def text(self, value: str) -> str:
+        return self.call.format(f"{self.name}={value}")
+
+
+def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
+    """What to say about an option that a class does not have: where it belongs, or which one is near."""
+    told = f"{owner.__name__} has no option {name!r}."
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 and "\n" not in shown else "..."
+    advice = owner._advice.get(name)
+    if advice is not None:
+        return f"{told} {advice}"
+    within = list(_options(owner))
+    synonyms = [home._synonyms[name] for home in _homes(within) if name in home._synonyms]
+    wanted_names = [*synonyms, name] if name in owner._synonyms else [name, *synonyms]
+    for wanted in wanted_names:
+        found = [option for option in within if option.name == wanted]
+        own = [option for option in found if option.home is owner]
+        if own:
+            return f"{told} It is called {wanted!r}: {own[0].text(shown)}."
+        if found:
+            called = "It" if wanted == name else repr(wanted)
+            places = " and ".join(f"of {option.home.__name__}: {option.text(shown)}" for option in _one_per_home(found))
+            return f"{told} {called} is an option {places}."
+    elsewhere = sorted(kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind))
+    if elsewhere:
+        return f"{told} It is an option of {', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}."
+    near = _near(name, {option.name for option in within})
+    if near:
+        return f"{told} Did you mean {next(option for option in within if option.name == near[0]).text(shown)}?"
+    return told + near_matches(name, _parameters(owner))
+
+
+def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
+    """A sentence with the names nearest to ``name``, or all of them when none is near; starts with a space."""
+    near = _near(name, known)
+    if near:
+        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return " Known: " + ", ".join(repr(n) for n in sorted(known)) + "."
+
+
+def _near(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> list[str]:
+    by_lower = {known_name.lower(): known_name for known_name in sorted(known)}
+    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)]
+
+
+def _options(owner: type[NamedOptions], call: str = "{}", depth: int = 0) -> Iterator[_Option]:
+    """The options of a class, then those of the objects that it takes, two levels deep."""
+    parameters = _parameters(owner)
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    for name in parameters:
+        others = "..., " if required - {name} else ""
+        yield _Option(name, owner, call.format(f"{owner.__name__}({others}{{}})"))
+    for name, parameter in parameters.items() if depth < 2 else ():
+        for taken in _taken(owner, name):
+            first = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            inner = f"{owner.__name__}({{}}, ...)" if first else f"{owner.__name__}(..., {name}={{}})"
+            yield from _options(taken, call.format(inner), depth + 1)
+
+
+def _parameters(kind: type[NamedOptions]) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
+
+
+def _taken(owner: type[NamedOptions], name: str) -> list[type[NamedOptions]]:
+    """The classes with options that an option of a class may be an object of; for an abstract one, its subclasses."""
+    try:
+        hint = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__).get(name)
+    except NameError:  # a hint of the user's that is there for type checkers alone
+        return []
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)]
+    found = [below for kind in kinds if issubclass(kind, NamedOptions) for below in _concrete(kind)]
+    return sorted(found, key=lambda kind: len(kind.__name__))  # PGD before FrozenResidual, as an example
+
+
+def _concrete(kind: type[NamedOptions]) -> list[type[NamedOptions]]:
+    """A class and its subclasses, less those that are abstract or private."""
+    own = [] if inspect.isabstract(kind) or kind is NamedOptions or kind.__name__.startswith("_") else [kind]
+    return own + [found for below in kind.__subclasses__() for found in _concrete(below)]
+
+
+def _homes(options: Sequence[_Option]) -> list[type[NamedOptions]]:
+    return list(dict.fromkeys(option.home for option in options))
+
+
+def _one_per_home(options: Sequence[_Option]) -> list[_Option]:
+    """The first two, of different classes."""
+    return list({option.home: option for option in reversed(options)}.values())[::-1][:2]

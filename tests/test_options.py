@@ -1,0 +1,163 @@
+"""Unknown options of constructors: the error says where the option lives, or which one is near."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cmap_defense
+from attacked import Denoiser, Linear
+from cmap_defense import CMAPSettings, PurifiedClassifier, attacks, gradients
+from cmap_defense.attacks import PGD, SPSA, Attack, Margin, NoiseAndDenoise, Shortened, Square, ThreatModel, Transfer
+from cmap_defense.errors import CmapError, OptionError, SettingsError
+from cmap_defense.gradients import Implicit, Unrolled
+from cmap_defense.options import NamedOptions
+
+NAMES = {**vars(attacks), **vars(gradients), **vars(cmap_defense), "torch": torch}
+GIVEN: dict[type, tuple[Any, ...]] = {PurifiedClassifier: (Linear(), Denoiser()), PGD: (ThreatModel(),)}
+
+
+def error_of(kind: type, *given: Any, **options: Any) -> str:
+    with pytest.raises(OptionError) as caught:
+        kind(*given, **options)
+    assert isinstance(caught.value, CmapError)
+    assert isinstance(caught.value, TypeError)
+    return str(caught.value)
+
+
+HOMES: list[tuple[type, dict[str, Any], str]] = [
+    (PurifiedClassifier, {"n_latents": 4}, "PurifiedClassifier(..., settings=CMAPSettings(n_latents=4))"),
+    (PurifiedClassifier, {"iterations": 7}, "PurifiedClassifier(..., settings=CMAPSettings(iterations=7))"),
+    (PurifiedClassifier, {"k": 4}, "PurifiedClassifier(..., settings=CMAPSettings(n_latents=4))"),
+    (PurifiedClassifier, {"steps": 7}, "PurifiedClassifier(..., settings=CMAPSettings(iterations=7))"),
+    (PurifiedClassifier, {"lr": 0.1}, "PurifiedClassifier(..., settings=CMAPSettings(learning_rate=0.1))"),
+    (PurifiedClassifier, {"n_latent": 4}, "PurifiedClassifier(..., settings=CMAPSettings(n_latents=4))"),
+    (PurifiedClassifier, {"last": 3}, "PurifiedClassifier(..., gradient=Unrolled(last=3))"),
+    (PurifiedClassifier, {"batch_size": 8}, "PurifiedClassifier(..., max_parallel=8)"),
+    (PurifiedClassifier, {"normalise": (0.5, 0.5)}, "PurifiedClassifier(..., normalize=(0.5, 0.5))"),
+    (PGD, {"eps": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
+    (PGD, {"norm": "l2", "steps": 3}, "PGD(ThreatModel(norm='l2'), ...)"),
+    (PGD, {"epsilon": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
+    (PGD, {"iterations": 3}, "PGD(..., steps=3)"),
+    (PGD, {"restart": 3}, "PGD(..., restarts=3)"),
+    (PGD, {"last": 3}, "PGD(..., gradient=Unrolled(last=3))"),
+    (Transfer, {"eps": 0.1}, "Transfer(PGD(ThreatModel(eps=0.1), ...), ...)"),
+    (CMAPSettings, {"n_latent": 3}, "CMAPSettings(n_latents=3)"),
+    (CMAPSettings, {"k": 3}, "CMAPSettings(n_latents=3)"),
+    (ThreatModel, {"epsilon": 0.1}, "ThreatModel(eps=0.1)"),
+    (Unrolled, {"max_grow": 2.0}, "Unrolled(max_growth=2.0)"),
+    (Shortened, {"iteration": 2}, "Shortened(iterations=2)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"), HOMES, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_the_error_has_the_call_that_sets_the_option(kind: type, options: dict[str, Any], expected: str) -> None:
+    message = error_of(kind, **options)
+    assert message.startswith(f"{kind.__name__} has no option {next(iter(options))!r}.")
+    assert expected in message
+    for call in re.findall(r"(?:CMAPSettings|ThreatModel|Unrolled|Shortened)\([^().]*(?:\.\d+)?\)", message):
+        eval(call, NAMES)
+
+
+@pytest.mark.parametrize("kind", [k for k in vars(attacks).values() if isinstance(k, type) and issubclass(k, Attack)])
+def test_every_attack_says_where_eps_is(kind: type[Attack]) -> None:
+    assert "ThreatModel(eps=0.1)" in error_of(kind, eps=0.1)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(CMAPSettings), ids=lambda field: field.name)
+def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> None:
+    assert f"settings=CMAPSettings({field.name}=" in error_of(PurifiedClassifier, **{field.name: field.default})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (PurifiedClassifier, "mean", r"normalize=\(mean, std\)"),
+        (PurifiedClassifier, "std", r"normalize=\(mean, std\)"),
+        (PurifiedClassifier, "device", r"\.to\(device\)"),
+        (PurifiedClassifier, "dtype", r"\.to\(dtype\).*load_backbone\(name, dtype=dtype\)"),
+        (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
+        (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
+        (PurifiedClassifier, "xyzzy", "Known: 'backbone'"),
+        (PGD, "targeted", "targets=..."),
+        (ThreatModel, "beta", "option of ConsistencyDisruption"),
+    ],
+)
+def test_names_that_are_no_option_of_an_object_within_reach(kind: type, name: str, words: str) -> None:
+    assert re.search(words, error_of(kind, **{name: 1}))
+
+
+def test_a_long_value_is_left_out() -> None:
+    assert "n_latents=...)" in error_of(PurifiedClassifier, n_latents=list(range(100)))
+
+
+def test_variant_says_it_too() -> None:
+    with pytest.raises(SettingsError, match=r"settings=CMAPSettings\(n_latents=4\)"):
+        PurifiedClassifier(Linear(), Denoiser()).variant(n_latents=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(PGD):
+    """An attack of a user's."""
+
+    patience: int = 3
+
+
+def test_the_attacks_of_others_take_part() -> None:
+    assert Mine(ThreatModel(), patience=4).patience == 4
+    assert "Mine(..., patience=4)" in error_of(Mine, patienc=4)
+    assert "Mine(ThreatModel(eps=4), ...)" in error_of(Mine, eps=4)
+
+
+class Anything(NamedOptions):
+    """Takes whatever comes."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+def test_classes_that_take_any_option_are_left_alone() -> None:
+    assert Anything(eps=1).options == {"eps": 1}
+
+
+def test_signatures_are_those_of_the_constructors() -> None:
+    for kind in (PurifiedClassifier, CMAPSettings, PGD, Transfer, ThreatModel, Unrolled, Margin):
+        own = list(inspect.signature(kind.__init__).parameters.values())[1:]
+        assert list(inspect.signature(kind).parameters.values()) == own
+
+
+@pytest.mark.parametrize(
+    "value", [PGD(ThreatModel(eps=0.1), steps=3), CMAPSettings(n_latents=3), Implicit(iterations=3), NoiseAndDenoise()]
+)
+def test_copies_pickles_and_replacements_are_as_before(value: Any) -> None:
+    assert copy.deepcopy(value) == value
+    assert pickle.loads(pickle.dumps(value)) == value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        assert dataclasses.replace(value) == value
+        with pytest.raises(OptionError):
+            dataclasses.replace(value, nonsense=1)
+
+
+def test_an_abstract_attack_is_still_abstract() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Attack(ThreatModel())  # pyright: ignore[reportAbstractUsage]
+
+
+def test_a_threat_that_is_a_number_has_its_remedy() -> None:
+    for kind in (PGD, SPSA, Square):
+        with pytest.raises(SettingsError, match=r"ThreatModel\(eps=8 / 255\)"):
+            kind(0.03)
+
+
+def test_modules_with_options_are_modules() -> None:
+    assert isinstance(PurifiedClassifier(Linear(), Denoiser()), nn.Module)
