@@ -42,6 +42,7 @@ class ImageDoor:
     @classmethod
     def of(cls, image_shape: tuple[int, int, int], inputs: str, normalize: Any, resize: str | bool | None) -> Self:
         """From the wrapper's options. Raises :class:`SettingsError` for one that is out of its range."""
+        inputs = "normalized" if inputs == "normalised" else inputs
         require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
         if normalize is None and inputs == "normalized":
             raise SettingsError('inputs="normalized" needs normalize=(mean, std), those that the images went through.')
@@ -54,7 +55,7 @@ class ImageDoor:
 
     def to_unit(self, images: object, device: torch.device | None) -> Tensor:
         """Images in [0, 1], float32 at least, safe to be part of a graph; checked for type, device, range and shape."""
-        images = check_images(images)
+        images = check_images(images, self.image_shape[0])
         check_device(images, device)
         check_finite(images)
         if images.is_inference():

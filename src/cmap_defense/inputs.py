@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError
@@ -22,6 +23,7 @@ __all__ = [
     "check_seeds",
     "check_shape",
     "check_unit_range",
+    "conversion_line",
     "resize_images",
 ]
 
@@ -31,22 +33,110 @@ TOLERANCE = 1e-4
 """How far outside [0, 1] a value may be, for the rounding of earlier transforms."""
 
 
-def check_images(images: object) -> Tensor:
+def check_images(images: object, channels: int | None = None) -> Tensor:
     """``images`` when it is a float tensor [B, C, H, W].
+
+    Args:
+        images: anything.
+        channels: C of the backbone's images, for the line that converts others; None where it is not known.
 
     Raises:
         InputTypeError: not a tensor, or not of a floating-point dtype.
         InputValueError: not of rank 4.
     """
     if not isinstance(images, Tensor):
-        raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.")
+        raise InputTypeError(
+            f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}."
+            + conversion_line(images, channels)
+        )
     if not images.is_floating_point():
-        hint = " Divide uint8 images by 255 first: images.float() / 255." if images.dtype == torch.uint8 else ""
-        raise InputTypeError(f"Images must be floating-point, but are {images.dtype}.{hint}")
+        raise InputTypeError(
+            f"Images must be floating-point, but are {images.dtype}." + conversion_line(images, channels)
+        )
     if images.ndim != 4:
-        hint = " Add the batch axis: images[None]." if images.ndim == 3 else ""
-        raise InputValueError(f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}.{hint}")
+        raise InputValueError(
+            f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}."
+            + conversion_line(images, channels)
+        )
     return images
+
+
+def conversion_line(images: object, channels: int | None = None) -> str:
+    """A sentence with the line that makes a float tensor [B, C, H, W] in [0, 1] of images, which are called
+    ``images`` there; it starts with a space, and is empty where no line is known.
+
+    Args:
+        images: a PIL image, a numpy array, a tensor, or a list of them.
+        channels: C of the backbone's images; None for that of the images.
+    """
+    line = _conversion("images", images, channels)
+    return "" if line in (None, "images") else f" Convert them: {line}."
+
+
+def _conversion(name: str, images: object, channels: int | None) -> str | None:
+    if isinstance(images, Image.Image):
+        return f"{_pil_conversion(name, images, channels)}[None]"
+    if isinstance(images, (list, tuple)) and images:
+        first = images[0]
+        if all(isinstance(image, Image.Image) for image in images):
+            return f"torch.stack([{_pil_conversion('image', first, channels)} for image in {name}])"
+        if len({(type(image), getattr(image, "shape", None)) for image in images}) > 1:
+            return None
+        if isinstance(first, np.ndarray) and first.ndim < 4:
+            return _conversion(f"numpy.stack({name})", np.stack(images), channels)
+        if isinstance(first, Tensor) and first.ndim < 4:
+            return _conversion(f"torch.stack({name})", torch.stack(list(images)), channels)
+        return None
+    if not isinstance(images, (Tensor, np.ndarray)):
+        return None
+    array = isinstance(images, np.ndarray)
+    floating = np.issubdtype(images.dtype, np.floating) if array else images.is_floating_point()
+    eight_bit = images.dtype in (np.uint8, torch.uint8)
+    axes = _axes(tuple(images.shape), channels, last_first=array)
+    if axes is None or not (floating or eight_bit):
+        return None
+    moved, own = axes
+    changed = _CHANNELS.get((own, own if channels is None else channels), None if channels not in (None, own) else "")
+    if changed is None:
+        return None
+    converted = ".float().div(255)" if eight_bit else ".float()" if array else ""
+    return f"{f'torch.tensor({name})' if array else name}{moved}{converted}{changed}"
+
+
+def _pil_conversion(name: str, image: Image.Image, channels: int | None) -> str:
+    grey = channels == 1 if channels is not None else image.mode in ("1", "L")
+    return f"torchvision.transforms.functional.to_tensor({name}.convert({'L' if grey else 'RGB'!r}))"
+
+
+def _axes(shape: tuple[int, ...], channels: int | None, *, last_first: bool) -> tuple[str, int] | None:
+    """What brings the axes of images of this shape into order, and how many channels there are then.
+
+    last_first: take the last axis for the channels where the first would do as well, as in arrays.
+    """
+    if len(shape) == 2:
+        return "[None, None]", 1
+    if len(shape) not in (3, 4):
+        return None
+    single = len(shape) == 3
+    places = {
+        "first": ("[None]" if single else "", shape[-3]),
+        "last": (".permute(2, 0, 1)[None]" if single else ".permute(0, 3, 1, 2)", shape[-1]),
+    }
+    order = ("last", "first") if last_first else ("first", "last")
+    for fitting in ((channels,), (1, 3, 4)):
+        for place in order:
+            if places[place][1] in fitting:
+                return places[place]
+    return ("[:, None]", 1) if single and channels == 1 else None
+
+
+_CHANNELS = {
+    (1, 3): ".expand(-1, 3, -1, -1)",
+    (3, 1): ".mean(dim=1, keepdim=True)",
+    (4, 1): "[:, :3].mean(dim=1, keepdim=True)",
+    (4, 3): "[:, :3]",
+}
+"""What makes images [B, C, H, W] of so many channels ones of so many others."""
 
 
 def check_finite(images: Tensor) -> None:
@@ -79,7 +169,7 @@ def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) ->
     if images.shape[1] != channels:
         raise InputValueError(
             f"The backbone makes images with {channels} channel(s), but these have {images.shape[1]}: "
-            f"{list(images.shape)}."
+            f"{list(images.shape)}." + conversion_line(images, channels)
         )
     if not resizes and tuple(images.shape[2:]) != (height, width):
         raise InputValueError(

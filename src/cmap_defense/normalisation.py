@@ -26,9 +26,20 @@ class Normalisation:
 
     @classmethod
     def of(cls, normalize: Any, channels: int) -> Self:
-        """From (mean, std), numbers or one number per channel each. Raises :class:`SettingsError` on anything else."""
+        """From (mean, std), numbers or one number per channel each, or a transform with both, such as torchvision's.
+
+        Raises:
+            SettingsError: it is something else.
+        """
+        if not isinstance(normalize, (Sequence, Tensor, np.ndarray)) and hasattr(normalize, "mean"):
+            pair = [getattr(normalize, name, None) for name in ("mean", "std")]
+            # torchvision takes one number in a list for all channels
+            normalize = [part[0] if isinstance(part, Sequence) and len(part) == 1 else part for part in pair]
         if not isinstance(normalize, (Sequence, Tensor, np.ndarray)) or len(normalize) != 2:
-            raise SettingsError(f"normalize must be (mean, std), but is {normalize!r}.")
+            raise SettingsError(
+                "normalize must be (mean, std), or one transform such as torchvision.transforms.Normalize(mean, std), "
+                f"but is {normalize!r}."
+            )
         mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
         mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
         return cls(

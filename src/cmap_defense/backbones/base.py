@@ -38,6 +38,7 @@ def check_backbone(backbone: object) -> nn.Module:
             "A backbone is a registry name, a Hub id, a folder, or an nn.Module with image_shape and generate, "
             f"but got {name}."
         )
+    _refuse_wrapped(backbone)
     shape = getattr(backbone, "image_shape", None)
     if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
         raise BackboneError(
@@ -58,6 +59,23 @@ def check_backbone(backbone: object) -> nn.Module:
             f"{name}'s weights were made under torch.inference_mode, which bars gradients: load it outside."
         )
     return backbone
+
+
+def _refuse_wrapped(backbone: nn.Module) -> None:
+    """Wrappers of ``forward`` have no effect on ``generate``. Raises :class:`BackboneError` with what has one."""
+    inner = getattr(backbone, "_orig_mod", None)  # of torch.compile
+    if inner is not None or getattr(backbone, "_compiled_call_impl", None) is not None:
+        has_network = isinstance(getattr(backbone, "network", None), nn.Module)
+        way = "backbone.network.compile()" if has_network else "backbone.generate = torch.compile(backbone.generate)"
+        raise BackboneError(
+            "The backbone was compiled as a whole, which compiles its forward, but only its generate is called. "
+            f"Compile what runs there, before the backbone is passed on: {way}."
+        )
+    if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise BackboneError(
+            f"{type(backbone).__name__}(backbone) distributes forward, but only generate is called. Distribute the "
+            "whole: nn.DataParallel(PurifiedClassifier(classifier, backbone))."
+        )
 
 
 def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:

@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.backbones.base import check_backbone
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.classifier.access import LatentAccess
+from cmap_defense.classifier.convert import to_batch
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
@@ -56,9 +59,10 @@ class PurifiedClassifier(LatentAccess):
             a module is used as it is, in eval mode.
         settings: of the latent loop, all of them; None for the ones that the backbone's record names, or else the
             defaults. To change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``.
-        normalize: (mean, std), numbers or one number per channel, that the classifier expects; applied after
-            purification.
-        inputs: "unit" for images in [0, 1]; "normalized" for images that went through ``normalize`` already.
+        normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
+            ``Normalize(mean, std)``; applied after purification.
+        inputs: "unit" for images in [0, 1]; "normalized" or "normalised" for images that went through ``normalize``
+            already.
         resize: how to resize images of another size to the backbone's and back: "bilinear", "bicubic", "area" or
             "nearest-exact" (True means "bilinear"); None refuses them.
         vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability (the
@@ -104,7 +108,7 @@ class PurifiedClassifier(LatentAccess):
         backbone: str | os.PathLike[str] | nn.Module,
         *,
         settings: CMAPSettings | None = None,
-        normalize: tuple[Sequence[float] | float, Sequence[float] | float] | None = None,
+        normalize: tuple[Sequence[float] | float, Sequence[float] | float] | nn.Module | None = None,
         inputs: str = "unit",
         resize: str | bool | None = None,
         vote: str = "label",
@@ -159,7 +163,8 @@ class PurifiedClassifier(LatentAccess):
         """Logits of purified images.
 
         Args:
-            images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says.
+            images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says. The error about anything else has
+                the line that converts it.
             seeds: [B] integers, one per image; None for ``seed``, or fresh ones from torch's CPU generator.
             class_labels: [B] or [B, K] integers for a class-conditional backbone, in place of the choice made at
                 construction.
@@ -173,13 +178,13 @@ class PurifiedClassifier(LatentAccess):
             ClassifierError: the classifier did not return finite logits [M, classes].
             BackboneError: the backbone broke its promise.
         """
-        logits = self.purify(images, seeds=seeds, class_labels=class_labels).logits
+        logits = self._with_gradients_as_wanted(images, None, seeds, class_labels).logits
         assert logits is not None
         return vote_logits(logits, lift=self.vote == "label")
 
     def purify(
         self,
-        images: Tensor,
+        images: Tensor | np.ndarray | Image.Image | Sequence[Any],
         *,
         latents: Tensor | None = None,
         seeds: Tensor | Sequence[int] | None = None,
@@ -188,7 +193,11 @@ class PurifiedClassifier(LatentAccess):
         """The K purified versions of each image, and how they were found.
 
         Args:
-            images: as for :meth:`forward`.
+            images: as for :meth:`forward`, or a single image [C, H, W], for which B is 1; also uint8. Or a numpy array
+                [B, H, W, C], [H, W, C] or, of one channel, [H, W], uint8 or floating-point; a PIL image, which becomes
+                grey or RGB as the backbone's are; or a list of single images of one size. 8-bit and PIL images are
+                taken for what ``normalize`` has not been applied to, whatever ``inputs`` says. What is no tensor is
+                moved to the model's device.
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for :meth:`forward`; not together with ``latents``.
             class_labels: as for :meth:`forward`; the labels in use are in the result.
@@ -199,6 +208,21 @@ class PurifiedClassifier(LatentAccess):
 
         It raises the errors of :meth:`forward`.
         """
+        batch, unit = to_batch(images, self.image_shape[0])
+        if isinstance(batch, Tensor) and not isinstance(images, Tensor):
+            batch = batch.to(self._device())
+        if isinstance(batch, Tensor) and unit and self.door.inputs == "normalized":
+            batch = self.door.to_classifier(batch)
+        return self._with_gradients_as_wanted(batch, latents, seeds, class_labels)
+
+    def _with_gradients_as_wanted(
+        self,
+        images: object,
+        latents: Tensor | None,
+        seeds: Tensor | Sequence[int] | None,
+        class_labels: Tensor | Sequence[int] | None,
+    ) -> PurificationResult:
+        """A purification outside of inference mode, with gradients where the caller has them on."""
         wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             return self._purify(images, latents, seeds, class_labels)
@@ -225,7 +249,8 @@ class PurifiedClassifier(LatentAccess):
         for name in changes:
             if name in ("classifier", "backbone"):
                 raise SettingsError(
-                    f"A variant has no option {name!r} to change: it shares the {name}. Make a new one."
+                    f"A variant has no option {name!r} to change: it shares the {name}. "
+                    "Make another PurifiedClassifier."
                 )
             if name not in options:
                 raise SettingsError(unknown_option(PurifiedClassifier, name, changes[name]))
@@ -275,7 +300,7 @@ class PurifiedClassifier(LatentAccess):
 
     def _purify(
         self,
-        images: Tensor,
+        images: object,
         latents: Tensor | None,
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
