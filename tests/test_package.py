@@ -147,3 +147,40 @@ def test_all_errors_are_cmap_errors_and_builtins() -> None:
         assert issubclass(kind, errors.CmapError)
         if kind is not errors.CmapError:
             assert len(kind.__mro__) > 4, f"{name} derives from a builtin besides"
+
+
+def test_it_can_be_imported_without_installed_metadata(tmp_path: Path) -> None:
+    """From a copy of the sources, a zip or a frozen application."""
+    script = (
+        "import importlib.metadata as metadata\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'cmap-defense':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.version = version\n"
+        "import cmap_defense\n"
+        "print(cmap_defense.__version__)\n"
+    )
+    source = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=source, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == cmap_defense.__version__, done.stderr
+
+
+def test_the_wheel_has_the_version_of_the_package(installed: Path) -> None:
+    (metadata,) = installed.glob("cmap_defense-*.dist-info")
+    assert metadata.name == f"cmap_defense-{cmap_defense.__version__}.dist-info"
+
+
+def test_every_dependency_has_a_lowest_version_that_ci_takes() -> None:
+    script = [sys.executable, str(ROOT / ".ci" / "lowest.py")]
+    done = subprocess.run([*script, "dev", "quality"], capture_output=True, text=True, check=True)
+    pins = dict(line.split("==") for line in done.stdout.splitlines())
+    declared = re.findall(r'^ *"([a-z-]+)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert len(declared) > 15
+    assert {name: version for name, version in declared if pins.get(name) != version} == {}
+    done = subprocess.run([*script, "--without", "torch"], capture_output=True, text=True, check=True)
+    assert "torch==" not in done.stdout
+    assert "pillow==" in done.stdout

@@ -85,7 +85,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a file. Raises :class:`BackboneFileError` when there is no room or no permission."""
     try:
-        save_file(dict(tensors), path)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # older ones refuse others
     except (SafetensorError, OSError) as error:
         raise BackboneFileError(f"{path} could not be written ({error}). Is the disk full, or read-only?") from error
 
