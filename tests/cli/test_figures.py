@@ -24,10 +24,10 @@ def test_ticks_enclose_the_values_and_read_differently(low: float, size: float) 
     high = low + size
     ticks = _ticks(low, high)
     assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low
-    assert high <= ticks[-1]
     steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert min(steps) > 0
+    assert ticks[0] <= low + 1e-6 * min(steps)
+    assert high <= ticks[-1] + 1e-6 * min(steps)
     labels = _labels(ticks)
     assert len(set(labels)) == len(labels)
     assert [float(label) for label in labels] == pytest.approx(ticks, abs=0.02 * min(steps))
