@@ -210,7 +210,7 @@ class TestInputs:
         normalized = ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).to(dtype)
         assert make(normalize=(mean, std), inputs="normalized")(normalized).shape == (4, CLASSES)
         with pytest.raises(CmapError, match="mean and std"):
-            make(normalize=(mean, std), inputs="normalized")(normalized * 1.2)
+            make(normalize=(mean, std), inputs="normalized")(normalized * 3)
 
     def test_numpy_values_are_numbers_too(self) -> None:
         x = images()

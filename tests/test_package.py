@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cmap_defense
 from patience import HANGS
 
 ROOT = Path(__file__).parent.parent

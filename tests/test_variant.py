@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "seed": 9,
     "gradient": Unrolled(last=2),
     "max_parallel": 3,
+    "out_of_range": "clamp",
 }
 
 
@@ -38,6 +39,7 @@ def options_of(model: PurifiedClassifier) -> dict[str, Any]:
         "gradient": model.gradient,
         "class_labels": model.class_labels,
         "max_parallel": model.max_parallel,
+        "out_of_range": model.door.out_of_range,
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +12,28 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from cmap_defense.errors import InputValueError, SettingsError
+from cmap_defense.errors import InputRangeWarning, InputValueError, SettingsError
 from cmap_defense.inputs import (
     RESIZE_MODES,
     check_device,
     check_finite,
     check_images,
     check_shape,
-    check_unit_range,
+    clamp_straight_through,
+    eight_bit_hint,
+    range_outside,
+    range_text,
     resize_images,
 )
 from cmap_defense.normalisation import Normalisation
 from cmap_defense.settings import require_choice
 
 __all__ = ["ImageDoor"]
+
+OUT_OF_RANGE = ("auto", "clamp", "raise")
+
+OVERSHOOT = 0.5
+"""How far outside [0, 1] images may be under "auto" where no gradient is wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +42,25 @@ class ImageDoor:
 
     image_shape: (C, H, W) of the backbone's. inputs: "unit" or "normalized", of the caller's.
     resize: the mode, or None where other sizes are refused. normalisation: what the classifier expects, or None.
+    out_of_range: "auto", "clamp" or "raise", what is done with values outside [0, 1].
     """
 
     image_shape: tuple[int, int, int]
     inputs: str
     resize: str | None
     normalisation: Normalisation | None
+    out_of_range: str = "auto"
+    _warned: list[bool] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, image_shape: tuple[int, int, int], inputs: str, normalize: Any, resize: str | bool | None) -> Self:
+    def of(
+        cls,
+        image_shape: tuple[int, int, int],
+        inputs: str,
+        normalize: Any,
+        resize: str | bool | None,
+        out_of_range: str,
+    ) -> Self:
         """From the wrapper's options. Raises :class:`SettingsError` for one that is out of its range."""
         inputs = "normalized" if inputs == "normalised" else inputs
         require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
@@ -49,9 +69,9 @@ class ImageDoor:
         mode = "bilinear" if resize is True else None if resize is None or resize is False else resize
         if mode is not None:
             require_choice("PurifiedClassifier", "resize", mode, RESIZE_MODES)
-        return cls(
-            image_shape, inputs, mode, None if normalize is None else Normalisation.of(normalize, image_shape[0])
-        )
+        require_choice("PurifiedClassifier", "out_of_range", out_of_range, OUT_OF_RANGE)
+        normalisation = None if normalize is None else Normalisation.of(normalize, image_shape[0])
+        return cls(image_shape, inputs, mode, normalisation, out_of_range)
 
     def to_unit(self, images: object, device: torch.device | None) -> Tensor:
         """Images in [0, 1], float32 at least, safe to be part of a graph; checked for type, device, range and shape."""
@@ -68,8 +88,46 @@ class ImageDoor:
             assert self.normalisation is not None
             images = self.normalisation.undo(images)
             slack = self.normalisation.slack(rounding)
-        check_unit_range(images, inputs=self.inputs, slack=slack)
-        return images
+        return self._bounded(images, slack)
+
+    def _bounded(self, images: Tensor, slack: float) -> Tensor:
+        """Images that were in [0, 1] up to ``slack``, the others as ``out_of_range`` says."""
+        if self.out_of_range == "clamp":
+            return clamp_straight_through(images)
+        found = range_outside(images, slack)
+        if found is None:
+            return images
+        if self.out_of_range == "auto":
+            if images.requires_grad and torch.is_grad_enabled():
+                return clamp_straight_through(images, slack)
+            if found[0] >= -OVERSHOOT and found[1] <= 1 + OVERSHOOT:
+                self._warn_once(found)
+                return clamp_straight_through(images, slack)
+        raise InputValueError(self._range_message(found, ".") + ".")
+
+    def _range_message(self, found: tuple[float, float], done: str) -> str:
+        """What is wrong with values in this range, what was done, and what to do."""
+        if self.inputs == "normalized":
+            hint = "After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
+        else:
+            normalised = (
+                'If they are normalised, use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
+            )
+            hint = eight_bit_hint(found) or normalised
+        return (
+            f"Images must lie in [0, 1], but lie in {range_text(found)}{done} {hint} "
+            'For an attack that leaves [0, 1] on its way, use PurifiedClassifier(..., out_of_range="clamp")'
+        )
+
+    def _warn_once(self, found: tuple[float, float]) -> None:
+        if self._warned:
+            return
+        self._warned.append(True)
+        warnings.warn(
+            self._range_message(found, ", and were clamped.") + ", which does the same without this warning.",
+            InputRangeWarning,
+            stacklevel=_level_of_caller(),
+        )
 
     def resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
         """Images [M, C, H, W] in [0, 1] at another size, where this door resizes at all.
@@ -87,3 +145,11 @@ class ImageDoor:
     def to_classifier(self, images: Tensor) -> Tensor:
         """Unit images as the classifier expects them."""
         return images if self.normalisation is None else self.normalisation.apply(images)
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel`` at which a warning names the code that called this package or torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cmap_defense", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

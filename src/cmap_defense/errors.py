@@ -16,6 +16,7 @@ __all__ = [
     "EvaluationError",
     "GradientError",
     "GradientWarning",
+    "InputRangeWarning",
     "InputTypeError",
     "InputValueError",
     "MissingExtraError",
@@ -85,6 +86,10 @@ class GradientError(CmapError, RuntimeError):
 
 class GradientWarning(UserWarning):
     """A gradient was zero wherever an attack looked, so that the attack did nothing."""
+
+
+class InputRangeWarning(UserWarning):
+    """Images lay outside [0, 1] and were clamped."""
 
 
 class DataError(CmapError, ValueError):

@@ -23,7 +23,11 @@ __all__ = [
     "check_seeds",
     "check_shape",
     "check_unit_range",
+    "clamp_straight_through",
     "conversion_line",
+    "eight_bit_hint",
+    "range_outside",
+    "range_text",
     "resize_images",
 ]
 
@@ -147,20 +151,46 @@ def check_finite(images: Tensor) -> None:
         raise InputValueError(f"Images must be finite, but NaN or inf are in these of the batch: {_some(bad)}.")
 
 
-def check_unit_range(images: Tensor, *, inputs: str, slack: float = 0.0) -> None:
-    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4 plus ``slack``."""
+def check_unit_range(images: Tensor) -> None:
+    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4."""
+    found = range_outside(images)
+    if found is not None:
+        raise InputValueError(
+            f"Images must lie in [0, 1], but lie in {range_text(found)}. "
+            f"{eight_bit_hint(found) or 'They look normalised: undo that first, images * std + mean.'}"
+        )
+
+
+def range_outside(images: Tensor, slack: float = 0.0) -> tuple[float, float] | None:
+    """The smallest and the largest value, when one lies outside [0, 1] by more than 1e-4 plus ``slack``; or None."""
     if images.numel() == 0:
-        return
+        return None
     low, high = (v.item() for v in images.detach().aminmax())
-    if low >= -TOLERANCE - slack and high <= 1 + TOLERANCE + slack:
-        return
-    if inputs == "normalized":
-        hint = " After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
-    elif high > 20 or (high > 2 and low >= 0):
-        hint = " They look like 8-bit values: divide by 255 first."
-    else:
-        hint = ' They look normalised: use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
-    raise InputValueError(f"Images must lie in [0, 1], but lie in [{low:.4g}, {high:.4g}].{hint}")
+    return None if low >= -TOLERANCE - slack and high <= 1 + TOLERANCE + slack else (low, high)
+
+
+def range_text(found: tuple[float, float]) -> str:
+    """A range as errors show it."""
+    return f"[{found[0]:.4g}, {found[1]:.4g}]"
+
+
+def eight_bit_hint(found: tuple[float, float]) -> str:
+    """What to do where a range looks like that of 8-bit values, or nothing."""
+    low, high = found
+    return "They look like 8-bit values: divide by 255 first." if high > 20 or (high > 2 and low >= 0) else ""
+
+
+def clamp_straight_through(images: Tensor, slack: float | None = None) -> Tensor:
+    """Images [B, C, H, W] clamped to [0, 1]; the gradient passes as if they were not.
+
+    slack: leaves images as they are whose values all lie within 1e-4 plus this of [0, 1]; None clamps all of them.
+    """
+    clamped = images.detach().clamp(0, 1) + (images - images.detach())
+    if slack is None:
+        return clamped
+    margin = TOLERANCE + slack
+    outside = ((images < -margin) | (images > 1 + margin)).flatten(1).any(dim=1)
+    return torch.where(outside[:, None, None, None], clamped, images)
 
 
 def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) -> None:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cmap_defense.errors import SettingsError
 from cmap_defense.settings import Settings, require_choice, require_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ThreatModel"]
+__all__ = ["ThreatModel", "require_linf_size"]
+
+
+def require_linf_size(
+    owner: str, name: str, value: float, *, minimum: float | None = 0.0, above: float | None = None
+) -> float:
+    """A size per pixel in units of images in [0, 1], or a :class:`SettingsError` that says so."""
+    size = require_number(owner, name, value, minimum=minimum, above=above)
+    if size > 1:
+        hint = f"; did you mean {size:g}/255?" if size <= 255 else "."
+        raise SettingsError(
+            f"{owner}.{name} is in units of images in [0, 1], so that it must be at most 1, but is {size:g}{hint}"
+        )
+    return size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +34,8 @@ class ThreatModel(Settings):
     """All images in [0, 1] within a distance of the clean one.
 
     norm: "linf" (largest absolute difference) or "l2" (Euclidean norm over C x H x W). eps: the distance, 0 at least,
-    in units of images in [0, 1].
+    in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", and for "l2" at most sqrt(C H W) of the
+    images attacked.
     """
 
     norm: str = "linf"
@@ -26,7 +43,23 @@ class ThreatModel(Settings):
 
     def __post_init__(self) -> None:
         require_choice("ThreatModel", "norm", self.norm, ("linf", "l2"))
-        require_number("ThreatModel", "eps", self.eps, minimum=0.0)
+        if self.norm == "linf":
+            require_linf_size("ThreatModel", "eps", self.eps)
+        else:
+            require_number("ThreatModel", "eps", self.eps, minimum=0.0)
+
+    def largest_eps(self, image_shape: Sequence[int]) -> float:
+        """The eps that allows every image of this shape (C, H, W)."""
+        return 1.0 if self.norm == "linf" else math.sqrt(math.prod(image_shape))
+
+    def require_fit(self, image_shape: Sequence[int]) -> None:
+        """Raises :class:`SettingsError` when eps is larger than any two images of this shape (C, H, W) are apart."""
+        largest = self.largest_eps(image_shape)
+        if self.eps > largest * (1 + 1e-6):
+            raise SettingsError(
+                f"ThreatModel.eps is in units of images in [0, 1], where images of shape {tuple(image_shape)} are at "
+                f"most {largest:.4g} apart in {self.norm}, but is {self.eps:g}; did you mean {self.eps:g}/255?"
+            )
 
     def project(self, images: Tensor, clean: Tensor) -> Tensor:
         """The allowed images near ``images``, [B, C, H, W] each: clamped (linf) or shrunk (l2), then in [0, 1]."""

@@ -266,13 +266,13 @@ def test_a_clamp_that_is_active_everywhere_kills_the_released_gradient_and_not_o
 
 def test_released_l2_images_are_moved_to_exactly_eps_even_from_inside():
     images, labels = labelled(3, dtype=DOUBLE)
-    threat = ThreatModel(norm="l2", eps=30.0)
+    threat = ThreatModel(norm="l2", eps=12.0)
     released = ConsistencyDisruption(threat, steps=START + 1, released=True)
     ours = ConsistencyDisruption(threat, steps=START + 1)
     lengths = [
         (raw(attack, precise(), images, labels) - images[:, None]).flatten(2).norm(dim=2) for attack in (released, ours)
     ]
-    torch.testing.assert_close(lengths[0], torch.full((3, 2), 30.0, dtype=DOUBLE))
+    torch.testing.assert_close(lengths[0], torch.full((3, 2), 12.0, dtype=DOUBLE))
     assert (lengths[1] < 20).all()
 
 
@@ -280,7 +280,7 @@ def test_released_l2_images_are_moved_to_exactly_eps_even_from_inside():
 def test_released_images_leave_the_cube_on_the_way_and_never_in_the_result(norm: str):
     images, labels = labelled(3, dtype=DOUBLE)
     images = images.round()
-    attack = ConsistencyDisruption(ThreatModel(norm=norm, eps=0.4 if norm == "linf" else 20.0), steps=5, released=True)
+    attack = ConsistencyDisruption(ThreatModel(norm=norm, eps=0.4 if norm == "linf" else 12.0), steps=5, released=True)
     attempts = raw(attack, precise(), images, labels)
     if norm == "l2":
         assert (attempts.amax() > 1) | (attempts.amin() < 0)
@@ -300,10 +300,10 @@ def test_the_released_classifier_is_shown_images_outside_the_cube():
 
     images, labels = labelled()
     model = wrapped(classifier=classifier, normalize=(0.5, 0.25))
-    attack = ConsistencyDisruption(ThreatModel(norm="l2", eps=30.0), steps=START + 1, released=True)
+    attack = ConsistencyDisruption(ThreatModel(norm="l2", eps=12.0), steps=START + 1, released=True)
     attack._run(ModelAccess(model, torch.arange(3)), images, Goal(labels))
     lengths = ((seen[-1] * 0.25 + 0.5) - images.repeat_interleave(2, dim=0)).flatten(1).norm(dim=1)
-    torch.testing.assert_close(lengths, torch.full((6,), 30.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(lengths, torch.full((6,), 12.0), rtol=1e-4, atol=0)
     assert (seen[-1] * 0.25 + 0.5).amax() > 1.5
 
 

@@ -94,6 +94,7 @@ def test_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["-n", "200"], 2, "There are 256 images, but 200 + 128 are wanted"),
         (["-n", "100", "--kernel", "deep"], 2, "100 + 128 + 64"),
         (["--eps", "0"], 2, "--eps"),
+        (["--eps", "8"], 2, "did you mean 8/255?"),
         (["--levels", "1001"], 2, "--levels"),
         (["--kernel", "linear"], 2, "--kernel"),
         (["--backbone", "fashion-mnist"], 1, "fashion-mnist-ct"),

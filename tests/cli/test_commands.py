@@ -74,7 +74,10 @@ def test_demo_as_json(tmp_path: Path) -> None:
 
 
 def test_demo_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--images", "3", "--latents", "1", "--iterations", "2", "-o", str(tmp_path)]) == 0
+    assert (
+        main(["demo", "--images", "3", "--latents", "1", "--iterations", "2", "--eps", "8/255", "-o", str(tmp_path)])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "the attacker did not know the defence" in text
     rows = [line.split() for line in text.splitlines()]
@@ -113,6 +116,8 @@ def test_purify_writes_a_file_of_the_same_name_and_size(
         (["purify", "boot.png", "-b", "fashion-mnist-ct", "-o", "out", "--device", "cuda:99"], 2, "cuda:99"),
         (["purify", "-b", "fashion-mnist-ct", "-o", "out"], 2, "IMAGES"),
         (["demo", "--images", "0"], 2, "--images"),
+        (["demo", "--eps", "8"], 2, "did you mean 8/255?"),
+        (["demo", "--eps", "-0.1"], 2, "no size"),
         (["backbones", "info", "no-such-backbone"], 1, "fashion-mnist-ct"),
         (["train", "--data", "cifar", "-o", "out"], 1, "cifar10"),
         (["train", "--data", "data.npz", "-o", "out", "--attention", "7"], 2, "--attention"),

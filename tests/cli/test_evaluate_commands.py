@@ -117,6 +117,8 @@ def test_the_preset_is_the_papers_protocol_unless_told_otherwise(
         (["--classifier", "time:time"], "which is no model"),
         (["--only", "bpda"], "Did you mean 'bpda-eot'"),
         (["--eps", "none"], "no size"),
+        (["--eps", "8"], "did you mean 8/255?"),
+        (["--eps", "8", "--attacks", "none"], "did you mean 8/255?"),
         (["--mean", "0.5"], "go together"),
         (["--mean", "a,b", "--std", "1"], "one number per channel"),
         (["--baseline", "nothing"], "NAME=PATH"),
@@ -175,6 +177,12 @@ def test_weights_of_another_model_are_named(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "head.bias" in error
     assert "surplus" in error
+
+
+def test_a_study_refuses_an_eps_of_8_bit_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "vote", *MODEL, "--eps", "8", "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean 8/255?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_study_compares_its_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

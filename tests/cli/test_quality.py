@@ -238,6 +238,7 @@ def test_the_resnets_of_the_examples(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--and", "a=nowhere:net"], 2, "nowhere cannot be imported"),
         (["--features", "haed"], 1, "Did you mean 'head'"),
         (["--eps", "0"], 2, "--eps"),
+        (["--eps", "8"], 2, "did you mean 8/255?"),
         (["--samples", "1"], 2, "--samples"),
         (["-n", "257"], 1, "the data set has 256"),
         (["-b", "fashion-mnist"], 1, "fashion-mnist-ct"),

@@ -104,6 +104,13 @@ def test_higher_intensities_take_their_steps_along() -> None:
     assert study.variants[0].value == THREAT.eps
 
 
+def test_higher_intensities_end_where_every_image_is_allowed() -> None:
+    attacks = {"pgd": PGD(ThreatModel(eps=0.5), step_size=0.4)}
+    variants = make_study("eps", toy(), attacks, ThreatModel(eps=0.5)).variants
+    assert [variant.value for variant in variants] == [0.5, 0.75, 1.0]
+    assert [variant.attacks["pgd"].step_size for variant in variants] == pytest.approx([0.4, 0.6, 0.8])  # pyright: ignore
+
+
 def test_the_surrogates_level_is_its_sigma() -> None:
     study = make_study("surrogate", toy(), ATTACKS, THREAT)
     sources = [variant.attacks["surrogate"].source for variant in study.variants]  # pyright: ignore

@@ -164,11 +164,13 @@ class Attack(NamedOptions, abc.ABC):
 
         Raises:
             InputTypeError, InputValueError: images, labels or targets are not as above.
-            SettingsError: the attack needs a :class:`~cmap_defense.classifier.PurifiedClassifier`.
+            SettingsError: the attack needs a :class:`~cmap_defense.classifier.PurifiedClassifier`, or eps is larger
+                than any two of such images are apart.
             GradientError: the attack needs a gradient that the model does not give.
         """
         check_finite(check_images(images))
-        check_unit_range(images, inputs="unit")
+        check_unit_range(images)
+        self.threat.require_fit(images.shape[1:])
         labels = _classes("labels", labels, images)
         targets = None if targets is None else _classes("targets", targets, images)
         name = type(self).__name__

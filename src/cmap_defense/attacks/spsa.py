@@ -13,7 +13,8 @@ from cmap_defense.attacks.goal import Goal, Loss, Margin
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.errors import SettingsError
 from cmap_defense.rng import derived_seeds, draw_uniform
-from cmap_defense.settings import require_flag, require_integer, require_number
+from cmap_defense.settings import require_flag, require_integer
+from cmap_defense.threat import require_linf_size
 
 __all__ = ["SPSA"]
 
@@ -48,7 +49,7 @@ class SPSA(StepAttack):
         super().__post_init__()
         require_integer("SPSA", "pairs", self.pairs, minimum=1)
         require_flag("SPSA", "common_noise", self.common_noise)
-        require_number("SPSA", "delta", self.delta, above=0.0)
+        require_linf_size("SPSA", "delta", self.delta, minimum=None, above=0.0)
         if not isinstance(self.loss, Loss) or self.loss.joint:
             raise SettingsError(f"SPSA.loss must be CrossEntropy() or Margin(), but is {self.loss!r}.")
 

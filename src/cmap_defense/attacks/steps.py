@@ -15,7 +15,7 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.rng import draw_latents, draw_uniform
 from cmap_defense.settings import require_choice, require_flag, require_integer, require_number
-from cmap_defense.threat import ThreatModel
+from cmap_defense.threat import ThreatModel, require_linf_size
 
 __all__ = ["StepAttack"]
 
@@ -26,8 +26,8 @@ class StepAttack(Attack):
 
     Args:
         steps: 1 at least.
-        step_size: of the first step; None for a quarter of eps, below which the sanity checks of an evaluation call an
-            attack weak.
+        step_size: of the first step, in units of images in [0, 1] as eps; None for a quarter of eps, below which the
+            sanity checks of an evaluation call an attack weak.
         schedule: "constant", or "cosine" for a step size that falls to zero along half a cosine.
         random_start: start from a random point of the ball instead of the clean image.
         momentum: mu of Dong et al. 2018 (arXiv 1710.06081, eq. 6): gradients, each divided by its mean absolute value,
@@ -54,7 +54,10 @@ class StepAttack(Attack):
         name = type(self).__name__
         require_integer(name, "steps", self.steps, minimum=1)
         if self.step_size is not None:
-            require_number(name, "step_size", self.step_size, minimum=0.0)
+            if self.threat.norm == "linf":
+                require_linf_size(name, "step_size", self.step_size)
+            else:
+                require_number(name, "step_size", self.step_size, minimum=0.0)
         require_choice(name, "schedule", self.schedule, ("constant", "cosine"))
         require_number(name, "momentum", self.momentum, minimum=0.0)
         require_choice(name, "keep", self.keep, ("last", "best"))

@@ -76,6 +76,11 @@ class PurifiedClassifier(LatentAccess):
             weakness.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256.
+        out_of_range: what is done with values more than 1e-4 outside [0, 1], which some attacks make on their way.
+            "clamp": they are clamped, and the gradient to the input passes as if they were not. "raise": they are an
+            error. "auto": they are clamped while a gradient to the images is wanted. Otherwise those within 0.5 of
+            [0, 1] are clamped with one warning (:class:`~cmap_defense.errors.InputRangeWarning`) for each model, and
+            values further out are an error. NaN and infinite values are always an error.
 
     Raises:
         SettingsError: an option is out of its range.
@@ -116,6 +121,7 @@ class PurifiedClassifier(LatentAccess):
         gradient: GradientMode | None = None,
         class_labels: ClassLabels = "predicted",
         max_parallel: int | None = None,
+        out_of_range: str = "auto",
     ) -> None:
         super().__init__()
         if not callable(classifier) or isinstance(classifier, type):
@@ -139,7 +145,6 @@ class PurifiedClassifier(LatentAccess):
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
 
-        self.classifier = classifier
         if isinstance(backbone, (str, os.PathLike)):
             loaded = load_backbone(backbone, kind="consistency")
             device = device_of(classifier)
@@ -147,10 +152,11 @@ class PurifiedClassifier(LatentAccess):
         else:
             self.backbone = check_backbone(backbone)
         self.backbone.eval()
+        self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
         if settings is None:
             settings = _settings_of(self.backbone)
         self.purifier: Purifier = CMAP(settings)
-        self.door = ImageDoor.of(self.image_shape, inputs, normalize, resize)
+        self.door = ImageDoor.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
 
     def forward(
@@ -163,8 +169,8 @@ class PurifiedClassifier(LatentAccess):
         """Logits of purified images.
 
         Args:
-            images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says. The error about anything else has
-                the line that converts it.
+            images: float [B, C, H, W], in [0, 1] or normalised, as ``inputs`` says; other values are treated as
+                ``out_of_range`` says. The error about anything else has the line that converts it.
             seeds: [B] integers, one per image; None for ``seed``, or fresh ones from torch's CPU generator.
             class_labels: [B] or [B, K] integers for a class-conditional backbone, in place of the choice made at
                 construction.
@@ -245,6 +251,7 @@ class PurifiedClassifier(LatentAccess):
             "gradient": self.gradient,
             "class_labels": self.class_labels,
             "max_parallel": self.max_parallel,
+            "out_of_range": self.door.out_of_range,
         }
         for name in changes:
             if name in ("classifier", "backbone"):
@@ -296,7 +303,10 @@ class PurifiedClassifier(LatentAccess):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.door.inputs!r}"
+        return (
+            f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.door.inputs!r}, "
+            f"out_of_range={self.door.out_of_range!r}"
+        )
 
     def _purify(
         self,

@@ -16,6 +16,7 @@ from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.output import checked_device
 from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
+from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.paths import expanded
 from cmap_defense.settings import near_matches
@@ -74,16 +75,20 @@ def subset_of(options: Mapping[str, Any]) -> Subset:
 
 
 def threat_of(options: Mapping[str, Any]) -> ThreatModel:
-    """Norm and eps."""
-    return ThreatModel(norm=options["norm"], eps=options["eps"])
+    """Norm and eps. Raises click's error, which names the option, where eps is none for the norm."""
+    try:
+        return ThreatModel(norm=options["norm"], eps=options["eps"])
+    except SettingsError as error:
+        raise click.BadParameter(str(error), param_hint="--eps") from error
 
 
 def attacks_of(options: Mapping[str, Any]) -> dict[str, Attack]:
     """The attacks that the attack options name, at the sizes asked for."""
+    threat = threat_of(options)
     if options["suite"] == "none":
         return {}
     sizes = {name: options[name] for name in ("steps", "eot") if options[name] is not None}
-    suite = SUITES[options["suite"]](threat_of(options), **sizes)
+    suite = SUITES[options["suite"]](threat, **sizes)
     for name in options["only"]:
         if name not in suite:
             raise click.BadParameter(f"there is no attack {name!r}.{near_matches(name, suite)}", param_hint="--only")

@@ -32,9 +32,10 @@ def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json:
     """Carry out the command."""
     if options["suite"] == "standard" and not options["only"]:
         options["only"] = ATTACKS
+    attacks, threat = attacks_of(options), threat_of(options)
     with ranks() as team:
         model = model_of(options)
-        chosen = make_study(name, model, attacks_of(options), threat_of(options))
+        chosen = make_study(name, model, attacks, threat)
         if team.rank == 0 and not as_json:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
         with unit_progress(team) as progress:

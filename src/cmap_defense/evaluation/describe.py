@@ -58,6 +58,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "resize": model.door.resize,
         "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],
         "max_parallel": model.max_parallel,
+        "out_of_range": model.door.out_of_range,
         "classifier": _module(model.classifier),
         "backbone": {"name": None if record is None else record.name, **_module(model.backbone)},
     }

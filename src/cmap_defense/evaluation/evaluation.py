@@ -126,7 +126,10 @@ class Evaluation:
             Subject(name, fixed_chunk(_in_unit(other), recorded.get(name)), baseline_attacks)
             for name, other in others.items()
         ]
-        self.tasks = tasks_of(self.subjects, self.protocol, tuple(self.images.images.shape[1:]))
+        image_shape = tuple(self.images.images.shape[1:])
+        for attack in (attack for subject in self.subjects for attack in subject.attacks.values()):
+            attack.threat.require_fit(image_shape)
+        self.tasks = tasks_of(self.subjects, self.protocol, image_shape)
         if threads is not None:
             threads = require_integer("Evaluation", "threads", threads, minimum=1)
         self.threads = threads or before.get("computation", {}).get("threads") or torch.get_num_threads()

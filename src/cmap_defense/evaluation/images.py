@@ -125,7 +125,7 @@ class EvaluationImages:
         cls, images: Tensor, labels: Tensor, positions: Tensor, class_names: tuple[str, ...] | None
     ) -> EvaluationImages:
         check_finite(check_images(images))
-        check_unit_range(images, inputs="unit")
+        check_unit_range(images)
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
             raise InputTypeError(
                 f"labels must be integers, one per image, but are {labels.dtype} {list(labels.shape)}."

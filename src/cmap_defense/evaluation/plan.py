@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +55,7 @@ def step_counts(probe: PGD) -> list[int]:
 
 def eps_sizes(probe: PGD, image_shape: tuple[int, ...]) -> dict[str, float]:
     """Name and eps of the attack sizes beside the probe's own; "eps-any" allows every image."""
-    any_image = 1.0 if probe.threat.norm == "linf" else math.sqrt(math.prod(image_shape))
+    any_image = probe.threat.largest_eps(image_shape)
     sizes = {f"eps-{factor:g}x": factor * probe.threat.eps for factor in EPS_FACTORS}
     return {name: eps for name, eps in sizes.items() if eps < any_image} | {"eps-any": any_image}
 

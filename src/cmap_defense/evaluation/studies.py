@@ -119,7 +119,10 @@ def _surrogate(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat:
 
 def _eps(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: ThreatModel) -> Study:
     variants = []
+    largest = threat.largest_eps(model.image_shape)
     for factor in (1, 1.5, 2, 3, 4):
+        if factor > 1 and factor * threat.eps > largest:
+            break
         size = threat.replace(eps=factor * threat.eps)
         moved = {name: _resized(attack, size) for name, attack in attacks.items()}
         variants.append(Variant(f"{factor:g}x", size.eps, {}, moved))
@@ -216,5 +219,8 @@ def _resized(attack: Attack, threat: ThreatModel) -> Attack:
     if isinstance(attack, Transfer):
         return dataclasses.replace(attack, attack=_resized(attack.attack, threat))
     size = getattr(attack, "step_size", None)
-    changes: dict[str, Any] = {} if size is None else {"step_size": size * threat.eps / attack.threat.eps}
+    changes: dict[str, Any] = {}
+    if size is not None:
+        grown = size * threat.eps / attack.threat.eps
+        changes["step_size"] = min(grown, 1.0) if threat.norm == "linf" else grown
     return dataclasses.replace(attack, threat=threat, **changes)

@@ -58,7 +58,9 @@ DISTANCE = options_of("Distance")
     default=True,
     help="Measure purified images too, which takes most of the time.",
 )
-@ATTACKS("--eps", type=Size(), default="0.05", help="Largest perturbation of the linf attack, for images in [0, 1].")
+@ATTACKS(
+    "--eps", type=Size(largest=1), default="0.05", help="Largest perturbation of the linf attack, for images in [0, 1]."
+)
 @ATTACKS("--steps", type=click.IntRange(1), default=20, help="Number of PGD steps.")
 @seed_option("Seed of the attack and of all noise.")
 @out_option("cmap-observation")

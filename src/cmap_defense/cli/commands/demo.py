@@ -9,6 +9,7 @@ import click
 from cmap_defense.cli.commands.shared import (
     ATTACKS,
     DATA,
+    Size,
     iterations_option,
     json_option,
     latents_option,
@@ -25,8 +26,8 @@ __all__ = ["demo"]
 @DATA("--images", type=click.IntRange(1, 256), default=24, show_default=True, help="Number of test images to purify.")
 @ATTACKS(
     "--eps",
-    type=click.FloatRange(0, 1),
-    default=0.05,
+    type=Size(zero=True, largest=1),
+    default="0.05",
     show_default=True,
     help="Largest perturbation of the linf attack, for images in [0, 1].",
 )

@@ -50,7 +50,7 @@ SAMPLES = options_of("Samples")
 )
 @ATTACKS(
     "--eps",
-    type=Size(),
+    type=Size(largest=1),
     default="8/255",
     show_default=True,
     help="Largest perturbation of the linf attack, for images in [0, 1].",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fractions
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,17 +54,27 @@ Decorator = Callable[[Any], Any]
 
 
 class Size(click.ParamType):
-    """A number, or a fraction such as 8/255."""
+    """A number, or a fraction such as 8/255.
+
+    zero: whether 0 is one. largest: the largest there is.
+    """
 
     name = "number"
+
+    def __init__(self, *, zero: bool = False, largest: float = math.inf) -> None:
+        self.zero, self.largest = zero, largest
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             size = float(fractions.Fraction(str(value)))
         except (ValueError, ZeroDivisionError):
             size = -1.0
-        if size <= 0:
+        if size < 0 or (size == 0 and not self.zero):
             self.fail(f"{value} is no size such as 0.05 or 8/255.", param, ctx)
+        if size > self.largest:
+            self.fail(
+                f"{value} is above {self.largest:g}: eps is of images in [0, 1]; did you mean {value}/255?", param, ctx
+            )
         return size
 
 

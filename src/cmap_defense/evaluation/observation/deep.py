@@ -22,7 +22,7 @@ from cmap_defense.evaluation.observation.mmd import Kernel, squared_distances
 from cmap_defense.modules import building, evaluating
 from cmap_defense.rng import derived_seeds, generator_for, isolated
 from cmap_defense.settings import Settings, require_integer, require_number
-from cmap_defense.threat import ThreatModel
+from cmap_defense.threat import ThreatModel, require_linf_size
 
 __all__ = ["DeepKernel", "DeepKernelSettings", "deep_kernel", "mmd_ratio", "train_deep_kernel"]
 
@@ -63,7 +63,7 @@ class DeepKernelSettings(Settings):
         require_integer(name, "batch_size", self.batch_size, minimum=2)
         require_number(name, "learning_rate", self.learning_rate, above=0.0)
         require_number(name, "regulariser", self.regulariser, above=0.0)
-        require_number(name, "fgsm_eps", self.fgsm_eps, above=0.0)
+        require_linf_size(name, "fgsm_eps", self.fgsm_eps, minimum=None, above=0.0)
         require_integer(name, "seed", self.seed, minimum=0)
 
 

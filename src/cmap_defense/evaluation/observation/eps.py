@@ -130,7 +130,7 @@ class EPS(Settings):
                 "use a ConsistencyBackbone or an EDMDenoiser."
             )
         check_finite(check_images(images))
-        check_unit_range(images, inputs="unit")
+        check_unit_range(images)
         check_shape(images, backbone.image_shape, resizes=False)  # pyright: ignore[reportArgumentType]
         require_integer("EPS", "max_parallel", max_parallel, minimum=1)
         self._check_levels(backbone)

@@ -338,7 +338,7 @@ def _check(given: object, name: str, *, like: Tensor | None = None, count: int |
     try:
         found = check_images(given)
         check_finite(found)
-        check_unit_range(found, inputs="unit")
+        check_unit_range(found)
     except (InputTypeError, InputValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     if not len(found):
