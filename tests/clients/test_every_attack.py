@@ -1,0 +1,123 @@
+"""Every attack of torchattacks, foolbox and ART that runs on a bare classifier runs behind the defence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmap_defense import CMAPSettings, PurifiedClassifier
+from evasion import CLASSES, SHAPE, Run, art_attacks, foolbox_attacks, torchattacks_attacks
+from toys import ToyBackbone, noise, uniform
+
+ATTACKS: dict[str, Run] = {
+    f"{library}.{name}": run
+    for library, found in (
+        ("torchattacks", torchattacks_attacks()),
+        ("foolbox", foolbox_attacks()),
+        ("art", art_attacks()),
+    )
+    for name, run in found.items()
+}
+
+RUN_ON_BARE = {
+    "torchattacks": """
+        APGD APGDT AutoAttack BIM CW DIFGSM DeepFool EADEN EADL1 EOTPGD FAB FFGSM FGSM GN JSMA Jitter LGV MIFGSM
+        MultiAttack NIFGSM OnePixel PGD PGDL2 PGDRS PGDRSL2 PIFGSM PIFGSMPP Pixle RFGSM SINIFGSM SPSA SparseFool Square
+        TIFGSM TPGD UPGD VANILA VMIFGSM VNIFGSM
+    """,
+    "foolbox": """
+        BinarySearchContrastReductionAttack BoundaryAttack DDNAttack DatasetAttack EADAttack FGM GaussianBlurAttack
+        GenAttack HopSkipJumpAttack InversionAttack L1FMNAttack L1PGD L2AdamPGD L2AdditiveGaussianNoiseAttack
+        L2CarliniWagnerAttack L2ContrastReductionAttack L2DeepFoolAttack L2FMNAttack L2PGD LInfFMNAttack
+        LinearSearchBlendedUniformNoiseAttack LinearSearchContrastReductionAttack LinfDeepFoolAttack
+        LinfFastGradientAttack LinfPGD MIFGSM NewtonFoolAttack SaltAndPepperNoiseAttack SparseL1DescentAttack
+        SpatialAttack VirtualAdversarialAttack
+    """,
+    "art": """
+        AdversarialPatchPyTorch AutoConjugateGradient AutoProjectedGradientDescent BasicIterativeMethod BoundaryAttack
+        CarliniL0Method CarliniL2Method CarliniLInfMethod DeepFool ElasticNet FastGradientMethod
+        FeatureAdversariesNumpy FeatureAdversariesPyTorch FrameSaliencyAttack HopSkipJump MomentumIterativeMethod
+        NewtonFool PixelAttack ProjectedGradientDescentPyTorch RescalingAutoConjugateGradient SaliencyMapMethod
+        ShadowAttack SignOPTAttack SimBA SpatialTransformation SquareAttack TargetedUniversalPerturbation
+        UniversalPerturbation VirtualAdversarialMethod ZooAttack
+    """,
+}
+MUST = {f"{library}.{name}" for library, names in RUN_ON_BARE.items() for name in names.split()}
+"""Those that run on the bare classifier with what the tests install."""
+
+SLOW = {
+    "art.AutoAttack",
+    "art.CompositeAdversarialAttackPyTorch",
+    "art.FeatureAdversariesNumpy",
+    "art.GRAPHITEBlackbox",
+    "art.PixelAttack",
+    "art.SignOPTAttack",
+    "art.UniversalPerturbation",
+    "art.VirtualAdversarialMethod",
+    "art.ZooAttack",
+    "foolbox.PointwiseAttack",
+    "torchattacks.AutoAttack",
+}
+
+
+class Tiny(nn.Module):
+    """A convolution and a linear layer with fixed weights, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels, height, width = SHAPE
+        self.first = nn.Conv2d(channels, 8, 3, padding=1)
+        self.last = nn.Linear(8 * height * width, CLASSES)
+        with torch.no_grad():
+            for place, weight in enumerate(self.parameters()):
+                weight.copy_(noise(*weight.shape, seed=place) / max(1, weight[0].numel()) ** 0.5)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.first.weight.dtype)  # some attacks compute in double precision
+        return self.last(torch.tanh(self.first(images - 0.5)).flatten(1))
+
+
+def purified() -> PurifiedClassifier:
+    settings = CMAPSettings(n_latents=1, iterations=1)
+    backbone = ToyBackbone(SHAPE).requires_grad_(False)
+    return PurifiedClassifier(Tiny(), backbone, settings=settings, seed=0, max_parallel=64).eval()
+
+
+def attack(run: Run, model: nn.Module) -> None:
+    """Two images that the model gets right; what the library prints and warns about is left out."""
+    images = uniform(2, *SHAPE, seed=3)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002  that is what the libraries draw from
+        with torch.no_grad():
+            labels = model(images).argmax(dim=1)
+        run(model, images, labels)
+
+
+def test_the_attacks_that_must_run_are_among_those_found() -> None:
+    assert not MUST - ATTACKS.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in sorted(ATTACKS)]
+)
+def test_what_runs_on_the_bare_classifier_runs_behind_the_defence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some attacks write files
+    try:
+        attack(ATTACKS[name], Tiny())
+    except Exception:
+        if name in MUST:
+            raise
+        return
+    attack(ATTACKS[name], purified())

@@ -1,0 +1,216 @@
+"""All attacks on images of torchattacks, foolbox and ART, found in the libraries' own modules, small enough for a test.
+
+An attack of a newer release is found as well: arguments of the names below get these small values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import pkgutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import art.attacks.evasion
+    import foolbox
+    import torchattacks
+    from art.attacks.attack import EvasionAttack
+    from art.estimators.classification import PyTorchClassifier
+
+__all__ = ["CLASSES", "SHAPE", "Run", "art_attacks", "foolbox_attacks", "torchattacks_attacks"]
+
+SHAPE = (3, 8, 8)
+"""Square, as some attacks need it."""
+
+CLASSES = 10
+
+Run = Callable[[nn.Module, Tensor, Tensor], object]
+"""Attacks a model in eval mode, given images [B, C, H, W] in [0, 1] and their labels [B]; raises where it cannot."""
+
+SMALL: Mapping[str, Any] = {
+    "N": 2,
+    "binary_search_steps": 2,
+    "conjugate_sinkhorn_max_iter": 2,
+    "directions": 10,
+    "distance": foolbox.distances.l2,
+    "eot_iter": 1,
+    "eps_iter": 2,
+    "epochs": 1,
+    "first_steps": 2,
+    "init_eval": 4,
+    "init_size": 50,
+    "initial_const": 0.1,
+    "initial_gradient_eval_steps": 4,
+    "k": 4,
+    "largest_const": 1.0,
+    "m": 2,
+    "max_batch_size": 4,
+    "max_doubling": 1,
+    "max_eval": 8,
+    "max_gradient_eval_steps": 8,
+    "max_halving": 1,
+    "max_inner_iter": 2,
+    "max_iter": 2,
+    "max_iterations": 10,
+    "n_classes": CLASSES,
+    "n_queries": 4,
+    "n_steps": 2,
+    "nb_models_epoch": 1,
+    "nb_parallel": 4,
+    "nb_random_init": 1,
+    "nb_sample": 4,
+    "nb_steps": 2,
+    "noise_batch_size": 2,
+    "num_boost_queries": 4,
+    "num_iter_set": 2,
+    "num_rotations": 2,
+    "num_translations": 2,
+    "num_trial": 2,
+    "num_xforms": 2,
+    "num_xforms_boost": 2,
+    "num_xforms_mask": 2,
+    "patch_shape": SHAPE,
+    "popsize": 2,
+    "population": 4,
+    "projected_sinkhorn_max_iter": 2,
+    "query_limit": 40,
+    "repeats": 2,
+    "restarts": 2,
+    "sample_size": 2,
+    "steps": 2,
+    "step_size": 0.1,
+    "sub_dim": 4,
+    "verbose": False,
+}
+
+
+def small(kind: type, sizes: Mapping[str, Any], **special: Any) -> dict[str, Any]:
+    """Arguments for an attack's class: of its own names those that are small, and the special ones."""
+    names = inspect.signature(kind).parameters
+    return {name: value for name, value in sizes.items() if name in names} | special
+
+
+def subclasses(module: Any, base: type) -> dict[str, type]:
+    """The classes in a module that can be made, by name."""
+    return {
+        name: kind
+        for name, kind in vars(module).items()
+        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind)
+    }
+
+
+def torchattacks_attacks(sizes: Mapping[str, Any] = SMALL) -> dict[str, Run]:
+    """By name."""
+
+    def runner(name: str, kind: Any) -> Run:
+        def run(model: nn.Module, images: Tensor, labels: Tensor) -> object:
+            special: dict[str, Any] = {}
+            if name == "MultiAttack":
+                return kind([torchattacks.FGSM(model), torchattacks.FFGSM(model)])(images, labels)
+            if name == "LGV":
+                special["trainloader"] = [(images, labels)]
+            if name == "Pixle":
+                special["x_dimensions"] = special["y_dimensions"] = (2, 4)
+            return kind(model, **small(kind, sizes, **special))(images, labels)
+
+        return run
+
+    found = subclasses(torchattacks, torchattacks.attack.Attack)
+    return {name: runner(name, kind) for name, kind in found.items()}
+
+
+def foolbox_attacks(sizes: Mapping[str, Any] = SMALL) -> dict[str, Run]:
+    """By name."""
+
+    def runner(name: str, kind: Any) -> Run:
+        def run(model: nn.Module, images: Tensor, labels: Tensor) -> object:
+            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+            criterion: Any = foolbox.criteria.Misclassification(labels)
+            if name == "GenAttack":
+                criterion = foolbox.criteria.TargetedMisclassification((labels + 1) % CLASSES)
+            attack = kind(**small(kind, sizes))
+            if name == "DatasetAttack":
+                attack.feed(wrapped, images.flip(0))
+            special: dict[str, Any] = {}
+            if name == "BinarizationRefinementAttack":
+                special["starting_points"] = images.flip(0).round()
+            return attack(wrapped, images, criterion, epsilons=[0.1], **special)
+
+        return run
+
+    found = subclasses(foolbox.attacks, foolbox.attacks.base.Attack)
+    return {name: runner(name, kind) for name, kind in found.items()}
+
+
+def art_attacks(sizes: Mapping[str, Any] = SMALL) -> dict[str, Run]:
+    """By name."""
+    for module in pkgutil.walk_packages(art.attacks.evasion.__path__, "art.attacks.evasion."):
+        with contextlib.suppress(ImportError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module.name)
+
+    def runner(name: str, kind: Any) -> Run:
+        def run(model: nn.Module, images: Tensor, labels: Tensor) -> object:
+            if name in ("SimBA", "VirtualAdversarialMethod"):  # which take probabilities
+                model = nn.Sequential(model, nn.Softmax(dim=1))
+            estimator = PyTorchClassifier(
+                model,
+                loss=nn.CrossEntropyLoss(),
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+                input_shape=SHAPE,
+                nb_classes=CLASSES,
+                clip_values=(0.0, 1.0),
+                device_type="cpu",
+            )
+            x, y = images.numpy(), np.eye(CLASSES, dtype=np.float32)[labels.numpy()]
+            special: dict[str, Any] = {}
+            given: dict[str, Any] = {}
+            names = inspect.signature(kind).parameters
+            if "targeted" in names:
+                special["targeted"] = False
+            if name.startswith("FeatureAdversaries"):
+                x, y, special["layer"], special["delta"] = x[:1], x[1:], -1, 0.2
+            if name == "FeatureAdversariesNumpy":
+                given["maxfun"] = 1
+            if name == "UniversalPerturbation":
+                special["attacker_params"] = {"max_iter": 2, "verbose": False}
+            if name == "GeoDA":
+                special["max_iter"] = 500
+            if name == "Wasserstein":
+                special["regularization"] = 100.0
+            if name == "LaserBeamAttack":
+                special["iterations"], special["max_laser_beam"] = 2, (780.0, 3.14, 12.0, 4)
+            if name == "GRAPHITEBlackbox":
+                special["noise_size"] = special["net_size"] = SHAPE[1:]
+                y, given["x_tar"] = np.roll(y, 1, axis=1), x[::-1].copy()
+            if name == "GRAPHITEWhiteboxPyTorch":
+                special["net_size"] = SHAPE[1:]
+                y = np.roll(y, 1, axis=1)
+            if name == "FrameSaliencyAttack":
+                special["attacker"] = art.attacks.evasion.FastGradientMethod(estimator)
+            if name == "ShadowAttack":
+                x, y = x[:1], y[:1]
+            if name == "TargetedUniversalPerturbation":
+                y = np.roll(y, 1, axis=1)
+            first = next(iter(names))
+            attack = kind(**{first: estimator}, **small(kind, sizes, **special))
+            return attack.generate(x=x, y=y, **given)
+
+        return run
+
+    found: dict[str, type] = {}
+    queue = [EvasionAttack]
+    while queue:
+        kind = queue.pop()
+        queue += kind.__subclasses__()
+        if kind.__module__.startswith("art.attacks.evasion") and not inspect.isabstract(kind):
+            found[kind.__name__] = kind
+    return {name: runner(name, kind) for name, kind in found.items()}
