@@ -160,7 +160,7 @@ def test_a_denoiser_is_tuned_and_distilled(tmp_path: Path, data: Path, capsys: p
     assert f"--teacher {denoiser}" in cd.training["command"]
     capsys.readouterr()
     assert run(*options, "-o", tmp_path / "ect") == 1, "without --from it is another training"
-    assert "from.weights_sha256" in capsys.readouterr().err
+    assert "from: teacher before, not given now" in capsys.readouterr().err
 
 
 def test_a_class_conditional_denoiser_is_distilled_class_by_class(

@@ -33,9 +33,12 @@ def load_weights(model: KarrasModel, start: KarrasModel) -> None:
 def refuse_other_network(network: nn.Module, other: nn.Module) -> None:
     """Raises :class:`SettingsError` unless ``other`` could lend ``network``, which may be on the meta device, its
     weights."""
+    there, own = _architecture(other), _architecture(network)
+    if there["network"] != own["network"]:  # whose settings have other names
+        there, own = ({"network": found["network"]} for found in (there, own))
     refuse_other_settings(
-        _architecture(other),
-        _architecture(network),
+        there,
+        own,
         SettingsError,
         what="The weights to start from are those of another network",
         remedy="Give the network the same settings.",
