@@ -25,10 +25,14 @@ SPINNING = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
 """What the two OpenMP libraries that torch comes with do when no variable is set."""
 
 
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""Computes until the process that started it ends."""
+
+
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
     """Other processes that compute all the time."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    started = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(processes)]
     try:
         yield
     finally:

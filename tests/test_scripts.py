@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,9 @@ def made_up_cifar10(folder: Path) -> tuple[Path, Path]:
     program += "from safetensors.torch import save_file; save_file(CifarResNet(20).state_dict(), sys.argv[2])"
     run(folder, "-c", program, str(ROOT / "examples"), str(folder / "classifier.safetensors"))
     return folder / "images.npz", folder / "classifier.safetensors"
+
+
+def test_busy_cores_compares_two_runs_of_the_demo(tmp_path: Path) -> None:
+    sizes = ["--images", "1", "--iterations", "1", "--repeats", "1", "--limit", "inf"]
+    said = run(tmp_path, str(ROOT / "benchmarks" / "busy_cores.py"), *sizes)
+    assert re.search(r"^as it is: [\d.]+ s, beside [\d.]+ s, ratio [\d.]+$", said, re.MULTILINE)
