@@ -52,7 +52,9 @@ class PurifiedClassifier(LatentAccess):
     unchanged, and it is an approximation. :mod:`cmap_defense.gradients` has the others.
 
     Args:
-        classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes].
+        classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least. It is
+            used in the mode it is in. A :class:`~cmap_defense.errors.ClassifierWarning`, once for each classifier, says
+            that it is in training mode where nothing can be trained, or that it returns probabilities.
         backbone: a name, a Hub id, a local folder (see :func:`~cmap_defense.backbones.load_backbone`), or any
             ``nn.Module``
             with ``image_shape`` and ``generate``. A backbone that is loaded here joins the classifier's device;
