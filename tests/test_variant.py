@@ -52,7 +52,7 @@ def test_one_option_is_changed_and_the_others_are_kept(name: str):
     changed = options_of(plain.variant(**{name: OPTIONS[name]}))
     assert changed == options_of(plain) | {name: OPTIONS[name]}
     full = wrapped(**OPTIONS)
-    original = {"settings": QUICK, "gradient": StraightThrough(), "vote": "label"}.get(name)
+    original = {"settings": QUICK, "gradient": StraightThrough(), "vote": "label", "out_of_range": "auto"}.get(name)
     back = options_of(full.variant(**{name: original}))
     assert back == options_of(full) | {name: original}
 
