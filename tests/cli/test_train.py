@@ -20,8 +20,8 @@ from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
 from cmap_defense.cli import train_data
+from cmap_defense.cli.commands.quality import quality
 from cmap_defense.cli.main import main
-from cmap_defense.cli.quality import quality
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.evaluation.protocol import Subset

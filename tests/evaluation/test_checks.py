@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attacked import Noisy, linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
-from cmap_defense.cli.evaluate import evaluate
+from cmap_defense.cli.commands.evaluate import evaluate
 from cmap_defense.evaluation.checks import Check, checks_of, follows, gradient_table, sweeps_of
 from cmap_defense.evaluation.plan import Subject
 from cmap_defense.evaluation.summary import Runs
