@@ -407,9 +407,9 @@ class _Handler(BaseHTTPRequestHandler):
         for end in sorted({min(n, size) for n in (fault.stall, fault.cut, size) if n is not None}):
             part = body[request.sent : end]
             if part:
+                request.sent = end  # before the client can have it all, and look
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if answer.chunked else part)
                 self.wfile.flush()
-                request.sent = end
             if end == fault.cut:
                 self.close_connection = True
                 if fault.reset:

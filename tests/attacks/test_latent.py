@@ -35,7 +35,7 @@ def scene(seed: int, spread: float) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=40)
-@given(seed=SEEDS, spread=st.sampled_from([0.0, 0.01, 0.1, 1.0]), eps=st.sampled_from([0.0, 0.05, 0.3, 2.0]))
+@given(seed=SEEDS, spread=st.sampled_from([0.0, 0.01, 0.1, 1.0]), eps=st.sampled_from([0.0, 0.05, 0.3, 1.0]))
 def test_excess_written_out(seed: int, spread: float, eps: float):
     shown, clean = scene(seed, spread)
     linf, l2 = (excess(ThreatModel(norm=norm, eps=eps), shown, clean) for norm in ("linf", "l2"))

@@ -161,7 +161,7 @@ def test_a_classifier_from_a_file_with_its_weights(tmp_path: Path, capsys: pytes
         report = json.loads(capsys.readouterr().out)
         bare = next(row for row in report["rows"] if row["subject"] == "undefended")
         assert bare["average"]["value"] == 1.0, "it has the embedded classifier's weights"
-        assert report["refused"] == ["there was no attack"]
+        assert report["refused"] == ["there was no attack. Choose some: --attacks standard."]
     narrow = ["--classifier", f"{tmp_path}/my_models.py:narrow", "--out", str(tmp_path / "x")]
     assert main(["evaluate", *given, *narrow]) == 2
     assert "has other shapes for" in capsys.readouterr().err

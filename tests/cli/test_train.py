@@ -21,6 +21,7 @@ from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
 from cmap_defense.cli import train_data
 from cmap_defense.cli.commands.quality import quality
+from cmap_defense.cli.commands.train import train
 from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
@@ -467,7 +468,7 @@ def test_a_training_that_is_not_done_names_no_next_command(
 def test_what_comes_after_a_denoiser_is_its_distillation(tmp_path: Path) -> None:
     options = {"data": "cifar10", "size": None, "objective": "edm"}
     (line,) = module.next_commands(tmp_path / "run", options)
-    parsed = module.train.make_context("train", shlex.split(line)[2:]).params
+    parsed = train.make_context("train", shlex.split(line)[2:]).params
     assert (parsed["objective"], parsed["teacher"]) == ("cd", str(tmp_path / "run" / "backbone"))
     assert parsed["out"] == tmp_path / "run-distilled"
 

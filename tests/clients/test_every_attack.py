@@ -118,4 +118,7 @@ def test_what_runs_on_the_bare_classifier_runs_behind_the_defence(
         if name in MUST:
             raise
         return
-    attack(ATTACKS[name], purified())
+    try:
+        attack(ATTACKS[name], purified())
+    except NotImplementedError:  # the library's own: what it cannot do depends on where the search goes
+        assert name not in MUST
