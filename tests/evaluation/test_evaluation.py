@@ -605,7 +605,7 @@ def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> None:
     wide = (labelled(3)[0], torch.tensor([2, 0, 1]))
-    with pytest.raises(InputValueError, match=r"the model 'narrow' has 2 classes"):
+    with pytest.raises(InputValueError, match=r"from 0 to 1, the classes of the model 'narrow'"):
         evaluation(tmp_path, data=wide, baselines={"narrow": lambda images: linear(images)[:, :2]})
 
 

@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[Any, type[CmapError], str]] = {
     "no data set": (7, InputTypeError, "int has none"),
     "an iterator": (iter([]), InputTypeError, "A data set has a length and items"),
     "too few": ((IMAGES[:3], LABELS[:3]), SettingsError, "4 images are to be evaluated, but the data set has 3"),
-    "8-bit": (((IMAGES * 255).to(torch.uint8), LABELS), InputTypeError, "Divide uint8 images by 255"),
+    "8-bit": (((IMAGES * 255).to(torch.uint8), LABELS), InputTypeError, r"images\.float\(\)\.div\(255\)"),
     "normalised": ((IMAGES * 4 - 2, LABELS), InputValueError, r"Images must lie in \[0, 1\]"),
     "one image": ((IMAGES[:, 0], LABELS), InputValueError, r"Images must be \[B, C, H, W\]"),
     "NaN": ((torch.where(IMAGES > 0.99, torch.nan, IMAGES), LABELS), InputValueError, "Images must be finite"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from attacked import QUICK, THREATS, Noisy, labelled, linear, suite, wrapped
 from cmap_defense.attacks import PGD, SPSA, Attack, LatentAttack, Margin, ThreatModel, Transfer, VoteMargin
 from cmap_defense.evaluation.answers import ask
+from cmap_defense.evaluation.describe import attack_settings
 from cmap_defense.evaluation.protocol import answer_seeds, run_indices
 from cmap_defense.evaluation.tasks import (
     CONTROL,
@@ -333,7 +334,7 @@ def test_names_and_descriptions() -> None:
     ]
     assert [task.name for task in tasks] == ["someone/something", f"someone/{CONTROL}", "checks/gradients"]
     assert [task.describe() for task in tasks] == [
-        {"attack": repr(PGD(LINF)), "images": 4, "once": True},
+        {"attack": repr(PGD(LINF)), "settings": attack_settings(PGD(LINF)), "images": 4, "once": True},
         {"attack": None, "search": 2, "images": None, "once": False},
-        {"attack": repr(PGD(LINF)), "samples": 4, "images": 4, "once": True},
+        {"attack": repr(PGD(LINF)), "settings": attack_settings(PGD(LINF)), "samples": 4, "images": 4, "once": True},
     ]

@@ -197,7 +197,7 @@ def observe(
         max_parallel,
         on_step or (lambda name: None),
     )
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         classes = work.model.undefended(images[:1]).shape[1]
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         low, high = (int(label) for label in labels.aminmax())
