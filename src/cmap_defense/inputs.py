@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -293,16 +293,32 @@ def check_logits(logits: object, count: int) -> Tensor:
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ClassifierError(
             f"The classifier must return logits [{count}, classes] of 2 classes at least, but returned {came}."
-            + (_two_classes(logits) if isinstance(logits, Tensor) and logits.shape in ((count,), (count, 1)) else "")
+            + _way_to_logits(logits, count)
         )
     if not logits.is_floating_point():
         raise ClassifierError(f"The classifier must return floating-point logits, but returned {logits.dtype}.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if torch.isnan(logits.detach()).any() or torch.isposinf(logits.detach()).any():
-        raise ClassifierError("The classifier returned logits that are NaN or +inf for purified images.")
+        raise ClassifierError(
+            "The classifier returned logits that are NaN or +inf. See whether its weights are finite and loaded, and "
+            "use float32 or bfloat16 where float16 overflows."
+        )
     if torch.isneginf(logits.detach()).all(dim=1).any():
-        raise ClassifierError("The classifier returned -inf for every class of a purified image.")
+        raise ClassifierError(
+            "The classifier returned -inf for every class of an image. Leave one class finite, at least."
+        )
     return logits
+
+
+def _way_to_logits(outputs: object, count: int) -> str:
+    """How to make logits of these outputs; empty where that is not known."""
+    if isinstance(outputs, Tensor):
+        return _two_classes(outputs) if outputs.shape in ((count,), (count, 1)) else ""
+    if isinstance(outputs, Mapping) or hasattr(outputs, "logits"):
+        return " Take the logits out of it, such as lambda images: classifier(images)['logits']."
+    if isinstance(outputs, (tuple, list)):
+        return " Take the logits out of it, such as lambda images: classifier(images)[0]."
+    return ""
 
 
 def _two_classes(logits: Tensor) -> str:

@@ -16,9 +16,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from cmap_defense import PurifiedClassifier
 from cmap_defense.data import FolderImages, load_dataset, open_dataset
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
-from cmap_defense.errors import CmapError, DataError, InputTypeError, InputValueError, SettingsError, UnknownNameError
+from cmap_defense.errors import (
+    ClassifierError,
+    CmapError,
+    DataError,
+    InputTypeError,
+    InputValueError,
+    SettingsError,
+    UnknownNameError,
+)
 from cmap_defense.evaluation import Subset
-from cmap_defense.evaluation.images import EvaluationImages, data_for
+from cmap_defense.evaluation.images import EvaluationImages, data_for, first_outputs
 from toys import uniform
 
 IMAGES = uniform(7, 3, 8, 6, seed=0)
@@ -209,3 +217,18 @@ def test_a_folder_without_classes_says_how_folders_look(tmp_path: Path) -> None:
     for data in (tmp_path, open_dataset(tmp_path, "test")):
         with pytest.raises(DataError, match=r"no labels, which are needed.*one folder of images per class"):
             EvaluationImages.of(data, Subset())
+
+
+def test_a_classifier_that_does_not_take_the_images_is_named() -> None:
+    grey, three = torch.rand(1, 1, 28, 28), torch.nn.Conv2d(3, 2, 3)
+    with pytest.raises(ClassifierError, match=r"'other' raised RuntimeError for an image \[1, 1, 28, 28\].*expand"):
+        first_outputs(three, grey, "other")
+    behind = PurifiedClassifier(three, backbone="fashion-mnist-ct").eval()
+    with pytest.raises(ClassifierError, match="'defended' raised RuntimeError"):
+        first_outputs(behind, grey, "defended")
+
+    def own(images: Tensor) -> Tensor:
+        raise DataError("own")
+
+    with pytest.raises(DataError, match="own"):
+        first_outputs(own, grey, "defended")

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
-from cmap_defense.errors import DataError, InputTypeError, InputValueError
+from cmap_defense.errors import ClassifierError, CmapError, DataError, InputTypeError, InputValueError
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.inputs import check_finite, check_images, check_unit_range
 
-__all__ = ["EvaluationImages", "data_for"]
+__all__ = ["EvaluationImages", "data_for", "first_outputs"]
 
 
 def data_for(model: Any, data: Any) -> Any:
@@ -50,6 +50,29 @@ def data_for(model: Any, data: Any) -> Any:
             "images/cat/1.png and images/dog/1.png, and an .npz file has an array named labels."
         )
     return data
+
+
+def first_outputs(model: Any, image: Tensor, name: str) -> Any:
+    """The outputs of a model, without its defence, for one image: whether the classifier takes such images at all.
+
+    Args:
+        model: a purified classifier, or images in [0, 1] to logits.
+        image: [1, C, H, W] in [0, 1], on the model's device.
+        name: of the model, for the error.
+
+    Raises:
+        ClassifierError: the classifier's own code raised, for instance since it expects other channels or another size.
+    """
+    try:
+        return model.undefended(image) if isinstance(model, PurifiedClassifier) else model(image)
+    except (CmapError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ClassifierError(
+            f"The classifier of {name!r} raised {type(error).__name__} for an image {list(image.shape)} of the data "
+            f"set: {error}. Give a classifier for images of these channels and this size, or convert them at the "
+            "beginning of its forward, such as with images.expand(-1, 3, -1, -1) for three channels."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

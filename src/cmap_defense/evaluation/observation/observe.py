@@ -18,6 +18,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.describe import describe_attack
+from cmap_defense.evaluation.images import first_outputs
 from cmap_defense.evaluation.observation.auroc import AUROC
 from cmap_defense.evaluation.observation.eps import EPS
 from cmap_defense.evaluation.observation.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
@@ -198,7 +199,7 @@ def observe(
         on_step or (lambda name: None),
     )
     with torch.no_grad(), evaluating(model):
-        classes = work.model.undefended(images[:1]).shape[1]
+        classes = first_outputs(work.model, images[:1], "defended").shape[1]
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         low, high = (int(label) for label in labels.aminmax())
         raise InputValueError(

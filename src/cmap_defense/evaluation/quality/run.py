@@ -17,7 +17,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.cost import Probe, probe
 from cmap_defense.evaluation.describe import describe_attack
-from cmap_defense.evaluation.images import EvaluationImages, data_for
+from cmap_defense.evaluation.images import EvaluationImages, data_for, first_outputs
 from cmap_defense.evaluation.protocol import Subset
 from cmap_defense.evaluation.quality.compare import SampleComparison, SampleFigures
 from cmap_defense.evaluation.quality.reconstruct import Judged, Reconstructions, reconstruct
@@ -192,7 +192,7 @@ class QualityRun:
         self.images = EvaluationImages.of(data, subset or Subset(count=512))
         for other, model in self.models.items():
             with torch.no_grad(), evaluating(model):
-                logits = model.undefended(self.images.images[:1].to(device_of(model)))
+                logits = first_outputs(model, self.images.images[:1].to(device_of(model)), other)
             self.images.check_classes(logits.shape[1], other)
         with evaluating(self.model):
             self.comparison = SampleComparison.of(
