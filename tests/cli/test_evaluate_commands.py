@@ -48,7 +48,7 @@ def test_the_same_command_finds_nothing_to_do(evaluated: Path, capsys: pytest.Ca
     before = (evaluated / "results.jsonl").read_bytes()
     assert main(["evaluate", *TINY, "--out", str(evaluated)]) == 0
     text = capsys.readouterr().out
-    assert "pieces are done" in text
+    assert "work units are done" in text
     assert "undefended" in text
     assert (evaluated / "results.jsonl").read_bytes() == before
 
@@ -65,9 +65,13 @@ def test_another_setting_in_the_same_folder_is_refused_and_named(
     evaluated: Path, capsys: pytest.CaptureFixture[str], changed: list[str], named: str
 ) -> None:
     assert main(["evaluate", *TINY, *changed, "--out", str(evaluated)]) == 1
-    error = capsys.readouterr().err
-    assert "holds results of another evaluation" in error
-    assert named in error
+    shown = capsys.readouterr()
+    assert "holds results of another evaluation" in shown.err
+    assert named in shown.err
+    assert not shown.out  # nothing of a cost or of work that is done, which would be that of other settings
+    before = (evaluated / "settings.json").read_bytes()
+    assert main(["evaluate", *TINY, *changed, "--out", str(evaluated), "--dry-run"]) == 1
+    assert (evaluated / "settings.json").read_bytes() == before
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +107,7 @@ def test_the_preset_is_the_papers_protocol_unless_told_otherwise(
 ) -> None:
     given = [*MODEL, *SMALL, "--steps", "1", "--eot", "1", "--only", "paper-pgd", *CHECKS]
     assert main(["evaluate", *given, "--preset", "paper", "--dry-run", "--out", str(tmp_path / "out")]) == 0
-    assert "3 images of 2 classes, 3 runs, 1 attacks" in capsys.readouterr().out
+    assert "3 images of 2 classes, 3 runs, 1 attack;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

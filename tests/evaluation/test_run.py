@@ -127,7 +127,7 @@ def test_an_unfinished_evaluation_has_no_headline_and_rows_of_what_is_whole(tmp_
         found.run(interrupt(9))
     report = build_report(found)
     assert report.headline is None
-    assert report.refused == [f"{report.missing} pieces are not done yet. Give the same command again to go on."]
+    assert report.refused == [f"{report.missing} work units are not done yet. Give the same command again to go on."]
     assert report.missing == len(found.units()) - 9
     assert [row.attack for row in report.rows] == ["control", "transfer"]
     assert report.checks == []

@@ -48,6 +48,7 @@ def run_evaluate(options: dict[str, Any], out: Path, *, as_json: bool, dry_run: 
             threads=options["threads"],
             class_names=class_names_of(options),
         )
+        evaluation.check_folder()
         first = team.rank == 0
         if first and not as_json:
             click.echo(_made_of(evaluation))
@@ -80,9 +81,10 @@ def _made_of(evaluation: Evaluation) -> str:
     model, protocol = evaluation.model, evaluation.protocol
     assert isinstance(model, PurifiedClassifier)
     runs, classes = len(protocol.seeds), len(evaluation.images.labels.unique())
+    attacks = len(evaluation.subjects[0].attacks)
     return (
         f"{len(evaluation.images)} images of {classes} classes, {runs} run{'s' if runs > 1 else ''}, "
-        f"{len(evaluation.subjects[0].attacks)} attacks; "
+        f"{attacks} attack{'' if attacks == 1 else 's'}; "
         f"K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations; "
         f"{evaluation.threads} thread{'s' if evaluation.threads > 1 else ''}, {evaluation.device.type}."
     )
@@ -106,11 +108,11 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     """What is left to do, for people."""
     left, total = len(evaluation.missing()), len(evaluation.units())
     if not left:
-        return f"All {total} pieces are done."
+        return f"All {total} work units are done."
     unknown = [name for name, passes in expected.passes.items() if passes is None]
     shown = duration(expected.seconds / world)
     memory = "" if expected.bytes is None else f", {expected.bytes / 2**30:.1f} GiB of memory or more"
-    text = f"{left} of {total} pieces to do: {expected.total_passes:,} backbone passes, about {shown} here{memory}."
+    text = f"{left} of {total} work units to do: {expected.total_passes:,} backbone passes, about {shown} here{memory}."
     return text + (f"\nNot counted: {', '.join(unknown)}." if unknown else "")
 
 

@@ -21,7 +21,7 @@ from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
 from cmap_defense.evaluation.cost import AttackCost, counted_passes, probe, rehearse
 from cmap_defense.evaluation.describe import checksum, describe_answer, describe_model, describe_software
-from cmap_defense.evaluation.images import EvaluationImages, data_for
+from cmap_defense.evaluation.images import EvaluationImages, data_for, first_outputs
 from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
 from cmap_defense.evaluation.protocol import Protocol, Subset, run_indices
 from cmap_defense.evaluation.store import Store, Unit, write_text
@@ -174,6 +174,14 @@ class Evaluation:
         """The pieces that are not done."""
         return [unit for unit in self.units() if not self.store.done(unit)]
 
+    def check_folder(self) -> None:
+        """See whether the results in the folder, if there are some, are of these settings. Nothing is written.
+
+        Raises:
+            EvaluationError: they are of other settings; the message has a line for each that differs.
+        """
+        self.store.compare(self.settings())
+
     def expected(self) -> Expected:
         """The cost of what is missing. It runs each attack once on a stand-in, and a few iterations of the model."""
         tasks = {task.name: task for task in self.tasks}
@@ -304,7 +312,7 @@ class Evaluation:
         model = subject.model
         first = self.images.images[:1].to(_device(model))
         with torch.no_grad(), isolated(0), evaluating(_described(model)):
-            outputs = model.undefended(first) if isinstance(model, PurifiedClassifier) else model(first)
+            outputs = first_outputs(model, first, subject.name)
         logits = check_logits(outputs, 1)
         if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have said it
             warn_of_probabilities(model, outputs)

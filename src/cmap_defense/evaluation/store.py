@@ -90,12 +90,21 @@ class Store:
             EvaluationError: those that are there were made with something else; the message says what differs. Or the
                 first process has noted nothing, since its folder is another.
         """
-        now = json.loads(json.dumps({"format": FORMAT, **settings}, allow_nan=False))
-        before = self.settings()
-        if before is None and not first:
+        if self.settings() is not None:
+            self.compare(settings)
+        elif first:
+            write_text(self.folder / "settings.json", json.dumps(_with_format(settings), indent=1))
+        else:
             raise EvaluationError(f"{self.folder} is not the folder of the first process: all must see the same disk.")
+
+    def compare(self, settings: Mapping[str, Any]) -> None:
+        """Compare the settings with those of the results that are there, if there are some. Nothing is written.
+
+        Raises:
+            EvaluationError: they differ; the message says where.
+        """
+        before, now = self.settings(), _with_format(settings)
         if before is None:
-            write_text(self.folder / "settings.json", json.dumps(now, indent=1))
             return
         refuse_other_settings(
             _compared(before),
@@ -181,6 +190,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _with_format(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as ``settings.json`` holds them."""
+    return json.loads(json.dumps({"format": FORMAT, **settings}, allow_nan=False))
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def build_report(evaluation: Evaluation) -> Report:
     checked = {run.attack: run for run in runs.values() if run.subject == CHECKS}
     rows = [row_of(run, runs.get(f"{run.subject}/{CONTROL}")) for name, run in runs.items() if run.subject != CHECKS]
     shape = tuple(evaluation.images.images.shape[1:])
-    refused = [f"{len(missing)} pieces are not done yet. Give the same command again to go on."] if missing else []
+    refused = [f"{len(missing)} work units are not done yet. Give the same command again to go on."] if missing else []
     checks: list[Check] = []
     sweeps: list[Sweep] = []
     headline = None
