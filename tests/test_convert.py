@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -129,7 +130,10 @@ def test_8_bit_images_are_not_normalised_yet(given: Any) -> None:
         ([1, 2], "holds int"),
         ([Image.new("RGB", (6, 8)), Image.new("RGB", (8, 6))], "one size"),
         (Image.new("RGB", (9, 7)), 'resize="bilinear"'),
-        ("image.png", "but are str"),
+        ("image.png", r"'image\.png' is a path\. Open it"),
+        ([Path("image.png")], r"'image\.png' is a path"),
+        ([Image.new("RGB", (6, 8)), torch.rand(3, 8, 6)], "some are 8-bit images and others floating-point"),
+        (np.zeros((2, 8, 6)), r"but are \[2, 8, 6\]\."),
     ],
 )
 def test_what_purify_does_not_take(given: Any, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,9 +30,14 @@ def to_batch(images: object, channels: int) -> tuple[object, bool]:
         whatever the caller's units are.
 
     Raises:
-        InputTypeError: an array is of another dtype, or a PIL image of a mode whose range is not known.
+        InputTypeError: a path, or an array of another dtype, or a PIL image of a mode whose range is not known.
         InputValueError: an array has other axes, the images of a sequence have several sizes, or there are none.
     """
+    if isinstance(images, (str, os.PathLike)):
+        raise InputTypeError(
+            f"Images must be a tensor, an array, a PIL image or a list of them, but {os.fspath(images)!r} is a path. "
+            "Open it: PIL.Image.open(path). `cmap-defense purify` takes paths."
+        )
     if isinstance(images, (list, tuple)):
         return _stacked(images, channels)
     if isinstance(images, Image.Image):
@@ -52,10 +58,15 @@ def _stacked(images: Sequence[object], channels: int) -> tuple[Tensor, bool]:
         kinds = ", ".join(sorted({type(image).__name__ for image in images})) or "nothing"
         raise InputTypeError(f"A list of images must hold single PIL images, arrays or tensors, but holds {kinds}.")
     sizes = sorted({tuple(part.shape[1:]) for part in tensors})
-    if len(sizes) > 1 or len({eight_bit for _, eight_bit in parts}) > 1:
+    if len(sizes) > 1:
         raise InputValueError(
-            f"Images of a list must be of one size and kind, but are {', '.join(map(str, sizes))}. "
+            f"Images of a list must be of one size, but are {', '.join(map(str, sizes))}. "
             "Purify them one by one, or resize them to one size first."
+        )
+    if len({eight_bit for _, eight_bit in parts}) > 1:
+        raise InputValueError(
+            "Images of a list must be of one kind, but some are 8-bit images and others floating-point. "
+            "Purify them one by one, or convert all of them to floating-point in [0, 1]."
         )
     return torch.cat(tensors), parts[0][1]
 
@@ -73,6 +84,7 @@ def _of_pil(image: Image.Image, channels: int) -> Tensor:
 
 
 def _of_array(array: np.ndarray, channels: int) -> Tensor:
+    given = array
     if array.ndim == 2 and channels == 1:
         array = array[..., None]
     if array.ndim == 3:
@@ -81,8 +93,8 @@ def _of_array(array: np.ndarray, channels: int) -> Tensor:
         raise InputTypeError(f"Arrays must be uint8, or floating-point in [0, 1], but are {array.dtype}.")
     if array.ndim != 4 or array.shape[3] != channels:
         raise InputValueError(
-            f"Arrays must be [B, H, W, {channels}] or [H, W, {channels}], but are {list(array.shape)}."
-            + conversion_line(array, channels)
+            f"Arrays must be [B, H, W, {channels}] or [H, W, {channels}], but are {list(given.shape)}."
+            + conversion_line(given, channels)
         )
     tensor = torch.from_numpy(np.array(array, dtype=np.float32)).permute(0, 3, 1, 2)
     return (tensor / 255 if array.dtype == np.uint8 else tensor).contiguous()
