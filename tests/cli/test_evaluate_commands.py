@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cmap_defense.cli.main import main
+from cmap_defense.cli.main import format_warning, main
 from cmap_defense.embedded import load_classifier
+from cmap_defense.errors import ClassifierWarning
 from patience import HANGS
 
 MODEL = ["--backbone", "fashion-mnist-ct", "--classifier", "embedded", "--data", "embedded", "--eps", "0.05"]
@@ -123,6 +124,7 @@ def test_the_preset_is_the_papers_protocol_unless_told_otherwise(
         (["--eps", "none"], "no size"),
         (["--eps", "8"], "did you mean 8/255?"),
         (["--eps", "8", "--attacks", "none"], "did you mean 8/255?"),
+        (["--split", "train"], "all of the test set"),
         (["--mean", "0.5"], "go together"),
         (["--mean", "a,b", "--std", "1"], "one number per channel"),
         (["--baseline", "nothing"], "NAME=PATH"),
@@ -181,6 +183,13 @@ def test_weights_of_another_model_are_named(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "head.bias" in error
     assert "surplus" in error
+
+
+def test_warnings_are_sentences() -> None:
+    assert (
+        format_warning(ClassifierWarning("Mind this."), ClassifierWarning, "x.py", 3, "code") == "Warning: Mind this.\n"
+    )
+    assert format_warning("Old.", DeprecationWarning, "x.py", 3) == "x.py:3: DeprecationWarning: Old.\n"
 
 
 def test_a_study_refuses_an_eps_of_8_bit_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

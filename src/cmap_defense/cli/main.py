@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import click
 
@@ -18,7 +19,7 @@ from cmap_defense.cli.commands.train import train
 from cmap_defense.cli.grouped import Group
 from cmap_defense.errors import CmapError
 
-__all__ = ["cli", "main", "run"]
+__all__ = ["cli", "format_warning", "main", "run"]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """What OpenMP's threads do while they wait: sleep, in GNU's library (Linux) after some microseconds of spinning."""
@@ -56,7 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> None:
     """The console script, and ``python -m cmap_defense``."""
     wait_passively()
+    warnings.formatwarning = format_warning
     sys.exit(main())
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package as one sentence, without a line of its code; others as Python shows them."""
+    if category.__module__.startswith("cmap_defense."):
+        return f"Warning: {message}\n"
+    text = "" if line is None else f"  {line.strip()}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n{text}"
 
 
 def wait_passively() -> None:

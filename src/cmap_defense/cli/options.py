@@ -58,6 +58,11 @@ def model_of(options: Mapping[str, Any]) -> PurifiedClassifier:
 def data_of(options: Mapping[str, Any]) -> Any:
     """The data set that the data options name."""
     if options["data"] == EMBEDDED:
+        if options["split"] != "test":
+            raise click.BadParameter(
+                "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",
+                param_hint="--split",
+            )
         return load_test_images()
     return open_dataset(options["data"], options["split"], size=options["size"])
 
