@@ -516,6 +516,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "batches": ({"data": DataLoader(TensorDataset(*labelled(2)))}, InputTypeError, r"loader\.dataset"),
     "images of another size": ({"data": labelled(2, size=(9, 6))}, InputValueError, "8 x 6 images, but"),
     "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
+    "attacks without names": ({"attacks": [attacks()["bpda-eot"]]}, SettingsError, "attacks by name, .* are list"),
     "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),
     "an attack of a taken name": ({"attacks": {"control": attacks()["bpda-eot"]}}, SettingsError, '"control" is'),
     "a size twice": ({"threat": THREAT}, SettingsError, "attacks of your own have theirs"),

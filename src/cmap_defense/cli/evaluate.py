@@ -120,7 +120,7 @@ def _show(found: Report, files: list[Path], lacking: str | None, *, as_json: boo
     if as_json:
         print_json(found.to_dict())
         return
-    rows = [["model", "attack", "one answer", "vote", "re-purified"]]
+    rows = [["model", "attack", "one-shot", "vote", "re-purified"]]
     rows += [[row.subject, row.attack, *map(str, (row.one_shot, row.vote, row.repurified))] for row in found.rows]
     click.echo()
     print_table(rows)

@@ -374,6 +374,11 @@ def _attacks(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) ->
         return SUITES[attacks](threat or ThreatModel())
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
+    if not isinstance(attacks, Mapping):
+        raise SettingsError(
+            f"attacks must be the name of a set or attacks by name, such as {{'pgd': PGD(...)}}, but are "
+            f"{type(attacks).__name__}."
+        )
     for name, attack in attacks.items():
         if not isinstance(attack, Attack):
             raise SettingsError(f"attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}.")
