@@ -60,14 +60,32 @@ def labelled(
         DataError: they are something else, or a label has no class name.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
-        raise DataError(f"{where}: images must be uint8 [N, H, W, C], but are {images.dtype} {list(images.shape)}.")
+        raise DataError(
+            f"{where}: images must be uint8 [N, H, W, C], but are {images.dtype} {list(images.shape)}."
+            + _way_to_bytes(images)
+        )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
     classes = torch.tensor(labels.astype(np.int64))
     if class_names is None and len(classes) and classes.min() < 0:
-        raise DataError(f"{where}: labels must be integers from 0, but there is {classes.min()}.")
+        raise DataError(
+            f"{where}: labels must be integers from 0, but there is {classes.min()}. Leave out images without a class."
+        )
     if class_names is not None and len(classes) and not 0 <= classes.min() <= classes.max() < len(class_names):
         raise DataError(
             f"{where}: labels must lie in 0 to {len(class_names) - 1}, but lie in {classes.min()} to {classes.max()}."
         )
     return LabelledImages(torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(), classes, class_names)
+
+
+def _way_to_bytes(images: np.ndarray) -> str:
+    """A sentence with the line that makes uint8 [N, H, W, C] of images; empty where none is known."""
+    if images.ndim != 4:
+        return ""
+    first = images.shape[1] <= 4 < images.shape[3]
+    moved = "images.transpose(0, 2, 3, 1)" if first else "images"
+    if images.dtype == np.uint8 and first:
+        return f" Convert them: {moved}."
+    if np.issubdtype(images.dtype, np.floating) and images.size and images.min() >= 0 and images.max() <= 1:
+        return f" Convert them: ({moved} * 255).round().astype('uint8')."
+    return ""

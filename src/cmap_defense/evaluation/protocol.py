@@ -94,7 +94,8 @@ class Subset(Settings):
         """Positions in a data set of ``total`` images. Raises :class:`SettingsError` where it has too few, or none."""
         count = total if self.count is None else self.count
         if not 1 <= count <= total:
-            raise SettingsError(f"{count} images are to be evaluated, but the data set has {total}.")
+            remedy = f" Take {total} at most: -n {total}, or Subset(count={total})." if total else ""
+            raise SettingsError(f"{count} images are to be evaluated, but the data set has {total}.{remedy}")
         if self.order == "first":
             return list(range(count))
         if self.order == "last":
