@@ -169,3 +169,11 @@ def test_one_number_in_a_list_is_for_all_channels() -> None:
 def test_another_transform_is_refused() -> None:
     with pytest.raises(CmapError, match="Normalize"):
         model(normalize=torchvision.transforms.CenterCrop(3))
+
+
+def test_a_result_shows_shapes() -> None:
+    shown = repr(model().purify(PIXELS))
+    assert f"  images: torch.float32 [{len(PIXELS)}, 2, 3, 8, 6]\n" in shown
+    assert "  history: History(\n    l1: torch.float32 [" in shown
+    assert "class_labels: None" in shown
+    assert len(shown.splitlines()) < 25

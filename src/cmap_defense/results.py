@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["History", "PurificationResult"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class History:
     """The optimisation, iteration by iteration; entry n is the state before step n. All [N, B].
 
@@ -24,8 +24,11 @@ class History:
     latent_mean: Tensor
     latent_std: Tensor
 
+    def __repr__(self) -> str:
+        return _shapes(self)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class PurificationResult:
     """K purified versions of each of B images.
 
@@ -52,3 +55,16 @@ class PurificationResult:
     votes: Tensor | None = None
     labels: Tensor | None = None
     margin: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return _shapes(self)
+
+
+def _shapes(result: History | PurificationResult) -> str:
+    """The fields of a result with the shapes of tensors in place of their elements, on one line each."""
+    shown = []
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        text = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        shown.append(f"  {field.name}: {text}".replace("\n", "\n  "))
+    return f"{type(result).__name__}(\n" + "\n".join(shown) + "\n)"
