@@ -28,7 +28,7 @@ from cmap_defense.attacks import (
     Transfer,
     VoteMargin,
 )
-from cmap_defense.attacks.access import JUDGE, RESTART, ModelAccess
+from cmap_defense.attacks.oracle import JUDGE, RESTART, Oracle
 from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.rng import derived_seeds, draw_latents
 from toys import ToyBackbone, noise, uniform
@@ -92,7 +92,7 @@ class Fixed(Attack):
         super().__init__(threat, **options)
         object.__setattr__(self, "attempts", attempts)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         return Candidates(self.attempts)  # pyright: ignore[reportAttributeAccessIssue]
 
 

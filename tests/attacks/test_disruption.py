@@ -12,9 +12,9 @@ from torch import Tensor
 from attacked import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import ConsistencyDisruption, Goal, ThreatModel
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.consistency_disruption import RELEASED_BETA
 from cmap_defense.attacks.latents import excess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import SettingsError
 from toys import LinearBackbone
 
@@ -31,8 +31,8 @@ def precise(**options: Any) -> PurifiedClassifier:
 
 def raw(attack: ConsistencyDisruption, model: PurifiedClassifier, images: Tensor, labels: Tensor) -> Tensor:
     """The attempts [B, K, C, H, W] before anybody projects them."""
-    access = ModelAccess(model, torch.arange(len(images)))
-    return attack._run(access, images, Goal(labels)).images
+    oracle = Oracle(model, torch.arange(len(images)))
+    return attack.run(oracle, images, Goal(labels)).images
 
 
 # ------------------------------------------------------------------------------------------------------- as the defence
@@ -64,7 +64,7 @@ def test_its_latents_are_the_purifications():
     model = wrapped(backbone=backbone, settings=QUICK.replace(iterations=20))
     longer = model.variant(settings=QUICK.replace(iterations=21))
     attempts = raw(ConsistencyDisruption(WHOLE, steps=21, beta=0.0), model, images, labels)
-    purified = longer.purify(images, seeds=ModelAccess(model, torch.arange(3)).next_noise())
+    purified = longer.purify(images, seeds=Oracle(model, torch.arange(3)).next_noise())
     latents = (2 * attempts - 1 - backbone.offset) / backbone.slope
     torch.testing.assert_close(latents.detach(), purified.latents, rtol=0, atol=1e-5)
 
@@ -252,8 +252,8 @@ def test_a_clamp_that_is_active_everywhere_kills_the_released_gradient_and_not_o
     for released in (True, False):
         for beta in (0.0, 1e6):
             attack = ConsistencyDisruption(ThreatModel(eps=0.0), steps=START + 5, beta=beta, released=released)
-            access = ModelAccess(precise(), torch.arange(3))
-            found[released, beta] = attack._run(access, images, Goal(labels)).history["objective"]
+            oracle = Oracle(precise(), torch.arange(3))
+            found[released, beta] = attack.run(oracle, images, Goal(labels)).history["objective"]
     assert torch.equal(found[True, 0.0], found[True, 1e6])
     assert torch.equal(found[False, 0.0], found[True, 0.0])
     later = (found[False, 1e6] - found[False, 0.0]).abs()
@@ -301,7 +301,7 @@ def test_the_released_classifier_is_shown_images_outside_the_cube():
     images, labels = labelled()
     model = wrapped(classifier=classifier, normalize=(0.5, 0.25))
     attack = ConsistencyDisruption(ThreatModel(norm="l2", eps=12.0), steps=START + 1, released=True)
-    attack._run(ModelAccess(model, torch.arange(3)), images, Goal(labels))
+    attack.run(Oracle(model, torch.arange(3)), images, Goal(labels))
     lengths = ((seen[-1] * 0.25 + 0.5) - images.repeat_interleave(2, dim=0)).flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.full((6,), 12.0), rtol=1e-4, atol=0)
     assert (seen[-1] * 0.25 + 0.5).amax() > 1.5

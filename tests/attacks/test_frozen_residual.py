@@ -12,7 +12,7 @@ from torch import Tensor
 from attacked import QUICK, SHAPE, THREATS, WEIGHT, Denoiser, Linear, labelled, linear, search_seeds, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, CrossEntropy, FrozenResidual, Goal, Loss, Margin, ThreatModel, VoteMargin
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Detached, StraightThrough
 from toys import LinearBackbone, noise
@@ -96,7 +96,7 @@ def told(model: PurifiedClassifier, loss: Loss, count: int = 3, **options: Any) 
     """What the search hears at two places, of five purifications and of ten."""
     images, labels = labelled(count, dtype=DOUBLE)
     attack = FrozenResidual(THREATS["linf"], every=1, purifications=5, memory=10, loss=loss, **options)
-    feedback, start = attack._begin(ModelAccess(model, torch.arange(count)), images, Goal(labels))
+    feedback, start = attack.begin(Oracle(model, torch.arange(count)), images, Goal(labels))
     assert start is None
     moved = (images + 0.02 * noise(count, *SHAPE, seed=7, dtype=DOUBLE)).clamp(0, 1)
     return [feedback(images), feedback(moved)]

@@ -14,9 +14,9 @@ from torch import Tensor
 from attacked import QUICK, SHAPE, THREATS, WEIGHT, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import Goal, LatentAttack, Overpowered, ThreatModel
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.goal import margin
 from cmap_defense.attacks.latents import descend, excess, project_all
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import SettingsError
 from toys import LinearBackbone, noise, uniform
 
@@ -270,7 +270,7 @@ def test_confidence_is_the_lead_that_is_asked_for():
 def test_search_tells_the_margins_of_what_it_submits():
     model, images, labels = reachable()
     attack = LatentAttack(THREATS["linf"], steps=5, latents=3)
-    found = attack.search(ModelAccess(model, torch.arange(3)), images, Goal(labels))
+    found = attack.search(Oracle(model, torch.arange(3)), images, Goal(labels))
     for place in range(3):
         told = margin(model.undefended(found.images[:, place]).detach(), Goal(labels))
         torch.testing.assert_close(found.margins[:, place], told, rtol=1e-4, atol=1e-4)

@@ -11,8 +11,8 @@ from torch import Tensor
 from attacked import SHAPE, Linear, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import Candidates, Goal, Overpowered, ThreatModel
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.goal import margin
+from cmap_defense.attacks.oracle import Oracle
 from toys import LinearBackbone, noise, uniform
 
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -33,7 +33,7 @@ def run(
     attack: Overpowered, goal: Goal, images: Tensor, model: PurifiedClassifier
 ) -> tuple[Candidates, Tensor, Tensor]:
     """The attempts, and the pairs [B, M, C, H, W] behind them: right and wrong."""
-    found = attack._run(ModelAccess(model, torch.arange(len(images))), images, goal)
+    found = attack.run(Oracle(model, torch.arange(len(images))), images, goal)
     wrong, middle = found.images.split(attack.latents, dim=1)
     return found, 2 * middle - wrong, wrong
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, Candidates, Goal, ThreatModel
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import CmapError, GradientError
 from toys import noise, uniform
 
@@ -73,7 +73,7 @@ def test_the_random_start_is_the_seeds_and_leaves_the_global_generator_alone() -
 
 def test_an_attack_that_leaves_its_ball_is_projected_before_it_is_judged() -> None:
     class Cheat(Attack):
-        def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+        def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
             return Candidates(1 - clean[:, None])
 
     images, labels = labelled()

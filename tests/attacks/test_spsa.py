@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacked import SHAPE, THREATS, WEIGHT, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import SPSA, CrossEntropy, Goal, Margin, ThreatModel, VoteMargin
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Detached
 from toys import uniform
@@ -41,10 +41,10 @@ toy = Shaken(0.3)
 def estimate(pairs: int, seed: int = 0, model: Any = two, images: Tensor = MIDDLE, **options: Any) -> Any:
     """What SPSA is told at some images, and the true gradient of the same loss."""
     attack = SPSA(ThreatModel(), pairs=pairs, **options)
-    access, goal = ModelAccess(model, torch.tensor([seed, seed + 1])), Goal(LABELS)
-    feedback, start = attack._begin(access, images, goal)
+    oracle, goal = Oracle(model, torch.tensor([seed, seed + 1])), Goal(LABELS)
+    feedback, start = attack.begin(oracle, images, goal)
     assert start is None
-    return feedback(images), ModelAccess(two, torch.arange(2)).feedback(images, goal, attack.loss, 1), access
+    return feedback(images), Oracle(two, torch.arange(2)).feedback(images, goal, attack.loss, 1), oracle
 
 
 @pytest.mark.parametrize("loss", [Margin(), CrossEntropy()], ids=repr)
@@ -113,8 +113,8 @@ def test_queries_stay_in_the_cube():
 
 
 def test_loss_and_reached_are_means_over_all_queries():
-    told, true, access = estimate(50)
-    assert access.count == 100
+    told, true, oracle = estimate(50)
+    assert oracle.count == 100
     torch.testing.assert_close(told.loss, true.loss, rtol=0, atol=1e-9)
     wrong = (two(MIDDLE).argmax(dim=1) != LABELS).double()
     near, _, _ = estimate(50, delta=1e-6)
@@ -143,7 +143,7 @@ def test_a_wrapper_sees_the_same_noise_on_both_sides_as_well():
     slopes = {}
     for common in (True, False):
         attack = SPSA(ThreatModel(), pairs=4, delta=1e-3, common_noise=common)
-        feedback, _ = attack._begin(ModelAccess(wrapped(vote="soft"), torch.arange(2)), images, Goal(labels))
+        feedback, _ = attack.begin(Oracle(wrapped(vote="soft"), torch.arange(2)), images, Goal(labels))
         slopes[common] = feedback(images).gradient.abs().mean()
     assert slopes[False] > 10 * slopes[True]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacked import SHAPE, THREATS, labelled, linear
 from cmap_defense.attacks import PGD, SPSA, Attack, Goal, Margin, ThreatModel, Transfer
-from cmap_defense.attacks.access import Feedback, ModelAccess
+from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack, random_point
 from cmap_defense.errors import CmapError, GradientWarning, SettingsError
 from toys import noise, uniform
@@ -36,7 +36,7 @@ class Told(StepAttack):
         object.__setattr__(self, "asked", [])
         return self
 
-    def _begin(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Any:
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Any:
         def feedback(images: Tensor) -> Feedback:
             self.asked.append(images)  # pyright: ignore[reportAttributeAccessIssue]
             with torch.enable_grad():

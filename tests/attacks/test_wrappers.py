@@ -23,7 +23,7 @@ from attacked import (
     wrapped,
 )
 from cmap_defense.attacks import PGD, Goal, LatentAttack, Overpowered
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import InputValueError
 from toys import ToyBackbone, noise
 
@@ -124,7 +124,7 @@ def test_what_is_submitted_was_generated_and_then_resized(name: str, size: tuple
     model = wrapped(backbone=backbone, resize=None if size is None else "bilinear")
     threat = THREATS["linf"].replace(eps=1.0)
     attack = suite(threat)[name]
-    found = attack._run(ModelAccess(model, torch.arange(2)), images, Goal(labels))
+    found = attack.run(Oracle(model, torch.arange(2)), images, Goal(labels))
     made = (torch.cat([part for part in backbone.made if len(part) >= 2]).clamp(-1, 1) + 1) / 2
     if size is not None:
         made = model.door.resized(made, size)

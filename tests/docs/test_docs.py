@@ -58,6 +58,7 @@ def documented() -> list[ModuleType]:
         "gradients.md",
         "attack-libraries.md",
         "attack-this-defence.md",
+        "write-your-own-attack.md",
         "evaluation.md",
         "observation.md",
     ],

@@ -26,7 +26,7 @@ from cmap_defense.attacks import (
     TargetSteer,
     Transfer,
 )
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.evaluation.cost import counted_passes, probe, rehearse
 from cmap_defense.gradients import Implicit, StraightThrough, Surrogate, Unrolled
 from toys import ToyBackbone, uniform
@@ -239,7 +239,7 @@ def test_a_class_conditional_backbone() -> None:
 class Raising(Attack):
     error: type[Exception] = ValueError
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         raise self.error
 
 

@@ -403,7 +403,7 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
 
 @dataclasses.dataclass(frozen=True)
 class Failing(PGD):
-    def _begin(self, *_: Any) -> Any:
+    def begin(self, *_: Any) -> Any:
         raise ArithmeticError
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.attacks.access import JUDGE, RESTART
+from cmap_defense.attacks.oracle import JUDGE, RESTART
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol, Subset
 from cmap_defense.evaluation.protocol import answer_seeds, run_indices

@@ -23,7 +23,6 @@ from cmap_defense.evaluation.tasks import (
     GradientTask,
     Group,
     Outcome,
-    searching_answers,
 )
 from cmap_defense.gradients import Surrogate
 from cmap_defense.rng import derived_seeds
@@ -159,7 +158,7 @@ def test_the_answers_heard_while_searching_are_counted(name: str) -> None:
     chosen = attempts if attempts > 1 else 0
     assert len(model.answers) == result.queries == len(heard) + 1
     unrelated = 1 if how.noise == "known" else len(heard) - chosen
-    assert searching_answers(how) == unrelated
+    assert how.predictions_per_image() == unrelated
 
     outcome = attacked(Shaky(0.3), how)
     assert column(outcome, "search_answers") == [unrelated + chosen] * 3
@@ -174,7 +173,9 @@ def test_those_searches_hear_right_and_wrong_answers() -> None:
 
 
 def test_a_search_that_asks_something_else_hears_no_answers() -> None:
-    names = {name: searching_answers(how) for name, how in suite(LINF).items() if not name.startswith(("PGD", "SPSA"))}
+    names = {
+        name: how.predictions_per_image() for name, how in suite(LINF).items() if not name.startswith(("PGD", "SPSA"))
+    }
     assert set(names.values()) == {0}
     one = attacked(wrapped(), HOW["Transfer"])
     assert column(one, "searched") == column(one, "search_answers") == [None] * 3

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.libraries import (
@@ -18,6 +17,7 @@ from cmap_defense.attacks.libraries import (
     require_gradient,
     undisturbed,
 )
+from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
@@ -72,14 +72,17 @@ class APGD(Attack):
         require_choice("APGD", "loss", self.loss, ("ce", "dlr"))
         require_gradient("APGD", self.gradient)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def differentiates_defence(self, model: Model) -> bool:
+        return differentiates_defence(self.gradient, model)
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         targeted = goal.targets is not None
         if targeted and self.loss == "dlr":
             raise SettingsError(
                 'APGD takes targets with loss="ce" only; PGD(..., loss=Margin()) and Square take them too.'
             )
-        access = access.in_mode(self.gradient, self)
-        shown, rows = LibraryModel(access, clean, classes=3 if self.loss == "dlr" else 2), []
+        oracle = oracle.in_mode(self.gradient, self)
+        shown, rows = LibraryModel(oracle, clean, classes=3 if self.loss == "dlr" else 2), []
 
         def model(images: Tensor) -> Tensor:
             logits = shown(images)
@@ -99,7 +102,7 @@ class APGD(Attack):
         )
         images = clean.float().contiguous()
         attack.init_hyperparam(images)
-        start = random_point(self.threat, derived_seeds(access.draws, START + access.count), images)
+        start = random_point(self.threat, derived_seeds(oracle.draws, START + oracle.count), images)
         labels = goal.labels if goal.targets is None else goal.targets
         with undisturbed(), torch.no_grad():
             best, _, _, wrong = attack.attack_single_run(images, labels, x_init=start)

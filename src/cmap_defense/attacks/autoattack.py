@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.libraries import (
@@ -20,6 +19,7 @@ from cmap_defense.attacks.libraries import (
     seed_of,
     undisturbed,
 )
+from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence
 from cmap_defense.attacks.square import require_tiles
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
@@ -88,23 +88,26 @@ class AutoAttack(Attack):
         require_integer("AutoAttack", "rounds", self.rounds, minimum=1)
         require_integer("AutoAttack", "confirmations", self.confirmations, minimum=1)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def differentiates_defence(self, model: Model) -> bool:
+        return differentiates_defence(self.gradient, model)
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         if goal.targets is not None:
             raise SettingsError("AutoAttack takes no targets; PGD, APGD, Square and SPSA do.")
         if self.version != "rand":
             require_tiles(self.threat, clean)
-        access = access.in_mode(self.gradient, self)
-        size = 1 if access.known else self.batch_size or len(clean)
+        oracle = oracle.in_mode(self.gradient, self)
+        size = 1 if oracle.known else self.batch_size or len(clean)
         if size >= len(clean):
-            return self._guarded(access, clean, goal)
+            return self._guarded(oracle, clean, goal)
         groups = torch.arange(len(clean), device=clean.device).split(size)
-        parts = [access.rows(rows, apart=True) for rows in groups]
+        parts = [oracle.rows(rows, apart=True) for rows in groups]
         found = [self._guarded(part, clean[rows], goal.rows(rows)) for part, rows in zip(parts, groups, strict=True)]
-        access.counted(max(part.count for part in parts))  # per image, not of all images together
+        oracle.counted(max(part.count for part in parts))  # per image, not of all images together
         history = {name: torch.cat([part.history[name] for part in found], dim=1) for name in found[0].history}
         return Candidates(torch.cat([part.images for part in found]), history)
 
-    def _guarded(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def _guarded(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         """Rounds of the library on the images of which its latest claim did not hold, at first on all."""
         best, most = clean.clone(), torch.full((len(clean),), -1.0, device=clean.device)
         claimed, held = torch.zeros_like(most), torch.zeros_like(most)
@@ -112,7 +115,7 @@ class AutoAttack(Attack):
         left = torch.arange(len(clean), device=clean.device)
         for _ in range(self.rounds):
             if len(left):
-                part, own = access.rows(left), goal.rows(left)
+                part, own = oracle.rows(left), goal.rows(left)
                 found, broken = self._library(part, clean[left], own)
                 with torch.no_grad():
                     answers = torch.stack([part(found).argmax(dim=1) for _ in range(self.confirmations)])
@@ -125,9 +128,9 @@ class AutoAttack(Attack):
         first, second = zip(*rows, strict=True)
         return Candidates(best[:, None], {"claimed": torch.stack(first), "held": torch.stack(second)})
 
-    def _library(self, access: ModelAccess, clean: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    def _library(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
         """One run: images [b, C, H, W], and whether the library takes them for broken, [b]."""
-        model = LibraryModel(access, clean, classes=3 if self.version == "rand" else 4)
+        model = LibraryModel(oracle, clean, classes=3 if self.version == "rand" else 4)
         images = clean.float().contiguous()
         with undisturbed(), torch.no_grad():
             targets = min(9, model(images).shape[1] - 1)
@@ -135,7 +138,7 @@ class AutoAttack(Attack):
                 model,
                 norm=NORMS[self.threat.norm],
                 eps=self.threat.eps,
-                seed=seed_of(access),
+                seed=seed_of(oracle),
                 version=self.version,
                 device=images.device,
             )

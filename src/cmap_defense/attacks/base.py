@@ -1,6 +1,6 @@
 """What every attack does besides attacking: stay inside the threat model, and be judged afresh.
 
-A subclass writes ``_run``; calling the attack then projects what came back and asks the model again, so that no
+A subclass writes ``run``; calling the attack then projects what came back and asks the model again, so that no
 attack can report success on an image outside its ball, or on an answer that it saw while searching.
 """
 
@@ -11,14 +11,14 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmap_defense.attacks.access import Model, ModelAccess, usable
 from cmap_defense.attacks.goal import Goal, margin
+from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
@@ -27,6 +27,9 @@ from cmap_defense.options import NamedOptions
 from cmap_defense.rng import derived_seeds, isolated
 from cmap_defense.settings import require_choice, require_integer
 from cmap_defense.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from cmap_defense.attacks.pgd import PGD
 
 __all__ = ["Attack", "AttackResult", "Candidates"]
 
@@ -185,14 +188,14 @@ class Attack(NamedOptions, abc.ABC):
             bar = stack.enter_context(tqdm(desc=name, unit="evaluation", disable=not progress))
             clean = usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
             goal = Goal(usable(labels), None if targets is None else usable(targets))
-            access = ModelAccess(
+            oracle = Oracle(
                 model,
                 derived_seeds(index, self.seed),
                 known=self.noise == "known",
                 tick=lambda: _advance(bar),
                 needed=_needed(labels, targets),
             )
-            found = self._attempts(access, clean, goal)
+            found = self._attempts(oracle, clean, goal)
             still = found.history.get("gradient_norm", torch.ones(1, 0)).eq(0).all(dim=0).sum()
             if still:
                 warnings.warn(
@@ -202,21 +205,27 @@ class Attack(NamedOptions, abc.ABC):
                     stacklevel=2,
                 )
             with torch.no_grad():
-                return self._judged(access, clean, goal, found, judgements)
+                return self._judged(oracle, clean, goal, found, judgements)
 
-    def _attempts(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         """The attempts of all restarts, one behind the other."""
         if not len(clean):
             return Candidates(clean[:, None])
-        runs = [self._run(access.restarted(restart), clean, goal) for restart in range(self.restarts)]
+        runs = [self._restart(oracle.restarted(restart), clean, goal) for restart in range(self.restarts)]
         history = {name: torch.cat([run.history[name] for run in runs]) for name in runs[0].history}
         return Candidates(torch.cat([run.images.detach() for run in runs], dim=1), history)
 
-    def _judged(
-        self, access: ModelAccess, clean: Tensor, goal: Goal, found: Candidates, judgements: int
-    ) -> AttackResult:
+    def _restart(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        """One search; its history has the norms of the gradients that the oracle gave, where it does not say others."""
+        found = self.run(oracle, clean, goal)
+        if "gradient_norm" in found.history or not oracle.gradient_norms:
+            return found
+        norms = torch.stack(oracle.gradient_norms)
+        return dataclasses.replace(found, history={**found.history, "gradient_norm": norms})
+
+    def _judged(self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, judgements: int) -> AttackResult:
         """Project, choose among the attempts, then ask the model again about the choice alone."""
-        judge = access.judge()
+        judge = oracle.judge()
         attempts = [self.threat.project(part.to(clean), clean) for part in found.images.unbind(dim=1)]
         images, answers = attempts[0], None
         first = torch.zeros_like(goal.labels)
@@ -230,7 +239,7 @@ class Attack(NamedOptions, abc.ABC):
             images=images,
             success=goal.reached(final[0]),
             distance=self.threat.distance(images, clean),
-            queries=access.count + judge.count,
+            queries=oracle.count + judge.count,
             history=found.history,
             answers=final,
             candidates=torch.stack(attempts, dim=1),
@@ -241,8 +250,52 @@ class Attack(NamedOptions, abc.ABC):
         )
 
     @abc.abstractmethod
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        """Attempts on images [B, C, H, W]; queries are those that ``access`` counted."""
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        """Search, once per restart; all that a new attack has to write.
+
+        Args:
+            oracle: the model's predictions, gradients and noise; it counts evaluations.
+            clean: images [B, C, H, W] in [0, 1].
+            goal: true classes, and targets where there are some.
+
+        Returns:
+            Attempts; they need not be inside the threat model, and are projected and re-evaluated by the caller.
+        """
+
+    def differentiates_defence(self, model: Model) -> bool:
+        """Whether the search follows a gradient that goes through this model's own defence.
+
+        An evaluation gives no headline unless such an attack is among its attacks. True also for an approximation of
+        that gradient, such as BPDA; False for the gradient of a surrogate or of another model. The default is False.
+        """
+        return False
+
+    def evaluates_defence(self) -> bool:
+        """Whether the search evaluates the defended model, or parts of it, at all. False for transfer attacks."""
+        return True
+
+    def first_step(self) -> float | None:
+        """The size of the first step on the image, in the threat model's norm, of a search that starts at random; None
+        for a search that has no steps on the image, or starts at the clean image."""
+        return None
+
+    def predictions_per_image(self) -> int:
+        """How many predictions with independent noise the search makes for each image by which it could notice its own
+        success, the choice between attempts left out. An evaluation makes as many for clean images. The default is 0.
+        """
+        return 0
+
+    def probe(self) -> PGD | None:
+        """A PGD that an evaluation repeats at other steps and sizes for its checks; None where this attack has none."""
+        return None
+
+    def under(self, threat: ThreatModel) -> Attack:
+        """The same attack under another threat model of the same norm."""
+        return dataclasses.replace(self, threat=threat)
+
+    def at_iterations(self, iterations: int) -> Attack:
+        """The attack for a defence with another number of iterations, at which its cost is counted."""
+        return self
 
 
 def _classes(name: str, given: Any, images: Tensor) -> Tensor:

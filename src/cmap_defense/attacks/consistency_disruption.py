@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import CrossEntropy, Goal
 from cmap_defense.attacks.latents import Searched, descend, excess, project_all
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import require_flag, require_integer, require_number
@@ -66,8 +66,11 @@ class ConsistencyDisruption(Attack):
         require_number("ConsistencyDisruption", "penalty", self.penalty, minimum=0.0)
         require_flag("ConsistencyDisruption", "released", self.released)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        wrapper = access.wrapper(self)
+    def at_iterations(self, iterations: int) -> ConsistencyDisruption:
+        return self if self.steps > iterations else dataclasses.replace(self, steps=iterations + 1)
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        wrapper = oracle.wrapper(self)
         if self.released and goal.targets is not None:
             raise SettingsError("ConsistencyDisruption(released=True) takes no targets: the released loss has none.")
         settings, count = wrapper.settings, wrapper.settings.n_latents
@@ -76,8 +79,8 @@ class ConsistencyDisruption(Attack):
                 f"ConsistencyDisruption.steps must be more than the {settings.iterations} iterations of the "
                 f"purification, which are part of them, but is {self.steps}."
             )
-        access.check_classes(wrapper, clean)
-        begin = wrapper.initial_latents(clean, seeds=access.next_noise())
+        oracle.check_classes(wrapper, clean)
+        begin = wrapper.initial_latents(clean, seeds=oracle.next_noise())
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean))
         small = wrapper.door.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta

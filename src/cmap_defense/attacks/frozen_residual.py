@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess, gradient_to
 from cmap_defense.attacks.goal import Goal, Loss, VoteMargin
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import SettingsError
@@ -56,9 +56,12 @@ class FrozenResidual(StepAttack):
         if not isinstance(self.loss, Loss):
             raise SettingsError(f"FrozenResidual.loss must be an object such as VoteMargin(), but is {self.loss!r}.")
 
-    def _begin(self, access: ModelAccess, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
-        wrapper = access.wrapper(self)
-        access.check_classes(wrapper, clean)
+    def differentiates_defence(self, model: Model) -> bool:
+        return True
+
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
+        wrapper = oracle.wrapper(self)
+        oracle.check_classes(wrapper, clean)
         residuals: list[Tensor] = []
         steps = 0
 
@@ -67,7 +70,7 @@ class FrozenResidual(StepAttack):
             if steps % self.every == 0:
                 with torch.no_grad():
                     for _ in range(self.purifications):
-                        purified = wrapper.purify(images, seeds=access.next_noise()).images
+                        purified = wrapper.purify(images, seeds=oracle.next_noise()).images
                         residuals.append((purified - images[:, None]).transpose(0, 1))
                 del residuals[: -(self.memory or self.purifications)]
             steps += 1

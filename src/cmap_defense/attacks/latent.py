@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, Searched, descend, excess, project_all
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.settings import require_number
 
 __all__ = ["LatentAttack"]
@@ -61,13 +61,13 @@ class LatentAttack(LatentSearch):
         require_number("LatentAttack", "growth", self.growth, minimum=1.0)
         require_number("LatentAttack", "confidence", self.confidence, minimum=0.0)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        found = self.search(access, clean, goal)
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        found = self.search(oracle, clean, goal)
         return Candidates(found.images, found.history)
 
-    def search(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Found:
+    def search(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Found:
         """The attempts with all that is known of them, for attacks that build on these."""
-        searched = self._searched(access, clean)
+        searched = self._searched(oracle, clean)
         pairs = searched.begin.shape[:2]
         best = clean[:, None].repeat(1, self.latents, 1, 1, 1)
         highest = torch.full(pairs, -torch.inf, device=clean.device)

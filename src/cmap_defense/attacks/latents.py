@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Attack
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.settings import require_choice, require_integer, require_number
 from cmap_defense.threat import ThreatModel
@@ -45,19 +45,19 @@ class LatentSearch(Attack):
         require_integer(name, "latents", self.latents, minimum=1)
         require_choice(name, "start", self.start, ("purified", "noise"))
 
-    def _searched(self, access: ModelAccess, clean: Tensor) -> Searched:
+    def _searched(self, oracle: Oracle, clean: Tensor) -> Searched:
         """The wrapper with M latents per image, and where they start."""
-        own = access.wrapper(self)
+        own = oracle.wrapper(self)
         wrapper = own.variant(settings=own.settings.replace(n_latents=self.latents))
-        access.check_classes(own, clean)
+        oracle.check_classes(own, clean)
         labels = own.latent_class_labels(clean)
         if labels is not None:
             labels = labels[:, torch.arange(self.latents, device=labels.device) % labels.shape[1]]
         with torch.no_grad():
             if self.start == "noise":
-                begin = wrapper.initial_latents(clean, seeds=access.own_seeds())
+                begin = wrapper.initial_latents(clean, seeds=oracle.own_seeds())
             else:
-                begin = wrapper.purify(clean, seeds=access.next_noise(), class_labels=labels).latents
+                begin = wrapper.purify(clean, seeds=oracle.next_noise(), class_labels=labels).latents
         return Searched(wrapper, begin, labels)
 
 

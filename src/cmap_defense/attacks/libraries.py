@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
 from cmap_defense.gradients import GradientMode
 from cmap_defense.rng import generator_for
@@ -110,9 +110,9 @@ def require_gradient(owner: str, gradient: object) -> None:
         raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
 
 
-def seed_of(access: ModelAccess) -> int:
+def seed_of(oracle: Oracle) -> int:
     """For the library's own noise: another one for other images, another seed, and after other evaluations."""
-    return generator_for(access.count, *access.draws.tolist()).initial_seed()
+    return generator_for(oracle.count, *oracle.draws.tolist()).initial_seed()
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, descend, excess, project_all
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.settings import require_number
 
 __all__ = ["Overpowered"]
@@ -45,8 +45,8 @@ class Overpowered(LatentSearch):
         require_number("Overpowered", "penalty", self.penalty, above=0.0)
         require_number("Overpowered", "confidence", self.confidence, minimum=0.0)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        searched = self._searched(access, clean).doubled()
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        searched = self._searched(oracle, clean).doubled()
         paired = torch.zeros((self.steps, len(clean)), device=clean.device)
 
         def loss(latents: Tensor, rows: slice, step: int) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess
 from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
@@ -53,6 +53,15 @@ class PGD(StepAttack):
         if self.gradient is not None and not isinstance(self.gradient, GradientMode):
             raise SettingsError(f"PGD.gradient must be an object such as StraightThrough(), but is {self.gradient!r}.")
 
-    def _begin(self, access: ModelAccess, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
-        access = access.in_mode(self.gradient, self)
-        return (lambda images: access.feedback(images, goal, self.loss, self.eot, balanced=self.balanced)), None
+    def differentiates_defence(self, model: Model) -> bool:
+        return differentiates_defence(self.gradient, model)
+
+    def predictions_per_image(self) -> int:
+        return 1 if self.noise == "known" else self.restarts * self.steps * self.eot
+
+    def probe(self) -> PGD | None:
+        return self if self.noise == "fresh" else None
+
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
+        oracle = oracle.in_mode(self.gradient, self)
+        return (lambda images: oracle.feedback(images, goal, self.loss, self.eot, balanced=self.balanced)), None

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess, gradient_to
 from cmap_defense.attacks.goal import Goal, Loss, Margin
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.errors import SettingsError
@@ -54,9 +54,12 @@ class ShortCMAP(StepAttack):
         if not isinstance(self.loss, Loss):
             raise SettingsError(f"ShortCMAP.loss must be an object such as Margin(), but is {self.loss!r}.")
 
-    def _begin(self, access: ModelAccess, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
-        whole = access.wrapper(self)
-        access.check_classes(whole, clean)
+    def differentiates_defence(self, model: Model) -> bool:
+        return True
+
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
+        whole = oracle.wrapper(self)
+        oracle.check_classes(whole, clean)
         short = whole.variant(
             hooks=True, settings=whole.settings.replace(iterations=self.iterations), gradient=self.gradient
         )
@@ -67,9 +70,9 @@ class ShortCMAP(StepAttack):
             nonlocal steps
             if not carried or (self.refresh is not None and steps % self.refresh == 0):
                 with torch.no_grad():
-                    carried[:] = [whole.purify(images, seeds=access.next_noise()).latents]
+                    carried[:] = [whole.purify(images, seeds=oracle.next_noise()).latents]
             steps += 1
-            access.next_noise()  # it uses none, but is an evaluation
+            oracle.next_noise()  # it uses none, but is an evaluation
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
                 result = short.purify(leaf, latents=carried[0])

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess
 from cmap_defense.attacks.goal import Goal, Loss, Margin
+from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.errors import SettingsError
 from cmap_defense.rng import derived_seeds, draw_uniform
@@ -53,18 +53,21 @@ class SPSA(StepAttack):
         if not isinstance(self.loss, Loss) or self.loss.joint:
             raise SettingsError(f"SPSA.loss must be CrossEntropy() or Margin(), but is {self.loss!r}.")
 
-    def _begin(self, access: ModelAccess, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
+    def predictions_per_image(self) -> int:
+        return 1 if self.noise == "known" else self.restarts * self.steps * 2 * self.pairs
+
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
         @torch.no_grad()
         def feedback(images: Tensor) -> Feedback:
             slope, loss = torch.zeros_like(images), images.new_zeros(len(images))
             reached = images.new_zeros(len(images))
             for _ in range(self.pairs):
-                drawn = draw_uniform(derived_seeds(access.draws, 0x5B5A + access.count), images.shape[1:])
+                drawn = draw_uniform(derived_seeds(oracle.draws, 0x5B5A + oracle.count), images.shape[1:])
                 direction = (drawn < 0.5).to(images) * 2 - 1
                 ends = []
                 for sign in (1, -1):
                     again = self.common_noise and sign == -1
-                    logits = access((images + sign * self.delta * direction).clamp(0, 1), again=again)
+                    logits = oracle((images + sign * self.delta * direction).clamp(0, 1), again=again)
                     ends.append(self.loss(logits[None], goal))
                     reached += goal.reached(logits.argmax(dim=1)) / (2 * self.pairs)
                 slope += (ends[0] - ends[1])[:, None, None, None] * direction / (2 * self.delta * self.pairs)

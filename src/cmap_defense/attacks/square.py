@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import ModelAccess
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.libraries import NORMS, LibraryModel, pyautoattack
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import InputValueError
 from cmap_defense.settings import require_integer, require_number
 from cmap_defense.threat import ThreatModel
@@ -61,13 +61,13 @@ class Square(Attack):
         if self.confidence is not None:
             require_number("Square", "confidence", self.confidence, minimum=0.0)
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         require_tiles(self.threat, clean)
         highest, history = torch.full((len(clean),), -torch.inf, device=clean.device), []
 
         def lacking(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             """What the search takes for the margin left, above 0 for more of it, and the loss that it lowers."""
-            model = LibraryModel(access.rows(rows).averaged(self.samples), clean)
+            model = LibraryModel(oracle.rows(rows).averaged(self.samples), clean)
             ahead = margin(model(images), goal.rows(rows))
             highest[rows] = torch.maximum(highest[rows], ahead)
             history.append(highest.clone())

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess, by_largest, unit
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
+from cmap_defense.attacks.oracle import Feedback, Oracle, by_largest, gradient_length, unit
 from cmap_defense.rng import draw_latents, draw_uniform
 from cmap_defense.settings import require_choice, require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel, require_linf_size
@@ -64,18 +64,28 @@ class StepAttack(Attack):
         require_flag(name, "random_start", self.random_start)
         require_flag(name, "sign_steps", self.sign_steps)
 
+    def under(self, threat: ThreatModel) -> StepAttack:
+        size = self.step_size
+        if size is not None:  # it grows with eps
+            size = size * threat.eps / self.threat.eps
+            size = min(size, 1.0) if threat.norm == "linf" else size
+        return dataclasses.replace(self, threat=threat, step_size=size)
+
+    def first_step(self) -> float | None:
+        if not self.random_start:
+            return None
+        return self.threat.eps / 4 if self.step_size is None else self.step_size
+
     @abc.abstractmethod
-    def _begin(
-        self, access: ModelAccess, clean: Tensor, goal: Goal
-    ) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
         """What tells the loss and its gradient for images [B, C, H, W], step after step; and a start in place of the
         clean image, where the attack knows a better one."""
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        feedback_of, start = self._begin(access, clean, goal)
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        feedback_of, start = self.begin(oracle, clean, goal)
         current = clean if start is None else self.threat.project(start, clean).to(clean)
         if self.random_start and start is None:
-            current = random_point(self.threat, access.draws, clean)
+            current = random_point(self.threat, oracle.draws, clean)
         velocity = torch.zeros_like(clean)
         best, highest = current, torch.full((len(clean),), -torch.inf, device=clean.device)
         rows: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -84,7 +94,7 @@ class StepAttack(Attack):
             higher = feedback.loss > highest
             best = torch.where(_wide(higher), current, best)
             highest = torch.where(higher, feedback.loss.to(highest), highest)
-            rows.append((feedback.loss, _length(feedback.gradient), feedback.reached))
+            rows.append((feedback.loss, gradient_length(feedback.gradient), feedback.reached))
             velocity = self.momentum * velocity + _scaled(feedback.gradient) if self.momentum else feedback.gradient
             moved = current + self._size(step) * self._direction(velocity)
             current = self.threat.project(moved, clean).to(clean)
@@ -116,11 +126,6 @@ def random_point(threat: ThreatModel, seeds: Tensor, clean: Tensor) -> Tensor:
 def _scaled(gradient: Tensor) -> Tensor:
     scaled, _ = by_largest(gradient)
     return scaled / _wide(scaled.abs().flatten(1).mean(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny))
-
-
-def _length(gradient: Tensor) -> Tensor:
-    scaled, largest = by_largest(gradient)
-    return largest * scaled.flatten(1).norm(dim=1)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Feedback, ModelAccess, gradient_to
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.latent import LatentAttack
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
@@ -58,11 +58,12 @@ class TargetSteer(StepAttack):
         if self.watched and not isinstance(self.gradient, Unrolled):
             raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
 
-    def _begin(
-        self, access: ModelAccess, clean: Tensor, goal: Goal
-    ) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
-        wrapper = access.wrapper(self).variant(hooks=True, gradient=self.gradient)
-        found = (self.target or LatentAttack(self.threat)).search(access, clean, goal)
+    def differentiates_defence(self, model: Model) -> bool:
+        return True
+
+    def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
+        wrapper = oracle.wrapper(self).variant(hooks=True, gradient=self.gradient)
+        found = (self.target or LatentAttack(self.threat)).search(oracle, clean, goal)
         rows = torch.arange(len(clean), device=clean.device)
         target = found.images[rows, found.margins.argmax(dim=1)]
         small = 2 * wrapper.door.resized(target, wrapper.image_shape[1:])[:, None] - 1
@@ -79,9 +80,9 @@ class TargetSteer(StepAttack):
                 leaf = images.detach().requires_grad_()
                 if self.watched:
                     with wrapper.register_latent_hook(watch, iterations=late, live=True):
-                        result = wrapper.purify(leaf, seeds=access.next_noise())
+                        result = wrapper.purify(leaf, seeds=oracle.next_noise())
                 else:
-                    result = wrapper.purify(leaf, seeds=access.next_noise())
+                    result = wrapper.purify(leaf, seeds=oracle.next_noise())
                 distance = (result.images - target[:, None]).square().flatten(2).sum(dim=2).mean(dim=1)
                 distance = torch.stack([distance, *on_the_way]).sum(dim=0)
                 gradient = gradient_to(leaf, distance.sum())

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.access import Model, ModelAccess, SeededModel
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
+from cmap_defense.attacks.oracle import Model, Oracle, SeededModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
@@ -26,7 +26,12 @@ __all__ = ["NoiseAndDenoise", "Shortened", "Source", "Transfer", "Undefended"]
 
 
 class Source(NamedOptions, abc.ABC):
-    """A model to attack in place of a purified classifier, made from its parts."""
+    """A model to attack in place of a purified classifier, made from its parts.
+
+    has_defence: whether the defence occurs in it.
+    """
+
+    has_defence = False
 
     @abc.abstractmethod
     def of(self, wrapper: PurifiedClassifier) -> Model:
@@ -45,6 +50,7 @@ class Undefended(Source):
 class Shortened(Source):
     """The same defence with fewer iterations."""
 
+    has_defence = True
     iterations: int = 10
 
     def __post_init__(self) -> None:
@@ -131,9 +137,15 @@ class Transfer(Attack):
             object.__setattr__(self, name, getattr(self.attack, name))
         super().__post_init__()
 
-    def _run(self, access: ModelAccess, clean: Tensor, goal: Goal) -> Candidates:
-        source = self.source.of(access.wrapper(self)) if isinstance(self.source, Source) else self.source
+    def under(self, threat: ThreatModel) -> Transfer:
+        return dataclasses.replace(self, attack=self.attack.under(threat))
+
+    def evaluates_defence(self) -> bool:
+        return isinstance(self.source, Source) and self.source.has_defence
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        source = self.source.of(oracle.wrapper(self)) if isinstance(self.source, Source) else self.source
         if isinstance(source, PurifiedClassifier) and source.door.inputs != "unit":
             source = source.variant(hooks=True, inputs="unit")
         with evaluating(source):
-            return self.attack._run(access.of(source), clean, goal)
+            return self.attack.run(oracle.of(source), clean, goal)

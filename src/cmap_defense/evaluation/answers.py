@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import SeededModel
-from cmap_defense.attacks.access import Model
+from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.voting import nearest_voter, vote_logits

@@ -17,22 +17,14 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import (
-    APGD,
     PGD,
     Attack,
-    AutoAttack,
-    FrozenResidual,
     SeededModel,
-    ShortCMAP,
-    Shortened,
-    TargetSteer,
-    Transfer,
 )
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.plan import Subject, eps_sizes, probe_of, step_counts
 from cmap_defense.evaluation.summary import Runs
-from cmap_defense.gradients import Surrogate
 
 __all__ = ["Check", "Sweep", "checks_of", "gradient_table", "sweeps_of"]
 
@@ -88,8 +80,11 @@ def checks_of(
         gradients: lines of the gradient task.
     """
     name, probe = probe_of(subject)
-    followers = {name: attack for name, attack in subject.attacks.items() if follows(attack, subject.model)}
-    through = [attack for attack in followers.values() if isinstance(attack, PGD)]
+    followers = {
+        name: attack
+        for name, attack in subject.attacks.items()
+        if attack.noise == "fresh" and attack.differentiates_defence(subject.model)
+    }
     found = [
         _clean(attacked["control"]),
         _fresh_noise(subject.model),
@@ -99,29 +94,18 @@ def checks_of(
             ", ".join(followers) if followers else "none among the attacks",
             f"Add one, such as bpda-eot: {WITH_BPDA}.",
         ),
-        _first_step(through),
+        _first_step(list(followers.values())),
         _gradients_there(attacked),
     ]
-    if isinstance(subject.model, PurifiedClassifier) or any(map(_foreign, subject.attacks.values())):
+    if isinstance(subject.model, PurifiedClassifier) or not all(
+        attack.evaluates_defence() for attack in subject.attacks.values()
+    ):
         found.append(_transfer(subject.attacks, attacked))
     if not checked:
         return [*found, Check(FALLS["steps"], None, "not looked at", NOT_MADE)]
     swept = {sweep: _points(points) for sweep, points in _swept(name, probe, image_shape, attacked, checked).items()}
     falls = [_falls(sweep, points, probe) for sweep, points in swept.items()]
     return [*found, *falls, _any_image(checked["eps-any"], probe), _direction(gradients, probe.eot)]
-
-
-def follows(attack: Attack, model: object) -> bool:
-    """Whether an attack follows a gradient of the defence itself, by noise that it does not know: not one of a
-    surrogate, of a model in its place, or of a generator's images alone."""
-    if attack.noise != "fresh":
-        return False
-    if isinstance(attack, (PGD, APGD, AutoAttack)):
-        mode = attack.gradient
-        if mode is None and isinstance(model, PurifiedClassifier):
-            mode = model.gradient
-        return not isinstance(mode, Surrogate)
-    return isinstance(attack, (ShortCMAP, FrozenResidual, TargetSteer))
 
 
 def sweeps_of(
@@ -208,8 +192,9 @@ def _clean(control: Runs) -> Check:
     )
 
 
-def _first_step(through: Sequence[PGD]) -> Check:
-    good = [a for a in through if a.random_start and (a.step_size is None or a.step_size >= a.threat.eps / 4)]
+def _first_step(through: Sequence[Attack]) -> Check:
+    steps = [(attack.first_step(), attack.threat.eps / 4) for attack in through]
+    good = [step for step, least in steps if step is not None and step >= least]
     return Check(
         "one of them starts at random with a step of eps / 4 at least",
         bool(good),
@@ -230,15 +215,10 @@ def _gradients_there(attacked: Mapping[str, Runs]) -> Check:
     return Check("no image's gradient is zero throughout an attack", not wrong if still else None, found, remedy)
 
 
-def _foreign(attack: Attack) -> bool:
-    """Whether an attack searches on a model in which the defence does not occur."""
-    return isinstance(attack, Transfer) and not isinstance(attack.source, Shortened)
-
-
 def _transfer(attacks: Mapping[str, Attack], attacked: Mapping[str, Runs]) -> Check:
     """Where an attack that never sees the defence is the strongest, those that do are hiding something."""
     title = "attacks that see the defence are no weaker than transfer"
-    blind = {name: attacked[name] for name, attack in attacks.items() if _foreign(attack)}
+    blind = {name: attacked[name] for name, attack in attacks.items() if not attack.evaluates_defence()}
     seeing = {name: attacked[name] for name in attacks if name not in blind}
     if not blind or not seeing:
         remedy = "Evaluate one of each kind: --attacks standard without --only, or --only transfer --only bpda-eot."

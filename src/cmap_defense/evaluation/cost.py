@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.attacks import Attack, ConsistencyDisruption
+from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
 from cmap_defense.gradients import Unrolled
@@ -101,14 +101,11 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
     wanted_at = model.settings.iterations
     short = max([SHORT, *_gone_back(attack), *_gone_back(model.gradient)])
     counts = (short, short + APART) if wanted_at > short + APART else (wanted_at,)
-    own_steps = isinstance(attack, ConsistencyDisruption)  # all it takes, with N of them among them
-    if own_steps and attack.steps <= wanted_at:
+    if attack.at_iterations(wanted_at) is not attack:
         counts = (wanted_at,)  # which it refuses
     costs = []
     for iterations in counts:
-        wanted = attack
-        if own_steps and attack.steps > wanted_at:
-            wanted = dataclasses.replace(attack, steps=max(attack.steps, iterations + 1))
+        wanted = attack if iterations == wanted_at else attack.at_iterations(iterations)
         try:
             costs.append(_count(wanted, _stand_in(model, classes, iterations)))
         except (MissingExtraError, SettingsError, GradientError):  # so it would go with the model itself

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
-from cmap_defense.attacks.access import Model
+from cmap_defense.attacks.oracle import Model
 from cmap_defense.cautions import warn_of_probabilities
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.memory import default_max_parallel

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmap_defense.attacks import PGD, Attack
-from cmap_defense.attacks.access import Model
+from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Task, searching_answers
+from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Task
 from cmap_defense.gradients import StraightThrough
 
 __all__ = ["CHECKS", "DEFENDED", "UNDEFENDED", "Subject", "eps_sizes", "probe_of", "step_counts", "tasks_of"]
@@ -41,8 +41,9 @@ def probe_of(subject: Subject) -> tuple[str | None, PGD]:
     attacks = subject.attacks
     for name in ("bpda-eot", *attacks):
         attack = attacks.get(name)
-        if isinstance(attack, PGD) and attack.noise == "fresh":
-            return name, attack
+        probe = None if attack is None else attack.probe()
+        if probe is not None:
+            return name, probe
     threat = next(iter(attacks.values())).threat
     gradient = StraightThrough() if isinstance(subject.model, PurifiedClassifier) else None
     return None, PGD(threat, steps=20, eot=4, momentum=0.75, schedule="cosine", gradient=gradient)
@@ -68,7 +69,7 @@ def tasks_of(subjects: Sequence[Subject], protocol: Protocol, image_shape: tuple
     """
     tasks: list[Task] = []
     for subject in subjects:
-        search = max((searching_answers(attack) for attack in subject.attacks.values()), default=0)
+        search = max((attack.predictions_per_image() for attack in subject.attacks.values()), default=0)
         search = search if protocol.search_control else 0
         counts = protocol.answers, protocol.repurifications
         tasks.append(ControlTask(subject.name, subject.model, *counts, search))

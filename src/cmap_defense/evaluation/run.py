@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmap_defense.attacks import Attack, ThreatModel
-from cmap_defense.attacks.access import Model
+from cmap_defense.attacks.oracle import Model
 from cmap_defense.evaluation.evaluation import Evaluation, Progress
 from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.evaluation.report import Report, build_report

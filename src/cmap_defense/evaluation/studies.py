@@ -124,7 +124,7 @@ def _eps(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: Threa
         if factor > 1 and factor * threat.eps > largest:
             break
         size = threat.replace(eps=factor * threat.eps)
-        moved = {name: _resized(attack, size) for name, attack in attacks.items()}
+        moved = {name: attack.under(size) for name, attack in attacks.items()}
         variants.append(Variant(f"{factor:g}x", size.eps, {}, moved))
     return Study("eps", "Higher intensities of the attack (Tab. VI)", "eps", variants)
 
@@ -212,15 +212,3 @@ def run_study(
         evaluation.run(progress)
         reports.append(build_report(evaluation))
     return StudyResult(study, reports)
-
-
-def _resized(attack: Attack, threat: ThreatModel) -> Attack:
-    """The attack under another threat model; steps that were given in numbers grow with it."""
-    if isinstance(attack, Transfer):
-        return dataclasses.replace(attack, attack=_resized(attack.attack, threat))
-    size = getattr(attack, "step_size", None)
-    changes: dict[str, Any] = {}
-    if size is not None:
-        grown = size * threat.eps / attack.threat.eps
-        changes["step_size"] = min(grown, 1.0) if threat.norm == "linf" else grown
-    return dataclasses.replace(attack, threat=threat, **changes)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks import PGD, SPSA, Attack, AttackResult, Goal
-from cmap_defense.attacks.access import Model, ModelAccess, usable
+from cmap_defense.attacks import PGD, Attack, AttackResult, Goal
+from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.errors import GradientWarning
 from cmap_defense.evaluation.answers import Answers, ask
 from cmap_defense.evaluation.describe import attack_settings, describe_attack
 from cmap_defense.rng import derived_seeds, isolated
 
-__all__ = ["CONTROL", "AttackTask", "ControlTask", "GradientTask", "Group", "Outcome", "Task", "searching_answers"]
+__all__ = ["CONTROL", "AttackTask", "ControlTask", "GradientTask", "Group", "Outcome", "Task"]
 
 CONTROL = "control"
 """The name of clean images among the attacks."""
@@ -204,28 +204,16 @@ class GradientTask(Task):
 
     def _drawn(self, group: Group) -> Tensor:
         """[samples, B, C * H * W]."""
-        access = ModelAccess(self.model, derived_seeds(group.indices, self.how.seed)).in_mode(self.how.gradient, self)
+        oracle = Oracle(self.model, derived_seeds(group.indices, self.how.seed)).in_mode(self.how.gradient, self)
         point = random_point(self.how.threat, group.indices, usable(group.images))
         goal = Goal(usable(group.labels))
-        drawn = [access.feedback(point, goal, self.how.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
+        drawn = [oracle.feedback(point, goal, self.how.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
         return torch.stack(drawn).double()
-
-
-def searching_answers(attack: Attack) -> int:
-    """How many unrelated answers of the model as it is an attack hears about each image while it searches, the choice
-    between its attempts left out: 1 where it knows the noise, 0 where it asks something else (gradients of a surrogate,
-    single latents, another model) or does not say (the attacks of other libraries)."""
-    heard = 0
-    if isinstance(attack, PGD):
-        heard = attack.restarts * attack.steps * attack.eot
-    elif isinstance(attack, SPSA):
-        heard = attack.restarts * attack.steps * 2 * attack.pairs
-    return min(heard, 1) if attack.noise == "known" else heard
 
 
 def _searched(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int | None]:
     """[B], whether an answer was wrong while searching, and how many there were."""
-    asked, attempts = searching_answers(attack), result.candidates.shape[1]
+    asked, attempts = attack.predictions_per_image(), result.candidates.shape[1]
     found = result.any_candidate_success if attempts > 1 else torch.zeros_like(result.success)
     if asked and "reached" in result.history:
         found = found | (result.history["reached"] > 0).any(dim=0)

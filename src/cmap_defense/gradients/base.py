@@ -57,7 +57,12 @@ class GradientMode(NamedOptions, abc.ABC):
     """Carries out a purification so that its images have a gradient to the input.
 
     A mode does the plain purification and nothing else where no gradient is wanted.
+
+    differentiates_defence: whether its gradient goes through the purification itself, exactly or approximately; False
+    for one of a surrogate.
     """
+
+    differentiates_defence = True
 
     @abc.abstractmethod
     def purify(self, purification: Purification) -> PurificationResult:

@@ -18,6 +18,8 @@ __all__ = ["Detached"]
 class Detached(GradientMode):
     """No gradient: a backward pass that reaches the input raises :class:`~cmap_defense.errors.GradientError`."""
 
+    differentiates_defence = False
+
     def purify(self, purification: Purification) -> PurificationResult:
         result = purification.run()
         if not purification.wants_gradient:

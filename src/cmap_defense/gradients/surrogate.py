@@ -44,6 +44,8 @@ class Surrogate(GradientMode):
         SettingsError: a value is out of its range.
     """
 
+    differentiates_defence = False
+
     def __init__(self, sigma: float = 0.1395, steps: int = 1) -> None:
         self.sigma = require_number("Surrogate", "sigma", sigma, above=0.0)
         self.steps = require_integer("Surrogate", "steps", steps, minimum=1)

@@ -19,7 +19,18 @@ from cmap_defense.inputs import check_logits
 from cmap_defense.modules import module_behind
 from cmap_defense.rng import derived_seeds, isolated
 
-__all__ = ["Feedback", "Model", "ModelAccess", "SeededModel", "by_largest", "gradient_to", "unit", "usable"]
+__all__ = [
+    "Feedback",
+    "Model",
+    "Oracle",
+    "SeededModel",
+    "by_largest",
+    "differentiates_defence",
+    "gradient_length",
+    "gradient_to",
+    "unit",
+    "usable",
+]
 
 Model = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] in [0, 1] to logits [B, classes]."""
@@ -81,7 +92,20 @@ def by_largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)[:, None, None, None], largest
 
 
-class ModelAccess:
+def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
+    """Whether the gradient of a model in this mode, or in its own for None, goes through its own defence."""
+    if gradient is None and isinstance(model, PurifiedClassifier):
+        gradient = model.gradient
+    return gradient is None or gradient.differentiates_defence
+
+
+def gradient_length(gradient: Tensor) -> Tensor:
+    """The l2 norms [B] of gradients [B, C, H, W], however small or large these are."""
+    scaled, largest = by_largest(gradient)
+    return largest * scaled.flatten(1).norm(dim=1)
+
+
+class Oracle:
     """Evaluates a model on a batch, each time with the next noise.
 
     A :class:`~cmap_defense.classifier.PurifiedClassifier` (or :class:`SeededModel`) without a seed of its own gets one
@@ -96,6 +120,7 @@ class ModelAccess:
         draws: [B] int64 on the CPU, for what the attack itself draws, such as a random start; None for ``seeds``.
         needed: classes that the labels speak of, at least.
         evaluations: how many there were, and by which of them the noise goes, where several share a count.
+        gradient_norms: l2 norms [B] of the gradients that :meth:`feedback` gave, where several share a list.
     """
 
     def __init__(
@@ -107,8 +132,10 @@ class ModelAccess:
         tick: Callable[[], None] = lambda: None,
         draws: Tensor | None = None,
         evaluations: list[int] | None = None,
+        gradient_norms: list[Tensor] | None = None,
         needed: int = 0,
     ) -> None:
+        self.gradient_norms = [] if gradient_norms is None else gradient_norms
         self.needed = needed
         self.draws = seeds if draws is None else draws
         self.model, self.seeds, self.known, self.tick = model, seeds, known, tick
@@ -172,29 +199,29 @@ class ModelAccess:
             return None
         return self.seeds if self.known else derived_seeds(self.seeds, self._evaluations[1])
 
-    def of(self, model: Model) -> ModelAccess:
+    def of(self, model: Model) -> Oracle:
         """The same noise and images, another model."""
-        return self._like(model, self.seeds, self.draws, self._evaluations)
+        return self._like(model, self.seeds, self.draws, self._evaluations, self.gradient_norms)
 
-    def restarted(self, restart: int) -> ModelAccess:
+    def restarted(self, restart: int) -> Oracle:
         """Other noise for another restart; the model's stays what it is where it is known."""
         draws = derived_seeds(self.seeds, RESTART + restart)
         seeds = self.seeds if self.known else draws
         return self._like(self.model, seeds, draws, self._evaluations)
 
-    def judge(self) -> ModelAccess:
+    def judge(self) -> Oracle:
         """The same model with noise that the search has not seen, unless noise is known; it counts for itself."""
         seeds = self.seeds if self.known else derived_seeds(self.seeds, JUDGE)
         return self._like(self.model, seeds, seeds, [0, 0])
 
-    def rows(self, index: Tensor, *, apart: bool = False) -> ModelAccess:
-        """The access for some of the images, each with its own noise. apart: it counts its evaluations for itself."""
+    def rows(self, index: Tensor, *, apart: bool = False) -> Oracle:
+        """The oracle for some of the images, each with its own noise. apart: it counts its evaluations for itself."""
         index = index.cpu()
         return self._like(
             self.model, self.seeds[index], self.draws[index], [*self._evaluations] if apart else self._evaluations
         )
 
-    def in_mode(self, gradient: GradientMode | None, attack: object) -> ModelAccess:
+    def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
         """The same wrapper with another gradient mode; as it is for None. Raises as :meth:`wrapper`."""
         return self if gradient is None else self.of(self.wrapper(attack).variant(hooks=True, gradient=gradient))
 
@@ -202,14 +229,22 @@ class ModelAccess:
         """Set the count, where parts of the batch counted for themselves."""
         self._evaluations[:] = [evaluations, evaluations]
 
-    def _like(self, model: Model, seeds: Tensor, draws: Tensor, evaluations: list[int]) -> ModelAccess:
-        return ModelAccess(
+    def _like(
+        self,
+        model: Model,
+        seeds: Tensor,
+        draws: Tensor,
+        evaluations: list[int],
+        gradient_norms: list[Tensor] | None = None,
+    ) -> Oracle:
+        return Oracle(
             model,
             seeds,
             known=self.known,
             tick=self.tick,
             draws=draws,
             evaluations=evaluations,
+            gradient_norms=gradient_norms,
             needed=self.needed,
         )
 
@@ -254,4 +289,5 @@ class ModelAccess:
                 value = value + part.detach() * group / samples
                 gradient = gradient + partial * (group / samples)
                 reached = reached + goal.reached(logits.detach().argmax(dim=2)).float().mean(dim=0) * group / samples
+        self.gradient_norms.append(gradient_length(gradient))
         return Feedback(value, gradient, reached)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attacked import SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import PGD, CrossEntropy, Goal, Loss, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
-from cmap_defense.attacks.access import JUDGE, RESTART, ModelAccess, gradient_to, unit
+from cmap_defense.attacks.oracle import JUDGE, RESTART, Oracle, gradient_to, unit
 from cmap_defense.errors import GradientError, GradientWarning, SettingsError
 from cmap_defense.gradients import Detached, StraightThrough, Unrolled
 from cmap_defense.rng import derived_seeds
@@ -20,9 +20,9 @@ SEEDS = torch.tensor([5, -7, 2**62])
 LOSSES = [CrossEntropy(), Margin(), VoteMargin()]
 
 
-def scene(model: object = None, **options: bool) -> tuple[ModelAccess, Tensor, Goal]:
+def scene(model: object = None, **options: bool) -> tuple[Oracle, Tensor, Goal]:
     images, labels = labelled(3, dtype=torch.float64)
-    return ModelAccess(model or Noisy(), SEEDS, **options), images, Goal(labels)  # pyright: ignore
+    return Oracle(model or Noisy(), SEEDS, **options), images, Goal(labels)  # pyright: ignore
 
 
 def taken(model: Noisy) -> list[list[int]]:
@@ -34,28 +34,28 @@ def taken(model: Noisy) -> list[list[int]]:
 
 def test_evaluations_are_numbered_and_each_number_has_its_noise():
     model = Noisy()
-    access, images, _ = scene(model)
-    assert access.count == 0
-    assert access.own_seeds().tolist() == derived_seeds(SEEDS, 0).tolist()  # pyright: ignore
+    oracle, images, _ = scene(model)
+    assert oracle.count == 0
+    assert oracle.own_seeds().tolist() == derived_seeds(SEEDS, 0).tolist()  # pyright: ignore
     for evaluation in (1, 2, 3):
-        access(images)
-        assert access.count == evaluation
+        oracle(images)
+        assert oracle.count == evaluation
         assert taken(model)[-1] == derived_seeds(SEEDS, evaluation).tolist()
-        assert access.own_seeds().tolist() == taken(model)[-1]  # pyright: ignore
+        assert oracle.own_seeds().tolist() == taken(model)[-1]  # pyright: ignore
 
 
 def test_known_noise_is_the_seeds_themselves_for_search_restarts_and_judgement():
     model = Noisy()
-    access, images, _ = scene(model, known=True)
-    for one in (access, access.restarted(3), access.judge(), access.of(model)):
+    oracle, images, _ = scene(model, known=True)
+    for one in (oracle, oracle.restarted(3), oracle.judge(), oracle.of(model)):
         one(images)
     assert taken(model) == [SEEDS.tolist()] * 4
 
 
 def test_restarts_and_the_judgement_stand_apart():
     model = Noisy()
-    access, images, _ = scene(model)
-    for one in (access, access.restarted(0), access.restarted(1), access.judge()):
+    oracle, images, _ = scene(model)
+    for one in (oracle, oracle.restarted(0), oracle.restarted(1), oracle.judge()):
         one(images)
     expected = [derived_seeds(SEEDS, 1)]
     expected += [derived_seeds(derived_seeds(SEEDS, RESTART + r), 2 + r) for r in (0, 1)]
@@ -66,95 +66,95 @@ def test_restarts_and_the_judgement_stand_apart():
 
 def test_what_shares_a_count_and_what_has_its_own():
     ticks: list[int] = []
-    access = ModelAccess(Noisy(), SEEDS, tick=lambda: ticks.append(1))
+    oracle = Oracle(Noisy(), SEEDS, tick=lambda: ticks.append(1))
     images, _ = labelled(3)
-    for one in (access, access.of(linear), access.restarted(1), access.judge()):
+    for one in (oracle, oracle.of(linear), oracle.restarted(1), oracle.judge()):
         one(images)
-    judge = access.judge()
+    judge = oracle.judge()
     judge(images)
     judge(images)
-    assert (access.count, judge.count, len(ticks)) == (3, 2, 6)
+    assert (oracle.count, judge.count, len(ticks)) == (3, 2, 6)
 
 
 def test_a_model_with_a_seed_of_its_own_is_asked_without_seeds():
     for model in (Noisy(seed=3), wrapped(seed=3)):
-        access, images, _ = scene(model)
-        assert access.next_noise() is None
-        assert access.own_seeds() is None
-        access(images)
-        assert access.count == 2
+        oracle, images, _ = scene(model)
+        assert oracle.next_noise() is None
+        assert oracle.own_seeds() is None
+        oracle(images)
+        assert oracle.count == 2
     model = Noisy(seed=3)
     scene(model)[0](images)
     assert model.seen == [None]
 
 
 def test_a_plain_model_is_asked_with_images_alone():
-    access, images, _ = scene(linear)
-    assert torch.equal(access(images), linear(images))
-    assert access.next_noise() is None
-    assert access.count == 2
+    oracle, images, _ = scene(linear)
+    assert torch.equal(oracle(images), linear(images))
+    assert oracle.next_noise() is None
+    assert oracle.count == 2
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_again_is_the_noise_of_the_evaluation_before_and_one_more_evaluation(known: bool):
     ticks: list[int] = []
     model, (images, _) = Noisy(), labelled(3, dtype=torch.float64)
-    access = ModelAccess(model, SEEDS, known=known, tick=lambda: ticks.append(1))
-    first = access(images)
-    again = access(images, again=True)
+    oracle = Oracle(model, SEEDS, known=known, tick=lambda: ticks.append(1))
+    first = oracle(images)
+    again = oracle(images, again=True)
     assert torch.equal(first, again)
-    assert access.count == len(ticks) == 2
-    access(images)
+    assert oracle.count == len(ticks) == 2
+    oracle(images)
     third = SEEDS if known else derived_seeds(SEEDS, 3)
     assert taken(model)[1:] == [taken(model)[0], third.tolist()]
-    assert access.count == len(ticks) == 3
+    assert oracle.count == len(ticks) == 3
 
 
 def test_again_changes_nothing_for_models_that_take_no_seeds():
     model = Noisy(seed=3)
-    access, images, _ = scene(model)
-    access(images)
-    access(images, again=True)
+    oracle, images, _ = scene(model)
+    oracle(images)
+    oracle(images, again=True)
     assert model.seen == [None, None]
-    assert access.count == 2
-    access, images, _ = scene(linear)
-    access(images)
-    assert torch.equal(access(images, again=True), linear(images))
-    assert access.count == 2
+    assert oracle.count == 2
+    oracle, images, _ = scene(linear)
+    oracle(images)
+    assert torch.equal(oracle(images, again=True), linear(images))
+    assert oracle.count == 2
 
 
 def test_again_for_a_wrapper():
-    access, images, _ = scene(wrapped())
+    oracle, images, _ = scene(wrapped())
     with torch.no_grad():
-        first, again, other = access(images.float()), access(images.float(), again=True), access(images.float())
+        first, again, other = oracle(images.float()), oracle(images.float(), again=True), oracle(images.float())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_part_of_the_batch_is_answered_without_the_seeds_of_the_others():
     model = Noisy()
-    access, images, _ = scene(model)
-    access(images[:2])
+    oracle, images, _ = scene(model)
+    oracle(images[:2])
     assert model.seen == [None]
-    part = ModelAccess(wrapped(), SEEDS)(images[:2].float())
+    part = Oracle(wrapped(), SEEDS)(images[:2].float())
     assert part.shape == (2, 4)
 
 
 def test_a_wrapper_gets_the_seeds():
-    access, images, _ = scene(wrapped())
+    oracle, images, _ = scene(wrapped())
     with torch.no_grad():
         expected = wrapped()(images.float(), seeds=derived_seeds(SEEDS, 1))
-        assert torch.equal(access(images.float()), expected)
+        assert torch.equal(oracle(images.float()), expected)
 
 
 def test_wrapper_is_the_model_or_an_error_that_names_the_attack():
     model = wrapped()
-    assert ModelAccess(model, SEEDS).wrapper(PGD(ThreatModel())) is model
+    assert Oracle(model, SEEDS).wrapper(PGD(ThreatModel())) is model
     with pytest.raises(
         SettingsError,
         match=r"ShortCMAP with these settings needs the latents or .* PurifiedClassifier, but the model is Linear",
     ):
-        ModelAccess(Linear(), SEEDS).wrapper(ShortCMAP(ThreatModel()))
+        Oracle(Linear(), SEEDS).wrapper(ShortCMAP(ThreatModel()))
     with pytest.raises(SettingsError, match="PGD with these settings needs"):
         PGD(ThreatModel(), gradient=Unrolled())(linear, *labelled())
 
@@ -165,8 +165,8 @@ def test_wrapper_is_the_model_or_an_error_that_names_the_attack():
 @settings(max_examples=15)
 @given(samples=st.integers(1, 4), loss=st.sampled_from(LOSSES[:2]), known=st.booleans())
 def test_eot_is_the_mean_of_single_gradients_under_the_same_seeds(samples: int, loss: Loss, known: bool):
-    access, images, goal = scene(known=known)
-    feedback = access.feedback(images, goal, loss, samples)
+    oracle, images, goal = scene(known=known)
+    feedback = oracle.feedback(images, goal, loss, samples)
     model, values, gradients, reached = Noisy(), [], [], []
     for evaluation in range(1, samples + 1):
         leaf = images.clone().requires_grad_()
@@ -175,7 +175,7 @@ def test_eot_is_the_mean_of_single_gradients_under_the_same_seeds(samples: int, 
         gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
         values.append(value.detach())
         reached.append((logits.argmax(dim=1) != goal.labels).double())
-    assert access.count == samples
+    assert oracle.count == samples
     torch.testing.assert_close(feedback.gradient, torch.stack(gradients).mean(dim=0))
     torch.testing.assert_close(feedback.loss, torch.stack(values).mean(dim=0))
     torch.testing.assert_close(feedback.reached.double(), torch.stack(reached).mean(dim=0))
@@ -185,11 +185,11 @@ def test_eot_is_the_mean_of_single_gradients_under_the_same_seeds(samples: int, 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_balanced_gradients_have_one_length_before_they_are_averaged(samples: int):
-    access, images, goal = scene(Noisy(3.0))
-    feedback = access.feedback(images, goal, CrossEntropy(), samples, balanced=True)
+    oracle, images, goal = scene(Noisy(3.0))
+    feedback = oracle.feedback(images, goal, CrossEntropy(), samples, balanced=True)
     expected, lengths = torch.zeros_like(images), []
     for evaluation in range(1, samples + 1):
-        single = ModelAccess(Noisy(3.0), derived_seeds(SEEDS, evaluation), known=True)
+        single = Oracle(Noisy(3.0), derived_seeds(SEEDS, evaluation), known=True)
         gradient = single.feedback(images, goal, CrossEntropy(), 1).gradient
         lengths.append(gradient.flatten(1).norm(dim=1))
         expected += gradient / lengths[-1][:, None, None, None] / samples
@@ -203,8 +203,8 @@ def test_balanced_gradients_have_one_length_before_they_are_averaged(samples: in
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_joint_loss_sees_all_samples_at_once(samples: int):
-    access, images, goal = scene()
-    feedback = access.feedback(images, goal, VoteMargin(), samples)
+    oracle, images, goal = scene()
+    feedback = oracle.feedback(images, goal, VoteMargin(), samples)
     leaf, model = images.clone().requires_grad_(), Noisy()
     logits = torch.stack([model(leaf, seeds=derived_seeds(SEEDS, n)) for n in range(1, samples + 1)])
     value = VoteMargin()(logits, goal)
@@ -218,20 +218,20 @@ def test_a_joint_loss_sees_all_samples_at_once(samples: int):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_feedback_agrees_with_finite_differences(loss: Loss):
-    access, images, goal = scene(known=True)
-    feedback = access.feedback(images, goal, loss, 3)
+    oracle, images, goal = scene(known=True)
+    feedback = oracle.feedback(images, goal, loss, 3)
     direction, values = noise(3, *SHAPE, seed=4, dtype=torch.float64), []
     for sign in (1, -1):
-        moved = access.feedback(images + sign * 1e-6 * direction, goal, loss, 3)
+        moved = oracle.feedback(images + sign * 1e-6 * direction, goal, loss, 3)
         values.append(moved.loss)
     slope = (values[0] - values[1]) / 2e-6
     torch.testing.assert_close((feedback.gradient * direction).flatten(1).sum(dim=1), slope, rtol=1e-6, atol=1e-6)
 
 
 def test_feedback_has_no_graph_and_leaves_the_images_alone():
-    access, images, goal = scene()
+    oracle, images, goal = scene()
     leaf = images.clone().requires_grad_()
-    feedback = access.feedback(leaf, goal, Margin(), 2)
+    feedback = oracle.feedback(leaf, goal, Margin(), 2)
     assert leaf.grad is None
     for tensor in (feedback.loss, feedback.gradient, feedback.reached):
         assert not tensor.requires_grad
@@ -245,7 +245,7 @@ def test_eot_narrows_the_gradient():
     spread = []
     for samples in (1, 16):
         gradients = [
-            ModelAccess(Noisy(), derived_seeds(SEEDS, 1000 + n)).feedback(images, Goal(labels), CrossEntropy(), samples)
+            Oracle(Noisy(), derived_seeds(SEEDS, 1000 + n)).feedback(images, Goal(labels), CrossEntropy(), samples)
             for n in range(24)
         ]
         spread.append(torch.stack([one.gradient for one in gradients]).std(dim=0).mean().item())
@@ -383,20 +383,20 @@ def test_gradient_to_needs_a_graph_that_reaches_the_images():
 @settings(max_examples=10)
 @given(samples=st.integers(1, 4))
 def test_averaged_is_the_log_of_the_mean_probability(samples: int):
-    access, images, _ = scene()
-    answer = access.averaged(samples)(images)
+    oracle, images, _ = scene()
+    answer = oracle.averaged(samples)(images)
     model = Noisy()
     chances = [model(images, seeds=derived_seeds(SEEDS, n)).softmax(dim=1) for n in range(1, samples + 1)]
     torch.testing.assert_close(answer.exp(), torch.stack(chances).mean(dim=0))
-    assert access.count == samples
+    assert oracle.count == samples
 
 
 def test_averaged_is_differentiable():
-    access, images, goal = scene(known=True)
+    oracle, images, goal = scene(known=True)
     leaf = images.clone().requires_grad_()
-    vote = access.averaged(3)(leaf)
+    vote = oracle.averaged(3)(leaf)
     (gradient,) = torch.autograd.grad(Margin()(vote[None], goal).sum(), leaf)
-    torch.testing.assert_close(gradient, access.feedback(images, goal, VoteMargin(), 3).gradient)
+    torch.testing.assert_close(gradient, oracle.feedback(images, goal, VoteMargin(), 3).gradient)
 
 
 class Counting(nn.Module):
@@ -415,6 +415,6 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_each_sample_is_one_call_of_the_model(samples: int, loss: Loss):
     model = Counting()
-    access, images, goal = scene(model)
-    access.feedback(images, goal, loss, samples)
-    assert model.calls == access.count == samples
+    oracle, images, goal = scene(model)
+    oracle.feedback(images, goal, loss, samples)
+    assert model.calls == oracle.count == samples

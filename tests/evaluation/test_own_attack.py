@@ -1,0 +1,63 @@
+"""An attack of a user's, made of public names alone, counts in an evaluation as the package's own do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attacked import labelled
+from cmap_defense import ThreatModel, evaluate
+from cmap_defense.attacks import Attack, Candidates, CrossEntropy, Goal, Oracle
+from cmap_defense.evaluation import Protocol, Report
+from evaluated import Shaky
+
+THREAT = ThreatModel(eps=0.02)
+PROTOCOL = Protocol(answers=4, repurifications=6, seeds=(0, 1), group=5, sanity_images=12, gradient_samples=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SignSteps(Attack):
+    """Three steps of eps / 2 along the sign of the gradient, from a random start."""
+
+    steps: int = 3
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        images = clean + self.threat.eps * (2 * torch.rand_like(clean) - 1)
+        for _ in range(self.steps):
+            heard = oracle.feedback(images, goal, CrossEntropy(), samples=2)
+            images = self.threat.project(images + self.first_step() * heard.gradient.sign(), clean)
+        return Candidates(images[:, None])
+
+    def differentiates_defence(self, model: object) -> bool:
+        return True
+
+    def first_step(self) -> float:
+        return self.threat.eps / 2
+
+
+class Undeclared(SignSteps):
+    """The same attack, which does not say what it does."""
+
+    differentiates_defence = Attack.differentiates_defence
+
+
+def report_of(attack: Attack) -> Report:
+    given: dict[str, Any] = {"attacks": {"sign-steps": attack}, "protocol": PROTOCOL, "threads": 1}
+    return evaluate(Shaky(0.3), labelled(12), **given)
+
+
+def test_an_attack_of_a_user_earns_a_headline() -> None:
+    report = report_of(SignSteps(THREAT))
+    assert report.refused == []
+    assert report.headline is not None
+    assert set(report.headline.chosen) == {"sign-steps"}
+    assert report.headline.accuracy.value < report.row("control").repurified.value
+
+
+def test_an_attack_that_declares_nothing_is_taken_for_one_that_does_not_differentiate_the_defence() -> None:
+    report = report_of(Undeclared(THREAT))
+    assert report.headline is None
+    assert any("a gradient attack goes through the defence itself" in reason for reason in report.refused)
