@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from cmap_defense.errors import BackboneError
 from cmap_defense.modules import dtype_of
 
-__all__ = ["Backbone", "check_backbone", "latent_caster"]
+__all__ = ["Backbone", "caster", "check_backbone"]
+
+
+_METHODS = {
+    "generate": "generate(latents) -> images in [-1, 1]",
+    "denoise": "denoise(noisy, sigma) -> images in [-1, 1]",
+}
 
 
 @runtime_checkable
@@ -30,8 +36,11 @@ class Backbone(Protocol):
         ...
 
 
-def check_backbone(backbone: object) -> nn.Module:
-    """``backbone`` when it satisfies the protocol. Raises :class:`BackboneError` that says what is missing."""
+def check_backbone(backbone: object, needs: str = "generate") -> nn.Module:
+    """``backbone`` when it satisfies the protocol. Raises :class:`BackboneError` that says what is missing.
+
+    needs: the method that it is used by: "generate" or "denoise".
+    """
     name = type(backbone).__name__
     if not isinstance(backbone, nn.Module):
         raise BackboneError(
@@ -44,13 +53,13 @@ def check_backbone(backbone: object) -> nn.Module:
         raise BackboneError(
             f"A backbone has image_shape = (C, H, W), three positive integers, but {name} has {shape!r}."
         )
-    if not callable(getattr(backbone, "generate", None)):
+    if not callable(getattr(backbone, needs, None)):
         hint = ""
-        if callable(getattr(backbone, "denoise", None)):
+        if needs == "generate" and callable(getattr(backbone, "denoise", None)):
             hint = " A denoiser has no one-step generator: CMAP needs a consistency model."
-        raise BackboneError(
-            f"A backbone has generate(latents) -> images in [-1, 1], but {name} has no such method.{hint}"
-        )
+        if needs == "denoise" and callable(getattr(backbone, "generate", None)):
+            hint = " A purifier that adds noise and denoises needs it."
+        raise BackboneError(f"A backbone has {_METHODS[needs]}, but {name} has no such method.{hint}")
     classes = getattr(backbone, "num_classes", None)
     if classes is not None and (type(classes) is not int or classes < 1):
         raise BackboneError(f"num_classes must be a positive integer or None, but {name} has {classes!r}.")
@@ -78,11 +87,11 @@ def _refuse_wrapped(backbone: nn.Module) -> None:
         )
 
 
-def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-    """``backbone.generate`` under the autocast state of this moment, its input cast to the backbone's own precision.
+def caster(backbone: nn.Module, device: torch.device, method: str = "generate") -> Callable[..., Tensor]:
+    """A method of a backbone under the autocast state of this moment, its input cast to the backbone's own precision.
 
-    It takes latents, and labels besides where the backbone is class-conditional.
-    Backbones that say ``accepts_any_float`` cast inside and get the latents as they are.
+    It takes the method's arguments: latents, or noisy images and a noise level, and labels besides where the backbone
+    is class-conditional. Backbones that say ``accepts_any_float`` cast inside and get their input as it is.
     """
     dtype = None
     if not getattr(backbone, "accepts_any_float", False):
@@ -90,9 +99,9 @@ def latent_caster(backbone: nn.Module, device: torch.device) -> Callable[..., Te
     autocast = torch.is_autocast_enabled(device.type)
     autocast_dtype = torch.get_autocast_dtype(device.type)
 
-    def generate(latents: Tensor, *class_labels: Tensor) -> Tensor:
-        cast = latents if dtype is None else latents.to(dtype)
+    def call(given: Tensor, *more: Any) -> Tensor:
+        cast = given if dtype is None else given.to(dtype)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
-            return backbone.generate(cast, *class_labels)  # pyright: ignore[reportCallIssue]
+            return getattr(backbone, method)(cast, *more)
 
-    return generate
+    return call

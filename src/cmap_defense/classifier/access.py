@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.backbones.base import latent_caster
+from cmap_defense.backbones.base import caster
 from cmap_defense.cautions import warn_of_probabilities, warn_of_training_mode
 from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import objective_terms
@@ -16,7 +16,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
 from cmap_defense.conditioning import ClassLabels, choose_class_labels
 from cmap_defense.door import ImageDoor
-from cmap_defense.errors import DeviceError, InputTypeError, InputValueError
+from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.modules import device_of, dtype_of, evaluating
 from cmap_defense.options import NamedOptions
@@ -47,9 +47,21 @@ class LatentAccess(NamedOptions, nn.Module):
 
     @property
     def settings(self) -> CMAPSettings:
-        """The settings of the latent loop."""
-        assert isinstance(self.purifier, CMAP)
-        return self.purifier.settings
+        """The settings of the optimisation over latents.
+
+        Raises:
+            SettingsError: the purifier is another one than CMAP.
+        """
+        return self._cmap("settings").settings
+
+    def _cmap(self, what: str) -> CMAP:
+        """The purifier, where it is CMAP; raises :class:`SettingsError` otherwise."""
+        if isinstance(self.purifier, CMAP):
+            return self.purifier
+        raise SettingsError(
+            f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} has not. "
+            "The purifier and its own settings are model.purifier."
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -65,7 +77,7 @@ class LatentAccess(NamedOptions, nn.Module):
         It raises the errors of :meth:`forward`.
         """
         unit = self.door.to_unit(images, self._device())
-        drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.settings.n_latents, self.image_shape)
+        drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.purifier.n_latents, self.image_shape)
         return drawn.to(unit.device, unit.dtype)
 
     def generate(
@@ -132,7 +144,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
         None where the backbone is not class-conditional.
         """
-        return self._labels(None, self.door.to_unit(images, self._device()), self.settings.n_latents)
+        return self._labels(None, self.door.to_unit(images, self._device()), self.purifier.n_latents)
 
     def forward_from_latents(
         self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
@@ -155,7 +167,7 @@ class LatentAccess(NamedOptions, nn.Module):
             getattr(self.backbone, "num_classes", None),
         )
         given = [()] * len(flat.split(chunk)) if labels is None else [(part,) for part in labels.split(chunk)]
-        generate = latent_caster(self.backbone, flat.device)
+        generate = caster(self.backbone, flat.device)
         pieces = [generate(piece, *label) for piece, label in zip(flat.split(chunk), given, strict=True)]
         return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
 

@@ -41,7 +41,7 @@ __all__ = ["PurifiedClassifier"]
 
 
 class PurifiedClassifier(LatentAccess):
-    """A classifier behind CMAP (arXiv 2412.08394): images in, logits out, purification in between.
+    """A classifier behind a purifier, CMAP (arXiv 2412.08394) if none is named: images in, logits out.
 
     ::
 
@@ -59,8 +59,11 @@ class PurifiedClassifier(LatentAccess):
             ``nn.Module``
             with ``image_shape`` and ``generate``. A backbone that is loaded here joins the classifier's device;
             a module is used as it is, in eval mode.
-        settings: of the latent loop, all of them; None for the ones that the backbone's record names, or else the
-            defaults. To change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``.
+        settings: of CMAP, all of them; None for the ones that the backbone's record names, or else the defaults. To
+            change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``. It is the
+            short form of ``purifier=CMAP(settings)``.
+        purifier: what purifies, an object of :mod:`cmap_defense.purifiers` such as ``OneStep(level=0.5)``, or one of
+            yours; None for CMAP.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
             ``Normalize(mean, std)``; applied after purification.
         inputs: "unit" for images in [0, 1]; "normalized" or "normalised" for images that went through ``normalize``
@@ -85,15 +88,14 @@ class PurifiedClassifier(LatentAccess):
             values further out are an error. NaN and infinite values are always an error.
 
     Raises:
-        SettingsError: an option is out of its range.
-        BackboneError: the backbone does not satisfy the protocol.
+        SettingsError: an option is out of its range, or there are both settings and a purifier.
+        BackboneError: the backbone does not have what the purifier needs.
         UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
     """
 
     _synonyms: ClassVar[Mapping[str, str]] = {
         "batch_size": "max_parallel",
         "model": "classifier",
-        "purifier": "backbone",
         "random_state": "seed",
         "steps": "iterations",
         "K": "n_latents",
@@ -115,6 +117,7 @@ class PurifiedClassifier(LatentAccess):
         backbone: str | os.PathLike[str] | nn.Module,
         *,
         settings: CMAPSettings | None = None,
+        purifier: Purifier | None = None,
         normalize: tuple[Sequence[float] | float, Sequence[float] | float] | nn.Module | None = None,
         inputs: str = "unit",
         resize: str | bool | None = None,
@@ -147,17 +150,27 @@ class PurifiedClassifier(LatentAccess):
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
 
+        if purifier is not None and not isinstance(purifier, Purifier):
+            raise SettingsError(
+                "PurifiedClassifier.purifier must be an object such as CMAP() or OneStep(level=0.5) from "
+                f"cmap_defense.purifiers, but is {purifier!r}."
+            )
+        if purifier is not None and settings is not None:
+            raise SettingsError(
+                "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
+            )
+        needs = "generate" if purifier is None else purifier.needs
         if isinstance(backbone, (str, os.PathLike)):
-            loaded = load_backbone(backbone, kind="consistency")
+            loaded = load_backbone(backbone, kind="consistency" if needs == "generate" else None)
             device = device_of(classifier)
             self.backbone: nn.Module = loaded if device is None else loaded.to(device)
         else:
-            self.backbone = check_backbone(backbone)
+            self.backbone = check_backbone(backbone, needs)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
-        if settings is None:
-            settings = _settings_of(self.backbone)
-        self.purifier: Purifier = CMAP(settings)
+        if purifier is None:
+            purifier = CMAP(_settings_of(self.backbone) if settings is None else settings)
+        self.purifier = purifier
         self.door = ImageDoor.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
 
@@ -244,7 +257,8 @@ class PurifiedClassifier(LatentAccess):
         """
         normalisation = self.door.normalisation
         options: dict[str, Any] = {
-            "settings": self.settings,
+            "settings": None,
+            "purifier": self.purifier,
             "normalize": None if normalisation is None else (normalisation.mean, normalisation.std),
             "inputs": self.door.inputs,
             "resize": self.door.resize,
@@ -263,6 +277,8 @@ class PurifiedClassifier(LatentAccess):
                 )
             if name not in options:
                 raise SettingsError(unknown_option(PurifiedClassifier, name, changes[name]))
+        if "settings" in changes:
+            options["purifier"] = None
         other = PurifiedClassifier(self.classifier, self.backbone, **(options | changes))
         other.training = self.training
         if hooks:
@@ -289,6 +305,7 @@ class PurifiedClassifier(LatentAccess):
         """
         if not callable(hook):
             raise SettingsError(f"A latent hook must be callable, but is {hook!r}.")
+        self._cmap("A latent hook")
         if iterations is not None and not isinstance(iterations, Container):
             raise SettingsError(f"iterations must be a set or range of numbers, but is {iterations!r}.")
         if live and not isinstance(self.gradient, Unrolled):
@@ -321,7 +338,7 @@ class PurifiedClassifier(LatentAccess):
         chosen = self._seeds(seeds, latents, len(unit))
         if latents is not None:
             latents = self._check_latents(latents, unit)
-        n_latents = self.settings.n_latents if latents is None else latents.shape[1]
+        n_latents = self.purifier.n_latents if latents is None else latents.shape[1]
         if len(unit) == 0:
             if class_labels is not None:
                 self._labels(class_labels, unit, n_latents)
@@ -345,11 +362,17 @@ class PurifiedClassifier(LatentAccess):
             "max_parallel": self.max_parallel,
         }
         every, plain, live, live_at = self._callbacks()
-        prepare = getattr(self.purifier, "prepare", None)
+        prepare: Any = getattr(self.purifier, "prepare", None) if self.purifier.optimises_latents else None
+
+        def run() -> PurificationResult:
+            with torch.no_grad():
+                return self.purifier(self.backbone, images.detach(), callback=every, **options)
+
         return Purification(
             images,
-            lambda: self.purifier(self.backbone, images.detach(), callback=every, **options),
+            run,
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
+            None if prepare is not None else lambda: self.purifier(self.backbone, images, **options),
             self.denoiser(labels),
             plain,
             live,
@@ -373,8 +396,10 @@ class PurifiedClassifier(LatentAccess):
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
         with torch.no_grad(), evaluating(self.classifier):
             logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
-        iterations = images.new_zeros((self.settings.iterations, 0))
-        history = History(**{field.name: iterations for field in dataclasses.fields(History)})
+        history = None
+        if isinstance(self.purifier, CMAP):
+            iterations = images.new_zeros((self.settings.iterations, 0))
+            history = History(**{field.name: iterations for field in dataclasses.fields(History)})
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         return self._judged(
             PurificationResult(shown, latents, history, seeds, self._no_labels(n_latents)),

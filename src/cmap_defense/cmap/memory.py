@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cmap_defense.modules import dtype_of
 
 __all__ = ["bytes_per_latent", "default_max_parallel"]
 
 SHARE_OF_FREE_MEMORY = 0.6
 CPU_BUDGET = 2 * 2**30
 """On a CPU free memory says little; chunks stay within 2 GiB, which costs no speed."""
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
+"""Bytes per latent of modules, by what they depend on."""
 WORKSPACE = 2.0
 """Gradients and workspace of the backward pass, relative to what the forward pass keeps for it."""
 
@@ -46,12 +52,24 @@ def _kept_bytes(generate: Callable[..., Tensor], latents: Tensor, conditional: b
 
 
 def default_max_parallel(
-    generate: Callable[..., Tensor], image_shape: Sequence[int], device: torch.device, *, conditional: bool = False
+    generate: Callable[..., Tensor],
+    image_shape: Sequence[int],
+    device: torch.device,
+    *,
+    conditional: bool = False,
+    owner: nn.Module | None = None,
 ) -> int:
-    """Latents that fit into the free memory of a CUDA device, or into a fixed budget elsewhere; 1 at least."""
+    """Latents that fit into the free memory of a CUDA device, or into a fixed budget elsewhere; 1 at least.
+
+    owner: the module that ``generate`` runs, for which a latent's memory is then measured once.
+    """
     budget = CPU_BUDGET
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = int(SHARE_OF_FREE_MEMORY * (free + unused))
-    return max(1, budget // bytes_per_latent(generate, image_shape, device, conditional=conditional))
+    known = {} if owner is None else _MEASURED.setdefault(owner, {})
+    place = (tuple(image_shape), str(device), dtype_of(owner), torch.is_autocast_enabled(device.type), conditional)
+    if place not in known:
+        known[place] = bytes_per_latent(generate, image_shape, device, conditional=conditional)
+    return max(1, budget // known[place])

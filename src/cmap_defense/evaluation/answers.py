@@ -100,7 +100,7 @@ def _ask_purified(
         torch.stack(shares).cpu(),
         purified,
         {name: values.float() for name, values in sums.items()},
-        torch.cat([way.right, found[:1] == labels.cpu()]),
+        torch.cat([way.right, found[:1] == labels.cpu()]) if way.iterations else None,
     )
 
 
@@ -109,10 +109,12 @@ class _Way:
 
     def __init__(self, model: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
         self.model, self.size, self.labels = model, images.shape[2:], labels.cpu()
-        self.iterations = looked_at(model.settings.iterations)[:-1]
+        self.iterations = looked_at(model.settings.iterations)[:-1] if model.purifier.optimises_latents else []
         self.right = torch.zeros((len(self.iterations), len(images)), dtype=torch.bool)
 
     def watched(self) -> contextlib.AbstractContextManager[object]:
+        if not self.iterations:
+            return contextlib.nullcontext()
         return self.model.register_latent_hook(self._look, iterations=self.iterations)
 
     def _look(self, state: LatentState) -> None:

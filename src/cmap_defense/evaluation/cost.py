@@ -23,6 +23,7 @@ from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
 from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.rng import draw_latents
 
 __all__ = ["AttackCost", "Probe", "counted_passes", "probe", "rehearse"]
@@ -98,6 +99,9 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
         model: what it is to be run on, for its settings.
         classes: of the classifier.
     """
+    if not model.purifier.optimises_latents:
+        found = _counted(attack, model, classes, None)
+        return None if found is None else AttackCost(found.queries, round(found.passes / TOGETHER))
     wanted_at = model.settings.iterations
     short = max([SHORT, *_gone_back(attack), *_gone_back(model.gradient)])
     counts = (short, short + APART) if wanted_at > short + APART else (wanted_at,)
@@ -106,20 +110,30 @@ def rehearse(attack: Attack, model: PurifiedClassifier, classes: int) -> AttackC
     costs = []
     for iterations in counts:
         wanted = attack if iterations == wanted_at else attack.at_iterations(iterations)
-        try:
-            costs.append(_count(wanted, _stand_in(model, classes, iterations)))
-        except (MissingExtraError, SettingsError, GradientError):  # so it would go with the model itself
-            raise
-        except Exception:  # code of the user's may need the real thing: the cost is then unknown, and is said to be
+        found = _counted(wanted, model, classes, iterations)
+        if found is None:
             return None
+        costs.append(found)
     low, high = costs[0], costs[-1]
     passes = low.passes + (high.passes - low.passes) / APART * (wanted_at - counts[0])
     return AttackCost(high.queries, round(passes / TOGETHER))
 
 
+def _counted(attack: Attack, model: PurifiedClassifier, classes: int, iterations: int | None) -> AttackCost | None:
+    """On a stand-in for the model; None where the attack does not run on it."""
+    try:
+        return _count(attack, _stand_in(model, classes, iterations))
+    except (MissingExtraError, SettingsError, GradientError):  # so it would go with the model itself
+        raise
+    except Exception:  # code of the user's may need the real thing: the cost is then unknown, and is said to be
+        return None
+
+
 def probe(model: PurifiedClassifier, images: Tensor) -> Probe:
     """Time and memory of a few iterations on a group of images [B, C, H, W]."""
-    short = model.variant(settings=model.settings.replace(iterations=PROBED))
+    short = model
+    if model.purifier.optimises_latents:
+        short = model.variant(settings=model.settings.replace(iterations=PROBED))
     seeds = torch.arange(len(images))
     cuda = images.device.type == "cuda"
     with torch.no_grad():
@@ -168,13 +182,14 @@ def _count(attack: Attack, model: PurifiedClassifier) -> AttackCost:
     return AttackCost(result.queries, passes[0])
 
 
-def _stand_in(model: PurifiedClassifier, classes: int, iterations: int) -> PurifiedClassifier:
-    settings = model.settings.replace(iterations=iterations)
+def _stand_in(model: PurifiedClassifier, classes: int, iterations: int | None) -> PurifiedClassifier:
+    """iterations: of an optimisation over latents, None for another purifier."""
+    purifier = model.purifier if iterations is None else CMAP(model.settings.replace(iterations=iterations))
     backbone = _StandInBackbone(model.image_shape[0], getattr(model.backbone, "num_classes", None))
     return PurifiedClassifier(
         _StandInClassifier(model.image_shape[0], classes),
         backbone,
-        settings=settings,
+        purifier=purifier,
         seed=model.seed,
         gradient=model.gradient,
     ).eval()

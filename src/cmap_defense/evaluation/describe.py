@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.modules import dtype_of
+from cmap_defense.purifiers.cmap import CMAP
 
 __all__ = [
     "attack_settings",
@@ -50,7 +51,7 @@ def describe_model(model: object) -> dict[str, Any]:
     labels = model.class_labels
     return {
         "class": _name(model),
-        "settings": model.settings.to_dict(),
+        **_purifier(model),
         "vote": model.vote,
         "seed": model.seed,
         "gradient": repr(model.gradient),
@@ -62,6 +63,14 @@ def describe_model(model: object) -> dict[str, Any]:
         "classifier": _module(model.classifier),
         "backbone": {"name": None if record is None else record.name, **_module(model.backbone)},
     }
+
+
+def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
+    """The settings of CMAP, or the purifier with its own."""
+    if isinstance(model.purifier, CMAP):
+        return {"settings": model.settings.to_dict()}
+    found = _plain(model.purifier)
+    return {"purifier": found if isinstance(found, dict) else {"class": _name(model.purifier), "described": found}}
 
 
 def describe_attack(attack: Attack) -> str:

@@ -269,7 +269,7 @@ class Evaluation:
         model = task.model
         if not isinstance(model, PurifiedClassifier):
             return 0
-        once = model.settings.n_latents * (model.settings.iterations + 1)
+        once = model.purifier.passes
         if isinstance(task, ControlTask):
             return once * (task.answers + task.repurifications + task.search)
         if isinstance(task, GradientTask):

@@ -25,6 +25,7 @@ class Purification:
     images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
     run: the purifier on these images, without a graph.
     prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
+    differentiate: the purifier on these images with its whole graph; None where it is an optimisation over latents.
     denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
     callback: the caller's hooks on detached states. live: those on states in the graph, at the iterations of
         ``live_at``. ``run`` calls all of them by itself, with detached states.
@@ -33,6 +34,7 @@ class Purification:
     images: Tensor
     run: Callable[[], PurificationResult]
     prepare: Callable[[], LatentProblem] | None = None
+    differentiate: Callable[[], PurificationResult] | None = None
     denoise: Callable[[Tensor, float], Tensor] | None = None
     callback: Callback | None = None
     live: Callback | None = None

@@ -16,9 +16,12 @@ __all__ = ["Unrolled"]
 class Unrolled(GradientMode):
     """Through every Adam step (moments, bias correction), the generator with its clip, SSIM and L1.
 
-    Exact for the objective with L1 smoothed; the forward pass is the shipped loop, with L1 as it is. Without smoothing
-    the exact derivative does not see the input through L1 at all, since the derivative of a sign is zero: it is correct
-    almost everywhere, and blind.
+    A purifier that is no optimisation over latents is differentiated as it is, exactly; the arguments below are then of
+    no matter.
+
+    Of CMAP it is exact for the objective with L1 smoothed; the forward pass is the shipped loop, with L1 as it is.
+    Without smoothing the exact derivative does not see the input through L1 at all, since the derivative of a sign is
+    zero: it is correct almost everywhere, and blind.
 
     A long loop is a chaotic map, and its exact derivative can be large and useless. ``last`` and ``max_growth`` trade
     exactness for a direction that points somewhere.
@@ -57,6 +60,8 @@ class Unrolled(GradientMode):
     def purify(self, purification: Purification) -> PurificationResult:
         if not purification.wants_gradient:
             return purification.run()
+        if purification.differentiate is not None:
+            return purification.differentiate()
         problem = purification.problem(self)
         objective, rows = problem.objective, []
         with torch.autocast(problem.start.device.type, enabled=False):

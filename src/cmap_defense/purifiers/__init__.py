@@ -2,5 +2,6 @@
 
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.purifiers.one_step import OneStep
 
-__all__ = ["CMAP", "Purifier"]
+__all__ = ["CMAP", "OneStep", "Purifier"]

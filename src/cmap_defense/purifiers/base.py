@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import abc
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,13 +13,33 @@ from cmap_defense.results import PurificationResult
 __all__ = ["Purifier"]
 
 
-class Purifier(Protocol):
-    """Frozen settings plus a call; it owns no weights.
+class Purifier(abc.ABC):
+    """Images in, K purified versions of each out: frozen settings plus a call; it owns no weights.
 
-    One that is an optimisation over latents has ``prepare`` besides, which gradient modes that differentiate the
-    optimisation ask for; see :class:`~cmap_defense.purifiers.cmap.CMAP`.
+    A subclass writes ``n_latents``, ``passes`` and the call.
+
+    Attributes:
+        needs: the method of a backbone that it uses: "generate" for one that needs a consistency model, "denoise" for
+            one that takes a denoiser or a consistency model.
+        optimises_latents: whether it is an optimisation over latents. Such a purifier has ``settings`` and ``prepare``,
+            as :class:`~cmap_defense.purifiers.cmap.CMAP` has; hooks, latent attacks and gradients through the
+            optimisation need them. The call of any other purifier is differentiable with respect to the images.
     """
 
+    needs: ClassVar[str] = "denoise"
+    optimises_latents: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def n_latents(self) -> int:
+        """K, the number of purified versions of an image."""
+
+    @property
+    @abc.abstractmethod
+    def passes(self) -> int:
+        """The largest number of network passes that an image takes."""
+
+    @abc.abstractmethod
     def __call__(
         self,
         backbone: nn.Module,
@@ -30,8 +51,18 @@ class Purifier(Protocol):
         callback: Callback | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
-        """Purify images [B, C, H, W] in [0, 1] of the backbone's size; no gradient to them, no classifier.
+        """Purify images.
 
-        class_labels: [B, K] integers for a class-conditional backbone, None for another.
+        Args:
+            backbone: has the method that ``needs`` names; on the images' device.
+            images: [B, C, H, W] in [0, 1], of the backbone's size.
+            seeds: [B] int64 on the CPU; each image's noise is drawn from its own, so that the result does not depend on
+                the batch.
+            latents: [B, K, C, H, W] unit noise in place of that of the seeds; None for none.
+            class_labels: [B, K] integers for a class-conditional backbone, None for another.
+            callback: called before each step of an optimisation over latents; others ignore it.
+            max_parallel: images in one call of the backbone; None for what fits.
+
+        Returns:
+            The purified images and the noise they came from. A classifier is not involved.
         """
-        ...

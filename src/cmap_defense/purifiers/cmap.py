@@ -5,23 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.backbones.base import latent_caster
+from cmap_defense.backbones.base import caster
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.objective import LatentObjective
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
 
 __all__ = ["CMAP"]
 
 
-class CMAP:
+class CMAP(Purifier):
     """Consistency-model adversarial purification (arXiv 2412.08394, algorithm 1 without the classifier)."""
+
+    needs = "generate"
+    optimises_latents = True
 
     def __init__(self, settings: CMAPSettings | None = None) -> None:
         self.settings = settings or CMAPSettings()
+
+    @property
+    def n_latents(self) -> int:
+        return self.settings.n_latents
+
+    @property
+    def passes(self) -> int:
+        return self.settings.n_latents * (self.settings.iterations + 1)
 
     def __call__(
         self,
@@ -70,7 +82,7 @@ class CMAP:
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
         images = images.to(dtype)
-        generate = latent_caster(backbone, images.device)
+        generate = caster(backbone, images.device)
         with torch.autocast(images.device.type, enabled=False):
             if max_parallel is None and start.numel():
                 conditional = class_labels is not None

@@ -89,7 +89,16 @@ def _made_of(facts: Facts) -> str:
             f"learning rate {loop['learning_rate']:g}, w_ssim {loop['ssim_weight']:g}, "
             f"w_latent {loop['latent_weight']:g}; vote: {model['vote']}."
         )
+    elif "purifier" in model:
+        name, purifier = model["backbone"]["name"] or model["backbone"]["class"], purifier_text(model["purifier"])
+        lines.append(f"Backbone {name}, {purifier}; vote: {model['vote']}.")
     return " ".join(lines) + " Accuracies have 95 % Wilson intervals on the images."
+
+
+def purifier_text(purifier: Mapping[str, Any]) -> str:
+    """A purifier as it would be written in Python."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in purifier.items() if name != "class")
+    return f"{purifier['class']}({settings})"
 
 
 def _explained(facts: Facts) -> str:

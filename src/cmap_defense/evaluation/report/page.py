@@ -14,7 +14,7 @@ from typing import Any
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.plan import CHECKS, DEFENDED, UNDEFENDED
 from cmap_defense.evaluation.report import plots, samples
-from cmap_defense.evaluation.report.markdown import COMPARING, HEADLINE, accuracy, headline_members
+from cmap_defense.evaluation.report.markdown import COMPARING, HEADLINE, accuracy, headline_members, purifier_text
 from cmap_defense.evaluation.store import Store
 from cmap_defense.evaluation.summary import MEASURES
 from cmap_defense.evaluation.tasks import CONTROL
@@ -151,15 +151,22 @@ def _subject(name: str) -> str:
 def _model(facts: Facts) -> list[tuple[str, str]]:
     """Names and values of what the defended model is made of."""
     model = facts["settings"]["models"][DEFENDED]
-    if "settings" not in model:
+    if "backbone" not in model:
         return [("Model", _last(model["class"]))]
-    loop, backbone = model["settings"], model["backbone"]
+    backbone = model["backbone"]
+    if "settings" in model:
+        loop = model["settings"]
+        purifier = [
+            ("Latents", f"K = {loop['n_latents']}"),
+            ("Iterations", f"N = {loop['iterations']}, learning rate {loop['learning_rate']:g}"),
+            ("Weights", f"w_ssim {loop['ssim_weight']:g}, w_latent {loop['latent_weight']:g}"),
+        ]
+    else:
+        purifier = [("Purifier", purifier_text(model["purifier"]))]
     return [
         ("Classifier", _last(model["classifier"]["class"])),
         ("Backbone", backbone["name"] or _last(backbone["class"])),
-        ("Latents", f"K = {loop['n_latents']}"),
-        ("Iterations", f"N = {loop['iterations']}, learning rate {loop['learning_rate']:g}"),
-        ("Weights", f"w_ssim {loop['ssim_weight']:g}, w_latent {loop['latent_weight']:g}"),
+        *purifier,
         ("Vote", f"{model['vote']}" + ("" if model["seed"] is None else f"; fixed seed {model['seed']}")),
     ]
 
