@@ -35,14 +35,14 @@ def test_the_attack_of_the_demo_takes_the_bare_classifier_below_20_percent() -> 
 
 def test_all_weights_together_stay_under_25_mb() -> None:
     weights = list(ASSETS.parent.rglob("*.safetensors"))
-    assert len(weights) == 3
+    assert len(weights) == 5
     assert sum(path.stat().st_size for path in weights) < 25e6
 
 
-def test_all_assets_together_stay_under_8_mb() -> None:
+def test_all_assets_together_stay_under_15_mb() -> None:
     files = [path for path in ASSETS.parent.rglob("*") if path.is_file()]
     assert len(files) >= 5
-    assert sum(path.stat().st_size for path in files) < 8e6
+    assert sum(path.stat().st_size for path in files) < 15e6
     assert all(path.stat().st_mode & 0o004 for path in files), "readable for all users of an installation"
 
 

@@ -54,7 +54,7 @@ ON_THE_HUB = {
     "cat256-ct": "openai/diffusers-ct_cat256",
 }
 SIDES = {"cifar10": 32, "imagenet64": 64, "bedroom256": 256, "cat256": 256}
-EMBEDDED = ("fashion-mnist-ct", "cifar10-ct-small")
+EMBEDDED = ("fashion-mnist-ct", "cifar10-ct-small", "fashion-mnist-edm", "cifar10-edm-small")
 NAMES = sorted({*EMBEDDED, *OFFICIAL, *ON_THE_HUB})
 FILE, REPOSITORY = tiny_file("https://example.org/checkpoint"), HubRepository(repo_id="someone/model")
 COMMIT, SHA256 = "0123456789" * 4, "0123456789abcdef" * 4

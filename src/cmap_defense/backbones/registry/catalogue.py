@@ -27,7 +27,7 @@ CIFAR10_CD_REPOSITORY: HubRepository | None = None
 
 None until the project owns the name: an id that anybody could register is not trusted."""
 
-EMBEDDED_BACKBONES = ("fashion-mnist-ct", "cifar10-ct-small")
+EMBEDDED_BACKBONES = ("fashion-mnist-ct", "cifar10-ct-small", "fashion-mnist-edm", "cifar10-edm-small")
 """Backbones that ship with the package, folders of its assets."""
 
 _ASSETS = Path(__file__).parents[2] / "assets"
@@ -58,6 +58,7 @@ def _embedded(name: str) -> RegistryEntry:
         name=name,
         description=record.description,
         sources=(LocalFolder(folder=folder),),
+        kind=record.kind,
         image_shape=record.image_shape,
         licence=record.licence,
         paper=record.paper,
