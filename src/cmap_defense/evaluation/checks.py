@@ -179,8 +179,8 @@ def _fresh_noise(model: object) -> Check:
 
 
 def _clean(control: Runs) -> Check:
-    """Where labels are those of another data set, or images are not as the model expects them, nothing is left to
-    attack, and all other checks pass."""
+    """Where labels are those of another data set, images are not as the model expects them, or the purification loses
+    what is in them, nothing is left to attack, and all other checks pass."""
     found = Accuracy.mean(_share(control))
     guess = control.truth.bincount().max().item() / len(control.truth)
     return Check(
@@ -188,7 +188,8 @@ def _clean(control: Runs) -> Check:
         found.value > guess,
         f"{found}, against {guess:.3f} for the most frequent class",
         "See whether the labels are numbered as the classifier's classes are, and whether --mean, --std and --resize "
-        "are what it was trained with.",
+        "are what it was trained with. Where the undefended model is right on the same images, the purification loses "
+        "what is in them: more --iterations, or a better backbone.",
     )
 
 
