@@ -98,6 +98,8 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, wei
     if _HUB_ID.fullmatch(text):
         repo_id, _, revision = text.partition("@")
         return fetch_repository(repo_id, revision or None, force=force, weights=weights)
+    if "/" in text or os.sep in text:  # no name has one, and a Hub id has one in its middle
+        return path
     registry_entry(text)  # raises, with near matches
     raise AssertionError
 
