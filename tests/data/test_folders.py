@@ -305,6 +305,13 @@ def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path, pictur
     assert (data.labels.tolist(), data.class_names, data.labels_known) == ([0] * 3, None, False)
 
 
+def test_images_beside_class_folders_are_refused(tmp_path: Path, picture_folders: Writer) -> None:
+    picture_folders(tmp_path, cat=[(7, 5)] * 2, dog=[(7, 5)] * 2)
+    shutil.copy(next((tmp_path / "cat").iterdir()), tmp_path / "stray.png")
+    with pytest.raises(DataError, match=r"class folders and 1 image beside them, such as stray\.png: put each"):
+        FolderImages.of(tmp_path, "test")
+
+
 def test_splits_without_classes_are_no_classes(tmp_path: Path, picture_folders: Writer) -> None:
     """A training on such a folder would be one on its test images too."""
     picture_folders(tmp_path, train=[(7, 5)] * 2, test=[(7, 5)])

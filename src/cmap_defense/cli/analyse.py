@@ -90,7 +90,7 @@ def _parts(options: dict[str, Any], model: PurifiedClassifier, sizes: list[int])
             f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with -n, "
             "--reference" + (" and --training." if len(sizes) > 2 else ".")
         )
-    found = EvaluationImages.of(data, subset_of(options | {"count": sum(sizes)}))
+    found = EvaluationImages.of(data, subset_of(options | {"count": sum(sizes)}, data))
     device = device_of(model)
     images, labels = found.images.to(device), found.labels.to(device)
     return list(zip(images.split(sizes), labels.split(sizes), strict=True))

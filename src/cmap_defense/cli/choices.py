@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "ATTACK_SETS",
+    "COUNT",
     "DATASETS",
     "EMBEDDED",
     "NETWORKS",
@@ -20,6 +21,9 @@ __all__ = [
 
 EMBEDDED = "embedded"
 """The name of what ships with the package."""
+
+COUNT = 512
+"""Images that commands take from a data set where they are not told how many."""
 
 ATTACK_SETS = ("standard", "paper", "full")
 DATASETS = ("cifar10", "fashion-mnist")

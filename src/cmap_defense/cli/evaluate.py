@@ -35,15 +35,15 @@ __all__ = ["cost_text", "run_evaluate", "run_report", "unit_progress"]
 
 def run_evaluate(options: dict[str, Any], out: Path, *, as_json: bool, dry_run: bool) -> None:
     """Carry out the command evaluate."""
-    attacks = attacks_of(options)
+    attacks, data = attacks_of(options), data_of(options)
     with ranks() as team:
         evaluation = Evaluation(
             model_of(options),
-            data_of(options),
+            data,
             out,
             attacks=attacks,
             protocol=protocol_of(options),
-            subset=subset_of(options),
+            subset=subset_of(options, data),
             baselines=baselines_of(options),
             threads=options["threads"],
             class_names=class_names_of(options),

@@ -11,7 +11,7 @@ import torch
 
 from cmap_defense.attacks import Attack, ThreatModel, full_suite, paper_suite, standard_suite
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.choices import EMBEDDED
+from cmap_defense.cli.choices import COUNT, EMBEDDED
 from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.output import checked_device
 from cmap_defense.data import DATASETS, open_dataset
@@ -72,11 +72,13 @@ def class_names_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
     return CLASS_NAMES if options["data"] == EMBEDDED else None
 
 
-def subset_of(options: Mapping[str, Any]) -> Subset:
-    """Which images of it."""
+def subset_of(options: Mapping[str, Any], data: Any) -> Subset:
+    """Which images of a data set; without a number, so many as most commands take, or all where there are fewer."""
+    total = len(data[0] if isinstance(data, tuple) else data)
+    count = options["count"] or max(1, min(COUNT, total))
     source = options["data"]
     folder = source not in (EMBEDDED, *DATASETS) and expanded(source).is_dir()
-    return Subset(count=options["count"], order=options["order"] or ("random" if folder else "first"))
+    return Subset(count=count, order=options["order"] or ("random" if folder else "first"))
 
 
 def threat_of(options: Mapping[str, Any]) -> ThreatModel:

@@ -59,13 +59,13 @@ def run_quality(
     start = time.perf_counter()
     folder = _recorded(options["backbone"]) if record else None
     with using_threads(options["threads"]):
-        model = model_of(options)
+        model, data = model_of(options), data_of(options)
         run = QualityRun(
             model,
-            data_of(options),
+            data,
             name=_name(options["classifier"]),
             others=_others(options),
-            subset=subset_of(options),
+            subset=subset_of(options, data),
             samples=samples,
             features=features,
             attack=PGD(ThreatModel(norm="linf", eps=eps), steps=STEPS, seed=seed),
@@ -75,7 +75,7 @@ def run_quality(
             click.echo(_cost(run))
         found = _done(run)
     facts = found.to_dict()
-    chosen = f"{options['data']}, {options['split']}, {subset_of(options).order}"
+    chosen = f"{options['data']}, {options['split']}, {subset_of(options, data).order}"
     about = {"command": _command(context), "data": chosen}
     facts |= {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)

@@ -34,7 +34,7 @@ def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json:
         options["only"] = ATTACKS
     attacks, threat = attacks_of(options), threat_of(options)
     with ranks() as team:
-        model = model_of(options)
+        model, data = model_of(options), data_of(options)
         chosen = make_study(name, model, attacks, threat)
         if team.rank == 0 and not as_json:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
@@ -42,10 +42,10 @@ def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json:
             result = run_study(
                 chosen,
                 model,
-                data_of(options),
+                data,
                 out,
                 protocol=protocol_of(options),
-                subset=subset_of(options),
+                subset=subset_of(options, data),
                 threads=options["threads"],
                 progress=progress,
             )

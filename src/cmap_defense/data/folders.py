@@ -85,7 +85,8 @@ class FolderImages:
         out.
 
         Raises:
-            DataError: no images, a class folder without images, no folder for this split, or a wrong size or channels.
+            DataError: no images, images beside class folders, a class folder without images, no folder for this split,
+                or a wrong size or channels.
         """
         taken = Path(folder)
         try:
@@ -94,7 +95,12 @@ class FolderImages:
             flat = sorted(path for path in taken.iterdir() if _is_image(path.name) and path.is_file())
         except OSError as error:
             raise DataError(f"{taken} cannot be read as a folder of class folders: {error}") from error
-        if flat and not any(classes.values()):
+        if flat and any(classes.values()):
+            raise DataError(
+                f"{taken} has class folders and {len(flat)} image{'s' if len(flat) > 1 else ''} beside them, such as "
+                f"{flat[0].name}: put each into a class folder, or elsewhere."
+            )
+        if flat:
             return cls(tuple(flat), torch.zeros(len(flat), dtype=torch.int64), None, size, channels, labels_known=False)
         if not classes:
             raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cmap_defense.cli.choices import ATTACK_SETS, RESIZE_MODES
+from cmap_defense.cli.choices import ATTACK_SETS, COUNT, RESIZE_MODES
 from cmap_defense.cli.grouped import options_of
 from cmap_defense.cli.paths import PathType
 from cmap_defense.evaluation.protocol import Protocol
@@ -231,8 +231,7 @@ data_options = together(
         "--n",
         "count",
         type=click.IntRange(1),
-        default=512,
-        show_default=True,
+        show_default=f"{COUNT}, or all where there are fewer",
         help="Number of images to take from the data set.",
     ),
     DATA(
