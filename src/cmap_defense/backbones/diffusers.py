@@ -261,8 +261,8 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
     library = _library()
     assert isinstance(model.network, PipelineUNet)
     unet: Any = model.network.unet
-    if unet.dtype != dtype:
-        unet = copy.deepcopy(unet).to(dtype)
+    if unet.dtype != dtype or not all(tensor.is_contiguous() for tensor in unet.state_dict().values()):
+        unet = copy.deepcopy(unet).to(dtype, memory_format=torch.contiguous_format)  # older safetensors take no other
     try:
         if not isinstance(model, ConsistencyBackbone):
             unet.save_pretrained(folder / "unet")  # no pipeline of the library samples from it as it should
