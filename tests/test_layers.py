@@ -21,7 +21,7 @@ FLOORS = {
     "purifiers": 2,
     "gradients": 2,
     "conditioning": 2,
-    "door": 2,
+    "preprocessing": 2,
     "cmap": 1,
     "backbones": 1,
     "data": 1,
@@ -46,14 +46,14 @@ FLOORS = {
 """Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
 
 EXEMPT = ("__init__", "__main__")
-"""The package's own door, which gathers the public names, and what ``python -m`` runs."""
+"""The package's own __init__, which gathers the public names, and what ``python -m`` runs."""
 
 DOOR = 3
-"""Floor of the door as something to import: it holds names of the classifier and of rooms below it."""
+"""Layer of the package itself as something to import: it holds names of the classifier and of layers below it."""
 
 
 def room_of(module: tuple[str, ...]) -> str | None:
-    """The room of a module's name inside the package; None for the package itself and its door."""
+    """The package of a module's name; None for cmap_defense itself and what runs it."""
     return None if not module or module[0] in EXEMPT else module[0]
 
 
@@ -120,8 +120,8 @@ def test_imports_go_downward_only(path: Path, module: tuple[str, ...], is_packag
 
 
 def test_importing_the_package_loads_the_shared_vocabulary_alone():
-    door = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
-    at_once = "\n".join(ast.unparse(node) for node in door.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    package = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    at_once = "\n".join(ast.unparse(node) for node in package.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     rooms = {target[0] for _, target in imports_of(at_once, (), is_package=True)}
     assert {FLOORS[room] for room in rooms} == {0}
 

@@ -143,10 +143,10 @@ def test_normalised_images_follow_the_same_rule() -> None:
 def test_copies_keep_the_option_and_it_is_part_of_the_description() -> None:
     model = wrapped(out_of_range="clamp")
     for made in (model.variant(), model.variant(seed=3), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert made.door.out_of_range == "clamp"
+        assert made.preprocessing.out_of_range == "clamp"
         assert "out_of_range='clamp'" in repr(made)
         silent(made, "forward", beyond(3.0))
-    assert model.variant(out_of_range="raise").door.out_of_range == "raise"
+    assert model.variant(out_of_range="raise").preprocessing.out_of_range == "raise"
     assert describe_model(model)["out_of_range"] == "clamp"
     with pytest.raises(SettingsError, match="'auto', 'clamp', 'raise'"):
         wrapped(out_of_range="clip")

@@ -28,18 +28,18 @@ OPTIONS: dict[str, Any] = {
 
 def options_of(model: PurifiedClassifier) -> dict[str, Any]:
     """What a wrapper was made with, as far as it can be seen."""
-    norm = model.door.normalisation
+    norm = model.preprocessing.normalisation
     return {
         "settings": model.settings,
         "normalize": None if norm is None else (norm.mean, norm.std),
-        "inputs": model.door.inputs,
-        "resize": model.door.resize,
+        "inputs": model.preprocessing.inputs,
+        "resize": model.preprocessing.resize,
         "vote": model.vote,
         "seed": model.seed,
         "gradient": model.gradient,
         "class_labels": model.class_labels,
         "max_parallel": model.max_parallel,
-        "out_of_range": model.door.out_of_range,
+        "out_of_range": model.preprocessing.out_of_range,
     }
 
 
@@ -64,7 +64,7 @@ def test_without_changes_it_is_the_same_model_again():
         assert other is not model
         assert options_of(other) == options_of(model)
         mean, std = (torch.tensor(part)[:, None, None] for part in OPTIONS["normalize"])
-        shown = images if model.door.inputs == "unit" else (images - mean) / std
+        shown = images if model.preprocessing.inputs == "unit" else (images - mean) / std
         with torch.no_grad():
             assert torch.equal(other(shown, seeds=[1, 2, 3]), model(shown, seeds=[1, 2, 3]))
 

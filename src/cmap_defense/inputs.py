@@ -1,4 +1,4 @@
-"""Checks at the door: every wrong input gets an error that says what was expected, what came, and what to do."""
+"""Input validation: every wrong input gets an error that says what was expected, what came, and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Noise that belongs to (seed, image), never to a batch, a chunk or a device.
 
 All generators are CPU generators and all draws are float32, cast afterwards: the same seed gives the same numbers
-everywhere. Nothing here touches torch's global generators except :func:`fresh_seeds`, which is meant to.
+everywhere. Nothing here touches torch's global generators but :func:`fresh_seeds`, which is meant to, and
+:func:`isolated`, which restores them.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_the_loss_is_the_distance_of_what_comes_out_and_of_what_is_on_the_way(
     with model.register_latent_hook(seen.append, iterations=range(6 - watched, 6)):
         purified = model.purify(target, seeds=search_seeds(range(2), 0, 2))
     distance = (purified.images - target[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
-    small = model.door.resized(target, (8, 6))
+    small = model.preprocessing.resized(target, (8, 6))
     assert len(seen) == watched
     for state in seen:
         shown = (state.generated + 1) / 2

@@ -160,10 +160,10 @@ def test_noise_and_denoise_resizes_there_and_back():
     images, labels = labelled(2, (13, 11))
     model = wrapped(resize="bilinear", normalize=(0.5, 0.25))
     seeds = torch.tensor([1, 2])
-    small = model.door.resized(images, SHAPE[1:])
+    small = model.preprocessing.resized(images, SHAPE[1:])
     noisy = 2 * small - 1 + 0.1395 * draw_latents(seeds, 1, SHAPE)[:, 0]
     denoised = (Denoiser().denoise(noisy, 0.1395).clamp(-1, 1) + 1) / 2
-    expected = model.undefended(model.door.resized(denoised, (13, 11)))
+    expected = model.undefended(model.preprocessing.resized(denoised, (13, 11)))
     answer = NoiseAndDenoise().of(model)(images, seeds=seeds)  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(answer, expected)
     assert Transfer(PLAIN, source=NoiseAndDenoise())(model, images, labels).images.shape == images.shape

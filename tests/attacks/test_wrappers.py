@@ -60,7 +60,7 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
             seeds = judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))
             answer = models[0](normalised(first.images), seeds=seeds).argmax(dim=1)
         assert torch.equal(answer, first.answers[0])
-    assert models[0].door.inputs == "normalized"
+    assert models[0].preprocessing.inputs == "normalized"
 
 
 def test_hooks_of_a_wrapper_of_normalised_images_are_part_of_the_defence_as_well():
@@ -127,7 +127,7 @@ def test_what_is_submitted_was_generated_and_then_resized(name: str, size: tuple
     found = attack.run(Oracle(model, torch.arange(2)), images, Goal(labels))
     made = (torch.cat([part for part in backbone.made if len(part) >= 2]).clamp(-1, 1) + 1) / 2
     if size is not None:
-        made = model.door.resized(made, size)
+        made = model.preprocessing.resized(made, size)
     for attempt in found.images.flatten(0, 1):
         assert (attempt - made).abs().flatten(1).amax(dim=1).min() < 1e-6
 

@@ -170,7 +170,7 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
 
     on_the_way = []
     for state in states[: model.settings.iterations]:
-        resized = model.door.resized((state.generated.flatten(0, 1) + 1) / 2, images.shape[2:])
+        resized = model.preprocessing.resized((state.generated.flatten(0, 1) + 1) / 2, images.shape[2:])
         logits = Linear()(resized).unflatten(0, state.latents.shape[:2])
         vote = logits.softmax(dim=2).mean(dim=1).argmax(dim=1) if name == "soft" else majority_label(logits)
         on_the_way.append(vote == labels)

@@ -445,7 +445,7 @@ def test_a_wrapper_of_normalised_images_gives_the_same_lines(tmp_path: Path) -> 
     for name, model in (("unit", unit), ("normalised", normalised)):
         evaluation(tmp_path / name, model, protocol=BRIEF.replace(sanity_images=2)).run()
     assert results(tmp_path / "unit") == results(tmp_path / "normalised")
-    assert normalised.door.inputs == "normalized"
+    assert normalised.preprocessing.inputs == "normalized"
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attacked import labelled, linear
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
-from cmap_defense.errors import EvaluationError, MissingExtraError
+from cmap_defense.errors import EvaluationError, MissingExtraError, UnknownNameError
 from cmap_defense.evaluation import Accuracy, Protocol, Report, evaluate
 from cmap_defense.evaluation.report import build_report
 from cmap_defense.evaluation.report.files import load_facts
@@ -154,7 +154,7 @@ def test_the_rows_are_what_the_lines_say(whole: tuple[Path, Report]) -> None:
         assert row == report.row(row.attack, row.subject)
     assert report.row("bpda-eot").searched_by_luck is not None
     assert report.row("transfer").searched is None
-    with pytest.raises(KeyError, match="there are"):
+    with pytest.raises(UnknownNameError, match="has no row"):
         report.row("pgd")
 
 

@@ -53,7 +53,8 @@ class AttackResult:
     distance: [B] in the threat model's norm.
     queries: evaluations of the model per image, those of the choice and the judgement included; an attack that works on
     another model counts that one's too.
-    history: named numbers per step of the search, [steps, B] each; with restarts one after the other.
+    history: named numbers per step of the search, [steps, B] each, with restarts one after the other. APGD has one row
+    more, AutoAttack one for each round.
     answers: [J, B] int64, the J predicted classes of the judgement.
     candidates: [B, M, C, H, W], all attempts, projected. candidate_answers: [B, M], the answer to each by which
     ``images`` was chosen. chosen: [B], which of them it is.
@@ -178,7 +179,7 @@ class Attack(NamedOptions, abc.ABC):
         targets = None if targets is None else _classes("targets", targets, images)
         name = type(self).__name__
         require_integer(name, "judgements", judgements, minimum=1)
-        if isinstance(model, PurifiedClassifier) and model.door.inputs != "unit":
+        if isinstance(model, PurifiedClassifier) and model.preprocessing.inputs != "unit":
             model = model.variant(hooks=True, inputs="unit")
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
         with contextlib.ExitStack() as stack:

@@ -82,7 +82,7 @@ class ConsistencyDisruption(Attack):
         oracle.check_classes(wrapper, clean)
         begin = wrapper.initial_latents(clean, seeds=oracle.next_noise())
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean))
-        small = wrapper.door.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
+        small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta
         names = ("cross_entropy", "objective", "right", "latent_mean", "latent_std")
         history = {name: torch.zeros((self.steps, len(clean)), device=clean.device) for name in names}
@@ -96,7 +96,7 @@ class ConsistencyDisruption(Attack):
             note("objective", step, rows, value)
             note("latent_mean", step, rows, latents.flatten(1).mean(dim=1))
             note("latent_std", step, rows, latents.flatten(1).std(dim=1))
-            shown, own = wrapper.door.resized(generated.flatten(0, 1), clean.shape[2:]), clean[rows]
+            shown, own = wrapper.preprocessing.resized(generated.flatten(0, 1), clean.shape[2:]), clean[rows]
             shown = shown.unflatten(0, latents.shape[:2])
             if step < settings.iterations:
                 with torch.no_grad():

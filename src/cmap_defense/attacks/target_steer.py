@@ -66,7 +66,7 @@ class TargetSteer(StepAttack):
         found = (self.target or LatentAttack(self.threat)).search(oracle, clean, goal)
         rows = torch.arange(len(clean), device=clean.device)
         target = found.images[rows, found.margins.argmax(dim=1)]
-        small = 2 * wrapper.door.resized(target, wrapper.image_shape[1:])[:, None] - 1
+        small = 2 * wrapper.preprocessing.resized(target, wrapper.image_shape[1:])[:, None] - 1
         iterations = wrapper.settings.iterations
         late = range(max(0, iterations - self.watched), iterations)
         on_the_way: list[Tensor] = []

@@ -94,7 +94,7 @@ class _NoisedAndDenoised(SeededModel):
             seeds = (
                 fresh_seeds(len(images)) if self.seed is None else torch.full((len(images),), signed_word(self.seed))
             )
-        small = wrapper.door.resized(images, wrapper.image_shape[1:])
+        small = wrapper.preprocessing.resized(images, wrapper.image_shape[1:])
         noise = draw_latents(seeds, self.source.steps, small.shape[1:])[:, None].to(small)
         labels = wrapper.latent_class_labels(images)
         denoise = wrapper.denoiser(None if labels is None else labels[:, :1])
@@ -105,7 +105,7 @@ class _NoisedAndDenoised(SeededModel):
             denoised = denoised + (small - small.detach())
         else:
             denoised = surrogate_images(denoise, small, noise, self.source.sigma)[:, 0]
-        return wrapper.undefended(wrapper.door.resized(denoised, images.shape[2:]))
+        return wrapper.undefended(wrapper.preprocessing.resized(denoised, images.shape[2:]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Transfer(Attack):
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         source = self.source.of(oracle.wrapper(self)) if isinstance(self.source, Source) else self.source
-        if isinstance(source, PurifiedClassifier) and source.door.inputs != "unit":
+        if isinstance(source, PurifiedClassifier) and source.preprocessing.inputs != "unit":
             source = source.variant(hooks=True, inputs="unit")
         with evaluating(source):
             return self.attack.run(oracle.of(source), clean, goal)

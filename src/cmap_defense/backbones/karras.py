@@ -109,7 +109,7 @@ class KarrasModel(nn.Module):
     kind: str = ""
 
     accepts_any_float = True
-    """Inputs of any float dtype are cast at the network's door, so callers keep their latents in float32."""
+    """Inputs of any float dtype are cast before the network, so callers keep their latents in float32."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
 """The project's own network: a compact U-Net that a laptop can train and run.
 
-Space-to-depth at the door (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
+Space-to-depth first (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
 normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by
 concatenation. The classes of a class-conditional network are added to the noise embedding, and start at zero.
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 
-Under autocast, what is added up along the network stays in the precision of the weights: the door, the shortcuts, the
-modulation, the way out. Consistency training compares the network's answers at neighbouring noise levels, and their
-difference would drown in the rounding of bfloat16.
+Under autocast, what is added up along the network stays in the precision of the weights: the first layer, the
+shortcuts, the modulation, the last layer. Consistency training compares the network's outputs at neighbouring noise
+levels, and their difference would drown in the rounding of bfloat16.
 """
 
 from __future__ import annotations

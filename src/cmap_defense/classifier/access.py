@@ -15,11 +15,11 @@ from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
 from cmap_defense.conditioning import ClassLabels, choose_class_labels
-from cmap_defense.door import ImageDoor
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.modules import device_of, dtype_of, evaluating
 from cmap_defense.options import NamedOptions
+from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.rng import draw_latents, fresh_seeds
@@ -39,7 +39,7 @@ class LatentAccess(NamedOptions, nn.Module):
     classifier: nn.Module | Callable[[Tensor], Tensor]
     backbone: nn.Module
     purifier: Purifier
-    door: ImageDoor
+    preprocessing: Preprocessing
     vote: str
     seed: int | None
     class_labels: ClassLabels
@@ -76,7 +76,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
         It raises the errors of :meth:`forward`.
         """
-        unit = self.door.to_unit(images, self._device())
+        unit = self.preprocessing.to_unit(images, self._device())
         drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.purifier.n_latents, self.image_shape)
         return drawn.to(unit.device, unit.dtype)
 
@@ -93,7 +93,7 @@ class LatentAccess(NamedOptions, nn.Module):
         images = (self._generated(latents, class_labels).clamp(-1, 1) + 1) / 2
         if size is None:
             return images
-        return self.door.resized(images.flatten(0, 1), size).unflatten(0, latents.shape[:2])
+        return self.preprocessing.resized(images.flatten(0, 1), size).unflatten(0, latents.shape[:2])
 
     def objective(self, latents: Tensor, images: Tensor, *, class_labels: Tensor | None = None) -> ObjectiveTerms:
         """The terms of eq. 9 that the purification minimises, and their sum, differentiable in latents and images.
@@ -106,9 +106,9 @@ class LatentAccess(NamedOptions, nn.Module):
         Returns:
             :class:`~cmap_defense.cmap.losses.ObjectiveTerms`: l1 and ssim [B, K], latent and total [B].
         """
-        unit = self.door.to_unit(images, self._device())
+        unit = self.preprocessing.to_unit(images, self._device())
         latents = self._check_latents(latents, unit)
-        small = self.door.resized(unit, self.image_shape[1:]).to(latents.dtype)
+        small = self.preprocessing.resized(unit, self.image_shape[1:]).to(latents.dtype)
         generated = self._generated(latents, class_labels)
         return objective_terms(latents, generated, small, self.settings)
 
@@ -126,7 +126,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
         check: False for images in [0, 1] or beyond that need not be valid ones, as some attacks make on their way.
         """
-        return self._logits(self.door.to_unit(images, self._device()) if check else images)
+        return self._logits(self.preprocessing.to_unit(images, self._device()) if check else images)
 
     def denoiser(self, class_labels: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
         """f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
@@ -144,7 +144,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
         None where the backbone is not class-conditional.
         """
-        return self._labels(None, self.door.to_unit(images, self._device()), self.purifier.n_latents)
+        return self._labels(None, self.preprocessing.to_unit(images, self._device()), self.purifier.n_latents)
 
     def forward_from_latents(
         self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
@@ -212,7 +212,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         """The classifier's logits [M, classes], float32 at least, checked."""
-        images = self.door.to_classifier(images)
+        images = self.preprocessing.to_classifier(images)
         dtype = dtype_of(self.classifier)
         warn_of_training_mode(self.classifier, images)
         outputs = self.classifier(images if dtype is None else images.to(dtype))

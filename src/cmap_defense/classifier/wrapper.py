@@ -22,7 +22,6 @@ from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.conditioning import ClassLabels, require_class_labels
-from cmap_defense.door import ImageDoor
 from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
@@ -32,6 +31,7 @@ from cmap_defense.gradients import GradientMode, Purification, StraightThrough, 
 from cmap_defense.hooks import HookHandle, LatentHooks, together
 from cmap_defense.modules import device_of, evaluating, weights_of
 from cmap_defense.options import unknown_option
+from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.results import History, PurificationResult
@@ -80,7 +80,7 @@ class PurifiedClassifier(LatentAccess):
             image is the attacker's: the purification then draws towards it. An unconditional backbone has no such
             weakness.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
-            and for 256.
+            and for 256. Methods that take latents run all of them at once for None.
         out_of_range: what is done with values more than 1e-4 outside [0, 1], which some attacks make on their way.
             "clamp": they are clamped, and the gradient to the input passes as if they were not. "raise": they are an
             error. "auto": they are clamped while a gradient to the images is wanted. Otherwise those within 0.5 of
@@ -171,7 +171,7 @@ class PurifiedClassifier(LatentAccess):
         if purifier is None:
             purifier = CMAP(_settings_of(self.backbone) if settings is None else settings)
         self.purifier = purifier
-        self.door = ImageDoor.of(self.image_shape, inputs, normalize, resize, out_of_range)
+        self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
 
     def forward(
@@ -232,8 +232,8 @@ class PurifiedClassifier(LatentAccess):
         batch, unit = to_batch(images, self.image_shape[0])
         if isinstance(batch, Tensor) and not isinstance(images, Tensor):
             batch = batch.to(self._device())
-        if isinstance(batch, Tensor) and unit and self.door.inputs == "normalized":
-            batch = self.door.to_classifier(batch)
+        if isinstance(batch, Tensor) and unit and self.preprocessing.inputs == "normalized":
+            batch = self.preprocessing.to_classifier(batch)
         return self._with_gradients_as_wanted(batch, latents, seeds, class_labels)
 
     def _with_gradients_as_wanted(
@@ -255,19 +255,19 @@ class PurifiedClassifier(LatentAccess):
         changes: those of the constructor but for the classifier and the backbone, such as ``gradient=Unrolled()`` or
         ``settings=model.settings.replace(iterations=20)``. It raises the constructor's errors.
         """
-        normalisation = self.door.normalisation
+        normalisation = self.preprocessing.normalisation
         options: dict[str, Any] = {
             "settings": None,
             "purifier": self.purifier,
             "normalize": None if normalisation is None else (normalisation.mean, normalisation.std),
-            "inputs": self.door.inputs,
-            "resize": self.door.resize,
+            "inputs": self.preprocessing.inputs,
+            "resize": self.preprocessing.resize,
             "vote": self.vote,
             "seed": self.seed,
             "gradient": self.gradient,
             "class_labels": self.class_labels,
             "max_parallel": self.max_parallel,
-            "out_of_range": self.door.out_of_range,
+            "out_of_range": self.preprocessing.out_of_range,
         }
         for name in changes:
             if name in ("classifier", "backbone"):
@@ -323,8 +323,8 @@ class PurifiedClassifier(LatentAccess):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.door.inputs!r}, "
-            f"out_of_range={self.door.out_of_range!r}"
+            f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.preprocessing.inputs!r}, "
+            f"out_of_range={self.preprocessing.out_of_range!r}"
         )
 
     def _purify(
@@ -334,7 +334,7 @@ class PurifiedClassifier(LatentAccess):
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
     ) -> PurificationResult:
-        unit = self.door.to_unit(images, self._device())
+        unit = self.preprocessing.to_unit(images, self._device())
         chosen = self._seeds(seeds, latents, len(unit))
         if latents is not None:
             latents = self._check_latents(latents, unit)
@@ -343,11 +343,11 @@ class PurifiedClassifier(LatentAccess):
             if class_labels is not None:
                 self._labels(class_labels, unit, n_latents)
             return self._empty(unit, n_latents, chosen if latents is None else None)
-        small = self.door.resized(unit, self.image_shape[1:])
+        small = self.preprocessing.resized(unit, self.image_shape[1:])
         labels = self._labels(class_labels, unit, n_latents)
         result = self.gradient.purify(self._purification(small, chosen, latents, labels))
         attached = result.images
-        shown = self.door.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
+        shown = self.preprocessing.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
         logits = self._classify(shown)
         return self._judged(dataclasses.replace(result, images=shown), logits)
 

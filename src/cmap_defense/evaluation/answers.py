@@ -118,7 +118,7 @@ class _Way:
         return self.model.register_latent_hook(self._look, iterations=self.iterations)
 
     def _look(self, state: LatentState) -> None:
-        shown = self.model.door.resized((state.generated.flatten(0, 1) + 1) / 2, self.size)
+        shown = self.model.preprocessing.resized((state.generated.flatten(0, 1) + 1) / 2, self.size)
         logits = self.model.undefended(shown, check=False).unflatten(0, state.latents.shape[:2])
         answer = vote_logits(logits, lift=self.model.vote == "label").argmax(dim=1).cpu()
         rows = state.image_indices

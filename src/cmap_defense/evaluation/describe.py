@@ -46,7 +46,7 @@ def describe_model(model: object) -> dict[str, Any]:
     """Its class, its weights' checksum, and of a purified classifier all that decides about its answers."""
     if not isinstance(model, PurifiedClassifier):
         return _module(model)
-    normalisation = model.door.normalisation
+    normalisation = model.preprocessing.normalisation
     record = getattr(model.backbone, "record", None)
     labels = model.class_labels
     return {
@@ -56,10 +56,10 @@ def describe_model(model: object) -> dict[str, Any]:
         "seed": model.seed,
         "gradient": repr(model.gradient),
         "class_labels": labels if isinstance(labels, str) else _name(labels),
-        "resize": model.door.resize,
+        "resize": model.preprocessing.resize,
         "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],
         "max_parallel": model.max_parallel,
-        "out_of_range": model.door.out_of_range,
+        "out_of_range": model.preprocessing.out_of_range,
         "classifier": _module(model.classifier),
         "backbone": {"name": None if record is None else record.name, **_module(model.backbone)},
     }

@@ -345,7 +345,7 @@ def _in_unit(model: Model) -> Model:
     """The model on images in [0, 1]."""
     if not callable(model) or isinstance(model, type):
         raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
-    if isinstance(model, PurifiedClassifier) and model.door.inputs != "unit":
+    if isinstance(model, PurifiedClassifier) and model.preprocessing.inputs != "unit":
         return model.variant(hooks=True, inputs="unit")
     return model
 

@@ -31,7 +31,7 @@ def classifier() -> nn.Module:
 def features_of(model: PurifiedClassifier, images: Tensor) -> Tensor:
     assert isinstance(model.classifier, nn.Sequential)
     with torch.no_grad():
-        return model.classifier[:-1](model.door.to_classifier(images))
+        return model.classifier[:-1](model.preprocessing.to_classifier(images))
 
 
 def real(count: int) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def test_distances_by_name() -> None:
         distance_named("huber")
 
 
-# --- LPIPS, the door to its network -----------------------------------------------------------------------------------
+# --- LPIPS, the input of its network ----------------------------------------------------------------------------------
 
 
 class Spy(nn.Module):

@@ -215,7 +215,7 @@ def deep_kernel(
     :func:`train_deep_kernel`.
     """
     eps, settings = eps or EPS(), settings or DeepKernelSettings()
-    model = model if model.door.inputs == "unit" else model.variant(inputs="unit")
+    model = model if model.preprocessing.inputs == "unit" else model.variant(inputs="unit")
     size = settings.fgsm_eps
     attack = PGD(ThreatModel(norm="linf", eps=size), steps=1, step_size=size, random_start=False, seed=settings.seed)
     index = torch.arange(len(images))
@@ -228,7 +228,7 @@ def deep_kernel(
         )
     scores = []
     for stream, part in ((CLEAN, images), (FGSM, attacked)):
-        small = model.door.resized(part, model.image_shape[1:])
+        small = model.preprocessing.resized(part, model.image_shape[1:])
         conditions = model.latent_class_labels(part)
         scores.append(
             eps(

@@ -191,7 +191,7 @@ def observe(
     if adversarial is not None:
         _check(adversarial, "adversarial", like=images, count=len(images))
     work = _Observer(
-        model if model.door.inputs == "unit" else model.variant(hooks=True, inputs="unit"),
+        model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit"),
         index,
         eps or EPS(seed=seed),
         seed,
@@ -273,7 +273,7 @@ class _Observer:
             for rows in self._rows(images):
                 conditions = self.model.latent_class_labels(images[rows])
                 own = None if conditions is None else conditions[:, :1]
-                size = images.shape[2:] if self.model.door.resize else None
+                size = images.shape[2:] if self.model.preprocessing.resize else None
                 parts.append(self.model.generate(latents[rows], class_labels=own, size=size)[:, 0])
         return torch.cat(parts)
 
@@ -314,7 +314,7 @@ class _Observer:
             part = images[rows].to(torch.promote_types(images.dtype, torch.float32))
             with torch.no_grad():
                 conditions = self.model.latent_class_labels(part)
-                small = self.model.door.resized(part, self.model.image_shape[1:])
+                small = self.model.preprocessing.resized(part, self.model.image_shape[1:])
             own = None if conditions is None else conditions[:, 0]
             scores.append(
                 self.eps(

@@ -97,7 +97,7 @@ class SampleComparison:
         drawn = Subset(count=count, order="random", seed=int(derived_seeds(torch.tensor([seed]), REAL)) % 2**32)
         real = torch.tensor(drawn.indices(total))
         image = _part(data, real[:1]).images.to(device_of(model))
-        model.door.to_unit(image, device_of(model))
+        model.preprocessing.to_unit(image, device_of(model))
         layer, frechet_reason = None, None
         try:
             layer = find_features(model, image, features)
@@ -157,7 +157,7 @@ class SampleComparison:
         on_step("generating samples")
         shown: list[Tensor] = []
         for numbers in self._groups(self.generated):
-            size = self.size if self.model.door.resize else None
+            size = self.size if self.model.preprocessing.resize else None
             images = sample_images(self.model, numbers, seed=self.seed, size=size)
             before = int(numbers[0])
             shown.append(images[: max(0, SHOWN - before)].cpu())

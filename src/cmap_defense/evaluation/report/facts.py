@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmap_defense.errors import UnknownNameError
 from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.evaluation.answers import looked_at
 from cmap_defense.evaluation.checks import Check, Sweep, checks_of, gradient_table, sweeps_of
@@ -19,6 +20,7 @@ from cmap_defense.evaluation.plan import CHECKS, DEFENDED, probe_of
 from cmap_defense.evaluation.store import Unit
 from cmap_defense.evaluation.summary import Row, Runs, WorstCase, row_of, worst_case
 from cmap_defense.evaluation.tasks import CONTROL
+from cmap_defense.settings import near_matches
 
 __all__ = ["Report", "build_report"]
 
@@ -52,11 +54,12 @@ class Report:
     class_names: Sequence[str] | None
 
     def row(self, attack: str, subject: str = DEFENDED) -> Row:
-        """One row by name. Raises :class:`KeyError` where there is none."""
+        """One row by name. Raises :class:`~cmap_defense.errors.UnknownNameError` where there is none."""
         for row in self.rows:
             if (row.subject, row.attack) == (subject, attack):
                 return row
-        raise KeyError(f"{subject}/{attack}; there are {[f'{row.subject}/{row.attack}' for row in self.rows]}")
+        names = [f"{row.subject}/{row.attack}" for row in self.rows]
+        raise UnknownNameError(f"The report has no row {subject}/{attack}.{near_matches(f'{subject}/{attack}', names)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, each accuracy with its interval."""

@@ -28,7 +28,7 @@ from cmap_defense.inputs import (
 from cmap_defense.normalisation import Normalisation
 from cmap_defense.settings import require_choice
 
-__all__ = ["ImageDoor"]
+__all__ = ["Preprocessing"]
 
 OUT_OF_RANGE = ("auto", "clamp", "raise")
 
@@ -37,7 +37,7 @@ OVERSHOOT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageDoor:
+class Preprocessing:
     """How images come in and go out.
 
     image_shape: (C, H, W) of the backbone's. inputs: "unit" or "normalized", of the caller's.
@@ -130,7 +130,7 @@ class ImageDoor:
         )
 
     def resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Images [M, C, H, W] in [0, 1] at another size, where this door resizes at all.
+        """Images [M, C, H, W] in [0, 1] at another size, where images are resized at all.
 
         Raises:
             InputValueError: it does not, and the size is another one.
