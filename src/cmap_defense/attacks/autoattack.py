@@ -35,7 +35,7 @@ class AutoAttack(Attack):
     It is ``AutoAttack`` of pyautoattack, the extra ``[attacks]``, run again where it fooled itself. The library judges
     an image by one answer of the model: one that a random model gets wrong by chance is taken for broken, handed back
     unperturbed, and never attacked; APGD asks once more, and leaves alone what is wrong then. So APGD here attacks all
-    that it is given; after each round the model is asked afresh about the images returned, and those claimed to be
+    that it is given; after each round the images returned are re-evaluated, and those claimed to be
     broken to which it still answers rightly go into the next round. The image attempted is that of the round whose
     answers were wrong most often, the latest on ties.
 

@@ -1,4 +1,4 @@
-"""What every attack does besides attacking: stay inside the threat model, and be judged afresh.
+"""What every attack does besides attacking: stay inside the threat model, and be re-evaluated.
 
 A subclass writes ``run``; calling the attack then projects what came back and asks the model again, so that no
 attack can report success on an image outside its ball, or on an answer that it saw while searching.
@@ -48,7 +48,7 @@ class AttackResult:
 
     images: [B, C, H, W] in [0, 1], inside the threat model, in float32 or the precision given where that is higher: of
     the attempts, the one with the highest margin in one answer each.
-    success: [B], whether the model's first answer to ``images``, asked afresh after the choice, is what the attack
+    success: [B], whether the model's first prediction for ``images``, made after the choice, is what the attack
     wants: any wrong class, or the target.
     distance: [B] in the threat model's norm.
     queries: evaluations of the model per image, those of the choice and the judgement included; an attack that works on
@@ -162,7 +162,7 @@ class Attack(NamedOptions, abc.ABC):
             images: float [B, C, H, W] in [0, 1].
             labels: int64 [B], the true classes.
             targets: int64 [B], for a targeted attack: the class that each image is to be taken for.
-            indices: [B] integers, which image of the data set each one is; None for 0, 1, ... Its noise hangs on it.
+            indices: [B] integers, which image of the data set each one is; None for 0, 1, ... Its noise depends on it.
             judgements: J, fresh answers to the final images.
             progress: show a bar that counts evaluations.
 

@@ -38,9 +38,9 @@ class ConsistencyDisruption(Attack):
         steps: in all; the first N are the purification's, so there must be more than that.
         beta: None for the released 2e6 (linf) or 1e9 (l2). The paper tries several and reports the worst (Tab. X).
         penalty: on the excess, relative to the cross-entropy.
-        released: the released code's search, slips included, for comparison with it and for nothing else: a softmax
+        released: the released code's search, bugs included, for comparison with it and for nothing else: a softmax
             over the batch before the cross-entropy (so the batch size matters: 5 and 10 there), clamps that kill the
-            gradient, no clamp to [0, 1] on the way, l2 images moved to exactly eps, no penalty. The slips of its
+            gradient, no clamp to [0, 1] on the way, l2 images moved to exactly eps, no penalty. The bugs of its
             judgement (the K images voted on together, the better or worse of two votes) are not reproduced.
 
     Other arguments: :class:`~cmap_defense.attacks.base.Attack`. The model must be a purified classifier.
