@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attacked import labelled
 from cmap_defense import CMAPSettings, PurifiedClassifier, ThreatModel, evaluate
 from cmap_defense.attacks import PGD
-from cmap_defense.errors import BackboneError, GradientError, SettingsError
+from cmap_defense.errors import BackboneError, GradientError, SettingsError, WrongKindError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.gradients import Implicit, StraightThrough, Unrolled
 from cmap_defense.purifiers import CMAP, OneStep
@@ -156,6 +156,13 @@ def test_a_backbone_has_what_the_purifier_needs() -> None:
         PurifiedClassifier(Classifier(), CurvedDenoiser())
     with pytest.raises(BackboneError, match=r"denoise\(noisy, sigma\)"):
         model_of(backbone=ToyBackbone(SHAPE))
+
+
+def test_a_denoiser_by_name_is_for_another_purifier_than_cmap() -> None:
+    with pytest.raises(WrongKindError, match=r"is a denoiser.*such as purifier=OneStep\(\)\.$"):
+        PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm")
+    model = PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm", purifier=OneStep(level=0.4))
+    assert model(torch.rand(1, 1, 28, 28)).shape == (1, 784)
 
 
 def test_the_noise_is_not_stronger_than_the_backbone_knows() -> None:

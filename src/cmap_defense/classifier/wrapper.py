@@ -26,6 +26,7 @@ from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
     SettingsError,
+    WrongKindError,
 )
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.hooks import HookHandle, LatentHooks, together
@@ -161,7 +162,11 @@ class PurifiedClassifier(LatentAccess):
             )
         needs = "generate" if purifier is None else purifier.needs
         if isinstance(backbone, (str, os.PathLike)):
-            loaded = load_backbone(backbone, kind="consistency" if needs == "generate" else None)
+            try:
+                loaded = load_backbone(backbone, kind="consistency" if needs == "generate" else None)
+            except WrongKindError as error:
+                other = "With this one, take a purifier that denoises, such as purifier=OneStep()."
+                raise WrongKindError(f"{error} {other}") from error
             device = device_of(classifier)
             self.backbone: nn.Module = loaded if device is None else loaded.to(device)
         else:
