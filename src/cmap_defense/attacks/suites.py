@@ -42,7 +42,7 @@ def paper_suite(
     All but the last attack a surrogate in which the latent optimisation does not occur: one consistency step from noise
     of sigma = 0.1395. As in the released scripts, PGD and BPDA take sign steps of eps / steps from the clean image, in
     l2 too, and AutoAttack is the standard version, once, with EOT on its first attack and in linf alone. Unlike there,
-    AutoAttack attacks images too that one answer gets wrong, and every image is judged afresh, one by one.
+    AutoAttack attacks images too that one answer gets wrong, and every image is re-evaluated, one by one.
 
     Args:
         threat: norm and eps.

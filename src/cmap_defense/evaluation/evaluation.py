@@ -351,7 +351,7 @@ def _in_unit(model: Model) -> Model:
 
 
 def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:
-    """The model, on a CUDA device with a chunk size that stays: what fits there hangs on what else is in its memory.
+    """The model, on a CUDA device with a chunk size that stays: what fits there depends on what else is in its memory.
 
     recorded: its description in the folder, whose chunk size is taken again. device: None for the model's own.
     """

@@ -109,7 +109,7 @@ class EPS(Settings):
                 :class:`~cmap_defense.backbones.karras.ConsistencyBackbone` or
                 :class:`~cmap_defense.backbones.karras.EDMDenoiser`. It runs in eval mode.
             images: float [B, C, H, W] in [0, 1], anywhere; they are brought to the backbone in chunks.
-            indices: [B] integers, which image of the data set each one is; None for 0, 1, ... The noise hangs on it.
+            indices: [B] integers, which image of the data set each one is; None for 0, 1, ... The noise depends on it.
             class_labels: [B] integers for a class-conditional backbone, None for another.
             max_parallel: images in one call of the backbone. It changes memory, not the result beyond rounding.
 

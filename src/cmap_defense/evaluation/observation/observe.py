@@ -159,7 +159,7 @@ def observe(
             :class:`~cmap_defense.evaluation.observation.mmd.Gaussian` with a bandwidth, and what
             :func:`~cmap_defense.evaluation.observation.deep.deep_kernel` gives.
         purify: whether the purified kinds are wanted, which take most of the time.
-        indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise hangs on them.
+        indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise depends on them.
         seed: of the generated images, the signs, the purifications, the attack and the score where none is given.
         max_parallel: images at a time. It changes memory, not the result beyond rounding.
         on_step: called with the name of each part as it begins, and once per latent iteration with "".
