@@ -2,7 +2,8 @@
 
 A class-conditional model draws images of one class. Nobody knows the class of the image that is to be purified, so
 every choice is a guess, and the guess decides: the label that the classifier gives to an attacked image is the label
-that the attacker wanted, and a generator that is told so has been told a lie. Compare the choices before trusting one.
+that the attacker wanted, and the generator is then conditioned on a wrong class. Compare the choices before you rely
+on one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def choose_class_labels(
         given: labels [B] or [B, K] that somebody knows; they win over ``choice``.
         images: [B, C, H, W] in [0, 1].
         classify: images to logits [B, classes].
-        n_latents: K. num_classes: of the backbone.
+        n_latents: K.
+        num_classes: of the backbone.
 
     Raises:
         ClassifierError: the classifier's classes are not the backbone's, so that its labels mean nothing to it.

@@ -63,7 +63,8 @@ def differences(before: Any, now: Any, *, derived: Sequence[str] = ()) -> list[s
     An option that changed alike in several places, such as the size of all attacks, has one line.
 
     Args:
-        before, now: the values.
+        before: the earlier value.
+        now: the value given now.
         derived: names of entries that follow from others, or how they begin up to a "/"; they are left out where others
             differ.
     """

@@ -81,7 +81,7 @@ class UnknownNameError(CmapError, LookupError):
 
 
 class GradientError(CmapError, RuntimeError):
-    """A gradient was asked for that the chosen gradient mode cannot give."""
+    """A gradient is needed that the chosen gradient mode cannot give."""
 
 
 class GradientWarning(UserWarning):

@@ -16,7 +16,13 @@ __all__ = ["HookHandle", "LatentHook", "LatentHooks", "together"]
 
 @dataclasses.dataclass(frozen=True)
 class LatentHook:
-    """function: what is called. iterations: those at which it is; None for all. live: whether it wants the graph."""
+    """A function that is called during the optimisation over latents.
+
+    Attributes:
+        function: what is called with a :class:`~cmap_defense.cmap.optimise.LatentState`.
+        iterations: those at which it is called; None for all.
+        live: whether it is given states that are part of the graph.
+    """
 
     function: Callable[[Any], Any]
     iterations: Container[int] | None = None

@@ -115,7 +115,8 @@ def _pil_conversion(name: str, image: Image.Image, channels: int | None) -> str:
 def _axes(shape: tuple[int, ...], channels: int | None, *, last_first: bool) -> tuple[str, int] | None:
     """What brings the axes of images of this shape into order, and how many channels there are then.
 
-    last_first: take the last axis for the channels where the first would do as well, as in arrays.
+    Args:
+        last_first: take the last axis for the channels where the first would do as well, as in arrays.
     """
     if len(shape) == 2:
         return "[None, None]", 1
@@ -183,7 +184,8 @@ def eight_bit_hint(found: tuple[float, float]) -> str:
 def clamp_straight_through(images: Tensor, slack: float | None = None) -> Tensor:
     """Images [B, C, H, W] clamped to [0, 1]; the gradient passes as if they were not.
 
-    slack: leaves images as they are whose values all lie within 1e-4 plus this of [0, 1]; None clamps all of them.
+    Args:
+        slack: leaves images as they are whose values all lie within 1e-4 plus this of [0, 1]; None clamps all of them.
     """
     clamped = images.detach().clamp(0, 1) + (images - images.detach())
     if slack is None:
@@ -248,7 +250,8 @@ def check_seeds(seeds: object, count: int, name: str = "seeds") -> Tensor:
 def check_class_labels(labels: object, count: int, num_classes: int | None, *, ranged: bool = True) -> Tensor | None:
     """Labels int64 [count] for a model of ``num_classes`` classes; None for one that is not class-conditional (None).
 
-    ranged: False spares a CUDA device the wait for the comparison with 0 and num_classes, in a loop.
+    Args:
+        ranged: False spares a CUDA device the wait for the comparison with 0 and num_classes, in a loop.
 
     Raises:
         InputTypeError: labels are not an integer tensor.
@@ -339,7 +342,8 @@ def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Images [B, C, H, W] in [0, 1] resized to ``size`` (height, width), differentiably; those of that size as they
     are.
 
-    mode: one of :data:`RESIZE_MODES`; "bilinear" and "bicubic" are antialiased.
+    Args:
+        mode: one of :data:`RESIZE_MODES`; "bilinear" and "bicubic" are antialiased.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images

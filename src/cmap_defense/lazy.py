@@ -18,7 +18,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         modules: public name -> the module that defines it; a module that has the name itself is that name's value.
 
     Returns:
-        The two functions. A name that was asked for is an ordinary attribute of the package from then on.
+        The two functions. After its first use a name is an ordinary attribute of the package.
     """
 
     def resolve(name: str) -> Any:

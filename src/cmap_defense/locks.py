@@ -16,7 +16,10 @@ LOCK_FILE = ".lock"
 class FolderLock:
     """A lock on a folder, which the system lets go of when its process dies.
 
-    folder: made when it is not there. what: who has it, for messages, such as "training". error: what is raised.
+    Attributes:
+        folder: made when it is not there.
+        what: who has it, for messages, such as "training".
+        error: what is raised.
     """
 
     def __init__(self, folder: Path, what: str, error: type[CmapError]) -> None:
@@ -27,7 +30,7 @@ class FolderLock:
         """Have the folder.
 
         Raises:
-            CmapError: of the kind asked for: another job has it, or nothing can be written there.
+            CmapError: of the kind ``error``: another job has it, or nothing can be written there.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,12 @@ __all__ = ["Normalisation"]
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """mean, std: one number per channel, std above 0."""
+    """The map image -> (image - mean) / std.
+
+    Attributes:
+        mean: one number per channel.
+        std: one number per channel, above 0.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -42,7 +42,7 @@ class NamedOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """An option of ``home``. call: the constructor's call that sets it, with {} for the option and its value."""
+    """An option of the class ``home``, and the constructor's ``call`` that sets it ({} for the option and value)."""
 
     name: str
     home: type[NamedOptions]
@@ -54,12 +54,12 @@ class _Option:
 
 def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
     """What to say about an option that a class does not have: where it belongs, or which one is near."""
-    told = f"{owner.__name__} has no option {name!r}."
+    refusal = f"{owner.__name__} has no option {name!r}."
     shown = repr(value)
     shown = shown if len(shown) <= 40 and "\n" not in shown else "..."
     advice = owner._advice.get(name)
     if advice is not None:
-        return f"{told} {advice}"
+        return f"{refusal} {advice}"
     within = list(_options(owner))
     synonyms = [home._synonyms[name] for home in _homes(within) if name in home._synonyms]
     wanted_names = [*synonyms, name] if name in owner._synonyms else [name, *synonyms]
@@ -67,18 +67,18 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
         found = [option for option in within if option.name == wanted]
         own = [option for option in found if option.home is owner]
         if own:
-            return f"{told} It is called {wanted!r}: {own[0].text(shown)}."
+            return f"{refusal} It is called {wanted!r}: {own[0].text(shown)}."
         if found:
             called = "It" if wanted == name else repr(wanted)
             places = " and ".join(f"of {option.home.__name__}: {option.text(shown)}" for option in _one_per_home(found))
-            return f"{told} {called} is an option {places}."
+            return f"{refusal} {called} is an option {places}."
     elsewhere = sorted(kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind))
     if elsewhere:
-        return f"{told} It is an option of {', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}."
+        return f"{refusal} It is an option of {', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}."
     near = _near(name, {option.name for option in within})
     if near:
-        return f"{told} Did you mean {next(option for option in within if option.name == near[0]).text(shown)}?"
-    return told + near_matches(name, _parameters(owner))
+        return f"{refusal} Did you mean {next(option for option in within if option.name == near[0]).text(shown)}?"
+    return refusal + near_matches(name, _parameters(owner))
 
 
 def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:

@@ -40,9 +40,12 @@ OVERSHOOT = 0.5
 class Preprocessing:
     """How images come in and go out.
 
-    image_shape: (C, H, W) of the backbone's. inputs: "unit" or "normalized", of the caller's.
-    resize: the mode, or None where other sizes are refused. normalisation: what the classifier expects, or None.
-    out_of_range: "auto", "clamp" or "raise", what is done with values outside [0, 1].
+    Attributes:
+        image_shape: (C, H, W) of the backbone's.
+        inputs: "unit" or "normalized", of the caller's.
+        resize: the mode, or None where other sizes are refused.
+        normalisation: what the classifier expects, or None.
+        out_of_range: "auto", "clamp" or "raise", what is done with values outside [0, 1].
     """
 
     image_shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""The processes of one job: which of them this one is, and what they tell each other (torch.distributed)."""
+"""The processes of one job: which of them this one is, and how they exchange values (torch.distributed)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ PATIENCE = datetime.timedelta(days=30)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """rank: of this process, from 0. world: how many there are. local: its number on its node."""
+    """The processes of a job, as one of them sees them.
+
+    Attributes:
+        rank: of this process, from 0.
+        world: how many processes there are.
+        local: the number of this process on its node.
+    """
 
     rank: int = 0
     world: int = 1

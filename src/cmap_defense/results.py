@@ -13,8 +13,13 @@ __all__ = ["History", "PurificationResult"]
 class History:
     """The optimisation, iteration by iteration; entry n is the state before step n. All [N, B].
 
-    l1, ssim: the distances of eq. 10, means over the K latents. latent: L_d (12). total: L (9).
-    latent_mean, latent_std: mean and standard deviation over all elements of an image's latents; the prior has 0 and 1.
+    Attributes:
+        l1: the L1 distance of eq. 10, mean over the K latents.
+        ssim: the SSIM term of eq. 10, mean over the K latents.
+        latent: L_d (12).
+        total: L (9).
+        latent_mean: mean over all elements of an image's latents; the prior has 0.
+        latent_std: standard deviation over all elements of an image's latents; the prior has 1.
     """
 
     l1: Tensor
@@ -32,16 +37,17 @@ class History:
 class PurificationResult:
     """K purified versions of each of B images.
 
-    images: [B, K, C, H, W] in [0, 1], what the classifier is shown (before its normalisation).
-    latents: [B, K, C, H, W], the unit latents found.
-    history: loss terms and latent moments per iteration; None from a purifier that has no such loop.
-    seeds: [B] int64 on the CPU, what the noise was drawn from; None when the caller gave the latents.
-    class_labels: [B, K] int64, the class that each latent was generated under; None where the backbone is not
-        class-conditional.
-    logits: [B, K, classes], the classifier on each purified image.
-    votes: [B, classes], how many of the K images are classified so.
-    labels: [B], the majority label (eq. 14).
-    margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
+    Attributes:
+        images: [B, K, C, H, W] in [0, 1], what the classifier is shown (before its normalisation).
+        latents: [B, K, C, H, W], the unit latents found.
+        history: loss terms and latent moments per iteration; None from a purifier that has no such loop.
+        seeds: [B] int64 on the CPU, what the noise was drawn from; None when the caller gave the latents.
+        class_labels: [B, K] int64, the class that each latent was generated under; None where the backbone is not
+            class-conditional.
+        logits: [B, K, classes], the classifier on each purified image.
+        votes: [B, classes], how many of the K images are classified so.
+        labels: [B], the majority label (eq. 14).
+        margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
 
     The last four are None when there was no classifier.
     """

@@ -33,9 +33,10 @@ def require_linf_size(
 class ThreatModel(Settings):
     """All images in [0, 1] within a distance of the clean one.
 
-    norm: "linf" (largest absolute difference) or "l2" (Euclidean norm over C x H x W). eps: the distance, 0 at least,
-    in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", and for "l2" at most sqrt(C H W) of the
-    images attacked.
+    Attributes:
+        norm: "linf" (largest absolute difference) or "l2" (Euclidean norm over C x H x W).
+        eps: the distance, 0 at least, in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", and for
+            "l2" at most sqrt(C H W) of the images attacked.
     """
 
     norm: str = "linf"

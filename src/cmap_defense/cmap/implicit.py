@@ -24,10 +24,12 @@ __all__ = ["ImplicitReport", "LinearSolve", "implicit_latents"]
 class LinearSolve:
     """How H w = c is solved.
 
-    iterations: products with H at most. tolerance: of the residual, relative to |c|.
-    damping: (H + lambda) w = c is solved instead, with lambda this many times |c^T H c| / |c|^2; H is not positive
-        where the loop has not arrived at a minimum.
-    l1_smoothing: d of L1 in the second derivatives.
+    Attributes:
+        iterations: products with H at most.
+        tolerance: of the residual, relative to |c|.
+        damping: (H + lambda) w = c is solved instead, with lambda this many times |c^T H c| / |c|^2; H is not positive
+            where the loop has not arrived at a minimum.
+        l1_smoothing: d of L1 in the second derivatives.
     """
 
     iterations: int = 20
@@ -40,9 +42,12 @@ class LinearSolve:
 class ImplicitReport:
     """How a backward pass went, per image.
 
-    residual: [B], |(H + lambda) w - c| / |c| at the end. damping: [B], the lambda used.
-    negative_curvature: [B], whether a direction was met in which H + lambda is not positive; there the search ended.
-    iterations: products with H that it took.
+    Attributes:
+        residual: [B], |(H + lambda) w - c| / |c| at the end.
+        damping: [B], the lambda used.
+        negative_curvature: [B], whether a direction was met in which H + lambda is not positive; there the search
+            ended.
+        iterations: products with H that it took.
     """
 
     residual: Tensor
@@ -61,7 +66,8 @@ def implicit_latents(
     """``found`` [B, K, C, H, W] as a function of the images, differentiable once.
 
     Args:
-        objective: of the images. images: [B, C, H, W] in [0, 1], those of the objective, with their graph.
+        objective: of the images.
+        images: [B, C, H, W] in [0, 1], those of the objective, with their graph.
         found: the latents; the derivative is that of a minimum, which they should be.
         solve: how the linear system is solved.
         report: called once in each backward pass.

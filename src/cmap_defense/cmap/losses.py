@@ -23,10 +23,11 @@ TINY_VARIANCE = 1e-20
 class ObjectiveTerms:
     """The parts of eq. 9.
 
-    l1: [B, K], ||G(u_k) - x'||_1 with both in [-1, 1].
-    ssim: [B, K], S(G(u_k), x), the sum of the SSIM map, at most C H W.
-    latent: [B], L_d (12).
-    total: [B], L (9).
+    Attributes:
+        l1: [B, K], ||G(u_k) - x'||_1 with both in [-1, 1].
+        ssim: [B, K], S(G(u_k), x), the sum of the SSIM map, at most C H W.
+        latent: [B], L_d (12).
+        total: [B], L (9).
     """
 
     l1: Tensor

@@ -28,7 +28,13 @@ def bytes_per_latent(
     """Memory that one more latent takes in forward and backward, from what autograd keeps for three and for two.
 
     The difference leaves out the weights, of which autograd keeps views and casts. The losses and Adam take little
-    besides. conditional: ``generate`` takes class labels as well.
+    besides.
+
+    Args:
+        generate: the network, latents [B, C, H, W] to images.
+        image_shape: (C, H, W).
+        device: where it is.
+        conditional: ``generate`` takes class labels as well.
     """
     kept = [_kept_bytes(generate, torch.zeros((n, *image_shape), device=device), conditional) for n in (2, 3)]
     return max(1, int(WORKSPACE * (kept[1] - kept[0])))
@@ -61,7 +67,12 @@ def default_max_parallel(
 ) -> int:
     """Latents that fit into the free memory of a CUDA device, or into a fixed budget elsewhere; 1 at least.
 
-    owner: the module that ``generate`` runs, for which a latent's memory is then measured once.
+    Args:
+        generate: the network, latents [B, C, H, W] to images.
+        image_shape: (C, H, W).
+        device: where it is.
+        conditional: ``generate`` takes class labels as well.
+        owner: the module that ``generate`` runs, for which a latent's memory is then measured once.
     """
     budget = CPU_BUDGET
     if device.type == "cuda":

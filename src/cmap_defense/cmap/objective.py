@@ -177,8 +177,11 @@ def objective_terms(
     """The terms of eq. 9, differentiable in latents, generated images and images.
 
     Args:
-        latents: [B, K, C, H, W]. generated: G of them, [B, K, C, H, W] in [-1, 1]. images: [B, C, H, W] in [0, 1].
-        settings: the constants. l1_smoothing: of L1; None for the settings'.
+        latents: [B, K, C, H, W].
+        generated: G of them, [B, K, C, H, W] in [-1, 1].
+        images: [B, C, H, W] in [0, 1].
+        settings: the constants.
+        l1_smoothing: of L1; None for the settings'.
     """
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
@@ -190,7 +193,7 @@ def objective_terms(
 def generate_in_chunks(
     generate: Generate, latents: Tensor, max_parallel: int | None, class_labels: Tensor | None = None
 ) -> Tensor:
-    """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]. class_labels: [B, K] or None."""
+    """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]."""
     flat = latents.flatten(0, 1)
     chunk = max_parallel or max(1, len(flat))
     labels = [()] * len(flat.split(chunk))

@@ -39,9 +39,13 @@ class LatentState:
     """What a callback sees: iteration n before its step. They are the loop's own tensors, so do not change them in
     place: return new latents instead. All are detached, except for a live hook, whose states are part of the graph.
 
-    iteration: n, from 0. latents: [B, K, C, H, W], unit. generated: G(latents), [B, K, C, H, W] in [-1, 1].
-    terms: the objective there. images: the inputs [B, C, H, W] in [0, 1].
-    image_indices: [B] on the CPU, the position of each image in the caller's batch.
+    Attributes:
+        iteration: n, from 0.
+        latents: [B, K, C, H, W], unit.
+        generated: G(latents), [B, K, C, H, W] in [-1, 1].
+        terms: the objective there.
+        images: the inputs [B, C, H, W] in [0, 1].
+        image_indices: [B] on the CPU, the position of each image in the caller's batch.
     """
 
     iteration: int
@@ -53,7 +57,7 @@ class LatentState:
 
 
 Callback = Callable[[LatentState], "Tensor | None"]
-"""Called before every step; latents that it returns take the place of the state's and are evaluated afresh;
+"""Called before every step; latents that it returns replace the state's, and are evaluated in their place;
 Adam keeps its moments."""
 
 

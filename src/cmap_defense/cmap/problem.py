@@ -22,9 +22,11 @@ RANGE_TOLERANCE = 1e-2
 class LatentProblem:
     """What there is to minimise, and from where.
 
-    objective: eq. 9 of the images. images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they
-    came with. start: [B, K, C, H, W], the initial latents. seeds: [B], what they were drawn from; None when they were
-    given.
+    Attributes:
+        objective: eq. 9 of the images.
+        images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they came with.
+        start: [B, K, C, H, W], the initial latents.
+        seeds: [B], what they were drawn from; None when they were given.
     """
 
     objective: LatentObjective

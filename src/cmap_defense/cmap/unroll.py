@@ -29,10 +29,11 @@ __all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
 class Backward:
     """How the way back through the loop is taken.
 
-    l1_smoothing: d of L1 in the second derivatives. checkpoint: keep the states of about sqrt(N) steps and compute the
-        others again, instead of keeping all N.
-    max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many times
-        its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
+    Attributes:
+        l1_smoothing: d of L1 in the second derivatives.
+        checkpoint: keep the states of about sqrt(N) steps and compute the others again, instead of keeping all N.
+        max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many
+            times its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
     """
 
     l1_smoothing: float = 0.05
@@ -191,7 +192,7 @@ def _back(plan: _Plan, visited: _Visited, cotangents: tuple[Tensor, ...]) -> tup
 
 
 class _Bound:
-    """Keeps the cotangents of each latent from growing without bound, where that is asked for."""
+    """Keeps the cotangents of each latent from growing without bound, where ``max_growth`` is set."""
 
     def __init__(self) -> None:
         self.length: Tensor | None = None
