@@ -39,7 +39,7 @@ from cmap_defense.evaluation import wilson_interval
 CONTROL = 5
 """How many times as often the clean images are judged."""
 
-SETTINGS = ("images", "latents", "iterations", "learning_rate", "eps", "judgements", "seed")
+SETTINGS = ("images", "latents", "iterations", "learning_rate", "eps", "reevaluations", "seed")
 
 
 def attacks_of(options: argparse.Namespace) -> dict[str, Attack]:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, done: set[str], results: Path) -> None:
             continue
         begun, passes[0] = time.perf_counter(), 0
         times = CONTROL if name == "control" else 1
-        result = chosen[name](model, images, labels, judgements=times * options.judgements)
+        result = chosen[name](model, images, labels, reevaluations=times * options.reevaluations)
         row = {
             "attack": name,
             "settings": repr(chosen[name]),
@@ -137,11 +137,11 @@ def interval(held: Tensor) -> str:
     return f"{held.float().mean():.3f} [{low:.2f}, {high:.2f}]"
 
 
-def worst_by_luck(answers: Tensor, labels: Tensor, judgements: int, attacks: int) -> float:
-    """The worst of as many votes on clean images by unrelated noise: each is on ``judgements`` draws from the
+def worst_by_luck(answers: Tensor, labels: Tensor, reevaluations: int, attacks: int) -> float:
+    """The worst of as many votes on clean images by unrelated noise: each is on ``reevaluations`` draws from the
     control's answers."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(answers), (200, attacks, judgements, answers.shape[1]), generator=generator)
+    draws = torch.randint(len(answers), (200, attacks, reevaluations, answers.shape[1]), generator=generator)
     drawn = answers.gather(0, draws.flatten(0, 2)).view(draws.shape)
     return vote_right(drawn, labels).all(dim=1).float().mean().item()
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20, help="N")
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--eps", type=float, default=0.05, help="linf")
-    parser.add_argument("--judgements", type=int, default=5, help="J")
+    parser.add_argument("--reevaluations", type=int, default=5, help="J")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="some of the attacks")

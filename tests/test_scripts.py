@@ -34,7 +34,7 @@ def test_the_benchmark_runs_and_its_loops_agree(tmp_path: Path) -> None:
 
 def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "attacks.py")
-    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--judgements", "2"]
+    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--reevaluations", "2"]
     run(tmp_path, script, "--out", "audit", *sizes, "--only", "control")
     printed = run(tmp_path, script, "--out", "audit", *sizes, "--only", "control", "transfer")
     rows = [json.loads(line) for line in (tmp_path / "audit/results.jsonl").read_text().splitlines()]

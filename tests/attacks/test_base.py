@@ -39,8 +39,8 @@ INDICES = range(3)
 
 @functools.cache
 def outcome(name: str, norm: str, **options: Any) -> AttackResult:
-    """An attack on three images behind CMAP, made once; two judgements."""
-    return suite(THREATS[norm], seed=5, **options)[name](wrapped(), *labelled(), judgements=2)
+    """An attack on three images behind CMAP, made once, re-evaluated twice."""
+    return suite(THREATS[norm], seed=5, **options)[name](wrapped(), *labelled(), reevaluations=2)
 
 
 def answers_by_hand(result: AttackResult, seeds: Tensor, images: Tensor | None = None) -> Tensor:
@@ -135,7 +135,7 @@ def test_restarts_add_attempts_of_other_noise(name: str):
 def test_an_empty_batch_gives_an_empty_result(name: str, seed: int | None, known: str):
     images, labels = labelled()
     attack = suite(THREATS["l2"], noise=known)[name]
-    result = attack(wrapped(seed=seed), images[:0], labels[:0], judgements=2)
+    result = attack(wrapped(seed=seed), images[:0], labels[:0], reevaluations=2)
     assert result.images.shape == (0, *SHAPE)
     assert result.answers.shape == (2, 0)
     for values in (result.success, result.any_success, result.vote_success, result.any_candidate_success):
@@ -206,7 +206,7 @@ def test_a_targeted_attack_wants_its_target_and_nothing_else(name: str):
         with pytest.raises(SettingsError, match="takes no targets"):
             attack(wrapped(), images, labels, targets=targets)
         return
-    result = attack(wrapped(), images, labels, targets=targets, judgements=2)
+    result = attack(wrapped(), images, labels, targets=targets, reevaluations=2)
     assert torch.equal(result.targets, targets)
     assert torch.equal(result.success, result.answers[0] == targets)
     assert torch.equal(result.any_candidate_success, (result.candidate_answers == targets[:, None]).any(dim=1))
@@ -237,8 +237,8 @@ def test_the_target_changes_what_is_searched(name: str):
         (Transfer(PGD(ThreatModel(), steps=3, eot=2)), 1, 6),
     ],
 )
-@pytest.mark.parametrize("judgements", [1, 3])
-def test_queries_are_the_evaluations_of_the_model(attack: Any, own: int, others: int, judgements: int):
+@pytest.mark.parametrize("reevaluations", [1, 3])
+def test_queries_are_the_evaluations_of_the_model(attack: Any, own: int, others: int, reevaluations: int):
     calls = {"model": 0, "source": 0}
 
     def model(images: Tensor) -> Tensor:
@@ -251,8 +251,8 @@ def test_queries_are_the_evaluations_of_the_model(attack: Any, own: int, others:
 
     if isinstance(attack, Transfer):
         attack = Transfer(attack.attack, source=source)
-    result = attack(model, *labelled(), judgements=judgements)
-    assert calls == {"model": own + judgements - 1, "source": others}
+    result = attack(model, *labelled(), reevaluations=reevaluations)
+    assert calls == {"model": own + reevaluations - 1, "source": others}
     assert result.queries == calls["model"] + calls["source"]
 
 
@@ -266,7 +266,7 @@ def test_a_bar_counts_the_queries(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(("known", "distinct"), [("fresh", 3 * 2 + 3), ("known", 1)])
 def test_every_evaluation_has_noise_of_its_own_unless_it_is_known(known: str, distinct: int):
     model = Noisy()
-    PGD(ThreatModel(), steps=3, eot=2, noise=known)(model, *labelled(), judgements=3)
+    PGD(ThreatModel(), steps=3, eot=2, noise=known)(model, *labelled(), reevaluations=3)
     assert len(model.seen) == 3 * 2 + 3
     for image in INDICES:
         assert len({seeds[image].item() for seeds in model.seen if seeds is not None}) == distinct
@@ -302,11 +302,11 @@ def test_a_plain_random_model_is_judged_under_known_noise_as_it_was_searched():
 
     images, labels = labelled(40)
     attack = PGD(ThreatModel(), steps=2, step_size=0.0, random_start=False, noise="known")
-    result = attack(model, images, labels, judgements=3)
+    result = attack(model, images, labels, reevaluations=3)
     assert 0 < result.success.sum() < 40
     assert torch.equal(result.history["reached"].bool(), result.success.expand(2, -1))
     assert torch.equal(result.answers, result.answers[:1].expand(3, -1))
-    fresh = PGD(ThreatModel(), steps=2, step_size=0.0, random_start=False)(model, images, labels, judgements=3)
+    fresh = PGD(ThreatModel(), steps=2, step_size=0.0, random_start=False)(model, images, labels, reevaluations=3)
     assert not torch.equal(fresh.answers, fresh.answers[:1].expand(3, -1))
 
 
@@ -375,7 +375,7 @@ def test_success_is_that_of_a_fresh_answer_and_not_of_the_one_it_was_chosen_by()
 def test_a_single_attempt_is_answered_once():
     images, labels = labelled()
     model = Noisy()
-    result = Fixed(ThreatModel(), images[:, None])(model, images, labels, judgements=2)
+    result = Fixed(ThreatModel(), images[:, None])(model, images, labels, reevaluations=2)
     assert len(model.seen) == result.queries == 2
     assert torch.equal(result.candidate_answers[:, 0], result.answers[0])
 
@@ -460,8 +460,8 @@ CALLS: dict[str, tuple[type[Exception], Any]] = {
     "a target": (InputTypeError, lambda x, y: (x, y, {"targets": 1})),
     "too few indices": (InputValueError, lambda x, y: (x, y, {"indices": [1, 2]})),
     "float indices": (InputTypeError, lambda x, y: (x, y, {"indices": [1.0, 2.0, 3.0]})),
-    "no judgement": (SettingsError, lambda x, y: (x, y, {"judgements": 0})),
-    "half a judgement": (SettingsError, lambda x, y: (x, y, {"judgements": 0.5})),
+    "no judgement": (SettingsError, lambda x, y: (x, y, {"reevaluations": 0})),
+    "half a judgement": (SettingsError, lambda x, y: (x, y, {"reevaluations": 0.5})),
 }
 
 

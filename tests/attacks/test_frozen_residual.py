@@ -189,7 +189,7 @@ def test_queries_are_the_purifications(steps: int, every: int, purifications: in
     )
     model, seen = wrapped(), []
     model.register_latent_hook(lambda state: seen.append(state.iteration), iterations=[0])
-    result = attack(model, *labelled(), judgements=2)
+    result = attack(model, *labelled(), reevaluations=2)
     chosen = restarts if restarts > 1 else 0
     assert result.queries == len(seen) == asked + chosen + 2
     assert set(result.history) == {"loss", "gradient_norm", "reached"}
@@ -235,7 +235,7 @@ def test_it_succeeds_where_the_purification_hardly_moves_the_image(norm: str, ai
     targets = (labels + 1) % 4 if aimed else None
     threat = ThreatModel(norm=norm, eps=0.1 if norm == "linf" else 1.2)
     attack = FrozenResidual(threat, steps=10, every=5, purifications=2, random_start=False)
-    result = attack(model, images, labels, targets=targets, judgements=3)
+    result = attack(model, images, labels, targets=targets, reevaluations=3)
     assert (result.history["reached"][0] == 0).all()
     assert (result.history["reached"][-1] == 1).all()
     assert (result.history["loss"][-1] > result.history["loss"][0] + 5).all()

@@ -26,7 +26,7 @@ def attacked(name: str, rows: list[int] | slice, norm: str = "linf", **options: 
     images, labels = labelled(4, dtype=torch.float64)
     indices = torch.arange(10, 14)[rows]
     attack = suite(THREATS[norm], seed=6, **options)[name]
-    return attack(model(), images[rows], labels[rows], indices=indices, judgements=3)
+    return attack(model(), images[rows], labels[rows], indices=indices, reevaluations=3)
 
 
 def agree(part: AttackResult, whole: AttackResult, rows: list[int]) -> None:

@@ -333,7 +333,7 @@ def test_alone_the_library_takes_chance_for_success_on_images_that_cannot_be_att
     found, claimed = unguarded(1e-6, images, labels)
     assert claimed.float().mean() > 0.5, "it believes that it broke most of them"
     assert 0.2 < wrong_share(found, labels)[claimed].mean() < 0.4, "asked again, they fail as often as clean ones"
-    result = AutoAttack(ThreatModel(eps=1e-6), steps=5, eot=4)(flaky, images, labels, judgements=40)
+    result = AutoAttack(ThreatModel(eps=1e-6), steps=5, eot=4)(flaky, images, labels, reevaluations=40)
     assert result.history["claimed"].shape == result.history["held"].shape == (3, 60)
     assert result.history["claimed"][0].mean() > 0.5
     assert 0.2 < result.history["held"][0].mean() < 0.4
@@ -350,7 +350,7 @@ def test_alone_the_library_never_attacks_what_is_misread_once_and_the_guard_goes
     assert claimed[untouched].float().mean() > 0.8, "of the others it says that they withstood an attack they never saw"
     assert wrong_share(found, labels)[untouched].mean() < 0.4
     one, more = (
-        AutoAttack(threat, steps=5, eot=4, rounds=rounds)(flaky, images, labels, judgements=40) for rounds in (1, 4)
+        AutoAttack(threat, steps=5, eot=4, rounds=rounds)(flaky, images, labels, reevaluations=40) for rounds in (1, 4)
     )
     assert (one.distance == 0).float().mean() > 0.15
     assert (more.distance == 0).float().mean() < 0.05

@@ -75,7 +75,7 @@ def test_nothing_is_left_after_a_normal_run(name: str):
     aim = None if name == "ConsistencyDisruption released" else targets  # it takes none
     before, hooks = state_of(model, *arguments), list(model._latent_hooks)
     kept = images.detach().clone()
-    result = suite(THREATS["linf"])[name](model, images, labels, targets=aim, indices=indices, judgements=2)
+    result = suite(THREATS["linf"])[name](model, images, labels, targets=aim, indices=indices, reevaluations=2)
     assert all(same(before, state_of(model, *arguments)))
     assert images.grad is None
     assert list(model._latent_hooks) == hooks

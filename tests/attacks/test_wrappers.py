@@ -44,7 +44,7 @@ def normalised(images: Tensor) -> Tensor:
 def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, options: dict[str, Any]):
     images, labels = labelled(2)
     models = [wrapped(normalize=(MEAN, STD), inputs=kind, **options) for kind in ("normalized", "unit")]
-    results = [suite(THREATS["l2"], seed=5)[name](model, images, labels, judgements=2) for model in models]
+    results = [suite(THREATS["l2"], seed=5)[name](model, images, labels, reevaluations=2) for model in models]
     first, second = results
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.answers, second.answers)
@@ -176,7 +176,7 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
         wrapped(backbone=Conditional(), class_labels=lambda images: chosen[: len(images)], settings=settings),
         wrapped(backbone=Baked(chosen), settings=settings),
     ]
-    first, second = (suite(THREATS["linf"], seed=5)[name](model, images, labels, judgements=2) for model in models)
+    first, second = (suite(THREATS["linf"], seed=5)[name](model, images, labels, reevaluations=2) for model in models)
     torch.testing.assert_close(first.candidates, second.candidates, rtol=0, atol=1e-6)
     assert torch.equal(first.answers, second.answers)
     for column, values in first.history.items():
@@ -251,7 +251,7 @@ def test_a_seed_of_the_models_own_is_kept(name: str):
     """The judgement sees that noise and no other, whatever the attack's seed; so does the search."""
     images, labels = labelled(2)
     model = wrapped(seed=11)
-    result = suite(THREATS["linf"], seed=5)[name](model, images, labels, judgements=3)
+    result = suite(THREATS["linf"], seed=5)[name](model, images, labels, reevaluations=3)
     with torch.no_grad():
         answer = model(result.images).argmax(dim=1)
         assert torch.equal(answer, wrapped()(result.images, seeds=[11, 11]).argmax(dim=1))

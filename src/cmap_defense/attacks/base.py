@@ -148,7 +148,7 @@ class Attack(NamedOptions, abc.ABC):
         *,
         targets: Tensor | None = None,
         indices: Tensor | Sequence[int] | None = None,
-        judgements: int = 1,
+        reevaluations: int = 1,
         progress: bool = False,
     ) -> AttackResult:
         """Attack every image.
@@ -158,12 +158,12 @@ class Attack(NamedOptions, abc.ABC):
                 normalised images is attacked in [0, 1] all the same. A module, or the module of a bound method, is
                 attacked in eval mode, and has its own mode back afterwards; the modules that a function calls cannot be
                 seen: call their ``eval()`` first. A purified classifier with a seed of its own answers with that noise
-                always, in the judgements too.
+                always, in the re-evaluations too.
             images: float [B, C, H, W] in [0, 1].
             labels: int64 [B], the true classes.
             targets: int64 [B], for a targeted attack: the class that each image is to be taken for.
             indices: [B] integers, which image of the data set each one is; None for 0, 1, ... Its noise depends on it.
-            judgements: J, fresh answers to the final images.
+            reevaluations: J, predictions of the final images, each with noise of its own.
             progress: show a bar that counts evaluations.
 
         Raises:
@@ -178,7 +178,7 @@ class Attack(NamedOptions, abc.ABC):
         labels = _classes("labels", labels, images)
         targets = None if targets is None else _classes("targets", targets, images)
         name = type(self).__name__
-        require_integer(name, "judgements", judgements, minimum=1)
+        require_integer(name, "reevaluations", reevaluations, minimum=1)
         if isinstance(model, PurifiedClassifier) and model.preprocessing.inputs != "unit":
             model = model.variant(hooks=True, inputs="unit")
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
@@ -206,7 +206,7 @@ class Attack(NamedOptions, abc.ABC):
                     stacklevel=2,
                 )
             with torch.no_grad():
-                return self._judged(oracle, clean, goal, found, judgements)
+                return self._judged(oracle, clean, goal, found, reevaluations)
 
     def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         """The attempts of all restarts, one behind the other."""
@@ -224,7 +224,7 @@ class Attack(NamedOptions, abc.ABC):
         norms = torch.stack(oracle.gradient_norms)
         return dataclasses.replace(found, history={**found.history, "gradient_norm": norms})
 
-    def _judged(self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, judgements: int) -> AttackResult:
+    def _judged(self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, reevaluations: int) -> AttackResult:
         """Project, choose among the attempts, then ask the model again about the choice alone."""
         judge = oracle.judge()
         attempts = [self.threat.project(part.to(clean), clean) for part in found.images.unbind(dim=1)]
@@ -235,7 +235,7 @@ class Attack(NamedOptions, abc.ABC):
             answers = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
             first = torch.stack([margin(part, goal) for part in logits], dim=1).argmax(dim=1)
             images = torch.stack(attempts, dim=1)[torch.arange(len(clean), device=clean.device), first]
-        final = torch.stack([judge(images).argmax(dim=1) for _ in range(judgements)])
+        final = torch.stack([judge(images).argmax(dim=1) for _ in range(reevaluations)])
         return AttackResult(
             images=images,
             success=goal.reached(final[0]),
