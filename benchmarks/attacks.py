@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, done: set[str], results: Path) -> None:
             "queries": result.queries,
             "passes_per_image": passes[0] / len(images),
             "seconds": time.perf_counter() - begun,
-            "answers": result.answers.tolist(),
+            "predictions": result.predictions.tolist(),
             "labels": labels.tolist(),
             "largest_distance": result.distance.max().item(),
         }
@@ -111,24 +111,24 @@ def run(options: argparse.Namespace, done: set[str], results: Path) -> None:
 
 def summary(row: dict, transfer: dict | None = None) -> str:
     """A row of the table; transfer: the row to compare with."""
-    answers, labels = torch.tensor(row["answers"]), torch.tensor(row["labels"])
-    right = answers == labels
+    predictions, labels = torch.tensor(row["predictions"]), torch.tensor(row["labels"])
+    right = predictions == labels
     cells = [f"{right.float().mean():.3f}", "" if transfer is None else compared(row, transfer)]
-    cells += [interval(right.all(dim=0)), interval(vote_right(answers, labels))]
+    cells += [interval(right.all(dim=0)), interval(vote_right(predictions, labels))]
     cells += [str(row["queries"]), f"{row['passes_per_image']:,.0f}", f"{row['seconds'] / 60:.1f} min"]
     return " | ".join(["| " + row["attack"], *cells]) + " |"
 
 
 def compared(row: dict, other: dict) -> str:
     """The difference of two means of J, and its standard error over the images."""
-    shares = [(torch.tensor(r["answers"]) == torch.tensor(r["labels"])).double().mean(dim=0) for r in (row, other)]
+    shares = [(torch.tensor(r["predictions"]) == torch.tensor(r["labels"])).double().mean(dim=0) for r in (row, other)]
     gap = shares[0] - shares[1]
     return f"{gap.mean():+.3f} ± {gap.std() / len(gap) ** 0.5:.3f}"
 
 
-def vote_right(answers: Tensor, labels: Tensor) -> Tensor:
-    """Whether the most frequent of the answers [..., J, B] is right, [..., B]."""
-    return answers.mode(dim=-2).values == labels
+def vote_right(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Whether the most frequent of the predictions [..., J, B] is right, [..., B]."""
+    return predictions.mode(dim=-2).values == labels
 
 
 def interval(held: Tensor) -> str:
@@ -137,20 +137,22 @@ def interval(held: Tensor) -> str:
     return f"{held.float().mean():.3f} [{low:.2f}, {high:.2f}]"
 
 
-def worst_by_luck(answers: Tensor, labels: Tensor, reevaluations: int, attacks: int) -> float:
+def worst_by_luck(predictions: Tensor, labels: Tensor, reevaluations: int, attacks: int) -> float:
     """The worst of as many votes on clean images by unrelated noise: each is on ``reevaluations`` draws from the
-    control's answers."""
+    control's predictions."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(answers), (200, attacks, reevaluations, answers.shape[1]), generator=generator)
-    drawn = answers.gather(0, draws.flatten(0, 2)).view(draws.shape)
+    draws = torch.randint(len(predictions), (200, attacks, reevaluations, predictions.shape[1]), generator=generator)
+    drawn = predictions.gather(0, draws.flatten(0, 2)).view(draws.shape)
     return vote_right(drawn, labels).all(dim=1).float().mean().item()
 
 
-def worst_attack(answers: Tensor, labels: Tensor) -> Tensor:
-    """[B], the share of right answers under the worst attack on each image, of answers [M, J, B]: the attack is chosen
-    by J - 1 of them and counted on the other, each in its turn, so that luck in the choice is not counted. Or those
-    under one attack, where it leaves less."""
-    right = (answers == labels).double()
+def worst_attack(predictions: Tensor, labels: Tensor) -> Tensor:
+    """[B], the share of right predictions under the worst attack on each image, of predictions [M, J, B].
+
+    The attack is chosen by J - 1 of them and counted on the other, each in its turn, so that there is no selection
+    effect. Or the share under one attack on all images, where that is less.
+    """
+    right = (predictions == labels).double()
     order = right.mean(dim=(1, 2)).argsort(stable=True)  # of equal ones, the strongest over all images
     right = right[order]
     others = right.sum(dim=1, keepdim=True) - right
@@ -161,14 +163,14 @@ def worst_attack(answers: Tensor, labels: Tensor) -> Tensor:
 def table(rows: list[dict]) -> str:
     """All rows, the strongest first; the worst case of each image over the attacks on fresh noise, and that by luck."""
     labels = torch.tensor(rows[0]["labels"])
-    answers = {row["attack"]: torch.tensor(row["answers"]) for row in rows}
+    predictions = {row["attack"]: torch.tensor(row["predictions"]) for row in rows}
     attacks = [row for row in rows if row["attack"] != "control"]
-    attacks.sort(key=lambda row: (answers[row["attack"]] == labels).float().mean().item())
+    attacks.sort(key=lambda row: (predictions[row["attack"]] == labels).float().mean().item())
     controls = [row for row in rows if row["attack"] == "control"]
     head = "| attack | mean of J | to transfer | all J right | vote of J | queries | backbone passes per image | time |"
     transfer = next((row for row in rows if row["attack"] == "transfer"), None)
     lines = [head, "| --- " * 8 + "|", *(summary(row, transfer) for row in [*controls, *attacks])]
-    fresh = [answers[row["attack"]] for row in attacks if "noise='known'" not in row["settings"]]
+    fresh = [predictions[row["attack"]] for row in attacks if "noise='known'" not in row["settings"]]
     if fresh:
         share = worst_attack(torch.stack(fresh), labels)
         low, high = wilson_interval(share.sum().item(), len(share))
@@ -176,7 +178,7 @@ def table(rows: list[dict]) -> str:
         held = torch.stack([vote_right(part, labels) for part in fresh]).all(dim=0)
         lines += [f"Vote, worst of {len(fresh)} attacks for each image: {interval(held)}"]
     if fresh and controls:
-        luck = worst_by_luck(answers["control"], labels, len(fresh[0]), len(fresh))
+        luck = worst_by_luck(predictions["control"], labels, len(fresh[0]), len(fresh))
         lines += [f"The same for clean images, voted on as often by unrelated noise: {luck:.3f}"]
     return "\n".join(lines)
 

@@ -73,24 +73,24 @@ def test_the_judgement_can_be_repeated_by_hand(name: str, norm: str):
     result, (_, labels) = outcome(name, norm), labelled()
     count = result.candidates.shape[1]
     asked = count if count > 1 else 0
-    for judgement, answer in enumerate(result.answers):
+    for judgement, answer in enumerate(result.predictions):
         assert torch.equal(answers_by_hand(result, judge_seeds(INDICES, 5, asked + judgement + 1)), answer)
     for place, images in enumerate(result.candidates.unbind(dim=1)):
         expected = answers_by_hand(result, judge_seeds(INDICES, 5, place + 1), images)
-        assert torch.equal(expected, result.candidate_answers[:, place])
-    assert torch.equal(result.success, result.answers[0] != labels)
-    assert torch.equal(result.success, Goal(labels).reached(result.answers[0]))
+        assert torch.equal(expected, result.candidate_predictions[:, place])
+    assert torch.equal(result.success, result.predictions[0] != labels)
+    assert torch.equal(result.success, Goal(labels).reached(result.predictions[0]))
 
 
 @EVERY
 def test_known_noise_is_that_of_the_search_and_of_every_answer(name: str):
     result, (_, labels) = outcome(name, "linf", noise="known"), labelled()
     answer = answers_by_hand(result, base_seeds(INDICES, 5))
-    assert torch.equal(result.answers, answer.expand(2, -1))
+    assert torch.equal(result.predictions, answer.expand(2, -1))
     assert torch.equal(result.success, answer != labels)
     for place, images in enumerate(result.candidates.unbind(dim=1)):
         expected = answers_by_hand(result, base_seeds(INDICES, 5), images)
-        assert torch.equal(expected, result.candidate_answers[:, place])
+        assert torch.equal(expected, result.candidate_predictions[:, place])
 
 
 @EVERY
@@ -100,10 +100,10 @@ def test_shapes(name: str):
     assert result.images.shape == clean.shape
     assert result.success.shape == result.distance.shape == (3,)
     assert result.success.dtype == torch.bool
-    assert result.answers.shape == (2, 3)
-    assert result.answers.dtype == torch.int64
+    assert result.predictions.shape == (2, 3)
+    assert result.predictions.dtype == torch.int64
     assert result.candidates.shape == (3, count, *SHAPE)
-    assert result.candidate_answers.shape == (3, count)
+    assert result.candidate_predictions.shape == (3, count)
     assert result.chosen.shape == (3,)
     assert result.chosen.dtype == torch.int64
     assert torch.equal(result.images, result.candidates[torch.arange(3), result.chosen])
@@ -137,7 +137,7 @@ def test_an_empty_batch_gives_an_empty_result(name: str, seed: int | None, known
     attack = suite(THREATS["l2"], noise=known)[name]
     result = attack(wrapped(seed=seed), images[:0], labels[:0], reevaluations=2)
     assert result.images.shape == (0, *SHAPE)
-    assert result.answers.shape == (2, 0)
+    assert result.predictions.shape == (2, 0)
     for values in (result.success, result.any_success, result.vote_success, result.any_candidate_success):
         assert values.shape == (0,)
         assert values.dtype == torch.bool
@@ -208,8 +208,8 @@ def test_a_targeted_attack_wants_its_target_and_nothing_else(name: str):
         return
     result = attack(wrapped(), images, labels, targets=targets, reevaluations=2)
     assert torch.equal(result.targets, targets)
-    assert torch.equal(result.success, result.answers[0] == targets)
-    assert torch.equal(result.any_candidate_success, (result.candidate_answers == targets[:, None]).any(dim=1))
+    assert torch.equal(result.success, result.predictions[0] == targets)
+    assert torch.equal(result.any_candidate_success, (result.candidate_predictions == targets[:, None]).any(dim=1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -305,9 +305,9 @@ def test_a_plain_random_model_is_judged_under_known_noise_as_it_was_searched():
     result = attack(model, images, labels, reevaluations=3)
     assert 0 < result.success.sum() < 40
     assert torch.equal(result.history["reached"].bool(), result.success.expand(2, -1))
-    assert torch.equal(result.answers, result.answers[:1].expand(3, -1))
+    assert torch.equal(result.predictions, result.predictions[:1].expand(3, -1))
     fresh = PGD(ThreatModel(), steps=2, step_size=0.0, random_start=False)(model, images, labels, reevaluations=3)
-    assert not torch.equal(fresh.answers, fresh.answers[:1].expand(3, -1))
+    assert not torch.equal(fresh.predictions, fresh.predictions[:1].expand(3, -1))
 
 
 # ----------------------------------------------------------------------------------------------------------- the choice
@@ -329,7 +329,7 @@ def test_the_attempt_of_the_highest_margin_is_chosen(seed: int, attempts: int, r
         chosen = margin(logits, own).argmax().item()
         assert result.chosen[image].item() == chosen
         assert torch.equal(result.images[image], legal[chosen][0])
-        assert torch.equal(result.candidate_answers[image], logits.argmax(dim=1))
+        assert torch.equal(result.candidate_predictions[image], logits.argmax(dim=1))
         assert result.success[image].item() == reached[chosen]
         assert result.any_candidate_success[image].item() == any(reached) == reached[chosen]
     torch.testing.assert_close(result.candidates, torch.stack([threat.project(t, clean) for t in tried.unbind(1)], 1))
@@ -377,7 +377,7 @@ def test_a_single_attempt_is_answered_once():
     model = Noisy()
     result = Fixed(ThreatModel(), images[:, None])(model, images, labels, reevaluations=2)
     assert len(model.seen) == result.queries == 2
-    assert torch.equal(result.candidate_answers[:, 0], result.answers[0])
+    assert torch.equal(result.candidate_predictions[:, 0], result.predictions[0])
 
 
 # --------------------------------------------------------------------------------------------------------- the readings

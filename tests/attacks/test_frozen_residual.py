@@ -217,7 +217,7 @@ def test_the_outcome_for_an_image_is_its_own(norm: str, options: dict[str, Any])
     for rows in ([2], [3, 1, 0, 2]):
         part = attack(precise(), images[rows], labels[rows], indices=[10 + row for row in rows])
         torch.testing.assert_close(part.candidates, whole.candidates[rows], rtol=0, atol=1e-9)
-        assert torch.equal(part.answers, whole.answers[:, rows])
+        assert torch.equal(part.predictions, whole.predictions[:, rows])
         for name, values in part.history.items():
             torch.testing.assert_close(values, whole.history[name][:, rows], rtol=1e-6, atol=1e-7)
 

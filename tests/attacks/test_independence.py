@@ -32,8 +32,8 @@ def attacked(name: str, rows: list[int] | slice, norm: str = "linf", **options: 
 def agree(part: AttackResult, whole: AttackResult, rows: list[int]) -> None:
     torch.testing.assert_close(part.images, whole.images[rows], **TOLERANCE)
     torch.testing.assert_close(part.candidates, whole.candidates[rows], **TOLERANCE)
-    assert torch.equal(part.answers, whole.answers[:, rows])
-    assert torch.equal(part.candidate_answers, whole.candidate_answers[rows])
+    assert torch.equal(part.predictions, whole.predictions[:, rows])
+    assert torch.equal(part.candidate_predictions, whole.candidate_predictions[rows])
     assert torch.equal(part.success, whole.success[rows])
     assert torch.equal(part.chosen, whole.chosen[rows])
     assert part.queries == whole.queries
@@ -61,7 +61,7 @@ def test_without_indices_images_are_numbered(name: str):
     numbered, other = (attack(model(), images, labels, indices=given) for given in ([0, 1], [1, 0]))
     plain = attack(model(), images, labels)
     assert torch.equal(plain.images, numbered.images)
-    assert torch.equal(plain.answers, numbered.answers)
+    assert torch.equal(plain.predictions, numbered.predictions)
     assert (plain.candidates - other.candidates).abs().max() > 1e-6 or not torch.equal(plain.images, other.images)
 
 

@@ -116,7 +116,7 @@ def test_a_model_that_draws_from_the_global_generator_gives_the_same_again(name:
         torch.rand(5)
         again = suite(THREATS["linf"])[name](model, images, labels)
     assert torch.equal(first.images, again.images)
-    assert torch.equal(first.answers, again.answers)
+    assert torch.equal(first.predictions, again.predictions)
 
 
 @EVERY
@@ -128,7 +128,7 @@ def test_it_works_under_no_grad_and_gives_the_same(name: str):
         result = attack(model, images, labels)
         assert not torch.is_grad_enabled()
     assert torch.equal(result.images, expected.images)
-    assert torch.equal(result.answers, expected.answers)
+    assert torch.equal(result.predictions, expected.predictions)
 
 
 @EVERY
@@ -162,5 +162,5 @@ def test_results_share_no_memory_with_the_callers_labels():
     images, labels = labelled()
     result = PGD(ThreatModel(eps=1.0), steps=3)(Linear(), images, labels)
     before = result.any_success.clone()
-    labels.copy_(result.answers[0])
+    labels.copy_(result.predictions[0])
     assert torch.equal(result.any_success, before)

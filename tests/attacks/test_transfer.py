@@ -55,8 +55,8 @@ def test_the_search_is_the_inner_attacks_and_the_judgement_the_models():
         assert torch.equal(result.history[column], values)
     assert torch.equal(result.success, linear(result.images).argmax(dim=1) != labels)
     expected = torch.stack([linear(part).argmax(dim=1) for part in result.candidates.unbind(dim=1)], dim=1)
-    assert torch.equal(result.candidate_answers, expected)
-    assert not torch.equal(result.candidate_answers, alone.candidate_answers)
+    assert torch.equal(result.candidate_predictions, expected)
+    assert not torch.equal(result.candidate_predictions, alone.candidate_predictions)
     assert result.queries == alone.queries == 2 * 3 + 4 + 1
 
 
@@ -69,7 +69,7 @@ def test_undefended_is_the_bare_classifier(aimed: bool):
     torch.testing.assert_close(result.images, expected.images, rtol=0, atol=1e-6)
     seeds = judge_seeds(range(3), 4, 1)
     with torch.no_grad():
-        assert torch.equal(result.answers[0], wrapped()(result.images, seeds=seeds).argmax(dim=1))
+        assert torch.equal(result.predictions[0], wrapped()(result.images, seeds=seeds).argmax(dim=1))
     torch.testing.assert_close(Undefended().of(wrapped())(images), linear(images))
 
 

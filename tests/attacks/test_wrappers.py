@@ -47,7 +47,7 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
     results = [suite(THREATS["l2"], seed=5)[name](model, images, labels, reevaluations=2) for model in models]
     first, second = results
     assert torch.equal(first.images, second.images)
-    assert torch.equal(first.answers, second.answers)
+    assert torch.equal(first.predictions, second.predictions)
     assert torch.equal(first.candidates, second.candidates)
     assert first.queries == second.queries
     for column, values in first.history.items():
@@ -59,7 +59,7 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
         with torch.no_grad():
             seeds = judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))
             answer = models[0](normalised(first.images), seeds=seeds).argmax(dim=1)
-        assert torch.equal(answer, first.answers[0])
+        assert torch.equal(answer, first.predictions[0])
     assert models[0].preprocessing.inputs == "normalized"
 
 
@@ -93,7 +93,7 @@ def test_images_of_another_size(name: str, size: tuple[int, int], mode: str):
     seeds = judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))
     with torch.no_grad():
         answer = wrapped(resize=mode)(result.images, seeds=seeds).argmax(dim=1)
-    assert torch.equal(answer, result.answers[0])
+    assert torch.equal(answer, result.predictions[0])
 
 
 @EVERY
@@ -178,7 +178,7 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
     ]
     first, second = (suite(THREATS["linf"], seed=5)[name](model, images, labels, reevaluations=2) for model in models)
     torch.testing.assert_close(first.candidates, second.candidates, rtol=0, atol=1e-6)
-    assert torch.equal(first.answers, second.answers)
+    assert torch.equal(first.predictions, second.predictions)
     for column, values in first.history.items():
         torch.testing.assert_close(values, second.history[column], rtol=1e-4, atol=1e-4)
     other = wrapped(backbone=Baked(chosen.flip(0)), settings=settings)
@@ -213,7 +213,7 @@ def test_choices_of_the_wrapper_work_in_every_attack(name: str, choice: str):
     count = result.candidates.shape[1]
     with torch.no_grad():
         answer = model(result.images, seeds=judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))).argmax(dim=1)
-    assert torch.equal(answer, result.answers[0])
+    assert torch.equal(answer, result.predictions[0])
 
 
 @pytest.mark.parametrize("attack", [LatentAttack, Overpowered])
@@ -255,7 +255,7 @@ def test_a_seed_of_the_models_own_is_kept(name: str):
     with torch.no_grad():
         answer = model(result.images).argmax(dim=1)
         assert torch.equal(answer, wrapped()(result.images, seeds=[11, 11]).argmax(dim=1))
-    assert torch.equal(result.answers, answer.expand(3, -1))
+    assert torch.equal(result.predictions, answer.expand(3, -1))
     assert torch.equal(result.success, answer != labels)
 
 
@@ -267,7 +267,7 @@ def test_a_seed_of_the_models_own_may_be_any_integer(name: str, seed: int):
     images, labels = labelled(2)
     result = suite(THREATS["linf"])[name](wrapped(seed=seed), images, labels)
     with torch.no_grad():
-        assert torch.equal(result.answers[0], wrapped(seed=seed)(result.images).argmax(dim=1))
+        assert torch.equal(result.predictions[0], wrapped(seed=seed)(result.images).argmax(dim=1))
 
 
 def test_a_seed_of_the_models_own_leaves_fresh_noise_to_the_attack():

@@ -55,9 +55,9 @@ class AttackResult:
     another model counts that one's too.
     history: named numbers per step of the search, [steps, B] each, with restarts one after the other. APGD has one row
     more, AutoAttack one for each round.
-    answers: [J, B] int64, the J predicted classes of the judgement.
-    candidates: [B, M, C, H, W], all attempts, projected. candidate_answers: [B, M], the answer to each by which
-    ``images`` was chosen. chosen: [B], which of them it is.
+    predictions: [J, B] int64, the classes that the model predicts for ``images`` in J re-evaluations.
+    candidates: [B, M, C, H, W], all attempts, projected. candidate_predictions: [B, M], the prediction for each by
+    which ``images`` was chosen. chosen: [B], which of them it is.
     labels, targets: what the attack was asked for.
     """
 
@@ -66,9 +66,9 @@ class AttackResult:
     distance: Tensor
     queries: int
     history: Mapping[str, Tensor]
-    answers: Tensor
+    predictions: Tensor
     candidates: Tensor
-    candidate_answers: Tensor
+    candidate_predictions: Tensor
     chosen: Tensor
     labels: Tensor
     targets: Tensor | None = None
@@ -76,22 +76,22 @@ class AttackResult:
     @property
     def any_success(self) -> Tensor:
         """[B], whether any of the J fresh answers is what the attack wants (any-of-J)."""
-        return Goal(self.labels, self.targets).reached(self.answers).any(dim=0)
+        return Goal(self.labels, self.targets).reached(self.predictions).any(dim=0)
 
     @property
     def mean_success(self) -> Tensor:
         """[B] in [0, 1], the share of the J fresh answers that are what the attack wants."""
-        return Goal(self.labels, self.targets).reached(self.answers).float().mean(dim=0)
+        return Goal(self.labels, self.targets).reached(self.predictions).float().mean(dim=0)
 
     @property
     def vote_success(self) -> Tensor:
         """[B], whether the most frequent of the J fresh answers is what the attack wants; the lower class on ties."""
-        return Goal(self.labels, self.targets).reached(self.answers.mode(dim=0).values)
+        return Goal(self.labels, self.targets).reached(self.predictions.mode(dim=0).values)
 
     @property
     def any_candidate_success(self) -> Tensor:
         """[B], whether any of the M attempts was answered as the attack wants, each asked once (any-of-M)."""
-        return Goal(self.labels, self.targets).reached(self.candidate_answers.T).any(dim=0)
+        return Goal(self.labels, self.targets).reached(self.candidate_predictions.T).any(dim=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +228,11 @@ class Attack(NamedOptions, abc.ABC):
         """Project, choose among the attempts, then ask the model again about the choice alone."""
         judge = oracle.judge()
         attempts = [self.threat.project(part.to(clean), clean) for part in found.images.unbind(dim=1)]
-        images, answers = attempts[0], None
+        images, predictions = attempts[0], None
         first = torch.zeros_like(goal.labels)
         if len(attempts) > 1:
             logits = [judge(attempt) for attempt in attempts]
-            answers = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
+            predictions = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
             first = torch.stack([margin(part, goal) for part in logits], dim=1).argmax(dim=1)
             images = torch.stack(attempts, dim=1)[torch.arange(len(clean), device=clean.device), first]
         final = torch.stack([judge(images).argmax(dim=1) for _ in range(reevaluations)])
@@ -242,9 +242,9 @@ class Attack(NamedOptions, abc.ABC):
             distance=self.threat.distance(images, clean),
             queries=oracle.count + judge.count,
             history=found.history,
-            answers=final,
+            predictions=final,
             candidates=torch.stack(attempts, dim=1),
-            candidate_answers=final[0][:, None] if answers is None else answers,
+            candidate_predictions=final[0][:, None] if predictions is None else predictions,
             chosen=first,
             labels=goal.labels,
             targets=goal.targets,
