@@ -4,9 +4,9 @@
     python benchmarks/attacks.py --out audit --table         the table of what is there, as Markdown
 
 One line of JSON per attack in ``audit/results.jsonl``; attacks that have one are not run again, and other settings in
-the same folder are refused. Accuracy is that of J fresh purifications of the final images: their mean, all of them
-right (any-of-J wrong loses), and their vote. "control" is the clean images, judged five times as often. The worst case
-over all attacks is a minimum over many votes, and would fall without any attack too: how far is printed beside it.
+the same folder are refused. Accuracy is that of J re-evaluations of the final images: their mean, the worst of J, and
+their vote. "clean" is the clean images, re-evaluated five times as often. The worst case over all attacks is a minimum
+over many votes, which would fall without any attack too; how far is printed beside it.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from cmap_defense.attacks import (
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.evaluation import wilson_interval
 
-CONTROL = 5
-"""How many times as often the clean images are judged."""
+CLEAN = 5
+"""How many times as often the clean images are re-evaluated."""
 
 SETTINGS = ("images", "latents", "iterations", "learning_rate", "eps", "reevaluations", "seed")
 
@@ -61,8 +61,8 @@ def attacks_of(options: argparse.Namespace) -> dict[str, Attack]:
         "spsa": SPSA(threat, steps=5, pairs=6, step_size=threat.eps / 2, schedule="cosine", momentum=0.75, **seed),
         "disruption-beta-100": ConsistencyDisruption(threat, steps=200, beta=100.0, **seed),
     }
-    control = {"control": PGD(ThreatModel(eps=0.0), steps=1, random_start=False, **seed)}
-    return control | suite | paper | sized
+    clean = {"clean": PGD(ThreatModel(eps=0.0), steps=1, random_start=False, **seed)}
+    return clean | suite | paper | sized
 
 
 def wrapped(options: argparse.Namespace) -> tuple[PurifiedClassifier, list[int]]:
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, done: set[str], results: Path) -> None:
         if name in done:
             continue
         begun, passes[0] = time.perf_counter(), 0
-        times = CONTROL if name == "control" else 1
+        times = CLEAN if name == "clean" else 1
         result = chosen[name](model, images, labels, reevaluations=times * options.reevaluations)
         row = {
             "attack": name,
@@ -137,9 +137,9 @@ def interval(held: Tensor) -> str:
     return f"{held.float().mean():.3f} [{low:.2f}, {high:.2f}]"
 
 
-def worst_by_luck(predictions: Tensor, labels: Tensor, reevaluations: int, attacks: int) -> float:
-    """The worst of as many votes on clean images by unrelated noise: each is on ``reevaluations`` draws from the
-    control's predictions."""
+def worst_by_chance(predictions: Tensor, labels: Tensor, reevaluations: int, attacks: int) -> float:
+    """The worst of as many votes on clean images with unrelated noise: each is on ``reevaluations`` draws from the
+    predictions for clean images."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(predictions), (200, attacks, reevaluations, predictions.shape[1]), generator=generator)
     drawn = predictions.gather(0, draws.flatten(0, 2)).view(draws.shape)
@@ -161,25 +161,28 @@ def worst_attack(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def table(rows: list[dict]) -> str:
-    """All rows, the strongest first; the worst case of each image over the attacks on fresh noise, and that by luck."""
+    """All rows, the strongest first; the worst case of each image over the attacks with fresh noise, and by chance."""
     labels = torch.tensor(rows[0]["labels"])
     predictions = {row["attack"]: torch.tensor(row["predictions"]) for row in rows}
-    attacks = [row for row in rows if row["attack"] != "control"]
+    attacks = [row for row in rows if row["attack"] != "clean"]
     attacks.sort(key=lambda row: (predictions[row["attack"]] == labels).float().mean().item())
-    controls = [row for row in rows if row["attack"] == "control"]
-    head = "| attack | mean of J | to transfer | all J right | vote of J | queries | backbone passes per image | time |"
+    clean = [row for row in rows if row["attack"] == "clean"]
+    head = "| attack | mean of J | to transfer | worst of J | vote of J | queries | backbone passes per image | time |"
     transfer = next((row for row in rows if row["attack"] == "transfer"), None)
-    lines = [head, "| --- " * 8 + "|", *(summary(row, transfer) for row in [*controls, *attacks])]
+    lines = [head, "| --- " * 8 + "|", *(summary(row, transfer) for row in [*clean, *attacks])]
     fresh = [predictions[row["attack"]] for row in attacks if "noise='known'" not in row["settings"]]
     if fresh:
         share = worst_attack(torch.stack(fresh), labels)
         low, high = wilson_interval(share.sum().item(), len(share))
-        lines += ["", f"Answers right under the worst attack on each image: {share.mean():.3f} [{low:.2f}, {high:.2f}]"]
+        lines += [
+            "",
+            f"Predictions right under the worst attack on each image: {share.mean():.3f} [{low:.2f}, {high:.2f}]",
+        ]
         held = torch.stack([vote_right(part, labels) for part in fresh]).all(dim=0)
         lines += [f"Vote, worst of {len(fresh)} attacks for each image: {interval(held)}"]
-    if fresh and controls:
-        luck = worst_by_luck(predictions["control"], labels, len(fresh[0]), len(fresh))
-        lines += [f"The same for clean images, voted on as often by unrelated noise: {luck:.3f}"]
+    if fresh and clean:
+        by_chance = worst_by_chance(predictions["clean"], labels, len(fresh[0]), len(fresh))
+        lines += [f"The same for clean images, voted on as often with unrelated noise: {by_chance:.3f}"]
     return "\n".join(lines)
 
 

@@ -35,15 +35,15 @@ def test_the_benchmark_runs_and_its_loops_agree(tmp_path: Path) -> None:
 def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:
     script = str(ROOT / "benchmarks" / "attacks.py")
     sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--reevaluations", "2"]
-    run(tmp_path, script, "--out", "audit", *sizes, "--only", "control")
-    printed = run(tmp_path, script, "--out", "audit", *sizes, "--only", "control", "transfer")
+    run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean")
+    printed = run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean", "transfer")
     rows = [json.loads(line) for line in (tmp_path / "audit/results.jsonl").read_text().splitlines()]
-    assert [row["attack"] for row in rows] == ["control", "transfer"]
-    assert [len(row["answers"]) for row in rows] == [10, 2]
-    assert "Answers right under the worst attack" in printed
-    assert "by unrelated noise" in printed
+    assert [row["attack"] for row in rows] == ["clean", "transfer"]
+    assert [len(row["predictions"]) for row in rows] == [10, 2]
+    assert "Predictions right under the worst attack" in printed
+    assert "with unrelated noise" in printed
     with pytest.raises(AssertionError, match="holds results for"):
-        run(tmp_path, script, "--out", "audit", "--images", "3", *sizes[2:], "--only", "control")
+        run(tmp_path, script, "--out", "audit", "--images", "3", *sizes[2:], "--only", "clean")
 
 
 def test_directions_are_compared(tmp_path: Path) -> None:
