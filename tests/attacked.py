@@ -28,7 +28,7 @@ from cmap_defense.attacks import (
     Transfer,
     VoteMargin,
 )
-from cmap_defense.attacks.oracle import JUDGE, RESTART, Oracle
+from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle
 from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.rng import derived_seeds, draw_latents
 from toys import ToyBackbone, noise, uniform
@@ -156,6 +156,6 @@ def search_seeds(indices: range, seed: int, evaluation: int, restart: int = 0) -
     return derived_seeds(derived_seeds(base_seeds(indices, seed), RESTART + restart), evaluation)
 
 
-def judge_seeds(indices: range, seed: int, evaluation: int) -> Tensor:
+def reevaluation_seeds(indices: range, seed: int, evaluation: int) -> Tensor:
     """The model's seeds in an evaluation of the judgement, counted from 1; choosing comes first."""
-    return derived_seeds(derived_seeds(base_seeds(indices, seed), JUDGE), evaluation)
+    return derived_seeds(derived_seeds(base_seeds(indices, seed), REEVALUATION), evaluation)

@@ -20,9 +20,9 @@ from attacked import (
     Fixed,
     Noisy,
     base_seeds,
-    judge_seeds,
     labelled,
     linear,
+    reevaluation_seeds,
     search_seeds,
     suite,
     wrapped,
@@ -74,9 +74,9 @@ def test_the_judgement_can_be_repeated_by_hand(name: str, norm: str):
     count = result.candidates.shape[1]
     asked = count if count > 1 else 0
     for judgement, answer in enumerate(result.predictions):
-        assert torch.equal(answers_by_hand(result, judge_seeds(INDICES, 5, asked + judgement + 1)), answer)
+        assert torch.equal(answers_by_hand(result, reevaluation_seeds(INDICES, 5, asked + judgement + 1)), answer)
     for place, images in enumerate(result.candidates.unbind(dim=1)):
-        expected = answers_by_hand(result, judge_seeds(INDICES, 5, place + 1), images)
+        expected = answers_by_hand(result, reevaluation_seeds(INDICES, 5, place + 1), images)
         assert torch.equal(expected, result.candidate_predictions[:, place])
     assert torch.equal(result.success, result.predictions[0] != labels)
     assert torch.equal(result.success, Goal(labels).reached(result.predictions[0]))
@@ -279,7 +279,7 @@ def test_seeds_of_a_search_are_those_promised():
     where = range(3, 6)
     expected = [search_seeds(where, 8, 1), search_seeds(where, 8, 2)]
     expected += [search_seeds(where, 8, evaluation, restart=1) for evaluation in (3, 4)]
-    expected += [judge_seeds(where, 8, evaluation) for evaluation in (1, 2, 3)]
+    expected += [reevaluation_seeds(where, 8, evaluation) for evaluation in (1, 2, 3)]
     assert [seeds.tolist() for seeds in model.seen if seeds is not None] == [seeds.tolist() for seeds in expected]
 
 
@@ -343,7 +343,9 @@ def test_the_choice_is_by_one_answer_each_of_a_random_model():
     result = Fixed(threat, tried)(Noisy(), clean, labels)
     leads = torch.stack(
         [
-            margin(Noisy()(threat.project(part, clean), seeds=judge_seeds(range(30), 0, place + 1)), Goal(labels))
+            margin(
+                Noisy()(threat.project(part, clean), seeds=reevaluation_seeds(range(30), 0, place + 1)), Goal(labels)
+            )
             for place, part in enumerate(tried.unbind(dim=1))
         ],
         dim=1,

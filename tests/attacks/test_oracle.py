@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attacked import SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import PGD, CrossEntropy, Goal, Loss, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
-from cmap_defense.attacks.oracle import JUDGE, RESTART, Oracle, gradient_to, unit
+from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle, gradient_to, unit
 from cmap_defense.errors import GradientError, GradientWarning, SettingsError
 from cmap_defense.gradients import Detached, StraightThrough, Unrolled
 from cmap_defense.rng import derived_seeds
@@ -47,7 +47,7 @@ def test_evaluations_are_numbered_and_each_number_has_its_noise():
 def test_known_noise_is_the_seeds_themselves_for_search_restarts_and_judgement():
     model = Noisy()
     oracle, images, _ = scene(model, known=True)
-    for one in (oracle, oracle.restarted(3), oracle.judge(), oracle.of(model)):
+    for one in (oracle, oracle.restarted(3), oracle.reevaluator(), oracle.of(model)):
         one(images)
     assert taken(model) == [SEEDS.tolist()] * 4
 
@@ -55,11 +55,11 @@ def test_known_noise_is_the_seeds_themselves_for_search_restarts_and_judgement()
 def test_restarts_and_the_judgement_stand_apart():
     model = Noisy()
     oracle, images, _ = scene(model)
-    for one in (oracle, oracle.restarted(0), oracle.restarted(1), oracle.judge()):
+    for one in (oracle, oracle.restarted(0), oracle.restarted(1), oracle.reevaluator()):
         one(images)
     expected = [derived_seeds(SEEDS, 1)]
     expected += [derived_seeds(derived_seeds(SEEDS, RESTART + r), 2 + r) for r in (0, 1)]
-    expected += [derived_seeds(derived_seeds(SEEDS, JUDGE), 1)]
+    expected += [derived_seeds(derived_seeds(SEEDS, REEVALUATION), 1)]
     assert taken(model) == [seeds.tolist() for seeds in expected]
     assert len({seed for seeds in taken(model) for seed in seeds}) == 12
 
@@ -68,12 +68,12 @@ def test_what_shares_a_count_and_what_has_its_own():
     ticks: list[int] = []
     oracle = Oracle(Noisy(), SEEDS, tick=lambda: ticks.append(1))
     images, _ = labelled(3)
-    for one in (oracle, oracle.of(linear), oracle.restarted(1), oracle.judge()):
+    for one in (oracle, oracle.of(linear), oracle.restarted(1), oracle.reevaluator()):
         one(images)
-    judge = oracle.judge()
-    judge(images)
-    judge(images)
-    assert (oracle.count, judge.count, len(ticks)) == (3, 2, 6)
+    reevaluator = oracle.reevaluator()
+    reevaluator(images)
+    reevaluator(images)
+    assert (oracle.count, reevaluator.count, len(ticks)) == (3, 2, 6)
 
 
 def test_a_model_with_a_seed_of_its_own_is_asked_without_seeds():

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import QUICK, SHAPE, THREATS, Denoiser, Linear, base_seeds, judge_seeds, labelled, search_seeds, wrapped
+from attacked import (
+    QUICK,
+    SHAPE,
+    THREATS,
+    Denoiser,
+    Linear,
+    base_seeds,
+    labelled,
+    reevaluation_seeds,
+    search_seeds,
+    wrapped,
+)
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import PGD, CrossEntropy, Goal, LatentAttack, ShortCMAP, TargetSteer, ThreatModel, VoteMargin
 from cmap_defense.attacks.goal import margin
@@ -287,7 +298,7 @@ def test_noise_of_the_search_goes_on_after_that_of_the_target(monkeypatch: pytes
     monkeypatch.setattr(PurifiedClassifier, "_purify", note)
     TargetSteer(THREATS["l2"], steps=3, target=FIRST, seed=4)(model, images, labels)
     assert seen[:4] == [search_seeds(range(2), 4, number).tolist() for number in (1, 2, 3, 4)]
-    assert seen[4:] == [judge_seeds(range(2), 4, 1).tolist()]
+    assert seen[4:] == [reevaluation_seeds(range(2), 4, 1).tolist()]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from attacked import (
     THREATS,
     Denoiser,
     Noisy,
-    judge_seeds,
     labelled,
     linear,
+    reevaluation_seeds,
     search_seeds,
     suite,
     wrapped,
@@ -67,7 +67,7 @@ def test_undefended_is_the_bare_classifier(aimed: bool):
     expected = PLAIN(linear, images, labels, targets=targets)
     result = Transfer(PLAIN)(wrapped(), images, labels, targets=targets)
     torch.testing.assert_close(result.images, expected.images, rtol=0, atol=1e-6)
-    seeds = judge_seeds(range(3), 4, 1)
+    seeds = reevaluation_seeds(range(3), 4, 1)
     with torch.no_grad():
         assert torch.equal(result.predictions[0], wrapped()(result.images, seeds=seeds).argmax(dim=1))
     torch.testing.assert_close(Undefended().of(wrapped())(images), linear(images))

@@ -16,9 +16,9 @@ from attacked import (
     THREATS,
     Denoiser,
     Linear,
-    judge_seeds,
     labelled,
     linear,
+    reevaluation_seeds,
     suite,
     wrapped,
 )
@@ -57,7 +57,7 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
     if "seed" not in options:
         count = first.candidates.shape[1]
         with torch.no_grad():
-            seeds = judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))
+            seeds = reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))
             answer = models[0](normalised(first.images), seeds=seeds).argmax(dim=1)
         assert torch.equal(answer, first.predictions[0])
     assert models[0].preprocessing.inputs == "normalized"
@@ -90,7 +90,7 @@ def test_images_of_another_size(name: str, size: tuple[int, int], mode: str):
     assert (result.distance <= threat.eps * (1 + 1e-6)).all()
     assert (result.distance > 0).all()
     count = result.candidates.shape[1]
-    seeds = judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))
+    seeds = reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))
     with torch.no_grad():
         answer = wrapped(resize=mode)(result.images, seeds=seeds).argmax(dim=1)
     assert torch.equal(answer, result.predictions[0])
@@ -212,7 +212,9 @@ def test_choices_of_the_wrapper_work_in_every_attack(name: str, choice: str):
     result = suite(THREATS["linf"], seed=5)[name](model, images, labels)
     count = result.candidates.shape[1]
     with torch.no_grad():
-        answer = model(result.images, seeds=judge_seeds(range(2), 5, 1 + (count if count > 1 else 0))).argmax(dim=1)
+        answer = model(result.images, seeds=reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))).argmax(
+            dim=1
+        )
     assert torch.equal(answer, result.predictions[0])
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.attacks.oracle import JUDGE, RESTART
+from cmap_defense.attacks.oracle import REEVALUATION, RESTART
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol, Subset
 from cmap_defense.evaluation.protocol import answer_seeds, run_indices
@@ -96,7 +96,7 @@ def test_no_two_answers_share_their_noise() -> None:
     answers = torch.stack([answer_seeds(indices, number) for number in range(30)])
     assert answers.unique().numel() == answers.numel() == 30 * 120
     bases = [derived_seeds(indices, seed) for seed in (0, 1, 0xA45)]
-    streams = [derived_seeds(base, stream) for base in bases for stream in (JUDGE, RESTART, RESTART + 1)]
+    streams = [derived_seeds(base, stream) for base in bases for stream in (REEVALUATION, RESTART, RESTART + 1)]
     heard = torch.stack([derived_seeds(stream, evaluation) for stream in streams for evaluation in range(30)])
     assert not torch.isin(heard, answers).any()
 

@@ -206,7 +206,7 @@ class Attack(NamedOptions, abc.ABC):
                     stacklevel=2,
                 )
             with torch.no_grad():
-                return self._judged(oracle, clean, goal, found, reevaluations)
+                return self._reevaluated(oracle, clean, goal, found, reevaluations)
 
     def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         """The attempts of all restarts, one behind the other."""
@@ -224,23 +224,25 @@ class Attack(NamedOptions, abc.ABC):
         norms = torch.stack(oracle.gradient_norms)
         return dataclasses.replace(found, history={**found.history, "gradient_norm": norms})
 
-    def _judged(self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, reevaluations: int) -> AttackResult:
+    def _reevaluated(
+        self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, reevaluations: int
+    ) -> AttackResult:
         """Project, choose among the attempts, then ask the model again about the choice alone."""
-        judge = oracle.judge()
+        reevaluator = oracle.reevaluator()
         attempts = [self.threat.project(part.to(clean), clean) for part in found.images.unbind(dim=1)]
         images, predictions = attempts[0], None
         first = torch.zeros_like(goal.labels)
         if len(attempts) > 1:
-            logits = [judge(attempt) for attempt in attempts]
+            logits = [reevaluator(attempt) for attempt in attempts]
             predictions = torch.stack([part.argmax(dim=1) for part in logits], dim=1)
             first = torch.stack([margin(part, goal) for part in logits], dim=1).argmax(dim=1)
             images = torch.stack(attempts, dim=1)[torch.arange(len(clean), device=clean.device), first]
-        final = torch.stack([judge(images).argmax(dim=1) for _ in range(reevaluations)])
+        final = torch.stack([reevaluator(images).argmax(dim=1) for _ in range(reevaluations)])
         return AttackResult(
             images=images,
             success=goal.reached(final[0]),
             distance=self.threat.distance(images, clean),
-            queries=oracle.count + judge.count,
+            queries=oracle.count + reevaluator.count,
             history=found.history,
             predictions=final,
             candidates=torch.stack(attempts, dim=1),

@@ -46,7 +46,7 @@ class SeededModel(abc.ABC):
         """Logits [B, classes]; seeds: [B] int64 on the CPU, None for fresh ones."""
 
 
-JUDGE, RESTART = 0x1D6E, 0x7E57A27
+REEVALUATION, RESTART = 0x1D6E, 0x7E57A27
 """Set the noise of the judgement, and that of each restart, apart from the rest."""
 
 
@@ -209,9 +209,9 @@ class Oracle:
         seeds = self.seeds if self.known else draws
         return self._like(self.model, seeds, draws, self._evaluations)
 
-    def judge(self) -> Oracle:
+    def reevaluator(self) -> Oracle:
         """The same model with noise that the search has not seen, unless noise is known; it counts for itself."""
-        seeds = self.seeds if self.known else derived_seeds(self.seeds, JUDGE)
+        seeds = self.seeds if self.known else derived_seeds(self.seeds, REEVALUATION)
         return self._like(self.model, seeds, seeds, [0, 0])
 
     def rows(self, index: Tensor, *, apart: bool = False) -> Oracle:
