@@ -101,7 +101,7 @@ class AutoAttack(Attack):
         if size >= len(clean):
             return self._guarded(oracle, clean, goal)
         groups = torch.arange(len(clean), device=clean.device).split(size)
-        parts = [oracle.rows(rows, apart=True) for rows in groups]
+        parts = [oracle.rows(rows, separate_count=True) for rows in groups]
         found = [self._guarded(part, clean[rows], goal.rows(rows)) for part, rows in zip(parts, groups, strict=True)]
         oracle.counted(max(part.count for part in parts))  # per image, not of all images together
         history = {name: torch.cat([part.history[name] for part in found], dim=1) for name in found[0].history}

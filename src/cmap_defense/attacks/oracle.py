@@ -214,11 +214,19 @@ class Oracle:
         seeds = self.seeds if self.known else derived_seeds(self.seeds, REEVALUATION)
         return self._like(self.model, seeds, seeds, [0, 0])
 
-    def rows(self, index: Tensor, *, apart: bool = False) -> Oracle:
-        """The oracle for some of the images, each with its own noise. apart: it counts its evaluations for itself."""
+    def rows(self, index: Tensor, *, separate_count: bool = False) -> Oracle:
+        """The oracle for some of the images, each with its own noise.
+
+        Args:
+            index: positions of the images in the batch.
+            separate_count: give it a count of evaluations of its own, instead of this oracle's.
+        """
         index = index.cpu()
         return self._like(
-            self.model, self.seeds[index], self.draws[index], [*self._evaluations] if apart else self._evaluations
+            self.model,
+            self.seeds[index],
+            self.draws[index],
+            [*self._evaluations] if separate_count else self._evaluations,
         )
 
     def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
