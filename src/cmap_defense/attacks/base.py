@@ -288,7 +288,7 @@ class Attack(NamedOptions, abc.ABC):
         """
         return 0
 
-    def probe(self) -> PGD | None:
+    def sweep_attack(self) -> PGD | None:
         """A PGD that an evaluation repeats at other steps and sizes for its checks; None where this attack has none."""
         return None
 

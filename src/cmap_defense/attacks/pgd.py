@@ -59,7 +59,7 @@ class PGD(StepAttack):
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * self.eot
 
-    def probe(self) -> PGD | None:
+    def sweep_attack(self) -> PGD | None:
         return self if self.noise == "fresh" else None
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:

@@ -41,7 +41,7 @@ def probe_of(subject: Subject) -> tuple[str | None, PGD]:
     attacks = subject.attacks
     for name in ("bpda-eot", *attacks):
         attack = attacks.get(name)
-        probe = None if attack is None else attack.probe()
+        probe = None if attack is None else attack.sweep_attack()
         if probe is not None:
             return name, probe
     threat = next(iter(attacks.values())).threat
