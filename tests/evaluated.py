@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attacked import QUICK, WEIGHT, labelled, wrapped
+from attack_toys import QUICK, WEIGHT, labelled, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, SeededModel, ThreatModel, Transfer
 from cmap_defense.errors import CmapError

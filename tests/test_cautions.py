@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacked import CLASSES, SHAPE, THREATS, Denoiser, Linear, labelled, suite, wrapped
+from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.errors import ClassifierWarning

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacked import QUICK, Denoiser, Linear, labelled, wrapped
+from attack_toys import QUICK, Denoiser, Linear, labelled, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.errors import BackboneError

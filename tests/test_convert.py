@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from attacked import CLASSES
+from attack_toys import CLASSES
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.errors import CmapError, InputTypeError, InputValueError
 from toys import ToyBackbone

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import cmap_defense
-from attacked import Denoiser, Linear
+from attack_toys import Denoiser, Linear
 from cmap_defense import CMAPSettings, PurifiedClassifier, attacks, gradients
 from cmap_defense.attacks import PGD, SPSA, Attack, Margin, NoiseAndDenoise, Shortened, Square, ThreatModel, Transfer
 from cmap_defense.errors import CmapError, OptionError, SettingsError

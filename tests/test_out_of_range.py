@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import SHAPE, THREATS, labelled, suite, wrapped
+from attack_toys import SHAPE, THREATS, labelled, suite, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import APGD, AutoAttack, Square
 from cmap_defense.attacks.base import Attack

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import labelled, linear
+from attack_toys import labelled, linear
 from cmap_defense.attacks import PGD, SPSA
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.observation.deep import DeepKernelSettings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import CLASSES, QUICK, SHAPE, Denoiser, Linear, labelled, linear, wrapped
+from attack_toys import CLASSES, QUICK, SHAPE, Denoiser, Linear, labelled, linear, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Unrolled

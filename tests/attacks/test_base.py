@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import (
+from attack_toys import (
     CLASSES,
     NAMES,
     SHAPE,

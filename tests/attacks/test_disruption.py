@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacked import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, search_seeds, wrapped
+from attack_toys import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import ConsistencyDisruption, Goal, ThreatModel
 from cmap_defense.attacks.consistency_disruption import RELEASED_BETA

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import QUICK, SHAPE, THREATS, WEIGHT, Denoiser, Linear, labelled, linear, search_seeds, wrapped
+from attack_toys import QUICK, SHAPE, THREATS, WEIGHT, Denoiser, Linear, labelled, linear, search_seeds, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, CrossEntropy, FrozenResidual, Goal, Loss, Margin, ThreatModel, VoteMargin
 from cmap_defense.attacks.oracle import Oracle

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import NAMES, THREATS, Denoiser, Linear, labelled, suite, wrapped
+from attack_toys import NAMES, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, AttackResult, ConsistencyDisruption, Transfer
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import QUICK, SHAPE, THREATS, WEIGHT, labelled, search_seeds, wrapped
+from attack_toys import QUICK, SHAPE, THREATS, WEIGHT, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import Goal, LatentAttack, Overpowered, ThreatModel
 from cmap_defense.attacks.goal import margin

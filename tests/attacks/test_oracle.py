@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attacked import SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
+from attack_toys import SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import PGD, CrossEntropy, Goal, Loss, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle, gradient_to, unit
 from cmap_defense.errors import GradientError, GradientWarning, SettingsError

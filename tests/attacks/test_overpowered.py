@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import SHAPE, Linear, labelled, search_seeds, wrapped
+from attack_toys import SHAPE, Linear, labelled, search_seeds, wrapped
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import Candidates, Goal, Overpowered, ThreatModel
 from cmap_defense.attacks.goal import margin

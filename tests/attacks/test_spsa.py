@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import SHAPE, THREATS, WEIGHT, Noisy, labelled, linear, wrapped
+from attack_toys import SHAPE, THREATS, WEIGHT, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import SPSA, CrossEntropy, Goal, Margin, ThreatModel, VoteMargin
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import SettingsError

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import SHAPE, THREATS, labelled, linear
+from attack_toys import SHAPE, THREATS, labelled, linear
 from cmap_defense.attacks import PGD, SPSA, Attack, Goal, Margin, ThreatModel, Transfer
 from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack, random_point

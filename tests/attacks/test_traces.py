@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacked import NAMES, THREATS, Denoiser, Linear, labelled, suite, wrapped
+from attack_toys import NAMES, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, ThreatModel
 
 EVERY = pytest.mark.parametrize("name", NAMES)

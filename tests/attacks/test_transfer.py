@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import (
+from attack_toys import (
     QUICK,
     SHAPE,
     THREATS,

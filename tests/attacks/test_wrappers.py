@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import (
+from attack_toys import (
     CLASSES,
     NAMES,
     QUICK,

@@ -6,7 +6,7 @@ from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from victims import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
 
 
 def estimator(model: nn.Module) -> PyTorchClassifier:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyautoattack import checks
 
-from victims import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
 
 RANDOM, DYNAMIC = "randomized defense", "dynamic defense"
 

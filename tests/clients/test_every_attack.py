@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
-from evasion import CLASSES, SHAPE, Run, art_attacks, foolbox_attacks, torchattacks_attacks
+from library_attacks import CLASSES, SHAPE, Run, art_attacks, foolbox_attacks, torchattacks_attacks
 from toys import ToyBackbone, noise, uniform
 
 ATTACKS: dict[str, Run] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from victims import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
 
 # foolbox.attacks.blur imports from a place that SciPy has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:foolbox.attacks.blur")

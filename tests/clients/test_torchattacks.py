@@ -3,7 +3,7 @@
 import torch
 import torchattacks
 
-from victims import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
 
 
 def test_pgd_breaks_the_bare_classifier() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import CLASSES, QUICK, Linear, Noisy, labelled, linear, wrapped
+from attack_toys import CLASSES, QUICK, Linear, Noisy, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.cmap.voting import majority_label
 from cmap_defense.errors import ClassifierError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import Noisy, linear, wrapped
+from attack_toys import Noisy, linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
 from cmap_defense.cli.commands.evaluate import evaluate
 from cmap_defense.evaluation.checks import Check, checks_of, gradient_table, sweeps_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import CLASSES, QUICK, THREATS, Denoiser, linear, wrapped
+from attack_toys import CLASSES, QUICK, THREATS, Denoiser, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import (
     PGD,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import evaluated
-from attacked import CLASSES, Linear, labelled, linear, wrapped
+from attack_toys import CLASSES, Linear, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, SPSA, ThreatModel, standard_suite
 from cmap_defense.cmap.optimise import LatentState
@@ -270,7 +270,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"baseline_attacks": {"pgd": PGD(THREAT, steps=3)}},
         ["  steps: 2 before, 3 now\nGive"],
     ),
-    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attacked.Linear now\n"]),
+    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attack_toys.Linear now\n"]),
     "grouping": ({"protocol": PROTOCOL.replace(group=1)}, ["  group: 2 before, 1 now\nGive"]),
     "answers": ({"protocol": PROTOCOL.replace(answers=4)}, ["  answers: 2 before, 4 now\nGive"]),
     "runs": ({"protocol": PROTOCOL.replace(seeds=(0, 8))}, ["  seeds: [0, 7] before, [0, 8] now\nGive"]),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacked import labelled
+from attack_toys import labelled
 from cmap_defense import ThreatModel, evaluate
 from cmap_defense.attacks import Attack, Candidates, CrossEntropy, Goal, Oracle
 from cmap_defense.evaluation import Protocol, Report

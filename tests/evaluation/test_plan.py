@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from attacked import linear, wrapped
+from attack_toys import linear, wrapped
 from cmap_defense.attacks import PGD, SPSA, ShortCMAP, ThreatModel, Transfer
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import labelled, linear
+from attack_toys import labelled, linear
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.errors import EvaluationError, MissingExtraError, UnknownNameError
 from cmap_defense.evaluation import Accuracy, Protocol, Report, evaluate

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacked import QUICK, THREATS, Noisy, labelled, linear, suite, wrapped
+from attack_toys import QUICK, THREATS, Noisy, labelled, linear, suite, wrapped
 from cmap_defense.attacks import PGD, SPSA, Attack, LatentAttack, Margin, ThreatModel, Transfer, VoteMargin
 from cmap_defense.evaluation.answers import ask
 from cmap_defense.evaluation.describe import attack_settings

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attacked import labelled
+from attack_toys import labelled
 from cmap_defense import CMAPSettings, PurifiedClassifier, ThreatModel, evaluate
 from cmap_defense.attacks import PGD
 from cmap_defense.errors import BackboneError, GradientError, SettingsError, WrongKindError

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attacked import SHAPE, labelled, wrapped
+from attack_toys import SHAPE, labelled, wrapped
 from cmap_defense.errors import InputValueError, SettingsError
 from cmap_defense.evaluation.observation import (
     EPS,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attacked import CLASSES, SHAPE, THREATS, Denoiser, labelled, wrapped
+from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, labelled, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.errors import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from attacked import QUICK, linear, wrapped
+from attack_toys import QUICK, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.data import LabelledImages
 from cmap_defense.errors import InputValueError

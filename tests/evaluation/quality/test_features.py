@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from attacked import linear, wrapped
+from attack_toys import linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import ClassifierError, SettingsError

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch_msssim import ssim
 from torch import Tensor
 
-from attacked import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, linear, wrapped
+from attack_toys import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD
 from cmap_defense.cmap.voting import majority_label, nearest_voter

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from attacked import QUICK, THREATS, Linear, linear, wrapped
+from attack_toys import QUICK, THREATS, Linear, linear, wrapped
 from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError

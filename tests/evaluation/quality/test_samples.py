@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attacked import SHAPE, Denoiser, wrapped
+from attack_toys import SHAPE, Denoiser, wrapped
 from cmap_defense.evaluation.quality import sample_images
 from toys import ToyBackbone
 

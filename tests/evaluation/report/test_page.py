@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from attacked import labelled, wrapped
+from attack_toys import labelled, wrapped
 from cmap_defense.attacks import PGD, ThreatModel, Transfer
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.evaluation import Evaluation
