@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmap_defense.backbones.base import caster
 from cmap_defense.cautions import warn_of_probabilities, warn_of_training_mode
 from cmap_defense.cmap.losses import ObjectiveTerms
-from cmap_defense.cmap.objective import objective_terms
+from cmap_defense.cmap.objective import latent_chunks, objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
 from cmap_defense.conditioning import ClassLabels, choose_class_labels
@@ -159,17 +159,15 @@ class LatentAccess(NamedOptions, nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             came = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise InputValueError(f"latents must be [B, K, {expected}], but are {came}.")
-        flat = latents.flatten(0, 1)
-        chunk = self.max_parallel or max(1, len(flat))
         labels = check_class_labels(
             None if class_labels is None else class_labels.reshape(-1),
-            len(flat),
+            latents.shape[0] * latents.shape[1],
             getattr(self.backbone, "num_classes", None),
         )
-        given = [()] * len(flat.split(chunk)) if labels is None else [(part,) for part in labels.split(chunk)]
-        generate = caster(self.backbone, flat.device)
-        pieces = [generate(piece, *label) for piece, label in zip(flat.split(chunk), given, strict=True)]
-        return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
+        labels = None if labels is None else labels.reshape(latents.shape[:2])
+        generate = caster(self.backbone, latents.device)
+        images = [generate(*given) for given in latent_chunks(latents, labels, self.max_parallel)]
+        return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
 
     def _device(self) -> torch.device | None:
         """Where the model is; None when neither part has weights."""

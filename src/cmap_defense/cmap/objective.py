@@ -18,7 +18,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
 
-__all__ = ["Generate", "LatentObjective", "generate_in_chunks", "objective_terms"]
+__all__ = ["Generate", "LatentObjective", "generate_in_chunks", "latent_chunks", "objective_terms"]
 
 Generate = Callable[..., Tensor]
 """Unit latents [M, C, H, W], and where there are class labels those [M], to images [M, C, H, W] in [-1, 1]."""
@@ -26,10 +26,9 @@ Generate = Callable[..., Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Some of the B K latents of a batch: which images they belong to, and their class labels."""
+    """What some of the B K latents of a batch are compared with: their images by index, and these prepared for SSIM."""
 
     owners: Tensor
-    labels: tuple[Tensor, ...]
     reference: SSIMReference
 
 
@@ -71,12 +70,7 @@ class LatentObjective:
         self.chunk = max_parallel or max(1, math.prod(self.shape))
         reference = SSIMReference.of(self.images)
         owners = torch.arange(len(images), device=images.device).repeat_interleave(n_latents)
-        labels = [()] * len(owners.split(self.chunk))
-        if class_labels is not None:
-            labels = [(piece,) for piece in class_labels.flatten().split(self.chunk)]
-        self._chunks = [
-            _Chunk(own, piece, reference.take(own)) for own, piece in zip(owners.split(self.chunk), labels, strict=True)
-        ]
+        self._chunks = [_Chunk(part, reference.take(part)) for part in owners.split(self.chunk)]
 
     def gradient(self, latents: Tensor, *, keep_images: bool = False) -> tuple[ObjectiveTerms, Tensor, Tensor]:
         """The terms at latents [B, K, C, H, W], d(K L)/du, and G(u) where ``keep_images``; all without a graph.
@@ -85,10 +79,10 @@ class LatentObjective:
             BackboneError: ``generate`` returned another shape, or something without a gradient.
         """
         l1s, ssims, gradients, kept = [], [], [], []
-        for piece, chunk in self._pieces(latents):
+        for (part, *labels), chunk in self._split(latents):
             with torch.enable_grad():
-                leaf = piece.detach().requires_grad_()
-                generated = self._generated(leaf, chunk)
+                leaf = part.detach().requires_grad_()
+                generated = self._generated(leaf, *labels)
                 l1, ssim = perceptual_terms(generated, chunk.reference, self.settings.l1_smoothing)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
@@ -125,18 +119,19 @@ class LatentObjective:
         """
         smoothing = max(l1_smoothing, self.settings.l1_smoothing)
         products, to_all = [], torch.zeros_like(self.images)
-        for (piece, chunk), part in zip(self._pieces(latents), along.flatten(0, 1).split(self.chunk), strict=True):
+        directions = along.flatten(0, 1).split(self.chunk)
+        for ((part, *labels), chunk), direction in zip(self._split(latents), directions, strict=True):
             with torch.enable_grad():
-                leaf = piece.detach().requires_grad_()
+                leaf = part.detach().requires_grad_()
                 images = self.images[chunk.owners].requires_grad_(mixed)
-                generated = self._generated(leaf, chunk)
+                generated = self._generated(leaf, *labels)
                 l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
                 if gradient is None:
                     raise _detached()
                 wanted = (leaf, images) if mixed else (leaf,)
-                product, *to_images = torch.autograd.grad(gradient, wanted, part, materialize_grads=True)
+                product, *to_images = torch.autograd.grad(gradient, wanted, direction, materialize_grads=True)
             products.append(product)
             if mixed:
                 to_all.index_add_(0, chunk.owners, to_images[0])
@@ -150,12 +145,12 @@ class LatentObjective:
     def _latent_weight(self) -> float:
         return self.shape[1] * self.settings.latent_weight
 
-    def _pieces(self, latents: Tensor) -> Iterator[tuple[Tensor, _Chunk]]:
-        return zip(latents.flatten(0, 1).split(self.chunk), self._chunks, strict=True)
+    def _split(self, latents: Tensor) -> Iterator[tuple[tuple[Tensor, ...], _Chunk]]:
+        return zip(latent_chunks(latents, self.class_labels, self.chunk), self._chunks, strict=True)
 
-    def _generated(self, latents: Tensor, chunk: _Chunk) -> Tensor:
+    def _generated(self, latents: Tensor, *labels: Tensor) -> Tensor:
         """G in the latents' precision, or a :class:`BackboneError`."""
-        generated = self.generate(latents, *chunk.labels)
+        generated = self.generate(latents, *labels)
         if not isinstance(generated, Tensor) or generated.shape != latents.shape:
             came = list(generated.shape) if isinstance(generated, Tensor) else type(generated).__name__
             raise BackboneError(
@@ -190,18 +185,39 @@ def objective_terms(
     return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
 
 
+def latent_chunks(latents: Tensor, class_labels: Tensor | None, max_parallel: int | None) -> list[tuple[Tensor, ...]]:
+    """The arguments of ``generate``, chunk by chunk.
+
+    Args:
+        latents: [B, K, C, H, W].
+        class_labels: [B, K] integers, or None for a backbone that takes none.
+        max_parallel: latents in one chunk; None for all B K.
+
+    Returns:
+        Latents [m, C, H, W], or these and their labels [m], for each chunk.
+    """
+    size = max_parallel or max(1, latents.shape[0] * latents.shape[1])
+    given = (latents,) if class_labels is None else (latents, class_labels)
+    return list(zip(*(part.flatten(0, 1).split(size) for part in given), strict=True))
+
+
 def generate_in_chunks(
     generate: Generate, latents: Tensor, max_parallel: int | None, class_labels: Tensor | None = None
 ) -> Tensor:
-    """G of latents [B, K, C, H, W], without a graph: [B, K, C, H, W] in [-1, 1]."""
-    flat = latents.flatten(0, 1)
-    chunk = max_parallel or max(1, len(flat))
-    labels = [()] * len(flat.split(chunk))
-    if class_labels is not None:
-        labels = [(piece,) for piece in class_labels.flatten().split(chunk)]
+    """G of latents, without a graph.
+
+    Args:
+        generate: the generator G.
+        latents: [B, K, C, H, W].
+        max_parallel: latents per call of ``generate``; None for all B K at once.
+        class_labels: [B, K] integers, or None for a backbone that takes none.
+
+    Returns:
+        Images [B, K, C, H, W] in [-1, 1].
+    """
     with torch.no_grad():
-        pieces = [generate(piece, *given) for piece, given in zip(flat.split(chunk), labels, strict=True)]
-    return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
+        images = [generate(*given) for given in latent_chunks(latents, class_labels, max_parallel)]
+    return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
 
 
 def _detached() -> BackboneError:

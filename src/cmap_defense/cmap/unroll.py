@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmap_defense.cmap.adam import AdamState, adam_step
-from cmap_defense.cmap.objective import Generate, LatentObjective, objective_terms
+from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks, latent_chunks, objective_terms
 from cmap_defense.cmap.optimise import Callback, LatentState, LoopState, check_replaced, run_loop
 
 __all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
@@ -222,8 +222,7 @@ class _Generate(torch.autograd.Function):
     def forward(ctx: Any, latents: Tensor, generate: Generate, labels: Tensor | None, chunk: int) -> Tensor:
         ctx.generate, ctx.labels, ctx.chunk = generate, labels, chunk
         ctx.save_for_backward(latents)
-        pieces = [generate(piece, *given) for piece, given in _chunks(latents, labels, chunk)]
-        return torch.cat(pieces).to(latents.dtype).unflatten(0, latents.shape[:2])
+        return generate_in_chunks(generate, latents.detach(), chunk, labels)
 
     @staticmethod
     @once_differentiable
@@ -231,18 +230,13 @@ class _Generate(torch.autograd.Function):
         (latents,) = ctx.saved_tensors
         gradients = []
         parts = cotangents[0].flatten(0, 1).split(ctx.chunk)
-        for (piece, given), part in zip(_chunks(latents, ctx.labels, ctx.chunk), parts, strict=True):
+        chunks = latent_chunks(latents.detach(), ctx.labels, ctx.chunk)
+        for (flat, *labels), part in zip(chunks, parts, strict=True):
             with torch.enable_grad():
-                leaf = piece.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(ctx.generate(leaf, *given), leaf, part.to(leaf.dtype))
+                leaf = flat.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(ctx.generate(leaf, *labels), leaf, part.to(leaf.dtype))
             gradients.append(gradient)
         return torch.cat(gradients).view_as(latents), None, None, None
-
-
-def _chunks(latents: Tensor, labels: Tensor | None, chunk: int) -> Any:
-    pieces = latents.detach().flatten(0, 1).split(chunk)
-    given = [()] * len(pieces) if labels is None else [(part,) for part in labels.flatten().split(chunk)]
-    return zip(pieces, given, strict=True)
 
 
 def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool], None]:
