@@ -81,7 +81,7 @@ class ConsistencyDisruption(Attack):
             )
         oracle.check_classes(wrapper, clean)
         begin = wrapper.initial_latents(clean, seeds=oracle.next_noise())
-        searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean))
+        searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean), clean)
         small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta
         names = ("cross_entropy", "objective", "right", "latent_mean", "latent_std")

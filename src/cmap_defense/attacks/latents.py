@@ -58,26 +58,35 @@ class LatentSearch(Attack):
                 begin = wrapper.initial_latents(clean, seeds=oracle.own_seeds())
             else:
                 begin = wrapper.purify(clean, seeds=oracle.next_noise(), class_labels=labels).latents
-        return Searched(wrapper, begin, labels)
+        return Searched(wrapper, begin, labels, clean)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Searched:
-    """wrapper: whose latents they are. begin: [B, M, C, H, W]. class_labels: [B, M], or None."""
+    """Latents that an attack searches.
+
+    Attributes:
+        wrapper: the model whose latents they are.
+        begin: [B, M, C, H, W], where the search starts.
+        class_labels: [B, M] integers, or None where the backbone is not class-conditional.
+        clean: [B, C, H, W], the clean images, around which latents with a noise level live.
+    """
 
     wrapper: PurifiedClassifier
     begin: Tensor
     class_labels: Tensor | None
+    clean: Tensor
 
     def doubled(self) -> Searched:
         """Twice the latents: each image's M, and the same M once more."""
         labels = None if self.class_labels is None else self.class_labels.repeat(1, 2)
-        return Searched(self.wrapper, self.begin.repeat(1, 2, 1, 1, 1), labels)
+        return Searched(self.wrapper, self.begin.repeat(1, 2, 1, 1, 1), labels, self.clean)
 
     def generate(self, latents: Tensor, rows: slice, like: Tensor | None) -> Tensor:
         """G of the latents of some images, [b, M, C, H, W] in [0, 1]; at the size of ``like``, or the backbone's."""
         labels = None if self.class_labels is None else self.class_labels[rows]
-        return self.wrapper.generate(latents, class_labels=labels, size=None if like is None else like.shape[2:])
+        size = None if like is None else like.shape[2:]
+        return self.wrapper.generate(latents, self.clean[rows], class_labels=labels, size=size)
 
     def classify(self, shown: Tensor) -> Tensor:
         """The bare classifier's logits [b M, classes] on images [b, M, C, H, W] in [0, 1]."""

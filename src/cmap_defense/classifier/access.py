@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmap_defense.backbones.base import caster
 from cmap_defense.cautions import warn_of_probabilities, warn_of_training_mode
 from cmap_defense.cmap.losses import ObjectiveTerms
-from cmap_defense.cmap.objective import latent_chunks, objective_terms
+from cmap_defense.cmap.objective import around_inputs, latent_chunks, objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
 from cmap_defense.conditioning import ClassLabels, choose_class_labels
@@ -81,19 +81,30 @@ class LatentAccess(NamedOptions, nn.Module):
         return drawn.to(unit.device, unit.dtype)
 
     def generate(
-        self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
+        self,
+        latents: Tensor,
+        images: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        size: Sequence[int] | None = None,
     ) -> Tensor:
-        """G of latents [B, K, C, H, W]: images [B, K, C, H, W] in [0, 1], differentiable.
+        """The images [B, K, C, H, W] in [0, 1] of latents [B, K, C, H, W], differentiable.
 
         Args:
             latents: unit, of the backbone's size.
+            images: inputs as for :meth:`forward`, [B, C, H, W], around which the latents live where the settings have a
+                level; without one they are not needed, and not used.
             class_labels: [B, K] integers for a class-conditional backbone.
-            size: (H, W) of the images, where the wrapper resizes; None for the backbone's.
+            size: (H, W) of the images returned, where the wrapper resizes; None for the backbone's.
+
+        Raises:
+            InputValueError: the settings have a level, and there are no images.
         """
-        images = (self._generated(latents, class_labels).clamp(-1, 1) + 1) / 2
+        inputs = None if images is None else self.preprocessing.to_unit(images, self._device())
+        generated = (self._generated(latents, class_labels, inputs).clamp(-1, 1) + 1) / 2
         if size is None:
-            return images
-        return self.preprocessing.resized(images.flatten(0, 1), size).unflatten(0, latents.shape[:2])
+            return generated
+        return self.preprocessing.resized(generated.flatten(0, 1), size).unflatten(0, latents.shape[:2])
 
     def objective(self, latents: Tensor, images: Tensor, *, class_labels: Tensor | None = None) -> ObjectiveTerms:
         """The terms of eq. 9 that the purification minimises, and their sum, differentiable in latents and images.
@@ -109,17 +120,22 @@ class LatentAccess(NamedOptions, nn.Module):
         unit = self.preprocessing.to_unit(images, self._device())
         latents = self._check_latents(latents, unit)
         small = self.preprocessing.resized(unit, self.image_shape[1:]).to(latents.dtype)
-        generated = self._generated(latents, class_labels)
+        generated = self._generated(latents, class_labels, unit)
         return objective_terms(latents, generated, small, self.settings)
 
     def classify_latents(
-        self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
+        self,
+        latents: Tensor,
+        images: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        size: Sequence[int] | None = None,
     ) -> Tensor:
         """The classifier's logits [B, K, classes] on the images of latents [B, K, C, H, W], differentiable.
 
-        size: (H, W) of the images that the classifier is shown, where the wrapper resizes; None for the backbone's.
+        The arguments are those of :meth:`generate`.
         """
-        return self._classify(self.generate(latents, class_labels=class_labels, size=size))
+        return self._classify(self.generate(latents, images, class_labels=class_labels, size=size))
 
     def undefended(self, images: Tensor, *, check: bool = True) -> Tensor:
         """The bare classifier's logits [B, classes] on images as :meth:`forward` takes them, not purified.
@@ -147,14 +163,25 @@ class LatentAccess(NamedOptions, nn.Module):
         return self._labels(None, self.preprocessing.to_unit(images, self._device()), self.purifier.n_latents)
 
     def forward_from_latents(
-        self, latents: Tensor, *, class_labels: Tensor | None = None, size: Sequence[int] | None = None
+        self,
+        latents: Tensor,
+        images: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        size: Sequence[int] | None = None,
     ) -> Tensor:
-        """What :meth:`forward` answers when a purification ends at these latents: [B, classes], differentiable."""
-        logits = self.classify_latents(latents, class_labels=class_labels, size=size)
+        """What :meth:`forward` returns when a purification ends at these latents: [B, classes], differentiable.
+
+        The arguments are those of :meth:`generate`.
+        """
+        logits = self.classify_latents(latents, images, class_labels=class_labels, size=size)
         return vote_logits(logits, lift=self.vote == "label")
 
-    def _generated(self, latents: Tensor, class_labels: Tensor | None) -> Tensor:
-        """G of latents [B, K, C, H, W] in [-1, 1], in chunks, with an ordinary graph; checked."""
+    def _generated(self, latents: Tensor, class_labels: Tensor | None, images: Tensor | None) -> Tensor:
+        """The images [B, K, C, H, W] in [-1, 1] of latents, in chunks, with an ordinary graph; checked.
+
+        images: the inputs [B, C, H, W] in [0, 1], of any size, or None.
+        """
         if not isinstance(latents, Tensor) or latents.ndim != 5 or tuple(latents.shape[2:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             came = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
@@ -165,9 +192,19 @@ class LatentAccess(NamedOptions, nn.Module):
             getattr(self.backbone, "num_classes", None),
         )
         labels = None if labels is None else labels.reshape(latents.shape[:2])
+        level = self.purifier.settings.level if isinstance(self.purifier, CMAP) else None
+        inputs = None
         generate = caster(self.backbone, latents.device)
-        images = [generate(*given) for given in latent_chunks(latents, labels, self.max_parallel)]
-        return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
+        if level is not None:
+            if images is None or len(images) != len(latents):
+                raise InputValueError(
+                    f"At level {level:g} the images of latents depend on the inputs: give [{len(latents)}, C, H, W] "
+                    "after the latents."
+                )
+            inputs = self.preprocessing.resized(images, self.image_shape[1:]).to(latents.dtype)
+            generate = around_inputs(caster(self.backbone, latents.device, "denoise"), level)
+        generated = [generate(*given) for given in latent_chunks(latents, labels, self.max_parallel, inputs)]
+        return torch.cat(generated).to(latents.dtype).unflatten(0, latents.shape[:2])
 
     def _device(self) -> torch.device | None:
         """Where the model is; None when neither part has weights."""

@@ -160,6 +160,8 @@ class PurifiedClassifier(LatentAccess):
             raise SettingsError(
                 "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
             )
+        if purifier is None and settings is not None:
+            purifier = CMAP(settings)
         needs = "generate" if purifier is None else purifier.needs
         if isinstance(backbone, (str, os.PathLike)):
             try:
@@ -174,7 +176,8 @@ class PurifiedClassifier(LatentAccess):
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
         if purifier is None:
-            purifier = CMAP(_settings_of(self.backbone) if settings is None else settings)
+            purifier = CMAP(_settings_of(self.backbone))
+            check_backbone(self.backbone, purifier.needs)
         self.purifier = purifier
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()

@@ -18,10 +18,21 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
 
-__all__ = ["Generate", "LatentObjective", "generate_in_chunks", "latent_chunks", "objective_terms"]
+__all__ = [
+    "Generate",
+    "LatentObjective",
+    "around_inputs",
+    "generate_in_chunks",
+    "latent_chunks",
+    "objective_terms",
+]
 
 Generate = Callable[..., Tensor]
-"""Unit latents [M, C, H, W], and where there are class labels those [M], to images [M, C, H, W] in [-1, 1]."""
+"""Unit latents [M, C, H, W] to images [M, C, H, W] in [-1, 1].
+
+Where the settings have a level, it is given the inputs [M, C, H, W] in [0, 1] after the latents. Where there are class
+labels, it is given those [M] last.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +47,7 @@ class LatentObjective:
     """L of eq. 9 for images [B, C, H, W] and their K latents.
 
     Args:
-        generate: the generator G; gradients must flow from its output to its input.
+        generate: the generator, see :data:`Generate`; gradients must flow from its output to its input.
         images: [B, C, H, W] in [0, 1], float32 or float64, detached.
         n_latents: K.
         settings: the constants.
@@ -82,7 +93,7 @@ class LatentObjective:
         for (part, *labels), chunk in self._split(latents):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                generated = self._generated(leaf, *labels)
+                generated = self._generated(leaf, self.images[chunk.owners], *labels)
                 l1, ssim = perceptual_terms(generated, chunk.reference, self.settings.l1_smoothing)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
@@ -124,7 +135,7 @@ class LatentObjective:
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 images = self.images[chunk.owners].requires_grad_(mixed)
-                generated = self._generated(leaf, *labels)
+                generated = self._generated(leaf, images, *labels)
                 l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
@@ -148,14 +159,18 @@ class LatentObjective:
     def _split(self, latents: Tensor) -> Iterator[tuple[tuple[Tensor, ...], _Chunk]]:
         return zip(latent_chunks(latents, self.class_labels, self.chunk), self._chunks, strict=True)
 
-    def _generated(self, latents: Tensor, *labels: Tensor) -> Tensor:
-        """G in the latents' precision, or a :class:`BackboneError`."""
-        generated = self.generate(latents, *labels)
+    @property
+    def inputs(self) -> Tensor | None:
+        """The images, where those of latents depend on them; None without a level."""
+        return None if self.settings.level is None else self.images
+
+    def _generated(self, latents: Tensor, images: Tensor, *labels: Tensor) -> Tensor:
+        """The images of latents in their precision, or a :class:`BackboneError`."""
+        given = labels if self.settings.level is None else (images, *labels)
+        generated = self.generate(latents, *given)
         if not isinstance(generated, Tensor) or generated.shape != latents.shape:
             came = list(generated.shape) if isinstance(generated, Tensor) else type(generated).__name__
-            raise BackboneError(
-                f"The backbone's generate must return images shaped {list(latents.shape)}, but returned {came}."
-            )
+            raise BackboneError(f"The backbone must return images shaped {list(latents.shape)}, but returned {came}.")
         if not generated.requires_grad:
             raise _detached()
         return generated.to(latents.dtype)
@@ -185,43 +200,70 @@ def objective_terms(
     return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
 
 
-def latent_chunks(latents: Tensor, class_labels: Tensor | None, max_parallel: int | None) -> list[tuple[Tensor, ...]]:
-    """The arguments of ``generate``, chunk by chunk.
+def latent_chunks(
+    latents: Tensor, class_labels: Tensor | None, max_parallel: int | None, inputs: Tensor | None = None
+) -> list[tuple[Tensor, ...]]:
+    """The arguments of :data:`Generate`, chunk by chunk.
 
     Args:
         latents: [B, K, C, H, W].
         class_labels: [B, K] integers, or None for a backbone that takes none.
         max_parallel: latents in one chunk; None for all B K.
+        inputs: [B, C, H, W], the images that those of latents depend on, or None.
 
     Returns:
-        Latents [m, C, H, W], or these and their labels [m], for each chunk.
+        For each chunk the latents [m, C, H, W], their inputs [m, C, H, W] and their labels [m], those that there are.
     """
     size = max_parallel or max(1, latents.shape[0] * latents.shape[1])
-    given = (latents,) if class_labels is None else (latents, class_labels)
-    return list(zip(*(part.flatten(0, 1).split(size) for part in given), strict=True))
+    given = [latents.flatten(0, 1)]
+    if inputs is not None:
+        given.append(inputs.repeat_interleave(latents.shape[1], dim=0))
+    if class_labels is not None:
+        given.append(class_labels.flatten())
+    return list(zip(*(part.split(size) for part in given), strict=True))
 
 
 def generate_in_chunks(
-    generate: Generate, latents: Tensor, max_parallel: int | None, class_labels: Tensor | None = None
+    generate: Generate,
+    latents: Tensor,
+    max_parallel: int | None,
+    class_labels: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
-    """G of latents, without a graph.
+    """The images of latents, without a graph.
 
     Args:
-        generate: the generator G.
+        generate: the generator.
         latents: [B, K, C, H, W].
         max_parallel: latents per call of ``generate``; None for all B K at once.
         class_labels: [B, K] integers, or None for a backbone that takes none.
+        inputs: [B, C, H, W] in [0, 1], the images that those of latents depend on; None where the settings have no
+            level.
 
     Returns:
         Images [B, K, C, H, W] in [-1, 1].
     """
     with torch.no_grad():
-        images = [generate(*given) for given in latent_chunks(latents, class_labels, max_parallel)]
+        images = [generate(*given) for given in latent_chunks(latents, class_labels, max_parallel, inputs)]
     return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
+
+
+def around_inputs(denoise: Callable[..., Tensor], level: float) -> Generate:
+    """The generator of latents at a noise level around their inputs: clip(f(x' + s u, s), -1, 1), x' = 2 x - 1.
+
+    Args:
+        denoise: f, of noisy images [M, C, H, W] in units of [-1, 1], the level, and class labels where there are some.
+        level: s, above 0.
+    """
+
+    def generate(latents: Tensor, inputs: Tensor, *class_labels: Tensor) -> Tensor:
+        return denoise(2 * inputs - 1 + level * latents, level, *class_labels).clamp(-1, 1)
+
+    return generate
 
 
 def _detached() -> BackboneError:
     return BackboneError(
-        "The backbone's generate returned images that do not depend on the latents for autograd. "
+        "The backbone returned images that do not depend on the latents for autograd. "
         "Remove torch.no_grad, torch.inference_mode and detach from it."
     )

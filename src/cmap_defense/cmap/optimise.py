@@ -74,7 +74,8 @@ def optimise_latents(
     """Minimise eq. 9 over the latents of every image.
 
     Args:
-        generate: the generator G; gradients must flow from its output to its input.
+        generate: the generator, see :data:`~cmap_defense.cmap.objective.Generate`; gradients must flow from its output
+            to its input.
         images: [B, C, H, W] in [0, 1].
         latents: [B, K, C, H, W], where to start; unit, float32 or float64.
         settings: the constants.
@@ -122,7 +123,10 @@ def history_of(rows: list[tuple[Tensor, ...]], latents: Tensor) -> History:
     Raises:
         BackboneError: the objective or the latents became NaN or infinite.
     """
-    history = History(*(torch.stack(column) for column in zip(*rows, strict=True)))
+    columns = (
+        zip(*rows, strict=True) if rows else [[latents.new_empty(len(latents))]] * len(dataclasses.fields(History))
+    )
+    history = History(*(torch.stack(list(column))[: len(rows)] for column in columns))
     if not (torch.isfinite(history.total).all() and torch.isfinite(latents).all()):
         raise BackboneError(
             "The backbone's images or their gradients became NaN or infinite during the optimisation. "

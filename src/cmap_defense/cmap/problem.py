@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cmap_defense.cmap.objective import LatentObjective, generate_in_chunks
 from cmap_defense.cmap.optimise import Callback, minimise
+from cmap_defense.cmap.unroll import generate_with_gradient
 from cmap_defense.errors import BackboneError
 from cmap_defense.results import History, PurificationResult
 
@@ -38,10 +39,15 @@ class LatentProblem:
         """The loop as it is, without a graph."""
         with torch.autocast(self.start.device.type, enabled=False):  # the backbone alone gets the caller's autocast
             found, history = minimise(self.objective, self.start, callback=callback)
-            generated = generate_in_chunks(
-                self.objective.generate, found, self.objective.chunk, self.objective.class_labels
-            )
+            problem = self.objective
+            generated = generate_in_chunks(problem.generate, found, problem.chunk, problem.class_labels, problem.inputs)
         return self.result(found, generated, history)
+
+    def generate(self, latents: Tensor) -> Tensor:
+        """The images [B, K, C, H, W] in [-1, 1] of latents, differentiable once in both latents and ``images``."""
+        problem = self.objective
+        inputs = None if problem.inputs is None else self.images
+        return generate_with_gradient(problem.generate, latents, problem.class_labels, problem.chunk, inputs)
 
     def result(self, latents: Tensor, generated: Tensor, history: History | None) -> PurificationResult:
         """The result for found latents and their images [B, K, C, H, W] in [-1, 1], with whatever graph they have.
@@ -51,7 +57,7 @@ class LatentProblem:
         """
         if generated.numel() and generated.detach().abs().max() > 1 + RANGE_TOLERANCE:
             raise BackboneError(
-                f"The backbone's generate must return images in [-1, 1], but their largest magnitude is "
+                f"The backbone must return images in [-1, 1], but their largest magnitude is "
                 f"{generated.detach().abs().max().item():.4g}."
             )
         images = (generated.clamp(-1, 1) + 1) / 2

@@ -22,12 +22,16 @@ class CMAPSettings(Settings):
     Args:
         n_latents: K, the latents per image, 1 at least. K = 1 has no standard deviation: eq. 12 is then its mean term
             alone.
-        iterations: N, the Adam steps, 1 at least.
+        iterations: N, the Adam steps, 1 at least; 0 too where there is a level, which is one-step purification then.
         learning_rate: of Adam on unit latents, above 0.
         betas: of Adam, each in [0, 1).
         eps: of Adam, on the gradient of K times eq. 9 with respect to unit latents, above 0.
         ssim_weight: weight of the SSIM sum in eq. 10, 0 at least.
         latent_weight: weight of eq. 12 in eq. 9, for unit latents, 0 at least.
+        level: s, the noise level of the latents, in units of images in [-1, 1]. None is the paper's method: latents are
+            those of the highest level, and their images G(u) do not depend on the input otherwise. With a number they
+            live around the input x' = 2 x - 1: the images are clip(f(x' + s u, s), -1, 1), with f the backbone's
+            ``denoise``. This family is ours, not the paper's.
         l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0,
             the method's own, has a sharp corner.
 
@@ -42,6 +46,7 @@ class CMAPSettings(Settings):
     eps: float = 8e-7
     ssim_weight: float = 2.0
     latent_weight: float = 3.2
+    level: float | None = None
     l1_smoothing: float = 0.0
 
     _synonyms: ClassVar[Mapping[str, str]] = {
@@ -54,7 +59,9 @@ class CMAPSettings(Settings):
 
     def __post_init__(self) -> None:
         require_integer("CMAPSettings", "n_latents", self.n_latents, minimum=1)
-        require_integer("CMAPSettings", "iterations", self.iterations, minimum=1)
+        if self.level is not None:
+            require_number("CMAPSettings", "level", self.level, above=0.0)
+        require_integer("CMAPSettings", "iterations", self.iterations, minimum=1 if self.level is None else 0)
         require_number("CMAPSettings", "learning_rate", self.learning_rate, above=0.0)
         require_number("CMAPSettings", "eps", self.eps, above=0.0)
         require_number("CMAPSettings", "ssim_weight", self.ssim_weight, minimum=0.0)

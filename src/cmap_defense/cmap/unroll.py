@@ -95,7 +95,13 @@ def _called(
     """The latents after a live hook: its own where it returned some."""
     with torch.enable_grad():
         inside = latents if latents.requires_grad else latents.detach().requires_grad_()
-        generated = generate_with_gradient(objective.generate, inside, objective.class_labels, objective.chunk)
+        generated = generate_with_gradient(
+            objective.generate,
+            inside,
+            objective.class_labels,
+            objective.chunk,
+            None if objective.inputs is None else images,
+        )
         smoothing = max(smoothing, objective.settings.l1_smoothing)
         terms = objective_terms(inside, generated, images, objective.settings, l1_smoothing=smoothing)
         indices = torch.arange(len(images), device="cpu")
@@ -104,10 +110,19 @@ def _called(
 
 
 def generate_with_gradient(
-    generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None
+    generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None, inputs: Tensor | None = None
 ) -> Tensor:
-    """G of latents [B, K, C, H, W], differentiable once; memory holds the graph of one chunk, in the backward pass."""
-    return _Generate.apply(latents, generate, class_labels, chunk or max(1, latents.shape[0] * latents.shape[1]))
+    """The images of latents, differentiable once; memory holds the graph of one chunk, in the backward pass.
+
+    Args:
+        generate: the generator.
+        latents: [B, K, C, H, W].
+        class_labels: [B, K] integers, or None for a backbone that takes none.
+        chunk: latents per call of ``generate``; None for all.
+        inputs: [B, C, H, W] in [0, 1] with their graph, where the images depend on them; None where they do not.
+    """
+    size = chunk or max(1, latents.shape[0] * latents.shape[1])
+    return _Generate.apply(latents, inputs, generate, class_labels, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,27 +231,30 @@ class _Bound:
 
 
 class _Generate(torch.autograd.Function):
-    """G of latents, its graph made again in the backward pass, chunk by chunk."""
+    """The images of latents, their graph made again in the backward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, generate: Generate, labels: Tensor | None, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, latents: Tensor, inputs: Tensor | None, generate: Generate, labels: Tensor | None, chunk: int
+    ) -> Tensor:
         ctx.generate, ctx.labels, ctx.chunk = generate, labels, chunk
-        ctx.save_for_backward(latents)
-        return generate_in_chunks(generate, latents.detach(), chunk, labels)
+        ctx.save_for_backward(latents, inputs)
+        return generate_in_chunks(generate, latents.detach(), chunk, labels, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (latents,) = ctx.saved_tensors
+        latents, inputs = ctx.saved_tensors
+        differentiated = 1 if inputs is None else 2
         gradients = []
         parts = cotangents[0].flatten(0, 1).split(ctx.chunk)
-        chunks = latent_chunks(latents.detach(), ctx.labels, ctx.chunk)
-        for (flat, *labels), part in zip(chunks, parts, strict=True):
+        for given, part in zip(latent_chunks(latents, ctx.labels, ctx.chunk, inputs), parts, strict=True):
             with torch.enable_grad():
-                leaf = flat.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(ctx.generate(leaf, *labels), leaf, part.to(leaf.dtype))
-            gradients.append(gradient)
-        return torch.cat(gradients).view_as(latents), None, None, None
+                leaves = [tensor.detach().requires_grad_() for tensor in given[:differentiated]]
+                images = ctx.generate(*leaves, *given[differentiated:])
+                gradients.append(torch.autograd.grad(images, leaves, part.to(images.dtype)))
+        to_latents, *to_inputs = (torch.cat(column).view_as(latents) for column in zip(*gradients, strict=True))
+        return to_latents, to_inputs[0].sum(dim=1) if to_inputs else None, None, None, None
 
 
 def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool], None]:

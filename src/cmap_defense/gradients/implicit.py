@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from cmap_defense.cmap.implicit import ImplicitReport, LinearSolve, implicit_latents
-from cmap_defense.cmap.unroll import generate_with_gradient
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 from cmap_defense.settings import require_integer, require_number
@@ -64,7 +63,7 @@ class Implicit(GradientMode):
         objective = problem.objective
         with torch.autocast(problem.start.device.type, enabled=False):
             latents = implicit_latents(objective, problem.images, plain.latents, self.solve, self._report)
-            generated = generate_with_gradient(objective.generate, latents, objective.class_labels, objective.chunk)
+            generated = problem.generate(latents)
         return problem.result(latents, generated, plain.history)
 
     def _report(self, report: ImplicitReport) -> None:

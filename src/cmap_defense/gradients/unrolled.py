@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmap_defense.cmap.optimise import history_of
-from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
+from cmap_defense.cmap.unroll import Backward, unrolled_latents
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 from cmap_defense.settings import require_integer, require_number
@@ -76,7 +76,7 @@ class Unrolled(GradientMode):
                 live_at=purification.live_at,
                 rows=rows,
             )
-            generated = generate_with_gradient(objective.generate, latents, objective.class_labels, objective.chunk)
+            generated = problem.generate(latents)
             return problem.result(latents, generated, history_of(rows, latents.detach()))
 
     def __repr__(self) -> str:

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from cmap_defense.cmap.optimise import Callback
+from cmap_defense.errors import SettingsError
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Purifier"]
+__all__ = ["Purifier", "require_level"]
 
 
 class Purifier(abc.ABC):
@@ -66,3 +67,19 @@ class Purifier(abc.ABC):
         Returns:
             The purified images and the noise they came from. A classifier is not involved.
         """
+
+
+def require_level(backbone: nn.Module, owner: str, level: float) -> None:
+    """Raises :class:`SettingsError` where a noise level is above what a backbone was trained for.
+
+    Args:
+        backbone: it says ``noise``, or nothing is refused.
+        owner: the class whose ``level`` it is.
+        level: in units of images in [-1, 1].
+    """
+    noise_range = getattr(backbone, "noise", None)
+    if noise_range is not None and level > noise_range.sigma_max:
+        raise SettingsError(
+            f"{owner}.level must be at most {noise_range.sigma_max:g}, the strongest noise of the backbone, but is "
+            f"{level:g}."
+        )

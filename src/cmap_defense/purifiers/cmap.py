@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.base import caster
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.cmap.objective import LatentObjective
+from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import CMAPSettings
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
 
@@ -19,13 +19,20 @@ __all__ = ["CMAP"]
 
 
 class CMAP(Purifier):
-    """Consistency-model adversarial purification (arXiv 2412.08394, algorithm 1 without the classifier)."""
+    """Consistency-model adversarial purification (arXiv 2412.08394, algorithm 1 without the classifier).
 
-    needs = "generate"
+    With ``CMAPSettings(level=s)`` the latents live around the input at the noise level s, which is not the paper's: see
+    :class:`~cmap_defense.cmap.settings.CMAPSettings`.
+    """
+
     optimises_latents = True
 
     def __init__(self, settings: CMAPSettings | None = None) -> None:
         self.settings = settings or CMAPSettings()
+
+    @property
+    def needs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "generate" if self.settings.level is None else "denoise"
 
     @property
     def n_latents(self) -> int:
@@ -82,11 +89,13 @@ class CMAP(Purifier):
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
         images = images.to(dtype)
-        generate = caster(backbone, images.device)
+        generate, one_latent = self._generator(backbone, images)
         with torch.autocast(images.device.type, enabled=False):
             if max_parallel is None and start.numel():
                 conditional = class_labels is not None
-                max_parallel = default_max_parallel(generate, images.shape[1:], images.device, conditional=conditional)
+                max_parallel = default_max_parallel(
+                    one_latent, images.shape[1:], images.device, conditional=conditional
+                )
             objective = LatentObjective(
                 generate,
                 images.detach(),
@@ -96,6 +105,16 @@ class CMAP(Purifier):
                 max_parallel=max_parallel,
             )
         return LatentProblem(objective, images, start, None if latents is not None else seeds)
+
+    def _generator(self, backbone: nn.Module, images: Tensor) -> tuple[Generate, Generate]:
+        """The generator, and the same of latents alone, by which its memory is measured."""
+        level = self.settings.level
+        if level is None:
+            generate = caster(backbone, images.device)
+            return generate, generate
+        require_level(backbone, "CMAPSettings", level)
+        denoise = caster(backbone, images.device, "denoise")
+        return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
 
     def __repr__(self) -> str:
         return f"CMAP({self.settings})"

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from cmap_defense.backbones.base import caster
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.optimise import Callback
-from cmap_defense.errors import BackboneError, SettingsError
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.errors import BackboneError
+from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
 from cmap_defense.settings import Settings, require_integer, require_number
@@ -69,12 +69,7 @@ class OneStep(Settings, Purifier):
             SettingsError: the backbone was not trained for noise as strong as ``level``.
             BackboneError: the backbone's images have another shape than their input.
         """
-        noise_range = getattr(backbone, "noise", None)
-        if noise_range is not None and self.level > noise_range.sigma_max:
-            raise SettingsError(
-                f"OneStep.level must be at most {noise_range.sigma_max:g}, the strongest noise of the backbone, but is "
-                f"{self.level:g}."
-            )
+        require_level(backbone, "OneStep", self.level)
         dtype = torch.promote_types(images.dtype, torch.float32)
         images = images.to(dtype)
         noise = draw_latents(seeds, self.n_latents, images.shape[1:]) if latents is None else latents.detach()
