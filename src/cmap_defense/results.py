@@ -48,8 +48,9 @@ class PurificationResult:
         votes: [B, classes], how many of the K images are classified so.
         labels: [B], the majority label (eq. 14).
         margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
-
-    The last four are None when there was no classifier.
+        passes: [B] int64, the network passes that each image took, where that depends on the image; None where it is
+            what the purifier's ``passes`` says.
+    Logits, votes, labels and margin are None when there was no classifier.
     """
 
     images: Tensor
@@ -61,6 +62,7 @@ class PurificationResult:
     votes: Tensor | None = None
     labels: Tensor | None = None
     margin: Tensor | None = None
+    passes: Tensor | None = None
 
     def __repr__(self) -> str:
         return _shapes(self)

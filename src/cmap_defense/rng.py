@@ -44,25 +44,37 @@ def derived_seeds(seeds: Tensor, stream: int) -> Tensor:
     return torch.tensor([(word + _WORD // 2) % _WORD - _WORD // 2 for word in mixed], dtype=torch.int64)
 
 
-def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int]) -> Tensor:
-    """Unit latents [B, K, C, H, W] in float32 on the CPU; row b is a function of ``seeds[b]`` alone.
+def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int], *, step: int = 0) -> Tensor:
+    """Unit noise [B, K, C, H, W] in float32 on the CPU; row b is a function of ``seeds[b]`` and ``step`` alone.
 
     Each seed is the key of a Philox generator of numpy's, which uses all 64 bits (torch's CPU generator uses 32). The
-    latents
-    of one image are drawn one after the other, so the first K of a seed are the same for every larger K.
+    latents of one image are drawn one after the other, so the first K of a seed are the same for every larger K.
+
+    Args:
+        seeds: [B] int64, one per image.
+        n_latents: K, the latents or purified versions of an image.
+        image_shape: (C, H, W).
+        step: number of the draw, where a purification needs noise more than once. Each has a part of the generator's
+            sequence to itself, so that the noise of a step can be drawn again without that of the steps before.
     """
-    latents = np.empty((len(seeds), n_latents, *image_shape), dtype=np.float32)
-    for row, seed in zip(latents, seeds.tolist(), strict=True):
-        np.random.Generator(np.random.Philox(key=seed % _WORD)).standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(latents)
-
-
-def draw_uniform(seeds: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Numbers in [0, 1), [B, C, H, W] in float32 on the CPU; row b is a function of ``seeds[b]`` alone."""
-    drawn = np.empty((len(seeds), *image_shape), dtype=np.float32)
-    for row, seed in zip(drawn, seeds.tolist(), strict=True):
-        np.random.Generator(np.random.Philox(key=seed % _WORD)).random(dtype=np.float32, out=row)
+    drawn = np.empty((len(seeds), n_latents, *image_shape), dtype=np.float32)
+    for row, generator in zip(drawn, _generators(seeds, step), strict=True):
+        generator.standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(drawn)
+
+
+def draw_uniform(seeds: Tensor, shape: Sequence[int], *, step: int = 0) -> Tensor:
+    """Numbers in [0, 1), [B, *shape] in float32 on the CPU; row b is a function of ``seeds[b]`` and ``step`` alone."""
+    drawn = np.empty((len(seeds), *shape), dtype=np.float32)
+    for row, generator in zip(drawn, _generators(seeds, step), strict=True):
+        generator.random(dtype=np.float32, out=row)
+    return torch.from_numpy(drawn)
+
+
+def _generators(seeds: Tensor, step: int) -> Iterator[np.random.Generator]:
+    """A generator for each seed, 2^192 draws behind the one of the step before."""
+    for seed in seeds.tolist():
+        yield np.random.Generator(np.random.Philox(key=seed % _WORD, counter=step << 192))
 
 
 @contextlib.contextmanager

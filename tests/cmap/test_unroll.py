@@ -47,8 +47,7 @@ def score(
         objective,
         images,
         START,
-        last=last,
-        backward=Backward(**backward),  # pyright: ignore[reportArgumentType]
+        backward=Backward(last=last, **backward),  # pyright: ignore[reportArgumentType]
         callback=callback,
     )
     return (generate_with_gradient(GENERATOR.generate, latents, None, chunk) * WEIGHTS).sum()
@@ -86,7 +85,7 @@ def test_one_latent_has_no_deviation_and_still_an_exact_gradient():
 
     def value(images: Tensor) -> Tensor:
         objective = LatentObjective(GENERATOR.generate, images, 1, settings)
-        latents = unrolled_latents(objective, images, start, last=None, backward=Backward())
+        latents = unrolled_latents(objective, images, start, backward=Backward())
         return (generate_with_gradient(GENERATOR.generate, latents, None, None) * WEIGHTS[:, :1]).sum()
 
     leaf = IMAGES.clone().requires_grad_()
@@ -104,7 +103,7 @@ def test_the_last_steps_alone_are_the_loop_from_the_state_before_them():
         early = LatentObjective(GENERATOR.generate, IMAGES, K, settings)
         late = LatentObjective(GENERATOR.generate, images, K, settings)
         switched = _Switching(early, late, settings.iterations - last)
-        latents = unrolled_latents(switched, images, START, last=last, backward=Backward())  # pyright: ignore[reportArgumentType]
+        latents = unrolled_latents(switched, images, START, backward=Backward(last=last))  # pyright: ignore[reportArgumentType]
         return (generate_with_gradient(GENERATOR.generate, latents, None, None) * WEIGHTS).sum()
 
     with torch.no_grad():
@@ -141,7 +140,7 @@ def test_gradient_is_finite_also_where_latents_agree_and_images_are_flat(images:
     leaf = images.clone().requires_grad_()
     objective = LatentObjective(GENERATOR.generate, leaf, K, settings)
     equal = torch.zeros_like(START)
-    latents = unrolled_latents(objective, leaf, equal, last=None, backward=Backward())
+    latents = unrolled_latents(objective, leaf, equal, backward=Backward())
     (gradient,) = torch.autograd.grad((latents * WEIGHTS).sum(), leaf)
     assert torch.isfinite(gradient).all()
 
@@ -152,7 +151,7 @@ def test_values_are_those_of_the_plain_loop_to_the_bit():
     leaf = IMAGES.clone().requires_grad_()
     for checkpoint in (True, False):
         objective = LatentObjective(GENERATOR.generate, leaf, K, settings)
-        latents = unrolled_latents(objective, leaf, START, last=5, backward=Backward(checkpoint=checkpoint))
+        latents = unrolled_latents(objective, leaf, START, backward=Backward(last=5, checkpoint=checkpoint))
         assert torch.equal(latents, found)
 
 
@@ -213,7 +212,7 @@ def test_batch_of_images_is_each_image_alone():
     for b in range(B):
         alone = IMAGES[b : b + 1].clone().requires_grad_()
         objective = LatentObjective(GENERATOR.generate, alone, K, settings)
-        latents = unrolled_latents(objective, alone, START[b : b + 1], last=None, backward=Backward())
+        latents = unrolled_latents(objective, alone, START[b : b + 1], backward=Backward())
         images = generate_with_gradient(GENERATOR.generate, latents, None, None)
         (gradient,) = torch.autograd.grad((images * WEIGHTS[b : b + 1]).sum(), alone)
         torch.testing.assert_close(gradient[0], whole[b], rtol=1e-9, atol=1e-12)

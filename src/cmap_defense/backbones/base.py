@@ -36,10 +36,10 @@ class Backbone(Protocol):
         ...
 
 
-def check_backbone(backbone: object, needs: str = "generate") -> nn.Module:
+def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Module:
     """``backbone`` when it satisfies the protocol. Raises :class:`BackboneError` that says what is missing.
 
-    needs: the method that it is used by: "generate" or "denoise".
+    needs: the method that it is used by: "generate" or "denoise"; None for neither.
     """
     name = type(backbone).__name__
     if not isinstance(backbone, nn.Module):
@@ -53,7 +53,7 @@ def check_backbone(backbone: object, needs: str = "generate") -> nn.Module:
         raise BackboneError(
             f"A backbone has image_shape = (C, H, W), three positive integers, but {name} has {shape!r}."
         )
-    if not callable(getattr(backbone, needs, None)):
+    if needs is not None and not callable(getattr(backbone, needs, None)):
         hint = ""
         if needs == "generate" and callable(getattr(backbone, "denoise", None)):
             hint = " A denoiser has no one-step generator: CMAP needs a consistency model."

@@ -20,6 +20,7 @@ from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.convert import to_batch
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.unroll import Backward
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.conditioning import ClassLabels, require_class_labels
 from cmap_defense.errors import (
@@ -35,6 +36,7 @@ from cmap_defense.options import unknown_option
 from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.settings import require_choice, require_integer
 
@@ -57,13 +59,14 @@ class PurifiedClassifier(LatentAccess):
             used in the mode it is in. A :class:`~cmap_defense.errors.ClassifierWarning`, once for each classifier, says
             that it is in training mode where nothing can be trained, or that it returns probabilities.
         backbone: a name, a Hub id, a local folder (see :func:`~cmap_defense.backbones.load_backbone`), or any
-            ``nn.Module``
-            with ``image_shape`` and ``generate``. A backbone that is loaded here joins the classifier's device;
-            a module is used as it is, in eval mode.
+            ``nn.Module`` with ``image_shape`` and ``generate``, or ``denoise`` for purifiers that denoise. A backbone
+            that is loaded here joins the classifier's device; a module is used as it is, in eval mode. Two of them,
+            ``("cifar10-ct-small", "cifar10-edm-small")``, are a consistency model and a denoiser for a chain of
+            purifiers; each takes the one that it needs.
         settings: of CMAP, all of them; None for the ones that the backbone's record names, or else the defaults. To
             change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``. It is the
             short form of ``purifier=CMAP(settings)``.
-        purifier: what purifies, an object of :mod:`cmap_defense.purifiers` such as ``OneStep(level=0.5)``, or one of
+        purifier: what purifies, an object of :mod:`cmap_defense.purifiers` such as ``DiffPure(t=100)``, or one of
             yours; None for CMAP.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
             ``Normalize(mean, std)``; applied after purification.
@@ -115,7 +118,7 @@ class PurifiedClassifier(LatentAccess):
     def __init__(
         self,
         classifier: nn.Module | Callable[[Tensor], Tensor],
-        backbone: str | os.PathLike[str] | nn.Module,
+        backbone: str | os.PathLike[str] | nn.Module | Sequence[str | os.PathLike[str] | nn.Module],
         *,
         settings: CMAPSettings | None = None,
         purifier: Purifier | None = None,
@@ -160,25 +163,14 @@ class PurifiedClassifier(LatentAccess):
             raise SettingsError(
                 "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
             )
-        if purifier is None and settings is not None:
-            purifier = CMAP(settings)
-        needs = "generate" if purifier is None else purifier.needs
-        if isinstance(backbone, (str, os.PathLike)):
-            try:
-                loaded = load_backbone(backbone, kind="consistency" if needs == "generate" else None)
-            except WrongKindError as error:
-                other = "With this one, take a purifier that denoises, such as purifier=OneStep()."
-                raise WrongKindError(f"{error} {other}") from error
-            device = device_of(classifier)
-            self.backbone: nn.Module = loaded if device is None else loaded.to(device)
-        else:
-            self.backbone = check_backbone(backbone, needs)
+        wanted = CMAP(settings) if purifier is None else purifier
+        self.backbone: nn.Module = _backbone_of(backbone, wanted, device_of(classifier))
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
-        if purifier is None:
-            purifier = CMAP(_settings_of(self.backbone))
-            check_backbone(self.backbone, purifier.needs)
-        self.purifier = purifier
+        if purifier is None and settings is None:
+            wanted = CMAP(_settings_of(wanted.member(self.backbone)))
+            wanted.check(self.backbone)
+        self.purifier = wanted
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
 
@@ -376,11 +368,14 @@ class PurifiedClassifier(LatentAccess):
             with torch.no_grad():
                 return self.purifier(self.backbone, images.detach(), callback=every, **options)
 
+        def differentiate(backward: Backward) -> PurificationResult:
+            return self.purifier.differentiate(self.backbone, images, backward=backward, **options)
+
         return Purification(
             images,
             run,
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
-            None if prepare is not None else lambda: self.purifier(self.backbone, images, **options),
+            None if prepare is not None else differentiate,
             self.denoiser(labels),
             plain,
             live,
@@ -418,6 +413,28 @@ class PurifiedClassifier(LatentAccess):
         """Class labels for no images."""
         conditional = getattr(self.backbone, "num_classes", None) is not None
         return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
+
+
+def _backbone_of(given: Any, purifier: Purifier, device: torch.device | None) -> nn.Module:
+    """The backbone, or pair of them, that was given, checked; what is loaded here is on ``device``."""
+    if isinstance(given, (tuple, list)):
+        backbone = BackbonePair.of([_loaded(one, None, device) for one in given])
+    else:
+        backbone = _loaded(given, purifier.kind, device)
+    purifier.check(backbone)
+    return backbone
+
+
+def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
+    if not isinstance(given, (str, os.PathLike)):
+        return check_backbone(given, None)
+    try:
+        loaded = load_backbone(given, kind=kind)
+    except WrongKindError as error:
+        raise WrongKindError(
+            f"{error} With this one, take a purifier that denoises, such as purifier=OneStep()."
+        ) from error
+    return loaded if device is None else loaded.to(device)
 
 
 def _settings_of(backbone: nn.Module) -> CMAPSettings:

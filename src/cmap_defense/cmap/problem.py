@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cmap_defense.cmap.objective import LatentObjective, generate_in_chunks
-from cmap_defense.cmap.optimise import Callback, minimise
-from cmap_defense.cmap.unroll import generate_with_gradient
+from cmap_defense.cmap.optimise import Callback, history_of, minimise
+from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
 from cmap_defense.errors import BackboneError
 from cmap_defense.results import History, PurificationResult
 
@@ -48,6 +49,36 @@ class LatentProblem:
         problem = self.objective
         inputs = None if problem.inputs is None else self.images
         return generate_with_gradient(problem.generate, latents, problem.class_labels, problem.chunk, inputs)
+
+    def unrolled(
+        self,
+        backward: Backward,
+        *,
+        callback: Callback | None = None,
+        live: Callback | None = None,
+        live_at: Callable[[int], bool] = lambda iteration: True,
+    ) -> PurificationResult:
+        """The same with a gradient to the images.
+
+        Args:
+            backward: how it is taken.
+            callback: as for :func:`~cmap_defense.cmap.unroll.unrolled_latents`.
+            live: as there.
+            live_at: as there.
+        """
+        objective, rows = self.objective, []
+        with torch.autocast(self.start.device.type, enabled=False):
+            latents = unrolled_latents(
+                objective,
+                self.images,
+                self.start,
+                backward=backward,
+                callback=callback,
+                live=live,
+                live_at=live_at,
+                rows=rows,
+            )
+            return self.result(latents, self.generate(latents), history_of(rows, latents.detach()))
 
     def result(self, latents: Tensor, generated: Tensor, history: History | None) -> PurificationResult:
         """The result for found latents and their images [B, K, C, H, W] in [-1, 1], with whatever graph they have.

@@ -30,12 +30,14 @@ class Backward:
     """How the way back through the loop is taken.
 
     Attributes:
+        last: steps to go back through, from the end; None for all.
         l1_smoothing: d of L1 in the second derivatives.
         checkpoint: keep the states of about sqrt(N) steps and compute the others again, instead of keeping all N.
         max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many
             times its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
     """
 
+    last: int | None = None
     l1_smoothing: float = 0.05
     checkpoint: bool = True
     max_growth: float | None = None
@@ -46,7 +48,6 @@ def unrolled_latents(
     images: Tensor,
     start: Tensor,
     *,
-    last: int | None,
     backward: Backward,
     callback: Callback | None = None,
     live: Callback | None = None,
@@ -59,7 +60,6 @@ def unrolled_latents(
         objective: of the images.
         images: [B, C, H, W] in [0, 1], those of the objective, with their graph.
         start: [B, K, C, H, W], the initial latents; constants here.
-        last: steps to go back through, from the end; None for all.
         backward: how.
         callback: sees detached states, once an iteration; a replacement cuts the gradient at that point.
         live: sees states that are part of the graph, at the iterations that ``live_at`` says; latents that it returns
@@ -67,7 +67,7 @@ def unrolled_latents(
         rows: gets the history.
     """
     total = objective.settings.iterations
-    tail = total if last is None else min(last, total)
+    tail = total if backward.last is None else min(backward.last, total)
     head = total - tail
     stops = {n for n in range(total) if live is not None and live_at(n)}
     state = LoopState(start.detach(), AdamState.start(start))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
+from cmap_defense.cmap.unroll import Backward
 from cmap_defense.errors import GradientError
 from cmap_defense.options import NamedOptions
 from cmap_defense.results import PurificationResult
@@ -25,7 +26,8 @@ class Purification:
     images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
     run: the purifier on these images, without a graph.
     prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
-    differentiate: the purifier on these images with its whole graph; None where it is an optimisation over latents.
+    differentiate: the purifier on these images with its gradient, taken as the argument says; None where it is an
+        optimisation over latents.
     denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
     callback: the caller's hooks on detached states. live: those on states in the graph, at the iterations of
         ``live_at``. ``run`` calls all of them by itself, with detached states.
@@ -34,7 +36,7 @@ class Purification:
     images: Tensor
     run: Callable[[], PurificationResult]
     prepare: Callable[[], LatentProblem] | None = None
-    differentiate: Callable[[], PurificationResult] | None = None
+    differentiate: Callable[[Backward], PurificationResult] | None = None
     denoise: Callable[[Tensor, float], Tensor] | None = None
     callback: Callback | None = None
     live: Callback | None = None

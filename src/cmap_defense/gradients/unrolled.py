@@ -1,11 +1,8 @@
-"""The exact gradient through the latent loop, or through its last steps."""
+"""The exact gradient through every step of a purification; of the latent loop, also through its last steps."""
 
 from __future__ import annotations
 
-import torch
-
-from cmap_defense.cmap.optimise import history_of
-from cmap_defense.cmap.unroll import Backward, unrolled_latents
+from cmap_defense.cmap.unroll import Backward
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 from cmap_defense.settings import require_integer, require_number
@@ -14,21 +11,25 @@ __all__ = ["Unrolled"]
 
 
 class Unrolled(GradientMode):
-    """Through every Adam step (moments, bias correction), the generator with its clip, SSIM and L1.
+    """Through every step of the purifier, exactly.
 
-    A purifier that is no optimisation over latents is differentiated as it is, exactly; the arguments below are then of
-    no matter.
+    A purifier that adds noise and denoises, in one step or many, is differentiated as it is: through each step, its
+    guidance and its adaptive step sizes. With ``checkpoint`` the denoiser's graph is made again in the backward pass,
+    step by step and chunk by chunk, so that memory is that of one chunk of one step, and one or two image-sized states
+    for each step. The other arguments are for the latent loop alone. Of a chain, the gradients of its purifiers are
+    composed.
 
-    Of CMAP it is exact for the objective with L1 smoothed; the forward pass is the shipped loop, with L1 as it is.
-    Without smoothing the exact derivative does not see the input through L1 at all, since the derivative of a sign is
-    zero: it is correct almost everywhere, and blind.
+    Of CMAP it goes through every Adam step (moments, bias correction), the generator with its clip, SSIM and L1. It is
+    exact for the objective with L1 smoothed; the forward pass is the shipped loop, with L1 as it is. Without smoothing
+    the exact derivative does not see the input through L1 at all, since the derivative of a sign is zero: it is correct
+    almost everywhere, and blind.
 
-    A long loop is a chaotic map, and its exact derivative can be large and useless. ``last`` and ``max_growth`` trade
-    exactness for a direction that points somewhere.
+    A long latent loop is a chaotic map, and its exact derivative can be large and useless. ``last`` and ``max_growth``
+    trade exactness for a direction that points somewhere.
 
-    Cost, for T differentiated steps: in the backward pass T products with second derivatives (each about two to three
-    forward and backward passes of the backbone), and with ``checkpoint`` the T steps once more. Memory: the graph of
-    one chunk of ``max_parallel`` latents, and four latent-sized states for about 2 sqrt(T) steps (T without
+    Cost of CMAP, for T differentiated steps: in the backward pass T products with second derivatives (each about two to
+    three forward and backward passes of the backbone), and with ``checkpoint`` the T steps once more. Memory: the graph
+    of one chunk of ``max_parallel`` latents, and four latent-sized states for about 2 sqrt(T) steps (T without
     ``checkpoint``).
 
     Args:
@@ -52,6 +53,7 @@ class Unrolled(GradientMode):
     ) -> None:
         self.last = None if last is None else require_integer("Unrolled", "last", last, minimum=1)
         self.backward = Backward(
+            last=self.last,
             l1_smoothing=require_number("Unrolled", "l1_smoothing", l1_smoothing, minimum=0.0),
             checkpoint=bool(checkpoint),
             max_growth=None if max_growth is None else require_number("Unrolled", "max_growth", max_growth, above=0.0),
@@ -61,25 +63,14 @@ class Unrolled(GradientMode):
         if not purification.wants_gradient:
             return purification.run()
         if purification.differentiate is not None:
-            return purification.differentiate()
-        problem = purification.problem(self)
-        objective, rows = problem.objective, []
-        with torch.autocast(problem.start.device.type, enabled=False):
-            latents = unrolled_latents(
-                objective,
-                problem.images,
-                problem.start,
-                last=self.last,
-                backward=self.backward,
-                callback=purification.callback,
-                live=purification.live,
-                live_at=purification.live_at,
-                rows=rows,
-            )
-            generated = problem.generate(latents)
-            return problem.result(latents, generated, history_of(rows, latents.detach()))
+            return purification.differentiate(self.backward)
+        return purification.problem(self).unrolled(
+            self.backward, callback=purification.callback, live=purification.live, live_at=purification.live_at
+        )
 
     def __repr__(self) -> str:
-        values = {"last": self.last, "checkpoint": self.backward.checkpoint}
-        values |= {"l1_smoothing": self.backward.l1_smoothing, "max_growth": self.backward.max_growth}
-        return f"Unrolled({', '.join(f'{name}={value}' for name, value in values.items())})"
+        way = self.backward
+        return (
+            f"Unrolled(last={way.last}, checkpoint={way.checkpoint}, l1_smoothing={way.l1_smoothing}, "
+            f"max_growth={way.max_growth})"
+        )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from cmap_defense.cmap.optimise import Callback
-from cmap_defense.errors import SettingsError
+from cmap_defense.backbones.base import check_backbone
+from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.cmap.unroll import Backward
+from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
+from cmap_defense.purifiers.pair import BackbonePair, kind_of
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Purifier", "require_level"]
@@ -20,15 +25,17 @@ class Purifier(abc.ABC):
     A subclass writes ``n_latents``, ``passes`` and the call.
 
     Attributes:
-        needs: the method of a backbone that it uses: "generate" for one that needs a consistency model, "denoise" for
-            one that takes a denoiser or a consistency model.
+        needs: the method of a backbone that it uses: "generate", "denoise", or None for neither.
+        kind: the kind of backbone that it needs, "consistency" or "denoiser"; None for either.
         optimises_latents: whether it is an optimisation over latents. Such a purifier has ``settings`` and ``prepare``,
             as :class:`~cmap_defense.purifiers.cmap.CMAP` has; hooks, latent attacks and gradients through the
             optimisation need them. The call of any other purifier is differentiable with respect to the images.
     """
 
-    needs: ClassVar[str] = "denoise"
+    needs: ClassVar[str | None] = "denoise"
+    kind: ClassVar[str | None] = None
     optimises_latents: ClassVar[bool] = False
+    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
     @abc.abstractmethod
@@ -49,24 +56,80 @@ class Purifier(abc.ABC):
         seeds: Tensor,
         latents: Tensor | None = None,
         class_labels: Tensor | None = None,
-        callback: Callback | None = None,
+        callback: Callable[[Any], Any] | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
         """Purify images.
 
         Args:
-            backbone: has the method that ``needs`` names; on the images' device.
+            backbone: has the method that ``needs`` names; on the images' device. Or a pair that has it.
             images: [B, C, H, W] in [0, 1], of the backbone's size.
             seeds: [B] int64 on the CPU; each image's noise is drawn from its own, so that the result does not depend on
                 the batch.
-            latents: [B, K, C, H, W] unit noise in place of that of the seeds; None for none.
+            latents: [B, K, C, H, W] unit noise in place of the first that is drawn from the seeds; None for none.
             class_labels: [B, K] integers for a class-conditional backbone, None for another.
-            callback: called before each step of an optimisation over latents; others ignore it.
+            callback: called before each step with its state; None for none.
             max_parallel: images in one call of the backbone; None for what fits.
 
         Returns:
             The purified images and the noise they came from. A classifier is not involved.
         """
+
+    def differentiate(
+        self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
+    ) -> PurificationResult:
+        """The call with its exact gradient to the images.
+
+        Args:
+            backbone: as for the call.
+            images: as for the call.
+            backward: how the gradient is taken. This method leaves it out of account and relies on the call.
+            options: the other arguments of the call.
+
+        Returns:
+            The result of the call, its images tied to ``images``.
+        """
+        return self(backbone, images, **options)
+
+    def member(self, backbone: nn.Module) -> nn.Module:
+        """The backbone, or of a pair the one that this purifier uses."""
+        return backbone.member(self.kind) if isinstance(backbone, BackbonePair) else backbone
+
+    def check(self, backbone: nn.Module) -> None:
+        """Raise where a backbone is not what the purifier needs.
+
+        Raises:
+            WrongKindError: it is of another kind.
+            BackboneError: it does not have the method that ``needs`` names.
+        """
+        used = check_backbone(self.member(backbone), self.needs)
+        if self.kind is not None and kind_of(used) != self.kind:
+            fitting = [name for name in backbone_names() if registry_entry(name).kind == self.kind]
+            raise WrongKindError(
+                f"{type(self).__name__} needs {_CALLED[self.kind]}, but {type(used).__name__} is "
+                f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {', '.join(fitting)}, and modules of "
+                f'yours with kind = "{self.kind}".'
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The settings of a paper by name, such as "cifar10-linf".
+
+        Args:
+            name: of the data set and the threat model.
+
+        Raises:
+            UnknownNameError: there is no such preset; the message lists those that there are.
+        """
+        if name not in cls._presets:
+            known = f"There are: {', '.join(cls._presets)}." if cls._presets else "It has none."
+            raise UnknownNameError(f"{cls.__name__} has no preset {name!r}. {known}")
+        return cls.from_dict(cls._presets[name])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A purifier from its settings. Raises :class:`~cmap_defense.errors.SettingsError` where they do not fit."""
+        return cls(**values)
 
 
 def require_level(backbone: nn.Module, owner: str, level: float) -> None:
@@ -77,9 +140,17 @@ def require_level(backbone: nn.Module, owner: str, level: float) -> None:
         owner: the class whose ``level`` it is.
         level: in units of images in [-1, 1].
     """
-    noise_range = getattr(backbone, "noise", None)
-    if noise_range is not None and level > noise_range.sigma_max:
+    strongest = getattr(backbone, "noise", None)
+    if strongest is not None and level > strongest.sigma_max:
         raise SettingsError(
-            f"{owner}.level must be at most {noise_range.sigma_max:g}, the strongest noise of the backbone, but is "
+            f"{owner}.level must be at most {strongest.sigma_max:g}, the strongest noise of the backbone, but is "
             f"{level:g}."
         )
+
+
+_CALLED = {"consistency": "a consistency model", "denoiser": "a denoiser"}
+_WHY = {
+    "consistency": "A denoiser has no one-step generator.",
+    "denoiser": "A consistency function gives the end point of the ODE, and a reverse step needs the mean of the clean "
+    "images.",
+}

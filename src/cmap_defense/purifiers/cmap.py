@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cmap_defense.backbones.base import caster
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
-from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.settings import PRESETS, CMAPSettings
+from cmap_defense.cmap.unroll import Backward
 from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import draw_latents
@@ -26,6 +31,13 @@ class CMAP(Purifier):
     """
 
     optimises_latents = True
+    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **PRESETS,
+        "cifar10-linf": PRESETS["cifar10"],
+        "cifar10-l2": PRESETS["cifar10"],
+        "imagenet100-linf": PRESETS["imagenet100"],
+        "imagenet100-l2": PRESETS["imagenet100"],
+    }
 
     def __init__(self, settings: CMAPSettings | None = None) -> None:
         self.settings = settings or CMAPSettings()
@@ -33,6 +45,10 @@ class CMAP(Purifier):
     @property
     def needs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return "generate" if self.settings.level is None else "denoise"
+
+    @property
+    def kind(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "consistency" if self.settings.level is None else None
 
     @property
     def n_latents(self) -> int:
@@ -62,6 +78,13 @@ class CMAP(Purifier):
         )
         return problem.solve(callback)
 
+    def differentiate(
+        self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
+    ) -> PurificationResult:
+        """The call with its unrolled gradient to the images; arguments as for the base class."""
+        callback = options.pop("callback", None)
+        return self.prepare(backbone, images, **options).unrolled(backward, callback=callback)
+
     def prepare(
         self,
         backbone: nn.Module,
@@ -89,7 +112,7 @@ class CMAP(Purifier):
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
         images = images.to(dtype)
-        generate, one_latent = self._generator(backbone, images)
+        generate, one_latent = self._generator(self.member(backbone), images)
         with torch.autocast(images.device.type, enabled=False):
             if max_parallel is None and start.numel():
                 conditional = class_labels is not None
@@ -115,6 +138,14 @@ class CMAP(Purifier):
         require_level(backbone, "CMAPSettings", level)
         denoise = caster(backbone, images.device, "denoise")
         return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """CMAP from the fields of its settings. Raises :class:`SettingsError` where they do not fit."""
+        return cls(CMAPSettings.from_dict(values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of its settings, as JSON-ready values."""
+        return self.settings.to_dict()
 
     def __repr__(self) -> str:
         return f"CMAP({self.settings})"

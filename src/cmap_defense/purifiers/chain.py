@@ -1,0 +1,231 @@
+"""Purifiers one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from cmap_defense.cmap.unroll import Backward
+from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError
+from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.purifiers.diffpure import DiffPure
+from cmap_defense.results import PurificationResult
+from cmap_defense.rng import derived_seeds
+from cmap_defense.settings import Settings, require_choice
+
+__all__ = ["Chain"]
+
+STREAM = 0xC4A1
+"""Sets the noise of later purifiers apart from that of the first."""
+
+Apply = Callable[..., PurificationResult]
+"""How one purifier of a chain is carried out: its call, or its call with a gradient."""
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Chain(Settings, Purifier):
+    """The purified images of one purifier are the inputs of the next (arXiv 2412.08394, Tab. IV).
+
+    ``Chain(DiffPure(t=100), CMAP())`` denoises an image and then restores the result. Backbones of two kinds are given
+    to the wrapper as a pair. The noise of the first purifier is that of the seeds; each later one has seeds derived
+    from the image's, one for each version that is handed on. The gradient composes those of the purifiers; through
+    CMAP it is the unrolled one.
+
+    Args:
+        purifiers: one or more, in order.
+        handed_on: "versions": each of the K purified versions is purified by the next, so that the vote is over the
+            product of all K. "mean": their mean is, and the vote is over the K of the last.
+
+    Raises:
+        SettingsError: there is no purifier, or something else among them.
+    """
+
+    needs: ClassVar[str | None] = None
+    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"purifiers": (DiffPure.preset(name), CMAP.preset(name))} for name in ("cifar10-linf", "cifar10-l2")
+    }
+
+    purifiers: tuple[Purifier, ...]
+    handed_on: str = "versions"
+
+    def __init__(self, *purifiers: Purifier, handed_on: str = "versions") -> None:
+        if not purifiers or not all(isinstance(purifier, Purifier) for purifier in purifiers):
+            raise SettingsError(
+                f"A Chain is made of purifiers, such as Chain(DiffPure(t=100), CMAP()), but got {purifiers!r}."
+            )
+        object.__setattr__(self, "purifiers", purifiers)
+        object.__setattr__(self, "handed_on", require_choice("Chain", "handed_on", handed_on, ("versions", "mean")))
+
+    @property
+    def kind(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The kind that its purifiers need; None where they need both, or none in particular."""
+        kinds = {purifier.kind for purifier in self.purifiers} - {None}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def n_latents(self) -> int:
+        return self._versions(len(self.purifiers) - 1) * self.purifiers[-1].n_latents
+
+    @property
+    def passes(self) -> int:
+        return sum(self._versions(n) * purifier.passes for n, purifier in enumerate(self.purifiers))
+
+    def member(self, backbone: nn.Module) -> nn.Module:
+        """The backbone, or the pair: each purifier takes its own."""
+        return backbone
+
+    def check(self, backbone: nn.Module) -> None:
+        for purifier in self.purifiers:
+            purifier.check(backbone)
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        *,
+        seeds: Tensor,
+        latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        callback: Callable[[Any], Any] | None = None,
+        max_parallel: int | None = None,
+    ) -> PurificationResult:
+        """Purify images; differentiable. Arguments as for :class:`~cmap_defense.purifiers.base.Purifier`, and:
+
+        Args:
+            latents: None; the noise of every purifier is drawn from the seeds.
+            callback: handed to every purifier.
+
+        Returns:
+            The result of the last purifier. Its history is there where it purified one image for each of the inputs.
+
+        Raises:
+            InputValueError: latents were given.
+        """
+        options = {
+            "seeds": seeds,
+            "latents": latents,
+            "class_labels": class_labels,
+            "callback": callback,
+            "max_parallel": max_parallel,
+        }
+        if torch.is_grad_enabled() and images.requires_grad:
+            return self.differentiate(backbone, images, backward=Backward(), **options)
+        return self._run(backbone, images, lambda purifier, *given, **named: purifier(*given, **named), **options)
+
+    def differentiate(
+        self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
+    ) -> PurificationResult:
+        def apply(purifier: Purifier, *given: Any, **named: Any) -> PurificationResult:
+            return purifier.differentiate(*given, backward=backward, **named)
+
+        return self._run(backbone, images, apply, **options)
+
+    def _run(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        apply: Apply,
+        *,
+        seeds: Tensor,
+        latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        **options: Any,
+    ) -> PurificationResult:
+        if latents is not None:
+            raise InputValueError("A Chain draws the noise of each purifier from the seeds: leave latents out.")
+        count, versions, current = len(images), 1, images
+        results: list[PurificationResult] = []
+        for n, purifier in enumerate(self.purifiers):
+            if results and self.handed_on == "mean":
+                current = results[-1].images.mean(dim=1)
+            elif results:
+                current = results[-1].images.flatten(0, 1)
+            versions = self._versions(n)
+            labels = self._labels(purifier, backbone, class_labels, n)
+            given = seeds if n == 0 else _seeds_of(seeds, n, versions)
+            results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **options))
+        last, shape = results[-1], (count, self.n_latents)
+        return dataclasses.replace(
+            last,
+            images=last.images.flatten(0, 1).unflatten(0, shape),
+            latents=last.latents.flatten(0, 1).unflatten(0, shape),
+            history=last.history if versions == 1 else None,
+            seeds=seeds,
+            class_labels=class_labels,
+            passes=self._made(results, count),
+        )
+
+    def _made(self, results: list[PurificationResult], count: int) -> Tensor | None:
+        """Network passes of each image [B]; None where no purifier counted them."""
+        if all(result.passes is None for result in results):
+            return None
+        made = torch.zeros(count, dtype=torch.int64)
+        for n, (purifier, result) in enumerate(zip(self.purifiers, results, strict=True)):
+            versions = self._versions(n)
+            made += versions * purifier.passes if result.passes is None else result.passes.view(count, -1).sum(dim=1)
+        return made
+
+    def _versions(self, n: int) -> int:
+        """Images that the purifier at place n purifies for each input."""
+        return 1 if self.handed_on == "mean" else math.prod(purifier.n_latents for purifier in self.purifiers[:n])
+
+    def _labels(self, purifier: Purifier, backbone: nn.Module, labels: Tensor | None, n: int) -> Tensor | None:
+        """The class labels [B versions, K] of a purifier, of those [B, K of the chain] of the images voted on."""
+        if labels is None or getattr(purifier.member(backbone), "num_classes", None) is None:
+            return None
+        if self.handed_on == "mean":
+            return labels[:, torch.arange(purifier.n_latents) % labels.shape[1]]
+        return labels.unflatten(1, (self._versions(n), purifier.n_latents, -1))[..., 0].flatten(0, 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A chain from a mapping of its fields; each purifier is an object, a name, or settings with "purifier": name.
+
+        Raises:
+            SettingsError: they do not fit. UnknownNameError: there is no purifier of a name.
+        """
+        from cmap_defense.purifiers.names import by_name
+
+        if not isinstance(values, Mapping) or set(values) - {"purifiers", "handed_on"}:
+            raise SettingsError(f'A Chain is made from "purifiers" and "handed_on", but got {values!r}.')
+        given = values.get("purifiers", ())
+        parts = given.split(",") if isinstance(given, str) else given
+        made = []
+        for part in parts:
+            if isinstance(part, Mapping):
+                settings = dict(part)
+                made.append(by_name(settings.pop("purifier", None)).from_dict(settings))
+            else:
+                made.append(by_name(part).from_dict({}) if isinstance(part, str) else part)
+        return cls(*made, **({"handed_on": values["handed_on"]} if "handed_on" in values else {}))
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The fields as a JSON object, each purifier by its name with its settings.
+
+        Raises:
+            SettingsError: a purifier is not one of the package, so that it has no name.
+        """
+        from cmap_defense.purifiers.names import name_of
+
+        try:
+            parts = [{"purifier": name_of(purifier), **purifier.to_dict()} for purifier in self.purifiers]  # pyright: ignore[reportAttributeAccessIssue]
+        except UnknownNameError as error:
+            raise SettingsError(f"{error} A chain with it cannot be written as JSON.") from error
+        return json.dumps({"purifiers": parts, "handed_on": self.handed_on}, indent=indent)
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.purifiers))}, handed_on={self.handed_on!r})"
+
+
+def _seeds_of(seeds: Tensor, n: int, versions: int) -> Tensor:
+    """[B versions] seeds of the purifier at place n, for each version of each image."""
+    own = derived_seeds(seeds, STREAM + n)
+    return torch.stack([derived_seeds(own, version) for version in range(versions)], dim=1).flatten()

@@ -1,0 +1,270 @@
+"""What purifiers share that add noise and denoise: noise, chunks, the way back, the result."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from cmap_defense.backbones.base import caster
+from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.cmap.memory import default_max_parallel
+from cmap_defense.cmap.unroll import Backward
+from cmap_defense.errors import BackboneError
+from cmap_defense.purifiers.base import Purifier, require_level
+from cmap_defense.results import PurificationResult
+from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform
+from cmap_defense.settings import Settings, require_integer
+
+__all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
+
+UNIFORM = 0x0F0F
+"""Sets numbers that are uniform apart from the noise of the same seeds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepState:
+    """What a callback sees before a network pass.
+
+    Attributes:
+        step: number of the pass, from 0.
+        steps: passes of a version, at most.
+        level: standard deviation of the noise in the images; where it differs between images, the largest.
+        images: [B, K, C, H, W], detached, in units of [-1, 1], with their noise.
+    """
+
+    step: int
+    steps: int
+    level: float
+    images: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """D of any number of images, in chunks.
+
+    Attributes:
+        backbone: what has ``denoise``.
+        call: its ``denoise``, cast.
+        class_labels: [M] integers for a class-conditional backbone, None for another.
+        chunk: images in one call.
+        checkpoint: make the graph of a chunk again in the backward pass in place of keeping it.
+    """
+
+    backbone: nn.Module
+    call: Callable[..., Tensor]
+    class_labels: Tensor | None
+    chunk: int
+    checkpoint: bool
+
+    def __call__(self, noisy: Tensor, sigma: Tensor | float, rows: Tensor | None = None) -> Tensor:
+        """D(noisy, sigma), not clipped, differentiable.
+
+        Args:
+            noisy: [M, C, H, W], images in [-1, 1] with noise.
+            sigma: standard deviation of the noise, a number or one for each image [M].
+            rows: [M] integers, which images of the run these are; None for all of them.
+
+        Returns:
+            [M, C, H, W] in the precision of ``noisy``.
+
+        Raises:
+            BackboneError: the backbone returned another shape.
+        """
+        labels = self.class_labels if rows is None or self.class_labels is None else self.class_labels[rows]
+        return self.in_chunks(self.once, noisy, sigma, labels)
+
+    def once(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """The same for the images of one chunk, with an ordinary graph."""
+        labels = () if class_labels is None else (class_labels,)
+        if isinstance(sigma, Tensor) and not isinstance(self.backbone, KarrasModel):  # which may take numbers alone
+            rows = zip(noisy.split(1), sigma, *(given.split(1) for given in labels), strict=True)
+            clean = torch.cat([self.call(*row) for row in rows])
+        else:
+            clean = self.call(noisy, sigma, *labels)
+        if clean.shape != noisy.shape:
+            raise BackboneError(f"denoise must return {list(noisy.shape)}, but returned {list(clean.shape)}.")
+        return clean.to(noisy.dtype)
+
+    def in_chunks(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A function of images, image by image, evaluated chunk by chunk.
+
+        Args:
+            function: takes parts of the arguments.
+            arguments: the first is [M, ...]; other tensors are [M, ...] too and cut alike, the rest is handed on.
+
+        Returns:
+            What it returned for all M.
+        """
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        again = self.checkpoint and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        found = []
+        for begin in range(0, len(tensors[0]), self.chunk):
+            rows = slice(begin, begin + self.chunk)
+            part = [argument[rows] if isinstance(argument, Tensor) else argument for argument in arguments]
+            found.append(recomputed(function, *part, use_reentrant=False) if again else function(*part))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+@dataclasses.dataclass
+class Run:
+    """One purification of B images, K versions of each, as M = B K images: those of the first image first.
+
+    Attributes:
+        images: [M, C, H, W], the inputs in [-1, 1], float32 at least.
+        denoise: the denoiser.
+        seeds: [B], of the noise.
+        first: [B, K, C, H, W], the first noise.
+        steps: network passes of a version, at most.
+        callback: called by :meth:`watch`.
+        passes: [M] int64, the network passes made, set by a purifier that may stop early.
+    """
+
+    images: Tensor
+    denoise: Denoiser
+    seeds: Tensor
+    first: Tensor
+    steps: int
+    callback: Callable[[StepState], Any] | None = None
+    passes: Tensor | None = None
+    _drawn: int = 0
+
+    def noise(self) -> Tensor:
+        """Unit noise [M, C, H, W], independent of that of earlier calls: a function of (seed, version, call) alone."""
+        drawn, step = self.first, self._drawn
+        self._drawn += 1
+        if step:
+            drawn = draw_latents(self.seeds, self.first.shape[1], self.first.shape[2:], step=step)
+        return drawn.to(self.images).flatten(0, 1)
+
+    def uniform(self) -> Tensor:
+        """Numbers [M] in [0, 1), independent of those of earlier calls and of the noise."""
+        drawn = draw_uniform(derived_seeds(self.seeds, UNIFORM), self.first.shape[1:2], step=self._drawn)
+        self._drawn += 1
+        return drawn.to(self.images).flatten()
+
+    def watch(self, step: int, level: float, images: Tensor) -> None:
+        """Tell the callback of the pass that comes next: its number, its noise level, and its images [M, C, H, W]."""
+        if self.callback is not None:
+            shown = images.detach().unflatten(0, self.first.shape[:2])
+            self.callback(StepState(step, self.steps, level, shown))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiStepPurifier(Settings, Purifier):
+    """Base of purifiers that add noise and denoise, in one step or many.
+
+    A subclass writes :meth:`reverse`, ``level``, ``steps`` and the field ``n_latents``. Its gradient is that of
+    :meth:`reverse`: additive noise takes no part in it, and each pass of the denoiser is made again on the way back.
+    """
+
+    kind: ClassVar[str | None] = "denoiser"
+    _graphs: ClassVar[int] = 1
+    """Graphs of the denoiser in memory at once, in units of that of a backward pass."""
+
+    def __post_init__(self) -> None:
+        require_integer(type(self).__name__, "n_latents", self.n_latents, minimum=1)
+
+    @property
+    @abc.abstractmethod
+    def level(self) -> float:
+        """Standard deviation of the strongest noise, in units of images in [-1, 1]."""
+
+    @property
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """The largest number of network passes that a version takes; 0 where the purifier gives its input back."""
+
+    @abc.abstractmethod
+    def reverse(self, run: Run) -> Tensor:
+        """Purified images [M, C, H, W] in units of [-1, 1], not clamped; differentiable in ``run.images``."""
+
+    @property
+    def passes(self) -> int:
+        return self.n_latents * self.steps
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        images: Tensor,
+        *,
+        seeds: Tensor,
+        latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        callback: Callable[[StepState], Any] | None = None,
+        max_parallel: int | None = None,
+        checkpoint: bool = True,
+    ) -> PurificationResult:
+        """Purify images; differentiable. Arguments as for :class:`~cmap_defense.purifiers.base.Purifier`, and:
+
+        Args:
+            backbone: of the kind that ``kind`` names.
+            latents: the first noise; that of later steps is drawn from the seeds all the same.
+            callback: called before each network pass with a :class:`StepState`.
+            checkpoint: compute each pass again in the backward pass in place of keeping its graph.
+
+        Raises:
+            WrongKindError: the backbone is of another kind.
+            SettingsError: the backbone was not trained for noise as strong as ``level``.
+            BackboneError: the backbone's images have another shape than their input, or are not finite.
+        """
+        backbone = self.member(backbone)
+        self.check(backbone)
+        require_level(backbone, type(self).__name__, self.level)
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        images = images.to(dtype)
+        first = draw_latents(seeds, self.n_latents, images.shape[1:]) if latents is None else latents.detach()
+        first = first.to(images.device, dtype)
+        drawn_from = seeds if latents is None else None
+        if not self.steps or not len(first):
+            unchanged = images[:, None].expand(first.shape)
+            return PurificationResult(unchanged, first, seeds=drawn_from, class_labels=class_labels)
+        count = first.shape[0] * first.shape[1]
+        call = caster(backbone, images.device, "denoise")
+        if max_parallel is None:
+            max_parallel = self._fitting(backbone, call, images, class_labels is not None)
+        with torch.autocast(images.device.type, enabled=False):
+            run = Run(
+                (2 * images - 1).repeat_interleave(first.shape[1], dim=0),
+                Denoiser(
+                    backbone,
+                    call,
+                    None if class_labels is None else class_labels.flatten(),
+                    max_parallel,
+                    checkpoint and (self.steps > 1 or count > max_parallel),
+                ),
+                seeds,
+                first,
+                self.steps,
+                callback,
+            )
+            found = self.reverse(run)
+        if not torch.isfinite(found.detach()).all():
+            raise BackboneError(
+                "The backbone's images became NaN or infinite. A backbone in float16 overflows easily: use bfloat16 or "
+                "float32."
+            )
+        purified = ((found.clamp(-1, 1) + 1) / 2).unflatten(0, first.shape[:2])
+        made = None if run.passes is None else run.passes.view(first.shape[:2]).sum(dim=1)
+        return PurificationResult(purified, first, seeds=drawn_from, class_labels=class_labels, passes=made)
+
+    def differentiate(
+        self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
+    ) -> PurificationResult:
+        return self(backbone, images, checkpoint=backward.checkpoint, **options)
+
+    def _fitting(self, backbone: nn.Module, call: Callable[..., Tensor], images: Tensor, conditional: bool) -> int:
+        """Images that fit into one call."""
+        fitting = default_max_parallel(
+            lambda noisy, *labels: call(noisy, self.level, *labels),
+            images.shape[1:],
+            images.device,
+            conditional=conditional,
+            owner=backbone,
+        )
+        return max(1, fitting // self._graphs)

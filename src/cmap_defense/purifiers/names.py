@@ -1,0 +1,116 @@
+"""Purifiers by name, and from the texts of a command line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fractions
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.errors import SettingsError, UnknownNameError
+from cmap_defense.purifiers.adp import ADP
+from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.chain import Chain
+from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.purifiers.diffpure import DiffPure
+from cmap_defense.purifiers.gdmp import GDMP
+from cmap_defense.purifiers.gnsp import GNSP
+from cmap_defense.purifiers.identity import Identity
+from cmap_defense.purifiers.likelihood_maximisation import LikelihoodMaximisation
+from cmap_defense.purifiers.one_step import OneStep
+from cmap_defense.settings import near_matches
+
+__all__ = ["NAMES", "by_name", "from_texts", "name_of"]
+
+NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
+    {
+        "cmap": CMAP,
+        "one-step": OneStep,
+        "diffpure": DiffPure,
+        "gdmp": GDMP,
+        "adp": ADP,
+        "gnsp": GNSP,
+        "likelihood-maximisation": LikelihoodMaximisation,
+        "chain": Chain,
+        "identity": Identity,
+    }
+)
+"""The purifiers of the package by name."""
+
+
+def by_name(name: str) -> type[Purifier]:
+    """The class of a name of :data:`NAMES`, such as "diffpure".
+
+    Args:
+        name: in lower case.
+
+    Raises:
+        UnknownNameError: there is none; the message lists near matches.
+    """
+    if not isinstance(name, str) or name not in NAMES:
+        raise UnknownNameError(f"There is no purifier {name!r}.{near_matches(str(name), NAMES)}")
+    return NAMES[name]
+
+
+def name_of(purifier: Purifier) -> str:
+    """The name of a purifier's class. Raises :class:`UnknownNameError` where it is none of the package's."""
+    for name, kind in NAMES.items():
+        if type(purifier) is kind:
+            return name
+    raise UnknownNameError(
+        f"{type(purifier).__name__} is not one of the purifiers that have a name: {', '.join(NAMES)}."
+    )
+
+
+def from_texts(name: str, settings: Iterable[str] = ()) -> Purifier:
+    """A purifier from its name and settings as a command line has them: ``from_texts("diffpure", ["t=75"])``.
+
+    Args:
+        name: of :data:`NAMES`.
+        settings: texts "key=value". Values are numbers (also fractions such as 8/255), true, false, none, numbers with
+            commas between them, or words. "preset=name" begins from :meth:`Purifier.preset`. Of "chain" the purifiers
+            are names with commas between them.
+
+    Raises:
+        UnknownNameError: there is no such purifier or preset.
+        SettingsError: a text is not of this form, or a value does not fit.
+    """
+    kind, values = by_name(name), {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise SettingsError(f"A setting of a purifier is written key=value, such as t=75, but is {text!r}.")
+        if key.strip() in values:
+            raise SettingsError(f"{key.strip()} is given twice; leave one of them out.")
+        values[key.strip()] = value.strip()
+    start: dict[str, Any] = {}
+    if "preset" in values:
+        start = _fields(kind.preset(values.pop("preset")))
+    return kind.from_dict(start | {key: _value(kind, key, text) for key, text in values.items()})
+
+
+def _fields(purifier: Purifier) -> dict[str, Any]:
+    settings = purifier.settings if isinstance(purifier, CMAP) else purifier
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # pyright: ignore[reportArgumentType]
+
+
+def _value(kind: type[Purifier], key: str, text: str) -> Any:
+    """The value of a text: a tuple where the setting is one, also of one number or none."""
+    owner: Any = CMAPSettings if issubclass(kind, CMAP) else kind
+    default = {field.name: field.default for field in dataclasses.fields(owner)}.get(key)
+    if isinstance(default, tuple):
+        return tuple(_plain(part.strip()) for part in text.strip("()[]").split(",") if part.strip())
+    return _plain(text)
+
+
+def _plain(text: str) -> Any:
+    lower = text.lower()
+    if lower in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[lower]
+    try:
+        return float(fractions.Fraction(text)) if "/" in text else ast.literal_eval(text)
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        return text
