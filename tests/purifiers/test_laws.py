@@ -1,0 +1,572 @@
+"""What holds for every purifier: shapes, noise, chunks, cost, settings, and an exact gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import denoisers
+from cmap_defense.errors import (
+    BackboneError,
+    GradientError,
+    InputValueError,
+    SettingsError,
+    UnknownNameError,
+    WrongKindError,
+)
+from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
+from cmap_defense.purifiers import (
+    ADP,
+    CMAP,
+    GDMP,
+    GNSP,
+    Chain,
+    DiffPure,
+    Identity,
+    LikelihoodMaximisation,
+    MultiStepPurifier,
+    OneStep,
+    Purifier,
+    StepState,
+    by_name,
+    from_texts,
+)
+from cmap_defense.purifiers.names import NAMES
+from denoisers import DOUBLE, SHAPE, Classifier, CurvedDenoiser, backbone_for, images_of, model_of
+from toys import ToyBackbone, noise
+
+EVERY = pytest.mark.parametrize("purifier", denoisers.ALL.values(), ids=denoisers.ALL)
+NOISING = pytest.mark.parametrize("purifier", denoisers.SINGLE.values(), ids=denoisers.SINGLE)
+SEEDS = torch.tensor([7, -8, 9])
+
+
+def purified(purifier: Purifier, images: Tensor, seeds: Tensor, **options: Any) -> Any:
+    with torch.no_grad():
+        return purifier(backbone_for(purifier), images, seeds=seeds, **options)
+
+
+@EVERY
+def test_there_are_k_versions_within_bounds_and_no_trace_is_left(purifier: Purifier) -> None:
+    images, state = images_of(3), torch.get_rng_state()
+    before = images.clone()
+    result = purified(purifier, images, SEEDS)
+    assert result.images.shape == result.latents.shape == (3, purifier.n_latents, *SHAPE)
+    assert result.images.dtype == DOUBLE
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+    assert torch.equal(result.seeds, SEEDS)
+    assert result.history is None or purifier.n_latents == 2
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not result.images.requires_grad
+
+
+@EVERY
+@pytest.mark.parametrize("max_parallel", [None, 1, 3])
+def test_the_result_depends_on_seed_and_image_alone(purifier: Purifier, max_parallel: int | None) -> None:
+    images = images_of(3)
+    whole = purified(purifier, images, SEEDS)
+    alone = purified(purifier, images[1:2], SEEDS[1:2], max_parallel=max_parallel)
+    torch.testing.assert_close(alone.images[0], whole.images[1], rtol=0, atol=1e-12)
+    assert torch.equal(purified(purifier, images, SEEDS).images, whole.images)
+    if not isinstance(purifier, Identity):
+        assert not torch.allclose(purified(purifier, images, SEEDS + 1).images, whole.images)
+        assert not torch.allclose(whole.images[:, 0], whole.images[:, -1]) or purifier.n_latents == 1
+
+
+@NOISING
+def test_the_first_versions_are_the_same_for_every_larger_number(purifier: MultiStepPurifier) -> None:
+    few, many = (purified(purifier.replace(n_latents=k), images_of(3), SEEDS).images for k in (2, 5))
+    torch.testing.assert_close(many[:, :2], few, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_first_versions_of_a_chain_are_the_same_for_every_larger_number(first: int) -> None:
+    few, many = (
+        purified(Chain(OneStep(n_latents=k), OneStep(level=0.2, n_latents=2)), images_of(), SEEDS[:2]).images
+        for k in (first, 3)
+    )
+    torch.testing.assert_close(many[:, : 2 * first], few, rtol=0, atol=1e-12)
+
+
+@EVERY
+def test_float32_and_weights_of_another_precision(purifier: Purifier) -> None:
+    images = images_of(dtype=torch.float32)
+    exact = purified(purifier, images.double(), SEEDS[:2]).images
+    found = purified(purifier, images, SEEDS[:2]).images
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 2e-3
+    assert purified(purifier, images.bfloat16(), SEEDS[:2]).images.dtype == torch.float32
+
+
+@NOISING
+def test_as_many_passes_as_were_announced(purifier: MultiStepPurifier) -> None:
+    backbone = CurvedDenoiser()
+    result = purifier(backbone, images_of(3), seeds=SEEDS, max_parallel=100)
+    assert purifier.passes == purifier.n_latents * purifier.steps
+    if result.passes is None:
+        assert backbone.passes == 3 * purifier.passes
+    else:
+        assert backbone.passes == result.passes.sum()
+        assert (result.passes <= purifier.passes).all()
+
+
+def test_passes_of_a_chain() -> None:
+    first, second = DiffPure(t=4, n_latents=2), OneStep(n_latents=3)
+    assert Chain(first, second).passes == 2 * 4 + 2 * 3
+    assert Chain(first, second, handed_on="mean").passes == 2 * 4 + 3
+    assert (Chain(first, second).n_latents, Chain(first, second, handed_on="mean").n_latents) == (6, 3)
+    backbone = CurvedDenoiser()
+    counted = Chain(first, ADP(iterations=3, n_latents=2))
+    result = counted(backbone, images_of(), seeds=SEEDS[:2], max_parallel=100)
+    assert backbone.passes == result.passes.sum()
+
+
+@NOISING
+def test_the_callback_sees_every_pass(purifier: MultiStepPurifier) -> None:
+    states: list[StepState] = []
+    purified(purifier, images_of(), SEEDS[:2], callback=states.append)
+    assert [state.step for state in states] == sorted({state.step for state in states})
+    assert {state.steps for state in states} == {purifier.steps}
+    assert all(state.images.shape == (2, 2, *SHAPE) for state in states)
+    assert max(state.level for state in states) == pytest.approx(purifier.level)
+    if not isinstance(purifier, ADP):
+        assert len(states) == purifier.steps
+
+
+@NOISING
+def test_noise_may_be_given(purifier: MultiStepPurifier) -> None:
+    given = noise(2, 3, *SHAPE, seed=4, dtype=DOUBLE)
+    result = purified(purifier, images_of(), SEEDS[:2], latents=given)
+    assert torch.equal(result.latents, given)
+    assert result.images.shape == given.shape
+    assert result.seeds is None
+    assert not torch.allclose(result.images[:, :2], purified(purifier, images_of(), SEEDS[:2]).images)
+
+
+NOTHING: dict[str, Any] = {
+    "one-step": OneStep(level=0, n_latents=2),
+    "sde": DiffPure(t=0, n_latents=2),
+    "ddpm": DiffPure(t=0, solver="ddpm"),
+    "gdmp": GDMP(t=0),
+    "gdmp no rounds": GDMP(rounds=0),
+    "adp": ADP(iterations=0),
+    "gnsp": GNSP(rounds=()),
+    "likelihood": LikelihoodMaximisation(iterations=0),
+    "identity": Identity(),
+    "chain": Chain(Identity(), OneStep(level=0)),
+}
+
+
+@pytest.mark.parametrize("purifier", NOTHING.values(), ids=NOTHING)
+def test_level_zero_gives_the_input_back(purifier: Purifier) -> None:
+    images = images_of(dtype=torch.float32)
+    backbone = CurvedDenoiser()
+    result = purifier(backbone, images, seeds=SEEDS[:2])
+    assert torch.equal(result.images, images[:, None].expand(-1, purifier.n_latents, -1, -1, -1))
+    assert purifier.passes == backbone.passes == 0
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+    return (model(images) * noise(2, 4, seed=11, dtype=DOUBLE)).sum()
+
+
+def gradient_of(model: nn.Module, images: Tensor) -> Tensor:
+    leaf = images.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(model, leaf), leaf)[0]
+
+
+def slopes(model: nn.Module, images: Tensor, size: float = 1e-6) -> list[tuple[float, float]]:
+    """Along a direction for each of the two images: by the gradient, and by central differences."""
+    gradient, found = gradient_of(model, images), []
+    for row in range(len(images)):
+        direction = torch.zeros_like(images)
+        direction[row] = noise(*SHAPE, seed=20 + row, dtype=DOUBLE)
+        with torch.no_grad():
+            ends = [loss_of(model, images + sign * size * direction).item() for sign in (1, -1)]
+        found.append(((gradient * direction).sum().item(), (ends[0] - ends[1]) / (2 * size)))
+    return found
+
+
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"max_parallel": 3}, {"train": True}], ids=str)
+def test_the_unrolled_gradient_is_that_of_finite_differences(purifier: Purifier, options: dict[str, Any]) -> None:
+    chosen = dict(options)
+    train = chosen.pop("train", False)
+    model = model_of(purifier, gradient=Unrolled(), **chosen).train(train)
+    for exact, difference in slopes(model, images_of()):
+        assert exact == pytest.approx(difference, rel=1e-4)
+        assert exact != 0
+
+
+@EVERY
+def test_with_and_without_recomputation_and_chunks_the_gradient_is_the_same(purifier: Purifier) -> None:
+    whole = gradient_of(model_of(purifier, gradient=Unrolled(checkpoint=False)), images_of())
+    for options in ({}, {"max_parallel": 1}, {"max_parallel": 3}):
+        again = gradient_of(model_of(purifier, gradient=Unrolled(), **options), images_of())
+        torch.testing.assert_close(again, whole, rtol=1e-9, atol=1e-12)
+    alone = model_of(purifier, gradient=Unrolled())
+    leaf = images_of()[:1].requires_grad_()
+    (one,) = torch.autograd.grad((alone(leaf) * noise(2, 4, seed=11, dtype=DOUBLE)[:1]).sum(), leaf)
+    torch.testing.assert_close(one, whole[:1], rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_values_do_not_depend_on_the_gradient_mode(purifier: Purifier) -> None:
+    expected = model_of(purifier, gradient=Detached())(images_of())
+    for mode in (Unrolled(), Unrolled(checkpoint=False), StraightThrough(), Surrogate()):
+        model = model_of(purifier, gradient=mode)
+        torch.testing.assert_close(model(images_of().requires_grad_()), expected, rtol=1e-10, atol=1e-10)
+        gradient = gradient_of(model, images_of())
+        assert torch.isfinite(gradient).all()
+        assert (gradient.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+@EVERY
+def test_what_belongs_to_the_optimisation_over_latents_says_so(purifier: Purifier) -> None:
+    model = model_of(purifier, gradient=Implicit())
+    with pytest.raises(GradientError, match="optimisation over latents, which this purifier is not"):
+        model(images_of().requires_grad_())
+    with pytest.raises(SettingsError, match="A latent hook belongs to the optimisation"):
+        model.register_latent_hook(lambda state: None)
+    with pytest.raises(SettingsError, match=r"settings belongs to the optimisation .*which \w+ has not"):
+        model.settings  # noqa: B018
+
+
+class Drawing(CurvedDenoiser):
+    """A denoiser with noise of its own from torch's generator."""
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        return super().denoise(noisy, sigma) * (1 + 0.1 * torch.randn_like(noisy))
+
+
+def test_noise_of_the_denoiser_itself_is_replayed_in_the_recomputation() -> None:
+    found = []
+    for checkpoint in (True, False):
+        model = model_of(DiffPure(t=4), Drawing(), gradient=Unrolled(checkpoint=checkpoint))
+        torch.manual_seed(3)
+        found.append(gradient_of(model, images_of()))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_memory_of_the_way_back_is_that_of_the_states() -> None:
+    """What autograd keeps of a step does not grow with what the denoiser keeps inside."""
+
+    class Deep(CurvedDenoiser):
+        def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+            for _ in range(50):
+                noisy = noisy.tanh() + noisy.sin()
+            return super().denoise(noisy, sigma)
+
+    def kept(checkpoint: bool, purifier: DiffPure) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model = model_of(purifier, Deep(), gradient=Unrolled(checkpoint=checkpoint))
+            held.append(model.purify(images_of().requires_grad_()).images)
+        return sum(sizes.values())
+
+    state = images_of().nbytes
+    per_step = (kept(True, DiffPure(t=24)) - kept(True, DiffPure(t=12))) / 12
+    assert per_step <= 2 * state
+    assert (kept(False, DiffPure(t=24)) - kept(False, DiffPure(t=12))) / 12 > 20 * state
+
+
+# --- backbones --------------------------------------------------------------------------------------------------------
+
+DENOISING = {name: kind for name, kind in NAMES.items() if issubclass(kind, MultiStepPurifier) and kind is not OneStep}
+
+
+class Consistency(ToyBackbone):
+    """Both methods; what it is, it does not say."""
+
+    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
+        return torch.tanh(noisy)
+
+
+@pytest.mark.parametrize("kind", DENOISING.values(), ids=DENOISING)
+def test_steps_need_a_denoiser(kind: Any) -> None:
+    words = (
+        rf"{kind.__name__} needs a denoiser, but Consistency is a consistency model.*Of that kind are: .*cifar10-edm-"
+    )
+    with pytest.raises(WrongKindError, match=words):
+        model_of(kind(), Consistency(SHAPE))
+    with pytest.raises(WrongKindError, match=words):
+        kind()(Consistency(SHAPE), images_of(), seeds=SEEDS[:2])
+    with pytest.raises(WrongKindError, match=r"consistency.*Of that kind are: .*fashion-mnist-edm"):
+        model_of(kind(), "fashion-mnist-ct")
+    declared = Consistency(SHAPE)
+    declared.kind = "denoiser"  # pyright: ignore[reportAttributeAccessIssue]
+    assert model_of(kind(), declared).purifier == kind()
+
+
+def test_one_step_takes_either_kind_and_cmap_a_consistency_model() -> None:
+    for backbone in (Consistency(SHAPE), CurvedDenoiser()):
+        assert model_of(OneStep(), backbone)(images_of()).shape == (2, 4)
+    liar = Consistency(SHAPE)
+    liar.kind = "denoiser"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(WrongKindError, match=r"CMAP needs a consistency model, but Consistency is a denoiser"):
+        model_of(CMAP(), liar)
+
+
+def test_a_pair_of_backbones_serves_each_purifier() -> None:
+    chain, images = Chain(DiffPure(t=3), denoisers.CMAP_QUICK), images_of()
+    consistency, denoiser = ToyBackbone(SHAPE).double(), CurvedDenoiser()
+    first = model_of(chain, (consistency, denoiser))
+    assert torch.equal(first(images), model_of(chain, [denoiser, consistency])(images))
+    assert first.variant(purifier=DiffPure(t=3))(images).shape == (2, 4)
+    alone = model_of(DiffPure(t=3), denoiser)
+    assert torch.equal(first.variant(purifier=DiffPure(t=3))(images), alone(images))
+    assert torch.equal(
+        first.variant(purifier=denoisers.CMAP_QUICK)(images), model_of(denoisers.CMAP_QUICK, consistency)(images)
+    )
+    assert "backbone.consistency.enter" in first.state_dict()
+    for wrong in ((consistency, consistency), (denoiser,), (consistency, denoiser, denoiser)):
+        with pytest.raises(BackboneError, match="one consistency model and one denoiser"):
+            model_of(chain, wrong)
+    with pytest.raises(BackboneError, match="images of one shape"):
+        model_of(chain, (ToyBackbone((3, 4, 4)), denoiser))
+    with pytest.raises(WrongKindError, match=r"CMAP needs a consistency model|DiffPure needs a denoiser"):
+        model_of(chain, Consistency(SHAPE))
+
+
+def test_a_chain_has_seeds_in_place_of_latents() -> None:
+    with pytest.raises(InputValueError, match="leave latents out"):
+        purified(denoisers.ALL["chain"], images_of(), SEEDS[:2], latents=noise(2, 4, *SHAPE, seed=1))
+
+
+def test_a_backbone_that_overflows_is_named() -> None:
+    class Overflowing(CurvedDenoiser):
+        def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+            return noisy / 0
+
+    with pytest.raises(BackboneError, match="NaN or infinite"):
+        DiffPure(t=2)(Overflowing(), images_of(), seeds=SEEDS[:2])
+
+
+class Conditional(CurvedDenoiser):
+    """Each class has another mean."""
+
+    num_classes = 4
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        return super().denoise(noisy, sigma) + 0.1 * class_labels.to(noisy)[:, None, None, None]
+
+
+@NOISING
+def test_a_class_conditional_denoiser(purifier: MultiStepPurifier) -> None:
+    images, backbone = images_of(3), Conditional()
+    labels = torch.tensor([[0, 1], [2, 3], [1, 1]])
+    whole = purifier(backbone, images, seeds=SEEDS, class_labels=labels)
+    assert whole.class_labels is not None
+    chunked = purifier(backbone, images, seeds=SEEDS, class_labels=labels, max_parallel=2)
+    torch.testing.assert_close(chunked.images, whole.images)
+    other = purifier(backbone, images, seeds=SEEDS, class_labels=labels.flip(1))
+    assert not torch.allclose(other.images[0], whole.images[0])
+    torch.testing.assert_close(other.images[2], whole.images[2])
+    model = model_of(purifier, backbone, gradient=Unrolled())
+    for exact, difference in slopes(model, images_of()):
+        assert exact == pytest.approx(difference, rel=1e-4)
+
+
+@pytest.mark.parametrize("handed_on", ["versions", "mean"])
+def test_class_labels_of_a_chain(handed_on: str) -> None:
+    chain = Chain(OneStep(n_latents=2), OneStep(level=0.2, n_latents=3), handed_on=handed_on)
+    labels = torch.arange(2 * chain.n_latents).view(2, -1) % 4
+    result = chain(Conditional(), images_of(), seeds=SEEDS[:2], class_labels=labels)
+    assert torch.equal(result.class_labels, labels)
+    assert result.images.shape[1] == chain.n_latents
+    model = model_of(chain, Conditional(), class_labels="spread")
+    assert model.purify(images_of()).class_labels.shape == (2, chain.n_latents)
+
+
+def test_weights_in_half_precision_keep_the_state_in_float32() -> None:
+    class Weighted(CurvedDenoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16), requires_grad=False)
+
+        def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+            assert noisy.dtype == torch.bfloat16
+            return super().denoise(noisy, sigma) * self.weight
+
+    images = images_of(dtype=torch.float32)
+    found = DiffPure(t=20)(Weighted(), images, seeds=SEEDS[:2]).images
+    assert found.dtype == torch.float32
+    assert (found - DiffPure(t=20)(CurvedDenoiser(), images, seeds=SEEDS[:2]).images).abs().max() < 0.05
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_settings_go_through_json_and_repr(purifier: Any) -> None:
+    values = json.loads(json.dumps(purifier.to_dict()))
+    assert type(purifier).from_dict(values) == purifier
+    assert hash(type(purifier).from_dict(values)) == hash(purifier)
+    shown = eval(repr(purifier), {name: getattr(denoisers, name) for name in dir(denoisers)})
+    assert shown == purifier
+    assert repr(purifier) in repr(model_of(purifier))
+    assert model_of(purifier).variant(seed=1).purifier == purifier
+    assert model_of(purifier)(images_of()[:0]).shape == (0, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.one_of(
+        st.builds(
+            DiffPure,
+            t=st.integers(0, 30),
+            solver=st.sampled_from(["sde", "ode", "ddpm"]),
+            step=st.floats(5e-4, 0.01),
+            n_latents=st.integers(1, 3),
+        ),
+        st.builds(
+            GDMP,
+            t=st.integers(0, 6),
+            rounds=st.integers(0, 2),
+            guide=st.sampled_from(["mse", "ssim", "none"]),
+            strength=st.floats(0, 1000),
+            noise_target=st.booleans(),
+            levels=st.sampled_from([100, 250, 1000]),
+            n_latents=st.integers(1, 3),
+        ),
+        st.builds(ADP, noise=st.floats(0.01, 0.5), iterations=st.integers(0, 4), n_latents=st.integers(1, 3)),
+        st.builds(GNSP, rounds=st.lists(st.integers(1, 6), max_size=3), eta=st.floats(0, 1)),
+        st.builds(LikelihoodMaximisation, iterations=st.integers(0, 3), learning_rate=st.floats(0.01, 0.3)),
+        st.builds(OneStep, level=st.floats(0, 2), n_latents=st.integers(1, 3)),
+    )
+)
+def test_whatever_the_settings(purifier: Any) -> None:
+    images = images_of(2, torch.float32)
+    result = purified(purifier, images, SEEDS[:2])
+    again = purified(type(purifier).from_json(purifier.to_json()), images[1:], SEEDS[1:2], max_parallel=2)
+    torch.testing.assert_close(result.images[1:], again.images, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(result.images).all()
+    assert result.images.shape[1] == purifier.n_latents
+
+
+WRONG = [
+    (OneStep, {"level": -1}),
+    (DiffPure, {"t": 1001}),
+    (DiffPure, {"t": 0.1}),
+    (DiffPure, {"solver": "heun"}),
+    (DiffPure, {"step": 0}),
+    (DiffPure, {"variance": "learned"}),
+    (DiffPure, {"n_latents": 0}),
+    (GDMP, {"t": 251, "levels": 250}),
+    (GDMP, {"guide": "l1"}),
+    (GDMP, {"eps": 0}),
+    (GDMP, {"noise_target": 1}),
+    (ADP, {"noise": 0}),
+    (ADP, {"rate": 0}),
+    (GNSP, {"rounds": 30}),
+    (GNSP, {"rounds": (30, 0)}),
+    (GNSP, {"eta": 1.5}),
+    (LikelihoodMaximisation, {"sigmas": (0.6, 0.4)}),
+    (LikelihoodMaximisation, {"learning_rate": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), WRONG, ids=str)
+def test_a_setting_out_of_its_range_is_refused(kind: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=kind.__name__):
+        kind(**options)
+
+
+def test_a_chain_is_made_of_purifiers() -> None:
+    with pytest.raises(SettingsError, match="made of purifiers"):
+        Chain()
+    with pytest.raises(SettingsError, match="made of purifiers"):
+        Chain(DiffPure(), "cmap")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingsError, match="handed_on"):
+        Chain(DiffPure(), handed_on="best")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(OneStep):
+        pass
+
+    with pytest.raises(SettingsError, match="Mine is not one of the purifiers that have a name"):
+        Chain(Mine()).to_dict()
+    assert Chain(Mine()).replace(handed_on="mean") == Chain(Mine(), handed_on="mean")
+
+
+def test_presets() -> None:
+    assert DiffPure.preset("cifar10-linf") == DiffPure(t=100)
+    assert DiffPure.preset("cifar10-l2").t == 75
+    assert CMAP.preset("cifar10-linf") == CMAP()
+    assert Chain.preset("cifar10-linf") == Chain(DiffPure(t=100), CMAP())
+    for kind in (DiffPure, GDMP, ADP, GNSP, LikelihoodMaximisation, Chain, CMAP):
+        assert isinstance(kind.preset("cifar10-linf"), kind)
+    with pytest.raises(UnknownNameError, match=r"DiffPure has no preset 'mnist'. There are: cifar10-linf, cifar10-l2,"):
+        DiffPure.preset("mnist")
+    with pytest.raises(UnknownNameError, match="It has none"):
+        OneStep.preset("cifar10-linf")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_name(name: str) -> None:
+    assert by_name(name).__name__.lower() == name.replace("-", "")
+    if name != "chain":
+        assert from_texts(name) == by_name(name)()
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "expected"),
+    [
+        ("diffpure", ["t=75", "solver=ode"], DiffPure(t=75, solver="ode")),
+        ("diffpure", ["preset=cifar10-l2", "n_latents=4"], DiffPure(t=75, n_latents=4)),
+        (
+            "gdmp",
+            ["eps=4/255", "noise_target=false", "guide = ssim"],
+            GDMP(eps=4 / 255, noise_target=False, guide="ssim"),
+        ),
+        ("gnsp", ["rounds=30,50"], GNSP(rounds=(30, 50))),
+        ("gnsp", ["rounds=30"], GNSP(rounds=(30,))),
+        ("likelihood-maximisation", ["sigmas=0.1,0.2"], LikelihoodMaximisation(sigmas=(0.1, 0.2))),
+        ("cmap", ["n_latents=3", "betas=0.5,0.9"], from_texts("cmap", ["betas=(0.5, 0.9)", "n_latents=3"])),
+        ("cmap", ["preset=imagenet100"], CMAP.preset("imagenet100")),
+        ("chain", ["purifiers=diffpure,cmap", "handed_on=mean"], Chain(DiffPure(), CMAP(), handed_on="mean")),
+    ],
+)
+def test_from_texts(name: str, texts: list[str], expected: Purifier) -> None:
+    assert from_texts(name, texts) == expected
+
+
+def test_texts_that_do_not_fit() -> None:
+    with pytest.raises(UnknownNameError, match=r"no purifier 'difpure'. Did you mean 'diffpure'"):
+        from_texts("difpure")
+    with pytest.raises(SettingsError, match="key=value"):
+        from_texts("diffpure", ["t"])
+    with pytest.raises(SettingsError, match="given twice"):
+        from_texts("diffpure", ["t=1", "t=2"])
+    with pytest.raises(SettingsError, match=r"DiffPure has no setting 'time'"):
+        from_texts("diffpure", ["time=1"])
+    with pytest.raises(SettingsError, match=r"DiffPure.t must be an integer"):
+        from_texts("diffpure", ["t=many"])
+    with pytest.raises(UnknownNameError, match="has no preset"):
+        from_texts("diffpure", ["preset=mnist"])
+    with pytest.raises(UnknownNameError, match="no purifier None"):
+        Chain.from_dict({"purifiers": [{"t": 4}]})
+
+
+def test_a_classifier_of_one_image_is_left_in_its_mode() -> None:
+    model = model_of(DiffPure(t=2))
+    assert isinstance(model.classifier, Classifier)
+    assert not model.train().backbone.training
