@@ -35,6 +35,34 @@ def test_first_latents_of_a_seed_are_the_same_for_every_larger_number(seeds: lis
 
 
 @settings(deadline=None, max_examples=30)
+@given(seeds=st.lists(SEEDS, min_size=2, max_size=3), step=st.integers(1, 2000), few=st.integers(1, 3))
+def test_noise_of_a_step_is_a_function_of_seed_and_step(seeds: list[int], step: int, few: int):
+    drawn = draw_latents(torch.tensor(seeds), few + 1, SHAPE, step=step)
+    for row, seed in zip(drawn, seeds, strict=True):
+        assert torch.equal(row[:few], draw_latents(torch.tensor([seed]), few, SHAPE, step=step)[0])
+    before, uniform = (draw(torch.tensor(seeds), few, step) for draw in (_drawn_before, _uniform))
+    assert not any(torch.equal(row, other) for row in drawn[:, 0] for other in before[:, 0])
+    assert not torch.equal(uniform, _uniform(torch.tensor(seeds), few, step - 1))
+    assert torch.equal(uniform[:, :1], _uniform(torch.tensor(seeds), 1, step))
+
+
+def _drawn_before(seeds: Tensor, count: int, step: int) -> Tensor:
+    return draw_latents(seeds, count, SHAPE, step=step - 1)
+
+
+def _uniform(seeds: Tensor, count: int, step: int) -> Tensor:
+    return draw_uniform(seeds, (count,), step=step)
+
+
+def test_noise_of_steps_is_uncorrelated_and_step_0_is_the_default():
+    seeds = torch.arange(3)
+    drawn = torch.stack([draw_latents(seeds, 2, (3, 20, 16), step=step) for step in range(30)]).double().flatten(1)
+    assert torch.equal(draw_latents(seeds, 2, (3, 20, 16)).double().flatten(), drawn[0])
+    correlation = (drawn[:-1] * drawn[1:]).mean().item()
+    assert abs(correlation) < 5 * drawn[1:].numel() ** -0.5
+
+
+@settings(deadline=None, max_examples=30)
 @given(seed=SEEDS, bit=st.integers(0, 63))
 def test_every_bit_of_the_seed_counts(seed: int, bit: int):
     flipped = (seed % 2**64) ^ (1 << bit)

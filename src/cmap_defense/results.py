@@ -50,6 +50,7 @@ class PurificationResult:
         margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
         passes: [B] int64, the network passes that each image took, where that depends on the image; None where it is
             what the purifier's ``passes`` says.
+
     Logits, votes, labels and margin are None when there was no classifier.
     """
 

@@ -345,6 +345,17 @@ def test_a_pair_of_backbones_serves_each_purifier() -> None:
         model_of(chain, Consistency(SHAPE))
 
 
+def test_every_purifier_of_a_chain_has_noise_of_its_own() -> None:
+    images, chain = images_of(), Chain(OneStep(n_latents=2), OneStep(level=0.3, n_latents=2))
+    drawn = purified(chain, images, SEEDS[:2]).latents
+    first = purified(OneStep(n_latents=4), images, SEEDS[:2]).latents
+    noises = torch.cat([drawn.flatten(0, 1), first.flatten(0, 1)]).flatten(1)
+    similar = torch.corrcoef(noises) - torch.eye(len(noises), dtype=DOUBLE)
+    assert similar.abs().max() < 0.4
+    alone = Chain(OneStep(n_latents=4))
+    assert torch.equal(purified(alone, images, SEEDS[:2]).latents, first)
+
+
 def test_a_chain_has_seeds_in_place_of_latents() -> None:
     with pytest.raises(InputValueError, match="leave latents out"):
         purified(denoisers.ALL["chain"], images_of(), SEEDS[:2], latents=noise(2, 4, *SHAPE, seed=1))
