@@ -138,6 +138,7 @@ class CMAP(Purifier):
         require_level(backbone, "CMAPSettings", level)
         denoise = caster(backbone, images.device, "denoise")
         return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """CMAP from the fields of its settings. Raises :class:`SettingsError` where they do not fit."""
