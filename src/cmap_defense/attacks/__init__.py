@@ -14,7 +14,7 @@ from cmap_defense.attacks.short_cmap import ShortCMAP
 from cmap_defense.attacks.spsa import SPSA
 from cmap_defense.attacks.square import Square
 from cmap_defense.attacks.steps import StepAttack
-from cmap_defense.attacks.suites import full_suite, paper_suite, standard_suite
+from cmap_defense.attacks.suites import SUITES, full_suite, paper_suite, standard_suite, suite
 from cmap_defense.attacks.target_steer import TargetSteer
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Source, Transfer, Undefended
 from cmap_defense.threat import ThreatModel
@@ -23,6 +23,7 @@ __all__ = [
     "APGD",
     "PGD",
     "SPSA",
+    "SUITES",
     "Attack",
     "AttackResult",
     "AutoAttack",
@@ -53,4 +54,5 @@ __all__ = [
     "full_suite",
     "paper_suite",
     "standard_suite",
+    "suite",
 ]

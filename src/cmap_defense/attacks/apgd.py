@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce and Hein 2020, arXiv 2003.01690, section 3), by the authors' library."""
+"""Auto-PGD, by the authors' library."""
 
 from __future__ import annotations
 
@@ -27,33 +27,29 @@ from cmap_defense.settings import require_choice, require_integer
 __all__ = ["APGD"]
 
 START = 0xA96D
-"""Sets the noise of the start apart from the model's."""
+"""Number that gives the start noise of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class APGD(Attack):
-    """Projected gradient steps with momentum, whose size is halved where the loss no longer rises.
+    """APGD (Croce and Hein 2020, arXiv 2003.01690, Algorithm 1): the step size is halved where the loss stops rising.
 
-    It is ``APGDAttack`` of pyautoattack, the extra ``[attacks]``. All images are attacked for all steps, those too that
-    a random model gets wrong at first; the library's own ``perturb`` leaves these alone. Starts are drawn per image, so
-    that for a purified classifier an image's outcome does not depend on its batch.
+    It is ``APGDAttack`` of pyautoattack, the extra ``[attacks]``. All images are attacked for all steps, those included
+    that a random model misclassifies at first, which the library's own ``perturb`` leaves unperturbed. Starts are drawn
+    per image, so that for a purified classifier the outcome for an image does not depend on its batch. The library
+    averages gradients over ``eot`` evaluations, but measures its progress by the loss of the last of them alone.
 
-    The library averages gradients over ``eot`` evaluations, but takes the last of them alone for the loss by which it
-    judges its progress.
+    The attempts are the image of the highest loss and, without targets, the last misclassified one. Its history holds
+    "margin", the mean :func:`~cmap_defense.attacks.goal.margin` over the evaluations, and "reached", the share of them
+    that reached the goal, at the start and after each step. Further arguments are those of
+    :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        steps: 1 at least; each takes ``eot`` evaluations, and so does the start.
-        eot: evaluations per gradient, with noise of their own.
-        loss: "ce", the cross-entropy, or "dlr", the difference of logits ratio of section 4, for 3 classes at least.
-            For targets only "ce": the library's targeted ratio is raised by making all logits alike, without the
-            target's coming out on top.
+        steps: number of steps, at least 1; each takes ``eot`` evaluations, and so does the start.
+        eot: evaluations with independent noise per gradient.
+        loss: "ce" for the cross-entropy, or "dlr" for the difference of logits ratio (section 4), which needs 3
+            classes. Targets need "ce", since the library's targeted ratio rises when all logits become equal.
         gradient: the gradient mode of a purified classifier during the search; None for its own.
-
-    Other arguments: :class:`~cmap_defense.attacks.base.Attack`. It attempts the image of the highest loss and, without
-    targets, the last one that was answered wrongly.
-
-    history: "margin", :func:`~cmap_defense.attacks.goal.margin` on average over the evaluations, and "reached", the
-    share of them that ended as the attack wants, at the start and after each step.
 
     Raises:
         SettingsError: a value is out of its range; "dlr" with targets, or with fewer than 3 classes.
@@ -82,12 +78,12 @@ class APGD(Attack):
                 'APGD takes targets with loss="ce" only; PGD(..., loss=Margin()) and Square take them too.'
             )
         oracle = oracle.in_mode(self.gradient, self)
-        shown, rows = LibraryModel(oracle, clean, classes=3 if self.loss == "dlr" else 2), []
+        evaluate, rows = LibraryModel(oracle, clean, classes=3 if self.loss == "dlr" else 2), []
 
         def model(images: Tensor) -> Tensor:
-            logits = shown(images)
-            answers = logits.detach()
-            rows.append((margin(answers, goal), goal.reached(answers.argmax(dim=1)).to(answers)))
+            logits = evaluate(images)
+            plain = logits.detach()
+            rows.append((margin(plain, goal), goal.reached(plain.argmax(dim=1)).to(plain)))
             return logits
 
         attack = pyautoattack().autopgd_base.APGDAttack(

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020, arXiv 2003.01690), by the authors' library, with a guard against lucky answers."""
+"""AutoAttack, by the authors' library, repeated where its successes are by chance."""
 
 from __future__ import annotations
 
@@ -30,42 +30,40 @@ __all__ = ["AutoAttack"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
-    """APGD on two losses with EOT ("rand"), or APGD, targeted APGD, targeted FAB and Square one after the other.
+    """AutoAttack (Croce and Hein 2020, arXiv 2003.01690, section 5; "rand" with EOT on two losses of APGD).
 
-    It is ``AutoAttack`` of pyautoattack, the extra ``[attacks]``, run again where it fooled itself. The library judges
-    an image by one answer of the model: one that a random model gets wrong by chance is taken for broken, handed back
-    unperturbed, and never attacked; APGD asks once more, and leaves alone what is wrong then. So APGD here attacks all
-    that it is given; after each round the images returned are re-evaluated, and those claimed to be
-    broken to which it still answers rightly go into the next round. The image attempted is that of the round whose
-    answers were wrong most often, the latest on ties.
+    It is ``AutoAttack`` of pyautoattack, the extra ``[attacks]``, run in rounds. The library believes one prediction
+    per image. An image that a random model misclassifies by chance counts as broken, is returned unperturbed and is
+    never attacked; before APGD a second prediction is believed in the same way. Here APGD attacks all images. After
+    each round the returned images are re-evaluated, and those that were claimed broken but are classified correctly go
+    into the next round. The attempt is the image of the round with the most successes, the latest on ties.
 
-    The library draws from one stream and drops the images that it is done with: unlike in the rest of the suite, the
-    outcome for an image depends on the batch that it is in, but for ``batch_size=1``. Its figure for a random or
-    optimising defence is an upper bound, and often a loose one; it knows nothing of the latents.
+    The library draws noise from one stream and drops images that it is done with. So unlike for most attacks here, the
+    outcome for an image depends on its batch unless ``batch_size=1``. For a random or optimising defence its robust
+    accuracy is an upper bound, often a loose one, since it does not attack the latents.
+
+    There are no targets. The library's checks of the model go to the logger "auto-attack", which is silent where
+    nothing handles it. Its history holds after each round "claimed", 1 where the library says that the image is broken,
+    and "held", the share of re-evaluations of that image that succeed. Images outside a round keep their numbers.
+    Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        version: "rand" is for random models. "standard" and "plus" are the library's for deterministic ones: on a
-            random one they run, but each of their steps believes a single answer.
+        version: "rand" for random models; "standard" or "plus" for deterministic ones. On a random model the latter
+            run, but each of their steps believes a single prediction.
         eot: evaluations per gradient of APGD; None for the version's, 20 in "rand" and 1 otherwise. Targeted APGD and
             FAB take 1, as in the library.
         steps: of APGD and FAB; None for the version's 100.
         queries: of Square; None for the version's 5000.
         gradient: the gradient mode of a purified classifier during the search; None for its own.
-        rounds: of the library at most, 1 for no guard.
-        confirmations: fresh answers, all of which must be wrong before a claim is believed.
-        batch_size: images that the library is given at once; None for all. With known noise it is always 1, as the
-            noise of an image that is left over of a batch is not its own.
-
-    Other arguments: :class:`~cmap_defense.attacks.base.Attack`. It takes no targets. The library's own checks of the
-    model go to the logger "auto-attack", which is silent where nothing handles it.
-
-    history, after each of the rounds: "claimed", 1 where the library said that the image is broken; "held", the share
-    of the fresh answers to the same image that were wrong. Images that were not in a round keep their numbers.
+        rounds: runs of the library, at most; 1 for the library's own result.
+        confirmations: re-evaluations that must all succeed before a claim is believed.
+        batch_size: images that the library gets at once; None for all. With known noise it is always 1, since the
+            library drops images, and the rest of a batch would have other noise.
 
     Raises:
         SettingsError: a value is out of its range, there are targets, or the model has fewer than 3 classes ("rand") or
-            4.
-        InputValueError: l2 in "standard" or "plus", and images of a size on which Square cannot start.
+            4 (the others).
+        InputValueError: "standard" or "plus" in l2, with images of a size on which Square cannot start.
         MissingExtraError: pyautoattack is not installed.
     """
 
@@ -108,7 +106,7 @@ class AutoAttack(Attack):
         return Candidates(torch.cat([part.images for part in found]), history)
 
     def _guarded(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """Rounds of the library on the images of which its latest claim did not hold, at first on all."""
+        """Rounds of the library: the first on all images, the others on those for which its claim did not hold."""
         best, most = clean.clone(), torch.full((len(clean),), -1.0, device=clean.device)
         claimed, held = torch.zeros_like(most), torch.zeros_like(most)
         rows: list[tuple[Tensor, Tensor]] = []
@@ -118,8 +116,8 @@ class AutoAttack(Attack):
                 part, own = oracle.rows(left), goal.rows(left)
                 found, broken = self._library(part, clean[left], own)
                 with torch.no_grad():
-                    answers = torch.stack([part(found).argmax(dim=1) for _ in range(self.confirmations)])
-                share = own.reached(answers).float().mean(dim=0)
+                    predictions = torch.stack([part(found).argmax(dim=1) for _ in range(self.confirmations)])
+                share = own.reached(predictions).float().mean(dim=0)
                 better = left[share >= most[left]]
                 best[better], most[better] = found[share >= most[left]], share[share >= most[left]]
                 claimed[left], held[left] = broken.to(claimed), share
@@ -129,7 +127,7 @@ class AutoAttack(Attack):
         return Candidates(best[:, None], {"claimed": torch.stack(first), "held": torch.stack(second)})
 
     def _library(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
-        """One run: images [b, C, H, W], and whether the library takes them for broken, [b]."""
+        """One run: images [b, C, H, W], and whether the library claims that they are broken, [b]."""
         model = LibraryModel(oracle, clean, classes=3 if self.version == "rand" else 4)
         images = clean.float().contiguous()
         with undisturbed(), torch.no_grad():
@@ -144,12 +142,12 @@ class AutoAttack(Attack):
             )
             tried = images.clone()
             self._set(attack, targets, images, tried)
-            found, answers = attack.run_standard_evaluation(images, goal.labels, batch_size=len(images))
-        broken = answers != goal.labels
+            found, predictions = attack.run_standard_evaluation(images, goal.labels, batch_size=len(images))
+        broken = predictions != goal.labels
         return torch.where(broken[:, None, None, None], found, tried).to(clean), broken
 
     def _set(self, attack: Any, targets: int, images: Tensor, tried: Tensor) -> None:
-        """Our settings in place of the version's. tried: gets what APGD made of each of the images in the end."""
+        """Set our settings in place of the version's; ``tried`` gets the image that APGD ends with for each image."""
         attack.apgd.eot_iter = attack.apgd.eot_iter if self.eot is None else self.eot
         if self.steps is not None:
             for search in (attack.apgd, attack.apgd_targeted):
@@ -163,10 +161,10 @@ class AutoAttack(Attack):
 
 
 def _perturb(search: Any, whole: Tensor, tried: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """The library's ``APGDAttack.perturb``, less its first answer, by which it leaves images alone; and what it drops,
-    the image of the highest loss where no answer was wrong, is kept: the next answer may be.
+    """The library's ``APGDAttack.perturb`` without its first prediction, by which it skips images.
 
-    whole: the batch, of which ``images`` are some.
+    Where it found no misclassified image, that of the highest loss goes into ``tried``, at the position that the image
+    has in the batch ``whole``.
     """
     search.init_hyperparam(images)
     torch.manual_seed(search.seed)

@@ -1,7 +1,7 @@
-"""What every attack does besides attacking: stay inside the threat model, and be re-evaluated.
+"""The base class of attacks: it projects the images that a search returns and re-evaluates them.
 
-A subclass writes ``run``; calling the attack then projects what came back and asks the model again, so that no
-attack can report success on an image outside its ball, or on an answer that it saw while searching.
+A subclass implements ``run``. No attack can report success on an image outside the threat model, or on a prediction
+that its search has used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cmap_defense.attacks.describe import described
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.classifier import PurifiedClassifier
@@ -36,7 +37,12 @@ __all__ = ["Attack", "AttackResult", "Candidates"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:
-    """images: [B, M, C, H, W], M attempts per image. history: named numbers per step, [steps, B] each."""
+    """What a search returns.
+
+    Attributes:
+        images: [B, M, C, H, W], M attempts per image.
+        history: numbers per step and image by name, [steps, B] each.
+    """
 
     images: Tensor
     history: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -46,19 +52,21 @@ class Candidates:
 class AttackResult:
     """The outcome per image.
 
-    images: [B, C, H, W] in [0, 1], inside the threat model, in float32 or the precision given where that is higher: of
-    the attempts, the one with the highest margin in one answer each.
-    success: [B], whether the model's first prediction for ``images``, made after the choice, is what the attack
-    wants: any wrong class, or the target.
-    distance: [B] in the threat model's norm.
-    queries: evaluations of the model per image, those of the choice and the judgement included; an attack that works on
-    another model counts that one's too.
-    history: named numbers per step of the search, [steps, B] each, with restarts one after the other. APGD has one row
-    more, AutoAttack one for each round.
-    predictions: [J, B] int64, the classes that the model predicts for ``images`` in J re-evaluations.
-    candidates: [B, M, C, H, W], all attempts, projected. candidate_predictions: [B, M], the prediction for each by
-    which ``images`` was chosen. chosen: [B], which of them it is.
-    labels, targets: what the attack was asked for.
+    Attributes:
+        images: [B, C, H, W] in [0, 1], inside the threat model: of the attempts, the one with the highest margin in one
+            prediction each. They are float32, or of the precision given where that is higher.
+        success: [B] bool, whether the first re-evaluation predicts a wrong class, or the target where there are some.
+        distance: [B], from the clean image in the threat model's norm.
+        queries: evaluations of the model per image, those of the choice and of the re-evaluation included. An attack
+            that searches another model counts that one's too.
+        history: numbers per step of the search by name, [steps, B] each, restarts one after the other. APGD has a row
+            for its start besides, AutoAttack a row for each round.
+        predictions: [J, B] int64, the classes predicted for ``images`` in J re-evaluations.
+        candidates: [B, M, C, H, W], all attempts, projected.
+        candidate_predictions: [B, M] int64, the prediction for each attempt by which ``images`` was chosen.
+        chosen: [B] int64, the position of ``images`` among the attempts.
+        labels: [B] int64, the true classes.
+        targets: [B] int64, the classes that a targeted attack aims at; None for an untargeted one.
     """
 
     images: Tensor
@@ -75,36 +83,36 @@ class AttackResult:
 
     @property
     def any_success(self) -> Tensor:
-        """[B], whether any of the J fresh answers is what the attack wants (any-of-J)."""
+        """[B] bool, whether any of the J re-evaluations is a success: the defence fails in the worst of J."""
         return Goal(self.labels, self.targets).reached(self.predictions).any(dim=0)
 
     @property
     def mean_success(self) -> Tensor:
-        """[B] in [0, 1], the share of the J fresh answers that are what the attack wants."""
+        """[B] in [0, 1], the share of the J re-evaluations that are a success."""
         return Goal(self.labels, self.targets).reached(self.predictions).float().mean(dim=0)
 
     @property
     def vote_success(self) -> Tensor:
-        """[B], whether the most frequent of the J fresh answers is what the attack wants; the lower class on ties."""
+        """[B] bool, whether the majority vote of the J re-evaluations is a success; the lower class wins ties."""
         return Goal(self.labels, self.targets).reached(self.predictions.mode(dim=0).values)
 
     @property
     def any_candidate_success(self) -> Tensor:
-        """[B], whether any of the M attempts was answered as the attack wants, each asked once (any-of-M)."""
+        """[B] bool, whether any of the M attempts succeeds, each predicted once."""
         return Goal(self.labels, self.targets).reached(self.candidate_predictions.T).any(dim=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack(NamedOptions, abc.ABC):
-    """An attack under a threat model: settings when made, ``attack(model, images, labels)`` when run.
+    """An attack under a threat model, called as ``attack(model, images, labels)``.
 
     Args:
         threat: norm and eps.
-        restarts: independent runs, the attempts of all of which are judged.
-        seed: of all noise: the attack's own and, where the model is a purified classifier, the model's. Each image's
-            noise is a function of this seed and its index alone.
-        noise: "fresh": each evaluation of the model has noise of its own, and so has the judgement. "known": one fixed
-            noise throughout, the judgement included: what an attacker reaches who knows the defender's seed.
+        restarts: independent runs; the attempts of all of them are candidates.
+        seed: of all noise: the attack's own and, for a purified classifier, the model's. The noise of an image is a
+            function of this seed and the image's index alone.
+        noise: "fresh" for independent noise in each evaluation of the model, or "known" for one fixed noise in all of
+            them, the re-evaluation included, as for an attacker who knows the defender's seed.
 
     Raises:
         SettingsError: a value is out of its range.
@@ -154,22 +162,26 @@ class Attack(NamedOptions, abc.ABC):
         """Attack every image.
 
         Args:
-            model: images in [0, 1] to logits; its weights' gradients are left alone. A purified classifier that takes
-                normalised images is attacked in [0, 1] all the same. A module, or the module of a bound method, is
-                attacked in eval mode, and has its own mode back afterwards; the modules that a function calls cannot be
-                seen: call their ``eval()`` first. A purified classifier with a seed of its own answers with that noise
-                always, in the re-evaluations too.
+            model: images in [0, 1] to logits. A purified classifier that takes normalised images is attacked in [0, 1]
+                all the same; one with a seed of its own has that noise in the re-evaluations too. A module, or that of
+                a bound method, is attacked in eval mode and gets its own mode back. Call ``eval()`` yourself on modules
+                that a function uses.
             images: float [B, C, H, W] in [0, 1].
             labels: int64 [B], the true classes.
-            targets: int64 [B], for a targeted attack: the class that each image is to be taken for.
-            indices: [B] integers, which image of the data set each one is; None for 0, 1, ... Its noise depends on it.
-            reevaluations: J, predictions of the final images, each with noise of its own.
+            targets: int64 [B], the classes that a targeted attack aims at; None for an untargeted one.
+            indices: [B] integers, the images' positions in their data set, which their noise depends on; None for
+                0, 1, ...
+            reevaluations: J, predictions for the final images with independent noise.
             progress: show a bar that counts evaluations.
 
+        Returns:
+            The images, whether they succeed, and how they were found.
+
         Raises:
-            InputTypeError, InputValueError: images, labels or targets are not as above.
+            InputTypeError: images, labels, targets or indices have the wrong type.
+            InputValueError: they have the wrong shape or range.
             SettingsError: the attack needs a :class:`~cmap_defense.classifier.PurifiedClassifier`, or eps is larger
-                than any two of such images are apart.
+                than the distance of any two such images.
             GradientError: the attack needs a gradient that the model does not give.
         """
         check_finite(check_images(images))
@@ -209,7 +221,7 @@ class Attack(NamedOptions, abc.ABC):
                 return self._reevaluated(oracle, clean, goal, found, reevaluations)
 
     def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """The attempts of all restarts, one behind the other."""
+        """The attempts of all restarts, one after the other."""
         if not len(clean):
             return Candidates(clean[:, None])
         runs = [self._restart(oracle.restarted(restart), clean, goal) for restart in range(self.restarts)]
@@ -217,7 +229,7 @@ class Attack(NamedOptions, abc.ABC):
         return Candidates(torch.cat([run.images.detach() for run in runs], dim=1), history)
 
     def _restart(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """One search; its history has the norms of the gradients that the oracle gave, where it does not say others."""
+        """One search; the norms of the oracle's gradients are added to a history that has none."""
         found = self.run(oracle, clean, goal)
         if "gradient_norm" in found.history or not oracle.gradient_norms:
             return found
@@ -227,7 +239,7 @@ class Attack(NamedOptions, abc.ABC):
     def _reevaluated(
         self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, reevaluations: int
     ) -> AttackResult:
-        """Project, choose among the attempts, then ask the model again about the choice alone."""
+        """Project, choose among the attempts by one prediction each, and re-evaluate the chosen one."""
         reevaluator = oracle.reevaluator()
         attempts = [self.threat.project(part.to(clean), clean) for part in found.images.unbind(dim=1)]
         images, predictions = attempts[0], None
@@ -254,50 +266,73 @@ class Attack(NamedOptions, abc.ABC):
 
     @abc.abstractmethod
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """Search, once per restart; all that a new attack has to write.
+        """Search once; the only method that a new attack must implement. It is called once per restart.
 
         Args:
             oracle: the model's predictions, gradients and noise; it counts evaluations.
             clean: images [B, C, H, W] in [0, 1].
-            goal: true classes, and targets where there are some.
+            goal: the true classes, and the targets of a targeted attack.
 
         Returns:
-            Attempts; they need not be inside the threat model, and are projected and re-evaluated by the caller.
+            Attempts. They need not be inside the threat model, as the caller projects and re-evaluates them.
         """
 
     def differentiates_defence(self, model: Model) -> bool:
-        """Whether the search follows a gradient that goes through this model's own defence.
+        """Whether the search follows a gradient through this model's own defence, exact or approximate (BPDA).
 
-        An evaluation gives no headline unless such an attack is among its attacks. True also for an approximation of
-        that gradient, such as BPDA; False for the gradient of a surrogate or of another model. The default is False.
+        It is False for the gradient of a surrogate or of another model, and by default. An evaluation gives no headline
+        without such an attack.
+
+        Args:
+            model: the model that is attacked.
         """
         return False
 
     def evaluates_defence(self) -> bool:
-        """Whether the search evaluates the defended model, or parts of it, at all. False for transfer attacks."""
+        """Whether the search evaluates the defended model or parts of it; False for transfer attacks."""
         return True
 
     def first_step(self) -> float | None:
-        """The size of the first step on the image, in the threat model's norm, of a search that starts at random; None
-        for a search that has no steps on the image, or starts at the clean image."""
+        """The size of the first step from a random start, in the threat model's norm.
+
+        It is None, the default, for a search that starts elsewhere or takes no steps on the image.
+        """
         return None
 
     def predictions_per_image(self) -> int:
-        """How many predictions with independent noise the search makes for each image by which it could notice its own
-        success, the choice between attempts left out. An evaluation makes as many for clean images. The default is 0.
+        """Predictions with independent noise in which the search could notice a success, per image; by default 0.
+
+        The choice between attempts does not count. An evaluation makes as many predictions for clean images, as the
+        selection effect of these is in its figures too.
         """
         return 0
 
     def sweep_attack(self) -> PGD | None:
-        """A PGD that an evaluation repeats at other steps and sizes for its checks; None where this attack has none."""
+        """The PGD that an evaluation repeats at other numbers of steps and sizes of eps; by default None."""
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The attack as JSON values: its class, and its settings by name.
+
+        Settings that are objects, such as the threat model, a loss or another attack, are dictionaries of the same
+        form. A network is described by its class and a checksum of its weights, a function by its name.
+        """
+        return described(self)
+
     def under(self, threat: ThreatModel) -> Attack:
-        """The same attack under another threat model of the same norm."""
+        """The same attack under another threat model.
+
+        Args:
+            threat: of the same norm.
+        """
         return dataclasses.replace(self, threat=threat)
 
     def at_iterations(self, iterations: int) -> Attack:
-        """The attack for a defence with another number of iterations, at which its cost is counted."""
+        """The attack for a defence with another number of iterations, as which its cost is counted.
+
+        Args:
+            iterations: of the defence's latent loop.
+        """
         return self
 
 
@@ -313,7 +348,7 @@ def _classes(name: str, given: Any, images: Tensor) -> Tensor:
 
 
 def _needed(labels: Tensor, targets: Tensor | None) -> int:
-    """The classes that a model must have for these labels."""
+    """The number of classes that a model must have for these labels."""
     return max((int(part.max()) + 1 for part in (labels, targets) if part is not None and part.numel()), default=0)
 
 

@@ -1,4 +1,4 @@
-"""The adaptive attack of the CMAP paper: the latent loop itself, turned against the classifier."""
+"""The adaptive attack of the CMAP paper: the latent loop with the classifier's loss in its objective."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from cmap_defense.settings import require_flag, require_integer, require_number
 __all__ = ["ConsistencyDisruption"]
 
 RELEASED_BETA = {"linf": 2e6, "l2": 1e9}
-"""Of the CIFAR-10 scripts, on the scale of L with the mean cross-entropy over the K latents."""
+"""Beta of the released CIFAR-10 scripts, for L plus the mean cross-entropy over the K latents."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencyDisruption(Attack):
-    """Algorithm 2 of arXiv 2412.08394 (eq. 15): the purification's own objective, less beta times the cross-entropy.
+    """Consistency disruption (Algorithm 2 and eq. 15 of arXiv 2412.08394).
 
-    The first N steps are the purification of the clean image; then the K latents go on with
+    The first N steps are the purification of the clean image. Then the K latents go on with the objective
 
         L - beta (1/K) sum_k CE(C(P(G(u_k))), y) + beta penalty (1/K) sum_k excess(G(u_k), x),
 
-    with P the projection onto the threat model, passed through unchanged on the way back, and excess the distance
-    outside it, which takes over what the gradient of a clamp loses. Each of the K images is an attempt of its own: the
-    paper's criterion, any of the K, is ``any_candidate_success``.
+    where P is the projection onto the threat model, with the identity as its gradient, and excess the distance outside
+    the ball, which replaces the gradient that a clamp loses. Each of the K images is an attempt. The paper's
+    criterion, any of the K, is ``any_candidate_success``. The model must be a purified classifier.
+
+    Its history (Fig. 4 and 5) holds "cross_entropy", the mean over the latents, 0 during the purification;
+    "objective", L of eq. 9; "right", the share of the K projected images that are classified correctly; "latent_mean"
+    and "latent_std", over all elements of an image's latents. Further arguments are those of
+    :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        steps: in all; the first N are the purification's, so there must be more than that.
-        beta: None for the released 2e6 (linf) or 1e9 (l2). The paper tries several and reports the worst (Tab. X).
-        penalty: on the excess, relative to the cross-entropy.
-        released: the released code's search, bugs included, for comparison with it and for nothing else: a softmax
-            over the batch before the cross-entropy (so the batch size matters: 5 and 10 there), clamps that kill the
-            gradient, no clamp to [0, 1] on the way, l2 images moved to exactly eps, no penalty. The bugs of its
-            judgement (the K images voted on together, the better or worse of two votes) are not reproduced.
-
-    Other arguments: :class:`~cmap_defense.attacks.base.Attack`. The model must be a purified classifier.
-
-    history (Fig. 4 and 5): "cross_entropy", mean over the latents; 0 during the purification. "objective": L (9).
-    "right": the share of the K images, as they are shown to the classifier, that are taken for their true class.
-    "latent_mean", "latent_std": over all elements of an image's latents.
+        steps: number of steps, more than the N of the purification, which are the first of them.
+        beta: weight of the cross-entropy; None for the released 2e6 (linf) or 1e9 (l2). The paper tries several and
+            reports the worst (Tab. X).
+        penalty: weight of the excess, relative to the cross-entropy.
+        released: search as the released code does, for comparison with it alone. Its bugs are a softmax over the batch
+            before the cross-entropy, so that the batch size matters (5 and 10 there), clamps without a gradient, no
+            clamp to [0, 1] during the search, l2 images moved to exactly eps, and no penalty. The bugs of its
+            evaluation, a vote on the K images together and the better or worse of two votes, are not reproduced.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
@@ -96,20 +96,20 @@ class ConsistencyDisruption(Attack):
             note("objective", step, rows, value)
             note("latent_mean", step, rows, latents.flatten(1).mean(dim=1))
             note("latent_std", step, rows, latents.flatten(1).std(dim=1))
-            shown, own = wrapper.preprocessing.resized(generated.flatten(0, 1), clean.shape[2:]), clean[rows]
-            shown = shown.unflatten(0, latents.shape[:2])
+            images, own = wrapper.preprocessing.resized(generated.flatten(0, 1), clean.shape[2:]), clean[rows]
+            images = images.unflatten(0, latents.shape[:2])
             if step < settings.iterations:
                 with torch.no_grad():
-                    note("right", step, rows, _right(self._shown_logits(searched, shown, own), goal.rows(rows)))
+                    note("right", step, rows, _right(self._projected_logits(searched, images, own), goal.rows(rows)))
                 return count * value
-            logits = self._shown_logits(searched, shown, own)
+            logits = self._projected_logits(searched, images, own)
             note("right", step, rows, _right(logits, goal.rows(rows)))
             gain = self._gain(logits, goal.rows(rows))
             note("cross_entropy", step, rows, gain.mean(dim=1))
             disrupted = count * value - beta * gain.sum(dim=1)
             if self.released:
                 return disrupted
-            return disrupted + beta * self.penalty * excess(self.threat, shown, own).sum(dim=1)
+            return disrupted + beta * self.penalty * excess(self.threat, images, own).sum(dim=1)
 
         whole = (lambda: iter([slice(0, len(clean))])) if self.released else searched.parts
         adam = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
@@ -120,16 +120,16 @@ class ConsistencyDisruption(Attack):
             images = _released_projection(self.threat.norm, self.threat.eps, images, clean)
         return Candidates(images, history)
 
-    def _shown_logits(self, searched: Searched, shown: Tensor, clean: Tensor) -> Tensor:
-        """[b, K, classes], the classifier on the projected images."""
+    def _projected_logits(self, searched: Searched, images: Tensor, clean: Tensor) -> Tensor:
+        """The classifier's logits [b, K, classes] for the projected images."""
         if self.released:
-            projected = _released_projection(self.threat.norm, self.threat.eps, shown, clean)
-            return searched.wrapper.undefended(projected.flatten(0, 1), check=False).unflatten(0, shown.shape[:2])
-        projected = shown + (project_all(self.threat, shown, clean) - shown).detach()
-        return searched.classify(projected).unflatten(0, shown.shape[:2])
+            projected = _released_projection(self.threat.norm, self.threat.eps, images, clean)
+            return searched.wrapper.undefended(projected.flatten(0, 1), check=False).unflatten(0, images.shape[:2])
+        projected = images + (project_all(self.threat, images, clean) - images).detach()
+        return searched.classify(projected).unflatten(0, images.shape[:2])
 
     def _gain(self, logits: Tensor, goal: Goal) -> Tensor:
-        """[b, K], the cross-entropy that is to rise; for a targeted attack less that of the target."""
+        """The cross-entropy [b, K] to raise: of the true class, or minus that of the target."""
         if self.released:
             over_batch = logits.transpose(0, 1).softmax(dim=1)  # [K, B, classes], normalised over the images
             classes = goal.labels.expand(over_batch.shape[:2])
@@ -139,14 +139,13 @@ class ConsistencyDisruption(Attack):
 
 
 def _right(logits: Tensor, goal: Goal) -> Tensor:
-    """[b], the share of K images whose logits [b, K, classes] have the true class on top."""
+    """The share [b] of K images with logits [b, K, classes] that are classified correctly."""
     return (logits.argmax(dim=2) == goal.labels[:, None]).float().mean(dim=1)
 
 
-def _released_projection(norm: str, eps: float, shown: Tensor, clean: Tensor) -> Tensor:
-    """As the authors' release moves images [b, K, C, H, W] towards [b, C, H, W]: with the gradient of a clamp, no
-    clamp to [0, 1], and in l2 to exactly eps."""
-    delta = shown - clean[:, None]
+def _released_projection(norm: str, eps: float, images: Tensor, clean: Tensor) -> Tensor:
+    """The authors' projection of [b, K, C, H, W] around [b, C, H, W]: not to [0, 1], and in l2 to exactly eps."""
+    delta = images - clean[:, None]
     if norm == "linf":
         return clean[:, None] + delta.clamp(-eps, eps)
     length = delta.flatten(2).norm(dim=2).clamp_min(torch.finfo(delta.dtype).tiny)

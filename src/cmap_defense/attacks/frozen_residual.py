@@ -1,4 +1,4 @@
-"""BPDA with a memory: what the purification did to the image is kept for many steps."""
+"""BPDA that keeps the change made by a purification for many steps."""
 
 from __future__ import annotations
 
@@ -20,22 +20,19 @@ __all__ = ["FrozenResidual"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenResidual(StepAttack):
-    """Steps on x against C(x + r) for many residuals r = G(u*(x)) - x, which are found anew every few steps.
+    """Steps on x against C(x + r), with residuals r = G(u*(x)) - x that are found again every few steps.
 
-    The straight-through gradient (BPDA; Athalye et al. 2018, arXiv 1802.00420) takes the purification as x plus a
-    constant. Then there is no need to purify at every step: the constants of several purifications, K each, are kept
-    and attacked together, as a voting defence is, at the price of the classifier alone. The purifications are the cost,
-    and there are few.
+    The straight-through gradient (BPDA; Athalye et al. 2018, arXiv 1802.00420, section 4.1) treats the purification as
+    x plus a constant. So one need not purify at every step: the constants of several purifications are kept and
+    attacked together. Steps between purifications cost passes through the classifier alone. The model must be a
+    purified classifier. "reached" in its history is the share of C(x + r) that reached the goal. Further arguments are
+    those of :class:`~cmap_defense.attacks.steps.StepAttack`.
 
     Args:
         every: steps between purifications.
-        purifications: at a time, each with noise of its own; K residuals each.
-        memory: purifications whose residuals are kept, the latest; None for those of the last time alone.
-        loss: what to climb, over all residuals.
-
-    Other arguments: :class:`~cmap_defense.attacks.steps.StepAttack`. The model must be a purified classifier.
-
-    history: "reached" is the share of C(x + r) that are what the attack wants.
+        purifications: purifications with independent noise at a time, with K residuals each.
+        memory: the number of latest purifications whose residuals are kept; None for ``purifications``.
+        loss: the loss to raise, over all residuals.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
@@ -79,15 +76,17 @@ class FrozenResidual(StepAttack):
         return feedback, None
 
     def _feedback(self, wrapper: PurifiedClassifier, images: Tensor, residuals: Tensor, goal: Goal) -> Feedback:
-        """Loss and gradient over all residuals [R, B, C, H, W], ``max_parallel`` images at a time: first the logits of
-        all, then what the loss asks of them."""
+        """Loss and gradient over all residuals [R, B, C, H, W], ``max_parallel`` images at a time.
+
+        The logits of all come first, then the gradient of the loss to them is taken back to the images.
+        """
         size = wrapper.max_parallel or 256
         owners = torch.arange(len(images), device=images.device).repeat(len(residuals))
         pairs = list(zip(owners.split(size), residuals.flatten(0, 1).split(size), strict=True))
         with torch.no_grad():
-            answers = torch.cat([wrapper.undefended(images[own] + part, check=False) for own, part in pairs])
+            found = torch.cat([wrapper.undefended(images[own] + part, check=False) for own, part in pairs])
         with torch.enable_grad():
-            logits = answers.unflatten(0, residuals.shape[:2]).requires_grad_()
+            logits = found.unflatten(0, residuals.shape[:2]).requires_grad_()
             loss = self.loss(logits, goal)
             (pull,) = torch.autograd.grad(loss.sum(), logits)
             gradient = torch.zeros_like(images)

@@ -1,4 +1,4 @@
-"""What an attack wants, and the losses that it climbs."""
+"""The goal of an attack, and the losses that it raises."""
 
 from __future__ import annotations
 
@@ -17,29 +17,57 @@ __all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Goal:
-    """labels: [B] int64, the true classes. targets: [B], the classes wanted instead; None for any other class."""
+    """The predictions that an attack aims at.
+
+    Attributes:
+        labels: [B] int64, the true classes.
+        targets: [B] int64, the classes to be predicted instead; None for any other class.
+    """
 
     labels: Tensor
     targets: Tensor | None = None
 
     def reached(self, predictions: Tensor) -> Tensor:
-        """[..., B] bool for predicted classes [..., B]."""
+        """Whether predictions are what the attack aims at.
+
+        Args:
+            predictions: [..., B], predicted classes.
+
+        Returns:
+            [..., B] bool.
+        """
         return predictions != self.labels if self.targets is None else predictions == self.targets
 
     def rows(self, index: Tensor | slice) -> Goal:
-        """The goal of some of the images."""
+        """The goal of some of the images.
+
+        Args:
+            index: their positions in the batch.
+        """
         return Goal(self.labels[index], None if self.targets is None else self.targets[index])
 
     def repeated(self, times: int) -> Goal:
-        """Each image's goal ``times`` times in a row, [B times]."""
+        """The goals of images each of which comes several times in a row.
+
+        Args:
+            times: how often; the goal is of [B times] images.
+        """
         targets = None if self.targets is None else self.targets.repeat_interleave(times)
         return Goal(self.labels.repeat_interleave(times), targets)
 
 
 def margin(logits: Tensor, goal: Goal) -> Tensor:
-    """[M], from logits [M, classes]: how far the attack has come, above 0 when it has succeeded.
+    """The margin of an attack (Carlini and Wagner 2017, arXiv 1608.04644, f6, unclipped): positive where it succeeds.
 
-    Untargeted: the best other logit less the true one's. Targeted: the target's less the best other one.
+    Untargeted it is the largest other logit less that of the true class; targeted, the logit of the target less the
+    largest other one.
+
+    Args:
+        logits: [M, classes].
+        goal: of the M images.
+
+    Returns:
+        [M].
     """
     classes = goal.labels if goal.targets is None else goal.targets
     own = logits.gather(1, classes[:, None])[:, 0]
@@ -51,19 +79,28 @@ def margin(logits: Tensor, goal: Goal) -> Tensor:
 class Loss(NamedOptions, abc.ABC):
     """A number per image that an attack raises.
 
-    joint: whether it is a function of all samples together, instead of the mean of a function of each.
+    Attributes:
+        joint: whether it is a function of all samples together, instead of the mean over them.
     """
 
     joint = False
 
     @abc.abstractmethod
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
-        """[B] from logits [S, B, classes] of S evaluations with noise of their own."""
+        """The loss of each image.
+
+        Args:
+            logits: [S, B, classes], of S evaluations with independent noise.
+            goal: of the B images.
+
+        Returns:
+            [B].
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """Of the true class; targeted: minus that of the target. Mean over the samples."""
+    """The cross-entropy of the true class, or minus that of the target; mean over the samples."""
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         classes = (goal.labels if goal.targets is None else goal.targets).expand(logits.shape[:2])
@@ -73,10 +110,7 @@ class CrossEntropy(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(Loss):
-    """:func:`margin` of each sample (Carlini and Wagner 2017, arXiv 1608.04644, f6, unclipped). Mean over the samples.
-
-    Unlike the cross-entropy it does not go flat where the classifier is sure.
-    """
+    """:func:`margin`, mean over the samples. Unlike the cross-entropy it does not go flat at high confidence."""
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         pairs = logits.shape[:2]
@@ -88,10 +122,10 @@ class Margin(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class VoteMargin(Loss):
-    """The margin of the soft vote of all samples: the log of the mean probability over them.
+    """The :func:`margin` of the soft vote: of the log of the mean probability over all samples.
 
-    What a defence that votes has to lose, in one number. A sample that is lost already no longer counts for much, one
-    that is about to turn does. All S graphs are in memory at once.
+    It is positive where the vote is wrong. Samples that are wrong already weigh little, those near the boundary most.
+    The graphs of all S samples are in memory at once.
     """
 
     joint = True

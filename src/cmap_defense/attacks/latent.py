@@ -1,4 +1,4 @@
-"""Adversarial images from the generator itself: nothing in them is off its manifold."""
+"""Adversarial images on the generator's manifold."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ __all__ = ["LatentAttack"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What a latent attack found.
+    """The attempts of a latent attack.
 
-    images: [B, M, C, H, W], projected. margins: [B, M], the bare classifier's on them. searched: the latents' origin.
-    history: as of the attack.
+    Attributes:
+        searched: the initial latents and their purified classifier.
+        images: [B, M, C, H, W], projected.
+        margins: [B, M], of the bare classifier on these.
+        history: that of the attack.
     """
 
     searched: Searched
@@ -32,23 +35,23 @@ class Found:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentAttack(LatentSearch):
-    """Latents near the image that the classifier calls something else:
+    """An attack of this package: a misclassified image G(u) near the clean image x, found in the latents u
 
         min_u  penalty excess(G(u), x) + max(confidence - margin(C(G(u))), 0)
 
-    with excess the distance outside the ball (:func:`~cmap_defense.attacks.latents.excess`) and the margin of
-    :func:`~cmap_defense.attacks.goal.margin`. G(u) is not clamped to the ball on the way, which would lose its
-    gradient; the best of each latent, judged by the bare classifier after projection, is submitted and purified afresh.
-    As far as it needed no projection it is on the manifold, and a purification has no reason to leave it. The latent
-    loop is not differentiated.
+    with the distance outside the ball of :func:`~cmap_defense.attacks.latents.excess` and the margin of
+    :func:`~cmap_defense.attacks.goal.margin`, whose hinge is that of Carlini and Wagner 2017 (arXiv 1608.04644, f6).
+    The attempt of each latent is the projected image of the highest margin under the bare classifier. An image that
+    needed no projection is on the manifold, so that a purification has no reason to change it. The latent loop is not
+    differentiated.
+
+    Its history holds "margin", of the bare classifier on the projected images, and "excess", means over the M latents.
+    Further arguments are those of :class:`~cmap_defense.attacks.latents.LatentSearch`.
 
     Args:
-        penalty: on the excess. growth: the penalty grows by this factor from the first step to the last.
-        confidence: the lead in logits that is asked for.
-
-    Other arguments: :class:`~cmap_defense.attacks.latents.LatentSearch`.
-
-    history: "margin" of the bare classifier on the projected images and "excess", means over the M latents.
+        penalty: weight of the excess in the first step.
+        growth: factor by which the penalty grows from the first step to the last.
+        confidence: the margin in logits beyond which the loss does not fall.
     """
 
     penalty: float = 0.3
@@ -66,7 +69,13 @@ class LatentAttack(LatentSearch):
         return Candidates(found.images, found.history)
 
     def search(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Found:
-        """The attempts with all that is known of them, for attacks that build on these."""
+        """Search, for attacks that use the attempts.
+
+        Args:
+            oracle: a purified classifier.
+            clean: images [B, C, H, W] in [0, 1].
+            goal: the true classes, and the targets of a targeted attack.
+        """
         searched = self._searched(oracle, clean)
         pairs = searched.begin.shape[:2]
         best = clean[:, None].repeat(1, self.latents, 1, 1, 1)
@@ -77,15 +86,15 @@ class LatentAttack(LatentSearch):
         def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
             own = clean[rows]
             wanted = goal.rows(rows).repeated(self.latents)
-            shown = searched.generate(latents, rows, own)
+            generated = searched.generate(latents, rows, own)
             with torch.no_grad():
-                legal = project_all(self.threat, shown, own)
-                now = margin(searched.classify(legal), wanted).view(shown.shape[:2])
+                legal = project_all(self.threat, generated, own)
+                now = margin(searched.classify(legal), wanted).view(generated.shape[:2])
                 better = now > highest[rows]
                 best[rows] = torch.where(better[:, :, None, None, None], legal.to(best), best[rows])
                 highest[rows] = torch.where(better, now.to(highest), highest[rows])
-            lead = margin(searched.classify(shown), wanted).view(shown.shape[:2])
-            far = excess(self.threat, shown, own)
+            lead = margin(searched.classify(generated), wanted).view(generated.shape[:2])
+            far = excess(self.threat, generated, own)
             margins[step, rows], outside[step, rows] = now.to(margins), far.detach().to(margins)
             weight = self.penalty * self.growth ** (step / max(1, self.steps - 1))
             return weight * far + (self.confidence - lead).clamp_min(0)

@@ -1,4 +1,4 @@
-"""What attacks on latents have in common: where latents start, how they are moved, what they generate."""
+"""Shared by attacks on latents: initial latents, their optimisation, and the images that they generate."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["LatentSearch", "Searched", "descend", "excess", "project_all"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSearch(Attack):
-    """An attack that searches latents instead of images, and submits what they generate.
+    """An attack that optimises latents with Adam and attempts the images that they generate.
+
+    The model must be a purified classifier. Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        steps: of Adam on the latents, 1 at least.
-        learning_rate: of the same.
-        latents: M per image; each gives an attempt of its own.
-        start: "purified", from the latents that the defence finds for the clean image (it costs a purification), or
+        steps: steps of Adam, at least 1.
+        learning_rate: of Adam.
+        latents: M, latents per image, each of which gives an attempt.
+        start: "purified" for the latents that the defence finds for the clean image, at the cost of a purification, or
             "noise".
-
-    Other arguments: :class:`~cmap_defense.attacks.base.Attack`. The model must be a purified classifier.
     """
 
     steps: int = 200
@@ -46,7 +46,7 @@ class LatentSearch(Attack):
         require_choice(name, "start", self.start, ("purified", "noise"))
 
     def _searched(self, oracle: Oracle, clean: Tensor) -> Searched:
-        """The wrapper with M latents per image, and where they start."""
+        """The wrapper with M latents per image, and the initial latents."""
         own = oracle.wrapper(self)
         wrapper = own.variant(settings=own.settings.replace(n_latents=self.latents))
         oracle.check_classes(own, clean)
@@ -63,12 +63,12 @@ class LatentSearch(Attack):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Searched:
-    """Latents that an attack searches.
+    """A search over the latents of a batch of images.
 
     Attributes:
-        wrapper: the model whose latents they are.
-        begin: [B, M, C, H, W], where the search starts.
-        class_labels: [B, M] integers, or None where the backbone is not class-conditional.
+        wrapper: the purified classifier.
+        begin: [B, M, C, H, W], the initial latents.
+        class_labels: [B, M] integers; None where the backbone is not class-conditional.
         clean: [B, C, H, W], the clean images, around which latents with a noise level live.
     """
 
@@ -78,22 +78,31 @@ class Searched:
     clean: Tensor
 
     def doubled(self) -> Searched:
-        """Twice the latents: each image's M, and the same M once more."""
+        """The search with each image's latents twice, [B, 2 M, C, H, W]."""
         labels = None if self.class_labels is None else self.class_labels.repeat(1, 2)
         return Searched(self.wrapper, self.begin.repeat(1, 2, 1, 1, 1), labels, self.clean)
 
     def generate(self, latents: Tensor, rows: slice, like: Tensor | None) -> Tensor:
-        """G of the latents of some images, [b, M, C, H, W] in [0, 1]; at the size of ``like``, or the backbone's."""
+        """Generate the images of latents.
+
+        Args:
+            latents: [b, M, C, H, W], of some images.
+            rows: positions of these images in the batch.
+            like: images [..., C, H, W] whose size the generated ones get; None for the backbone's size.
+
+        Returns:
+            [b, M, C, H, W] in [0, 1].
+        """
         labels = None if self.class_labels is None else self.class_labels[rows]
         size = None if like is None else like.shape[2:]
         return self.wrapper.generate(latents, self.clean[rows], class_labels=labels, size=size)
 
-    def classify(self, shown: Tensor) -> Tensor:
-        """The bare classifier's logits [b M, classes] on images [b, M, C, H, W] in [0, 1]."""
-        return self.wrapper.undefended(shown.flatten(0, 1))
+    def classify(self, images: Tensor) -> Tensor:
+        """The bare classifier's logits [b M, classes] for images [b, M, C, H, W] in [0, 1]."""
+        return self.wrapper.undefended(images.flatten(0, 1))
 
     def parts(self) -> Iterator[slice]:
-        """Images whose latents go through the backbone together."""
+        """Images whose latents go through the backbone together, as positions in the batch."""
         count, per_image = self.begin.shape[:2]
         size = count if self.wrapper.max_parallel is None else max(1, self.wrapper.max_parallel // per_image)
         return (slice(first, first + size) for first in range(0, count, max(1, size)))
@@ -106,38 +115,58 @@ def descend(
     steps: int,
     **adam: Any,
 ) -> Tensor:
-    """Adam on latents [B, M, C, H, W].
+    """Minimise a loss over latents with Adam.
 
     Args:
-        begin: where to start.
-        parts: the images whose latents go through the backbone together, with a graph of their own.
-        loss: of the latents [b, M, C, H, W] of a part, the part and the step; its sum is lowered.
-        steps: how many.
+        begin: [B, M, C, H, W], the initial latents.
+        parts: gives positions of images whose latents go through the backbone together, in a graph of their own.
+        loss: from latents [b, M, C, H, W] of a part, its positions and the step to losses, whose sum is minimised.
+        steps: number of steps.
         adam: options of :class:`torch.optim.Adam`.
+
+    Returns:
+        Latents [B, M, C, H, W].
     """
     latents = begin.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([latents], **adam)
     for step in range(steps):
         with torch.enable_grad():
-            pieces = [(rows, latents.detach()[rows].requires_grad_()) for rows in parts()]
-            gradients = [torch.autograd.grad(loss(leaf, rows, step).sum(), leaf)[0] for rows, leaf in pieces]
+            leaves = [(rows, latents.detach()[rows].requires_grad_()) for rows in parts()]
+            gradients = [torch.autograd.grad(loss(leaf, rows, step).sum(), leaf)[0] for rows, leaf in leaves]
         latents.grad = torch.cat(gradients)
         optimiser.step()
     return latents.detach()
 
 
-def excess(threat: ThreatModel, shown: Tensor, clean: Tensor) -> Tensor:
-    """[b, M], how far images [b, M, C, H, W] are outside the ball around [b, C, H, W]; smooth enough to be pulled back.
+def excess(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:
+    """How far images are outside the ball, with a gradient back into it.
 
-    linf: the sum over pixels of what exceeds eps. l2: what the norm exceeds eps by, times the root of the number of
-    pixels, so that both pull on a pixel alike.
+    In linf it is the sum over pixels of the excess over eps. In l2 it is the excess of the norm over eps, times the
+    square root of the number of pixels, so that the gradient per pixel is about the same.
+
+    Args:
+        threat: the threat model.
+        images: [b, M, C, H, W], M images for each clean one.
+        clean: [b, C, H, W].
+
+    Returns:
+        [b, M].
     """
-    delta = (shown - clean[:, None]).flatten(2)
+    delta = (images - clean[:, None]).flatten(2)
     if threat.norm == "linf":
         return (delta.abs() - threat.eps).clamp_min(0).sum(dim=2)
     return ((delta.square().sum(dim=2) + 1e-12).sqrt() - threat.eps).clamp_min(0) * delta.shape[2] ** 0.5
 
 
-def project_all(threat: ThreatModel, shown: Tensor, clean: Tensor) -> Tensor:
-    """Each of [B, M, C, H, W] onto the ball around [B, C, H, W]."""
-    return torch.stack([threat.project(part, clean) for part in shown.unbind(dim=1)], dim=1)
+def project_all(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:
+    """Project images onto the threat model.
+
+    Args:
+        threat: the threat model.
+        images: [B, M, C, H, W], M images for each clean one.
+        clean: [B, C, H, W].
+
+    Returns:
+        [B, M, C, H, W].
+    """
+    return torch.stack([threat.project(part, clean) for part in images.unbind(dim=1)], dim=1)

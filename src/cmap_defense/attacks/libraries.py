@@ -1,4 +1,4 @@
-"""What the attacks of the pyautoattack library have in common; it is the extra ``[attacks]``, imported when needed."""
+"""The library pyautoattack, the extra ``[attacks]``, for the attacks that use it; imported when needed."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def pyautoattack() -> Any:
 
 
 class LibraryModel:
-    """A model as the library is shown it: images [M, C, H, W] and logits [M, classes] in float32.
+    """A model for the library: images [M, C, H, W] to logits [M, classes], in float32.
 
     Its backward pass reaches the images and nothing else: FAB calls ``backward``, which would leave gradients in the
     model's weights.
 
     Args:
-        model: what answers.
+        model: images to logits.
         clean: the images, for their precision.
-        classes: how many the library's losses need.
+        classes: the number of classes that the library's losses need.
 
     Raises (when called):
         SettingsError: the model has fewer.
@@ -70,11 +70,11 @@ class LibraryModel:
 
     def __call__(self, images: Tensor) -> Tensor:
         if images.requires_grad and torch.is_grad_enabled():
-            logits: Any = _ToImages.apply(images, self._answers)
+            logits: Any = _ToImages.apply(images, self._logits)
             return logits
-        return self._answers(images).clone()  # Square writes into it
+        return self._logits(images).clone()  # Square writes into it
 
-    def _answers(self, images: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
         logits = self.model(images.to(self.dtype))
         if logits.shape[1] < self.classes:
             raise SettingsError(
@@ -105,25 +105,33 @@ class _ToImages(torch.autograd.Function):
 
 
 def require_gradient(owner: str, gradient: object) -> None:
-    """A gradient mode or None, or a :class:`SettingsError`."""
+    """Check an attack's setting.
+
+    Args:
+        owner: the attack's class, for the error.
+        gradient: the setting.
+
+    Raises:
+        SettingsError: it is neither a gradient mode nor None.
+    """
     if gradient is not None and not isinstance(gradient, GradientMode):
         raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
 
 
 def seed_of(oracle: Oracle) -> int:
-    """For the library's own noise: another one for other images, another seed, and after other evaluations."""
+    """A seed of the library's noise, which depends on the images, the attack's seed and the number of evaluations."""
     return generator_for(oracle.count, *oracle.draws.tolist()).initial_seed()
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """What the library changes in the process is put back: the trace function, and what it counted with it.
+    """Restore what the library changes in the process: the trace function and the counts that it makes with it.
 
-    Its logger says nothing in here, unless there is a handler that takes it.
+    Its logger is silent in here, unless a handler takes its messages.
     """
     counted = pyautoattack().checks.funcs
     trace, level, counts = sys.gettrace(), LOGGER.level, dict(counted)
-    counted.update(dict.fromkeys(counted, 0))  # never reset by the library: one dynamic model would taint the next
+    counted.update(dict.fromkeys(counted, 0))  # the library never does
     if not LOGGER.hasHandlers():
         LOGGER.setLevel(logging.CRITICAL + 1)
     try:

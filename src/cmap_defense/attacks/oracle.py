@@ -1,4 +1,4 @@
-"""An attack's way to the model: one evaluation, one gradient, and the noise and the count of both."""
+"""The model as an attack sees it: predictions and gradients, with their noise and their number."""
 
 from __future__ import annotations
 
@@ -37,23 +37,40 @@ Model = Callable[[Tensor], Tensor]
 
 
 class SeededModel(abc.ABC):
-    """A random model whose noise can be given, as that of a purified classifier can."""
+    """A random model whose noise can be given, as that of a purified classifier can.
+
+    Attributes:
+        seed: of all of its noise; None for fresh noise in each call without ``seeds``.
+    """
 
     seed: int | None = None
 
     @abc.abstractmethod
     def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
-        """Logits [B, classes]; seeds: [B] int64 on the CPU, None for fresh ones."""
+        """Predict.
+
+        Args:
+            images: [B, C, H, W] in [0, 1].
+            seeds: [B] int64 on the CPU; None for those of ``seed``, or fresh ones.
+
+        Returns:
+            Logits [B, classes].
+        """
 
 
 REEVALUATION, RESTART = 0x1D6E, 0x7E57A27
-"""Set the noise of the judgement, and that of each restart, apart from the rest."""
+"""Numbers that give the re-evaluation and each restart noise of their own."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Feedback:
-    """What an attack hears about images [B, C, H, W]: loss [B], its gradient [B, C, H, W], and the share of the
-    evaluations that ended as the attack wants, [B]."""
+    """Loss and gradient at images [B, C, H, W].
+
+    Attributes:
+        loss: [B].
+        gradient: [B, C, H, W], of the loss.
+        reached: [B] in [0, 1], the share of the evaluations that reached the attack's goal.
+    """
 
     loss: Tensor
     gradient: Tensor
@@ -61,10 +78,17 @@ class Feedback:
 
 
 def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
-    """The gradient of a number to images [B, C, H, W]; 0 for an image where it is not finite, so that it is left alone.
+    """The gradient of a loss with respect to images; 0 for an image for which it is not finite.
+
+    Args:
+        images: [B, C, H, W], a leaf.
+        loss: a scalar.
+
+    Returns:
+        [B, C, H, W].
 
     Raises:
-        GradientError: it does not depend on them for autograd.
+        GradientError: the loss does not depend on the images for autograd.
     """
     found = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if found is None:
@@ -75,52 +99,59 @@ def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
 
 
 def usable(tensor: Tensor) -> Tensor:
-    """The tensor as one that autograd takes, also where it was made under inference mode."""
+    """The tensor, or a copy that autograd accepts of one that was made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def unit(gradient: Tensor) -> Tensor:
-    """Gradients [B, C, H, W] divided by their l2 lengths; 0 where they are 0. Neither long nor short ones are lost."""
+    """Gradients [B, C, H, W] divided by their l2 norms, which may be tiny or huge; 0 stays 0."""
     scaled, _ = by_largest(gradient)
     tiny = torch.finfo(gradient.dtype).tiny
     return scaled / scaled.flatten(1).norm(dim=1).clamp_min(tiny)[:, None, None, None]
 
 
 def by_largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients [B, C, H, W] divided by their largest magnitudes, and these, [B]."""
+    """Gradients [B, C, H, W] divided by their largest absolute values, and these, [B]."""
     largest = gradient.abs().flatten(1).amax(dim=1)
     return gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)[:, None, None, None], largest
 
 
 def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
-    """Whether the gradient of a model in this mode, or in its own for None, goes through its own defence."""
+    """Whether the gradient of a model goes through its own defence.
+
+    Args:
+        gradient: the gradient mode; None for the model's own.
+        model: a purified classifier or any other model.
+    """
     if gradient is None and isinstance(model, PurifiedClassifier):
         gradient = model.gradient
     return gradient is None or gradient.differentiates_defence
 
 
 def gradient_length(gradient: Tensor) -> Tensor:
-    """The l2 norms [B] of gradients [B, C, H, W], however small or large these are."""
+    """The l2 norms [B] of gradients [B, C, H, W], which may be tiny or huge."""
     scaled, largest = by_largest(gradient)
     return largest * scaled.flatten(1).norm(dim=1)
 
 
 class Oracle:
-    """Evaluates a model on a batch, each time with the next noise.
+    """A model on a batch of images, with independent noise in each evaluation.
 
-    A :class:`~cmap_defense.classifier.PurifiedClassifier` (or :class:`SeededModel`) without a seed of its own gets one
-    per image and evaluation, a function of the image's own seed and the number of evaluations before: the outcome for
-    an image does not depend on the batch that it is in. Any other model draws from torch's generators as it likes.
+    A :class:`~cmap_defense.classifier.PurifiedClassifier` or :class:`SeededModel` without a seed of its own gets a seed
+    per image, a function of the image's own seed and the number of the evaluation. So the outcome for an image does not
+    depend on its batch. Any other model draws from torch's generators.
 
     Args:
-        model: images to logits.
+        model: images [B, C, H, W] in [0, 1] to logits [B, classes].
         seeds: [B] int64 on the CPU, one per image.
-        known: the same noise at each evaluation, so that the attacker knows it.
-        tick: called at each evaluation.
-        draws: [B] int64 on the CPU, for what the attack itself draws, such as a random start; None for ``seeds``.
-        needed: classes that the labels speak of, at least.
-        evaluations: how many there were, and by which of them the noise goes, where several share a count.
-        gradient_norms: l2 norms [B] of the gradients that :meth:`feedback` gave, where several share a list.
+        known: use the same noise in each evaluation, as for an attacker who knows it.
+        tick: called in each evaluation.
+        draws: [B] int64 on the CPU, seeds of the attack's own noise, such as a random start; None for ``seeds``.
+        evaluations: [number of evaluations, number of the one that the noise belongs to], shared between oracles; None
+            for [0, 0].
+        gradient_norms: the l2 norms [B] of the gradients of :meth:`feedback`, shared between oracles; None for none
+            yet.
+        needed: the number of classes that the labels need.
     """
 
     def __init__(
@@ -143,13 +174,18 @@ class Oracle:
 
     @property
     def count(self) -> int:
-        """Evaluations so far, of this model and of those that :meth:`of` and :meth:`restarted` gave."""
+        """Evaluations so far, those of oracles from :meth:`of`, :meth:`restarted` and :meth:`rows` included."""
         return self._evaluations[0]
 
     def __call__(self, images: Tensor, *, again: bool = False) -> Tensor:
-        """Logits [M, classes] of images [M, C, H, W]: the batch, or a part of it for a library that drops images.
+        """Evaluate the model.
 
-        again: with the noise of the evaluation before, where the model takes seeds.
+        Args:
+            images: [M, C, H, W]: the batch, or fewer images for a library that drops some; these have other noise.
+            again: use the noise of the previous evaluation, where the model takes seeds.
+
+        Returns:
+            Logits [M, classes].
         """
         seeds = self.next_noise(again=again)
         if len(images) != len(self.seeds):
@@ -167,15 +203,31 @@ class Oracle:
         return checked
 
     def check_classes(self, wrapper: PurifiedClassifier, clean: Tensor) -> None:
-        """As :meth:`checked`, for attacks that ask the bare classifier: it is asked about one image."""
+        """Check the number of classes of the bare classifier on one image, for attacks that work on it.
+
+        Args:
+            wrapper: whose classifier it is.
+            clean: images [B, C, H, W] in [0, 1].
+
+        Raises:
+            ClassifierError: its outputs are not logits.
+            InputValueError: there are labels for which it has no class.
+        """
         with torch.no_grad():
             self.checked(wrapper.undefended(clean[:1]), len(clean[:1]))
 
     def checked(self, logits: Tensor, count: int) -> Tensor:
-        """Logits [count, classes] that are numbers, of as many classes as the labels speak of.
+        """Logits that were checked.
+
+        Args:
+            logits: outputs of a model.
+            count: the number of images.
+
+        Returns:
+            Logits [count, classes].
 
         Raises:
-            ClassifierError: they are not logits.
+            ClassifierError: they are not logits of that many images.
             InputValueError: there are labels for which they have no class.
         """
         logits = check_logits(logits, count)
@@ -186,7 +238,14 @@ class Oracle:
         return logits
 
     def next_noise(self, *, again: bool = False) -> Tensor | None:
-        """Count an evaluation, and the seeds [B] for it; None where the model has a seed of its own, or takes none."""
+        """Count an evaluation.
+
+        Args:
+            again: keep the noise of the previous evaluation.
+
+        Returns:
+            The seeds [B] of the evaluation; None where the model has a seed of its own or takes none.
+        """
         self._evaluations[0] += 1
         if not again:
             self._evaluations[1] = self._evaluations[0]
@@ -194,23 +253,23 @@ class Oracle:
         return self.own_seeds()
 
     def own_seeds(self) -> Tensor | None:
-        """The seeds of the latest evaluation."""
+        """The seeds [B] of the latest evaluation; None where the model has a seed of its own or takes none."""
         if not isinstance(self.model, (PurifiedClassifier, SeededModel)) or self.model.seed is not None:
             return None
         return self.seeds if self.known else derived_seeds(self.seeds, self._evaluations[1])
 
     def of(self, model: Model) -> Oracle:
-        """The same noise and images, another model."""
+        """The same noise and count with another model."""
         return self._like(model, self.seeds, self.draws, self._evaluations, self.gradient_norms)
 
     def restarted(self, restart: int) -> Oracle:
-        """Other noise for another restart; the model's stays what it is where it is known."""
+        """The same model and count with the noise of a restart; known noise stays what it is."""
         draws = derived_seeds(self.seeds, RESTART + restart)
         seeds = self.seeds if self.known else draws
         return self._like(self.model, seeds, draws, self._evaluations)
 
     def reevaluator(self) -> Oracle:
-        """The same model with noise that the search has not seen, unless noise is known; it counts for itself."""
+        """The same model with the noise of the re-evaluation, independent of the search unless known; own count."""
         seeds = self.seeds if self.known else derived_seeds(self.seeds, REEVALUATION)
         return self._like(self.model, seeds, seeds, [0, 0])
 
@@ -218,8 +277,8 @@ class Oracle:
         """The oracle for some of the images, each with its own noise.
 
         Args:
-            index: positions of the images in the batch.
-            separate_count: give it a count of evaluations of its own, instead of this oracle's.
+            index: their positions in the batch.
+            separate_count: count evaluations separately from this oracle.
         """
         index = index.cpu()
         return self._like(
@@ -230,11 +289,19 @@ class Oracle:
         )
 
     def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
-        """The same wrapper with another gradient mode; as it is for None. Raises as :meth:`wrapper`."""
+        """The same noise and count with the model in another gradient mode.
+
+        Args:
+            gradient: the mode; None for the model's own.
+            attack: the attack that needs it, for the error.
+
+        Raises:
+            SettingsError: a mode is given, but the model is not a purified classifier.
+        """
         return self if gradient is None else self.of(self.wrapper(attack).variant(hooks=True, gradient=gradient))
 
     def counted(self, evaluations: int) -> None:
-        """Set the count, where parts of the batch counted for themselves."""
+        """Set the count, after parts of the batch were counted separately."""
         self._evaluations[:] = [evaluations, evaluations]
 
     def _like(
@@ -257,7 +324,14 @@ class Oracle:
         )
 
     def wrapper(self, attack: object) -> PurifiedClassifier:
-        """The model as what it must be for an attack on latents. Raises :class:`SettingsError` for another."""
+        """The model, for an attack that needs its latents or gradient modes.
+
+        Args:
+            attack: the attack, for the error.
+
+        Raises:
+            SettingsError: the model is not a purified classifier.
+        """
         if isinstance(self.model, PurifiedClassifier):
             return self.model
         raise SettingsError(
@@ -267,19 +341,26 @@ class Oracle:
         )
 
     def averaged(self, samples: int) -> Model:
-        """The log of the mean probability over some evaluations, as a model of its own (EOT of the answer)."""
+        """A model that predicts the log of the mean probability over some evaluations with independent noise."""
 
         def model(images: Tensor) -> Tensor:
-            answers = torch.stack([self(images).log_softmax(dim=1) for _ in range(samples)])
-            return answers.logsumexp(dim=0) - math.log(samples)
+            logs = torch.stack([self(images).log_softmax(dim=1) for _ in range(samples)])
+            return logs.logsumexp(dim=0) - math.log(samples)
 
         return model
 
     def feedback(self, images: Tensor, goal: Goal, loss: Loss, samples: int, *, balanced: bool = False) -> Feedback:
-        """Loss and gradient, averaged over the noise of some evaluations (EOT; Athalye et al. 2018, arXiv 1707.07397).
+        """Loss and gradient, averaged over evaluations with independent noise.
 
-        balanced: divide the gradient of each evaluation by its length first, image by image. A joint loss has one
-        gradient for all its evaluations; nothing is divided there.
+        This is expectation over transformation (EOT; Athalye et al. 2018, arXiv 1707.07397, section 2).
+
+        Args:
+            images: [B, C, H, W] in [0, 1].
+            goal: of the images.
+            loss: what the gradient is of.
+            samples: evaluations.
+            balanced: divide the gradient of each evaluation by its l2 norm before averaging, image by image. A joint
+                loss has one gradient for all evaluations, which is left as it is.
 
         Raises:
             GradientError: the logits do not depend on the images for autograd.

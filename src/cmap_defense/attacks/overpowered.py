@@ -18,23 +18,21 @@ __all__ = ["Overpowered"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overpowered(LatentSearch):
-    """Pairs (u, u') whose images are both in the ball around x and within eps of each other, one classified rightly
-    and one wrongly:
+    """The overpowered attack (Jalal et al. 2017, arXiv 1712.09196), within the ball around an image x
 
         min_{u, u'}  penalty [ excess(G(u), x) + excess(G(u'), x) + excess(G(u), G(u')) ]
                      + max(confidence - lead(G(u)), 0) + max(confidence - margin(G(u')), 0)
 
-    Where there is such a pair, no purification onto the generator's images can be right for both: the manifold itself
-    passes through the ball with both labels. The wrong image of each pair and the middle of the pair are submitted.
+    It searches pairs of latents whose images are in the ball and within eps of each other, one of them classified
+    correctly and the other as the attack aims at. Where there is such a pair, no projection onto the manifold is right
+    for both. The attempts are the misclassified image of each pair and the middle of the pair.
+
+    Its history holds "paired", the share of the M pairs that meet these conditions after projection. Further arguments
+    are those of :class:`~cmap_defense.attacks.latents.LatentSearch`.
 
     Args:
-        penalty: on the excess.
-        confidence: the lead in logits that is asked for on either side.
-
-    Other arguments: :class:`~cmap_defense.attacks.latents.LatentSearch`.
-
-    history: "paired", the share of the M pairs that are in place: after projection, into the ball around x and within
-    eps of each other, one is classified rightly and the other as the attack wants.
+        penalty: weight of the excess.
+        confidence: the margin in logits on either side beyond which the loss does not fall.
     """
 
     penalty: float = 1.0
@@ -51,8 +49,8 @@ class Overpowered(LatentSearch):
 
         def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
             own, wanted = clean[rows], goal.rows(rows).repeated(self.latents)
-            shown = searched.generate(latents, rows, own)
-            right, wrong = shown.split(self.latents, dim=1)
+            generated = searched.generate(latents, rows, own)
+            right, wrong = generated.split(self.latents, dim=1)
             gap = excess(self.threat, wrong.flatten(0, 1)[:, None], right.flatten(0, 1)).view(right.shape[:2])
             far = excess(self.threat, right, own) + excess(self.threat, wrong, own) + gap
             lead = -margin(searched.classify(right), Goal(wanted.labels)).view(right.shape[:2])
@@ -66,13 +64,13 @@ class Overpowered(LatentSearch):
 
         latents = descend(searched.begin, searched.parts, loss, self.steps, lr=self.learning_rate)
         with torch.no_grad():
-            shown = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
-        right, wrong = shown.split(self.latents, dim=1)
+            generated = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
+        right, wrong = generated.split(self.latents, dim=1)
         right, wrong = self._legal(right, wrong, clean)
         return Candidates(torch.cat([wrong, (right + wrong) / 2], dim=1), {"paired": paired})
 
     def _legal(self, right: Tensor, wrong: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides [b, M, C, H, W] in the ball around the clean image, and the wrong one in that around the right."""
+        """Both sides [b, M, C, H, W] projected onto the ball around the clean image and within eps of each other."""
         right = project_all(self.threat, right, clean)
         near = self.threat.project(wrong.flatten(0, 1), right.flatten(0, 1)).view_as(wrong)
-        return right, project_all(self.threat, near, clean)  # nearer still: the right one is in that ball
+        return right, project_all(self.threat, near, clean)  # no farther from the right one

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), with expectation over the model's noise."""
+"""Projected gradient descent, with expectation over the model's noise."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ __all__ = ["PGD"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PGD(StepAttack):
-    """Ascent on a loss by projected steps along its gradient.
+    """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1): ascent on a loss within the ball.
 
-    On a purified classifier the gradient mode makes the attack: ``StraightThrough()`` is BPDA with EOT through the real
-    purification, ``Unrolled()`` the exact gradient, ``Implicit()``, ``Surrogate()`` as their names say.
+    On a purified classifier the gradient mode decides what the attack is. ``StraightThrough()`` makes it BPDA with EOT
+    through the real purification, ``Unrolled()`` follows the exact gradient, ``Implicit()`` and ``Surrogate()`` theirs.
+    Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack` and
+    :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        eot: evaluations with noise of their own per step, whose gradients are averaged (expectation over
-            transformation; Athalye et al. 2018, arXiv 1707.07397).
-        balanced: divide the gradient of each evaluation by its length before averaging. Through a chaotic loop, lengths
-            differ by orders of magnitude and the longest would be all that is left of the average.
-        loss: what to climb: ``CrossEntropy()``, ``Margin()`` or ``VoteMargin()``, the vote-aware one.
-        gradient: the gradient mode of a purified classifier during the search; None for its own. The judgement is the
-            model as it is.
-
-    Other arguments: :class:`~cmap_defense.attacks.steps.StepAttack` and :class:`~cmap_defense.attacks.base.Attack`.
+        eot: evaluations with independent noise per step, whose gradients are averaged (expectation over transformation;
+            Athalye et al. 2018, arXiv 1707.07397, section 2).
+        balanced: divide the gradient of each evaluation by its l2 norm before averaging. Through a chaotic loop norms
+            differ by orders of magnitude, and the largest would dominate the average.
+        loss: the loss to raise: ``CrossEntropy()``, ``Margin()``, or ``VoteMargin()`` for a defence that votes.
+        gradient: the gradient mode of a purified classifier during the search; None for its own.
 
     Raises:
         SettingsError: a value is out of its range.

@@ -1,4 +1,4 @@
-"""A short latent loop in place of the long one, carried along with the image."""
+"""A short latent loop that starts from the latents of the previous step."""
 
 from __future__ import annotations
 
@@ -21,19 +21,17 @@ __all__ = ["ShortCMAP"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortCMAP(StepAttack):
-    """PGD in which each step purifies with few iterations, starting from the latents that the step before ended with.
+    """An attack of this package: PGD whose purifications are few iterations from the latents of the previous step.
 
-    The first latents are those of a whole purification of the start. Image and latents move together, so that a
-    few iterations follow a small step of the image: the loop that is differentiated is short enough for its gradient
-    to mean something.
+    The first latents are those of a whole purification of the start. A few iterations are enough to follow a small
+    step of the image, and the gradient through so short a loop is reliable. The model must be a purified classifier.
+    Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack`.
 
     Args:
         iterations: of the latent loop at each step.
         gradient: the gradient mode during the search.
-        loss: what to climb.
-        refresh: after this many steps, start again from a whole purification with other noise; None for never.
-
-    Other arguments: :class:`~cmap_defense.attacks.steps.StepAttack`. The model must be a purified classifier.
+        loss: the loss to raise.
+        refresh: steps after which to start again from a whole purification with other noise; None for never.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
@@ -72,7 +70,7 @@ class ShortCMAP(StepAttack):
                 with torch.no_grad():
                     carried[:] = [whole.purify(images, seeds=oracle.next_noise()).latents]
             steps += 1
-            oracle.next_noise()  # it uses none, but is an evaluation
+            oracle.next_noise()  # it needs no noise, but counts
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
                 result = short.purify(leaf, latents=carried[0])

@@ -21,20 +21,19 @@ __all__ = ["SPSA"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SPSA(StepAttack):
-    """Steps along a gradient estimated from pairs of queries (Spall 1992; Uesato et al. 2018, arXiv 1802.05666).
+    """Steps along a gradient estimated from pairs of queries (Uesato et al. 2018, arXiv 1802.05666, Algorithm 1).
 
-    Each pair asks the model on both sides of the image, along a random direction of +-1 per pixel. No derivative of
-    the model is used, so it also finds what a misleading gradient hides; the noise of a random defence goes into the
-    estimate.
+    Each pair evaluates the model on both sides of the image, along a random direction of +-1 per pixel (Spall 1992). No
+    derivative of the model is used, so a misleading gradient does not stop the attack. The noise of a random defence
+    adds to that of the estimate. Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack` and
+    :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        pairs: of queries per step, 1 at least.
-        common_noise: both sides of a pair see the same noise, where the model takes seeds; the difference is then that
-            of the images alone. An attacker who can run the defence can do that; a black box does not let him.
-        delta: distance of the two sides per pixel, in units of images in [0, 1].
-        loss: what to climb.
-
-    Other arguments: :class:`~cmap_defense.attacks.steps.StepAttack` and :class:`~cmap_defense.attacks.base.Attack`.
+        pairs: pairs of queries per step, at least 1.
+        common_noise: use the same noise on both sides of a pair, where the model takes seeds. An attacker who runs the
+            defence can do that; one with a black box cannot.
+        delta: how far each side is from the image, per pixel, in units of images in [0, 1].
+        loss: the loss to raise: ``Margin()`` or ``CrossEntropy()``.
 
     Raises:
         SettingsError: a value is out of its range.

@@ -1,4 +1,4 @@
-"""Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049), by the library of AutoAttack."""
+"""Square Attack, by the library of AutoAttack."""
 
 from __future__ import annotations
 
@@ -20,31 +20,29 @@ __all__ = ["Square", "require_tiles"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square(Attack):
-    """Random search: a square of the image changes, and stays changed where the margin improves. No gradient.
+    """Square Attack (Andriushchenko et al. 2020, arXiv 1912.00049, Algorithm 1): random search without a gradient.
 
-    It is the search of pyautoattack's ``SquareAttack``, the extra ``[attacks]``. What it lowers is ours: the margin of
-    the mean probability over ``samples`` evaluations with noise of their own (EOT), towards targets too where there are
-    any. All images are attacked, those too that a random model gets wrong at first.
+    Squares of the image change, and stay changed where the margin improves. It is the search of pyautoattack's
+    ``SquareAttack``, the extra ``[attacks]``. Its loss is the margin of the mean probability over ``samples``
+    evaluations with independent noise (EOT), towards the targets where there are some. All images are attacked, those
+    included that a random model misclassifies at first.
 
-    The best is the highest of many noisy answers and so partly luck: the more ``samples``, the less of it. The
-    squares come from one stream for the batch: unlike in the rest of the suite, an image's outcome depends on the batch
-    that it is in. One image per call is the way around it.
+    The best margin is the highest of many noisy ones, with a selection effect that falls with ``samples``. Squares are
+    drawn from one stream for the batch. So unlike for most attacks here, the outcome for an image depends on its batch;
+    attack one image per call where that matters. Its history holds "margin", the highest averaged margin so far, at the
+    start and after each change. Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
 
     Args:
-        queries: changes tried, each ``samples`` evaluations of the model; and one for the start.
-        samples: evaluations that an answer is averaged over.
-        p_init: share of the pixels in the first squares; it falls on the paper's schedule (section 3), stretched to
+        queries: changes to try. Each takes ``samples`` evaluations of the model, and so does the start.
+        samples: evaluations with independent noise that are averaged.
+        p_init: share of the pixels in the first squares. It falls on the paper's schedule (section 3), stretched to
             ``queries``.
-        confidence: the margin at which an image is left alone, 0 for the first success as in the paper; None goes on to
-            the last query, as an answer of a random model may be luck.
-
-    Other arguments: :class:`~cmap_defense.attacks.base.Attack`.
-
-    history: "margin", the highest averaged one so far, at the start and after each change.
+        confidence: the margin at which the search on an image ends, 0 for the first success as in the paper; None for
+            the last query, since one success on a random model may be chance.
 
     Raises:
         SettingsError: a value is out of its range.
-        InputValueError: l2, and images of a size that the library's start does not fit on.
+        InputValueError: the norm is l2, and the library's start does not fit on images of this size.
         MissingExtraError: pyautoattack is not installed.
     """
 
@@ -66,7 +64,7 @@ class Square(Attack):
         highest, history = torch.full((len(clean),), -torch.inf, device=clean.device), []
 
         def lacking(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            """What the search takes for the margin left, above 0 for more of it, and the loss that it lowers."""
+            """What the search takes for the margin to overcome, positive to go on, and the loss that it lowers."""
             model = LibraryModel(oracle.rows(rows).averaged(self.samples), clean)
             ahead = margin(model(images), goal.rows(rows))
             highest[rows] = torch.maximum(highest[rows], ahead)
@@ -82,8 +80,8 @@ class Square(Attack):
             resc_schedule=True,
             device=clean.device,
         )
-        # In place of the library's: it writes into the logits, has no targets together with labels, and does not know
-        # which images it is shown, of which noise hangs. It is given positions in the batch as labels instead.
+        # In place of the library's, which writes into the logits, has no targets together with labels, and does not
+        # know which images it gets, on which the noise depends. Its labels are positions in the batch instead.
         attack.margin_and_loss = lacking
         images = clean.float().contiguous()
         attack.init_hyperparam(images)
@@ -92,10 +90,16 @@ class Square(Attack):
 
 
 def require_tiles(threat: ThreatModel, images: Tensor) -> None:
-    """Raises :class:`InputValueError` where the library's start in l2, a grid of squares, does not fit on the images.
+    """Check that the library's start in l2, a grid of squares, fits on the images.
 
-    Its squares have a fifth of the height for a side, and it counts as many of them as fit beginning at 0, but begins
-    further in.
+    Its squares have a side of a fifth of the height. It counts those that fit beginning at 0, but begins further in.
+
+    Args:
+        threat: the threat model.
+        images: [B, C, H, W].
+
+    Raises:
+        InputValueError: it does not fit.
     """
     height, width = images.shape[2:]
     side = height // 5

@@ -1,4 +1,4 @@
-"""Projected steps along a direction, which is all that gradient attacks have in common."""
+"""Projected steps along a gradient: the loop that attacks on images share."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ class StepAttack(Attack):
     """Steps on the image, each projected onto the threat model (Madry et al. 2018, arXiv 1706.06083, section 2.1).
 
     Args:
-        steps: 1 at least.
-        step_size: of the first step, in units of images in [0, 1] as eps; None for a quarter of eps, below which the
-            sanity checks of an evaluation call an attack weak.
+        steps: number of steps, at least 1.
+        step_size: of the first step, in units of images in [0, 1]; None for eps / 4, below which the checks of an
+            evaluation call an attack weak.
         schedule: "constant", or "cosine" for a step size that falls to zero along half a cosine.
         random_start: start from a random point of the ball instead of the clean image.
-        momentum: mu of Dong et al. 2018 (arXiv 1710.06081, eq. 6): gradients, each divided by its mean absolute value,
-            add up with this decay; 0 for the latest alone. With a random defence it averages over noise at no cost.
-        sign_steps: steps along the sign of the gradient in l2 too, as the authors' release takes them; the projection
-            does the rest.
-        keep: "last": the image after the last step. "best": also the one that showed the highest loss on the way.
+        momentum: decay of the sum of the gradients, each divided by its mean absolute value (mu of Dong et al. 2018,
+            arXiv 1710.06081, eq. 6); 0 for the latest gradient alone. With a random defence it averages over noise at
+            no cost.
+        sign_steps: take steps along the sign of the gradient in l2 too, as the authors' release of CMAP does.
+        keep: "last" for the image after the last step, or "best" for that and the one with the highest loss.
 
-    It warns (:class:`~cmap_defense.errors.GradientWarning`) about images whose gradient was zero at every step.
-
-    history: "loss", "gradient_norm" (l2) and "reached", the share of evaluations that ended as the attack wants.
+    Its history holds "loss", "gradient_norm" (l2), and "reached", the share of evaluations that reached the goal. It
+    warns (:class:`~cmap_defense.errors.GradientWarning`) of images whose gradient was zero at every step.
     """
 
     steps: int = 20
@@ -78,8 +77,17 @@ class StepAttack(Attack):
 
     @abc.abstractmethod
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
-        """What tells the loss and its gradient for images [B, C, H, W], step after step; and a start in place of the
-        clean image, where the attack knows a better one."""
+        """Prepare the search; the only method that a subclass must implement.
+
+        Args:
+            oracle: the model.
+            clean: images [B, C, H, W] in [0, 1].
+            goal: the true classes, and the targets of a targeted attack.
+
+        Returns:
+            A function from images [B, C, H, W] to their loss and gradient, called once per step; and images to start
+            from, or None for ``random_start`` to decide.
+        """
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         feedback_of, start = self.begin(oracle, clean, goal)
@@ -114,7 +122,13 @@ class StepAttack(Attack):
 
 
 def random_point(threat: ThreatModel, seeds: Tensor, clean: Tensor) -> Tensor:
-    """A point of the ball: uniform (linf), or at distance eps in a uniform direction (l2); one seed per image."""
+    """A random image of the threat model: uniform in the ball (linf), or at distance eps in a uniform direction (l2).
+
+    Args:
+        threat: the threat model.
+        seeds: [B] int64 on the CPU.
+        clean: images [B, C, H, W] in [0, 1].
+    """
     if threat.norm == "linf":
         noise = 2 * draw_uniform(seeds, clean.shape[1:]) - 1
     else:

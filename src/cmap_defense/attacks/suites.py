@@ -1,11 +1,9 @@
-"""Sets of attacks by name, with what they are for.
-
-Costs are counted in evaluations of the defence per image; each is a whole purification.
-"""
+"""Sets of attacks by name."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cmap_defense.attacks.autoattack import AutoAttack
@@ -21,10 +19,28 @@ from cmap_defense.attacks.spsa import SPSA
 from cmap_defense.attacks.square import Square
 from cmap_defense.attacks.target_steer import TargetSteer
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Transfer, Undefended
+from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Surrogate, Unrolled
+from cmap_defense.settings import near_matches
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["full_suite", "paper_suite", "standard_suite"]
+__all__ = ["SUITES", "full_suite", "paper_suite", "standard_suite", "suite"]
+
+
+def suite(name: str, threat: ThreatModel, **sizes: Any) -> dict[str, Attack]:
+    """A set of attacks by its name in :data:`SUITES`.
+
+    Args:
+        name: "standard", "paper" or "full".
+        threat: norm and eps.
+        sizes: arguments of :func:`standard_suite`, :func:`paper_suite` or :func:`full_suite`, such as ``steps=``.
+
+    Raises:
+        SettingsError: there is no set of this name.
+    """
+    if name not in SUITES:
+        raise SettingsError(f"There is no set of attacks {name!r}.{near_matches(name, SUITES)}")
+    return SUITES[name](threat, **sizes)
 
 
 def paper_suite(
@@ -37,19 +53,21 @@ def paper_suite(
     released: bool = False,
     seed: int = 0,
 ) -> dict[str, Attack]:
-    """The protocol of arXiv 2412.08394; it is not a test of the defence.
+    """The protocol of arXiv 2412.08394; it does not test the defence.
 
-    All but the last attack a surrogate in which the latent optimisation does not occur: one consistency step from noise
-    of sigma = 0.1395. As in the released scripts, PGD and BPDA take sign steps of eps / steps from the clean image, in
-    l2 too, and AutoAttack is the standard version, once, with EOT on its first attack and in linf alone. Unlike there,
-    AutoAttack attacks images too that one answer gets wrong, and every image is re-evaluated, one by one.
+    All but the last attack a surrogate without the latent optimisation: one consistency step from noise of sigma =
+    0.1395. As in the released scripts, PGD and BPDA take sign steps of eps / steps from the clean image, in l2 too.
+    AutoAttack is the standard version, once, with EOT on its first attack and in linf alone. Unlike there, it also
+    attacks images that are misclassified at first, and every image is re-evaluated by itself.
 
     Args:
         threat: norm and eps.
-        steps: 200 on CIFAR-10, 100 on ImageNet-100. eot: evaluations of the surrogate per gradient.
-        disruption_steps, beta, released: of the consistency-disruption attack; beta None for CIFAR-10's, 400 (linf) and
-            1e7 (l2) on ImageNet-100.
-        seed: of all of them.
+        steps: of PGD and BPDA, 200 on CIFAR-10 and 100 on ImageNet-100.
+        eot: evaluations of the surrogate per gradient.
+        disruption_steps: steps of consistency disruption.
+        beta: of consistency disruption; None for CIFAR-10's. On ImageNet-100 it is 400 (linf) and 1e7 (l2).
+        released: whether consistency disruption searches as the released code does.
+        seed: of all attacks.
     """
     step: dict[str, Any] = {"steps": steps, "step_size": threat.eps / steps, "eot": eot}
     step |= {"random_start": False, "sign_steps": True}
@@ -67,13 +85,15 @@ def paper_suite(
 
 
 def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """Attacks that know the defence, one of each kind, at a size for a first look: more steps, restarts and EOT before
-    anything is published (the variance of the gradient flattens near 64 evaluations).
+    """One adaptive attack of each kind, at sizes for a first look.
+
+    Use more steps, restarts and EOT for published figures; the variance of the gradient flattens near 64 evaluations.
 
     Args:
         threat: norm and eps.
-        steps: on the image. eot: evaluations per gradient.
-        seed: of all of them.
+        steps: on the image.
+        eot: evaluations per gradient.
+        seed: of all attacks.
     """
     image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
     return {
@@ -88,9 +108,13 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
 
 
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """:func:`standard_suite` and everything else, the query attacks included; hours rather than minutes.
+    """:func:`standard_suite` and all other attacks, those with queries included. It takes hours rather than minutes.
 
-    Args: as there.
+    Args:
+        threat: norm and eps.
+        steps: on the image.
+        eot: evaluations per gradient.
+        seed: of all attacks.
     """
     image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
     whole = Unrolled(l1_smoothing=0.3, max_growth=1.0)
@@ -109,3 +133,11 @@ def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int 
         "square": Square(threat, seed=seed),
         "spsa": SPSA(threat, steps=steps, seed=seed, momentum=0.75),
     }
+
+
+SUITES: Mapping[str, Callable[..., dict[str, Attack]]] = {
+    "standard": standard_suite,
+    "paper": paper_suite,
+    "full": full_suite,
+}
+"""Sets of attacks by name."""

@@ -1,4 +1,4 @@
-"""Steering the latent loop to a wrong image that was found beforehand."""
+"""Steering the latent loop towards a misclassified image that was found before."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ __all__ = ["TargetSteer"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetSteer(StepAttack):
-    """Find a wrong-class G(u_t) in the ball, then move the image so that the purification ends there:
+    """An attack of this package: move the image until its purification ends at a misclassified image G(u_t)
 
         max_x  - (1/K) sum_k ||G(u_k*(x)) - G(u_t)||^2  - the same at each of the last ``watched`` iterations
 
-    The target is the best of a :class:`~cmap_defense.attacks.latent.LatentAttack`, and the search starts from it. The
-    loss is a distance of images, which moves where the classifier's is flat.
+    G(u_t) is the best attempt of a :class:`~cmap_defense.attacks.latent.LatentAttack`, and the search starts from it.
+    The loss is a distance of images, with a slope where the classifier's loss is flat. The model must be a purified
+    classifier. Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack`.
 
     Args:
-        target: how the target is found; None for a latent attack with its defaults. Its restarts, seed and noise are
-            not used, and its threat model need not be this one.
+        target: the attack that finds G(u_t), within its own threat model; None for one with its defaults and this
+            threat model. Its restarts, seed and noise are not used.
         gradient: the gradient mode during the search.
-        watched: iterations before the last whose generated images count as well, with the same weight; needs an
-            unrolled gradient that reaches them.
-
-    Other arguments: :class:`~cmap_defense.attacks.steps.StepAttack`. The model must be a purified classifier.
+        watched: iterations before the last whose generated images count with the same weight. It needs an unrolled
+            gradient that reaches them.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.

@@ -1,4 +1,4 @@
-"""Attacks on another model, judged on this one."""
+"""Attacks that search another model, and are re-evaluated on this one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ __all__ = ["NoiseAndDenoise", "Shortened", "Source", "Transfer", "Undefended"]
 class Source(NamedOptions, abc.ABC):
     """A model to attack in place of a purified classifier, made from its parts.
 
-    has_defence: whether the defence occurs in it.
+    Attributes:
+        has_defence: whether the defence is part of it.
     """
 
     has_defence = False
 
     @abc.abstractmethod
     def of(self, wrapper: PurifiedClassifier) -> Model:
-        """Images [B, C, H, W] in [0, 1] to logits [B, classes]."""
+        """The model.
+
+        Args:
+            wrapper: the purified classifier.
+
+        Returns:
+            A function from images [B, C, H, W] in [0, 1] to logits [B, classes].
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +56,14 @@ class Undefended(Source):
 
 @dataclasses.dataclass(frozen=True)
 class Shortened(Source):
-    """The same defence with fewer iterations."""
+    """The same defence with another number of iterations.
+
+    Args:
+        iterations: of the latent loop.
+
+    Raises:
+        SettingsError: it is less than 1.
+    """
 
     has_defence = True
     iterations: int = 10
@@ -62,11 +77,17 @@ class Shortened(Source):
 
 @dataclasses.dataclass(frozen=True)
 class NoiseAndDenoise(Source):
-    """x -> C(clip(f(x' + sigma e, sigma))): the surrogate that the CMAP paper and Lee and Kim 2023 attack.
+    """C(clip(f(x' + sigma e, sigma))), the surrogate that the CMAP paper attacks; it has no latent optimisation.
 
-    sigma: noise level in units of images in [-1, 1]; 0.1395 is level 5 of an 18-level Karras schedule with rho 7.
-    steps: consistency steps. The latent optimisation does not occur in it.
-    straight_through: take the denoising as the identity on the way back (BPDA).
+    It is the surrogate process of Lee and Kim 2023 (arXiv 2303.09051) with a consistency function f.
+
+    Args:
+        sigma: noise level in units of images in [-1, 1]; 0.1395 is level 5 of an 18-level Karras schedule with rho 7.
+        steps: consistency steps.
+        straight_through: take the identity as the gradient of the denoising (BPDA).
+
+    Raises:
+        SettingsError: a value is out of its range.
     """
 
     sigma: float = 0.1395
@@ -110,15 +131,15 @@ class _NoisedAndDenoised(SeededModel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer(Attack):
-    """An attack whose search sees another model; the judgement is on this one.
+    """A transfer attack (Papernot et al. 2016, arXiv 1605.07277): the search is on another model.
 
     Args:
-        attack: the attack; threat model, restarts, seed and noise are its own.
-        source: what it attacks: ``Undefended()``, ``Shortened(iterations)``, ``NoiseAndDenoise(sigma, steps)``, or any
-            model of yours, images in [0, 1] to logits.
+        attack: the attack, which also sets threat model, restarts, seed and noise.
+        source: the model that it searches: ``Undefended()``, ``Shortened(iterations)``,
+            ``NoiseAndDenoise(sigma, steps)``, or any function from images in [0, 1] to logits.
 
     Raises:
-        SettingsError: these are something else.
+        SettingsError: an argument is something else.
     """
 
     threat: ThreatModel = dataclasses.field(init=False)
