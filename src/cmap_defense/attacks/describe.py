@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
 import re
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ def described(value: Any) -> Any:
     """A setting as a JSON value.
 
     Args:
-        value: a dataclass or another object with options becomes its class, and its attributes by name; a network its
+        value: a dataclass or another object with options becomes its class, and these by name; a network its
             class, layers, checksum of weights and precision; a sequence a list; a function its qualified name. Numbers,
             texts and None stay what they are. Anything else becomes its repr without addresses in memory.
     """
@@ -39,7 +40,7 @@ def described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, NamedOptions):
-        return {"class": type(value).__name__, **{name: described(part) for name, part in vars(value).items()}}
+        return {"class": type(value).__name__, **_options(value)}
     name = getattr(value, "__qualname__", None)
     if name is not None:
         return f"{value.__module__}.{name}"
@@ -58,6 +59,16 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(np.ascontiguousarray(whole.reshape(-1).view(torch.uint8).numpy()).data if whole.numel() else b"")
     return digest.hexdigest()
+
+
+def _options(value: NamedOptions) -> dict[str, Any]:
+    """The constructor's options, which are attributes of the object or of a dataclass among these."""
+    attributes = dict(vars(value))
+    for part in vars(value).values():
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            attributes = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | attributes
+    names = inspect.signature(type(value).__init__).parameters
+    return {name: described(attributes[name]) for name in names if name in attributes}
 
 
 def _network(module: nn.Module) -> dict[str, Any]:
