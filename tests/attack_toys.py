@@ -1,10 +1,11 @@
-"""What attacks are tried on, and every attack on images or latents with settings that take no time."""
+"""Toy models to attack, and every attack on images or latents at toy size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from cmap_defense.attacks import (
     PGD,
     SPSA,
     Attack,
+    AttackResult,
     Candidates,
     ConsistencyDisruption,
     FrozenResidual,
@@ -31,12 +33,14 @@ from cmap_defense.attacks import (
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle
 from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.rng import derived_seeds, draw_latents
-from toys import ToyBackbone, noise, uniform
+from toys import LinearBackbone, ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
 CLASSES = 4
 WEIGHT = noise(144, CLASSES, seed=2, dtype=torch.float64)
 QUICK = CMAPSettings(n_latents=2, iterations=3, learning_rate=0.1)
+DOUBLE = torch.float64
+NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 THREATS = {"linf": ThreatModel(norm="linf", eps=0.1), "l2": ThreatModel(norm="l2", eps=1.0)}
 
 
@@ -70,7 +74,7 @@ class Denoiser(ToyBackbone):
 
 
 class Noisy(SeededModel):
-    """A linear classifier behind noise from its seeds: random, and nothing about it is hidden. It keeps what came."""
+    """A linear classifier of images with noise from seeds; it keeps the seeds and images of its calls."""
 
     def __init__(self, size: float = 1.0, seed: int | None = None) -> None:
         self.size, self.seed = size, seed
@@ -86,7 +90,7 @@ class Noisy(SeededModel):
 
 
 class Fixed(Attack):
-    """Attempts that somebody else thought of, [B, M, C, H, W]."""
+    """Returns given attempts [B, M, C, H, W]."""
 
     def __init__(self, threat: ThreatModel, attempts: Tensor, **options: Any) -> None:
         super().__init__(threat, **options)
@@ -102,8 +106,23 @@ def wrapped(**options: Any) -> PurifiedClassifier:
     return PurifiedClassifier(classifier or Linear(), backbone or Denoiser(), **({"settings": QUICK} | options))
 
 
+def precise(**options: Any) -> PurifiedClassifier:
+    """The same in float64."""
+    return wrapped(classifier=Linear().double(), backbone=Denoiser().double(), **options)
+
+
+def reachable(count: int = 3, iterations: int = 40) -> tuple[PurifiedClassifier, Tensor, Tensor]:
+    """A defence whose generator reaches every image near the clean ones, which it generated, with their labels."""
+    backbone = LinearBackbone(SHAPE)
+    settings = CMAPSettings(n_latents=2, iterations=iterations, learning_rate=0.1, latent_weight=0.0)
+    model = wrapped(backbone=backbone, settings=settings)
+    with torch.no_grad():
+        images = (backbone.generate(noise(count, *SHAPE, seed=6)) + 1) / 2
+        return model, images, model.undefended(images).argmax(dim=1)
+
+
 def labelled(count: int = 3, size: tuple[int, int] = SHAPE[1:], **options: Any) -> tuple[Tensor, Tensor]:
-    """Images and what the bare classifier calls them."""
+    """Images and the bare classifier's predictions for them."""
     images = uniform(count, 3, *size, seed=1, **options)
     with torch.no_grad():
         return images, Linear().to(images.dtype)(images).argmax(dim=1)
@@ -144,6 +163,13 @@ def suite(threat: ThreatModel, **common: Any) -> dict[str, Attack]:
 
 
 NAMES = tuple(suite(ThreatModel()))
+EVERY = pytest.mark.parametrize("name", NAMES)
+
+
+def attempts_of(result: AttackResult) -> int:
+    """Evaluations for the choice, which come before the re-evaluations: none where there is one attempt."""
+    count = result.candidates.shape[1]
+    return count if count > 1 else 0
 
 
 def base_seeds(indices: Iterator[int] | range, seed: int) -> Tensor:
@@ -157,5 +183,5 @@ def search_seeds(indices: range, seed: int, evaluation: int, restart: int = 0) -
 
 
 def reevaluation_seeds(indices: range, seed: int, evaluation: int) -> Tensor:
-    """The model's seeds in an evaluation of the judgement, counted from 1; choosing comes first."""
+    """The model's seeds in a re-evaluation, counted from 1; those of the choice come first."""
     return derived_seeds(derived_seeds(base_seeds(indices, seed), REEVALUATION), evaluation)
