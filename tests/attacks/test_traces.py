@@ -1,4 +1,4 @@
-"""An attack leaves nothing behind: generators, tensors, weights, modes, hooks are as they were; after a failure too."""
+"""An attack leaves no traces: generators, tensors, weights, modes and hooks stay as they were, after a failure too."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attack_toys import NAMES, THREATS, Denoiser, Linear, labelled, suite, wrapped
+from attack_toys import EVERY, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, ThreatModel
-
-EVERY = pytest.mark.parametrize("name", NAMES)
 
 
 class Dropping(Linear):
-    """A classifier that draws from torch's global generator, in every mode, and fails when told to."""
+    """A classifier that draws from torch's global generator, in every mode, and fails in its call ``fails_at``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,111 +54,79 @@ def same(before: list[Any], after: list[Any]) -> Iterator[bool]:
             yield first == second
 
 
-def scene() -> tuple[Any, list[Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A wrapper in train mode with one part in eval mode, weights with gradients, a hook; and its arguments."""
-    model = wrapped(classifier=Dropping(), backbone=Denoiser()).train()
+@EVERY
+@pytest.mark.parametrize("fails_at", [None, 1, 2])
+def test_nothing_is_left_after_a_run_or_a_failure(name: str, fails_at: int | None):
+    """Of a wrapper in train mode with one part in eval mode, weights with gradients, and a hook."""
+    model: Any = wrapped(classifier=Dropping(), backbone=Denoiser()).train()
     model.classifier.frozen.eval()
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 7.0)
     seen: list[int] = []
     model.register_latent_hook(lambda state: seen.append(state.iteration))
     images, labels = labelled(2)
-    return model, seen, (images.requires_grad_(), labels, (labels + 1) % 4, torch.tensor([4, 9]))
-
-
-@EVERY
-def test_nothing_is_left_after_a_normal_run(name: str):
-    model, _, arguments = scene()
-    images, labels, targets, indices = arguments
+    targets, indices = (labels + 1) % 4, torch.tensor([4, 9])
+    arguments = (images.requires_grad_(), labels, targets, indices)
     aim = None if name == "ConsistencyDisruption released" else targets  # it takes none
-    before, hooks = state_of(model, *arguments), list(model._latent_hooks)
-    kept = images.detach().clone()
-    result = suite(THREATS["linf"])[name](model, images, labels, targets=aim, indices=indices, reevaluations=2)
+    attack = suite(THREATS["linf"])[name]
+    before, hooks, kept = state_of(model, *arguments), list(model._latent_hooks), images.detach().clone()
+    model.classifier.fails_at = fails_at
+    if fails_at:
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            attack(model, images, labels, targets=aim, indices=indices)
+    else:
+        result = attack(model, images, labels, targets=aim, indices=indices)
     assert all(same(before, state_of(model, *arguments)))
     assert images.grad is None
     assert list(model._latent_hooks) == hooks
+    assert torch.is_grad_enabled()
+    if fails_at:
+        seen.clear()
+        model.classifier.fails_at = None
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(images)
+        assert seen == [0, 1, 2]
+        return
     for tensor in (result.images, result.candidates, result.success, *result.history.values()):
         assert not tensor.requires_grad
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        torch.rand(5)
+        again = attack(model, images, labels, targets=aim, indices=indices)
+    assert torch.equal(result.images, again.images), "the model's own draws are those of the attack's seed"
+    assert torch.equal(result.predictions, again.predictions)
     result.images.fill_(0.5)
     result.candidates.fill_(0.5)
     assert torch.equal(images.detach(), kept)
 
 
 @EVERY
-@pytest.mark.parametrize("call", [1, 2])
-def test_nothing_is_left_after_a_failure(name: str, call: int):
-    model, seen, arguments = scene()
-    images, labels, targets, indices = arguments
-    aim = None if name == "ConsistencyDisruption released" else targets  # it takes none
-    before, hooks = state_of(model, *arguments), list(model._latent_hooks)
-    model.classifier.fails_at = call
-    with pytest.raises(ZeroDivisionError, match="on purpose"):
-        suite(THREATS["l2"])[name](model, images, labels, targets=aim, indices=indices)
-    assert all(same(before, state_of(model, *arguments)))
-    assert images.grad is None
-    assert list(model._latent_hooks) == hooks
-    assert torch.is_grad_enabled()
-    seen.clear()
-    model.classifier.fails_at = None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.eval()(images)
-    assert seen == [0, 1, 2]
-
-
-@EVERY
-def test_a_model_that_draws_from_the_global_generator_gives_the_same_again(name: str):
-    model, _, (images, labels, _, _) = scene()
-    first = suite(THREATS["linf"])[name](model, images, labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(99)
-        torch.rand(5)
-        again = suite(THREATS["linf"])[name](model, images, labels)
-    assert torch.equal(first.images, again.images)
-    assert torch.equal(first.predictions, again.predictions)
-
-
-@EVERY
-def test_it_works_under_no_grad_and_gives_the_same(name: str):
+def test_the_callers_grad_and_inference_modes_make_no_difference(name: str):
     model, (images, labels) = wrapped(), labelled(2)
     attack = suite(THREATS["linf"])[name]
     expected = attack(model, images, labels)
-    with torch.no_grad():
-        result = attack(model, images, labels)
-        assert not torch.is_grad_enabled()
-    assert torch.equal(result.images, expected.images)
-    assert torch.equal(result.predictions, expected.predictions)
-
-
-@EVERY
-def test_images_made_in_inference_mode(name: str):
-    images, labels = labelled(2)
-    expected = suite(THREATS["linf"])[name](wrapped(), images, labels)
     with torch.inference_mode():
         made = images + 0
-    assert torch.equal(suite(THREATS["linf"])[name](wrapped(), made, labels).images, expected.images)
+        results = [attack(model, images, labels)]
+    with torch.no_grad():
+        results.append(attack(model, images, labels))
+        assert not torch.is_grad_enabled()
+    results.append(attack(model, made, labels))
+    for result in results:
+        assert torch.equal(result.images, expected.images)
+        assert torch.equal(result.predictions, expected.predictions)
 
 
-@EVERY
-def test_it_works_under_inference_mode(name: str):
-    model, (images, labels) = wrapped(), labelled(2)
-    expected = suite(THREATS["linf"])[name](model, images, labels)
-    with torch.inference_mode():
-        result = suite(THREATS["linf"])[name](model, images, labels)
-    assert torch.equal(result.images, expected.images)
-
-
-def test_results_share_no_memory_with_the_callers_images():
+def test_results_share_no_memory_with_the_callers_tensors():
     images, labels = labelled()
     kept = images.clone()
-    result = PGD(ThreatModel(eps=0.0), steps=1)(Linear(), images, labels)
-    result.images.zero_()
-    result.candidates.zero_()
-    assert torch.equal(images, kept)
-
-
-def test_results_share_no_memory_with_the_callers_labels():
-    images, labels = labelled()
-    result = PGD(ThreatModel(eps=1.0), steps=3)(Linear(), images, labels)
+    for eps, steps in ((0.0, 1), (1.0, 3)):
+        result = PGD(ThreatModel(eps=eps), steps=steps)(Linear(), images, labels.clone())
+        result.images.zero_()
+        result.candidates.zero_()
+        assert torch.equal(images, kept)
+    given = labels.clone()
+    result = PGD(ThreatModel(eps=1.0), steps=3)(Linear(), images, given)
     before = result.any_success.clone()
-    labels.copy_(result.predictions[0])
+    given.copy_(result.predictions[0])
     assert torch.equal(result.any_success, before)

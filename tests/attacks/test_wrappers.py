@@ -10,26 +10,36 @@ from torch import Tensor
 
 from attack_toys import (
     CLASSES,
+    DOUBLE,
+    EVERY,
     NAMES,
     QUICK,
     SHAPE,
     THREATS,
     Denoiser,
-    Linear,
+    attempts_of,
     labelled,
     linear,
+    precise,
     reevaluation_seeds,
     suite,
     wrapped,
 )
-from cmap_defense.attacks import PGD, Goal, LatentAttack, Overpowered
+from cmap_defense import PurifiedClassifier
+from cmap_defense.attacks import AttackResult, Goal, LatentAttack, Overpowered
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import InputValueError
 from toys import ToyBackbone, noise
 
-EVERY = pytest.mark.parametrize("name", NAMES)
 ON_LATENTS = pytest.mark.parametrize("name", [name for name in NAMES if "Latent" in name or "Disruption" in name])
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def assert_reevaluated(model: PurifiedClassifier, result: AttackResult, images: Tensor, *, seeded: bool = True) -> None:
+    """The first re-evaluation of two images by hand."""
+    seeds = reevaluation_seeds(range(2), 5, 1 + attempts_of(result)) if seeded else None
+    with torch.no_grad():
+        assert torch.equal(model(images, seeds=seeds).argmax(dim=1), result.predictions[0])
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -42,10 +52,17 @@ def normalised(images: Tensor) -> Tensor:
 @EVERY
 @pytest.mark.parametrize("options", [{}, {"vote": "soft", "seed": 4}], ids=["plain", "soft"])
 def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, options: dict[str, Any]):
+    """Its hooks are part of the defence as well."""
     images, labels = labelled(2)
-    models = [wrapped(normalize=(MEAN, STD), inputs=kind, **options) for kind in ("normalized", "unit")]
-    results = [suite(THREATS["l2"], seed=5)[name](model, images, labels, reevaluations=2) for model in models]
+    results, calls = [], []
+    for kind in ("normalized", "unit"):
+        model, seen = wrapped(normalize=(MEAN, STD), inputs=kind, **options), []
+        model.register_latent_hook(lambda state, seen=seen: seen.append(state.iteration))
+        results.append(suite(THREATS["l2"], seed=5)[name](model, images, labels, reevaluations=2))
+        calls.append(seen)
+        assert model.preprocessing.inputs == kind
     first, second = results
+    assert calls[0] == calls[1] != []
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.predictions, second.predictions)
     assert torch.equal(first.candidates, second.candidates)
@@ -54,26 +71,8 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
         assert torch.equal(values, second.history[column])
     assert first.images.min() >= 0
     assert first.images.max() <= 1
-    if "seed" not in options:
-        count = first.candidates.shape[1]
-        with torch.no_grad():
-            seeds = reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))
-            answer = models[0](normalised(first.images), seeds=seeds).argmax(dim=1)
-        assert torch.equal(answer, first.predictions[0])
-    assert models[0].preprocessing.inputs == "normalized"
-
-
-def test_hooks_of_a_wrapper_of_normalised_images_are_part_of_the_defence_as_well():
-    """A hook may steer the latents, so that the judgement without it is of another defence."""
-    images, labels = labelled(2)
-    calls = {}
-    for kind in ("unit", "normalized"):
-        model, seen = wrapped(normalize=(MEAN, STD), inputs=kind), []
-        model.register_latent_hook(lambda state, seen=seen: seen.append(state.iteration))
-        PGD(THREATS["linf"], steps=1)(model, images, labels)
-        calls[kind] = len(seen)
-    assert calls["unit"] == 2 * QUICK.iterations
-    assert calls["normalized"] == calls["unit"]
+    model = wrapped(normalize=(MEAN, STD), inputs="normalized", **options)
+    assert_reevaluated(model, first, normalised(first.images), seeded="seed" not in options)
 
 
 # -------------------------------------------------------------------------------------------------------------- resized
@@ -82,18 +81,12 @@ def test_hooks_of_a_wrapper_of_normalised_images_are_part_of_the_defence_as_well
 @EVERY
 @pytest.mark.parametrize(("size", "mode"), [((13, 11), "bilinear"), ((5, 12), "bicubic")])
 def test_images_of_another_size(name: str, size: tuple[int, int], mode: str):
-    images, labels = labelled(2, size)
-    result = suite(THREATS["linf"], seed=5)[name](wrapped(resize=mode), images, labels)
-    threat = THREATS["linf"]
+    result = suite(THREATS["linf"], seed=5)[name](wrapped(resize=mode), *labelled(2, size))
     assert result.images.shape == (2, 3, *size)
     assert result.candidates.shape[2:] == (3, *size)
-    assert (result.distance <= threat.eps * (1 + 1e-6)).all()
+    assert (result.distance <= THREATS["linf"].eps * (1 + 1e-6)).all()
     assert (result.distance > 0).all()
-    count = result.candidates.shape[1]
-    seeds = reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))
-    with torch.no_grad():
-        answer = wrapped(resize=mode)(result.images, seeds=seeds).argmax(dim=1)
-    assert torch.equal(answer, result.predictions[0])
+    assert_reevaluated(wrapped(resize=mode), result, result.images)
 
 
 @EVERY
@@ -187,37 +180,6 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
         assert (changed.candidates - first.candidates).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "name", ["LatentAttack", "ConsistencyDisruption", "Overpowered", "FrozenResidual", "TargetSteer", "ShortCMAP"]
-)
-def test_chunks_of_the_backbone_have_the_classes_of_their_own_latents(name: str):
-    (images, labels), chosen = labelled(3, dtype=torch.float64), torch.tensor([[0, 1], [3, 0], [2, 1]])
-    found = [
-        suite(THREATS["linf"], seed=5)[name](
-            wrapped(backbone=Conditional(), class_labels=lambda images: chosen, max_parallel=latents).double(),
-            images,
-            labels,
-        ).candidates
-        for latents in (None, 1, 4)
-    ]
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-9)
-
-
-@EVERY
-@pytest.mark.parametrize("choice", ["predicted", "spread"])
-def test_choices_of_the_wrapper_work_in_every_attack(name: str, choice: str):
-    images, labels = labelled(2)
-    model = wrapped(backbone=Conditional(), class_labels=choice, max_parallel=3)
-    result = suite(THREATS["linf"], seed=5)[name](model, images, labels)
-    count = result.candidates.shape[1]
-    with torch.no_grad():
-        answer = model(result.images, seeds=reevaluation_seeds(range(2), 5, 1 + (count if count > 1 else 0))).argmax(
-            dim=1
-        )
-    assert torch.equal(answer, result.predictions[0])
-
-
 @pytest.mark.parametrize("attack", [LatentAttack, Overpowered])
 def test_labels_per_latent_are_no_obstacle_to_another_number_of_latents(attack: Any):
     """A function that returns [B, K] is as the documentation of the wrapper wants it, K being the wrapper's own."""
@@ -226,21 +188,37 @@ def test_labels_per_latent_are_no_obstacle_to_another_number_of_latents(attack: 
     attack(THREATS["linf"], steps=1, latents=3)(model, images, labels)
 
 
+@EVERY
+def test_choices_and_chunks_of_the_wrapper_work_in_every_attack(name: str):
+    """Chunks have the classes of their own latents."""
+    images, labels = labelled(2, dtype=DOUBLE)
+    attack = suite(THREATS["linf"], seed=5)[name]
+    for choice in ("predicted", "spread"):
+        whole, chunked = (
+            attack(wrapped(backbone=Conditional(), class_labels=choice, max_parallel=latents).double(), images, labels)
+            for latents in (None, 3)
+        )
+        torch.testing.assert_close(chunked.candidates, whole.candidates, rtol=0, atol=1e-9)
+        model = wrapped(backbone=Conditional(), class_labels=choice, max_parallel=3).double()
+        assert_reevaluated(model, chunked, chunked.images)
+
+
 # --------------------------------------------------------------------------------------------------------- other models
+
+
+class Frozen(Denoiser):
+    """Its weights are plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in ("enter", "leave", "bias"):
+            value = getattr(self, part).detach()
+            delattr(self, part)
+            setattr(self, part, value)
 
 
 @EVERY
 def test_a_classifier_may_be_a_plain_function_and_a_backbone_have_no_weights(name: str):
-    class Frozen(Denoiser):
-        """Its weights are plain tensors."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            for part in ("enter", "leave", "bias"):
-                value = getattr(self, part).detach()
-                delattr(self, part)
-                setattr(self, part, value)
-
     images, labels = labelled(2)
     expected = suite(THREATS["linf"])[name](wrapped(), images, labels)
     result = suite(THREATS["linf"])[name](wrapped(classifier=linear, backbone=Frozen()), images, labels)
@@ -248,41 +226,23 @@ def test_a_classifier_may_be_a_plain_function_and_a_backbone_have_no_weights(nam
     assert not list(Frozen().parameters())
 
 
-@EVERY
-def test_a_seed_of_the_models_own_is_kept(name: str):
-    """The judgement sees that noise and no other, whatever the attack's seed; so does the search."""
+@pytest.mark.parametrize(("name", "seed"), [*((name, 2**63 + 5) for name in NAMES), ("PGD", -(2**63) - 1)])
+def test_a_seed_of_the_models_own_is_its_noise_in_every_evaluation(name: str, seed: int):
+    """Whatever the attack's seed, which is that of the attack's own noise alone; it may be any integer."""
     images, labels = labelled(2)
-    model = wrapped(seed=11)
+    model = wrapped(seed=seed)
     result = suite(THREATS["linf"], seed=5)[name](model, images, labels, reevaluations=3)
     with torch.no_grad():
-        answer = model(result.images).argmax(dim=1)
-        assert torch.equal(answer, wrapped()(result.images, seeds=[11, 11]).argmax(dim=1))
-    assert torch.equal(result.predictions, answer.expand(3, -1))
-    assert torch.equal(result.success, answer != labels)
+        expected = model(result.images).argmax(dim=1)
+    assert torch.equal(result.predictions, expected.expand(3, -1))
+    assert torch.equal(result.success, expected != labels)
+    if name == "PGD":
+        other = suite(THREATS["linf"], seed=6)[name](model, images, labels)
+        assert (other.images - result.images).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "seed"),
-    [("Transfer noise", -3), ("PGD", -(2**63) - 1), *((name, 2**63 + 5) for name in NAMES)],
-)
-def test_a_seed_of_the_models_own_may_be_any_integer(name: str, seed: int):
-    images, labels = labelled(2)
-    result = suite(THREATS["linf"])[name](wrapped(seed=seed), images, labels)
-    with torch.no_grad():
-        assert torch.equal(result.predictions[0], wrapped(seed=seed)(result.images).argmax(dim=1))
-
-
-def test_a_seed_of_the_models_own_leaves_fresh_noise_to_the_attack():
-    images, labels = labelled(2)
-    model = wrapped(seed=11)
-    first, second = (PGD(THREATS["linf"], steps=1, seed=seed)(model, images, labels).images for seed in (1, 2))
-    assert (first - second).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["PGD", "LatentAttack", "ConsistencyDisruption", "Overpowered", "SPSA"])
+@EVERY
 def test_the_precision_of_the_images_is_kept(name: str):
-    images, labels = labelled(2, dtype=torch.float64)
-    model = wrapped(classifier=Linear().double(), backbone=Denoiser().double())
-    result = suite(THREATS["l2"])[name](model, images, labels)
-    assert result.images.dtype == torch.float64
+    result = suite(THREATS["l2"])[name](precise(), *labelled(2, dtype=DOUBLE))
+    assert result.images.dtype == result.candidates.dtype == DOUBLE
     assert (result.distance <= THREATS["l2"].eps * (1 + 1e-12)).all()
