@@ -8,25 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attack_toys import SHAPE, Linear, labelled, search_seeds, wrapped
-from cmap_defense import CMAPSettings, PurifiedClassifier
+from attack_toys import DOUBLE, NORMS, SHAPE, labelled, precise, reachable, search_seeds
+from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import Candidates, Goal, Overpowered, ThreatModel
 from cmap_defense.attacks.goal import margin
 from cmap_defense.attacks.oracle import Oracle
-from toys import LinearBackbone, noise, uniform
+from toys import noise, uniform
 
-NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
-FITTED = CMAPSettings(n_latents=2, iterations=40, learning_rate=0.1, latent_weight=0.0)
 EPS = {"linf": 0.06, "l2": 0.7}
-
-
-def scene(count: int = 3) -> tuple[PurifiedClassifier, Tensor, Tensor]:
-    """A generator that reaches every image near the clean ones, and a steep classifier: the boundary is in reach."""
-    backbone = LinearBackbone(SHAPE)
-    model = wrapped(classifier=Linear(), backbone=backbone, settings=FITTED)
-    with torch.no_grad():
-        images = (backbone.generate(noise(count, *SHAPE, seed=6)) + 1) / 2
-        return model, images, model.undefended(images).argmax(dim=1)
 
 
 def run(
@@ -38,56 +27,57 @@ def run(
     return found, 2 * middle - wrong, wrong
 
 
-def labels_of(model: PurifiedClassifier, shown: Tensor) -> Tensor:
+def labels_of(model: PurifiedClassifier, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.undefended(shown.flatten(0, 1).clamp(0, 1)).argmax(dim=1).view(shown.shape[:2])
+        return model.undefended(images.flatten(0, 1).clamp(0, 1)).argmax(dim=1).view(images.shape[:2])
 
 
 @NORMS
 @pytest.mark.parametrize("aimed", [False, True])
-def test_pairs_are_found_where_the_boundary_passes_through_the_ball(norm: str, aimed: bool):
-    model, images, labels = scene()
+@pytest.mark.parametrize("options", [{}, {"confidence": 2.0}, {"penalty": 0.01}, {"penalty": 30.0}], ids=repr)
+def test_pairs_are_in_the_ball_within_eps_of_each_other_on_both_sides_of_the_boundary(
+    norm: str, aimed: bool, options: dict[str, float]
+):
+    """The misclassified ones and the middles are the attempts. All are found where neither penalty is extreme."""
+    model, images, labels = reachable(3, 20)
     goal = Goal(labels, (labels + 1) % 4 if aimed else None)
-    attack = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=60, latents=2)
+    attack = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=50, latents=2, **options)
     found, right, wrong = run(attack, goal, images, model)
-    assert (found.history["paired"][0] == 0).all()
-    assert (found.history["paired"][-1] == 1).all()
+    eps, paired = attack.threat.eps, found.history["paired"]
+    for near, far in zip(right.unbind(dim=1), wrong.unbind(dim=1), strict=True):
+        for first, second in ((near, images), (far, images), (near, far)):
+            assert (attack.threat.distance(first, second) <= eps * (1 + 1e-3)).all()
+    assert paired[-1].mean() > 0
+    if "penalty" in options:
+        return
+    assert (paired[0] == 0).all()
+    assert (paired[-1] == 1).all()
     assert (labels_of(model, right) == labels[:, None]).all()
-    answers = labels_of(model, wrong)
-    if aimed:
-        assert (answers == goal.targets[:, None]).all()  # pyright: ignore[reportOptionalSubscript]
-    else:
-        assert (answers != labels[:, None]).all()
-    for side in (right, wrong):
-        for part in side.unbind(dim=1):
-            assert (attack.threat.distance(part, images) <= attack.threat.eps * (1 + 1e-5)).all()
-
-
-@NORMS
-def test_the_two_of_a_pair_are_within_eps_of_each_other(norm: str):
-    model, images, labels = scene()
-    attack = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=60, latents=2, confidence=2.0)
-    _, right, wrong = run(attack, Goal(labels), images, model)
+    assert goal.reached(labels_of(model, wrong).T).all()
     gaps = torch.stack([attack.threat.distance(*pair) for pair in zip(right.unbind(1), wrong.unbind(1), strict=True)])
-    assert (gaps <= attack.threat.eps * 1.001).all()
-    assert (gaps > 0.5 * attack.threat.eps).all()
+    assert (gaps > 0.4 * eps).all()
+    middle = found.images[:, 2:]
+    leads = [margin(model.undefended(part[:, 0].clamp(0, 1)).detach(), goal) for part in (right, middle, wrong)]
+    assert (leads[0] < leads[2]).all()
+    assert (leads[1] < leads[2]).all()
 
 
 @NORMS
-@pytest.mark.parametrize("penalty", [0.01, 30.0])
-def test_however_far_apart_they_are_drawn_they_end_within_eps_of_each_other(norm: str, penalty: float):
-    model, images, labels = scene()
-    attack = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=60, latents=2, penalty=penalty)
-    found, right, wrong = run(attack, Goal(labels), images, model)
-    for pair in zip(right.unbind(1), wrong.unbind(1), strict=True):
-        assert (attack.threat.distance(*pair) <= attack.threat.eps * (1 + 1e-5)).all()
-    assert found.history["paired"][-1].mean() > 0
+def test_attempts_and_queries_and_no_pair_where_no_boundary_is(norm: str):
+    model, images, labels = reachable(3, 20)
+    result = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=50, latents=3)(model, images, labels)
+    assert result.candidates.shape == (3, 6, *SHAPE)
+    assert result.any_candidate_success.all()
+    assert result.queries == 1 + 6 + 1
+    result = Overpowered(ThreatModel(norm=norm, eps=1e-4), steps=20, latents=2)(model, images, labels)
+    assert (result.history["paired"] == 0).all()
+    assert not result.success.any()
 
 
 @NORMS
-def test_paired_is_counted_on_what_would_be_submitted(norm: str):
+def test_paired_is_counted_on_the_attempts(norm: str):
     """The share in step n is that of the pairs after n steps."""
-    model, images, labels = scene()
+    model, images, labels = reachable(3, 20)
     threat = ThreatModel(norm=norm, eps=EPS[norm] / 4)
     history = run(Overpowered(threat, steps=30, latents=4), Goal(labels), images, model)[0].history["paired"]
     assert history.shape == (30, 3)
@@ -97,30 +87,6 @@ def test_paired_is_counted_on_what_would_be_submitted(norm: str):
         assert torch.equal(history[steps], both.float().mean(dim=1))
     assert history.min() == 0
     assert history.max() > 0
-
-
-def test_no_pair_where_no_boundary_is():
-    model, images, labels = scene()
-    result = Overpowered(ThreatModel(eps=1e-4), steps=20, latents=2)(model, images, labels)
-    assert (result.history["paired"] == 0).all()
-    assert not result.success.any()
-
-
-@NORMS
-def test_the_wrong_ones_and_the_middles_are_submitted(norm: str):
-    model, images, labels = scene()
-    attack = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=60, latents=3)
-    result = attack(model, images, labels)
-    assert result.candidates.shape == (3, 6, *SHAPE)
-    wrong, middle = result.candidates.split(3, dim=1)
-    right = 2 * middle - wrong
-    assert (labels_of(model, right) == labels[:, None]).all()
-    assert (labels_of(model, wrong) != labels[:, None]).all()
-    leads = [margin(model.undefended(part[:, 0].clamp(0, 1)).detach(), Goal(labels)) for part in (right, middle, wrong)]
-    assert (leads[0] < leads[1]).all()
-    assert (leads[1] < leads[2]).all()
-    assert result.any_candidate_success.all()
-    assert result.queries == 1 + 6 + 1
 
 
 def plainly_projected(norm: str, eps: float, image: Tensor, centre: Tensor) -> Tensor:
@@ -139,9 +105,9 @@ def test_a_legal_pair_is_in_the_ball_around_the_clean_image_and_within_eps_of_ea
     seed: int, norm: str, spread: float
 ):
     """Near ones are left as they are; of the rest the right one moves first, and the wrong one to it."""
-    clean = uniform(2, *SHAPE, seed=seed, dtype=torch.float64)
+    clean = uniform(2, *SHAPE, seed=seed, dtype=DOUBLE)
     right, wrong = (
-        (clean[:, None] + spread * noise(2, 3, *SHAPE, seed=seed + n, dtype=torch.float64)).clamp(0, 1) for n in (1, 2)
+        (clean[:, None] + spread * noise(2, 3, *SHAPE, seed=seed + n, dtype=DOUBLE)).clamp(0, 1) for n in (1, 2)
     )
     threat = ThreatModel(norm=norm, eps=0.1 if norm == "linf" else 1.0)
     found = Overpowered(threat, latents=3)._legal(right, wrong, clean)
@@ -162,9 +128,8 @@ def test_a_legal_pair_is_in_the_ball_around_the_clean_image_and_within_eps_of_ea
 
 @NORMS
 def test_against_a_plain_loop(norm: str):
-    images, labels = labelled(2, dtype=torch.float64)
-    model = wrapped()
-    model.double()
+    images, labels = labelled(2, dtype=DOUBLE)
+    model = precise()
     threat = ThreatModel(norm=norm, eps=EPS[norm])
     result = Overpowered(threat, steps=5, latents=2, penalty=0.6, confidence=3.0, seed=3)(model, images, labels)
     begin = model.purify(images, seeds=search_seeds(range(2), 3, 1)).latents
