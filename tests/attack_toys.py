@@ -97,7 +97,7 @@ class Fixed(Attack):
         object.__setattr__(self, "attempts", attempts)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        return Candidates(self.attempts)  # pyright: ignore[reportAttributeAccessIssue]
+        return Candidates(self.attempts)
 
 
 def wrapped(**options: Any) -> PurifiedClassifier:

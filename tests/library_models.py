@@ -1,4 +1,4 @@
-"""What the tests of attack libraries attack: the embedded classifier, bare and behind CMAP, on images it gets right."""
+"""Models for the tests of attack libraries: the embedded classifier, bare and behind CMAP, on images it gets right."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def assert_legal_and_moved(found: Tensor, images: Tensor) -> None:
 
 
 def traces(model: nn.Module) -> tuple[list[bool], list[str]]:
-    """What an attack could leave behind: the mode of each part, and the weights that have a gradient."""
+    """The traces that an attack could leave: the mode of each part, and the weights that have a gradient."""
     return [part.training for part in model.modules()], [n for n, p in model.named_parameters() if p.grad is not None]

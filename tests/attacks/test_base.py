@@ -336,7 +336,7 @@ def result_of(predicted: Tensor, goal: Goal, attempts: Tensor) -> AttackResult:
     nothing = torch.zeros(len(goal.labels))
     success = goal.reached(predicted[0])
     images = [nothing, success, nothing, 0, {}, predicted, nothing, attempts, nothing]
-    return AttackResult(*images, goal.labels, goal.targets)  # pyright: ignore[reportArgumentType]
+    return AttackResult(*images, goal.labels, goal.targets)
 
 
 @pytest.mark.parametrize(

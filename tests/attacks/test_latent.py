@@ -171,7 +171,7 @@ def test_against_a_plain_loop(norm: str, aimed: bool, start: str):
     found = attack.search(Oracle(model, torch.arange(2)), images, Goal(labels))
     for place in range(3):
         expected = margin(model.undefended(found.images[:, place]).detach(), Goal(labels))
-        torch.testing.assert_close(found.margins[:, place], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.margins[:, place].double(), expected, rtol=1e-4, atol=1e-4)
     assert found.searched.begin.shape == (2, 3, *SHAPE)
     assert found.searched.wrapper.settings == QUICK.replace(n_latents=3)
     assert model.settings == QUICK

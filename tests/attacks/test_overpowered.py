@@ -64,7 +64,7 @@ def test_pairs_are_in_the_ball_within_eps_of_each_other_on_both_sides_of_the_bou
 
 @NORMS
 def test_attempts_and_queries_and_no_pair_where_no_boundary_is(norm: str):
-    model, images, labels = reachable(3, 20)
+    model, images, labels = reachable()
     result = Overpowered(ThreatModel(norm=norm, eps=EPS[norm]), steps=50, latents=3)(model, images, labels)
     assert result.candidates.shape == (3, 6, *SHAPE)
     assert result.any_candidate_success.all()
@@ -139,7 +139,7 @@ def test_against_a_plain_loop(norm: str):
             pair = [begin[image, place : place + 1].clone().requires_grad_() for _ in range(2)]
             optimiser = torch.optim.Adam(pair, lr=0.05)
             for _ in range(5):
-                near, far = ((model.backbone.generate(u) + 1) / 2 for u in pair)  # pyright: ignore
+                near, far = ((model.backbone.generate(u) + 1) / 2 for u in pair)
                 outside = 0
                 for first, second in ((near, images[image]), (far, images[image]), (far, near)):
                     delta = (first - second).flatten()
@@ -155,7 +155,7 @@ def test_against_a_plain_loop(norm: str):
                 loss.backward()
                 optimiser.step()
             with torch.no_grad():
-                near, far = ((model.backbone.generate(u) + 1) / 2 for u in pair)  # pyright: ignore
+                near, far = ((model.backbone.generate(u) + 1) / 2 for u in pair)
                 near = plainly_projected(norm, threat.eps, near, images[image])
                 far = plainly_projected(norm, threat.eps, far, near)
                 far = plainly_projected(norm, threat.eps, far, images[image])

@@ -131,7 +131,7 @@ def test_wrong_sources_and_combinations_are_refused_by_name(make: Any, named: st
 
 
 def test_options_go_by_name():
-    for make in (lambda: PGD(ThreatModel(), 3), lambda: PGD()):  # pyright: ignore[reportCallIssue]
+    for make in (lambda: PGD(ThreatModel(), 3), lambda: PGD()):
         with pytest.raises((TypeError, CmapError)):
             make()
     TargetSteer(ThreatModel(), watched=0, gradient=StraightThrough())
@@ -146,7 +146,7 @@ def test_attacks_are_values(name: str):
     assert repr(first) == repr(again)
     assert "seed=1" in repr(first)
     with pytest.raises(AttributeError):
-        first.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+        first.seed = 3
 
 
 def test_attacks_that_differ_have_different_dictionaries_of_json_values():

@@ -73,7 +73,7 @@ def test_against_a_plain_loop_that_carries_the_latents(refresh: int | None, mode
         evaluations += 1
         leaf = here.clone().requires_grad_()
         purified = short.purify(leaf, latents=latents)
-        logits = log_mean_probability(purified.logits)  # pyright: ignore[reportArgumentType]
+        logits = log_mean_probability(purified.logits)
         value = loss(logits[None], goal)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         torch.testing.assert_close(result.history["loss"][step], value.detach(), rtol=1e-6, atol=1e-6)
@@ -196,7 +196,7 @@ def test_a_step_is_along_the_gradient_of_that_distance(watched: int):
         with model.register_latent_hook(seen.append, iterations=range(6 - watched, 6)), torch.no_grad():
             purified = model.purify(where, seeds=base_seeds(range(2), 0))
         parts = [purified.images, *((state.generated + 1) / 2 for state in seen)]
-        return sum((part - begin[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1) for part in parts)  # pyright: ignore
+        return sum((part - begin[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1) for part in parts)
 
     direction = (moved - begin) / (moved - begin).flatten(1).norm(dim=1)[:, None, None, None]
     slope = (distance(begin + 1e-6 * direction) - distance(begin - 1e-6 * direction)) / 2e-6

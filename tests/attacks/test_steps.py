@@ -36,14 +36,14 @@ class Climber(StepAttack):
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Any:
         def feedback(images: Tensor) -> Feedback:
-            self.visited.append(images)  # pyright: ignore[reportAttributeAccessIssue]
+            self.visited.append(images)
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                loss = self.loss(leaf)  # pyright: ignore[reportAttributeAccessIssue]
+                loss = self.loss(leaf)
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             return Feedback(loss.detach(), gradient, torch.zeros(len(images)))
 
-        return feedback, self.start  # pyright: ignore[reportAttributeAccessIssue]
+        return feedback, self.start
 
 
 def slope(images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def hill(images: Tensor) -> Tensor:
 def trail(attack: Climber, loss: Callable[[Tensor], Tensor] = slope, **options: Any) -> tuple[list[Tensor], Tensor]:
     """The images at which the loss was evaluated, and the attempts."""
     result = attack.climbing(loss, **options)(linear, GREY, LABELS)
-    return attack.visited, result.candidates  # pyright: ignore[reportAttributeAccessIssue]
+    return attack.visited, result.candidates
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -244,7 +244,7 @@ def test_best_is_the_place_of_the_highest_loss_of_each_image(seed: int, steps: i
 def test_history_is_the_feedback():
     attack = Climber(ThreatModel(eps=0.2), steps=5).climbing(hill)
     result = attack(linear, GREY, LABELS)
-    visited: list[Tensor] = attack.visited  # pyright: ignore[reportAttributeAccessIssue]
+    visited: list[Tensor] = attack.visited
     assert set(result.history) == {"loss", "gradient_norm", "reached"}
     torch.testing.assert_close(result.history["loss"], torch.stack([hill(place) for place in visited]))
     for step, place in enumerate(visited):

@@ -137,7 +137,7 @@ class Conditional(ToyBackbone):
         self.register_buffer("offsets", 0.5 * noise(CLASSES, *SHAPE, seed=9))
 
     def generate(self, latents: Tensor, class_labels: Tensor) -> Tensor:
-        return torch.tanh(super().generate(latents) + self.offsets[class_labels])  # pyright: ignore
+        return torch.tanh(super().generate(latents) + self.offsets[class_labels])
 
     def denoise(self, noisy: Tensor, sigma: float, class_labels: Tensor) -> Tensor:
         return self.generate(noisy / (1 + sigma), class_labels)
@@ -152,10 +152,10 @@ class Baked(Conditional):
         both = labels.repeat(1, 2)
         self.tables = {part.numel(): part.flatten() for part in (labels[:, :1], labels, both)}
 
-    def generate(self, latents: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def generate(self, latents: Tensor) -> Tensor:
         return super().generate(latents, self.tables.get(len(latents), torch.zeros(len(latents), dtype=torch.int64)))
 
-    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
         return self.generate(noisy / (1 + sigma))
 
 

@@ -1,4 +1,4 @@
-"""AutoAttack as its documentation says to use it, and what its automatic checks make of the defence."""
+"""AutoAttack as its documentation says to use it, and its automatic checks of the defence."""
 
 import logging
 import sys
@@ -36,30 +36,30 @@ def test_the_standard_version_breaks_the_bare_classifier_without_a_warning(caplo
     images, labels = images_and_labels()
     model = bare()
     attack = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=0)
-    found, answers = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+    found, predictions = attack.run_standard_evaluation(images, labels, batch_size=len(images))
     assert_legal_and_moved(found, images)
     assert accuracy(model, found, labels) == 0
-    assert (answers != labels).all()
+    assert (predictions != labels).all()
     assert not caplog.records
 
 
 def test_the_rand_version_runs_on_the_purified_classifier_and_leaves_nothing_behind() -> None:
-    images, labels = images_and_labels()
+    images, labels = images_and_labels(2)
     model = purified(seed=0)
     with torch.no_grad():
         right = model(images).argmax(dim=1) == labels
     before = traces(model)
-    found, answers = quick(model, "rand").run_standard_evaluation(images, labels, batch_size=len(images))
+    found, predictions = quick(model, "rand").run_standard_evaluation(images, labels, batch_size=len(images))
     assert found.min() >= 0
     assert found.max() <= 1
     assert (found - images).abs().max() <= EPS + 1e-6
     assert traces(model) == before
-    assert torch.equal(answers, model(found).argmax(dim=1)), "with a seed, the model still answers what it answered"
+    assert torch.equal(predictions, model(found).argmax(dim=1)), "with a seed, predictions are repeated"
     assert torch.equal(found[~right], images[~right]), "what is wrong at first is not attacked"
 
 
 def test_gradients_of_its_losses_reach_every_image() -> None:
-    images, labels = images_and_labels()
+    images, labels = images_and_labels(2)
     for loss in (torch.nn.functional.cross_entropy, quick(bare(), "rand").apgd.dlr_loss):
         leaf = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(purified()(leaf), labels).sum(), leaf)
