@@ -29,7 +29,7 @@ from attack_toys import (
     suite,
     wrapped,
 )
-from cmap_defense.attacks import PGD, SPSA, AttackResult, Candidates, Goal, ThreatModel, Transfer
+from cmap_defense.attacks import PGD, SPSA, AttackResult, Goal, ThreatModel, Transfer
 from cmap_defense.attacks.goal import margin
 from cmap_defense.errors import CmapError, InputTypeError, InputValueError, SettingsError
 from toys import noise, uniform
@@ -433,12 +433,3 @@ def test_logits_that_are_not_numbers_are_refused():
 def test_attacks_on_latents_name_the_model_that_they_need(name: str):
     with pytest.raises(SettingsError, match=r"needs the latents .* PurifiedClassifier, but the model is function"):
         suite(ThreatModel())[name](linear, *labelled())
-
-
-def test_a_search_may_return_attempts_with_a_graph():
-    class Graph(Fixed):
-        def run(self, oracle: Any, clean: Tensor, goal: Goal) -> Candidates:
-            return Candidates(super().run(oracle, clean, goal).images.requires_grad_())
-
-    images, labels = labelled()
-    assert not Graph(ThreatModel(), images[:, None])(linear, images, labels).candidates.requires_grad

@@ -150,17 +150,6 @@ def test_queries_are_the_purifications(steps: int, every: int, purifications: in
         assert values.shape == (restarts * steps, 3)
 
 
-def test_purifications_have_noise_of_their_own():
-    """With a step of size 0 their noise is all that differs."""
-    losses = {}
-    for known in ("fresh", "known"):
-        attack = FrozenResidual(ThreatModel(), steps=3, every=1, purifications=1, step_size=0.0, noise=known)
-        losses[known] = attack(wrapped(), *labelled()).history["loss"]
-    assert torch.equal(losses["known"], losses["known"][:1].expand(3, -1))
-    for first, second in ((0, 1), (1, 2)):
-        assert (losses["fresh"][first] - losses["fresh"][second]).abs().min() > 1e-6
-
-
 @NORMS
 @pytest.mark.parametrize("aimed", [False, True])
 def test_it_succeeds_where_the_purification_hardly_moves_the_image(norm: str, aimed: bool):

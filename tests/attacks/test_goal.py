@@ -1,4 +1,4 @@
-"""What an attack wants, and the laws of the losses that it climbs."""
+"""The goal of an attack, and the laws of its losses."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def test_masked_classes_are_no_danger():
 
 def test_goal_reaches_any_leading_axes():
     goal, aimed = Goal(torch.tensor([0, 1])), Goal(torch.tensor([0, 1]), torch.tensor([2, 0]))
-    answers = torch.tensor([[[0, 1], [1, 0]], [[2, 0], [0, 2]]])
-    assert goal.reached(answers).tolist() == [[[False, False], [True, True]], [[True, True], [False, True]]]
-    assert aimed.reached(answers).tolist() == [[[False, False], [False, True]], [[True, True], [False, False]]]
+    predictions = torch.tensor([[[0, 1], [1, 0]], [[2, 0], [0, 2]]])
+    assert goal.reached(predictions).tolist() == [[[False, False], [True, True]], [[True, True], [False, True]]]
+    assert aimed.reached(predictions).tolist() == [[[False, False], [False, True]], [[True, True], [False, False]]]
 
 
 @settings(max_examples=20)

@@ -72,8 +72,7 @@ def test_images_are_legal_and_reevaluated(norm: str, eps: float, count: int, dty
     assert result.images.shape == images.shape
     assert result.images.dtype == dtype
     assert (threat.distance(result.images, images) <= eps + 1e-6).all()
-    assert result.images.min() >= 0
-    assert result.images.max() <= 1
+    assert ((result.images >= 0) & (result.images <= 1)).all()
     assert torch.equal(result.success, linear(result.images).argmax(dim=1) != labels)
     assert eps > 0 or not result.success.any()
 
@@ -88,8 +87,8 @@ def test_the_seed_rules_them_and_nothing_outside_changes(which: int) -> None:
     def tracing(*_: object) -> None:
         return None
 
-    def grad(shown: Tensor) -> Tensor:  # a call of this name is what the library's check for dynamic models counts
-        return flaky(shown)
+    def grad(batch: Tensor) -> Tensor:  # a call of this name is what the library's check for dynamic models counts
+        return flaky(batch)
 
     sys.settrace(tracing)
     try:
@@ -135,8 +134,8 @@ def test_a_model_without_a_gradient_is_an_error(which: int) -> None:
 @pytest.mark.parametrize("attack", [APGD, AutoAttack])
 def test_the_gradient_is_that_of_the_given_mode(attack: type[APGD] | type[AutoAttack]) -> None:
     class Pooled(nn.Module):
-        def forward(self, shown: Tensor) -> Tensor:
-            return linear(shown)
+        def forward(self, batch: Tensor) -> Tensor:
+            return linear(batch)
 
     quick = CMAPSettings(n_latents=1, iterations=2)
     model = PurifiedClassifier(Pooled(), ToyBackbone(SHAPE).requires_grad_(False), settings=quick, gradient=Detached())
@@ -267,8 +266,8 @@ def test_square_says_on_which_images_it_cannot_start_in_l2(height: int, width: i
     images = uniform(2, 1, height, width, seed=1)
     labels = torch.zeros(2, dtype=torch.int64)
 
-    def model(shown: Tensor) -> Tensor:
-        return torch.stack([shown.mean(dim=(1, 2, 3)) * (c + 1) for c in range(4)], dim=1)
+    def model(batch: Tensor) -> Tensor:
+        return torch.stack([batch.mean(dim=(1, 2, 3)) * (c + 1) for c in range(4)], dim=1)
 
     attack, threat = Square(ThreatModel(norm="l2", eps=1.0), queries=30), ThreatModel(norm="linf")
     assert Square(threat, queries=3)(model, images, labels).images.shape == images.shape
@@ -344,12 +343,12 @@ def test_apgd_predicts_no_second_time_before_it_attacks() -> None:
         def __init__(self, times: int) -> None:
             self.times = times
 
-        def __call__(self, shown: Tensor) -> Tensor:
-            if shown.requires_grad:
-                differentiated.append(len(shown))
-                return linear(shown)
+        def __call__(self, batch: Tensor) -> Tensor:
+            if batch.requires_grad:
+                differentiated.append(len(batch))
+                return linear(batch)
             self.times -= 1
-            return linear(shown) if self.times >= 0 else linear(shown).roll(1, dims=1)
+            return linear(batch) if self.times >= 0 else linear(batch).roll(1, dims=1)
 
     attack = pyautoattack.AutoAttack(RightAtFirst(3), eps=0.2, version="rand", seed=0)
     found, _ = attack.run_standard_evaluation(images, labels)
@@ -374,9 +373,9 @@ def test_its_settings_take_the_place_of_the_versions() -> None:
     images, labels = labelled()
     calls = []
 
-    def counted(shown: Tensor) -> Tensor:
-        calls.append(len(shown))
-        return linear(shown)
+    def counted(batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return linear(batch)
 
     result = AutoAttack(ThreatModel(eps=1e-6), steps=7, eot=3)(counted, images, labels)
     assert result.queries == len(calls)
@@ -402,8 +401,8 @@ def test_images_that_withstood_come_back_as_apgd_left_them(norm: str, size: int 
     assert (result.distance <= threat.eps * (1 + 1e-4)).all()
     own = torch.arange(6)
 
-    def lead(shown: Tensor) -> Tensor:
-        logits = linear(shown)
+    def lead(batch: Tensor) -> Tensor:
+        logits = linear(batch)
         return logits[own, labels] - logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
 
     assert (lead(result.images) < lead(images)).all()
@@ -414,12 +413,12 @@ def test_its_checks_are_logged_only_where_there_is_a_handler(
 ) -> None:
     images, labels = labelled()
 
-    def grad(shown: Tensor) -> Tensor:  # a call of this name is what the check for dynamic models looks for
-        return linear(shown)
+    def grad(batch: Tensor) -> Tensor:  # a call of this name is what the check for dynamic models looks for
+        return linear(batch)
 
     attack = AutoAttack(ThreatModel(), steps=2, eot=1, rounds=1)
-    attack(lambda shown: grad(shown), images, labels)
+    attack(lambda batch: grad(batch), images, labels)
     assert any("dynamic" in record.message for record in caplog.records)
     monkeypatch.setattr(logging.getLogger("auto-attack"), "propagate", False)
-    attack(lambda shown: grad(shown), images, labels)
+    attack(lambda batch: grad(batch), images, labels)
     assert capsys.readouterr().err == ""

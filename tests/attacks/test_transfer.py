@@ -107,12 +107,12 @@ def test_noise_and_denoise_written_out(sigma: float, steps: int, size: Any):
 def test_noise_and_denoise_straight_through_has_the_values_of_the_other_and_the_derivative_of_the_classifier():
     images, _ = labelled()
     seeds, leaf = torch.tensor([7, -8, 9]), images.clone().requires_grad_()
-    answers, gradients = [], []
+    outputs, gradients = [], []
     for straight in (False, True):
         source: Any = NoiseAndDenoise(0.3, straight_through=straight).of(wrapped())
-        answers.append(source(leaf, seeds=seeds))
-        gradients.append(torch.autograd.grad(answers[-1][:, 1].sum(), leaf)[0])
-    torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-5)
+        outputs.append(source(leaf, seeds=seeds))
+        gradients.append(torch.autograd.grad(outputs[-1][:, 1].sum(), leaf)[0])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
     weight = torch.autograd.grad(linear(leaf)[:, 1].sum(), leaf)[0]
     torch.testing.assert_close(gradients[1], weight)
     assert (gradients[0] - weight).abs().max() > 0.1

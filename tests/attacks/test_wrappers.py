@@ -182,7 +182,7 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
 
 @pytest.mark.parametrize("attack", [LatentAttack, Overpowered])
 def test_labels_per_latent_are_no_obstacle_to_another_number_of_latents(attack: Any):
-    """A function that returns [B, K] is as the documentation of the wrapper wants it, K being the wrapper's own."""
+    """A function that returns [B, K] follows the documentation of the wrapper, whose own K it is."""
     images, labels = labelled(2)
     model = wrapped(backbone=Conditional(), class_labels=lambda images: torch.tensor([[0, 1]]).expand(len(images), -1))
     attack(THREATS["linf"], steps=1, latents=3)(model, images, labels)
