@@ -14,10 +14,9 @@ from cmap_defense.attacks.libraries import (
     NORMS,
     LibraryModel,
     pyautoattack,
-    require_gradient,
     undisturbed,
 )
-from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence
+from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode

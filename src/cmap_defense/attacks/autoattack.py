@@ -15,11 +15,10 @@ from cmap_defense.attacks.libraries import (
     NORMS,
     LibraryModel,
     pyautoattack,
-    require_gradient,
     seed_of,
     undisturbed,
 )
-from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence
+from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.square import require_tiles
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode

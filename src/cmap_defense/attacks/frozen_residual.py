@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.goal import Goal, Loss, VoteMargin
+from cmap_defense.attacks.goal import Goal, Loss, VoteMargin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.errors import SettingsError
 from cmap_defense.settings import require_integer
 
 __all__ = ["FrozenResidual"]
@@ -50,8 +49,7 @@ class FrozenResidual(StepAttack):
         require_integer("FrozenResidual", "purifications", self.purifications, minimum=1)
         if self.memory is not None:
             require_integer("FrozenResidual", "memory", self.memory, minimum=1)
-        if not isinstance(self.loss, Loss):
-            raise SettingsError(f"FrozenResidual.loss must be an object such as VoteMargin(), but is {self.loss!r}.")
+        require_loss("FrozenResidual", self.loss)
 
     def differentiates_defence(self, model: Model) -> bool:
         return True

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmap_defense.errors import SettingsError
 from cmap_defense.options import NamedOptions
 
-__all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin"]
+__all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin", "require_loss"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +97,22 @@ class Loss(NamedOptions, abc.ABC):
         Returns:
             [B].
         """
+
+
+def require_loss(owner: str, loss: object, *, joint: bool = True) -> None:
+    """Check an attack's loss.
+
+    Args:
+        owner: the attack's class, for the error.
+        loss: the setting.
+        joint: whether a joint loss is allowed.
+
+    Raises:
+        SettingsError: it is no such loss.
+    """
+    if not isinstance(loss, Loss) or (loss.joint and not joint):
+        choices = "CrossEntropy(), Margin() or VoteMargin()" if joint else "CrossEntropy() or Margin()"
+        raise SettingsError(f"{owner}.loss must be an object: {choices}, but is {loss!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

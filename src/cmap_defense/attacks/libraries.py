@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
-from cmap_defense.gradients import GradientMode
 from cmap_defense.rng import generator_for
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "NORMS",
     "LibraryModel",
     "pyautoattack",
-    "require_gradient",
     "seed_of",
     "undisturbed",
 ]
@@ -60,9 +58,9 @@ class LibraryModel:
         clean: the images, for their precision.
         classes: the number of classes that the library's losses need.
 
-    Raises (when called):
-        SettingsError: the model has fewer.
-        GradientError: the library asks for a gradient, and the logits do not depend on the images for autograd.
+    Raises:
+        SettingsError: in a call, the model has fewer.
+        GradientError: in a call, the logits do not depend on the images for autograd, and the library needs a gradient.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], clean: Tensor, *, classes: int = 2) -> None:
@@ -102,20 +100,6 @@ class _ToImages(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
         (gradient,) = torch.autograd.grad(ctx.logits, ctx.leaf, grad_outputs[0], retain_graph=True)
         return gradient, None
-
-
-def require_gradient(owner: str, gradient: object) -> None:
-    """Check an attack's setting.
-
-    Args:
-        owner: the attack's class, for the error.
-        gradient: the setting.
-
-    Raises:
-        SettingsError: it is neither a gradient mode nor None.
-    """
-    if gradient is not None and not isinstance(gradient, GradientMode):
-        raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
 
 
 def seed_of(oracle: Oracle) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "differentiates_defence",
     "gradient_length",
     "gradient_to",
+    "require_gradient",
     "unit",
     "usable",
 ]
@@ -126,6 +127,21 @@ def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
     if gradient is None and isinstance(model, PurifiedClassifier):
         gradient = model.gradient
     return gradient is None or gradient.differentiates_defence
+
+
+def require_gradient(owner: str, gradient: object, *, needed: bool = False) -> None:
+    """Check an attack's gradient mode.
+
+    Args:
+        owner: the attack's class, for the error.
+        gradient: the setting.
+        needed: refuse None, which stands for the model's own mode.
+
+    Raises:
+        SettingsError: it is no gradient mode.
+    """
+    if not isinstance(gradient, GradientMode) and (needed or gradient is not None):
+        raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
 
 
 def gradient_length(gradient: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss
-from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence
+from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, require_loss
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import StepAttack
-from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
 from cmap_defense.settings import require_flag, require_integer
 
@@ -47,10 +46,8 @@ class PGD(StepAttack):
         super().__post_init__()
         require_integer("PGD", "eot", self.eot, minimum=1)
         require_flag("PGD", "balanced", self.balanced)
-        if not isinstance(self.loss, Loss):
-            raise SettingsError(f"PGD.loss must be an object such as CrossEntropy(), but is {self.loss!r}.")
-        if self.gradient is not None and not isinstance(self.gradient, GradientMode):
-            raise SettingsError(f"PGD.gradient must be an object such as StraightThrough(), but is {self.gradient!r}.")
+        require_loss("PGD", self.loss)
+        require_gradient("PGD", self.gradient)
 
     def differentiates_defence(self, model: Model) -> bool:
         return differentiates_defence(self.gradient, model)

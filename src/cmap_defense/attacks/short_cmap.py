@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.goal import Goal, Loss, Margin
-from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
+from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.cmap.voting import log_mean_probability
-from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
 from cmap_defense.settings import require_integer
 
@@ -47,10 +46,8 @@ class ShortCMAP(StepAttack):
         require_integer("ShortCMAP", "iterations", self.iterations, minimum=1)
         if self.refresh is not None:
             require_integer("ShortCMAP", "refresh", self.refresh, minimum=1)
-        if not isinstance(self.gradient, GradientMode):
-            raise SettingsError(f"ShortCMAP.gradient must be an object such as Unrolled(), but is {self.gradient!r}.")
-        if not isinstance(self.loss, Loss):
-            raise SettingsError(f"ShortCMAP.loss must be an object such as Margin(), but is {self.loss!r}.")
+        require_gradient("ShortCMAP", self.gradient, needed=True)
+        require_loss("ShortCMAP", self.loss)
 
     def differentiates_defence(self, model: Model) -> bool:
         return True

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.goal import Goal, Loss, Margin
+from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack
-from cmap_defense.errors import SettingsError
 from cmap_defense.rng import derived_seeds, draw_uniform
 from cmap_defense.settings import require_flag, require_integer
 from cmap_defense.threat import require_linf_size
@@ -49,8 +48,7 @@ class SPSA(StepAttack):
         require_integer("SPSA", "pairs", self.pairs, minimum=1)
         require_flag("SPSA", "common_noise", self.common_noise)
         require_linf_size("SPSA", "delta", self.delta, minimum=None, above=0.0)
-        if not isinstance(self.loss, Loss) or self.loss.joint:
-            raise SettingsError(f"SPSA.loss must be CrossEntropy() or Margin(), but is {self.loss!r}.")
+        require_loss("SPSA", self.loss, joint=False)
 
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * 2 * self.pairs

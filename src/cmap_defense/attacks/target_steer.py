@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.latent import LatentAttack
-from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
@@ -49,10 +49,7 @@ class TargetSteer(StepAttack):
         super().__post_init__()
         if self.target is not None and not isinstance(self.target, LatentAttack):
             raise SettingsError(f"TargetSteer.target must be a LatentAttack, but is {self.target!r}.")
-        if not isinstance(self.gradient, GradientMode):
-            raise SettingsError(
-                f"TargetSteer.gradient must be an object such as Unrolled(last=5), but is {self.gradient!r}."
-            )
+        require_gradient("TargetSteer", self.gradient, needed=True)
         require_integer("TargetSteer", "watched", self.watched, minimum=0)
         if self.watched and not isinstance(self.gradient, Unrolled):
             raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
