@@ -374,6 +374,13 @@ def test_laws_of_the_figures(seed: int, count: int, aimed: bool):
         assert result.mean_success[image].item() == pytest.approx(hits / count)
 
 
+def test_a_result_prints_counts_and_shares_in_one_line():
+    result = outcome("LatentAttack", "linf", restarts=2)
+    assert repr(result).startswith("AttackResult(3 images, 4 attempts each, 2 re-evaluations: success ")
+    assert f"mean_success {result.mean_success.mean():.3f}, vote_success" in repr(result)
+    assert "tensor" not in repr(result)
+
+
 # ---------------------------------------------------------------------------------------------------- refused arguments
 
 

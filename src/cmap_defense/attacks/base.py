@@ -48,7 +48,7 @@ class Candidates:
     history: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AttackResult:
     """The outcome per image.
 
@@ -80,6 +80,12 @@ class AttackResult:
     chosen: Tensor
     labels: Tensor
     targets: Tensor | None = None
+
+    def __repr__(self) -> str:
+        names = ("success", "mean_success", "vote_success", "any_success", "any_candidate_success")
+        shares = ", ".join(f"{name} {getattr(self, name).float().mean():.3f}" for name in names)
+        counts = [*self.candidates.shape[:2], len(self.predictions)]
+        return "AttackResult({} images, {} attempts each, {} re-evaluations: {})".format(*counts, shares)
 
     @property
     def any_success(self) -> Tensor:
@@ -328,7 +334,7 @@ class Attack(NamedOptions, abc.ABC):
         return dataclasses.replace(self, threat=threat)
 
     def at_iterations(self, iterations: int) -> Attack:
-        """The attack for a defence with another number of iterations, as which its cost is counted.
+        """The attack for a defence with another number of iterations, whose cost is counted instead.
 
         Args:
             iterations: of the defence's latent loop.
