@@ -108,6 +108,6 @@ def images_of(count: int = 2, dtype: torch.dtype = DOUBLE) -> Tensor:
     return 0.25 + 0.5 * uniform(count, *SHAPE, seed=1, dtype=dtype)
 
 
-def model_of(purifier: Purifier, backbone: nn.Module | None = None, **options: Any) -> PurifiedClassifier:
+def model_of(purifier: Purifier, backbone: Any = None, **options: Any) -> PurifiedClassifier:
     chosen = {"seed": 3, "vote": "soft"} | options
     return PurifiedClassifier(Classifier(), backbone or backbone_for(purifier), purifier=purifier, **chosen).eval()

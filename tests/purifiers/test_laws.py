@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import denoisers
+from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.errors import (
     BackboneError,
     GradientError,
@@ -126,6 +127,7 @@ def test_passes_of_a_chain() -> None:
     backbone = CurvedDenoiser()
     counted = Chain(first, ADP(iterations=3, n_latents=2))
     result = counted(backbone, images_of(), seeds=SEEDS[:2], max_parallel=100)
+    assert result.passes is not None
     assert backbone.passes == result.passes.sum()
 
 
@@ -299,6 +301,12 @@ class Consistency(ToyBackbone):
         return torch.tanh(noisy)
 
 
+class Declared(Consistency):
+    """Says that it is a denoiser."""
+
+    kind = "denoiser"
+
+
 @pytest.mark.parametrize("kind", DENOISING.values(), ids=DENOISING)
 def test_steps_need_a_denoiser(kind: Any) -> None:
     words = (
@@ -310,18 +318,14 @@ def test_steps_need_a_denoiser(kind: Any) -> None:
         kind()(Consistency(SHAPE), images_of(), seeds=SEEDS[:2])
     with pytest.raises(WrongKindError, match=r"consistency.*Of that kind are: .*fashion-mnist-edm"):
         model_of(kind(), "fashion-mnist-ct")
-    declared = Consistency(SHAPE)
-    declared.kind = "denoiser"  # pyright: ignore[reportAttributeAccessIssue]
-    assert model_of(kind(), declared).purifier == kind()
+    assert model_of(kind(), Declared(SHAPE)).purifier == kind()
 
 
 def test_one_step_takes_either_kind_and_cmap_a_consistency_model() -> None:
     for backbone in (Consistency(SHAPE), CurvedDenoiser()):
         assert model_of(OneStep(), backbone)(images_of()).shape == (2, 4)
-    liar = Consistency(SHAPE)
-    liar.kind = "denoiser"  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(WrongKindError, match=r"CMAP needs a consistency model, but Consistency is a denoiser"):
-        model_of(CMAP(), liar)
+    with pytest.raises(WrongKindError, match=r"CMAP needs a consistency model, but Declared is a denoiser"):
+        model_of(CMAP(), Declared(SHAPE))
 
 
 def test_a_pair_of_backbones_serves_each_purifier() -> None:
@@ -354,6 +358,12 @@ def test_every_purifier_of_a_chain_has_noise_of_its_own() -> None:
     assert similar.abs().max() < 0.4
     alone = Chain(OneStep(n_latents=4))
     assert torch.equal(purified(alone, images, SEEDS[:2]).latents, first)
+
+
+@EVERY
+def test_memory_is_measured_on_a_pass_of_the_network_that_is_used(purifier: Purifier) -> None:
+    one = purifier.network_pass(backbone_for(purifier), torch.device("cpu"))
+    assert default_max_parallel(one, SHAPE, torch.device("cpu")) > 100
 
 
 def test_a_chain_has_seeds_in_place_of_latents() -> None:
@@ -401,10 +411,12 @@ def test_class_labels_of_a_chain(handed_on: str) -> None:
     chain = Chain(OneStep(n_latents=2), OneStep(level=0.2, n_latents=3), handed_on=handed_on)
     labels = torch.arange(2 * chain.n_latents).view(2, -1) % 4
     result = chain(Conditional(), images_of(), seeds=SEEDS[:2], class_labels=labels)
-    assert torch.equal(result.class_labels, labels)
+    assert result.class_labels is labels
     assert result.images.shape[1] == chain.n_latents
     model = model_of(chain, Conditional(), class_labels="spread")
-    assert model.purify(images_of()).class_labels.shape == (2, chain.n_latents)
+    spread = model.purify(images_of()).class_labels
+    assert spread is not None
+    assert spread.shape == (2, chain.n_latents)
 
 
 def test_weights_in_half_precision_keep_the_state_in_float32() -> None:

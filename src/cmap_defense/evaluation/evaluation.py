@@ -362,8 +362,8 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
     with ranks() as team:
         if chunk is None:
             conditional = getattr(model.backbone, "num_classes", None) is not None
-            generate: Any = model.backbone.generate
-            chunk = default_max_parallel(generate, model.image_shape, device, conditional=conditional)
+            one_pass = model.purifier.network_pass(model.backbone, device)
+            chunk = default_max_parallel(one_pass, model.image_shape, device, conditional=conditional)
         return model.variant(hooks=True, max_parallel=team.shared(chunk))
 
 

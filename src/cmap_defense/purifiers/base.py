@@ -6,10 +6,11 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cmap_defense.backbones.base import check_backbone
+from cmap_defense.backbones.base import caster, check_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
@@ -110,6 +111,24 @@ class Purifier(abc.ABC):
                 f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {', '.join(fitting)}, and modules of "
                 f'yours with kind = "{self.kind}".'
             )
+
+    def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+        """One pass of the network, on which memory is measured.
+
+        Args:
+            backbone: as for the call.
+            device: where it is.
+
+        Returns:
+            A function of latents or noisy images [M, C, H, W], and of class labels [M] where there are any.
+        """
+        if self.needs is None:
+            return lambda images, *_: images
+        call = caster(self.member(backbone), device, self.needs)
+        if self.needs == "generate":
+            return call
+        level = getattr(self, "level", 0.0) or 1.0
+        return lambda noisy, *labels: call(noisy, level, *labels)
 
     @classmethod
     def preset(cls, name: str) -> Self:

@@ -86,6 +86,11 @@ class Chain(Settings, Purifier):
         for purifier in self.purifiers:
             purifier.check(backbone)
 
+    def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+        """That of the first purifier that uses a network."""
+        first = next((purifier for purifier in self.purifiers if purifier.passes), self.purifiers[0])
+        return first.network_pass(backbone, device)
+
     def __call__(
         self,
         backbone: nn.Module,

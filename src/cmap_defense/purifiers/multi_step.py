@@ -227,7 +227,7 @@ class MultiStepPurifier(Settings, Purifier):
         count = first.shape[0] * first.shape[1]
         call = caster(backbone, images.device, "denoise")
         if max_parallel is None:
-            max_parallel = self._fitting(backbone, call, images, class_labels is not None)
+            max_parallel = self._fitting(backbone, images, class_labels is not None)
         with torch.autocast(images.device.type, enabled=False):
             run = Run(
                 (2 * images - 1).repeat_interleave(first.shape[1], dim=0),
@@ -258,13 +258,9 @@ class MultiStepPurifier(Settings, Purifier):
     ) -> PurificationResult:
         return self(backbone, images, checkpoint=backward.checkpoint, **options)
 
-    def _fitting(self, backbone: nn.Module, call: Callable[..., Tensor], images: Tensor, conditional: bool) -> int:
+    def _fitting(self, backbone: nn.Module, images: Tensor, conditional: bool) -> int:
         """Images that fit into one call."""
-        fitting = default_max_parallel(
-            lambda noisy, *labels: call(noisy, self.level, *labels),
-            images.shape[1:],
-            images.device,
-            conditional=conditional,
-            owner=backbone,
-        )
+        one = self.network_pass(backbone, images.device)
+        shape = images.shape[1:]
+        fitting = default_max_parallel(one, shape, images.device, conditional=conditional, owner=backbone)
         return max(1, fitting // self._graphs)
