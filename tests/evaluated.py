@@ -35,19 +35,19 @@ from patience import HANGS
 THREAT = ThreatModel(eps=0.1)
 SMALL = QUICK.replace(iterations=2)
 PROTOCOL = Protocol(
-    answers=2, repurifications=2, seeds=(0, 7), group=2, sanity_images=1, gradient_samples=2, search_control=True
+    predictions=2, reevaluations=2, seeds=(0, 7), group=2, sanity_images=1, gradient_samples=2, search_on_clean=True
 )
-BRIEF = Protocol(answers=2, repurifications=1, group=2, sanity_images=0)
+BRIEF = Protocol(predictions=2, reevaluations=1, group=2, sanity_images=0)
 IMAGES = 3
 
 
 def defended(**options: Any) -> PurifiedClassifier:
     """A small defended classifier in eval mode; options as for PurifiedClassifier."""
-    return wrapped(**({"settings": SMALL} | options)).eval()
+    return wrapped(**({"settings": SMALL, "max_parallel": 64} | options)).eval()
 
 
 def attacks() -> dict[str, Any]:
-    """One that sees the defence, and one that does not."""
+    """One that evaluates the defence, and one that does not."""
     return {"transfer": Transfer(PGD(THREAT, steps=1)), "bpda-eot": PGD(THREAT, steps=2, eot=2)}
 
 
@@ -63,7 +63,7 @@ def evaluation(out: Path, model: Any = None, **changes: Any) -> Evaluation:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """The contents of the files that do not hang on how an evaluation was carried out, by their names."""
+    """The contents of the files that do not depend on how an evaluation was carried out, by their names."""
     kept = [folder / "settings.json", folder / "results.jsonl", *(folder / "units").rglob("*")]
     whole = [path for path in kept if path.is_file() and not path.name.endswith(".partial")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in whole}
@@ -78,7 +78,7 @@ class Interrupted(Exception):
 
 
 def interrupt(after: int) -> Callable[..., None]:
-    """A progress function that ends an evaluation when so many pieces are done."""
+    """A progress function that ends an evaluation when so many work units are done."""
 
     def progress(_: object, number: int, __: int) -> None:
         if number == after:
@@ -93,14 +93,14 @@ class Shaky(SeededModel):
 
     def __init__(self, size: float = 0.05, seed: int | None = None) -> None:
         self.size, self.seed = size, seed
-        self.answers: list[Tensor] = []
+        self.predicted: list[Tensor] = []
 
     def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
         if seeds is None:
             seeds = torch.full((len(images),), 0 if self.seed is None else self.seed)
         noise = draw_latents(seeds, 1, images.shape[1:])[:, 0].to(images)
         logits = (images + self.size * noise - 0.5).flatten(1) @ WEIGHT.to(images)
-        self.answers.append(logits.detach().argmax(dim=1))
+        self.predicted.append(logits.detach().argmax(dim=1))
         return logits
 
 
@@ -108,28 +108,31 @@ class Shaky(SeededModel):
 
 
 def lines_of(
-    answers: Tensor, repurified: Tensor, truth: Tensor, *, attack: str = "pgd", subject: str = "defended", **more: Any
+    predictions: Tensor, again: Tensor, truth: Tensor, *, attack: str = "pgd", model: str = "defended", **more: Any
 ) -> list[dict[str, Any]]:
     """Lines of S runs of B images.
 
     Args:
-        answers, repurified: [S, B, N] and [S, B, R], predicted classes. truth: [B].
-        attack, subject: of whom the lines are.
+        predictions: [S, B, N], classes.
+        again: [S, B, R], classes of the re-evaluations.
+        truth: [B].
+        attack: name of the attack.
+        model: name of the model.
         more: what else a line has, a value for all or a function of run and image.
     """
     return [
         {
-            "subject": subject,
+            "model": model,
             "attack": attack,
             "seed": 10 * run,
             "image": 100 + image,
             "label": int(truth[image]),
-            "answers": answers[run, image].tolist(),
-            "repurified": repurified[run, image].tolist(),
+            "predictions": predictions[run, image].tolist(),
+            "reevaluated": again[run, image].tolist(),
             "one_latent": None,
         }
         | {name: value(run, image) if callable(value) else value for name, value in more.items()}
-        for run in range(len(answers))
+        for run in range(len(predictions))
         for image in range(len(truth))
     ]
 
@@ -182,7 +185,7 @@ def in_a_process(folder: Path, prepare: Callable[[], None], seconds: float | Non
     child = os.fork()
     if not child:
         prepare()
-        evaluation(folder).run()
+        evaluation(folder, protocol=BRIEF).run()
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
@@ -201,10 +204,10 @@ def killed(folder: Path, seed: int) -> None:
     for name, state in PLACES:
         assert not in_a_process(folder, lambda name=name, state=state: die_at(name, state)), (name, state)
     kills = len(PLACES)
-    for _ in range(5):
+    for _ in range(3):
         kills += not in_a_process(folder, lambda: None, moments.uniform(0.02, 0.3))
     while not (folder / "results.jsonl").exists():
-        state, after = moments.choice(["half", "whole"]), moments.randint(5, 30)
+        state, after = moments.choice(["half", "whole"]), moments.randint(2, 9)
         kills += not in_a_process(folder, lambda state=state, after=after: die_at("", state, after))
     (folder / "results.jsonl").unlink()
     for name, state in AT_THE_END:
@@ -249,7 +252,7 @@ def together(folder: Path) -> None:
         found = evaluate(defended(), **options(protocol=BRIEF)).to_dict()
         return {name: found[name] for name in ("rows", "checks", "headline", "refused", "curves", "missing")}
 
-    other = PROTOCOL.replace(answers=PROTOCOL.answers + rank)
+    other = BRIEF.replace(predictions=BRIEF.predictions + rank)
     happened: dict[str, Any] = {}
 
     def try_to(name: str, do: Callable[[], Any]) -> None:
@@ -259,9 +262,9 @@ def together(folder: Path) -> None:
     try_to("whole", lambda: evaluation(folder / "whole").run(note))
     happened["own"] = own
     with group(folder, rank):
-        try_to("begun", lambda: evaluation(folder / "begun").run())
-        try_to("changed", lambda: evaluation(folder / "changed").run())
-        try_to("locked", lambda: evaluation(folder / "locked").run())
+        try_to("begun", lambda: evaluation(folder / "begun", protocol=BRIEF).run())
+        try_to("changed", lambda: evaluation(folder / "changed", protocol=BRIEF).run())
+        try_to("locked", lambda: evaluation(folder / "locked", protocol=BRIEF).run())
         try_to("nowhere", report)
         happened["group kept"] = dist.is_initialized()
     with group(folder / "again", rank):
@@ -271,7 +274,7 @@ def together(folder: Path) -> None:
         if "error" in happened[name]:
             raise SystemExit("the other rank may wait for this one")
         gc.collect()
-        time.sleep(2.5 * rank)  # they need not arrive at once
+        time.sleep(1.5 * rank)  # they need not arrive at once
 
 
 def main(what: str, folder: Path, *rest: str) -> None:

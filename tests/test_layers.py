@@ -1,4 +1,4 @@
-"""Imports go downward only, and rooms on one floor do not import each other (the table of docs/design.md)."""
+"""Imports go to lower layers only, and packages of one layer do not import each other (the table of docs/design.md)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import cmap_defense
 PACKAGE = "cmap_defense"
 SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
-FLOORS = {
-    "cli": 6,
+LAYERS = {
+    "cli": 7,
+    "paper": 6,
+    "detection": 5,
     "evaluation": 5,
+    "quality": 5,
     "training": 5,
     "attacks": 4,
     "classifier": 3,
@@ -25,34 +28,39 @@ FLOORS = {
     "cmap": 1,
     "backbones": 1,
     "data": 1,
-    "embedded": 1,
+    "plots": 1,
+    "cautions": 0,
+    "describe": 0,
+    "embedded": 0,
     "errors": 0,
+    "files": 0,
+    "hooks": 0,
+    "inputs": 0,
+    "lazy": 0,
+    "modules": 0,
+    "normalisation": 0,
+    "optional": 0,
+    "options": 0,
+    "passes": 0,
+    "paths": 0,
+    "ranks": 0,
     "results": 0,
     "rng": 0,
     "settings": 0,
+    "statistics": 0,
+    "tables": 0,
     "threat": 0,
-    "hooks": 0,
-    "lazy": 0,
-    "inputs": 0,
-    "modules": 0,
-    "cautions": 0,
-    "options": 0,
-    "normalisation": 0,
-    "ranks": 0,
-    "locks": 0,
-    "paths": 0,
-    "differences": 0,
 }
-"""Floor of every room; the files of floor 0 are one room, the shared vocabulary."""
+"""Layer of every package; the files of layer 0, the shared basics, count as one."""
 
 EXEMPT = ("__init__", "__main__")
 """The package's own __init__, which gathers the public names, and what ``python -m`` runs."""
 
-DOOR = 3
+PACKAGE_LAYER = 3
 """Layer of the package itself as something to import: it holds names of the classifier and of layers below it."""
 
 
-def room_of(module: tuple[str, ...]) -> str | None:
+def package_of(module: tuple[str, ...]) -> str | None:
     """The package of a module's name; None for cmap_defense itself and what runs it."""
     return None if not module or module[0] in EXEMPT else module[0]
 
@@ -83,23 +91,23 @@ def imports_of(source: str, module: tuple[str, ...], *, is_package: bool) -> lis
 
 def violations(source: str, module: tuple[str, ...], *, is_package: bool = False) -> list[str]:
     """What is wrong with the imports of one file."""
-    room = room_of(module)
-    if room is None:
+    own = package_of(module)
+    if own is None:
         return []
     wrong = []
     for line, target in imports_of(source, module, is_package=is_package):
         other = _defined_in(target[0]) if target else ""
         shown = f"{'.'.join(module)}, line {line}: imports {'.'.join((PACKAGE, *target))}"
-        floor = FLOORS.get(other, DOOR)
-        if floor > FLOORS[room]:
-            wrong.append(f"{shown}, upward from floor {FLOORS[room]} to {floor}")
-        elif floor == FLOORS[room] > 0 and other != room:
-            wrong.append(f"{shown}, sideways on floor {FLOORS[room]}")
+        layer = LAYERS.get(other, PACKAGE_LAYER)
+        if layer > LAYERS[own]:
+            wrong.append(f"{shown}, upward from layer {LAYERS[own]} to {layer}")
+        elif layer == LAYERS[own] > 0 and other != own:
+            wrong.append(f"{shown}, sideways on layer {LAYERS[own]}")
     return wrong
 
 
 def _defined_in(name: str) -> str:
-    """The room of a public name, which importing it from the package loads; other names are as they are."""
+    """The package of a public name, which importing it from the package loads; other names are as they are."""
     defined = cmap_defense._MODULES.get(name)
     return name if defined is None else defined.split(".")[1]
 
@@ -119,16 +127,16 @@ def test_imports_go_downward_only(path: Path, module: tuple[str, ...], is_packag
     assert violations(path.read_text(encoding="utf-8"), module, is_package=is_package) == []
 
 
-def test_importing_the_package_loads_the_shared_vocabulary_alone():
+def test_importing_the_package_loads_the_shared_basics_alone():
     package = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
     at_once = "\n".join(ast.unparse(node) for node in package.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    rooms = {target[0] for _, target in imports_of(at_once, (), is_package=True)}
-    assert {FLOORS[room] for room in rooms} == {0}
+    packages = {target[0] for _, target in imports_of(at_once, (), is_package=True)}
+    assert {LAYERS[package] for package in packages} == {0}
 
 
-def test_every_room_has_a_floor():
-    rooms = {room for _, module, _ in modules() if (room := room_of(module)) is not None}
-    assert rooms <= FLOORS.keys()
+def test_every_package_has_a_layer():
+    packages = {package for _, module, _ in modules() if (package := package_of(module)) is not None}
+    assert packages <= LAYERS.keys()
 
 
 def test_the_method_is_among_the_files_that_were_read():
@@ -179,10 +187,10 @@ def test_upward_and_sideways_imports_are_caught(module: tuple[str, ...], line: s
         (("__main__",), "from cmap_defense.cli.main import main"),
     ],
 )
-def test_downward_imports_and_those_within_a_room_are_allowed(module: tuple[str, ...], line: str):
+def test_downward_imports_and_those_within_a_package_are_allowed(module: tuple[str, ...], line: str):
     assert violations(line, module) == []
 
 
-def test_relative_imports_of_a_package_door_start_at_the_package():
+def test_relative_imports_of_an_init_file_start_at_its_package():
     assert violations("from .optimise import x\nfrom ..errors import y", ("cmap",), is_package=True) == []
     assert len(violations("from ..backbones import y", ("cmap",), is_package=True)) == 1

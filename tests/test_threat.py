@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attack_toys import labelled, linear
 from cmap_defense.attacks import PGD, SPSA
+from cmap_defense.detection.deep import DeepKernelSettings
 from cmap_defense.errors import SettingsError
-from cmap_defense.evaluation.observation.deep import DeepKernelSettings
 from cmap_defense.threat import ThreatModel
 from toys import noise, uniform
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cmap_defense.classifier.wrapper import PurifiedClassifier
     from cmap_defense.cmap.settings import CMAPSettings
     from cmap_defense.errors import CmapError
-    from cmap_defense.evaluation.run import evaluate
+    from cmap_defense.evaluation.evaluation import evaluate
     from cmap_defense.purifiers.cmap import CMAP
     from cmap_defense.results import History, PurificationResult
     from cmap_defense.threat import ThreatModel
@@ -58,7 +58,7 @@ _MODULES = {
     "attacks": "cmap_defense.attacks",
     "backbones": "cmap_defense.backbones",
     "data": "cmap_defense.data",
-    "evaluate": "cmap_defense.evaluation.run",
+    "evaluate": "cmap_defense.evaluation.evaluation",
     "evaluation": "cmap_defense.evaluation",
     "gradients": "cmap_defense.gradients",
     "load_backbone": "cmap_defense.backbones.load",

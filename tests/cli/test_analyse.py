@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmap_defense.cli.commands.analyse import analyse
 from cmap_defense.cli.main import cli, main
-from cmap_defense.evaluation.observation import KINDS
+from cmap_defense.detection import KINDS
 
 TINY = [
     "analyse",

@@ -16,9 +16,9 @@ from cmap_defense.cli import choices
 from cmap_defense.cli.main import WAITING, cli, main, wait_passively
 from cmap_defense.cli.options import SUITES
 from cmap_defense.data import DATASETS
-from cmap_defense.evaluation.quality.run import SAMPLES
-from cmap_defense.evaluation.studies import STUDIES
 from cmap_defense.inputs import RESIZE_MODES
+from cmap_defense.paper import STUDIES
+from cmap_defense.quality.run import SAMPLES
 from cmap_defense.training.networks import NETWORKS, PRESETS
 from cmap_defense.training.objectives import OBJECTIVES
 

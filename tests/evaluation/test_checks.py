@@ -15,24 +15,23 @@ from torch import Tensor
 from attack_toys import Noisy, linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
 from cmap_defense.cli.commands.evaluate import evaluate
-from cmap_defense.evaluation.checks import Check, checks_of, gradient_table, sweeps_of
-from cmap_defense.evaluation.plan import Subject
+from cmap_defense.evaluation.checks import Check, gradient_table, make_checks, make_sweeps
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.gradients import Surrogate, Unrolled
 from evaluated import runs_of
 
 SHAPE = (3, 8, 6)
 LINF = ThreatModel(eps=0.1)
-PROBE = PGD(LINF, steps=4, eot=2)
-ATTACKS: dict[str, Attack] = {"transfer": Transfer(PGD(LINF)), "pgd": PROBE}
-IMAGES, ANSWERS = 12, 10
+REPEATED = PGD(LINF, steps=4, eot=2)
+ATTACKS: dict[str, Attack] = {"transfer": Transfer(PGD(LINF)), "pgd": REPEATED}
+IMAGES, PREDICTIONS = 12, 10
 
-CLEAN = "clean images are answered better than by always naming one class"
-FRESH = "the defence draws fresh noise for each answer"
+CLEAN = "clean images are classified better than by always predicting one class"
+FRESH = "the defence draws independent noise for each prediction"
 THROUGH = "a gradient attack goes through the defence itself"
 START = "one of them starts at random with a step of eps / 4 at least"
 GRADIENTS = "no image's gradient is zero throughout an attack"
-TRANSFER = "attacks that see the defence are no weaker than transfer"
+TRANSFER = "attacks that evaluate the defence are no weaker than transfer"
 STEPS = "more steps do not help the defence"
 SIZES = "a larger eps does not help the defence"
 ANY = "with every image allowed, accuracy is 0"
@@ -40,10 +39,10 @@ DIRECTION = "averaged gradients have a direction"
 ALL = [CLEAN, FRESH, THROUGH, START, GRADIENTS, TRANSFER, STEPS, SIZES, ANY, DIRECTION]
 
 
-def runs(share: float | Tensor, name: str = "pgd", again: int = ANSWERS, **more: Any) -> Runs:
-    """Of each image, or of the images as they are in a tensor, this share of the ten answers is right."""
+def runs(share: float | Tensor, name: str = "pgd", again: int = PREDICTIONS, **more: Any) -> Runs:
+    """Of each image, or of the images as they are in a tensor, this share of the ten predictions is right."""
     shares = torch.as_tensor(share, dtype=torch.float64).expand(IMAGES)
-    right = (torch.arange(ANSWERS) < (shares[:, None] * ANSWERS).round())[None]
+    right = (torch.arange(PREDICTIONS) < (shares[:, None] * PREDICTIONS).round())[None]
     truth = torch.arange(IMAGES) % 3
     return runs_of(right, right[:, :, :again], truth, attack=name, **({"zero_gradient": False} | more))
 
@@ -53,7 +52,7 @@ def lines(cosines: list[list[float]]) -> list[dict[str, Any]]:
     return [{"samples": [1, 2, 4], "cosines": row, "variances": [4.0, 2.0, 1.0]} for row in cosines]
 
 
-ATTACKED = {"control": 1.0, "transfer": 0.8, "pgd": 0.2}
+ATTACKED = {"clean": 1.0, "transfer": 0.8, "pgd": 0.2}
 CHECKED = {
     "steps-1": 0.6,
     "steps-2": 0.4,
@@ -63,8 +62,8 @@ CHECKED = {
     "eps-4x": 0.1,
     "eps-any": 0.0,
 }
-PROBES = {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
-"""Of a probe that is none of the attacks."""
+VARIANTS = {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
+"""Of a repeated that is none of the attacks."""
 
 COSINES = [[0.1, 0.2, 0.4], [0.2, 0.3, 0.5], [0.0, 0.1, 0.3]]
 
@@ -78,7 +77,7 @@ def checks(
     cosines: list[list[float]] | None = None,
     **more: Any,
 ) -> dict[str, Check]:
-    """By name, for shares of right answers in place of those above; names whose share is None are left out."""
+    """By name, for shares of right predictions in place of those above; names whose share is None are left out."""
     found = [
         {
             name: share if isinstance(share, Runs) else runs(share, name, **more)
@@ -87,13 +86,13 @@ def checks(
         }
         for given, changed in ((ATTACKED, attacked), (CHECKED, checked))
     ]
-    made = checks_of(Subject("defended", model, attacks), SHAPE, *found, lines(COSINES if cosines is None else cosines))
+    made = make_checks(model, attacks, SHAPE, *found, lines(COSINES if cosines is None else cosines))
     assert len({check.name for check in made}) == len(made)
     assert all(check.found for check in made)
     return {check.name: check for check in made}
 
 
-def verdicts(found: Mapping[str, Check]) -> dict[str, bool | None]:
+def states(found: Mapping[str, Check]) -> dict[str, bool | None]:
     return {name: check.passed for name, check in found.items()}
 
 
@@ -104,7 +103,7 @@ def failed(found: Mapping[str, Check]) -> list[str]:
 def test_attacks_that_work_as_attacks_should_pass_all_checks() -> None:
     found = checks()
     assert list(found) == ALL
-    assert verdicts(found) == dict.fromkeys(ALL, True)
+    assert states(found) == dict.fromkeys(ALL, True)
 
 
 def test_labels_of_another_data_set() -> None:
@@ -130,10 +129,10 @@ def test_a_fixed_seed_of_a_seeded_model_is_no_fresh_noise() -> None:
 
 
 def test_no_gradient_attack_on_the_defence() -> None:
-    """It is seen too that none of them takes large steps, and the checks are made with a probe of their own."""
-    probes = {"probe": 0.2} | {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
+    """It is seen too that none of them takes large steps, and the checks are made with a repeated of their own."""
+    variants = {"attack": 0.2} | {"steps-5": 0.6, "steps-10": 0.4, "steps-1": None, "steps-2": None}
     attacks = {"transfer": ATTACKS["transfer"], "spsa": SPSA(LINF)}
-    found = checks(attacks=attacks, attacked={"pgd": None, "spsa": 0.2}, checked=probes)
+    found = checks(attacks=attacks, attacked={"pgd": None, "spsa": 0.2}, checked=variants)
     assert failed(found) == [THROUGH, START]
     assert found[THROUGH].found == "none among the attacks"
     assert found[START].found == "0 of 0"
@@ -150,8 +149,8 @@ def test_no_gradient_attack_on_the_defence() -> None:
     ],
 )
 def test_small_steps_and_clean_starts_are_weak(changes: dict[str, Any], passes: bool) -> None:
-    probe = dataclasses.replace(PROBE, **changes)
-    assert failed(checks(attacks=ATTACKS | {"pgd": probe})) == ([] if passes else [START])
+    repeated = dataclasses.replace(REPEATED, **changes)
+    assert failed(checks(attacks=ATTACKS | {"pgd": repeated})) == ([] if passes else [START])
 
 
 @pytest.mark.parametrize(
@@ -170,13 +169,13 @@ def test_small_steps_and_clean_starts_are_weak(changes: dict[str, Any], passes: 
         (Transfer(PGD(LINF)), wrapped(), False),
     ],
 )
-def test_what_follows_the_defence(attack: Attack, model: Any, passes: bool) -> None:
+def test_what_differentiates_the_defence(attack: Attack, model: Any, passes: bool) -> None:
     """A surrogate in which the loop does not occur is another model, whatever the values are."""
     assert (attack.noise == "fresh" and attack.differentiates_defence(model)) == passes
 
 
 def test_one_attack_that_starts_well_is_enough() -> None:
-    more = ATTACKS | {"weak": dataclasses.replace(PROBE, random_start=False)}
+    more = ATTACKS | {"weak": dataclasses.replace(REPEATED, random_start=False)}
     found = checks(attacks=more, attacked={"weak": 0.2})
     assert failed(found) == []
     assert found[START].found == "1 of 2"
@@ -189,17 +188,17 @@ def test_images_whose_gradient_is_zero_are_counted() -> None:
     assert found[GRADIENTS].found == "pgd: 2"
 
 
-def test_without_attacks_that_have_a_gradient_nothing_is_seen_of_it() -> None:
+def test_without_attacks_that_have_a_gradient_nothing_is_checked_of_it() -> None:
     none = {name: runs(share, name, zero_gradient=None) for name, share in ATTACKED.items()}
     found = checks(attacked=none)
-    assert verdicts(found)[GRADIENTS] is None
+    assert states(found)[GRADIENTS] is None
     assert "0 attacks" in found[GRADIENTS].found
 
 
 # --- transfer ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_transfer_that_is_stronger_than_what_sees_the_defence() -> None:
+def test_a_transfer_that_is_stronger_than_attacks_on_the_defence() -> None:
     found = checks(attacked={"transfer": 0.1})
     assert failed(found) == [TRANSFER]
     assert found[TRANSFER].found == "pgd 0.200, transfer 0.100"
@@ -207,13 +206,13 @@ def test_a_transfer_that_is_stronger_than_what_sees_the_defence() -> None:
 
 
 @pytest.mark.parametrize(("wins", "passes"), [(6, True), (9, True), (10, False), (12, False)])
-def test_transfer_has_the_benefit_of_two_standard_errors(wins: int, passes: bool) -> None:
+def test_transfer_has_a_tolerance_of_two_standard_errors(wins: int, passes: bool) -> None:
     """A difference of 1 on some images and of -1 on the others: the mean is 2 p - 1, its error
     sqrt((1 - (2 p - 1)^2) / 11)."""
     mine = (torch.arange(IMAGES) < wins).double()
     mean = 2 * wins / IMAGES - 1
     assert passes == (mean <= 2 * math.sqrt((1 - mean**2) / (IMAGES - 1)))
-    found = checks(attacked={"pgd": mine, "transfer": 1 - mine, "control": 1.0}, checked=dict.fromkeys(CHECKED, 0.0))
+    found = checks(attacked={"pgd": mine, "transfer": 1 - mine, "clean": 1.0}, checked=dict.fromkeys(CHECKED, 0.0))
     assert found[TRANSFER].passed == passes
 
 
@@ -226,16 +225,16 @@ def test_the_strongest_of_each_kind_are_compared() -> None:
     assert found[TRANSFER].found == "spsa 0.100, other-transfer 0.000"
 
 
-def test_without_both_kinds_nothing_is_seen() -> None:
+def test_without_both_kinds_nothing_is_checked() -> None:
     for left in ("transfer", "pgd"):
         attacks = {left: ATTACKS[left]}
-        probes = {} if left == "pgd" else {"probe": 0.2, "steps-5": 0.6, "steps-10": 0.4}
+        variants = {} if left == "pgd" else {"attack": 0.2, "steps-5": 0.6, "steps-10": 0.4}
         attacked = {name: None for name in ATTACKS if name != left}
-        found = checks(model=wrapped(), attacks=attacks, attacked=attacked, checked=probes)
-        assert verdicts(found)[TRANSFER] is None
+        found = checks(model=wrapped(), attacks=attacks, attacked=attacked, checked=variants)
+        assert states(found)[TRANSFER] is None
 
 
-def test_a_transfer_from_a_short_loop_sees_the_defence() -> None:
+def test_a_transfer_from_a_short_loop_evaluates_the_defence() -> None:
     short = Transfer(PGD(LINF), source=Shortened(5))
     attacks = ATTACKS | {"short": short, "latent": LatentAttack(LINF)}
     found = checks(attacks=attacks, attacked={"short": 0.1, "latent": 0.3, "transfer": 0.2})
@@ -244,15 +243,15 @@ def test_a_transfer_from_a_short_loop_sees_the_defence() -> None:
 
 
 def test_a_plain_model_needs_no_transfer() -> None:
-    found = checks(attacks={"pgd": PROBE}, attacked={"transfer": None})
+    found = checks(attacks={"pgd": REPEATED}, attacked={"transfer": None})
     assert TRANSFER not in found
     assert failed(found) == []
 
 
-def test_an_attack_in_steps_that_is_no_pgd_sees_the_defence_too() -> None:
+def test_an_attack_in_steps_that_is_no_pgd_evaluates_the_defence_too() -> None:
     attacks = {"transfer": ATTACKS["transfer"], "short": ShortCMAP(LINF)}
-    probes = {"probe": 0.2, "steps-5": 0.6, "steps-10": 0.4}
-    found = checks(attacks=attacks, attacked={"pgd": None, "short": 0.2}, checked=probes)
+    variants = {"attack": 0.2, "steps-5": 0.6, "steps-10": 0.4}
+    found = checks(attacks=attacks, attacked={"pgd": None, "short": 0.2}, checked=variants)
     assert found[TRANSFER].passed
 
 
@@ -261,7 +260,7 @@ def test_an_attack_in_steps_that_is_no_pgd_sees_the_defence_too() -> None:
 
 def test_the_sweeps() -> None:
     attacked, checked = ({name: runs(share, name) for name, share in part.items()} for part in (ATTACKED, CHECKED))
-    found = sweeps_of("pgd", PROBE, SHAPE, attacked, checked)
+    found = make_sweeps("pgd", REPEATED, SHAPE, attacked, checked)
     assert [sweep.name for sweep in found] == ["steps", "eps"]
     assert found[0].values == [0, 1, 2, 4]
     assert found[0].accuracies == pytest.approx([1.0, 0.6, 0.4, 0.2])
@@ -273,17 +272,17 @@ def test_the_sweeps() -> None:
 def test_the_errors_of_a_sweep_are_those_of_a_mean_over_images() -> None:
     shares = torch.tensor([0.0, 1.0] * 6)
     attacked, checked = ({name: runs(shares, name) for name in part} for part in (ATTACKED, CHECKED))
-    steps, _ = sweeps_of("pgd", PROBE, SHAPE, attacked, checked)
+    steps, _ = make_sweeps("pgd", REPEATED, SHAPE, attacked, checked)
     assert steps.errors == pytest.approx([math.sqrt(12 / 11 * 0.25 / 12)] * 4)
 
 
 def test_a_sweep_is_over_the_images_of_the_checks_in_the_first_run() -> None:
     """What the attack found on others is left out."""
-    right = torch.zeros(2, IMAGES, ANSWERS, dtype=torch.bool)
+    right = torch.zeros(2, IMAGES, PREDICTIONS, dtype=torch.bool)
     right[0, :4] = True
     whole = {name: runs_of(right, right, attack=name) for name in ATTACKED}
     some = {name: runs(1.0, name).first(4) for name in CHECKED}
-    for sweep in sweeps_of("pgd", PROBE, SHAPE, whole, some):
+    for sweep in make_sweeps("pgd", REPEATED, SHAPE, whole, some):
         assert sweep.accuracies == [1.0] * len(sweep.values)
 
 
@@ -307,18 +306,18 @@ def test_accuracy_that_rises_along_a_sweep(changed: dict[str, float], wrong: lis
 
 
 @pytest.mark.parametrize(("right", "passes"), [(6, True), (7, True), (11, False)])
-def test_a_rise_has_the_benefit_of_its_standard_error(right: int, passes: bool) -> None:
-    """From 5 of 12 images to more of them, image by image, and as three comparisons would have it by luck."""
+def test_a_rise_has_a_tolerance_of_its_standard_error(right: int, passes: bool) -> None:
+    """From 5 of 12 images to more of them, image by image, and as chance would explain in three comparisons."""
     shares = [(torch.arange(IMAGES) < count).double() for count in (5, right)]
     gap = shares[1] - shares[0]
-    benefit = 2.128  # the normal quantile of 1 - 0.05 / 3
-    assert passes == (gap.mean().item() <= benefit * (gap.std() / math.sqrt(IMAGES)).item())
+    tolerance = 2.128  # the normal quantile of 1 - 0.05 / 3
+    assert passes == (gap.mean().item() <= tolerance * (gap.std() / math.sqrt(IMAGES)).item())
     found = checks(checked={"steps-1": shares[0], "steps-2": shares[1]})
     assert found[STEPS].passed == passes
 
 
 def test_a_rise_is_seen_image_by_image() -> None:
-    """From a quarter of the answers to 0.56: less than two standard errors of either mean, but all of it on images that
+    """From a quarter of the predictions to 0.56: less than two standard errors of either mean, but all of it on images that
     had none right before."""
     before = torch.tensor([1.0] * 3 + [0.0] * 9)
     after = torch.tensor([1.0] * 3 + [0.0] * 4 + [0.8] * 5)
@@ -339,7 +338,7 @@ def test_an_attack_that_does_nothing_makes_no_rise() -> None:
     again = torch.ones(1, IMAGES, 20, dtype=torch.bool)
     same = {name: runs_of(right, again, attack=name, zero_gradient=False) for name in ATTACKED}
     fewer = {name: runs_of(right, again[:, :, :1], attack=name, zero_gradient=False) for name in CHECKED}
-    for sweep in sweeps_of("pgd", PROBE, SHAPE, same, fewer):
+    for sweep in make_sweeps("pgd", REPEATED, SHAPE, same, fewer):
         assert len(set(sweep.accuracies)) == 1
 
 
@@ -361,7 +360,7 @@ def test_something_is_left_although_every_image_is_allowed() -> None:
     ("eot", "shown"), [(1, "cosine 0.100 +- 0.058 between two averages of 1"), (3, "0.200"), (4, "of 4"), (9, "of 4")]
 )
 def test_the_direction_is_that_of_averages_of_the_attacks_size(eot: int, shown: str) -> None:
-    attacks = ATTACKS | {"pgd": dataclasses.replace(PROBE, eot=eot)}
+    attacks = ATTACKS | {"pgd": dataclasses.replace(REPEATED, eot=eot)}
     assert shown in checks(attacks=attacks)[DIRECTION].found
 
 
@@ -372,9 +371,9 @@ def test_gradients_without_a_direction() -> None:
     assert failed(checks(cosines=[[0.0, 0.0, 0.0]])) == [DIRECTION]
 
 
-def test_without_gradients_nothing_is_seen_of_them() -> None:
+def test_without_gradients_nothing_is_checked_of_them() -> None:
     found = checks(cosines=[])
-    assert verdicts(found) == dict.fromkeys(ALL, True) | {DIRECTION: None}
+    assert states(found) == dict.fromkeys(ALL, True) | {DIRECTION: None}
     assert gradient_table([]) == []
 
 
@@ -389,11 +388,11 @@ def test_the_table_of_gradients() -> None:
     assert gradient_table(lines(COSINES[:1]))[0]["error"] == 0.0
 
 
-def test_without_the_tasks_of_the_checks_only_the_attacks_are_looked_at() -> None:
-    found = checks_of(Subject("defended", linear, ATTACKS), SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
+def test_without_the_tasks_of_the_checks_only_the_attacks_are_vote_iterations() -> None:
+    found = make_checks(linear, ATTACKS, SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
     assert [check.name for check in found] == ALL[:7]
     assert [check.passed for check in found] == [True] * 6 + [None]
-    assert found[-1].found == "not looked at"
+    assert found[-1].found == "not measured"
 
 
 # --- what to do -------------------------------------------------------------------------------------------------------
@@ -417,17 +416,19 @@ def assert_remedies(found: Mapping[str, Check], titles: list[str]) -> None:
 
 def test_each_check_says_what_to_do_about_it() -> None:
     """All of those that can fail, and all of those that could not be made."""
-    probe = dataclasses.replace(PROBE, random_start=False)
-    attacked = {"control": 0.1, "transfer": 0.2, "pgd": runs(0.8, zero_gradient=True)}
+    repeated = dataclasses.replace(REPEATED, random_start=False)
+    attacked = {"clean": 0.1, "transfer": 0.2, "pgd": runs(0.8, zero_gradient=True)}
     worse = dict.fromkeys(CHECKED, 0.0) | {"eps-any": 1.0}
     cosines = [[0.0, 0.0, 0.0], [0.1, -0.1, 0.1], [-0.1, 0.1, -0.1]]
-    attacks = ATTACKS | {"pgd": probe}
+    attacks = ATTACKS | {"pgd": repeated}
     found = checks(model=wrapped(seed=5), attacks=attacks, attacked=attacked, checked=worse, cosines=cosines)
-    blind = checks(attacks={"transfer": ATTACKS["transfer"]}, attacked={"pgd": None}, checked={"probe": 0.2, **PROBES})
+    blind = checks(
+        attacks={"transfer": ATTACKS["transfer"]}, attacked={"pgd": None}, checked={"attack": 0.2, **VARIANTS}
+    )
     assert_remedies(found, [title for title in ALL if title != THROUGH])
     assert_remedies(blind, [THROUGH, START, TRANSFER])
     unseen = runs(0.2, zero_gradient=None)
-    nothing = checks(attacked={"pgd": unseen, **{n: runs(1.0, n, zero_gradient=None) for n in ("control", "transfer")}})
+    nothing = checks(attacked={"pgd": unseen, **{n: runs(1.0, n, zero_gradient=None) for n in ("clean", "transfer")}})
     assert_remedies(nothing, [GRADIENTS])
     assert_remedies(checks(cosines=[]), [DIRECTION])
 

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from attack_toys import QUICK, Denoiser, Linear, linear, suite, wrapped
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.differences import differences
-from cmap_defense.evaluation.describe import (
-    attack_settings,
-    checksum,
-    describe_attack,
-    describe_model,
-    describe_software,
-)
+from cmap_defense.describe import description_text
+from cmap_defense.evaluation.describe import describe_model, describe_software
+from cmap_defense.files import differences, tensor_checksum
 from cmap_defense.gradients import Unrolled
 from toys import ToyBackbone
 
@@ -36,7 +31,7 @@ def test_a_checksum_changes_with_every_element(position: int) -> None:
     changed = PARTS[0][1].clone()
     flat = changed.view(-1)
     flat[position] = torch.nextafter(flat[position], torch.tensor(100.0))
-    assert checksum([("weight", changed), *PARTS[1:]]) != checksum(PARTS)
+    assert tensor_checksum([("weight", changed), *PARTS[1:]]) != tensor_checksum(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +50,7 @@ def test_a_checksum_changes_with_every_element(position: int) -> None:
     ids=["order", "one less", "name", "shape", "transposed", "type", "precision", "sign of zero", "axes"],
 )
 def test_a_checksum_changes_with(changed: list[tuple[str, Tensor]]) -> None:
-    assert checksum(changed) != checksum(PARTS)
+    assert tensor_checksum(changed) != tensor_checksum(PARTS)
 
 
 def test_a_checksum_is_that_of_the_values_wherever_they_lie() -> None:
@@ -63,14 +58,14 @@ def test_a_checksum_is_that_of_the_values_wherever_they_lie() -> None:
     strided.copy_(PARTS[0][1])
     assert not strided.is_contiguous()
     asked = PARTS[0][1].clone().requires_grad_()
-    assert checksum([("weight", strided), *PARTS[1:]]) == checksum(PARTS)
-    assert checksum([("weight", asked), *PARTS[1:]]) == checksum(PARTS)
-    assert checksum(iter(PARTS)) == checksum(PARTS)
+    assert tensor_checksum([("weight", strided), *PARTS[1:]]) == tensor_checksum(PARTS)
+    assert tensor_checksum([("weight", asked), *PARTS[1:]]) == tensor_checksum(PARTS)
+    assert tensor_checksum(iter(PARTS)) == tensor_checksum(PARTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.complex64])
 def test_tensors_of_all_types_have_a_checksum(dtype: torch.dtype) -> None:
-    found = {checksum([("x", torch.tensor(values).to(dtype))]) for values in ([0.0, 1.0], [1.0, 0.0], [], [1.0])}
+    found = {tensor_checksum([("x", torch.tensor(values).to(dtype))]) for values in ([0.0, 1.0], [1.0, 0.0], [], [1.0])}
     assert len(found) == 4
 
 
@@ -104,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "classifier's weights": (lambda: wrapped(classifier=Linear(1.1)), "classifier.weights: "),
     "one of those": (lambda: wrapped(classifier=moved(Linear(), "weight")), "classifier.weights: "),
     "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: torch.float32 before, "),
-    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attack_toys.Linear before, "),
+    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attacked.Linear before, "),
 }
 
 
@@ -117,7 +112,7 @@ def test_a_changed_model_shows(name: str) -> None:
     assert all(line.startswith(said.split(".")[0]) for line in found)
 
 
-def test_a_model_that_answers_alike_is_described_alike() -> None:
+def test_a_model_that_predicts_alike_is_described_alike() -> None:
     model = wrapped(normalize=(0.5, 0.25))
     before = describe_model(model)
     assert json.loads(json.dumps(before)) == before
@@ -148,12 +143,12 @@ def test_another_model_is_described_by_class_and_weights() -> None:
     found = describe_model(Linear())
     assert len(found.pop("network")) == 64
     assert found == {
-        "class": "attack_toys.Linear",
-        "weights": checksum(Linear().state_dict().items()),
+        "class": "attacked.Linear",
+        "weights": tensor_checksum(Linear().state_dict().items()),
         "precision": "torch.float32",
     }
     assert describe_model(Linear(1.1))["weights"] != found["weights"]
-    assert describe_model(linear)["class"] == "attack_toys.linear"
+    assert describe_model(linear)["class"] == "attacked.linear"
 
 
 class Shifted(nn.Module):
@@ -190,36 +185,30 @@ def a_source(images: Tensor) -> Tensor:
 
 
 def test_an_attack_is_described_in_full() -> None:
-    found = [describe_attack(attack) for eps in (0.1, 0.2) for attack in suite(ThreatModel(eps=eps)).values()]
-    found += [describe_attack(attack) for attack in suite(ThreatModel(eps=0.1), seed=3).values()]
-    assert len(set(found)) == len(found)
-    assert describe_attack(PGD(ThreatModel(), loss=Margin())) != describe_attack(PGD(ThreatModel()))
-    assert "l1_smoothing=0.3" in describe_attack(PGD(ThreatModel(), gradient=Unrolled(l1_smoothing=0.3)))
+    text = description_text(PGD(ThreatModel(eps=0.1), gradient=Unrolled(l1_smoothing=0.3)).to_dict())
+    assert text.startswith("PGD(threat=ThreatModel(norm='linf', eps=0.1), restarts=1, ")
+    assert "l1_smoothing=0.3" in text
 
 
 def test_the_settings_of_an_attack_are_those_by_which_it_differs() -> None:
-    """JSON, and as different as the texts are."""
+    """As JSON."""
     attacks = [attack for eps in (0.1, 0.2) for attack in suite(ThreatModel(eps=eps)).values()]
+    attacks += list(suite(ThreatModel(eps=0.1), seed=3).values())
     attacks += [Transfer(PGD(ThreatModel()), source=Linear(scale)) for scale in (1.0, 2.0)]
     attacks += [Transfer(PGD(ThreatModel()), source=a_source), PGD(ThreatModel(), loss=Margin())]
-    found = [json.dumps(attack_settings(attack), allow_nan=False) for attack in attacks]
+    found = [json.dumps(attack.to_dict(), allow_nan=False) for attack in attacks]
     assert len(set(found)) == len(found)
-    before, now = (attack_settings(PGD(ThreatModel(eps=size / 255), steps=3)) for size in (8, 4))
+    before, now = (PGD(ThreatModel(eps=size / 255), steps=3).to_dict() for size in (8, 4))
     assert differences(before, now) == ["eps: 8/255 before, 4/255 now"]
 
 
 def test_addresses_in_memory_are_left_out() -> None:
     attack = Transfer(PGD(ThreatModel()), source=a_source)
     assert " at 0x" in repr(attack)
-    found = describe_attack(attack)
+    found = json.dumps(attack.to_dict())
     assert "0x" not in found
     assert "a_source" in found
-    assert found == describe_attack(Transfer(PGD(ThreatModel()), source=a_source))
-
-
-def test_another_source_of_a_transfer_shows() -> None:
-    attacks = [Transfer(PGD(ThreatModel()), source=Linear(scale)) for scale in (1.0, 2.0)]
-    assert describe_attack(attacks[0]) != describe_attack(attacks[1])
+    assert attack.to_dict() == Transfer(PGD(ThreatModel()), source=a_source).to_dict()
 
 
 def test_the_software_is_named() -> None:

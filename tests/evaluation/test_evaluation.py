@@ -1,11 +1,10 @@
-"""An evaluation: done in pieces, killed and continued to the same bytes, refused where something differs."""
+"""An evaluation: done in work units, killed and continued to the same bytes, refused where something differs."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,19 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import evaluated
-from attack_toys import CLASSES, Linear, labelled, linear, wrapped
+from attack_toys import CLASSES, Linear, labelled, linear
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import PGD, SPSA, ThreatModel, standard_suite
+from cmap_defense.attacks import PGD, SPSA, ShortCMAP, ThreatModel, standard_suite
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.errors import CmapError, EvaluationError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation import Evaluation, Protocol, Subset
-from cmap_defense.evaluation.evaluation import fixed_chunk
-from cmap_defense.evaluation.store import Store, Unit
+from cmap_defense.evaluation.evaluation import Expected, fixed_chunk
+from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
 from evaluated import (
     BRIEF,
     IMAGES,
@@ -72,14 +70,14 @@ def shaken(images: Tensor) -> Tensor:
     return linear(images + 0.3 * torch.randn_like(images))
 
 
-# --- the pieces and their files ---------------------------------------------------------------------------------------
+# --- work units and their files ---------------------------------------------------------------------------------------
 
 
 def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbed: Path) -> None:
     """In the order of tasks, runs and images; what belongs to the checks on some images in the first run."""
-    found = [(line["subject"], line["attack"], line["seed"], line["image"]) for line in lines(undisturbed)]
-    tasks = [("defended", name) for name in ("control", *attacks())]
-    tasks += [("undefended", name) for name in ("control", "pgd")]
+    found = [(line["model"], line["attack"], line["seed"], line["image"]) for line in lines(undisturbed)]
+    tasks = [("defended", name) for name in ("clean", *attacks())]
+    tasks += [("undefended", name) for name in ("clean", "pgd")]
     names = ("steps-1", *(f"eps-{size}" for size in ("0.25x", "0.5x", "2x", "4x", "any")), "gradients")
     assert found == [(*task, seed, image) for task in tasks for seed in (0, 7) for image in range(IMAGES)] + [
         ("checks", name, 0, image) for name in names for image in range(PROTOCOL.sanity_images)
@@ -88,7 +86,7 @@ def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbe
     assert all(line["label"] == labels[line["image"]] for line in lines(undisturbed))
 
 
-def test_each_piece_has_its_files(undisturbed: Path) -> None:
+def test_each_work_unit_has_its_files(undisturbed: Path) -> None:
     found = evaluation(undisturbed)
     assert found.missing() == []
     names = {"settings.json", "results.jsonl"}
@@ -97,24 +95,24 @@ def test_each_piece_has_its_files(undisturbed: Path) -> None:
         names |= {f"units/{unit.task}/{unit.seed}-{unit.group:05d}{end}" for end in ends}
     assert set(results(undisturbed)) == names
     assert len(found.units()) == 5 * 2 * 2 + 7 * 1
-    assert found.units()[:2] == [Unit("defended/control", 0, group) for group in range(2)]
+    assert found.units()[:2] == [WorkUnit("defended/clean", 0, group) for group in range(2)]
 
 
 def test_the_adversarial_images_are_kept(undisturbed: Path) -> None:
     """Valid ones within the threat model of each attack, in the order of the lines."""
     images, _ = labelled(IMAGES)
     found = evaluation(undisturbed)
-    for task in found.tasks:
+    for task in found.tasks.values():
         units = [unit for unit in found.units() if unit.task == task.name and unit.seed == 0]
         if task.name == "checks/gradients":
             continue
-        kept = torch.cat([found.store.tensors(unit)["images"] for unit in units])
+        kept = torch.cat([found.folder.tensors(unit)["images"] for unit in units])
         clean = images[: len(kept)]
         assert kept.min() >= 0
         assert kept.max() <= 1
-        eps = 0.0 if task.attack == "control" else task.how.threat.eps
+        eps = 0.0 if task.row == "clean" else task.attack.threat.eps
         assert (kept - clean).abs().max() <= eps + 1e-6
-        distances = [line["distance"] for unit in units for line in found.store.lines(unit) if "distance" in line]
+        distances = [line["distance"] for unit in units for line in found.folder.lines(unit) if "distance" in line]
         assert (
             torch.tensor(distances).tolist() == (kept - clean).abs().flatten(1).amax(dim=1).tolist()[: len(distances)]
         )
@@ -125,81 +123,72 @@ def test_the_settings_say_what_decides_about_the_results(undisturbed: Path) -> N
     assert found["protocol"] == PROTOCOL.to_dict()
     assert found["protocol"]["group"] == 2
     assert found["computation"]["threads"] == 1
-    assert found["models"]["defended"]["max_parallel"] is None
+    assert found["models"]["defended"]["max_parallel"] == 64
     assert found["models"]["defended"]["settings"] == SMALL.to_dict()
     assert found["data"]["count"] == IMAGES
     assert found["data"]["subset"] == Subset().to_dict()
     assert list(found["models"]) == ["defended", "undefended"]
-    assert list(found["tasks"]) == [task.name for task in evaluation(undisturbed).tasks]
+    assert list(found["tasks"]) == list(evaluation(undisturbed).tasks)
 
 
 def test_a_finished_evaluation_has_nothing_left_to_do(undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")}
-    evaluation(undisturbed).run(lambda *told: pytest.fail(f"{told}"))
+    evaluation(undisturbed).run(lambda *given_to: pytest.fail(f"{given_to}"))
     assert {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")} == before
 
 
-def test_progress_is_told_before_each_piece(tmp_path: Path) -> None:
-    told = []
+def test_progress_is_called_before_each_work_unit(tmp_path: Path) -> None:
+    units_seen = []
 
-    def progress(unit: Unit, done: int, count: int) -> None:
-        told.append((unit, done, count))
-        assert not Store(tmp_path).done(unit)
+    def progress(unit: WorkUnit, done: int, count: int) -> None:
+        units_seen.append((unit, done, count))
+        assert not ResultsFolder(tmp_path).done(unit)
 
     found = evaluation(tmp_path, protocol=BRIEF)
     found.run(progress)
-    assert told == [(unit, number, len(found.units())) for number, unit in enumerate(found.units())]
+    assert units_seen == [(unit, number, len(found.units())) for number, unit in enumerate(found.units())]
 
 
 def test_a_subset_of_the_images(brief: Path, tmp_path: Path) -> None:
     """By their positions in the data set, by which their noise goes as well: the lines are those of the whole."""
     subset = Subset(count=2, order="random", seed=1)
     evaluation(tmp_path, protocol=BRIEF, subset=subset).run()
-    kept = ("answers", "repurified", "label", "search")
-    whole = {(line["subject"], line["attack"], line["image"]): line for line in lines(brief)}
+    kept = ("predictions", "reevaluated", "label", "search")
+    whole = {(line["model"], line["attack"], line["image"]): line for line in lines(brief)}
     some = lines(tmp_path)
     assert [line["image"] for line in some[:2]] == subset.indices(IMAGES) != [0, 1]
     for line in some:
-        expected = whole[line["subject"], line["attack"], line["image"]]
+        expected = whole[line["model"], line["attack"], line["image"]]
         assert {name: line.get(name) for name in kept} == {name: expected.get(name) for name in kept}
 
 
 # --- interrupted, killed, continued -----------------------------------------------------------------------------------
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(undisturbed: Path, tmp_path: Path) -> None:
-    first = evaluation(tmp_path)
+def test_an_interrupted_evaluation_goes_on_where_it_was(brief: Path, tmp_path: Path) -> None:
+    first = evaluation(tmp_path, protocol=BRIEF)
     units = first.units()
     with pytest.raises(Interrupted):
-        first.run(interrupt(9))
+        first.run(interrupt(5))
     assert not (tmp_path / "results.jsonl").exists()
-    assert evaluation(tmp_path).missing() == units[9:]
-    told = []
-    evaluation(tmp_path).run(lambda unit, *_: told.append(unit))
-    assert told == units[9:]
-    assert results(tmp_path) == results(undisturbed)
+    assert evaluation(tmp_path, protocol=BRIEF).missing() == units[5:]
+    seen = []
+    evaluation(tmp_path, protocol=BRIEF).run(lambda unit, *_: seen.append(unit))
+    assert seen == units[5:]
+    assert results(tmp_path) == results(brief)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(brief: Path, tmp_path: Path) -> None:
     """By SIGKILL, in each place of the writing and at random moments, again and again."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, evaluated.__file__, "killed", str(tmp_path), "0"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout)["kills"] >= len(evaluated.PLACES) + len(evaluated.AT_THE_END)
-    expected = results(undisturbed)
-    found = results(tmp_path)
-    assert found.keys() == expected.keys()
-    for name, content in expected.items():
-        if name.endswith(".safetensors"):
-            tensors, others = load(found[name]), load(content)
-            assert tensors.keys() == others.keys()
-            assert all(torch.equal(tensors[key], others[key]) for key in others), name
-        assert found[name] == content, name
+    assert results(tmp_path) == results(brief)
     assert not list(tmp_path.rglob("*.partial"))
     rows = [json.loads(line) for path in (tmp_path / "timings").iterdir() for line in path.read_text().splitlines()]
-    pieces = [(row["task"], row["seed"], row["group"]) for row in rows]
-    assert len(set(pieces)) == len(pieces), "a finished piece was done again"
+    units = [(row["task"], row["seed"], row["group"]) for row in rows]
+    assert len(set(units)) == len(units), "a finished work unit was done again"
 
 
 @pytest.mark.parametrize(
@@ -210,20 +199,20 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(undisturbed: Path, tmp
     ],
     ids=["seeded", "random"],
 )
-def test_no_results_hang_on_torchs_generators(model: Any, tmp_path: Path) -> None:
+def test_no_results_depend_on_torchs_generators(model: Any, tmp_path: Path) -> None:
     """Nor does an evaluation change them."""
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         given = {"bpda-eot": PGD(THREAT, steps=2)}
-        evaluation(tmp_path / str(seed), model, attacks=given, protocol=BRIEF.replace(sanity_images=2)).run()
+        evaluation(tmp_path / str(seed), model, attacks=given, protocol=BRIEF.replace(sanity_images=1)).run()
         assert torch.equal(torch.get_rng_state(), before)
     assert results(tmp_path / "1") == results(tmp_path / "2")
 
 
-def test_making_an_evaluation_leaves_torchs_generators_alone(tmp_path: Path) -> None:
+def test_describing_an_evaluation_leaves_torchs_generators_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    evaluation(tmp_path, shaken)
+    evaluation(tmp_path, shaken).settings()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -270,12 +259,12 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"baseline_attacks": {"pgd": PGD(THREAT, steps=3)}},
         ["  steps: 2 before, 3 now\nGive"],
     ),
-    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attack_toys.Linear now\n"]),
+    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attacked.Linear now\n"]),
     "grouping": ({"protocol": PROTOCOL.replace(group=1)}, ["  group: 2 before, 1 now\nGive"]),
-    "answers": ({"protocol": PROTOCOL.replace(answers=4)}, ["  answers: 2 before, 4 now\nGive"]),
+    "predictions": ({"protocol": PROTOCOL.replace(predictions=4)}, ["  predictions: 2 before, 4 now\nGive"]),
     "runs": ({"protocol": PROTOCOL.replace(seeds=(0, 8))}, ["  seeds: [0, 7] before, [0, 8] now\nGive"]),
     "threads": ({"threads": 2}, ["  threads: 1 before, 2 now\nGive"]),
-    "chunks": ({"model": defended(max_parallel=7)}, ["  max_parallel: None before, 7 now\nGive"]),
+    "chunks": ({"model": defended(max_parallel=7)}, ["  max_parallel: 64 before, 7 now\nGive"]),
     "the loop": (
         {"model": defended(settings=SMALL.replace(iterations=3))},
         ["  iterations: 2 before, 3 now\nGive"],
@@ -304,7 +293,7 @@ def test_a_changed_setting_is_refused_and_named(name: str, undisturbed: Path) ->
     changed, said = CHANGES[name]
     before = results(undisturbed)
     with pytest.raises(EvaluationError, match="holds results of another evaluation") as caught:
-        evaluation(undisturbed, **changed).run(lambda *told: pytest.fail(f"{told}"))
+        evaluation(undisturbed, **changed).run(lambda *given_to: pytest.fail(f"{given_to}"))
     for part in said:
         assert part in str(caught.value)
     assert results(undisturbed) == before
@@ -332,7 +321,7 @@ def test_two_evaluations_of_one_folder_do_not_run_together(tmp_path: Path) -> No
 
     def begin_another(*_: object) -> None:
         with pytest.raises(EvaluationError, match="Another evaluation is writing to"):
-            evaluation(tmp_path, protocol=BRIEF).run(lambda *told: pytest.fail(f"{told}"))
+            evaluation(tmp_path, protocol=BRIEF).run(lambda *given_to: pytest.fail(f"{given_to}"))
         refused.append(True)
 
     evaluation(tmp_path, protocol=BRIEF).run(begin_another)
@@ -343,7 +332,7 @@ def test_two_evaluations_of_one_folder_do_not_run_together(tmp_path: Path) -> No
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"half')
     with pytest.raises(EvaluationError, match="is not what an evaluation writes"):
-        evaluation(tmp_path)
+        evaluation(tmp_path).run()
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -386,7 +375,8 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
     def watch(state: LatentState) -> None:
         seen.append([part.training for part in model.modules()])
 
-    given = evaluation(tmp_path / "training", model, protocol=BRIEF.replace(sanity_images=1))
+    attacked = {"attacks": {"bpda-eot": attacks()["bpda-eot"]}, "protocol": BRIEF}
+    given = evaluation(tmp_path / "training", model, **attacked)
     given.expected()
     with model.register_latent_hook(watch):
         given.run()
@@ -397,7 +387,7 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
     assert all(weight.grad is None for weight in model.parameters())
     assert attributes(model) == before
     assert len(model._latent_hooks) == 0
-    evaluation(tmp_path / "eval", model.eval(), protocol=BRIEF.replace(sanity_images=1)).run()
+    evaluation(tmp_path / "eval", model.eval(), **attacked).run()
     assert results(tmp_path / "training") == results(tmp_path / "eval")
 
 
@@ -414,13 +404,13 @@ def test_after_a_failure_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         evaluation(tmp_path, model, attacks={"failing": Failing(THREAT)}, protocol=BRIEF).run()
     assert attributes(model) == before
     assert torch.get_num_threads() == 1
-    with Store(tmp_path).locked():
+    with ResultsFolder(tmp_path).locked():
         pass
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_is_no_matter(mode: Callable[[], Any], tmp_path: Path) -> None:
-    given = {"attacks": {"bpda-eot": PGD(THREAT, steps=2)}, "protocol": BRIEF.replace(sanity_images=2)}
+    given = {"attacks": {"bpda-eot": PGD(THREAT, steps=2)}, "protocol": BRIEF.replace(sanity_images=1)}
     evaluation(tmp_path / "outside", Shaky(), **given).run()
     with mode():
         evaluation(tmp_path / "inside", Shaky(), **given).run()
@@ -439,11 +429,12 @@ def test_a_hook_that_watches_changes_nothing(brief: Path, tmp_path: Path) -> Non
 
 
 def test_a_wrapper_of_normalised_images_gives_the_same_lines(tmp_path: Path) -> None:
-    """It is handed images in [0, 1] all the same, and its own answers are to others."""
+    """It is given images in [0, 1] all the same, and still expects others when it is called."""
     unit = defended(normalize=([0.4, 0.5, 0.6], 0.25))
     normalised = unit.variant(inputs="normalized").eval()
+    given: dict[str, Any] = {"attacks": {"pgd": PGD(THREAT, steps=1)}, "baseline_attacks": {}, "protocol": BRIEF}
     for name, model in (("unit", unit), ("normalised", normalised)):
-        evaluation(tmp_path / name, model, protocol=BRIEF.replace(sanity_images=2)).run()
+        evaluation(tmp_path / name, model, **given).run()
     assert results(tmp_path / "unit") == results(tmp_path / "normalised")
     assert normalised.preprocessing.inputs == "normalized"
 
@@ -463,11 +454,11 @@ class Network(nn.Module):
 def test_a_model_without_latents(model: Any, tmp_path: Path) -> None:
     found = evaluation(tmp_path, model, attacks={"pgd": PGD(THREAT, steps=2)}, protocol=BRIEF)
     found.run()
-    assert [task.name for task in found.tasks] == ["defended/control", "defended/pgd"]
+    assert list(found.tasks) == ["defended/clean", "defended/pgd"]
     assert found.expected().passes == {}
     for line in lines(tmp_path):
         assert line["one_latent"] is None
-        assert line["on_the_way"] is None
+        assert line["vote_right"] is None
     assert found.device == torch.device("cpu")
 
 
@@ -476,18 +467,18 @@ def test_the_undefended_classifier_and_baselines_stand_beside_the_defence(tmp_pa
     other = defended(seed=3, inputs="normalized", normalize=(0.5, 0.5))
     found = evaluation(tmp_path, protocol=BRIEF, attacks={}, baselines={"trained": Linear(2.0), "other": other})
     found.run()
-    names = ["defended/control", *(f"{name}/{part}" for name in ("undefended", "trained", "other") for part in
-                                   ("control", "pgd"))]  # fmt: skip
-    assert [task.name for task in found.tasks] == names
+    names = ["defended/clean", *(f"{name}/{part}" for name in ("undefended", "trained", "other") for part in
+                                   ("clean", "pgd"))]  # fmt: skip
+    assert list(found.tasks) == names
     by_name: dict[str, list[dict[str, Any]]] = {}
     for line in lines(tmp_path):
-        by_name.setdefault(f"{line['subject']}/{line['attack']}", []).append(line)
+        by_name.setdefault(f"{line['model']}/{line['attack']}", []).append(line)
     images, labels = labelled(IMAGES)
-    assert all(line["answers"] == [line["label"]] * 2 for line in by_name["undefended/control"])
-    assert any(line["answers"] != [line["label"]] * 2 for line in by_name["undefended/pgd"])
+    assert all(line["predictions"] == [line["label"]] * 2 for line in by_name["undefended/clean"])
+    assert any(line["predictions"] != [line["label"]] * 2 for line in by_name["undefended/pgd"])
     with torch.no_grad():
         answers = other.variant(inputs="unit")(images).argmax(dim=1)
-    assert [line["answers"] for line in by_name["other/control"]] == [[label] * 2 for label in answers.tolist()]
+    assert [line["predictions"] for line in by_name["other/clean"]] == [[label] * 2 for label in answers.tolist()]
     assert by_name["other/pgd"][0]["one_latent"] is not None
     assert labels.tolist() == [line["label"] for line in by_name["trained/pgd"]]
 
@@ -495,11 +486,11 @@ def test_the_undefended_classifier_and_baselines_stand_beside_the_defence(tmp_pa
 def test_sets_of_attacks_by_name(tmp_path: Path) -> None:
     threat = ThreatModel(norm="l2", eps=0.5)
     found = Evaluation(defended(), labelled(2), tmp_path, threat=threat)
-    assert found.subjects[0].attacks == standard_suite(threat)
-    assert found.subjects[1].attacks == {"pgd": PGD(threat, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
+    assert found.attacks["defended"] == standard_suite(threat)
+    assert found.attacks["undefended"] == {"pgd": PGD(threat, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
     assert (found.protocol, found.subset) == (Protocol(), Subset())
     whole = Evaluation(defended(), labelled(2), tmp_path, attacks="full")
-    assert next(iter(whole.subjects[0].attacks.values())).threat == ThreatModel()
+    assert next(iter(whole.attacks["defended"].values())).threat == ThreatModel()
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
@@ -518,7 +509,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
     "attacks without names": ({"attacks": [attacks()["bpda-eot"]]}, SettingsError, "attacks by name, .* are list"),
     "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),
-    "an attack of a taken name": ({"attacks": {"control": attacks()["bpda-eot"]}}, SettingsError, '"control" is'),
+    "an attack of a taken name": ({"attacks": {"clean": attacks()["bpda-eot"]}}, SettingsError, '"clean" is'),
     "a size twice": ({"threat": THREAT}, SettingsError, "attacks of your own have theirs"),
     "a baseline of a taken name": ({"baselines": {"defended": linear}}, SettingsError, "is the name of something"),
     "another": ({"baselines": {"checks": linear}}, SettingsError, "is the name of something else"),
@@ -531,62 +522,70 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_evaluated_is_refused_at_once(name: str, tmp_path: Path) -> None:
-    """Before anything is written."""
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     changed, kind, said = WRONG[name]
     with pytest.raises(kind, match=said):
-        evaluation(tmp_path / "folder", **changed)
+        evaluation(tmp_path / "folder", **changed).run()
     assert not (tmp_path / "folder").exists()
 
 
 # --- its cost ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_expected_is_what_it_costs(tmp_path: Path) -> None:
-    """Passes by task, of what is left to do; up to what is asked about the stand-in's memory."""
-    spsa = {"spsa": SPSA(THREAT, steps=1, pairs=1)}
-    given = options(protocol=BRIEF.replace(group=5, sanity_images=3), attacks=attacks() | spsa)
-    model = defended(settings=SMALL.replace(iterations=6), max_parallel=1000)
-    found = Evaluation(model, out=tmp_path, **given)
-    before, state = dict(vars(model.backbone)), torch.get_rng_state()
+def test_the_expected_cost_is_declared_at_first_and_measured_then(tmp_path: Path) -> None:
+    given = options(protocol=BRIEF.replace(search_on_clean=False), attacks={"bpda-eot": PGD(THREAT, steps=2)})
+    found = Evaluation(defended(), out=tmp_path, undefended=False, **given)
+    state = torch.get_rng_state()
     expected = found.expected()
-    assert not tmp_path.joinpath("settings.json").exists()
-    assert vars(model.backbone) == before
+    assert not (tmp_path / "settings.json").exists()
     assert torch.equal(torch.get_rng_state(), state)
-    assert list(expected.passes) == [task.name for task in found.tasks]
+    once = SMALL.n_latents * (SMALL.iterations + 1)
+    assert expected.passes == {"defended/clean": IMAGES * 3 * once, "defended/bpda-eot": IMAGES * (2 + 1 + 3) * once}
     assert expected.total_passes == sum(passes or 0 for passes in expected.passes.values())
     assert expected.seconds > 0
     with pytest.raises(Interrupted):
+        found.run(interrupt(1))
+    timing = found.folder.timings()["defended/clean"]
+    assert (timing.images, timing.passes) == (2, 2 * 3 * once)
+    measured = found.expected()
+    assert measured.passes["defended/clean"] == 1 * 3 * once
+    with pytest.raises(Interrupted):
         found.run(interrupt(2))
-    left = found.expected().passes
-    assert "defended/control" not in left
-    assert left["defended/bpda-eot"] == expected.passes["defended/bpda-eot"]
     found.run()
-    for name, (_, passes) in found.store.timings().items():
-        assert expected.passes[name] == pytest.approx(passes, rel=0.06), name
-    assert found.expected().passes == {}
-    assert found.expected().seconds == 0
+    assert {name: timing.passes for name, timing in found.folder.timings().items()} == dict(expected.passes)
+    assert found.expected() == Expected({}, 0.0, None)
 
 
-def test_the_cost_of_an_attack_that_cannot_be_counted_is_unknown(tmp_path: Path) -> None:
-    found = evaluation(tmp_path, attacks={"failing": Failing(THREAT)}, protocol=BRIEF).expected()
-    assert found.passes["defended/failing"] is None
-    assert found.total_passes == found.passes["defended/control"]
+def test_the_cost_of_an_attack_that_does_not_declare_it_is_not_known_before(tmp_path: Path) -> None:
+    found = evaluation(tmp_path, attacks={"failing": Failing(THREAT)}, protocol=BRIEF)
+    assert found.expected().passes["defended/failing"] is not None
+    found = evaluation(tmp_path, attacks={"short": ShortCMAP(THREAT)}, protocol=BRIEF)
+    expected = found.expected()
+    assert expected.passes["defended/short"] is None
+    assert expected.total_passes == expected.passes["defended/clean"]
 
 
 def test_a_defence_among_the_baselines_has_its_cost(tmp_path: Path) -> None:
-    other = wrapped(settings=SMALL).eval()
-    given = evaluation(tmp_path, linear, attacks={}, baselines={"other": other}, protocol=BRIEF)
+    given = evaluation(tmp_path, linear, attacks={}, baselines={"other": defended()}, protocol=BRIEF)
     assert given.expected().total_passes > 0
     given.run()
-    assert given.store.timings()["other/control"][1] > 0
+    assert given.folder.timings()["other/clean"].passes > 0
 
 
-# --- what a description of classes and weights does not see -----------------------------------------------------------
+def test_making_an_evaluation_reads_nothing_and_runs_no_model(tmp_path: Path) -> None:
+    def refuse(images: Tensor) -> Tensor:
+        raise AssertionError
+
+    (tmp_path / "settings.json").write_text("{")
+    evaluation(tmp_path, refuse, data="nowhere.npz", baselines={"other": refuse})
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+# --- what a description of classes and weights does not show -----------------------------------------------------------
 
 
 def test_another_function_behind_the_same_name_is_refused(tmp_path: Path) -> None:
-    """A lambda has no weights, and a constant that is a plain attribute is in no state dict: the answer shows them."""
+    """A lambda has no weights, and a constant that is a plain attribute is in no state dict: its logits show them."""
 
     def scaled(scale: float) -> Any:
         return lambda images: linear(images * scale)
@@ -607,13 +606,13 @@ def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: 
 def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> None:
     wide = (labelled(3)[0], torch.tensor([2, 0, 1]))
     with pytest.raises(InputValueError, match=r"from 0 to 1, the classes of the model 'narrow'"):
-        evaluation(tmp_path, data=wide, baselines={"narrow": lambda images: linear(images)[:, :2]})
+        evaluation(tmp_path, data=wide, baselines={"narrow": lambda images: linear(images)[:, :2]}).run()
 
 
 def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CUDA device, where what fits hangs on what else is there. Here its memory is a stand-in."""
+    """On a CUDA device, where what fits depends on what else is there. Here its memory is a stand-in."""
     monkeypatch.setattr("cmap_defense.evaluation.evaluation.default_max_parallel", lambda *_, **__: 7)
-    cuda, model = torch.device("cuda"), defended()
+    cuda, model = torch.device("cuda"), defended(max_parallel=None)
     assert fixed_chunk(model, None) is model
     assert fixed_chunk(model, None, cuda).max_parallel == 7
     assert fixed_chunk(model, {"max_parallel": 5}, cuda).max_parallel == 5
@@ -623,5 +622,5 @@ def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_folder_that_only_the_first_process_sees_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="all must see the same disk"):
-        Store(tmp_path).begin({"a": 1}, first=False)
+        ResultsFolder(tmp_path).begin({"a": 1}, first=False)
     assert not (tmp_path / "settings.json").exists()

@@ -15,7 +15,7 @@ from cmap_defense.evaluation import Protocol, Report
 from evaluated import Shaky
 
 THREAT = ThreatModel(eps=0.02)
-PROTOCOL = Protocol(answers=4, repurifications=6, seeds=(0, 1), group=5, sanity_images=12, gradient_samples=4)
+PROTOCOL = Protocol(predictions=4, reevaluations=6, seeds=(0, 1), group=12, sanity_images=12, gradient_samples=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class SignSteps(Attack):
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         images = clean + self.threat.eps * (2 * torch.rand_like(clean) - 1)
         for _ in range(self.steps):
-            heard = oracle.feedback(images, goal, CrossEntropy(), samples=2)
-            images = self.threat.project(images + self.first_step() * heard.gradient.sign(), clean)
+            feedback = oracle.feedback(images, goal, CrossEntropy(), samples=2)
+            images = self.threat.project(images + self.first_step() * feedback.gradient.sign(), clean)
         return Candidates(images[:, None])
 
     def differentiates_defence(self, model: object) -> bool:
@@ -54,7 +54,7 @@ def test_an_attack_of_a_user_earns_a_headline() -> None:
     assert report.refused == []
     assert report.headline is not None
     assert set(report.headline.chosen) == {"sign-steps"}
-    assert report.headline.accuracy.value < report.row("control").repurified.value
+    assert report.headline.accuracy.value < report.row("clean").reevaluated.value
 
 
 def test_an_attack_that_declares_nothing_is_taken_for_one_that_does_not_differentiate_the_defence() -> None:

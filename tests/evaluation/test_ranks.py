@@ -17,7 +17,7 @@ from filelock import FileLock
 import evaluated
 from cmap_defense.evaluation import evaluate
 from cmap_defense.ranks import Ranks, ranks
-from evaluated import BRIEF, PROTOCOL, Interrupted, defended, evaluation, interrupt, options, results
+from evaluated import BRIEF, Interrupted, defended, evaluation, interrupt, options, results
 from patience import HANGS
 
 
@@ -49,16 +49,16 @@ def happened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     """Folders in several states, and what two ranks met in each of them."""
     folder = tmp_path_factory.mktemp("together")
     with pytest.raises(Interrupted):
-        evaluation(folder / "begun").run(interrupt(7))
+        evaluation(folder / "begun", protocol=BRIEF).run(interrupt(3))
     with pytest.raises(Interrupted):
-        evaluation(folder / "changed", protocol=PROTOCOL.replace(answers=9)).run(interrupt(0))
+        evaluation(folder / "changed", protocol=BRIEF.replace(predictions=9)).run(interrupt(0))
     (folder / "locked").mkdir()
     with FileLock(folder / "locked" / ".lock"):
         return folder, run(folder)
 
 
 def test_two_ranks_make_what_one_process_makes(happened: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
-    """The same bytes, each of them having done its part and no piece twice."""
+    """The same bytes, each of them having done its part and no work unit twice."""
     folder, found = happened
     assert [rank["whole"].get("message") for rank in found] == [None, None]
     assert results(folder / "whole") == results(alone)
@@ -68,15 +68,15 @@ def test_two_ranks_make_what_one_process_makes(happened: tuple[Path, list[dict[s
     assert {path.name for path in (folder / "whole" / "timings").iterdir()} == {"rank-0.jsonl", "rank-1.jsonl"}
 
 
-def test_two_ranks_go_on_where_one_process_was(happened: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
+def test_two_ranks_go_on_where_one_process_was(happened: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = happened
     assert [rank["begun"].get("message") for rank in found] == [None, None]
-    assert results(folder / "begun") == results(alone)
+    assert results(folder / "begun") == results(folder / "second")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("changed", "answers: 9 before, 2 now"), ("locked", "Another evaluation is writing to")],
+    [("changed", "predictions: 9 before, 2 now"), ("locked", "Another evaluation is writing to")],
 )
 def test_a_folder_is_refused_to_both_ranks_at_once(
     name: str, said: str, happened: tuple[Path, list[dict[str, Any]]]
@@ -103,7 +103,7 @@ def test_a_process_group_of_the_callers_is_kept(happened: tuple[Path, list[dict[
 def test_ranks_with_different_settings_are_refused_all_of_them(happened: tuple[Path, list[dict[str, Any]]]) -> None:
     _, found = happened
     assert "Rank 1 was started with other settings" in found[1]["at odds"]["message"]
-    assert "answers: 2 before, 3 now" in found[1]["at odds"]["message"]
+    assert "predictions: 2 before, 3 now" in found[1]["at odds"]["message"]
     assert found[0]["at odds"]["error"] == "EvaluationError", found[0]["at odds"]
 
 

@@ -12,19 +12,34 @@ import torch
 from torch import Tensor
 
 from attack_toys import QUICK, THREATS, Noisy, labelled, linear, suite, wrapped
-from cmap_defense.attacks import PGD, SPSA, Attack, LatentAttack, Margin, ThreatModel, Transfer, VoteMargin
-from cmap_defense.evaluation.answers import ask
-from cmap_defense.evaluation.describe import attack_settings
-from cmap_defense.evaluation.protocol import answer_seeds, run_indices
-from cmap_defense.evaluation.tasks import (
-    CONTROL,
-    AttackTask,
-    ControlTask,
-    GradientTask,
-    Group,
-    Outcome,
+from cmap_defense.attacks import (
+    PGD,
+    SPSA,
+    Attack,
+    LatentAttack,
+    Margin,
+    ShortCMAP,
+    ThreatModel,
+    Transfer,
+    VoteMargin,
 )
-from cmap_defense.gradients import Surrogate
+from cmap_defense.errors import SettingsError
+from cmap_defense.evaluation import Protocol
+from cmap_defense.evaluation.predictions import predict
+from cmap_defense.evaluation.protocol import prediction_seeds, run_indices
+from cmap_defense.evaluation.tasks import (
+    AttackTask,
+    Batch,
+    CleanTask,
+    GradientTask,
+    Task,
+    check_attack,
+    fewer_steps,
+    make_tasks,
+    other_sizes,
+)
+from cmap_defense.gradients import StraightThrough, Surrogate
+from cmap_defense.passes import counting_passes
 from cmap_defense.rng import derived_seeds
 from evaluated import Shaky
 from toys import uniform
@@ -32,20 +47,36 @@ from toys import uniform
 LINF = THREATS["linf"]
 POSITIONS = torch.tensor([31, 4, 12])
 RUN = 3
-ANSWERS, AGAIN = 3, 2
+PREDICTIONS, AGAIN = 3, 2
 
 
-def group(images: Tensor | None = None, labels: Tensor | None = None) -> Group:
+def batch(images: Tensor | None = None, labels: Tensor | None = None) -> Batch:
     """Three images somewhere in a data set, in some run."""
     if images is None or labels is None:
         images, labels = labelled(3)
     positions = POSITIONS[: len(images)]
-    return Group(images, labels, positions, run_indices(positions, RUN))
+    return Batch(images, labels, positions, run_indices(positions, RUN))
 
 
-def attacked(model: Any, how: Attack, given: Group | None = None) -> Outcome:
-    task = AttackTask("someone", "something", model, how, ANSWERS, AGAIN)
-    return task.run(given or group())
+def attack_task(model: Any, attack: Attack, **options: Any) -> AttackTask:
+    given = {"predictions": PREDICTIONS, "reevaluations": AGAIN, "row": "something", "model_name": "someone"}
+    return AttackTask(model=model, attack=attack, **(given | options))
+
+
+def clean_task(model: Any, search: int = 0) -> CleanTask:
+    counts = {"predictions": PREDICTIONS, "reevaluations": AGAIN}
+    return CleanTask(model_name="someone", model=model, search=search, **counts)
+
+
+def gradient_task(model: Any, attack: PGD, samples: int = 4, **options: Any) -> GradientTask:
+    return GradientTask(**({"model_name": "someone", "model": model, "attack": attack, "samples": samples} | options))
+
+
+Output = tuple[list[dict[str, Any]], dict[str, Tensor]]
+
+
+def attacked(model: Any, attack: Attack, given: Batch | None = None) -> Output:
+    return attack_task(model, attack).run(given or batch())
 
 
 def shaken(images: Tensor) -> Tensor:
@@ -53,8 +84,8 @@ def shaken(images: Tensor) -> Tensor:
     return linear(images + 0.3 * torch.randn_like(images))
 
 
-def column(outcome: Outcome, name: str) -> list[Any]:
-    return [line[name] for line in outcome.lines]
+def column(output: Output, name: str) -> list[Any]:
+    return [line[name] for line in output[0]]
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------
@@ -72,53 +103,56 @@ HOW = {
 
 @pytest.mark.parametrize("name", HOW)
 def test_an_attacks_lines_and_tensors(name: str) -> None:
-    """The attack with the group's noise indices, then answers 0 to N + R - 1 about its images."""
-    model, how, given = wrapped(), HOW[name], group()
-    outcome = attacked(model, how)
+    """The attack with the group's noise indices, then predictions 0 to N + R - 1 about its images."""
+    model, how, given = wrapped(), HOW[name], batch()
+    output = attacked(model, how)
     result = how(model, given.images, given.labels, indices=given.indices)
-    heard = torch.stack(
-        [model(result.images, seeds=answer_seeds(given.indices, n)).argmax(dim=1) for n in range(ANSWERS + AGAIN)]
+    found = torch.stack(
+        [
+            model(result.images, seeds=prediction_seeds(given.indices, n)).argmax(dim=1)
+            for n in range(PREDICTIONS + AGAIN)
+        ]
     )
-    assert column(outcome, "image") == POSITIONS.tolist()
-    assert column(outcome, "label") == given.labels.tolist()
-    assert column(outcome, "answers") == heard[:ANSWERS].T.tolist()
-    assert column(outcome, "repurified") == heard[ANSWERS:].T.tolist()
-    assert column(outcome, "queries") == [result.queries] * 3
-    assert column(outcome, "distance") == result.distance.tolist()
+    assert column(output, "image") == POSITIONS.tolist()
+    assert column(output, "label") == given.labels.tolist()
+    assert column(output, "predictions") == found[:PREDICTIONS].T.tolist()
+    assert column(output, "reevaluated") == found[PREDICTIONS:].T.tolist()
+    assert column(output, "queries") == [result.queries] * 3
+    assert column(output, "distance") == result.distance.tolist()
     norms = result.history.get("gradient_norm")
-    assert column(outcome, "zero_gradient") == [None if norms is None else False] * 3
+    assert column(output, "zero_gradient") == [None if norms is None else False] * 3
 
-    further = ask(model, result.images, given.labels, given.indices, range(ANSWERS + AGAIN))
+    further = predict(model, result.images, given.labels, given.indices, range(PREDICTIONS + AGAIN))
     assert further.one_latent is not None
-    assert column(outcome, "one_latent") == pytest.approx(further.one_latent.mean(dim=0).tolist())
-    assert further.on_the_way is not None
-    assert column(outcome, "on_the_way") == further.on_the_way.T.tolist()
+    assert column(output, "one_latent") == pytest.approx(further.one_latent.mean(dim=0).tolist())
+    assert further.vote_right is not None
+    assert column(output, "vote_right") == further.vote_right.T.tolist()
 
     loop = {f"loop.{field}" for field in ("l1", "ssim", "latent", "total", "latent_mean", "latent_std")}
     history = {f"history.{field}" for field in result.history}
-    assert set(outcome.tensors) == {"images", "purified"} | loop | history
-    assert torch.equal(outcome.tensors["images"], result.images)
+    assert set(output[1]) == {"images", "purified"} | loop | history
+    assert torch.equal(output[1]["images"], result.images)
     for field, values in result.history.items():
-        assert torch.equal(outcome.tensors[f"history.{field}"], values)
-        assert outcome.tensors[f"history.{field}"].shape[1] == 3
-    assert outcome.tensors["loop.total"].shape == (QUICK.iterations, 3)
-    for line in outcome.lines:
+        assert torch.equal(output[1][f"history.{field}"], values)
+        assert output[1][f"history.{field}"].shape[1] == 3
+    assert output[1]["loop.total"].shape == (QUICK.iterations, 3)
+    for line in output[0]:
         assert json.loads(json.dumps(line, allow_nan=False)) == line
 
 
 def test_a_model_without_latents_has_no_figures_of_them() -> None:
-    outcome = attacked(linear, PGD(LINF, steps=2))
-    assert column(outcome, "one_latent") == column(outcome, "on_the_way") == [None] * 3
-    assert set(outcome.tensors) == {"images", "history.loss", "history.gradient_norm", "history.reached"}
+    output = attacked(linear, PGD(LINF, steps=2))
+    assert column(output, "one_latent") == column(output, "vote_right") == [None] * 3
+    assert set(output[1]) == {"images", "history.loss", "history.gradient_norm", "history.reached"}
 
 
 def test_another_run_has_other_noise() -> None:
-    model, given = wrapped(), group()
+    model, given = wrapped(), batch()
     runs = [
         attacked(model, HOW["PGD"], dataclasses.replace(given, indices=run_indices(POSITIONS, run))) for run in (0, 3)
     ]
-    assert not torch.equal(runs[0].tensors["images"], runs[1].tensors["images"])
-    assert column(runs[0], "answers") != column(runs[1], "answers")
+    assert not torch.equal(runs[0][1]["images"], runs[1][1]["images"])
+    assert column(runs[0], "predictions") != column(runs[1], "predictions")
 
 
 def test_a_gradient_of_zero_is_in_the_line_and_warns_nobody() -> None:
@@ -130,8 +164,8 @@ def test_a_gradient_of_zero_is_in_the_line_and_warns_nobody() -> None:
         return torch.where(dark, logits.detach(), logits)
 
     images = torch.cat([0.2 * uniform(1, 3, 8, 6, seed=0), 1 - 0.2 * uniform(2, 3, 8, 6, seed=1)])
-    outcome = attacked(blind, PGD(LINF, steps=2), group(images, torch.tensor([0, 1, 2])))
-    assert column(outcome, "zero_gradient") == [True, False, False]
+    output = attacked(blind, PGD(LINF, steps=2), batch(images, torch.tensor([0, 1, 2])))
+    assert column(output, "zero_gradient") == [True, False, False]
 
 
 # --- while searching --------------------------------------------------------------------------------------------------
@@ -147,82 +181,82 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("name", [name for name in SEARCHES if name.startswith(("PGD", "SPSA"))])
-def test_the_answers_heard_while_searching_are_counted(name: str) -> None:
-    """All that the model was asked but for the choice between the attempts, where there are some, and one judgement;
-    and whether one of those answers was wrong, the choice's included. By known noise it is one answer again and
+def test_the_predictions_of_a_search_are_counted(name: str) -> None:
+    """All that the model was own but for the choice between the attempts, where there are some, and one judgement;
+    and whether one of those predictions was wrong, the choice's included. By known noise it is one answer again and
     again."""
-    model, how, given = Shaky(0.3), SEARCHES[name], group()
+    model, how, given = Shaky(0.3), SEARCHES[name], batch()
     result = how(model, given.images, given.labels, indices=given.indices)
     attempts = result.candidates.shape[1]
-    heard = torch.stack(model.answers[:-1])
+    found = torch.stack(model.predicted[:-1])
     chosen = attempts if attempts > 1 else 0
-    assert len(model.answers) == result.queries == len(heard) + 1
-    unrelated = 1 if how.noise == "known" else len(heard) - chosen
+    assert len(model.predicted) == result.queries == len(found) + 1
+    unrelated = 1 if how.noise == "known" else len(found) - chosen
     assert how.predictions_per_image() == unrelated
 
-    outcome = attacked(Shaky(0.3), how)
-    assert column(outcome, "search_answers") == [unrelated + chosen] * 3
-    assert column(outcome, "searched") == (heard != given.labels).any(dim=0).tolist()
+    output = attacked(Shaky(0.3), how)
+    assert column(output, "search_predictions") == [unrelated + chosen] * 3
+    assert column(output, "search_succeeded") == (found != given.labels).any(dim=0).tolist()
 
 
-def test_those_searches_hear_right_and_wrong_answers() -> None:
+def test_those_searches_see_right_and_wrong_predictions() -> None:
     found = [attacked(Shaky(0.3), how) for name, how in SEARCHES.items() if name.startswith(("PGD", "SPSA"))]
-    searched = [line["searched"] for outcome in found for line in outcome.lines]
+    searched = [line["search_succeeded"] for output in found for line in output[0]]
     assert True in searched
     assert False in searched
 
 
-def test_a_search_that_asks_something_else_hears_no_answers() -> None:
+def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
     names = {
         name: how.predictions_per_image() for name, how in suite(LINF).items() if not name.startswith(("PGD", "SPSA"))
     }
     assert set(names.values()) == {0}
     one = attacked(wrapped(), HOW["Transfer"])
-    assert column(one, "searched") == column(one, "search_answers") == [None] * 3
+    assert column(one, "search_succeeded") == column(one, "search_predictions") == [None] * 3
     attempts = attacked(wrapped(), HOW["LatentAttack"])
-    assert column(attempts, "search_answers") == [2] * 3
-    result = HOW["LatentAttack"](wrapped(), group().images, group().labels, indices=group().indices)
-    assert column(attempts, "searched") == result.any_candidate_success.tolist()
+    assert column(attempts, "search_predictions") == [2] * 3
+    result = HOW["LatentAttack"](wrapped(), batch().images, batch().labels, indices=batch().indices)
+    assert column(attempts, "search_succeeded") == result.any_candidate_success.tolist()
 
 
 # --- clean images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [wrapped(), Noisy(), linear], ids=["purified", "seeded", "function"])
-def test_the_control_is_an_attack_of_no_size(model: Any) -> None:
-    control = ControlTask("someone", model, ANSWERS, AGAIN, search=0).run(group())
+def test_clean_images_are_those_of_an_attack_of_no_size(model: Any) -> None:
+    clean = clean_task(model).run(batch())
     nothing = attacked(model, PGD(ThreatModel(eps=0.0), steps=1, step_size=0.0))
-    for name in ("image", "label", "answers", "repurified", "one_latent", "on_the_way"):
-        assert column(control, name) == column(nothing, name)
-    assert column(control, "search") == [[]] * 3
-    assert torch.equal(control.tensors["images"], nothing.tensors["images"])
-    assert torch.equal(control.tensors["images"], group().images)
-    assert control.tensors.keys() == {name for name in nothing.tensors if not name.startswith("history.")}
+    for name in ("image", "label", "predictions", "reevaluated", "one_latent", "vote_right"):
+        assert column(clean, name) == column(nothing, name)
+    assert column(clean, "search") == [[]] * 3
+    assert torch.equal(clean[1]["images"], nothing[1]["images"])
+    assert torch.equal(clean[1]["images"], batch().images)
+    assert clean[1].keys() == {name for name in nothing[1] if not name.startswith("history.")}
 
 
-def test_the_control_goes_on_asking_as_long_as_a_search() -> None:
-    given, model = group(), wrapped()
-    outcome = ControlTask("someone", model, ANSWERS, AGAIN, search=4).run(given)
-    numbers = range(ANSWERS + AGAIN, ANSWERS + AGAIN + 4)
-    heard = torch.stack([model(given.images, seeds=answer_seeds(given.indices, n)).argmax(dim=1) for n in numbers])
-    assert column(outcome, "search") == heard.T.tolist()
-    assert (heard != heard[0]).any()
+def test_clean_images_have_as_many_predictions_as_a_search() -> None:
+    given, model = batch(), wrapped()
+    output = clean_task(model, 4).run(given)
+    numbers = range(PREDICTIONS + AGAIN, PREDICTIONS + AGAIN + 4)
+    found = torch.stack([model(given.images, seeds=prediction_seeds(given.indices, n)).argmax(dim=1) for n in numbers])
+    assert column(output, "search") == found.T.tolist()
+    assert (found != found[0]).any()
 
 
-def test_the_lines_do_not_hang_on_the_group() -> None:
+def test_the_lines_do_not_depend_on_the_batch() -> None:
     """An image in a group of its own, with the model in chunks."""
-    model, whole = wrapped(max_parallel=3), group()
+    model, whole = wrapped(max_parallel=3), batch()
     tasks = [
-        AttackTask("someone", "something", model, PGD(LINF, steps=2, eot=2), ANSWERS, AGAIN),
-        ControlTask("someone", model, ANSWERS, AGAIN, search=2),
-        GradientTask("someone", model, PGD(LINF), 4),
+        attack_task(model, PGD(LINF, steps=2, eot=2)),
+        clean_task(model, 2),
+        gradient_task(model, PGD(LINF), 4),
     ]
     for task in tasks:
-        outcome = task.run(whole)
+        output = task.run(whole)
         for row in range(3):
-            alone = Group(*(part[row : row + 1] for part in (whole.images, whole.labels, POSITIONS, whole.indices)))
-            (line,) = task.run(alone).lines
-            for name, value in outcome.lines[row].items():
+            alone = Batch(*(part[row : row + 1] for part in (whole.images, whole.labels, POSITIONS, whole.indices)))
+            (line,) = task.run(alone)[0]
+            for name, value in output[0][row].items():
                 close = pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
                 if name in ("cosines", "variances"):
                     close = pytest.approx(value, rel=1e-3, abs=1e-5)
@@ -232,7 +266,7 @@ def test_the_lines_do_not_hang_on_the_group() -> None:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def drawn_gradients(model: Any, how: PGD, given: Group, samples: int) -> np.ndarray:
+def drawn_gradients(model: Any, how: PGD, given: Batch, samples: int) -> np.ndarray:
     """[samples, B, elements]: of the loss at the random start, each with the next noise of the attack's seed."""
     from cmap_defense.attacks.goal import Goal
     from cmap_defense.attacks.steps import random_point
@@ -257,11 +291,11 @@ def drawn_gradients(model: Any, how: PGD, given: Group, samples: int) -> np.ndar
     ids=["linf", "l2", "purified"],
 )
 def test_cosines_and_variances(model: Any, how: PGD) -> None:
-    samples, given = 9, group()
-    outcome = GradientTask("someone", model, how, samples).run(given)
-    assert dict(outcome.tensors) == {}
+    samples, given = 9, batch()
+    output = gradient_task(model, how, samples).run(given)
+    assert output[1] == {}
     gradients = drawn_gradients(model, how, given, samples)
-    for row, line in enumerate(outcome.lines):
+    for row, line in enumerate(output[0]):
         assert (line["image"], line["label"]) == (POSITIONS[row], given.labels[row])
         assert line["samples"] == [1, 2, 4]
         own = gradients[:, row]
@@ -274,31 +308,31 @@ def test_cosines_and_variances(model: Any, how: PGD) -> None:
         assert max(line["cosines"]) < 0.9999
 
 
-def test_the_gradient_mode_of_the_attack_is_the_one_looked_at() -> None:
-    given = group()
-    alone = GradientTask("someone", wrapped(gradient=Surrogate()), PGD(LINF), 4).run(given)
-    asked = GradientTask("someone", wrapped(), PGD(LINF, gradient=Surrogate()), 4).run(given)
-    assert asked.lines == alone.lines
-    assert GradientTask("someone", wrapped(), PGD(LINF), 4).run(given).lines != alone.lines
+def test_the_gradient_mode_of_the_attack_is_the_one_measured() -> None:
+    given = batch()
+    alone = gradient_task(wrapped(gradient=Surrogate()), PGD(LINF), 4).run(given)
+    own = gradient_task(wrapped(), PGD(LINF, gradient=Surrogate()), 4).run(given)
+    assert own[0] == alone[0]
+    assert gradient_task(wrapped(), PGD(LINF), 4).run(given)[0] != alone[0]
 
 
 def test_a_model_without_noise_has_one_direction_and_no_variance() -> None:
-    for line in GradientTask("someone", linear, PGD(LINF), 4).run(group()).lines:
+    for line in gradient_task(linear, PGD(LINF), 4).run(batch())[0]:
         assert line["cosines"] == pytest.approx([1.0, 1.0])
         assert line["variances"] == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
 def test_a_gradient_of_zero_has_no_direction() -> None:
-    for line in GradientTask("someone", lambda images: linear(0 * images), PGD(LINF), 4).run(group()).lines:
+    for line in gradient_task(lambda images: linear(0 * images), PGD(LINF), 4).run(batch())[0]:
         assert line["cosines"] == line["variances"] == [0.0, 0.0]
 
 
 # --- functions of the group alone -------------------------------------------------------------------------------------
 
 TASKS = {
-    "attack": lambda: AttackTask("someone", "something", shaken, PGD(LINF, steps=2), ANSWERS, AGAIN),
-    "control": lambda: ControlTask("someone", shaken, ANSWERS, AGAIN, search=2),
-    "gradients": lambda: GradientTask("someone", shaken, PGD(LINF), 4),
+    "attack": lambda: attack_task(shaken, PGD(LINF, steps=2)),
+    "clean": lambda: clean_task(shaken, 2),
+    "gradients": lambda: gradient_task(shaken, PGD(LINF), 4),
 }
 
 
@@ -308,7 +342,7 @@ def test_torchs_generators_are_left_alone_and_have_no_say(name: str) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(TASKS[name]().run(group()).lines)
+        found.append(TASKS[name]().run(batch())[0])
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
 
@@ -318,24 +352,150 @@ def test_tasks_run_where_no_gradients_are_kept(mode: Any) -> None:
     """As attacks do. The tensors of the group were made there too."""
     model = Noisy()
     tasks = [
-        AttackTask("someone", "something", model, PGD(LINF, steps=2), ANSWERS, AGAIN),
-        ControlTask("someone", model, ANSWERS, AGAIN, search=2),
-        GradientTask("someone", model, PGD(LINF), 4),
+        attack_task(model, PGD(LINF, steps=2)),
+        clean_task(model, 2),
+        gradient_task(model, PGD(LINF), 4),
     ]
-    outside = [task.run(group()).lines for task in tasks]
+    outside = [task.run(batch())[0] for task in tasks]
     with mode():
-        assert [task.run(group()).lines for task in tasks] == outside
+        assert [task.run(batch())[0] for task in tasks] == outside
 
 
 def test_names_and_descriptions() -> None:
-    tasks = [
-        AttackTask("someone", "something", linear, PGD(LINF), ANSWERS, AGAIN, limit=4, once=True),
-        ControlTask("someone", linear, ANSWERS, AGAIN, search=2),
-        GradientTask("checks", linear, PGD(LINF), 4, limit=4),
+    tasks: list[Task] = [
+        attack_task(linear, PGD(LINF), limit=4, once=True),
+        clean_task(linear, 2),
+        gradient_task(linear, PGD(LINF), model_name="checks", limit=4),
     ]
-    assert [task.name for task in tasks] == ["someone/something", f"someone/{CONTROL}", "checks/gradients"]
+    assert [task.name for task in tasks] == ["someone/something", "someone/clean", "checks/gradients"]
+    attack = PGD(LINF).to_dict()
+    assert attack["threat"] == {"class": "ThreatModel", "norm": "linf", "eps": 0.1}
     assert [task.describe() for task in tasks] == [
-        {"attack": repr(PGD(LINF)), "settings": attack_settings(PGD(LINF)), "images": 4, "once": True},
+        {"attack": attack, "images": 4, "once": True},
         {"attack": None, "search": 2, "images": None, "once": False},
-        {"attack": repr(PGD(LINF)), "settings": attack_settings(PGD(LINF)), "samples": 4, "images": 4, "once": True},
+        {"attack": attack, "samples": 4, "images": 4, "once": True},
     ]
+
+
+def test_passes_of_a_task_are_those_that_it_makes() -> None:
+    """Where gradients do not go back through the purification."""
+    model, given = wrapped(gradient=StraightThrough(), max_parallel=1000), batch()
+    for task in (clean_task(model, 2), attack_task(model, PGD(LINF, steps=2, eot=2)), attack_task(model, HOW["SPSA"])):
+        with counting_passes() as passes:
+            task.run(given)
+        assert passes.total == 3 * (task.passes_per_image() or 0)
+    assert gradient_task(model, PGD(LINF)).passes_per_image() == 4 * model.purifier.passes
+    assert clean_task(linear).passes_per_image() == 0
+    assert attack_task(model, ShortCMAP(LINF)).passes_per_image() is None
+
+
+# --- which tasks there are --------------------------------------------------------------------------------------------
+
+SHAPE = (3, 8, 6)
+L2 = ThreatModel(norm="l2", eps=0.5)
+TRANSFER, STEPS = Transfer(PGD(LINF)), PGD(LINF, steps=8, step_size=0.01, eot=3)
+PROTOCOL = Protocol(predictions=5, reevaluations=7, seeds=(0, 1), sanity_images=4, gradient_samples=6)
+
+
+def made(protocol: Protocol = PROTOCOL, other: dict[str, Attack] | None = None, **attacks: Attack) -> list[Task]:
+    named = {name.replace("_", "-"): attack for name, attack in attacks.items()}
+    models = {"defended": linear} | ({} if other is None else {"other": linear})
+    return make_tasks(models, {"defended": named, "other": other or {}}, protocol, SHAPE)
+
+
+def test_all_tasks_and_their_order() -> None:
+    tasks = made(transfer=TRANSFER, pgd=STEPS, other={"pgd": PGD(LINF, steps=3)})
+    checks = ["steps-2", "steps-4", "eps-0.25x", "eps-0.5x", "eps-2x", "eps-4x", "eps-any", "gradients"]
+    assert [task.name for task in tasks] == [
+        "defended/clean", "defended/transfer", "defended/pgd", "other/clean", "other/pgd",
+        *(f"checks/{name}" for name in checks),
+    ]  # fmt: skip
+    by_name: dict[str, Any] = {task.name: task for task in tasks}
+    for task in tasks:
+        assert (task.limit, task.once) == ((4, True) if task.model_name == "checks" else (None, False))
+        if isinstance(task, (AttackTask, CleanTask)):
+            assert (task.predictions, task.reevaluations) == (5, 1 if task.model_name == "checks" else 7)
+    assert [by_name[f"{name}/clean"].search for name in ("defended", "other")] == [8 * 3, 3]
+    assert (by_name["checks/gradients"].attack, by_name["checks/gradients"].samples) == (STEPS, 6)
+    assert by_name["checks/steps-2"].attack == PGD(LINF, steps=2, step_size=0.01, eot=3)
+    assert by_name["checks/eps-2x"].attack == PGD(ThreatModel(eps=0.2), steps=8, eot=3)
+    assert by_name["checks/eps-any"].attack.threat.eps == 1.0
+    assert by_name["defended/pgd"].attack == STEPS
+
+
+def test_tasks_that_may_be_left_out() -> None:
+    names = [task.name for task in made(PROTOCOL.replace(sanity_images=0), pgd=STEPS)]
+    assert names == ["defended/clean", "defended/pgd"]
+    clean = made(PROTOCOL.replace(search_on_clean=False), pgd=STEPS)[0]
+    assert isinstance(clean, CleanTask)
+    assert clean.search == 0
+    assert [task.name for task in made()] == ["defended/clean"]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "name"),
+    [
+        ({"first": PGD(LINF, steps=3), "bpda-eot": STEPS}, "bpda-eot"),
+        ({"transfer": TRANSFER, "first": STEPS, "second": PGD(LINF, steps=3)}, "first"),
+        ({"known": PGD(LINF, noise="known"), "second": STEPS}, "second"),
+        ({"bpda-eot": SPSA(LINF), "second": STEPS}, "second"),
+        ({"bpda-eot": PGD(LINF, noise="known"), "second": STEPS}, "second"),
+    ],
+)
+def test_the_checks_are_made_with_a_pgd_on_the_model_itself(attacks: dict[str, Any], name: str) -> None:
+    assert check_attack(linear, attacks) == (name, STEPS)
+    assert "checks/attack" not in [task.name for task in made(**attacks)]
+
+
+def test_without_one_the_checks_have_an_attack_of_their_own() -> None:
+    name, attack = check_attack(linear, {"transfer": Transfer(PGD(L2))})
+    assert name is None
+    assert (attack.threat, attack.gradient, attack.noise) == (L2, None, "fresh")
+    own, short = wrapped(), {"short": ShortCMAP(LINF)}
+    name, attack = check_attack(own, short)
+    assert (name, attack.gradient) == (None, StraightThrough())
+    tasks: dict[str, Any] = {
+        task.name: task for task in make_tasks({"defended": own}, {"defended": short}, PROTOCOL, SHAPE)
+    }
+    assert tasks["checks/attack"].attack == attack
+    assert "checks/steps-5" in tasks
+
+
+@pytest.mark.parametrize(("steps", "fewer"), [(1, []), (2, [1]), (3, [1]), (4, [1, 2]), (20, [5, 10])])
+def test_fewer_steps(steps: int, fewer: list[int]) -> None:
+    assert fewer_steps(PGD(LINF, steps=steps)) == fewer
+
+
+@pytest.mark.parametrize(
+    ("threat", "sizes"),
+    [
+        (LINF, {"eps-0.25x": 0.025, "eps-0.5x": 0.05, "eps-2x": 0.2, "eps-4x": 0.4, "eps-any": 1.0}),
+        (ThreatModel(eps=0.3), {"eps-0.25x": 0.075, "eps-0.5x": 0.15, "eps-2x": 0.6, "eps-any": 1.0}),
+        (ThreatModel(eps=0.25), {"eps-0.25x": 0.0625, "eps-0.5x": 0.125, "eps-2x": 0.5, "eps-any": 1.0}),
+        (L2, {"eps-0.25x": 0.125, "eps-0.5x": 0.25, "eps-2x": 1.0, "eps-4x": 2.0, "eps-any": 12.0}),
+    ],
+)
+def test_other_sizes(threat: ThreatModel, sizes: dict[str, float]) -> None:
+    found = other_sizes(PGD(threat), SHAPE)
+    assert found == pytest.approx(sizes)
+    assert list(found) == list(sizes)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/", "/a", "a/../b", "a\\b", "end.", "a:b", "a*", "a?"])
+def test_names_that_are_no_words_are_refused(name: str) -> None:
+    for model, row in (("defended", name), (name, "pgd")):
+        with pytest.raises(SettingsError, match="is no name for a file"):
+            make_tasks({model: linear}, {model: {row: STEPS}}, PROTOCOL, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("model", "attacks", "said"),
+    [
+        ("other", {"clean": STEPS}, "'other/clean' names two tasks"),
+        ("checks", {"steps-2": STEPS}, "'checks/steps-2' names two tasks"),
+        ("other", {"pgd": STEPS, "PGD": STEPS}, "names two tasks"),
+    ],
+)
+def test_names_that_clash_are_refused(model: str, attacks: dict[str, Attack], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        make_tasks({"defended": linear, model: linear}, {"defended": {"pgd": STEPS}, model: attacks}, PROTOCOL, SHAPE)

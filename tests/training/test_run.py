@@ -17,7 +17,7 @@ from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.locks import LOCK_FILE
+from cmap_defense.files import LOCK_FILE
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState

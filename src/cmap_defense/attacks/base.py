@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cmap_defense.attacks.describe import described
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.describe import describe, qualified_name
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
 from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.modules import evaluating
@@ -323,7 +323,8 @@ class Attack(NamedOptions, abc.ABC):
         Settings that are objects, such as the threat model, a loss or another attack, are dictionaries of the same
         form. A network is described by its class and a checksum of its weights, a function by its name.
         """
-        return described(self)
+        found = describe(self)
+        return found if isinstance(found, dict) else {"class": qualified_name(self), "described": found}
 
     def under(self, threat: ThreatModel) -> Attack:
         """The same attack under another threat model.
@@ -333,13 +334,15 @@ class Attack(NamedOptions, abc.ABC):
         """
         return dataclasses.replace(self, threat=threat)
 
-    def at_iterations(self, iterations: int) -> Attack:
-        """The attack for a defence with another number of iterations, whose cost is counted instead.
+    def passes_per_image(self, model: PurifiedClassifier) -> int | None:
+        """How many network passes the search takes for each image, by which an evaluation estimates its duration
+        before it starts. Those of a gradient that goes back through the purification are not included. None, the
+        default, where that is not known: the evaluation then measures it in the first work unit.
 
         Args:
-            iterations: of the defence's latent loop.
+            model: the model that is attacked.
         """
-        return self
+        return None
 
 
 def _classes(name: str, given: Any, images: Tensor) -> Tensor:

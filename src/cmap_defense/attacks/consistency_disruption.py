@@ -12,6 +12,7 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import CrossEntropy, Goal
 from cmap_defense.attacks.latents import Searched, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import require_flag, require_integer, require_number
@@ -66,8 +67,8 @@ class ConsistencyDisruption(Attack):
         require_number("ConsistencyDisruption", "penalty", self.penalty, minimum=0.0)
         require_flag("ConsistencyDisruption", "released", self.released)
 
-    def at_iterations(self, iterations: int) -> ConsistencyDisruption:
-        return self if self.steps > iterations else dataclasses.replace(self, steps=iterations + 1)
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return self.restarts * model.purifier.n_latents * (self.steps + 1)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         wrapper = oracle.wrapper(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,6 +54,9 @@ class FrozenResidual(StepAttack):
 
     def differentiates_defence(self, model: Model) -> bool:
         return True
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return self.restarts * math.ceil(self.steps / self.every) * self.purifications * model.purifier.passes
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
         wrapper = oracle.wrapper(self)

@@ -45,6 +45,10 @@ class LatentSearch(Attack):
         require_integer(name, "latents", self.latents, minimum=1)
         require_choice(name, "start", self.start, ("purified", "noise"))
 
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        purified = model.settings.iterations + 1 if self.start == "purified" else 0
+        return self.restarts * self.latents * (purified + self.steps)
+
     def _searched(self, oracle: Oracle, clean: Tensor) -> Searched:
         """The wrapper with M latents per image, and the initial latents."""
         own = oracle.wrapper(self)

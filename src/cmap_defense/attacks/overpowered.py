@@ -11,6 +11,7 @@ from cmap_defense.attacks.base import Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.settings import require_number
 
 __all__ = ["Overpowered"]
@@ -42,6 +43,10 @@ class Overpowered(LatentSearch):
         super().__post_init__()
         require_number("Overpowered", "penalty", self.penalty, above=0.0)
         require_number("Overpowered", "confidence", self.confidence, minimum=0.0)
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        own = super().passes_per_image(model)
+        return own + self.restarts * self.latents * (self.steps + 2)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         searched = self._searched(oracle, clean).doubled()

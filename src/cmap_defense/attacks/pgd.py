@@ -10,6 +10,7 @@ from torch import Tensor
 from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import StepAttack
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.gradients import GradientMode
 from cmap_defense.settings import require_flag, require_integer
 
@@ -54,6 +55,9 @@ class PGD(StepAttack):
 
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * self.eot
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return self.restarts * self.steps * self.eot * model.purifier.passes
 
     def sweep_attack(self) -> PGD | None:
         return self if self.noise == "fresh" else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.rng import derived_seeds, draw_uniform
 from cmap_defense.settings import require_flag, require_integer
 from cmap_defense.threat import require_linf_size
@@ -52,6 +53,9 @@ class SPSA(StepAttack):
 
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * 2 * self.pairs
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return self.restarts * self.steps * 2 * self.pairs * model.purifier.passes
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
         @torch.no_grad()

@@ -161,6 +161,9 @@ class Transfer(Attack):
     def under(self, threat: ThreatModel) -> Transfer:
         return dataclasses.replace(self, attack=self.attack.under(threat))
 
+    def passes_per_image(self, model: PurifiedClassifier) -> int | None:
+        return None if self.evaluates_defence() or isinstance(self.source, NoiseAndDenoise) else 0
+
     def evaluates_defence(self) -> bool:
         return isinstance(self.source, Source) and self.source.has_defence
 

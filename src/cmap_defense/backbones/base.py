@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cmap_defense.errors import BackboneError
 from cmap_defense.modules import dtype_of
+from cmap_defense.passes import count_passes
 
 __all__ = ["Backbone", "caster", "check_backbone"]
 
@@ -101,6 +102,7 @@ def caster(backbone: nn.Module, device: torch.device, method: str = "generate") 
 
     def call(given: Tensor, *more: Any) -> Tensor:
         cast = given if dtype is None else given.to(dtype)
+        count_passes(len(given))
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
             return getattr(backbone, method)(cast, *more)
 

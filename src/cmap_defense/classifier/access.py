@@ -19,6 +19,7 @@ from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, Se
 from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.modules import device_of, dtype_of, evaluating
 from cmap_defense.options import NamedOptions
+from cmap_defense.passes import count_passes
 from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
@@ -153,7 +154,12 @@ class LatentAccess(NamedOptions, nn.Module):
         if denoise is None:
             return None
         given = () if class_labels is None else (class_labels.flatten(),)
-        return lambda noisy, sigma: denoise(noisy.flatten(0, 1), sigma, *given).unflatten(0, noisy.shape[:2])
+
+        def denoised(noisy: Tensor, sigma: float) -> Tensor:
+            count_passes(noisy.shape[0] * noisy.shape[1])
+            return denoise(noisy.flatten(0, 1), sigma, *given).unflatten(0, noisy.shape[:2])
+
+        return denoised
 
     def latent_class_labels(self, images: Tensor) -> Tensor | None:
         """The class [B, K] that each latent of these images is generated under, chosen as ``class_labels`` says.

@@ -16,17 +16,9 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import data_of, model_of, subset_of
 from cmap_defense.cli.output import print_json, print_table, using_threads
 from cmap_defense.cli.progress import Progress
+from cmap_defense.data.selection import SelectedImages, labelled_data
+from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 from cmap_defense.errors import MissingExtraError
-from cmap_defense.evaluation.images import EvaluationImages, data_for
-from cmap_defense.evaluation.observation import (
-    EPS,
-    DeepKernelSettings,
-    Observation,
-    deep_kernel,
-    observe,
-    vp_sigmas,
-)
-from cmap_defense.evaluation.observation.plot import draw_observation
 from cmap_defense.modules import device_of
 
 __all__ = ["run_analyse"]
@@ -62,7 +54,7 @@ def run_analyse(
         count = options["count"]
         parts = _parts(options, model, [count, reference] + ([training] if kernel == "deep" else []))
         score = EPS(sigmas=vp_sigmas(levels), seed=seed)
-        found = _observed(model, score, parts, eps=eps, steps=steps, purify=purify, seed=seed)
+        found = _measured(model, score, parts, eps=eps, steps=steps, purify=purify, seed=seed)
     files, lacking = _written(found, out)
     seconds = time.perf_counter() - start
     if as_json:
@@ -83,20 +75,20 @@ def run_analyse(
 
 def _parts(options: dict[str, Any], model: PurifiedClassifier, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Images and labels to observe, of the references, and of the deep kernel's training: one after the other."""
-    data = data_for(model, data_of(options))
+    data = labelled_data(data_of(options), model.image_shape[0])
     if len(data[0] if isinstance(data, tuple) else data) < sum(sizes):
         total = len(data[0] if isinstance(data, tuple) else data)
         raise click.UsageError(
             f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with -n, "
             "--reference" + (" and --training." if len(sizes) > 2 else ".")
         )
-    found = EvaluationImages.of(data, subset_of(options | {"count": sum(sizes)}, data))
+    found = SelectedImages.of(data, subset_of(options | {"count": sum(sizes)}, data))
     device = device_of(model)
     images, labels = found.images.to(device), found.labels.to(device)
     return list(zip(images.split(sizes), labels.split(sizes), strict=True))
 
 
-def _observed(
+def _measured(
     model: PurifiedClassifier,
     score: EPS,
     parts: list[tuple[Tensor, Tensor]],
@@ -105,7 +97,7 @@ def _observed(
     steps: int,
     purify: bool,
     seed: int,
-) -> Observation:
+) -> Detection:
     (images, labels), (reference, _), *rest = parts
     total = 2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify
     with Progress(total, "analyse") as progress:
@@ -114,7 +106,7 @@ def _observed(
             progress.step("training the kernel")
             trained = DeepKernelSettings(seed=seed)
             kernel = deep_kernel(model, training, classes, eps=score, settings=trained, max_parallel=GROUP)
-        return observe(
+        return detect(
             model,
             images,
             labels,
@@ -129,16 +121,16 @@ def _observed(
         )
 
 
-def _written(found: Observation, out: Path) -> tuple[list[Path], str | None]:
+def _written(found: Detection, out: Path) -> tuple[list[Path], str | None]:
     """The files, and what is missing for the picture, if anything is."""
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-    files = [_write(text.encode(), out / "observation.json")]
+    files = [_write(text.encode(), out / "detection.json")]
     try:
-        picture = draw_observation(found)
+        picture = found.plot()
     except MissingExtraError as error:
         return files, str(error)
-    return [*files, _write(picture, out / "observation.png")], None
+    return [*files, _write(picture, out / "detection.png")], None
 
 
 def _write(content: bytes, path: Path) -> Path:
@@ -152,14 +144,14 @@ def _write(content: bytes, path: Path) -> Path:
     return path
 
 
-def _show(found: Observation, model: PurifiedClassifier, kernel: str, seconds: float, files: list[Path]) -> None:
+def _show(found: Detection, model: PurifiedClassifier, kernel: str, seconds: float, files: list[Path]) -> None:
     settings = model.settings
     count = found.summary["clean"].count
     click.echo(
         f"{count} images of each kind, {found.references} references, T = {len(found.eps.sigmas)} noise levels, "
         f"{kernel} kernel."
     )
-    click.echo(f"The largest change by the attack is {found.shift:.3g}; it was made on the bare classifier.")
+    click.echo(f"The largest change by the attack is {found.largest_change:.3g}; it was made on the bare classifier.")
     if "purified_clean" in found.summary:
         click.echo(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations.")
     click.echo("[95 % intervals]\n")
@@ -182,6 +174,8 @@ def _show(found: Observation, model: PurifiedClassifier, kernel: str, seconds: f
     click.echo("images are purified.\n")
     click.echo("The paper finds adversarial images far from clean ones, and generated ones with them. Here:")
     for name, called in CALLED.items():
-        click.echo(f"- {called} can{'' if found.apart(name) else 'not'} be told from clean ones")
-    click.echo(f"- adversarial images are told from noisy ones with AUROC {found.told('adversarial', 'noise')}")
+        click.echo(f"- {called} can{'' if found.differs(name) else 'not'} be distinguished from clean ones")
+    click.echo(
+        f"- adversarial images are distinguished from noisy ones with AUROC {found.auroc('adversarial', 'noise')}"
+    )
     click.echo(f"\n{seconds:.0f} s. {', '.join(map(str, files))}")

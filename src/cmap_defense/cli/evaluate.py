@@ -24,10 +24,10 @@ from cmap_defense.cli.output import duration, print_json, print_table
 from cmap_defense.cli.progress import Progress
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.evaluation import Progress as OnUnit
-from cmap_defense.evaluation.report import Report, build_report
-from cmap_defense.evaluation.report.files import load_facts, write_report
-from cmap_defense.evaluation.report.markdown import HEADLINE
-from cmap_defense.evaluation.store import Unit
+from cmap_defense.evaluation.report import Report, load_report, write_report
+from cmap_defense.evaluation.report.tables import HEADLINE
+from cmap_defense.evaluation.results import WorkUnit
+from cmap_defense.evaluation.tasks import DEFENDED
 from cmap_defense.ranks import Ranks, ranks
 
 __all__ = ["cost_text", "run_evaluate", "run_report", "unit_progress"]
@@ -60,15 +60,15 @@ def run_evaluate(options: dict[str, Any], out: Path, *, as_json: bool, dry_run: 
         with unit_progress(team) as progress:
             evaluation.run(progress)
         if first:
-            found = build_report(evaluation)
-            files, lacking = write_report(found.to_dict(), out)
+            found = evaluation.report()
+            files, lacking = write_report(found, out)
             _show(found, files, lacking, as_json=as_json)
         team.wait()
 
 
 def run_report(folder: Path, *, as_json: bool) -> None:
     """Carry out the command report."""
-    files, lacking = write_report(load_facts(folder), folder)
+    files, lacking = write_report(load_report(folder), folder)
     if as_json:
         print_json({"files": [str(file) for file in files], "lacking": lacking})
         return
@@ -78,10 +78,10 @@ def run_report(folder: Path, *, as_json: bool) -> None:
 
 
 def _made_of(evaluation: Evaluation) -> str:
-    model, protocol = evaluation.model, evaluation.protocol
+    model, protocol = evaluation.models[DEFENDED], evaluation.protocol
     assert isinstance(model, PurifiedClassifier)
     runs, classes = len(protocol.seeds), len(evaluation.images.labels.unique())
-    attacks = len(evaluation.subjects[0].attacks)
+    attacks = len(evaluation.attacks[DEFENDED])
     return (
         f"{len(evaluation.images)} images of {classes} classes, {runs} run{'s' if runs > 1 else ''}, "
         f"{attacks} attack{'' if attacks == 1 else 's'}; "
@@ -98,7 +98,7 @@ def unit_progress(team: Ranks) -> Iterator[OnUnit | None]:
         return
     with Progress(0, "evaluating") as progress:
 
-        def show(unit: Unit, done: int, total: int) -> None:
+        def show(unit: WorkUnit, done: int, total: int) -> None:
             progress.at(done, total, what=f"{unit.task}, run {unit.seed}")
 
         yield show
@@ -112,16 +112,16 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     unknown = [name for name, passes in expected.passes.items() if passes is None]
     shown = duration(expected.seconds / world)
     memory = "" if expected.bytes is None else f", {expected.bytes / 2**30:.1f} GiB of memory or more"
-    text = f"{left} of {total} work units to do: {expected.total_passes:,} backbone passes, about {shown} here{memory}."
-    return text + (f"\nNot counted: {', '.join(unknown)}." if unknown else "")
+    text = f"{left} of {total} work units to do: {expected.total_passes:,} network passes, about {shown} here{memory}."
+    return text + (f"\nNot included, measured in their first work unit: {', '.join(unknown)}." if unknown else "")
 
 
 def _show(found: Report, files: list[Path], lacking: str | None, *, as_json: bool) -> None:
     if as_json:
         print_json(found.to_dict())
         return
-    rows = [["model", "attack", "one-shot", "vote", "re-purified"]]
-    rows += [[row.subject, row.attack, *map(str, (row.one_shot, row.vote, row.repurified))] for row in found.rows]
+    rows = [["model", "attack", "one-shot", "vote", "re-evaluated"]]
+    rows += [[row.model, row.attack, *map(str, (row.one_shot, row.vote, row.reevaluated))] for row in found.rows]
     click.echo()
     print_table(rows)
     click.echo()

@@ -15,9 +15,10 @@ from cmap_defense.cli.choices import COUNT, EMBEDDED
 from cmap_defense.cli.models import imported_model
 from cmap_defense.cli.output import checked_device
 from cmap_defense.data import DATASETS, open_dataset
+from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import SettingsError
-from cmap_defense.evaluation.protocol import Protocol, Subset
+from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.paths import expanded
 from cmap_defense.settings import near_matches
 
@@ -104,7 +105,7 @@ def attacks_of(options: Mapping[str, Any]) -> dict[str, Attack]:
 
 def protocol_of(options: Mapping[str, Any]) -> Protocol:
     """What the protocol options say, and the check options where the command has them."""
-    names = ("answers", "repurifications", "group", "search_control", "sanity_images", "gradient_samples")
+    names = ("predictions", "reevaluations", "group", "search_on_clean", "sanity_images", "gradient_samples")
     given = {name: options[name] for name in names if name in options}
     return Protocol(seeds=tuple(range(options["runs"])), **given)
 

@@ -27,9 +27,9 @@ from cmap_defense.cli.output import (
 )
 from cmap_defense.cli.progress import Progress
 from cmap_defense.data.files import write_image
-from cmap_defense.evaluation.quality import Quality, QualityRun
-from cmap_defense.evaluation.quality.report import accuracy_rows, distance_rows, told, write_quality
-from cmap_defense.evaluation.store import write_text
+from cmap_defense.files import write_text
+from cmap_defense.quality import Quality, QualityRun
+from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality
 
 __all__ = ["run_quality"]
 
@@ -128,11 +128,11 @@ def _others(options: dict[str, Any]) -> dict[str, Any]:
 def _cost(run: QualityRun) -> str:
     """What it will cost, for people."""
     settings = run.model.settings
-    seen = run.probe()
+    speed = run.measure_speed()
     return (
         f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
         f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, "
-        f"about {duration(seen.seconds * run.passes)} here."
+        f"about {duration(speed.seconds * run.passes)} here."
     )
 
 
@@ -160,7 +160,7 @@ def _word(value: Any) -> str:
 
 def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
     """The first images, each with what the classifier makes of it."""
-    shown, answers = found.reconstructions.shown, found.reconstructions.answers
+    shown, answers = found.reconstructions.shown, found.reconstructions.predicted
 
     def called(label: torch.Tensor) -> str:
         return str(int(label)) if class_names is None else class_names[int(label)]
@@ -184,7 +184,7 @@ def _written_down(folder: Path, figures: dict[str, Any]) -> Path:
 
 
 def _show(facts: dict[str, Any], seconds: float, files: list[Path]) -> None:
-    said = told(facts)
+    said = notes(facts)
     click.echo()
     print_table(distance_rows(facts))
     click.echo("\n" + "\n".join([*said["samples"], "", *said["purified"], ""]))

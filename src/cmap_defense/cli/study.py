@@ -17,15 +17,14 @@ from cmap_defense.cli.options import (
     threat_of,
 )
 from cmap_defense.cli.output import print_json, print_table
-from cmap_defense.evaluation.accuracy import Accuracy
-from cmap_defense.evaluation.report.study import write_study
-from cmap_defense.evaluation.studies import make_study, run_study
+from cmap_defense.paper import make_study, run_study, write_study
+from cmap_defense.paper.report import study_rows
 from cmap_defense.ranks import ranks
 
 __all__ = ["run_study_command"]
 
 ATTACKS = ("transfer", "bpda-eot")
-"""Of the standard set, where none is named: one that does not see the defence and one that does."""
+"""Of the standard set, where none is named: one that does not evaluate the defence and one that does."""
 
 
 def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json: bool) -> None:
@@ -50,22 +49,17 @@ def run_study_command(name: str, options: dict[str, Any], out: Path, *, as_json:
                 progress=progress,
             )
         if team.rank == 0:
-            facts = result.to_dict()
-            files, lacking = write_study(facts, out)
+            study = result.to_dict()
+            files, lacking = write_study(study, out)
             if as_json:
-                print_json(facts)
+                print_json(study)
             else:
-                _show(facts, files, lacking)
+                _show(study, files, lacking)
         team.wait()
 
 
-def _show(facts: dict[str, Any], files: list[Path], lacking: str | None) -> None:
-    rows = [[facts["axis"], "attack", "one answer", "vote", "re-purified", "one latent"]]
-    for entry in facts["rows"]:
-        row = entry["row"]
-        shown = [str(Accuracy(row[name]["correct"], row[name]["total"])) for name in ("average", "vote", "repurified")]
-        latent = "" if row["one_latent"] is None else f"{row['one_latent']:.3f}"
-        rows.append([entry["variant"], entry["attack"], *shown, latent])
+def _show(study: dict[str, Any], files: list[Path], lacking: str | None) -> None:
+    rows = study_rows(study)
     click.echo()
     print_table(rows)
     click.echo(f"\n{', '.join(map(str, files))}")

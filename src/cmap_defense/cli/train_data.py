@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset
+from cmap_defense.data.subset import Subset
 from cmap_defense.errors import DataError
-from cmap_defense.evaluation.protocol import Subset
 
 __all__ = ["TrainingSet", "classes_of", "training_set"]
 

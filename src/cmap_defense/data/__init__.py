@@ -1,17 +1,42 @@
-"""Data sets, in memory or read when asked for, and image files on disk."""
+"""Data sets, in memory or read when they are needed, the selection of images, and image files on disk."""
 
-from cmap_defense.data.files import read_image, write_image
-from cmap_defense.data.folders import FolderImages
-from cmap_defense.data.images import ImageSource, LabelledImages
-from cmap_defense.data.sources import DATASETS, load_dataset, open_dataset
+from typing import TYPE_CHECKING
+
+from cmap_defense.data.subset import Subset
+from cmap_defense.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cmap_defense.data.files import read_image, write_image
+    from cmap_defense.data.folders import FolderImages
+    from cmap_defense.data.images import ImageSource, LabelledImages
+    from cmap_defense.data.selection import SelectedImages
+    from cmap_defense.data.sources import DATASETS, load_dataset, open_dataset
 
 __all__ = [
     "DATASETS",
     "FolderImages",
     "ImageSource",
     "LabelledImages",
+    "SelectedImages",
+    "Subset",
     "load_dataset",
     "open_dataset",
     "read_image",
     "write_image",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "DATASETS": "cmap_defense.data.sources",
+            "FolderImages": "cmap_defense.data.folders",
+            "ImageSource": "cmap_defense.data.images",
+            "LabelledImages": "cmap_defense.data.images",
+            "SelectedImages": "cmap_defense.data.selection",
+            "load_dataset": "cmap_defense.data.sources",
+            "open_dataset": "cmap_defense.data.sources",
+            "read_image": "cmap_defense.data.files",
+            "write_image": "cmap_defense.data.files",
+        },
+    )

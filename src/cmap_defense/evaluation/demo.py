@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks.pgd import PGD
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.evaluation.accuracy import Accuracy
 from cmap_defense.modules import evaluating
 from cmap_defense.results import History, PurificationResult
+from cmap_defense.statistics import Accuracy
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["Demonstration", "demonstrate", "over_margin"]
@@ -25,11 +25,20 @@ __all__ = ["Demonstration", "demonstrate", "over_margin"]
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """Images [B, C, H, W] and their purified versions, four accuracies, and the seconds that purification took.
+    """Images and their purified versions, and four accuracies. The dicts have the entries "clean" and "attacked".
 
-    The dicts have the entries "clean" and "attacked". bare_labels: [B], what the bare classifier says.
-    constrained, unconstrained: histories of the clean images' optimisation with and without eq. 12, on the same
-    images and seeds (Fig. 6 of the paper).
+    Attributes:
+        clean: images [B, C, H, W].
+        attacked: the same, attacked.
+        labels: [B], the true classes.
+        purified_clean: of the clean images.
+        purified_attacked: of the attacked images.
+        bare_labels: [B], predictions of the bare classifier.
+        bare_accuracy: of the bare classifier.
+        purified_accuracy: of the vote.
+        constrained: history of the clean images' optimisation with eq. 12.
+        unconstrained: the same without it, on the same images and seeds (Fig. 6 of the paper).
+        seconds: that purification took.
     """
 
     clean: Tensor
@@ -84,7 +93,7 @@ def demonstrate(
     shown: int,
     on_step: Callable[[str], None] | None = None,
 ) -> Demonstration:
-    """Attack ``classifier`` with PGD, purify clean and attacked images, judge all four.
+    """Attack ``classifier`` with PGD, purify clean and attacked images, classify all four.
 
     Args:
         classifier: undefended, images in [0, 1] to logits.
@@ -115,7 +124,7 @@ def demonstrate(
             unconstrained = loose.purify(images[:shown], seeds=seeds[:shown]).history
     assert purified_clean.history is not None
     assert unconstrained is not None
-    judged = {"clean": purified_clean.labels, "attacked": purified_attacked.labels}
+    votes = {"clean": purified_clean.labels, "attacked": purified_attacked.labels}
     return Demonstration(
         clean=images,
         attacked=attacked,
@@ -124,7 +133,7 @@ def demonstrate(
         purified_attacked=purified_attacked,
         bare_labels=bare,
         bare_accuracy={name: Accuracy.of(predicted, labels) for name, predicted in bare.items()},
-        purified_accuracy={name: Accuracy.of(p, labels) for name, p in judged.items() if p is not None},
+        purified_accuracy={name: Accuracy.of(p, labels) for name, p in votes.items() if p is not None},
         constrained=History(
             *(getattr(purified_clean.history, field.name)[:, :shown] for field in dataclasses.fields(History))
         ),

@@ -1,4 +1,4 @@
-"""An evaluation: what is to be done, in pieces that can be done in any order, by any number of processes."""
+"""An evaluation: work units that can be done in any order, by any number of processes, and the report of them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ import contextlib
 import dataclasses
 import functools
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.cautions import warn_of_probabilities
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.memory import default_max_parallel
+from cmap_defense.data.selection import SelectedImages, labelled_data
+from cmap_defense.data.subset import Subset
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
-from cmap_defense.evaluation.cost import AttackCost, counted_passes, probe, rehearse
-from cmap_defense.evaluation.describe import checksum, describe_answer, describe_model, describe_software
-from cmap_defense.evaluation.images import EvaluationImages, data_for, first_outputs
-from cmap_defense.evaluation.plan import DEFENDED, UNDEFENDED, Subject, tasks_of
-from cmap_defense.evaluation.protocol import Protocol, Subset, run_indices
-from cmap_defense.evaluation.store import Store, Unit, write_text
-from cmap_defense.evaluation.tasks import AttackTask, ControlTask, GradientTask, Group, Task
+from cmap_defense.evaluation.describe import describe_logits, describe_model, describe_software
+from cmap_defense.evaluation.protocol import Protocol, run_indices
+from cmap_defense.evaluation.report import Report, build_report, write_report
+from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
+from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
+from cmap_defense.files import tensor_checksum, write_text
 from cmap_defense.inputs import check_logits
 from cmap_defense.modules import device_of, evaluating
+from cmap_defense.passes import counting_passes
 from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.rng import isolated
 from cmap_defense.settings import near_matches, require_integer
 
-__all__ = ["SUITES", "Evaluation", "Expected", "Progress"]
+__all__ = ["SUITES", "Evaluation", "Expected", "Progress", "evaluate"]
 
 SUITES: Mapping[str, Callable[[ThreatModel], dict[str, Attack]]] = {
     "standard": standard_suite,
@@ -41,17 +46,20 @@ SUITES: Mapping[str, Callable[[ThreatModel], dict[str, Attack]]] = {
 }
 """Sets of attacks by name, at their own sizes."""
 
-Progress = Callable[[Unit, int, int], None]
-"""Called before each piece of this process: the piece, how many of its own are done, how many it has."""
+Progress = Callable[[WorkUnit, int, int], None]
+"""Called before each work unit of this process: the unit, how many of its own are done, how many it has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
     """What is still to be done.
 
-    passes: latents through the backbone, by task, all images and runs; None where an attack could not be counted.
-    seconds: at the speed of a short piece on this machine, all processes together; the classifier's own work and the
-    second derivatives of unrolled gradients come on top. bytes: the most memory so far, in a short piece.
+    Attributes:
+        passes: network passes by task, of all images and runs; None where they are not known before the first work
+            unit of an attack. Gradients that go back through the purification take more.
+        seconds: by the work units that are finished, or else at the speed of a short purification on this machine, all
+            processes together. Tasks whose passes are not known are not included.
+        bytes: largest memory of that short purification; None where nothing was measured.
     """
 
     passes: Mapping[str, int | None]
@@ -60,31 +68,33 @@ class Expected:
 
     @property
     def total_passes(self) -> int:
-        """Of all tasks that could be counted."""
+        """Of all tasks whose passes are known."""
         return sum(passes or 0 for passes in self.passes.values())
 
 
 class Evaluation:
     """A model, its images, its attacks and a folder for the results; :meth:`run` does what is not done yet.
 
+    Making one only looks at its arguments. Images are read, models run and the folder is read when a method needs it.
+
     Args:
         model: a :class:`~cmap_defense.classifier.PurifiedClassifier`, or any model, images in [0, 1] to logits. It is
             evaluated in eval mode.
-        data: see :meth:`EvaluationImages.of <cmap_defense.evaluation.images.EvaluationImages.of>`.
-        out: the folder.
+        data: see :meth:`SelectedImages.of <cmap_defense.data.selection.SelectedImages.of>`.
+        out: the folder of the results.
         attacks: "standard", "paper", "full", or attacks by name.
-        threat: of the sets that have a name; None for linf, 8/255.
-        protocol: how often each image is attacked and asked about.
+        threat: norm and eps of a set of attacks that is given by name; None for linf, 8/255.
+        protocol: how often each image is attacked and predicted; None for the defaults.
         subset: which images; None for all.
         baselines: models by name, undefended or adversarially trained, for the same table. The classifier of a purified
             classifier is among them as "undefended", unless ``undefended`` is False.
-        baseline_attacks: on each of them; None for PGD with 50 steps and two restarts.
+        baseline_attacks: attacks on each of them; None for PGD with 50 steps and two restarts.
+        undefended: whether the classifier of a purified classifier is a baseline.
         threads: of the CPU; None for what the folder was begun with, or else for torch's.
         class_names: for the report; None for the data set's own.
 
     Raises:
-        SettingsError, InputTypeError, InputValueError, DataError: these are something else.
-        EvaluationError: ``out`` is something else.
+        SettingsError: an argument is something else.
     """
 
     def __init__(
@@ -103,76 +113,99 @@ class Evaluation:
         threads: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.store = Store(Path(out))
-        self.protocol = protocol or Protocol()
-        self.subset = subset or Subset()
-        self.images = EvaluationImages.of(data_for(model, data), self.subset)
-        self.class_names = self.images.class_names if class_names is None else tuple(class_names)
-        before = self.store.settings() or {}
-        recorded = before.get("models", {})
-        self.model = fixed_chunk(_in_unit(model), recorded.get(DEFENDED))
-        chosen = _attacks(attacks, threat)
+        self.folder = ResultsFolder(Path(out))
+        self.protocol, self.subset = protocol or Protocol(), subset or Subset()
+        self._data, self._class_names = data, class_names
+        self._threads = None if threads is None else require_integer("Evaluation", "threads", threads, minimum=1)
+        model = _on_unit_images(model)
+        self._models: dict[str, Model] = {DEFENDED: model}
+        if undefended and isinstance(model, PurifiedClassifier):
+            self._models[UNDEFENDED] = _Undefended(model.undefended)
+        for name, other in (baselines or {}).items():
+            if name in (DEFENDED, UNDEFENDED, CHECKS):
+                raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
+            self._models[name] = _on_unit_images(other)
+        chosen = _attacks_by_name(attacks, threat)
         if baseline_attacks is None:
             size = next(iter(chosen.values())).threat if chosen else threat or ThreatModel()
             baseline_attacks = {"pgd": PGD(size, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
-        others = dict(baselines or {})
-        for name in others:
-            if name in (DEFENDED, UNDEFENDED, "checks"):
-                raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
-        if undefended and isinstance(self.model, PurifiedClassifier):
-            others = {UNDEFENDED: _Undefended(self.model.undefended), **others}
-        self.subjects = [Subject(DEFENDED, self.model, chosen)]
-        self.subjects += [
-            Subject(name, fixed_chunk(_in_unit(other), recorded.get(name)), baseline_attacks)
-            for name, other in others.items()
-        ]
-        image_shape = tuple(self.images.images.shape[1:])
-        for attack in (attack for subject in self.subjects for attack in subject.attacks.values()):
-            attack.threat.require_fit(image_shape)
-        self.tasks = tasks_of(self.subjects, self.protocol, image_shape)
-        if threads is not None:
-            threads = require_integer("Evaluation", "threads", threads, minimum=1)
-        self.threads = threads or before.get("computation", {}).get("threads") or torch.get_num_threads()
-        self._answers = {subject.name: self._first_answer(subject) for subject in self.subjects}
+        self.attacks = {name: chosen if name == DEFENDED else baseline_attacks for name in self._models}
+
+    # ------------------------------------------------------------------------------------------ what is to be done
+
+    @functools.cached_property
+    def images(self) -> SelectedImages:
+        """The images, read and checked. Raises InputTypeError, InputValueError, DataError, SettingsError."""
+        model = self._models[DEFENDED]
+        channels = model.image_shape[0] if isinstance(model, PurifiedClassifier) else None
+        return SelectedImages.of(labelled_data(self._data, channels), self.subset)
+
+    @functools.cached_property
+    def models(self) -> dict[str, Model]:
+        """By name: the model and its baselines, with the chunk sizes of the folder's results."""
+        recorded = (self.folder.settings() or {}).get("models", {})
+        return {name: fixed_chunk(model, recorded.get(name)) for name, model in self._models.items()}
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Task]:
+        """By name, in the order in which they are done and shown."""
+        shape = tuple(self.images.images.shape[1:])
+        for attack in (attack for attacks in self.attacks.values() for attack in attacks.values()):
+            attack.threat.require_fit(shape)
+        return {task.name: task for task in make_tasks(self.models, self.attacks, self.protocol, shape)}
+
+    @functools.cached_property
+    def threads(self) -> int:
+        """Threads of the CPU."""
+        recorded = (self.folder.settings() or {}).get("computation", {})
+        return self._threads or recorded.get("threads") or torch.get_num_threads()
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One per class, where they are known."""
+        return self.images.class_names if self._class_names is None else tuple(self._class_names)
 
     @property
     def device(self) -> torch.device:
         """Where the model is; the CPU for one without weights."""
-        return _device(self.model)
+        return _device(self._models[DEFENDED])
 
     def settings(self) -> dict[str, Any]:
-        """All that decides about the results, as JSON."""
+        """All that decides about the results, as JSON. Each model predicts the first image once.
+
+        Raises:
+            ClassifierError, InputValueError: a model does not take the images, or lacks classes of the labels.
+        """
         chosen = self.images
         content = [("images", chosen.images), ("labels", chosen.labels), ("positions", chosen.positions)]
         return {
             "models": {
-                subject.name: describe_model(_described(subject.model)) | {"answer": self._answers[subject.name]}
-                for subject in self.subjects
+                name: describe_model(_module(model)) | {"logits": self._first_logits[name]}
+                for name, model in self.models.items()
             },
             "data": {
                 "count": len(chosen),
                 "classes": len(chosen.labels.unique()),
-                "checksum": checksum(content),
+                "checksum": tensor_checksum(content),
                 "subset": self.subset.to_dict(),
             },
             "protocol": self.protocol.to_dict(),
-            "tasks": {task.name: task.describe() for task in self.tasks},
+            "tasks": {name: task.describe() for name, task in self.tasks.items()},
             "computation": {"threads": self.threads, **describe_software(self.device)},
         }
 
-    def units(self) -> list[Unit]:
-        """All pieces, in the order in which they are done and shown."""
+    def units(self) -> list[WorkUnit]:
+        """All work units, in the order in which they are done and shown."""
         found = []
-        for task in self.tasks:
+        for name, task in self.tasks.items():
             seeds = self.protocol.seeds[:1] if task.once else self.protocol.seeds
-            count = len(self.images) if task.limit is None else min(task.limit, len(self.images))
-            groups = range(-(-count // self.protocol.group))
-            found += [Unit(task.name, seed, group) for seed in seeds for group in groups]
+            groups = range(-(-self._count(task) // self.protocol.group))
+            found += [WorkUnit(name, seed, group) for seed in seeds for group in groups]
         return found
 
-    def missing(self) -> list[Unit]:
-        """The pieces that are not done."""
-        return [unit for unit in self.units() if not self.store.done(unit)]
+    def missing(self) -> list[WorkUnit]:
+        """The work units that are not done."""
+        return [unit for unit in self.units() if not self.folder.done(unit)]
 
     def check_folder(self) -> None:
         """See whether the results in the folder, if there are some, are of these settings. Nothing is written.
@@ -180,117 +213,138 @@ class Evaluation:
         Raises:
             EvaluationError: they are of other settings; the message has a line for each that differs.
         """
-        self.store.compare(self.settings())
+        self.folder.compare(self.settings())
 
     def expected(self) -> Expected:
-        """The cost of what is missing. It runs each attack once on a stand-in, and a few iterations of the model."""
-        tasks = {task.name: task for task in self.tasks}
+        """The cost of what is missing: measured where a work unit of a task is finished, and estimated elsewhere from
+        what attacks and purifiers declare and the speed of a short purification."""
         images: dict[str, int] = {}
         for unit in self.missing():
-            images[unit.task] = images.get(unit.task, 0) + len(self._positions(tasks[unit.task], unit.group))
-        passes: dict[str, int | None] = {}
+            images[unit.task] = images.get(unit.task, 0) + len(self._rows(unit))
+        timings, passes = self.folder.timings(), {}
         seconds, most = 0.0, None
-        with self._threads():
-            for subject in self.subjects:
-                model = subject.model
-                own = [name for name in images if tasks[name].model is model]
-                with evaluating(_described(model)):
-                    costs = {name: self._passes(tasks[name]) for name in own}
-                    found = {name: None if cost is None else cost * images[name] for name, cost in costs.items()}
-                    if isinstance(model, PurifiedClassifier) and own:
-                        seen = probe(model, self.images.images[: self.protocol.group].to(_device(model)))
-                        seconds += seen.seconds * sum(count or 0 for count in found.values())
-                        most = max(filter(None, (most, seen.bytes)), default=None)
-                passes |= found
-        return Expected({name: passes[name] for name in images}, seconds, most)
+        for name, count in images.items():
+            task, timing = self.tasks[name], timings.get(name, Timing())
+            if timing.images:
+                passes[name] = round(timing.passes / timing.images * count)
+                seconds += timing.seconds / timing.images * count
+                continue
+            each = task.passes_per_image()
+            passes[name] = None if each is None else each * count
+            if each and isinstance(task.model, PurifiedClassifier):
+                speed = self._speed(task.model_name if task.model_name in self.models else DEFENDED)
+                seconds += speed.seconds * each * count
+                most = max(filter(None, (most, speed.bytes)), default=None)
+        return Expected(passes, seconds, most)
+
+    # ------------------------------------------------------------------------------------------------------ doing it
 
     def run(self, progress: Progress | None = None) -> None:
         """Do what is missing, and write ``results.jsonl`` when all is there.
 
-        Under torchrun the pieces are dealt out to the ranks, and each of them calls this; the folder is one that all of
-        them see. Killed at any moment and called again, it goes on, and ends with the same lines.
+        Under torchrun the work units are dealt out to the ranks, and each of them calls this; the folder is one that
+        all of them see. Killed at any moment and called again, it goes on, and ends with the same lines.
+
+        Args:
+            progress: called before each work unit.
 
         Raises:
             EvaluationError: another job has the folder, or it holds results of other settings.
+            SettingsError, InputTypeError, InputValueError, DataError, ClassifierError: the images are none, or do not
+                fit the models.
         """
-        with ranks() as team, self._opened(team), self._threads():
-            settings = self.settings()
-            _agree(team, settings, self.store)
+        settings = self.settings()
+        with ranks() as team, self._locked(team), _threads(self.threads):
+            self._agree(team, settings)
             missing = team.shared(self.missing())
             own = missing[team.rank :: team.world]
-            tasks = {task.name: task for task in self.tasks}
-            models = [subject.model for subject in self.subjects]
             with contextlib.ExitStack() as stack:
-                for model in models:
-                    stack.enter_context(evaluating(_described(model)))
+                for model in self.models.values():
+                    stack.enter_context(evaluating(_module(model)))
                 for number, unit in enumerate(own):
                     if progress is not None:
                         progress(unit, number, len(own))
-                    self._do(tasks[unit.task], unit, team)
+                    self._do(unit, team)
             team.wait()
             if team.rank == 0:
                 self._merge()
             team.wait()
 
-    def _do(self, task: Task, unit: Unit, team: Ranks) -> None:
-        group = self._group(task, unit)
+    def report(self) -> Report:
+        """The report of what is done; tasks of which a work unit is missing are left out, and there is no headline
+        then."""
+        attacks, model = self.attacks[DEFENDED], self.models[DEFENDED]
+        settings = self.folder.settings() or self.settings()
+        shape = tuple(self.images.images.shape[1:])
+        return build_report(self.folder, self.units(), settings, model, attacks, shape, self.class_names)
+
+    def _do(self, unit: WorkUnit, team: Ranks) -> None:
+        task, batch = self.tasks[unit.task], self._batch(unit)
         begun = time.perf_counter()
-        with counted_passes(task.model) as passes:
-            outcome = task.run(group)
-        seconds = time.perf_counter() - begun
-        named = {"subject": task.subject, "attack": task.attack, "seed": unit.seed}
-        self.store.write(unit, [named | line for line in outcome.lines], outcome.tensors)
-        self.store.note_time(unit, team.rank, seconds, passes[0])
+        with counting_passes() as passes:
+            lines, tensors = task.run(batch)
+        seconds = round(time.perf_counter() - begun, 3)
+        named = {"model": task.model_name, "attack": task.row, "seed": unit.seed}
+        self.folder.write(unit, [named | line for line in lines], tensors)
+        self.folder.note_timing(unit, team.rank, Timing(len(lines), seconds, passes.total))
 
     def _merge(self) -> None:
         """All lines in one file, in the order of tasks, runs and groups."""
-        lines = [json.dumps(line, allow_nan=False) for unit in self.units() for line in self.store.lines(unit)]
-        write_text(self.store.folder / "results.jsonl", "".join(line + "\n" for line in lines))
+        lines = [json.dumps(line, allow_nan=False) for unit in self.units() for line in self.folder.lines(unit)]
+        write_text(self.folder.path / "results.jsonl", "".join(line + "\n" for line in lines))
 
-    def _group(self, task: Task, unit: Unit) -> Group:
-        rows = self._positions(task, unit.group)
-        chosen, where = self.images, slice(rows.start, rows.stop)
-        positions = chosen.positions[where]
-        return Group(
-            chosen.images[where].to(_device(task.model)),
-            chosen.labels[where].to(_device(task.model)),
-            positions,
-            run_indices(positions, unit.seed),
-        )
+    def _count(self, task: Task) -> int:
+        """How many images a task has."""
+        return len(self.images) if task.limit is None else min(task.limit, len(self.images))
 
-    def _positions(self, task: Task, group: int) -> range:
-        """The rows of a group."""
-        count = len(self.images) if task.limit is None else min(task.limit, len(self.images))
+    def _rows(self, unit: WorkUnit) -> range:
+        """The rows of a work unit's images."""
         size = self.protocol.group
-        return range(group * size, min((group + 1) * size, count))
+        return range(unit.group * size, min((unit.group + 1) * size, self._count(self.tasks[unit.task])))
 
-    def _passes(self, task: Task) -> int | None:
-        """Backbone passes per image of a task."""
-        model = task.model
-        if not isinstance(model, PurifiedClassifier):
-            return 0
-        once = model.purifier.passes
-        if isinstance(task, ControlTask):
-            return once * (task.answers + task.repurifications + task.search)
-        if isinstance(task, GradientTask):
-            return once * task.samples
-        assert isinstance(task, AttackTask)
-        cost = self._rehearsed(task.how, model)
-        return None if cost is None else cost.passes + once * (task.answers + task.repurifications)
+    def _batch(self, unit: WorkUnit) -> Batch:
+        rows = self._rows(unit)
+        chosen, where, device = self.images, slice(rows.start, rows.stop), _device(self.tasks[unit.task].model)
+        positions = chosen.positions[where]
+        images, labels = chosen.images[where].to(device), chosen.labels[where].to(device)
+        return Batch(images, labels, positions, run_indices(positions, unit.seed))
 
-    def _rehearsed(self, attack: Attack, model: PurifiedClassifier) -> AttackCost | None:
-        with torch.no_grad():
-            classes = model.undefended(self.images.images[:1].to(_device(model))).shape[1]
-        return rehearse(attack, model, classes)
+    def _speed(self, name: str) -> Speed:
+        """Of a purified classifier, measured once."""
+        if name not in self._speeds:
+            model = self.models[name]
+            assert isinstance(model, PurifiedClassifier)
+            with _threads(self.threads), evaluating(model):
+                self._speeds[name] = measure_speed(model, self.images.images[: self.protocol.group].to(_device(model)))
+        return self._speeds[name]
+
+    @functools.cached_property
+    def _speeds(self) -> dict[str, Speed]:
+        return {}
+
+    @functools.cached_property
+    def _first_logits(self) -> dict[str, list[float]]:
+        """By model, the logits of the first image without the defence: each takes it, and has the labels' classes."""
+        found = {}
+        for name, model in self.models.items():
+            first = self.images.images[:1].to(_device(model))
+            with torch.no_grad(), isolated(0), evaluating(_module(model)):
+                outputs = bare_logits(model, first, name)
+            logits = check_logits(outputs, 1)
+            if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have warned
+                warn_of_probabilities(model, outputs)
+            self.images.check_classes(logits.shape[1], name)
+            found[name] = describe_logits(logits)
+        return found
 
     @contextlib.contextmanager
-    def _opened(self, team: Ranks) -> Iterator[None]:
-        """The folder locked by the first rank; all ranks raise where it cannot be had."""
+    def _locked(self, team: Ranks) -> Iterator[None]:
+        """The folder locked by the first rank; all ranks raise where it cannot be."""
         with contextlib.ExitStack() as stack:
             refusal = None
             if team.rank == 0:
                 try:
-                    stack.enter_context(self.store.locked())
+                    stack.enter_context(self.folder.locked())
                 except CmapError as error:
                     refusal = str(error)
             refusal = team.shared(refusal)
@@ -298,29 +352,97 @@ class Evaluation:
                 raise EvaluationError(refusal)
             yield
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    def _first_answer(self, subject: Subject) -> list[float]:
-        """What a model, without its defence, answers to the first image: it fits, and has the classes of the labels."""
-        model = subject.model
-        first = self.images.images[:1].to(_device(model))
-        with torch.no_grad(), isolated(0), evaluating(_described(model)):
-            outputs = first_outputs(model, first, subject.name)
-        logits = check_logits(outputs, 1)
-        if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have said it
-            warn_of_probabilities(model, outputs)
-        self.images.check_classes(logits.shape[1], subject.name)
-        return describe_answer(logits)
+    def _agree(self, team: Ranks, settings: dict[str, Any]) -> None:
+        """The folder belongs to these settings, and all ranks to each other; all of them raise where not."""
+        refusal = None
+        if team.rank == 0:
+            try:
+                self.folder.begin(settings)
+            except CmapError as error:
+                refusal = str(error)
+        refusal = team.shared(refusal)
+        other = None
+        if refusal is None and team.rank != 0:
+            try:
+                self.folder.begin(settings, first=False)
+            except CmapError as error:
+                other = f"Rank {team.rank} was started with other settings than the first, or elsewhere: {error}"
+        refusal = refusal or team.first_of(other)
+        if refusal is not None:
+            raise EvaluationError(refusal)
 
 
-class _Undefended(functools.partial[torch.Tensor]):
+def evaluate(
+    model: Model,
+    data: Any,
+    *,
+    attacks: str | Mapping[str, Attack] = "standard",
+    threat: ThreatModel | None = None,
+    protocol: Protocol | None = None,
+    subset: Subset | None = None,
+    baselines: Mapping[str, Model] | None = None,
+    baseline_attacks: Mapping[str, Attack] | None = None,
+    threads: int | None = None,
+    class_names: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Attack a model, re-evaluate it with independent noise, check the attacks, report.
+
+    ::
+
+        report = evaluate(model, load_dataset("cifar10", "test"), subset=Subset(count=512), out="runs/robustness")
+        print(report.headline or report.refused)
+
+    Args:
+        model: see :class:`Evaluation`, as for all but the last two.
+        data: the images and their labels.
+        attacks: "standard", "paper", "full", or attacks by name.
+        threat: norm and eps of a set of attacks that is given by name.
+        protocol: how often each image is attacked and predicted.
+        subset: which images; None for all.
+        baselines: other models by name.
+        baseline_attacks: attacks on each of them.
+        threads: of the CPU.
+        class_names: for the report.
+        out: the folder of the results; the same call goes on there after a kill. None for none: only the report is
+            left.
+        progress: called before each work unit.
+
+    Returns:
+        The report, which is written to the folder too: ``report.json``, ``report.md``, ``report.html``.
+
+    Raises:
+        EvaluationError: another job has the folder, or it holds results of other settings.
+        SettingsError, InputTypeError, InputValueError, DataError: an argument is out of its range.
+    """
+    with ranks() as team, contextlib.ExitStack() as stack:
+        folder = Path(out) if out is not None else None
+        if folder is None:
+            made = stack.enter_context(tempfile.TemporaryDirectory()) if team.rank == 0 else ""
+            folder = Path(team.shared(made))
+        evaluation = Evaluation(
+            model,
+            data,
+            folder,
+            attacks=attacks,
+            threat=threat,
+            protocol=protocol,
+            subset=subset,
+            baselines=baselines,
+            baseline_attacks=baseline_attacks,
+            threads=threads,
+            class_names=class_names,
+        )
+        evaluation.run(progress)
+        report = evaluation.report()
+        if team.rank == 0 and out is not None:
+            write_report(report, folder)
+        team.wait()
+        return report
+
+
+class _Undefended(functools.partial[Tensor]):
     """The method ``undefended`` of a purified classifier."""
 
     @property
@@ -336,12 +458,12 @@ def _device(model: Model) -> torch.device:
     return next((device for device in found if device is not None), torch.device("cpu"))
 
 
-def _described(model: Model) -> object:
-    """What a model's description is made from."""
+def _module(model: Model) -> object:
+    """What a model is described by, and put into eval mode."""
     return model.wrapper.classifier if isinstance(model, _Undefended) else model
 
 
-def _in_unit(model: Model) -> Model:
+def _on_unit_images(model: Model) -> Model:
     """The model on images in [0, 1]."""
     if not callable(model) or isinstance(model, type):
         raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
@@ -353,7 +475,10 @@ def _in_unit(model: Model) -> Model:
 def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:
     """The model, on a CUDA device with a chunk size that stays: what fits there depends on what else is in its memory.
 
-    recorded: its description in the folder, whose chunk size is taken again. device: None for the model's own.
+    Args:
+        model: any.
+        recorded: its description in the folder, whose chunk size is taken again.
+        device: None for the model's own.
     """
     device = device or _device(model)
     if not isinstance(model, PurifiedClassifier) or model.max_parallel is not None or device.type != "cuda":
@@ -367,7 +492,7 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
         return model.variant(hooks=True, max_parallel=team.shared(chunk))
 
 
-def _attacks(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
+def _attacks_by_name(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
     if isinstance(attacks, str):
         if attacks not in SUITES:
             raise SettingsError(f"There is no set of attacks {attacks!r}.{near_matches(attacks, set(SUITES))}")
@@ -382,26 +507,16 @@ def _attacks(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) ->
     for name, attack in attacks.items():
         if not isinstance(attack, Attack):
             raise SettingsError(f"attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}.")
-        if name == "control":
-            raise SettingsError('"control" is the name of the clean images: give the attack another.')
+        if name == CLEAN:
+            raise SettingsError(f'"{CLEAN}" is the name of the clean images: give the attack another.')
     return dict(attacks)
 
 
-def _agree(team: Ranks, settings: dict[str, Any], store: Store) -> None:
-    """The folder belongs to these settings, and all ranks to each other; all of them raise where not."""
-    refusal = None
-    if team.rank == 0:
-        try:
-            store.begin(settings)
-        except CmapError as error:
-            refusal = str(error)
-    refusal = team.shared(refusal)
-    other = None
-    if refusal is None and team.rank != 0:
-        try:
-            store.begin(settings, first=False)
-        except CmapError as error:
-            other = f"Rank {team.rank} was started with other settings than the first, or elsewhere: {error}"
-    refusal = refusal or team.first_of(other)
-    if refusal is not None:
-        raise EvaluationError(refusal)
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,40 +1,45 @@
-"""From lines to figures: accuracies with intervals, the worst attack on each image, and what luck alone would do."""
+"""From lines to figures: accuracies with intervals, the worst attack on each image, and what chance alone does."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmap_defense.evaluation.accuracy import Accuracy
+from cmap_defense.statistics import Accuracy
 
-__all__ = ["MEASURES", "Row", "Runs", "WorstCase", "row_of", "worst_case"]
+__all__ = ["MEASURES", "Row", "Runs", "WorstCase", "make_row", "worst_case"]
 
-MEASURES = ("one_shot", "average", "any_of", "vote", "repurified")
-"""Columns of a row; what each of them counts as right stands in :class:`Row`."""
+MEASURES = ("one_shot", "average", "worst_of", "vote", "reevaluated")
+"""Accuracies of a row, see :class:`Row`."""
 
-LUCK_DRAWS = 200
+CHANCE_DRAWS = 200
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Runs:
     """The lines of one model under one attack, as numbers: S runs of B images.
 
-    answers: [S, B, N] bool, which answers are right. repurified: [S, B, R] bool. one_latent: [S, B], or None.
-    labels: [S, B, N] int64, the answers themselves. truth: [B]. positions: [B].
+    Attributes:
+        model: name of the model.
+        attack: name of the attack.
+        labels: [S, B, N] int64, the predictions.
+        right: [S, B, N] bool, which of them are right.
+        reevaluated: [S, B, R] bool.
+        truth: [B], the true classes.
+        one_latent: [S, B]; None for a model without latents.
+        lines: the lines themselves, by run.
     """
 
-    subject: str
+    model: str
     attack: str
-    answers: Tensor
-    repurified: Tensor
     labels: Tensor
+    right: Tensor
+    reevaluated: Tensor
     truth: Tensor
-    positions: Tensor
     one_latent: Tensor | None
     lines: Sequence[Sequence[Mapping[str, Any]]]
 
@@ -44,40 +49,43 @@ class Runs:
         by_seed: dict[int, list[Mapping[str, Any]]] = {}
         for line in lines:
             by_seed.setdefault(line["seed"], []).append(line)
-        runs = list(by_seed.values())
+        return cls._of(list(by_seed.values()))
+
+    @classmethod
+    def _of(cls, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Runs:
         truth = torch.tensor([line["label"] for line in runs[0]])
-        labels = torch.tensor([[line["answers"] for line in run] for run in runs])
-        repurified = torch.tensor([[line["repurified"] for line in run] for run in runs])
+        labels = torch.tensor([[line["predictions"] for line in run] for run in runs])
+        reevaluated = torch.tensor([[line["reevaluated"] for line in run] for run in runs])
         shares = [[line["one_latent"] for line in run] for run in runs]
         return cls(
-            subject=runs[0][0]["subject"],
+            model=runs[0][0]["model"],
             attack=runs[0][0]["attack"],
-            answers=labels == truth[:, None],
-            repurified=repurified == truth[:, None],
             labels=labels,
+            right=labels == truth[:, None],
+            reevaluated=reevaluated == truth[:, None],
             truth=truth,
-            positions=torch.tensor([line["image"] for line in runs[0]]),
             one_latent=None if shares[0][0] is None else torch.tensor(shares, dtype=torch.float64),
             lines=runs,
         )
 
     def vote_right(self) -> Tensor:
-        """[S, B], whether the most frequent of the N answers is right; the lower class on ties."""
+        """[S, B], whether the most frequent of the N predictions is right; the lower class on ties."""
         return self.labels.mode(dim=2).values == self.truth
 
     def first(self, count: int) -> Runs:
         """Of the first images and the first run."""
-        part = (slice(0, 1), slice(0, count))
-        return Runs(
-            self.subject,
-            self.attack,
-            self.answers[part],
-            self.repurified[part],
-            self.labels[part],
-            self.truth[:count],
-            self.positions[:count],
-            None if self.one_latent is None else self.one_latent[part],
-            [self.lines[0][:count]],
+        return self._of([self.lines[0][:count]])
+
+    def shares(self, count: int | None = None) -> Tensor:
+        """[B], the share of all predictions that are right, or of the first ``count`` for each image and run."""
+        return torch.cat([self.right, self.reevaluated], dim=2)[:, :, :count].double().mean(dim=(0, 2))
+
+    def all_labels(self) -> Tensor:
+        """[S, B, A], all predictions of clean images; the N alone where clean images were not searched."""
+        if "search" not in self.lines[0][0]:
+            return self.labels
+        return torch.tensor(
+            [[line["predictions"] + line["reevaluated"] + line["search"] for line in run] for run in self.lines]
         )
 
 
@@ -85,29 +93,41 @@ class Runs:
 class Row:
     """A model under an attack: each accuracy is the mean over the runs, with the interval that its images allow.
 
-    one_shot: the first answer is right. average: the share of the N answers. any_of: all N are right (any wrong one
-    loses). vote: the most frequent of the N. repurified: the share of the R further answers.
-    spread: standard deviation of each over the runs; empty with one run. answers_spread: that of the accuracy of single
-    answers over the R. one_latent: the mean accuracy of single latents, without their vote.
-    searched: no answer heard while searching was wrong. searched_by_luck: no answer of as many about clean images was.
-    search_answers: how many. queries: evaluations of the model per image. distance: the largest.
+    Attributes:
+        model: name of the model.
+        attack: name of the attack, or "clean".
+        images: number of images.
+        runs: number of runs.
+        one_shot: the first prediction is right.
+        average: share of the N predictions that are right.
+        worst_of: all N are right: any wrong one counts against the image.
+        vote: the most frequent of the N is right.
+        reevaluated: share of the R further predictions that are right.
+        spread: standard deviation of each over the runs; empty with one run.
+        prediction_spread: standard deviation of the accuracy of single predictions over the R.
+        one_latent: mean accuracy of single latents, without their vote; None for a model without latents.
+        search: no prediction during the search was wrong; None where the search evaluates something else.
+        search_on_clean: no prediction of as many for clean images was wrong.
+        search_predictions: how many those are.
+        queries: evaluations of the model per image.
+        distance: largest distance from a clean image.
     """
 
-    subject: str
+    model: str
     attack: str
     images: int
     runs: int
     one_shot: Accuracy
     average: Accuracy
-    any_of: Accuracy
+    worst_of: Accuracy
     vote: Accuracy
-    repurified: Accuracy
+    reevaluated: Accuracy
     spread: Mapping[str, float]
-    answers_spread: float
+    prediction_spread: float
     one_latent: float | None
-    searched: Accuracy | None = None
-    searched_by_luck: Accuracy | None = None
-    search_answers: int | None = None
+    search: Accuracy | None = None
+    search_on_clean: Accuracy | None = None
+    search_predictions: int | None = None
     queries: int | None = None
     distance: float | None = None
 
@@ -116,21 +136,24 @@ class Row:
 class WorstCase:
     """The headline: the lowest accuracy that the attacks reach, each image by itself or one of them for all images.
 
-    accuracy is the lower of two, both on the R further predictions: that under the worst attack on each image, and the
-    lowest re-purified accuracy of a single row of the defended model, the clean images among them, since an attacker
-    may leave an image as it is. So no row of the table lies below it. spread: its standard deviation over the runs
-    (None with one run).
+    Where attacks are about equally strong the choice for each image is made by chance, and one of them alone can be
+    lower. What chance alone leaves of ``lowest`` lies between ``clean`` and ``lowest_by_chance``.
 
-    by_image: under the worst attack on each image, which is chosen by the N predictions and counted on the R others, so
-    that no chance in the choice is counted. Where attacks are about equally strong the choice is made by chance, and
-    one of them alone can be lower. single: the row that is lower than by_image; None where none is.
-    chosen: on how many images, summed over the runs, each attack was the worst; of attacks that are equally strong on
-    an image the one that is strongest over all images, and of those the first is named and the mean of all counted.
-    lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere. What luck alone leaves of
-    it lies between two figures. clean: the vote on clean images, which is left where attacks do nothing at all, since
-    all of them are answered by the same noise. lowest_by_luck: that many votes on clean images by unrelated noise:
-    their answers, those to the search control too, are dealt out to as many votes, again and again (drawn with
-    replacement where they do not suffice).
+    Attributes:
+        accuracy: the lower of two, both by the R re-evaluations: that under the worst attack on each image, and the
+            lowest re-evaluated accuracy of a single row of the defended model, the clean images among them, since an
+            attacker may leave an image as it is. So no row of the table lies below it.
+        spread: its standard deviation over the runs; None with one run.
+        by_image: under the worst attack on each image, which is chosen by the N predictions and counted by the R
+            others, so that the selection effect is not counted.
+        single: the row that is lower than by_image; None where none is.
+        chosen: number of images, summed over the runs, on which each attack was the worst. Of attacks that are equally
+            strong on an image the one that is strongest over all images counts, and of those the first is named and
+            the mean of all counted.
+        lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere.
+        clean: the vote on clean images, which is left where attacks do nothing, since all have the same noise.
+        lowest_by_chance: as many votes on clean images by unrelated noise: their predictions, those of the search
+            included, are dealt out to the votes, again and again (drawn with replacement where they do not suffice).
     """
 
     accuracy: Accuracy
@@ -140,69 +163,71 @@ class WorstCase:
     chosen: Mapping[str, int]
     lowest: Accuracy
     clean: Accuracy
-    lowest_by_luck: float
+    lowest_by_chance: float
 
 
-def row_of(runs: Runs, control: Runs | None = None) -> Row:
-    """The row of a task. control: the same model on clean images, whose further answers tell what luck does."""
+def make_row(runs: Runs, clean: Runs | None = None) -> Row:
+    """The row of a task.
+
+    Args:
+        runs: the predictions of the task.
+        clean: those of the same model for clean images, which show what chance does.
+    """
     right = {
-        "one_shot": runs.answers[:, :, 0].double(),
-        "average": runs.answers.double().mean(dim=2),
-        "any_of": runs.answers.all(dim=2).double(),
+        "one_shot": runs.right[:, :, 0].double(),
+        "average": runs.right.double().mean(dim=2),
+        "worst_of": runs.right.all(dim=2).double(),
         "vote": runs.vote_right().double(),
-        "repurified": runs.repurified.double().mean(dim=2),
+        "reevaluated": runs.reevaluated.double().mean(dim=2),
     }
     counted = {name: Accuracy.mean(values.mean(dim=0)) for name, values in right.items()}
-    several = len(runs.answers) > 1
-    spread = {name: values.mean(dim=1).std().item() for name, values in right.items()} if several else {}
-    single = runs.repurified.double().mean(dim=1)
-    searched, by_luck, heard = _searched(runs, control)
+    several = len(runs.right) > 1
+    single = runs.reevaluated.double().mean(dim=1)
     first = runs.lines[0][0]
+    count = first.get("search_predictions")
+    search, on_clean = None, None
+    if count is not None:
+        failed = torch.tensor([[not line["search_succeeded"] for line in run] for run in runs.lines])
+        search = Accuracy.mean(failed.double().mean(dim=0))
+        labels = None if clean is None else clean.all_labels()
+        if clean is not None and labels is not None and labels.shape[2] >= count:
+            all_right = (labels[:, :, :count] == clean.truth[:, None]).all(dim=2)
+            on_clean = Accuracy.mean(all_right.double().mean(dim=0))
     return Row(
-        subject=runs.subject,
+        model=runs.model,
         attack=runs.attack,
         images=len(runs.truth),
-        runs=len(runs.answers),
-        spread=spread,
-        answers_spread=single.std(dim=1).mean().item() if single.shape[1] > 1 else 0.0,
+        runs=len(runs.right),
+        **counted,
+        spread={name: values.mean(dim=1).std().item() for name, values in right.items()} if several else {},
+        prediction_spread=single.std(dim=1).mean().item() if single.shape[1] > 1 else 0.0,
         one_latent=None if runs.one_latent is None else runs.one_latent.mean().item(),
-        searched=searched,
-        searched_by_luck=by_luck,
-        search_answers=heard,
+        search=search,
+        search_on_clean=on_clean,
+        search_predictions=count,
         queries=first.get("queries"),
         distance=max((line["distance"] for run in runs.lines for line in run if "distance" in line), default=None),
-        **counted,
     )
 
 
-def _searched(runs: Runs, control: Runs | None) -> tuple[Accuracy | None, Accuracy | None, int | None]:
-    """Accuracy while searching, that by luck, and over how many answers."""
-    heard = runs.lines[0][0].get("search_answers")
-    if heard is None:
-        return None, None, None
-    found = torch.tensor([[line["searched"] for line in run] for run in runs.lines])
-    searched = Accuracy.mean((~found).double().mean(dim=0))
-    if control is None:
-        return searched, None, heard
-    clean = _heard(control)
-    if clean.shape[2] < heard:
-        return searched, None, heard
-    by_luck = (clean[:, :, :heard] == control.truth[:, None]).all(dim=2)
-    return searched, Accuracy.mean(by_luck.double().mean(dim=0)), heard
+def worst_case(attacks: Sequence[Runs], clean: Runs, draws: int = CHANCE_DRAWS) -> WorstCase:
+    """The worst case over attacks.
 
-
-def worst_case(attacks: Sequence[Runs], control: Runs, draws: int = LUCK_DRAWS) -> WorstCase:
-    """Over attacks on the same images in the same runs; control: clean images; draws: of what luck does."""
-    chosen_by = torch.stack([runs.answers.sum(dim=2) for runs in attacks])  # [M, S, B]
-    counted_on = torch.stack([runs.repurified.double().mean(dim=2) for runs in attacks])
+    Args:
+        attacks: on the same images in the same runs.
+        clean: the clean images.
+        draws: of what chance does.
+    """
+    chosen_by = torch.stack([runs.right.sum(dim=2) for runs in attacks])  # [M, S, B]
+    counted_by = torch.stack([runs.reevaluated.double().mean(dim=2) for runs in attacks])
     strength = chosen_by.sum(dim=(1, 2))[:, None, None].expand_as(chosen_by)
     equal = chosen_by == chosen_by.amin(dim=0)
     strongest = torch.where(equal, strength, strength.max() + 1).amin(dim=0)
     equal &= strength == strongest
-    right = (counted_on * equal).sum(dim=0) / equal.sum(dim=0)  # [S, B]
+    right = (counted_by * equal).sum(dim=0) / equal.sum(dim=0)  # [S, B]
     worst = equal.int().argmax(dim=0)
     by_image = Accuracy.mean(right.mean(dim=0))
-    rows = {runs.attack: runs.repurified.double().mean(dim=2) for runs in (*attacks, control)}
+    rows = {runs.attack: runs.reevaluated.double().mean(dim=2) for runs in (*attacks, clean)}
     alone = {name: Accuracy.mean(shares.mean(dim=0)) for name, shares in rows.items()}
     single = min(alone, key=lambda name: alone[name].value)
     if alone[single].value < by_image.value:
@@ -217,14 +242,14 @@ def worst_case(attacks: Sequence[Runs], control: Runs, draws: int = LUCK_DRAWS) 
         single=single,
         chosen={runs.attack: int((worst == number).sum()) for number, runs in enumerate(attacks)},
         lowest=Accuracy.mean(votes.double().mean(dim=0)),
-        clean=Accuracy.mean(control.vote_right().double().mean(dim=0)),
-        lowest_by_luck=_luck(control, len(attacks), draws),
+        clean=Accuracy.mean(clean.vote_right().double().mean(dim=0)),
+        lowest_by_chance=_by_chance(clean, len(attacks), draws),
     )
 
 
-def _luck(control: Runs, attacks: int, draws: int) -> float:
-    """The share of clean images that win ``attacks`` votes of N in a row, each vote on answers of their own."""
-    pool, count = _heard(control), control.labels.shape[2]
+def _by_chance(clean: Runs, attacks: int, draws: int) -> float:
+    """The share of clean images that win ``attacks`` votes of N, each vote by predictions of its own."""
+    pool, count = clean.all_labels(), clean.labels.shape[2]
     needed = attacks * count
     generator = torch.Generator().manual_seed(0)
     won = torch.zeros(pool.shape[:2], dtype=torch.float64)
@@ -234,16 +259,5 @@ def _luck(control: Runs, attacks: int, draws: int) -> float:
         else:
             picked = torch.randint(pool.shape[2], (*pool.shape[:2], needed), generator=generator)
         votes = pool.gather(2, picked).unflatten(2, (attacks, count)).mode(dim=3).values
-        won += (votes == control.truth[:, None]).all(dim=2)
-    value = (won / draws).mean().item()
-    assert math.isfinite(value)
-    return value
-
-
-def _heard(control: Runs) -> Tensor:
-    """[S, B, A], all answers to the clean images; the N alone where no search was controlled for."""
-    if "search" not in control.lines[0][0]:
-        return control.labels
-    return torch.tensor(
-        [[line["answers"] + line["repurified"] + line["search"] for line in run] for run in control.lines]
-    )
+        won += (votes == clean.truth[:, None]).all(dim=2)
+    return (won / draws).mean().item()

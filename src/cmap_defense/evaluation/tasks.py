@@ -1,4 +1,4 @@
-"""The work on one group of images: attack it, ask about it, or look at its gradients. One line per image comes out."""
+"""What is done with each group of images, and the list of it: clean images, attacks, and what the checks need."""
 
 from __future__ import annotations
 
@@ -14,180 +14,214 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack, AttackResult, Goal
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.attacks.steps import random_point
-from cmap_defense.errors import GradientWarning
-from cmap_defense.evaluation.answers import Answers, ask
-from cmap_defense.evaluation.describe import attack_settings, describe_attack
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.errors import GradientWarning, SettingsError
+from cmap_defense.evaluation.predictions import Predictions, predict
+from cmap_defense.evaluation.protocol import Protocol
+from cmap_defense.gradients import StraightThrough
 from cmap_defense.rng import derived_seeds, isolated
 
-__all__ = ["CONTROL", "AttackTask", "ControlTask", "GradientTask", "Group", "Outcome", "Task"]
+__all__ = [
+    "CHECKS",
+    "CLEAN",
+    "DEFENDED",
+    "UNDEFENDED",
+    "AttackTask",
+    "Batch",
+    "CleanTask",
+    "GradientTask",
+    "Task",
+    "check_attack",
+    "fewer_steps",
+    "make_tasks",
+    "other_sizes",
+]
 
-CONTROL = "control"
-"""The name of clean images among the attacks."""
+DEFENDED, UNDEFENDED = "defended", "undefended"
+"""Names of the model that is evaluated, and of its classifier without the defence."""
+
+CLEAN = "clean"
+"""Name of the clean images among the attacks."""
+
+CHECKS = "checks"
+"""Stands before the names of the tasks that only the checks need."""
+
+EPS_FACTORS = (0.25, 0.5, 2.0, 4.0)
+"""Sizes of the attack next to eps itself, for accuracy over eps."""
 
 Line = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """images: [B, C, H, W] in [0, 1], labels: [B], on the model's device. positions: [B] in the data set, on the CPU.
-    indices: [B], the noise indices of the run, on the CPU."""
+class Batch:
+    """The images of a group in a run.
+
+    Attributes:
+        images: [B, C, H, W] in [0, 1], on the model's device.
+        labels: [B], on the model's device.
+        positions: [B] in the data set, on the CPU.
+        indices: [B], the noise indices of the run, on the CPU.
+    """
 
     images: Tensor
     labels: Tensor
     positions: Tensor
     indices: Tensor
 
-    def named(self) -> list[Line]:
+    def lines(self) -> list[Line]:
         """The beginning of each image's line."""
         pairs = zip(self.positions.tolist(), self.labels.tolist(), strict=True)
         return [{"image": position, "label": label} for position, label in pairs]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Outcome:
-    """lines: one per image, JSON-ready. tensors: by name, on the CPU."""
-
-    lines: list[Line]
-    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Task(abc.ABC):
-    """One thing that is done with every group.
+    """One thing that is done with every group of images.
 
-    subject, attack: whose model and by what. model: images in [0, 1] to logits. limit: how many of the images, the
-    first of them; None for all. once: in the first run only.
+    Attributes:
+        model_name: name of the model in the tables, or "checks".
+        row: name of the attack in the tables.
+        model: images in [0, 1] to logits.
+        limit: number of images, the first ones; None for all.
+        once: in the first run only.
     """
 
-    subject: str
-    attack: str
+    model_name: str
+    row: str
     model: Model
     limit: int | None = None
     once: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.subject}/{self.attack}"
+        return f"{self.model_name}/{self.row}"
 
     @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Line:
         """What decides about its lines, as JSON."""
 
     @abc.abstractmethod
-    def run(self, group: Group) -> Outcome:
-        """The lines of a group; a function of the group alone."""
+    def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
+        """One line per image, JSON-ready, and tensors by name, on the CPU; a function of the batch alone."""
+
+    def passes_per_image(self) -> int | None:
+        """Network passes for each image; None where they are not known before the first work unit."""
+        return self._passes(self.model) if isinstance(self.model, PurifiedClassifier) else 0
+
+    @abc.abstractmethod
+    def _passes(self, model: PurifiedClassifier) -> int | None: ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class AttackTask(Task):
-    """Attack, then answers 0 to N + R - 1 about the final images.
+    """Attack, then predictions 0 to N + R - 1 of the final images.
 
-    A line has "answers" (N) and "repurified" (R), the predicted classes; "one_latent", the mean share over all of them
-    of latents that are right by themselves, where the model has latents; "queries", evaluations of the model per image;
-    "searched", whether any answer heard while searching was wrong, and "search_answers", how many such answers there
-    were (both null where the search asks something else than the model as it is); "zero_gradient", whether every
-    gradient was zero (null for an attack without); "distance"; "on_the_way", whether the vote is right at some
-    iterations (:func:`~cmap_defense.evaluation.answers.looked_at`), where the model has them. Tensors: "images"
-    [B, C, H, W], and "purified" after the attack, uint8; "history.<name>" [S, B] of the attack, "loop.<name>" [N, B] of
-    the purification.
+    A line has "predictions" (N) and "reevaluated" (R), the predicted classes; "one_latent", the mean share over all of
+    them of latents that are right by themselves, where the model has latents; "queries", evaluations of the model per
+    image; "search_succeeded", whether any prediction during the search was wrong, and "search_predictions", how many
+    there were (both null where the search evaluates something else than the model as it is); "zero_gradient", whether
+    every gradient was zero (null for an attack without); "distance"; "vote_right", whether the vote is right at some
+    iterations (:func:`~cmap_defense.evaluation.predictions.vote_iterations`), where the model has them.
+
+    Tensors: "images" [B, C, H, W], and "purified" after the attack, uint8; "history.<name>" [S, B] of the attack,
+    "loop.<name>" [N, B] of the purification.
     """
 
-    subject: str
-    attack: str
-    model: Model
-    how: Attack
-    answers: int
-    repurifications: int
-    limit: int | None = None
-    once: bool = False
+    attack: Attack
+    predictions: int
+    reevaluations: int
 
-    def describe(self) -> dict[str, Any]:
-        return {**_described(self.how), "images": self.limit, "once": self.once}
+    def describe(self) -> Line:
+        return {"attack": self.attack.to_dict(), "images": self.limit, "once": self.once}
 
-    def run(self, group: Group) -> Outcome:
+    def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GradientWarning)  # it is in the lines, and fails a check
-            result = self.how(self.model, group.images, group.labels, indices=group.indices)
-        total = self.answers + self.repurifications
-        heard = ask(self.model, result.images, group.labels, group.indices, range(total))
+            result = self.attack(self.model, batch.images, batch.labels, indices=batch.indices)
+        numbers = range(self.predictions + self.reevaluations)
+        found = predict(self.model, result.images, batch.labels, batch.indices, numbers)
         norms = result.history.get("gradient_norm")
-        still = None if norms is None else norms.eq(0).all(dim=0).tolist()
-        searched, asked = _searched(self.how, result)
+        zero = None if norms is None else norms.eq(0).all(dim=0).tolist()
+        succeeded, count = _search_success(self.attack, result)
         lines = [
             line
             | {
                 "queries": result.queries,
-                "searched": None if searched is None else bool(searched[row]),
-                "search_answers": asked,
-                "zero_gradient": None if still is None else still[row],
+                "search_succeeded": None if succeeded is None else bool(succeeded[row]),
+                "search_predictions": count,
+                "zero_gradient": None if zero is None else zero[row],
                 "distance": result.distance[row].item(),
             }
-            for row, line in enumerate(_answer_lines(group, heard, self.answers))
+            for row, line in enumerate(_prediction_lines(batch, found, self.predictions))
         ]
         history = {f"history.{name}": values.detach().cpu().float() for name, values in result.history.items()}
-        return Outcome(lines, {"images": result.images.cpu(), **history, **_shown(heard)})
+        return lines, {"images": result.images.cpu(), **history, **_prediction_tensors(found)}
+
+    def _passes(self, model: PurifiedClassifier) -> int | None:
+        search = self.attack.passes_per_image(model)
+        after = self.predictions + self.reevaluations + 1  # the attack evaluates its result once
+        return None if search is None else search + after * model.purifier.passes
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ControlTask(Task):
-    """Answers about the clean images: the same as about attacked ones, with the same noise.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CleanTask(Task):
+    """Predictions of the clean images, with the same noise as those of attacked ones.
 
-    A line has what an attack's has, and besides "search": as many further answers as a search may hear.
+    A line has what an attack's has, and "search": as many further predictions as a search may make.
     """
 
-    subject: str
-    model: Model
-    answers: int
-    repurifications: int
-    search: int
-    attack: str = CONTROL
-    limit: int | None = None
-    once: bool = False
+    predictions: int
+    reevaluations: int
+    search: int = 0
+    row: str = CLEAN
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Line:
         return {"attack": None, "search": self.search, "images": self.limit, "once": self.once}
 
-    def run(self, group: Group) -> Outcome:
-        total = self.answers + self.repurifications
-        heard = ask(self.model, group.images, group.labels, group.indices, range(total))
-        further = torch.zeros((0, len(group.images)), dtype=torch.int64)
-        if self.search:
-            numbers = range(total, total + self.search)
-            further = ask(self.model, group.images, group.labels, group.indices, numbers).labels
+    def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
+        total = self.predictions + self.reevaluations
+        found = predict(self.model, batch.images, batch.labels, batch.indices, range(total))
+        numbers = range(total, total + self.search)
+        further = predict(self.model, batch.images, batch.labels, batch.indices, numbers).labels
         lines = [
             line | {"search": further[:, row].tolist()}
-            for row, line in enumerate(_answer_lines(group, heard, self.answers))
+            for row, line in enumerate(_prediction_lines(batch, found, self.predictions))
         ]
-        return Outcome(lines, {"images": group.images.cpu(), **_shown(heard)})
+        return lines, {"images": batch.images.cpu(), **_prediction_tensors(found)}
+
+    def _passes(self, model: PurifiedClassifier) -> int:
+        return model.purifier.passes * (self.predictions + self.reevaluations + self.search)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class GradientTask(Task):
     """How much of an averaged gradient is direction: gradients of the attack's loss at a random point of its ball.
 
     A line has "cosines": for n = 1, 2, 4, ... up to half of the samples, the cosine between the mean of n gradients and
     the mean of n others; and "variances": of disjoint means of n, as many as there are, the sum of their elements'
-    variances, relative to the squared length of the mean of all (Lee and Kim 2023, arXiv 2303.09051, look at it over n
-    in the same way).
+    variances, relative to the squared length of the mean of all (Lee and Kim 2023, arXiv 2303.09051).
     """
 
-    subject: str
-    model: Model
-    how: PGD
+    attack: PGD
     samples: int
-    limit: int | None = None
-    attack: str = "gradients"
+    row: str = "gradients"
     once: bool = True
 
-    def describe(self) -> dict[str, Any]:
-        return {**_described(self.how), "samples": self.samples, "images": self.limit, "once": self.once}
+    def describe(self) -> Line:
+        return {
+            "attack": self.attack.to_dict(),
+            "samples": self.samples,
+            "images": self.limit,
+            "once": self.once,
+        }
 
-    def run(self, group: Group) -> Outcome:
-        with torch.inference_mode(False), isolated(self.how.seed, *group.indices.tolist()):
-            drawn = self._drawn(group)
+    def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
+        with torch.inference_mode(False), isolated(self.attack.seed, *batch.indices.tolist()):
+            drawn = self._drawn(batch)
         counts = [n for n in (2**power for power in range(32)) if 2 * n <= self.samples]
         cosines = [torch.cosine_similarity(drawn[:n].mean(0), drawn[n : 2 * n].mean(0), dim=1) for n in counts]
         length = drawn.mean(dim=0).square().sum(dim=1).clamp_min(1e-300)
-        spreads = [
+        variances = [
             torch.stack([part.mean(0) for part in drawn[: len(drawn) // n * n].split(n)]).var(dim=0).sum(dim=1) / length
             for n in counts
         ]
@@ -196,50 +230,131 @@ class GradientTask(Task):
             | {
                 "samples": counts,
                 "cosines": [cosine[row].item() for cosine in cosines],
-                "variances": [spread[row].item() for spread in spreads],
+                "variances": [variance[row].item() for variance in variances],
             }
-            for row, line in enumerate(group.named())
+            for row, line in enumerate(batch.lines())
         ]
-        return Outcome(lines)
+        return lines, {}
 
-    def _drawn(self, group: Group) -> Tensor:
+    def _drawn(self, batch: Batch) -> Tensor:
         """[samples, B, C * H * W]."""
-        oracle = Oracle(self.model, derived_seeds(group.indices, self.how.seed)).in_mode(self.how.gradient, self)
-        point = random_point(self.how.threat, group.indices, usable(group.images))
-        goal = Goal(usable(group.labels))
-        drawn = [oracle.feedback(point, goal, self.how.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
+        seeds = derived_seeds(batch.indices, self.attack.seed)
+        oracle = Oracle(self.model, seeds).in_mode(self.attack.gradient, self)
+        point = random_point(self.attack.threat, batch.indices, usable(batch.images))
+        goal = Goal(usable(batch.labels))
+        drawn = [oracle.feedback(point, goal, self.attack.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
         return torch.stack(drawn).double()
 
+    def _passes(self, model: PurifiedClassifier) -> int:
+        return model.purifier.passes * self.samples
 
-def _searched(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int | None]:
-    """[B], whether an answer was wrong while searching, and how many there were."""
-    asked, attempts = attack.predictions_per_image(), result.candidates.shape[1]
+
+def make_tasks(
+    models: Mapping[str, Model],
+    attacks: Mapping[str, Mapping[str, Attack]],
+    protocol: Protocol,
+    image_shape: tuple[int, ...],
+) -> list[Task]:
+    """All tasks of an evaluation, in the order in which they are done and shown.
+
+    Args:
+        models: by name, the one that is evaluated first.
+        attacks: by the name of the model and of the attack.
+        protocol: how often each image is attacked and predicted.
+        image_shape: (C, H, W).
+
+    Raises:
+        SettingsError: names clash, or are no names for files.
+    """
+    tasks: list[Task] = []
+    counts: dict[str, Any] = {"predictions": protocol.predictions, "reevaluations": protocol.reevaluations}
+    for name, model in models.items():
+        search = max((attack.predictions_per_image() for attack in attacks[name].values()), default=0)
+        search = search if protocol.search_on_clean else 0
+        tasks.append(CleanTask(model_name=name, model=model, search=search, **counts))
+        for row, attack in attacks[name].items():
+            tasks.append(AttackTask(model_name=name, row=row, model=model, attack=attack, **counts))
+    first, model = next(iter(models.items()))
+    if protocol.sanity_images and attacks[first]:
+        tasks += _check_tasks(model, attacks[first], protocol, image_shape)
+    names = [task.name for task in tasks]
+    folded = [name.casefold() for name in names]  # some systems take these for the same file
+    for name in names:
+        if folded.count(name.casefold()) > 1 or not all(map(_is_file_name, name.split("/"))):
+            raise SettingsError(f"{name!r} names two tasks, or is no name for a file on every system.")
+    return tasks
+
+
+def check_attack(model: Model, attacks: Mapping[str, Attack]) -> tuple[str | None, PGD]:
+    """The attack that the checks are made with, and its name: "bpda-eot" where there is one, or else the first attack
+    that offers one (:meth:`~cmap_defense.attacks.Attack.probe`), or else (None) one with the standard suite's settings.
+    """
+    for name in ("bpda-eot", *attacks):
+        attack = attacks.get(name)
+        offered = None if attack is None else attack.sweep_attack()
+        if offered is not None:
+            return name, offered
+    threat = next(iter(attacks.values())).threat
+    gradient = StraightThrough() if isinstance(model, PurifiedClassifier) else None
+    return None, PGD(threat, steps=20, eot=4, momentum=0.75, schedule="cosine", gradient=gradient)
+
+
+def fewer_steps(attack: PGD) -> list[int]:
+    """A quarter and a half of the attack's steps."""
+    return sorted({max(1, attack.steps // 4), max(1, attack.steps // 2)} - {attack.steps})
+
+
+def other_sizes(attack: PGD, image_shape: tuple[int, ...]) -> dict[str, float]:
+    """Name and eps of the sizes beside the attack's own; "eps-any" allows every image."""
+    any_image = attack.threat.largest_eps(image_shape)
+    sizes = {f"eps-{factor:g}x": factor * attack.threat.eps for factor in EPS_FACTORS}
+    return {name: eps for name, eps in sizes.items() if eps < any_image} | {"eps-any": any_image}
+
+
+def _check_tasks(
+    model: Model, attacks: Mapping[str, Attack], protocol: Protocol, image_shape: tuple[int, ...]
+) -> list[Task]:
+    """The attack of the checks with fewer steps, at other sizes, and its gradients."""
+    name, attack = check_attack(model, attacks)
+    variants = {f"steps-{count}": dataclasses.replace(attack, steps=count) for count in fewer_steps(attack)}
+    if name is None:
+        variants["attack"] = attack
+    for size, eps in other_sizes(attack, image_shape).items():
+        variants[size] = dataclasses.replace(attack, threat=attack.threat.replace(eps=eps), step_size=None)
+    common: dict[str, Any] = {"model_name": CHECKS, "model": model, "limit": protocol.sanity_images, "once": True}
+    counts: dict[str, Any] = {"predictions": protocol.predictions, "reevaluations": 1}
+    tasks = [AttackTask(row=row, attack=how, **common, **counts) for row, how in variants.items()]
+    return [*tasks, GradientTask(attack=attack, samples=protocol.gradient_samples, **common)]
+
+
+def _is_file_name(part: str) -> bool:
+    return bool(part) and part.strip(" .") == part and not set(part) & set('\\<>:"|?*') and part.isprintable()
+
+
+def _search_success(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int | None]:
+    """[B], whether a prediction was wrong during the search, and how many there were."""
+    predictions, attempts = attack.predictions_per_image(), result.candidates.shape[1]
     found = result.any_candidate_success if attempts > 1 else torch.zeros_like(result.success)
-    if asked and "reached" in result.history:
+    if predictions and "reached" in result.history:
         found = found | (result.history["reached"] > 0).any(dim=0)
-    heard = asked + (attempts if attempts > 1 else 0)
-    return (found.cpu(), heard) if heard else (None, None)
+    count = predictions + (attempts if attempts > 1 else 0)
+    return (found.cpu(), count) if count else (None, None)
 
 
-def _described(attack: Attack) -> dict[str, Any]:
-    """An attack as a text for people, and by its settings to be compared."""
-    return {"attack": describe_attack(attack), "settings": attack_settings(attack)}
-
-
-def _shown(heard: Answers) -> dict[str, Tensor]:
-    purified = {} if heard.purified is None else {"purified": heard.purified}
-    return purified | {f"loop.{name}": values for name, values in heard.loop.items()}
-
-
-def _answer_lines(group: Group, heard: Answers, answers: int) -> list[Line]:
-    share = None if heard.one_latent is None else heard.one_latent.double().mean(dim=0).tolist()
+def _prediction_lines(batch: Batch, found: Predictions, count: int) -> list[Line]:
+    share = None if found.one_latent is None else found.one_latent.double().mean(dim=0).tolist()
     return [
         line
         | {
-            "answers": heard.labels[:answers, row].tolist(),
-            "repurified": heard.labels[answers:, row].tolist(),
+            "predictions": found.labels[:count, row].tolist(),
+            "reevaluated": found.labels[count:, row].tolist(),
             "one_latent": None if share is None else share[row],
-            "on_the_way": None if heard.on_the_way is None else heard.on_the_way[:, row].tolist(),
+            "vote_right": None if found.vote_right is None else found.vote_right[:, row].tolist(),
         }
-        for row, line in enumerate(group.named())
+        for row, line in enumerate(batch.lines())
     ]
+
+
+def _prediction_tensors(found: Predictions) -> dict[str, Tensor]:
+    purified = {} if found.purified is None else {"purified": found.purified}
+    return purified | {f"loop.{name}": values for name, values in found.loop.items()}

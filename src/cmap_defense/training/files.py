@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cmap_defense.errors import CheckpointError
-from cmap_defense.locks import FolderLock
+from cmap_defense.files import FolderLock
 from cmap_defense.ranks import Ranks
 
 __all__ = ["locked", "write_whole"]

@@ -8,8 +8,8 @@ from torch import nn
 
 from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of
 from cmap_defense.backbones.karras import KarrasModel
-from cmap_defense.differences import refuse_other_settings
 from cmap_defense.errors import SettingsError
+from cmap_defense.files import refuse_other_settings
 
 __all__ = ["load_weights", "refuse_other_network", "source_of"]
 

@@ -12,22 +12,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmap_defense.evaluation.plan import DEFENDED
-from cmap_defense.evaluation.store import Store, Unit
-from cmap_defense.evaluation.tasks import CONTROL
+from cmap_defense.evaluation.report.report import Report
+from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
+from cmap_defense.evaluation.tasks import CLEAN, DEFENDED
 
-__all__ = ["DIFFERENCE", "Picture", "Sample", "Samples", "Shown", "class_name", "picture", "samples"]
+__all__ = ["DIFFERENCE", "Picture", "Sample", "class_name", "picture", "samples"]
 
 DIFFERENCE = 10
-"""Differences are shown so many times as large, around middle grey."""
+"""Differences are shown this many times as large, around middle grey."""
 
 LARGEST = 128
-"""Larger pictures are reduced to this, so that a page stays a page."""
+"""Larger pictures are reduced to this many pixels, so that a page stays a page."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """source: a data URI. alt: in words. width, height: in pixels."""
+    """An image in the page.
+
+    Attributes:
+        source: a data URI.
+        alt: in words.
+        width: in pixels.
+        height: in pixels.
+    """
 
     source: str
     alt: str
@@ -36,75 +43,69 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """One image, clean or attacked. pictures: by what they show (see :func:`samples`). answer: a class, and right,
-    whether it is the image's."""
-
-    pictures: Mapping[str, Picture]
-    answer: str
-    right: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
-    """position: in the data set. label: the true class. shown: by attack, the control first."""
+    """One image of the data set, clean and attacked.
+
+    Attributes:
+        position: in the data set.
+        label: name of the true class.
+        pictures: by attack, the clean image first, and by what they show (see :func:`samples`).
+        predicted: by attack, the name of the predicted class.
+        right: by attack, whether that is the true one.
+    """
 
     position: int
     label: str
-    shown: Mapping[str, Shown]
+    pictures: Mapping[str, Mapping[str, Picture]]
+    predicted: Mapping[str, str]
+    right: Mapping[str, bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """columns: by attack, the control first, the names of its pictures. rows: one per image."""
+def samples(report: Report, folder: ResultsFolder, attacks: Sequence[str], count: int = 6) -> list[Sample]:
+    """The first images of the first run: clean, and what each attack made of them.
 
-    columns: Mapping[str, Sequence[str]]
-    rows: Sequence[Sample]
-
-
-def samples(facts: Mapping[str, Any], store: Store, attacks: Sequence[str], count: int = 6) -> Samples | None:
-    """The first images of the first run: clean, and for each attack what it made of them.
-
-    Pictures are "image", "difference" (from the clean image; not of the control) and "purified" (where the model
-    purifies). The answer is the first one to that image: where the model purifies, its vote.
+    Pictures are "image", "difference" (from the clean image) and "purified" (where the model purifies). The prediction
+    is the first one for that image: where the model purifies, its vote.
 
     Args:
-        facts: what :meth:`Report.to_dict` gives.
-        store: the folder of the evaluation.
+        report: of the evaluation.
+        folder: of the evaluation.
         attacks: on the defended model, by name.
         count: of images, at most.
 
     Returns:
-        None where the folder does not hold the images.
+        None of them where the folder does not hold the images.
     """
-    protocol, names = facts["settings"]["protocol"], facts["class_names"]
-    groups = range(-(-min(count, facts["settings"]["data"]["count"]) // protocol["group"]))
+    protocol, names = report.settings["protocol"], report.class_names
+    groups = range(-(-min(count, report.settings["data"]["count"]) // protocol["group"]))
     found = {}
-    for attack in (CONTROL, *attacks):
-        units = [Unit(f"{DEFENDED}/{attack}", protocol["seeds"][0], group) for group in groups]
-        lines, tensors = _first(store, units, count)
+    for attack in (CLEAN, *attacks):
+        units = [WorkUnit(f"{DEFENDED}/{attack}", protocol["seeds"][0], group) for group in groups]
+        lines, tensors = _first(folder, units, count)
         if lines and "images" in tensors:
             found[attack] = lines, tensors
-    if CONTROL not in found:
-        return None
-    clean_lines, clean = found[CONTROL]
-    rows = []
+    if CLEAN not in found:
+        return []
+    clean_lines, clean = found[CLEAN]
+    made = []
     for row, line in enumerate(clean_lines):
         label = class_name(line["label"], names)
         about = f"image {line['image']}, {label}"
-        shown = {}
+        pictures, predicted, right = {}, {}, {}
         for attack, (lines, tensors) in found.items():
-            answer = lines[row]["answers"][0]
-            pictures = {"image": picture(tensors["images"][row], f"{about}: {_words(attack)}")}
-            if attack != CONTROL:
+            first = lines[row]["predictions"][0]
+            words = "clean" if attack == CLEAN else f"attacked by {attack}"
+            own = {"image": picture(tensors["images"][row], f"{about}: {words}")}
+            if attack != CLEAN:
                 change = (tensors["images"][row] - clean["images"][row]) * DIFFERENCE + 0.5
-                pictures["difference"] = picture(change, f"{about}: what {attack} changed, {DIFFERENCE} times")
+                own["difference"] = picture(change, f"{about}: what {attack} changed, {DIFFERENCE} times")
             if "purified" in tensors:
-                taken = f"purified, {_words(attack)}, taken for {class_name(answer, names)}"
-                pictures["purified"] = picture(tensors["purified"][row], f"{about}: {taken}")
-            shown[attack] = Shown(pictures, class_name(answer, names), answer == line["label"])
-        rows.append(Sample(line["image"], label, shown))
-    return Samples({attack: list(part.pictures) for attack, part in rows[0].shown.items()}, rows)
+                text = f"{about}: purified, {words}, predicted {class_name(first, names)}"
+                own["purified"] = picture(tensors["purified"][row], text)
+            pictures[attack], predicted[attack] = own, class_name(first, names)
+            right[attack] = first == line["label"]
+        made.append(Sample(line["image"], label, pictures, predicted, right))
+    return made
 
 
 def picture(image: Tensor, alt: str) -> Picture:
@@ -126,15 +127,13 @@ def class_name(number: int, names: Sequence[str] | None) -> str:
     return names[number] if names is not None and 0 <= number < len(names) else f"class {number}"
 
 
-def _first(store: Store, units: Sequence[Unit], count: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Lines and tensors of the first images; tensors that not all pieces have are left out."""
-    if not all(store.done(unit) for unit in units):
+def _first(
+    folder: ResultsFolder, units: Sequence[WorkUnit], count: int
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Lines and tensors of the first images; tensors that not all work units have are left out."""
+    if not all(folder.done(unit) for unit in units):
         return [], {}
-    lines = [line for unit in units for line in store.lines(unit)]
-    parts = [store.tensors(unit) for unit in units]
+    lines = [line for unit in units for line in folder.lines(unit)]
+    parts = [folder.tensors(unit) for unit in units]
     shared = [name for name in ("images", "purified") if all(name in part for part in parts)]
     return lines[:count], {name: torch.cat([part[name] for part in parts])[:count] for name in shared}
-
-
-def _words(attack: str) -> str:
-    return "clean" if attack == CONTROL else f"attacked by {attack}"

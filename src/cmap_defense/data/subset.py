@@ -1,0 +1,50 @@
+"""Which images of a data set are used, as settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cmap_defense.errors import SettingsError
+from cmap_defense.settings import Settings, require_choice, require_integer
+
+__all__ = ["Subset"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subset(Settings):
+    """Which images of a data set are used.
+
+    Args:
+        count: number of images; None for all.
+        order: "first"; "last", in their order: of a training split that is no folder what ``train --hold-out`` left
+            out; or "random" for ``numpy.random.RandomState(seed).choice`` without replacement, in the order drawn, as
+            in the paper's scripts.
+        seed: of that draw, below 2^32.
+
+    Raises:
+        SettingsError: a value is out of its range.
+    """
+
+    count: int | None = None
+    order: str = "first"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count is not None:
+            require_integer("Subset", "count", self.count, minimum=1)
+        require_choice("Subset", "order", self.order, ("first", "last", "random"))
+        require_integer("Subset", "seed", self.seed, minimum=0, below=2**32)
+
+    def indices(self, total: int) -> list[int]:
+        """Positions in a data set of ``total`` images. Raises :class:`SettingsError` where it has too few, or none."""
+        count = total if self.count is None else self.count
+        if not 1 <= count <= total:
+            remedy = f" Take {total} at most: -n {total}, or Subset(count={total})." if total else ""
+            raise SettingsError(f"{count} images are to be used, but the data set has {total}.{remedy}")
+        if self.order == "first":
+            return list(range(count))
+        if self.order == "last":
+            return list(range(total - count, total))
+        import numpy as np  # here, so that the settings alone can be imported without it
+
+        return np.random.RandomState(self.seed).choice(total, count, replace=False).tolist()

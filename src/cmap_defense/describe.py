@@ -1,0 +1,84 @@
+"""What attacks, purifiers and models are made of, as JSON: settings by name, networks by class and checksum."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from cmap_defense.files import tensor_checksum
+from cmap_defense.modules import dtype_of
+from cmap_defense.options import NamedOptions
+
+__all__ = ["describe", "describe_module", "description_text", "qualified_name"]
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def describe(part: object) -> Any:
+    """Settings as JSON: a dataclass by its fields, another object with options by these, a network as
+    :func:`describe_module`, a function by its name, anything else as its repr without its address in memory."""
+    if isinstance(part, nn.Module):
+        return describe_module(part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = {field.name: describe(getattr(part, field.name)) for field in dataclasses.fields(part)}
+        return {"class": type(part).__name__, **fields}
+    if isinstance(part, (list, tuple)):
+        return [describe(value) for value in part]
+    if part is None or isinstance(part, (bool, int, str)) or (isinstance(part, float) and math.isfinite(part)):
+        return part
+    if isinstance(part, NamedOptions):
+        return {"class": type(part).__name__, **_options(part)}
+    return qualified_name(part) if hasattr(part, "__qualname__") else ADDRESS.sub("", repr(part))
+
+
+def describe_module(module: object) -> dict[str, Any]:
+    """Class, layers, weights and precision. What is done between the layers, and other attributes, do not show."""
+    network, weights = None, []
+    if isinstance(module, nn.Module):
+        network = hashlib.sha256(ADDRESS.sub("", repr(module)).encode()).hexdigest()
+        weights = _weights(module)
+    return {
+        "class": qualified_name(module),
+        "network": network,
+        "weights": tensor_checksum(weights),
+        "precision": str(dtype_of(module)),
+    }
+
+
+def description_text(description: Any) -> str:
+    """A description as it would be written in Python, such as ``PGD(threat=ThreatModel(norm='linf', eps=0.1))``."""
+    if isinstance(description, list):
+        return f"[{', '.join(map(description_text, description))}]"
+    if not isinstance(description, Mapping):
+        return repr(description)
+    parts = [f"{name}={description_text(value)}" for name, value in description.items() if name != "class"]
+    return f"{description.get('class', '')}({', '.join(parts)})"
+
+
+def qualified_name(thing: object) -> str:
+    """Module and qualified name, of a function or of an object's class."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _options(value: NamedOptions) -> dict[str, Any]:
+    """The constructor's options, which are attributes of the object or of a dataclass among these."""
+    attributes = dict(vars(value))
+    for part in vars(value).values():
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            attributes = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | attributes
+    names = inspect.signature(type(value).__init__).parameters
+    return {name: describe(attributes[name]) for name in names if name in attributes}
+
+
+def _weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, also those that are not saved with the rest, as a model's own normalisation often is."""
+    saved = module.state_dict()
+    return [*saved.items(), *((name, buffer) for name, buffer in module.named_buffers() if name not in saved)]

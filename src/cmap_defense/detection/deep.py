@@ -1,0 +1,274 @@
+"""The deep kernel of Liu et al. 2020 (arXiv 2002.09116), trained to distinguish two samples::
+
+    k(x, y) = [(1 - e) kappa(phi(x), phi(y)) + e] q(x, y)                                                  (eq. 1)
+
+with Gaussian kernels kappa on the features of a small network phi, and q on the samples themselves. It is trained to
+maximise MMD^2_u / std, to which the power of a test grows (eq. 3 to 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmap_defense.attacks.pgd import PGD
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.detection.eps import EPS
+from cmap_defense.detection.mmd import Kernel, squared_distances
+from cmap_defense.errors import InputValueError
+from cmap_defense.modules import building, evaluating
+from cmap_defense.rng import derived_seeds, generator_for, isolated
+from cmap_defense.settings import Settings, require_integer, require_number
+from cmap_defense.threat import ThreatModel, require_linf_size
+
+__all__ = ["DeepKernel", "DeepKernelSettings", "deep_kernel", "mmd_ratio", "train_deep_kernel"]
+
+CLEAN, FGSM = 0x7C1EA, 0x7F65
+"""Streams of the noise of training images and of their FGSM samples."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepKernelSettings(Settings):
+    """How a deep kernel is made.
+
+    Args:
+        width: channels of the first convolution.
+        features: of phi.
+        mixing: e at the start, in (0, 1); it is learned.
+        steps: of Adam.
+        batch_size: each batch is drawn from either sample by itself.
+        learning_rate: of Adam.
+        regulariser: what is added to the variance under the root (lambda in eq. 5 there).
+        fgsm_eps: size of the FGSM samples that :func:`deep_kernel` trains against, linf, of images in [0, 1].
+        seed: of the weights and of the batches.
+
+    Raises:
+        SettingsError: a value is out of its range.
+    """
+
+    width: int = 16
+    features: int = 32
+    mixing: float = 0.1
+    steps: int = 200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    regulariser: float = 1e-8
+    fgsm_eps: float = 1 / 255
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        require_integer(name, "width", self.width, minimum=1)
+        require_integer(name, "features", self.features, minimum=1)
+        require_number(name, "mixing", self.mixing, above=0.0, below=1.0)
+        require_integer(name, "steps", self.steps, minimum=0)
+        require_integer(name, "batch_size", self.batch_size, minimum=2)
+        require_number(name, "learning_rate", self.learning_rate, above=0.0)
+        require_number(name, "regulariser", self.regulariser, above=0.0)
+        require_linf_size(name, "fgsm_eps", self.fgsm_eps, minimum=None, above=0.0)
+        require_integer(name, "seed", self.seed, minimum=0)
+
+
+class DeepKernel(nn.Module):
+    """k(x, y) of eq. 1; a :data:`~cmap_defense.detection.mmd.Kernel` of samples [N, C, H, W].
+
+    phi is three convolutions of stride 2, each with a leaky ReLU, and a linear layer. Samples are divided by ``scale``
+    before all else, so that bandwidths and weights are of order 1. :func:`train_deep_kernel` makes one.
+
+    ratios: MMD^2_u / std on the batch of each step of the training, before the step.
+    """
+
+    scale: Tensor
+
+    def __init__(self, image_shape: tuple[int, int, int], scale: float, settings: DeepKernelSettings) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.settings = settings
+        self.ratios: tuple[float, ...] = ()
+        self.convolutions = nn.ModuleList()
+        for outputs in (settings.width, 2 * settings.width, 2 * settings.width):
+            self.convolutions.append(nn.Conv2d(channels, outputs, 3, stride=2, padding=1))
+            channels, height, width = outputs, (height + 1) // 2, (width + 1) // 2
+        self.head = nn.Linear(channels * height * width, settings.features)
+        self.log_bandwidths = nn.Parameter(torch.zeros(2))  # of kappa, of q
+        self.mixing_logit = nn.Parameter(torch.logit(torch.tensor(settings.mixing)))
+        self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def phi(self, samples: Tensor) -> Tensor:
+        """Features [N, F] of samples [N, C, H, W]."""
+        hidden = samples.to(self.scale) / self.scale
+        for convolution in self.convolutions:
+            hidden = F.leaky_relu(convolution(hidden), 0.2)
+        return self.head(hidden.flatten(1))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Samples [N, C, H, W] and [M, C, H, W] to float64 [N, M] in (0, 1], differentiably."""
+        features = squared_distances(self.phi(first), self.phi(second))
+        plain = squared_distances(first.to(self.scale) / self.scale, second.to(self.scale) / self.scale)
+        kappa, q = (
+            torch.exp(-squares / (2 * (2 * log).exp()))
+            for squares, log in zip((features, plain), self.log_bandwidths.double(), strict=True)
+        )
+        mixing = self.mixing_logit.double().sigmoid()
+        return ((1 - mixing) * kappa + mixing) * q
+
+    def to_dict(self) -> dict[str, object]:
+        """What it became, as JSON: its settings, the bandwidths and mixing weight found, the first and last ratio."""
+        kappa, q = self.log_bandwidths.exp().tolist()
+        return {
+            "name": "deep",
+            "settings": self.settings.to_dict(),
+            "scale": self.scale.item(),
+            "feature_bandwidth": kappa,
+            "sample_bandwidth": q,
+            "mixing": self.mixing_logit.sigmoid().item(),
+            "ratios": [*self.ratios[:1], *self.ratios[-1:]],
+        }
+
+
+def mmd_ratio(kernel: Kernel, first: Tensor, second: Tensor, regulariser: float = 1e-8) -> Tensor:
+    """MMD^2_u / std of two samples of one size n, a float64 number, differentiable (Liu et al. 2020, eq. 3 to 5)::
+
+        H_ij    = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j)
+        MMD^2_u = sum_{i != j} H_ij / (n (n - 1))
+        std^2   = (4 / n^3) sum_i (sum_j H_ij)^2 - (4 / n^4) (sum_ij H_ij)^2 + regulariser
+
+    It is 0 for a sample and itself.
+
+    Raises:
+        InputValueError: the samples are not of one size, or fewer than two.
+    """
+    count = len(first)
+    if len(second) != count or count < 2:
+        raise InputValueError(
+            f"The ratio is of two samples of one size, 2 at least, but these are {count} and {len(second)}."
+        )
+    across = kernel(first, second)
+    h = kernel(first, first) + kernel(second, second) - across - across.T
+    mmd2 = (h.sum() - h.diagonal().sum()) / (count * (count - 1))
+    variance = 4 / count**3 * h.sum(dim=1).square().sum() - 4 / count**4 * h.sum().square()
+    return mmd2 / (variance.clamp_min(0) + regulariser).sqrt()
+
+
+def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSettings | None = None) -> DeepKernel:
+    """A deep kernel that distinguishes ``attacked`` from ``clean``; a function of the two and the settings alone.
+
+    Both bandwidths start from the median heuristic on ``clean``.
+
+    Args:
+        clean: [n, C, H, W], EPS of clean training images.
+        attacked: [m, C, H, W], EPS of attacked ones.
+        settings: None for the defaults.
+
+    Returns:
+        The kernel, in eval mode, where the samples are, without gradients.
+
+    Raises:
+        InputValueError: the samples are no images of one shape, fewer than two, or all the same.
+    """
+    settings = settings or DeepKernelSettings()
+    if clean.ndim != 4 or clean.shape[1:] != attacked.shape[1:] or min(len(clean), len(attacked)) < 2:
+        raise InputValueError(
+            "A deep kernel is trained on two samples [n, C, H, W] of one shape, n at least 2, but these are "
+            f"{list(clean.shape)} and {list(attacked.shape)}."
+        )
+    with torch.inference_mode(False):
+        clean, attacked = clean.detach().float().clone(), attacked.detach().float().clone()
+    scale = clean.square().mean().sqrt().item()
+    if not 0 < scale < float("inf"):
+        raise InputValueError("The clean samples must be finite and not all 0.")
+    shape: tuple[int, int, int] = tuple(clean.shape[1:])  # pyright: ignore[reportAssignmentType]
+    with building(), isolated(settings.seed, 0), torch.enable_grad():
+        kernel = DeepKernel(shape, scale, settings).to(clean.device)
+        _start_bandwidths(kernel, clean)
+        optimiser = torch.optim.Adam(kernel.parameters(), settings.learning_rate)
+        ratios = []
+        for step in range(settings.steps):
+            generator = generator_for(settings.seed, step + 1)
+            ratio = mmd_ratio(kernel, *_batch(clean, attacked, settings, generator), settings.regulariser)
+            optimiser.zero_grad()
+            (-ratio).backward()
+            optimiser.step()
+            ratios.append(ratio.item())
+    kernel.ratios = tuple(ratios)
+    return kernel.eval().requires_grad_(False)
+
+
+def deep_kernel(
+    model: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: EPS | None = None,
+    settings: DeepKernelSettings | None = None,
+    max_parallel: int = 64,
+) -> DeepKernel:
+    """The paper's deep kernel: trained on EPS of training images and of their FGSM samples.
+
+    The FGSM samples (Goodfellow et al. 2015, arXiv 1412.6572) are one sign step of ``fgsm_eps`` against the bare
+    classifier. The two samples share no noise.
+
+    Args:
+        model: its classifier and its backbone are used, in eval mode.
+        images: float [n, C, H, W] in [0, 1], neither measured later nor references then.
+        labels: int64 [n].
+        eps: the score; that of :func:`~cmap_defense.detection.detect.detect`, to which the kernel goes.
+        settings: None for the defaults.
+        max_parallel: images at a time.
+
+    It raises the errors of :class:`~cmap_defense.detection.eps.EPS`, of the attack, and of
+    :func:`train_deep_kernel`.
+    """
+    eps, settings = eps or EPS(), settings or DeepKernelSettings()
+    model = model if model.preprocessing.inputs == "unit" else model.variant(inputs="unit")
+    size = settings.fgsm_eps
+    attack = PGD(ThreatModel(norm="linf", eps=size), steps=1, step_size=size, random_start=False, seed=settings.seed)
+    index = torch.arange(len(images))
+    with evaluating(model.classifier):
+        attacked = torch.cat(
+            [
+                attack(model.undefended, images[rows], labels[rows], indices=rows).images
+                for rows in index.split(max_parallel)
+            ]
+        )
+    scores = []
+    for stream, part in ((CLEAN, images), (FGSM, attacked)):
+        small = model.preprocessing.resized(part, model.image_shape[1:])
+        conditions = model.latent_class_labels(part)
+        scores.append(
+            eps(
+                model.backbone,
+                small,
+                indices=derived_seeds(index, stream),
+                class_labels=None if conditions is None else conditions[:, 0],
+                max_parallel=max_parallel,
+            )
+        )
+    return train_deep_kernel(scores[0], scores[1], settings)
+
+
+def _start_bandwidths(kernel: DeepKernel, clean: Tensor) -> None:
+    """Both at the median distance of two of the first samples."""
+    some = clean[:256]
+    pairs = torch.triu_indices(len(some), len(some), 1, device=some.device)
+    with torch.no_grad():
+        features = kernel.phi(some)
+        for place, values in enumerate((features, some / kernel.scale)):
+            middle = squared_distances(values, values)[pairs[0], pairs[1]].median().sqrt()
+            if middle == 0:
+                raise InputValueError("Half of the clean samples are the same: there is nothing to train on.")
+            kernel.log_bandwidths[place] = middle.log()
+
+
+def _batch(
+    clean: Tensor, attacked: Tensor, settings: DeepKernelSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """As many of each, drawn from either by itself without replacement."""
+    count = min(settings.batch_size, len(clean), len(attacked))
+    first, second = (
+        part[torch.randperm(len(part), generator=generator)[:count].to(part.device)] for part in (clean, attacked)
+    )
+    return first, second

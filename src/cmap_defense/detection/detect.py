@@ -1,0 +1,388 @@
+"""Detection of adversarial images (Fig. 1 of arXiv 2412.08394): how far do generated, attacked and purified images lie
+from clean ones?
+
+Far is the squared MMD between EPS of one image and EPS of clean reference images. The paper finds generated images
+with the clean ones, and adversarial ones far away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmap_defense.attacks import PGD, Attack, ThreatModel
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.speed import bare_logits
+from cmap_defense.describe import description_text
+from cmap_defense.detection.eps import EPS
+from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
+from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.modules import evaluating
+from cmap_defense.plots.detection import distance_plot
+from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform
+from cmap_defense.settings import require_choice, require_flag, require_integer
+from cmap_defense.statistics import AUROC, Accuracy
+
+__all__ = ["KINDS", "Detection", "KindSummary", "detect"]
+
+KINDS = ("clean", "generated", "noise", "adversarial", "purified_adversarial", "purified_clean")
+"""The kinds of images, in the order in which they are shown."""
+
+STREAMS = {name: 0x0B5E + number for number, name in enumerate((*KINDS, "reference"))}
+"""Each kind's EPS has its own noise."""
+
+GENERATED, SIGNS, PURIFIED = 0x6E7, 0x5167, 0x9BF1
+"""Separate the latents of generated images, the signs of the noise and the noise of the purifications."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KindSummary:
+    """The distances of one kind of image in a few numbers.
+
+    Attributes:
+        count: number of images.
+        median: of their distances.
+        quartiles: 25 % and 75 % of them.
+        auroc: of distinguishing it from clean images by its larger distance; None for clean images.
+        mmd2: MMD^2_u between the EPS of all of them and of all references; None for a single image.
+        accuracy: of the bare classifier on clean, noise and adversarial images, of the defended one (its vote) on
+            purified ones; None for generated ones, which have no label.
+    """
+
+    count: int
+    median: float
+    quartiles: tuple[float, float]
+    auroc: AUROC | None
+    mmd2: float | None
+    accuracy: Accuracy | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; the area and the accuracy with their 95 % intervals."""
+        found = {name: getattr(self, name) for name in ("count", "median", "mmd2")}
+        shares = {name: getattr(self, name) for name in ("auroc", "accuracy")}
+        plain = {name: None if share is None else share.to_dict() for name, share in shares.items()}
+        return {**found, "quartiles": list(self.quartiles), **plain}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Detection:
+    """How far each kind of image lies from the references.
+
+    Attributes:
+        distances: by kind, float64 [B] on the CPU: the squared MMD of each image from the references. The kinds are
+            those of :data:`KINDS`, without the purified ones where they are not wanted; rows are the images in their
+            order.
+        summary: by kind.
+        references: how many there are.
+        eps: the score.
+        kernel: by which scores are compared, as JSON.
+        attack: what made the adversarial images.
+        seed: of the noise.
+        largest_change: largest absolute difference between an adversarial image and its clean one.
+    """
+
+    distances: Mapping[str, Tensor]
+    summary: Mapping[str, KindSummary]
+    references: int
+    eps: EPS
+    kernel: Any
+    attack: str
+    seed: int
+    largest_change: float
+
+    def auroc(self, kind: str, against: str) -> AUROC:
+        """How well one kind is distinguished from another by its larger distance."""
+        return AUROC.of(self.distances[kind], self.distances[against])
+
+    def differs(self, kind: str) -> bool:
+        """Whether images of this kind lie further than clean ones: the interval of their AUROC lies above 0.5."""
+        area = self.summary[kind].auroc
+        return area is not None and area.interval[0] > 0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON; each area and accuracy with its 95 % interval."""
+        kinds = {name: {**s.to_dict(), "distances": self.distances[name].tolist()} for name, s in self.summary.items()}
+        return {
+            "kinds": kinds,
+            "adversarial_against_noise": self.auroc("adversarial", "noise").to_dict(),
+            "references": self.references,
+            "eps": self.eps.to_dict(),
+            "kernel": self.kernel,
+            "attack": self.attack,
+            "seed": self.seed,
+            "largest_change": self.largest_change,
+        }
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {area}" for name, s in self.summary.items() if (area := s.auroc) is not None)
+        return f"Detection({self.summary['clean'].count} images of each kind; AUROC against clean: {shown})"
+
+    def plot(self, picture: str = "png") -> bytes:
+        """Histograms of the distances (:func:`~cmap_defense.plots.detection.distance_plot`): the bytes of a file.
+
+        Args:
+            picture: "png" (1600 pixels wide) or "svg".
+
+        Raises:
+            SettingsError: another kind of file.
+            MissingExtraError: matplotlib is not installed.
+        """
+        count, levels = self.summary["clean"].count, len(self.eps.sigmas)
+        subtitle = f"{count} images of each kind; T = {levels} noise levels, {self.references} clean reference images"
+        distances = {name: values.tolist() for name, values in self.distances.items()}
+        areas = {name: summary.auroc for name, summary in self.summary.items()}
+        return distance_plot(distances, areas, subtitle, picture=picture)
+
+
+def detect(
+    model: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    reference: Tensor,
+    attack: Attack | None = None,
+    victim: str = "bare",
+    adversarial: Tensor | None = None,
+    eps: EPS | None = None,
+    kernel: Kernel | None = None,
+    purify: bool = True,
+    indices: Tensor | None = None,
+    seed: int = 0,
+    max_parallel: int = 64,
+    on_step: Callable[[str], None] | None = None,
+) -> Detection:
+    """The distances of clean, generated, noisy, adversarial and purified images from clean references.
+
+    ::
+
+        images, labels = load_test_images()
+        found = detect(model, images[:64], labels[:64], reference=images[64:192])
+        print(found.summary["adversarial"].auroc)
+
+    The kinds: "clean", the images. "generated", G of as many new latents. "adversarial". "noise": the perturbations of
+    the adversarial images, each element's with a random sign. That is no attack, but as large, save where it is cut at
+    0 and 1. "purified_adversarial" and "purified_clean": the first of the K purified versions.
+
+    Where the backbone is class-conditional, EPS of an image is taken under the class that the model itself chooses for
+    it (the first of the K); that of an attacked image may be the attacker's.
+
+    Args:
+        model: the defended classifier, in eval mode. Images are in [0, 1] whatever its ``inputs``
+            say.
+        images: float [B, C, H, W] in [0, 1].
+        labels: int64 [B].
+        reference: float [n, C, H, W] in [0, 1], other clean images; the paper has 500.
+        attack: what makes the adversarial images; None for PGD with linf 8/255 and 20 steps.
+        victim: "bare", the classifier without its defence is attacked; "defended", the model as it is.
+        adversarial: [B, C, H, W] in [0, 1], attacked images that are there already, in place of the attack's.
+        eps: the score; None for T = 20 levels with this seed.
+        kernel: None for a Gaussian one with the median heuristic on the references. Also
+            :class:`~cmap_defense.detection.mmd.Gaussian` with a bandwidth, and what
+            :func:`~cmap_defense.detection.deep.deep_kernel` gives.
+        purify: whether the purified kinds are wanted, which take most of the time.
+        indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise depends on them.
+        seed: of the generated images, the signs, the purifications, the attack and the score where none is given.
+        max_parallel: images at a time. It changes memory, not the result beyond rounding.
+        on_step: called with the name of each part as it begins, and once per latent iteration with "".
+
+    Raises:
+        InputTypeError, InputValueError: images, references or adversarial images are not as above.
+        BackboneError: the backbone has no ``denoise``.
+        SettingsError: an option is out of its range, or the attack needs ``victim="defended"``.
+    """
+    require_choice("detect", "victim", victim, ("bare", "defended"))
+    require_flag("detect", "purify", purify)
+    require_integer("detect", "seed", seed, minimum=-(2**63))
+    require_integer("detect", "max_parallel", max_parallel, minimum=1)
+    if attack is not None and not isinstance(attack, Attack):
+        raise SettingsError(f"detect.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
+    if attack is not None and adversarial is not None:
+        raise SettingsError("Give detect an attack or adversarial images, not both.")
+    if not hasattr(model.backbone, "denoise"):
+        raise BackboneError(f"EPS needs backbone.denoise(noisy, sigma), but {type(model.backbone).__name__} has none.")
+    _check(images, "images")
+    _check(reference, "reference", like=images)
+    if len(reference) < 2:
+        raise InputValueError(f"There must be 2 reference images at least, but there are {len(reference)}.")
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+    if not integers or labels.shape != images.shape[:1]:
+        raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
+    labels = labels.to(images.device)
+    index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
+    if adversarial is not None:
+        _check(adversarial, "adversarial", like=images, count=len(images))
+    work = _Measurement(
+        model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit"),
+        index,
+        eps or EPS(seed=seed),
+        seed,
+        max_parallel,
+        on_step or (lambda name: None),
+    )
+    with torch.no_grad(), evaluating(model):
+        classes = bare_logits(work.model, images[:1], "defended").shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        low, high = (int(label) for label in labels.aminmax())
+        raise InputValueError(
+            f"labels must be from 0 to {classes - 1}, the classes of the classifier, but go from {low} to {high}."
+        )
+    attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
+    made_by = (
+        "given images"
+        if adversarial is not None
+        else f"{description_text(attack.to_dict())} on the {victim} classifier"
+    )
+    with evaluating(model):
+        if adversarial is None:
+            adversarial = work.attacked(attack, images, labels, defended=victim == "defended")
+        shown = {
+            "clean": images,
+            "generated": work.generated(images),
+            "noise": work.flipped(images, adversarial),
+            "adversarial": adversarial,
+        }
+        right = {name: work.bare_right(shown[name], labels) for name in ("clean", "noise", "adversarial")}
+        for name in ("adversarial", "clean") if purify else ():
+            shown[f"purified_{name}"], right[f"purified_{name}"] = work.purified(shown[name], labels, name)
+        work.say("measuring distances")
+        references = work.scored(reference, "reference", torch.arange(len(reference)))
+        kernel = kernel or Gaussian.median(references)
+        scores = {name: work.scored(shown[name], name, index) for name in KINDS if name in shown}
+    distances = {name: mmd_distances(kernel, score, references).cpu() for name, score in scores.items()}
+    return Detection(
+        distances=distances,
+        summary={
+            name: KindSummary(
+                count=len(found),
+                median=found.quantile(0.5).item(),
+                quartiles=(found.quantile(0.25).item(), found.quantile(0.75).item()),
+                auroc=None if name == "clean" else AUROC.of(found, distances["clean"]),
+                mmd2=unbiased_mmd2(kernel, scores[name], references).item() if len(found) > 1 else None,
+                accuracy=Accuracy.mean(right[name]) if name in right else None,
+            )
+            for name, found in distances.items()
+        },
+        references=len(reference),
+        eps=work.eps,
+        kernel=_described(kernel),
+        attack=made_by,
+        seed=seed,
+        largest_change=(adversarial - images).abs().max().item(),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measurement:
+    """Makes the kinds and scores them, ``max_parallel`` images at a time."""
+
+    model: PurifiedClassifier
+    index: Tensor
+    eps: EPS
+    seed: int
+    max_parallel: int
+    say: Callable[[str], None]
+
+    def attacked(self, attack: Attack, images: Tensor, labels: Tensor, *, defended: bool) -> Tensor:
+        self.say("attacking")
+        model = self.model if defended else self.model.undefended
+        parts = [
+            attack(model, images[rows], labels[rows], indices=self.index[rows]).images for rows in self._rows(images)
+        ]
+        return torch.cat(parts)
+
+    def generated(self, images: Tensor) -> Tensor:
+        self.say("generating")
+        latents = draw_latents(self._seeds(GENERATED), 1, self.model.image_shape).to(images.device)
+        with torch.no_grad():
+            parts = []
+            for rows in self._rows(images):
+                conditions = self.model.latent_class_labels(images[rows])
+                own = None if conditions is None else conditions[:, :1]
+                size = images.shape[2:] if self.model.preprocessing.resize else None
+                parts.append(self.model.generate(latents[rows], class_labels=own, size=size)[:, 0])
+        return torch.cat(parts)
+
+    def flipped(self, images: Tensor, adversarial: Tensor) -> Tensor:
+        """The perturbations with random signs, added to the images."""
+        signs = torch.where(draw_uniform(self._seeds(SIGNS), images.shape[1:]) < 0.5, -1.0, 1.0)
+        return (images + signs.to(images) * (adversarial - images)).clamp(0, 1)
+
+    def bare_right(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[B], whether the bare classifier is right."""
+        with torch.no_grad():
+            parts = [self.model.undefended(images[rows]).argmax(dim=1) for rows in self._rows(images)]
+        return torch.cat(parts) == labels
+
+    def purified(self, images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """The first of the K versions, and [B], whether the vote of all of them is right."""
+        self.say(f"purifying {name} images")
+        seeds = derived_seeds(self._seeds(PURIFIED), STREAMS[name])
+        kept, right = [], []
+
+        def tick(_: object) -> None:
+            self.say("")
+
+        with torch.no_grad(), self.model.register_latent_hook(tick):
+            for rows in self._rows(images):
+                own = seeds[rows] if self.model.seed is None else None
+                result = self.model.purify(images[rows], seeds=own)
+                assert result.labels is not None
+                kept.append(result.images[:, 0])
+                right.append(result.labels == labels[rows])
+        return torch.cat(kept), torch.cat(right)
+
+    def scored(self, images: Tensor, kind: str, index: Tensor) -> Tensor:
+        """EPS, with noise of this kind's own."""
+        seeds = derived_seeds(index, STREAMS[kind])
+        scores = []
+        for rows in torch.arange(len(images)).split(self.max_parallel):
+            part = images[rows].to(torch.promote_types(images.dtype, torch.float32))
+            with torch.no_grad():
+                conditions = self.model.latent_class_labels(part)
+                small = self.model.preprocessing.resized(part, self.model.image_shape[1:])
+            own = None if conditions is None else conditions[:, 0]
+            scores.append(
+                self.eps(
+                    self.model.backbone,
+                    small,
+                    indices=seeds[rows],
+                    class_labels=own,
+                    max_parallel=self.max_parallel,
+                )
+            )
+        return torch.cat(scores)
+
+    def _rows(self, images: Tensor) -> tuple[Tensor, ...]:
+        return torch.arange(len(images)).split(self.max_parallel)
+
+    def _seeds(self, stream: int) -> Tensor:
+        return derived_seeds(derived_seeds(self.index, stream), self.seed)
+
+
+def _check(given: object, name: str, *, like: Tensor | None = None, count: int | None = None) -> None:
+    """Raises InputTypeError or InputValueError unless ``given`` are images in [0, 1], and fit those before them."""
+    try:
+        found = check_images(given)
+        check_finite(found)
+        check_unit_range(found)
+    except (InputTypeError, InputValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if not len(found):
+        raise InputValueError(f"{name}: there must be one image at least.")
+    if like is not None and found.shape[1:] != like.shape[1:]:
+        raise InputValueError(f"{name} must be images of {list(like.shape[1:])}, but are {list(found.shape[1:])}.")
+    if count is not None and len(found) != count:
+        raise InputValueError(f"{name} must be {count}, one for each image, but are {len(found)}.")
+
+
+def _described(kernel: Kernel) -> Any:
+    """A kernel as JSON."""
+    if isinstance(kernel, Gaussian):
+        return {"name": "gaussian", **kernel.to_dict()}
+    to_dict = getattr(kernel, "to_dict", None)
+    return {"name": repr(kernel)} if to_dict is None else to_dict()

@@ -1,0 +1,195 @@
+"""The folder of an evaluation: settings, a line per image and attack, adversarial images, and timings.
+
+A work unit appears under its name only when it is whole: first its tensors, then its lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmap_defense.errors import EvaluationError
+from cmap_defense.files import FolderLock, refuse_other_settings, write_text, written_whole
+
+__all__ = ["ResultsFolder", "Timing", "WorkUnit"]
+
+FORMAT = 3
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class WorkUnit:
+    """What is done at once, by one process.
+
+    Attributes:
+        task: name of the task.
+        seed: of the run.
+        group: number of the group of images.
+    """
+
+    task: str
+    seed: int
+    group: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What the finished work units of a task cost.
+
+    Attributes:
+        images: number of them, all runs together.
+        seconds: all together.
+        passes: network passes of backbones.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    passes: int = 0
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.images + other.images, self.seconds + other.seconds, self.passes + other.passes)
+
+
+class ResultsFolder:
+    """An evaluation's folder.
+
+    Args:
+        path: of the folder, which is made when it is needed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder for this job alone.
+
+        Raises:
+            EvaluationError: another job has it, or nothing can be written there.
+        """
+        with FolderLock(self.path, "evaluation", EvaluationError).held():
+            yield
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings of the folder's results; None where there are none yet.
+
+        Raises:
+            EvaluationError: there is something else.
+        """
+        path = self.path / "settings.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise EvaluationError(f"{path} is not what an evaluation writes: {error}") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise EvaluationError(f"{path} was written by another version of this package. Give another folder.")
+        return found
+
+    def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
+        """Write the settings, or compare them with those that are there.
+
+        Args:
+            settings: what the results are made with.
+            first: whether this is the first process of the job; others only compare.
+
+        Raises:
+            EvaluationError: the settings differ; the message says where. Or the first process has written none, since
+                its folder is another.
+        """
+        if self.settings() is not None:
+            self.compare(settings)
+        elif first:
+            write_text(self.path / "settings.json", json.dumps(_with_format(settings), indent=1))
+        else:
+            raise EvaluationError(f"{self.path} is not the folder of the first process: all must see the same disk.")
+
+    def compare(self, settings: Mapping[str, Any]) -> None:
+        """Compare the settings with those of the results that are there, if there are some. Nothing is written.
+
+        Raises:
+            EvaluationError: they differ; the message says where.
+        """
+        before = self.settings()
+        if before is not None:
+            refuse_other_settings(
+                before,
+                _with_format(settings),
+                EvaluationError,
+                what=f"{self.path} holds results of another evaluation",
+                remedy="Give the same settings to go on with it, or another folder.",
+                derived=("checks/", "search"),
+            )
+
+    def done(self, unit: WorkUnit) -> bool:
+        """Whether a work unit is finished."""
+        return self._file(unit, ".jsonl").exists()
+
+    def write(self, unit: WorkUnit, lines: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Keep a finished work unit; afterwards it is done."""
+        if tensors:
+            kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            written_whole(self._file(unit, ".safetensors"), lambda path: save_file(kept, path))
+        write_text(self._file(unit, ".jsonl"), "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+    def lines(self, unit: WorkUnit) -> list[dict[str, Any]]:
+        """The lines of a finished work unit."""
+        text = self._file(unit, ".jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def tensors(self, unit: WorkUnit) -> dict[str, Tensor]:
+        """The tensors of a finished work unit, by name; none where it has none.
+
+        Raises:
+            EvaluationError: they cannot be read.
+        """
+        path = self._file(unit, ".safetensors")
+        if not path.exists():
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise EvaluationError(f"{path} cannot be read: {error}") from error
+
+    def note_timing(self, unit: WorkUnit, rank: int, timing: Timing) -> None:
+        """Keep what a work unit cost, in a file of each process: it has no influence on the results."""
+        path = self.path / "timings" / f"rank-{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = dataclasses.asdict(unit) | dataclasses.asdict(timing)
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                whole = file.read(1) == b"\n"  # or else the job was killed in the middle of a line
+                file.write(b"" if whole else b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+
+    def timings(self) -> dict[str, Timing]:
+        """By task, of the process that finished each work unit."""
+        latest: dict[WorkUnit, Timing] = {}
+        for path in sorted((self.path / "timings").glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line that was being written when the job was killed
+                    row = json.loads(line)
+                    unit = WorkUnit(row["task"], row["seed"], row["group"])
+                    latest[unit] = Timing(row["images"], row["seconds"], row["passes"])
+        sums: dict[str, Timing] = {}
+        for unit, timing in latest.items():
+            sums[unit.task] = sums.get(unit.task, Timing()) + timing
+        return sums
+
+    def _file(self, unit: WorkUnit, suffix: str) -> Path:
+        return self.path / "units" / unit.task / f"{unit.seed}-{unit.group:05d}{suffix}"
+
+
+def _with_format(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as ``settings.json`` holds them."""
+    return json.loads(json.dumps({"format": FORMAT, **settings}, allow_nan=False))

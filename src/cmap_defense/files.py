@@ -1,0 +1,253 @@
+"""Files of results: written whole or not at all, in a folder that one job has to itself.
+
+The settings of earlier results are compared with those given now, and what differs is named, one line per option.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from cmap_defense.errors import CmapError
+
+__all__ = [
+    "LOCK_FILE",
+    "FolderLock",
+    "differences",
+    "refuse_other_settings",
+    "tensor_checksum",
+    "write_json",
+    "write_text",
+    "written_whole",
+]
+
+LOCK_FILE = ".lock"
+
+CONTEXT = 30
+"""Characters that are shown beside a difference of long texts."""
+
+LISTED = 12
+"""Lines of a refusal, at most."""
+
+CONTAINERS = {"models", "defended", "tasks", "settings", "threat", "attack", "protocol", "computation", "train"}
+"""Groups of settings that say nothing about an option inside them."""
+
+LOGITS = "logits"
+"""The name of a model's logits on the first image, which are compared as numbers."""
+
+MISSING = object()
+
+Place = tuple[str, ...]
+
+
+def written_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is whole or not there, and on the disk before it has its name.
+
+    Args:
+        path: the file; its folder is made where it is not there.
+        write: writes the content to the path that it is given, beside the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    with partial.open("r+b") as file:  # fsync of a file to be read only fails on Windows
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    written_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all. Raises ValueError for NaN and infinite numbers, which JSON has not."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class FolderLock:
+    """A lock on a folder, which the system releases when its process dies.
+
+    Args:
+        folder: made when it is not there.
+        what: who has it, for messages, such as "training".
+        error: what is raised.
+    """
+
+    def __init__(self, folder: Path, what: str, error: type[CmapError]) -> None:
+        self.folder, self.what, self.error = folder, what, error
+        self._lock = FileLock(folder / LOCK_FILE)
+
+    def take(self) -> None:
+        """Lock the folder.
+
+        Raises:
+            CmapError: of the kind given: another job has the folder, or nothing can be written there.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise self.error(
+                f"Another {self.what} is writing to {self.folder}. Wait for it, or give another folder. (If there is "
+                f"none, remove {self.folder / LOCK_FILE}.)"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise self.error(f"{self.folder} cannot be written to and locked: {error}") from error
+
+    def release(self) -> None:
+        """Release the folder."""
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder locked in a ``with`` block. Raises as :meth:`take`."""
+        self.take()
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def tensor_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, types, shapes and contents of tensors, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(whole.reshape(-1).view(torch.uint8).numpy()).data if whole.numel() else b"")
+    return digest.hexdigest()
+
+
+def refuse_other_settings(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    error: type[CmapError],
+    *,
+    what: str,
+    remedy: str,
+    derived: Sequence[str] = (),
+) -> None:
+    """Refuse to go on with results that were made with other settings.
+
+    Args:
+        before: settings of the earlier results, from JSON.
+        now: settings given now, anything that JSON can hold.
+        error: what is raised.
+        what: beginning of the message, which says what is there.
+        remedy: end of the message, which says what to do.
+        derived: as for :func:`differences`.
+
+    Raises:
+        CmapError: of that kind, unless both are the same.
+    """
+    lines = differences(before, json.loads(json.dumps(now, allow_nan=False)), derived=derived)
+    if lines:
+        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        raise error("\n  ".join([f"{what}:", *lines[:LISTED], *more]) + f"\n{remedy}")
+
+
+def differences(before: Any, now: Any, *, derived: Sequence[str] = ()) -> list[str]:
+    """What differs between two JSON values: a line per option, such as "eps: 8/255 before, 4/255 now".
+
+    An option that changed alike in several places, such as the size of all attacks, has one line.
+
+    Args:
+        before: the earlier value.
+        now: the value given now.
+        derived: names of entries that follow from others, or how they begin up to a "/"; they are left out where others
+            differ.
+    """
+    found = [(place, *_shown(old, new)) for place, old, new in _changes(before, now, ())]
+    groups = tuple(name for name in derived if name.endswith("/"))
+    kept = [change for change in found if not any(part in derived or part.startswith(groups) for part in change[0])]
+    changes = kept or found
+    names = {place: _name(place) for place, _, _ in changes}
+    values: dict[str, set[tuple[str, str]]] = {}
+    for place, old, new in changes:
+        values.setdefault(names[place], set()).add((old, new))
+    lines = {
+        f"{names[place] if len(values[names[place]]) == 1 else '.'.join(place)}: {old} before, {new} now": None
+        for place, old, new in changes
+    }
+    return list(lines)
+
+
+def _changes(before: Any, now: Any, place: Place) -> Iterator[tuple[Place, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys(), key=str):
+            yield from _changes(before.get(name, MISSING), now.get(name, MISSING), (*place, str(name)))
+    elif before is MISSING or now is MISSING or not (before == now or _equal_logits(before, now, place)):
+        yield place, before, now
+
+
+def _equal_logits(before: Any, now: Any, place: Place) -> bool:
+    """Whether both are logits, up to what rounding on another machine of the kind may change."""
+    if place[-1:] != (LOGITS,) or not isinstance(before, list) or not isinstance(now, list):
+        return False
+    largest = max((abs(value) for value in before), default=0.0)
+    return len(before) == len(now) and all(
+        math.isclose(one, other, abs_tol=1e-2 * largest) for one, other in zip(before, now, strict=True)
+    )
+
+
+def _name(place: Place) -> str:
+    """An option by its last part, and by the one before where that is no mere container."""
+    if place[-1:] == (LOGITS,) and len(place) > 1:
+        return f"logits of {place[-2]} on the first image"
+    shown = [part for part in place[:-1] if part not in CONTAINERS and "/" not in part]
+    return ".".join([*shown[-1:], *place[-1:]])
+
+
+def _shown(before: Any, now: Any) -> tuple[str, str]:
+    """Two values as texts that differ."""
+    old, new = _text(before), _text(now)
+    if old == new:
+        old, new = repr(before), repr(now)
+    return _shortened(old, new)
+
+
+def _text(value: Any) -> str:
+    if value is MISSING:
+        return "not given"
+    if isinstance(value, dict):
+        return str(value.get("name") or value.get("class") or "given")
+    if isinstance(value, float) and len(repr(value)) > 6:
+        steps = round(value * 255)
+        return f"{steps}/255" if 0 < steps < 255 and abs(value * 255 - steps) < 1e-9 else repr(value)
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}..."
+    return value if isinstance(value, str) and value.strip() == value != "" else repr(value)
+
+
+def _shortened(before: str, now: str) -> tuple[str, str]:
+    """Two long texts, cut down to where they differ and a few words around it."""
+    if max(len(before), len(now)) <= 4 * CONTEXT:
+        return before, now
+    same = _common(before, now)
+    rest = _common(before[same:][::-1], now[same:][::-1])
+    begin = max(0, same - CONTEXT)
+    ends = [len(text) - max(0, rest - CONTEXT) for text in (before, now)]
+    shown = [
+        ("..." if begin else "") + text[begin:end] + ("..." if end < len(text) else "")
+        for text, end in zip((before, now), ends, strict=True)
+    ]
+    return shown[0], shown[1]
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

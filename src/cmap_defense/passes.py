@@ -1,0 +1,40 @@
+"""Counts network passes of backbones: one for each latent or noisy image in a call that this package makes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+__all__ = ["PassCounter", "count_passes", "counting_passes"]
+
+
+@dataclasses.dataclass(eq=False)
+class PassCounter:
+    """How many passes there were.
+
+    Attributes:
+        total: latents and noisy images so far.
+    """
+
+    total: int = 0
+
+
+_active: list[PassCounter] = []  # of all threads: autograd runs a backward pass in threads of its own
+
+
+@contextlib.contextmanager
+def counting_passes() -> Iterator[PassCounter]:
+    """A counter of the passes in its ``with`` block."""
+    counter = PassCounter()
+    _active.append(counter)
+    try:
+        yield counter
+    finally:
+        _active.remove(counter)
+
+
+def count_passes(number: int) -> None:
+    """Add a call of a backbone with ``number`` latents or noisy images to all counters that are active."""
+    for counter in _active:
+        counter.total += number

@@ -1,0 +1,94 @@
+"""The figures of a backbone's quality as tables, and the files ``quality.json`` and ``quality.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cmap_defense.files import write_json, write_text
+from cmap_defense.statistics import Accuracy
+from cmap_defense.tables import markdown_table
+
+__all__ = ["accuracy_rows", "distance_rows", "notes", "quality_markdown", "write_quality"]
+
+KINDS = {
+    "clean": "clean",
+    "purified": "purified",
+    "attacked": "attacked",
+    "attacked_purified": "attacked, purified",
+}
+"""Accuracies, and the headings of their columns."""
+
+
+def quality_markdown(quality: Mapping[str, Any]) -> str:
+    """The text of ``quality.md`` from what :meth:`Quality.to_dict` gives."""
+    parts = [f"# Quality of {quality['backbone']}", "## Samples"]
+    head, *rows = distance_rows(quality)
+    parts += [markdown_table(head, rows), *notes(quality)["samples"], "## Purified images"]
+    head, *rows = accuracy_rows(quality)
+    parts += [*notes(quality)["purified"], markdown_table(head, rows), *notes(quality)["attack"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def distance_rows(quality: Mapping[str, Any]) -> list[list[str]]:
+    """A heading and the distances between samples and real images; those that are not available say "none"."""
+    frechet, fid = quality["frechet"], quality["fid"]
+    rows = [["distance", "between", "images", "value"]]
+    if frechet is None:
+        rows.append([f"Frechet distance in features of {quality['classifier']}", "", "", "none"])
+    else:
+        sets = f"{frechet['images']} and {frechet['images']}"
+        rows.append([frechet["name"], "samples and real images", sets, f"{frechet['samples']:.4g}"])
+        rows.append([frechet["name"], "two halves of real images", sets, f"{frechet['halves']:.4g}"])
+    if fid is None:
+        rows.append(["FID", "", "", "none"])
+    else:
+        sets = f"{fid['samples']} and {fid['real']}"
+        rows.append(["FID", "samples and real images", sets, f"{fid['value']:.4g}"])
+    return rows
+
+
+def accuracy_rows(quality: Mapping[str, Any]) -> list[list[str]]:
+    """A heading and the accuracies of each classifier, with their 95 % intervals."""
+    return [["classifier", *KINDS.values()]] + [
+        [name, *(str(Accuracy.from_dict(found[kind])) for kind in KINDS)]
+        for name, found in quality["classifiers"].items()
+    ]
+
+
+def notes(quality: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Sentences beside the tables, by place."""
+    frechet, fid, near = quality["frechet"], quality["fid"], quality["reconstructions"]
+    samples = []
+    if frechet is None:
+        samples.append(f"No Frechet distance: {quality['frechet_reason']}")
+    else:
+        samples.append(
+            f"The features are the {frechet['numbers']} numbers that come into {frechet['module']!r}. The distance is "
+            "no FID, and can be compared only with distances in the same features between as many images; that of two "
+            "halves of real images is what their number alone makes of it."
+        )
+    samples.append(f"No FID: {quality['fid_reason']}" if fid is None else f"FID has its features from {fid['source']}.")
+    settings = quality["settings"]
+    return {
+        "samples": samples,
+        "purified": [
+            f"{near['images']} clean images, purified with K = {settings['n_latents']}, N = {settings['iterations']}: "
+            f"mean L1 {near['l1']:.4f} per pixel of images in [0, 1], mean SSIM {near['ssim']:.3f}."
+        ],
+        "attack": [
+            "Clean and attacked images are classified by the bare classifier, purified ones by the vote of their K "
+            "versions. Accuracies have 95 % Wilson intervals.",
+            f"The attack is {quality['attack']}, made on each bare classifier: {quality['attacker']}. This shows how "
+            "the defence works, not how robust it is.",
+        ],
+    }
+
+
+def write_quality(quality: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write ``quality.json`` and ``quality.md``."""
+    written = [folder / "quality.json", folder / "quality.md"]
+    write_json(written[0], quality)
+    write_text(written[1], quality_markdown(quality))
+    return written

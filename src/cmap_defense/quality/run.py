@@ -1,0 +1,286 @@
+"""The quality of a backbone for purification, without anything that must be downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.attacks import PGD, Attack, ThreatModel
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.data.selection import SelectedImages, labelled_data
+from cmap_defense.data.subset import Subset
+from cmap_defense.describe import description_text
+from cmap_defense.errors import SettingsError
+from cmap_defense.modules import device_of, evaluating
+from cmap_defense.quality.compare import SampleComparison, SampleFigures
+from cmap_defense.quality.reconstruct import Reconstructions, reconstruct
+from cmap_defense.settings import require_integer
+
+__all__ = ["SAMPLES", "Quality", "QualityRun"]
+
+SAMPLES = 5000
+"""Generated images, unless said otherwise. Distances of other numbers cannot be compared with these."""
+
+ATTACKER = "the attacker does not know the defence"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+    """What was found.
+
+    Attributes:
+        backbone: its name.
+        classifier: its name.
+        samples: figures of the generated images.
+        reconstructions: figures of the purified ones.
+        settings: of CMAP.
+        vote: of the defended classifier.
+        attack: on the bare classifiers.
+        seed: of everything.
+    """
+
+    backbone: str
+    classifier: str
+    samples: SampleFigures
+    reconstructions: Reconstructions
+    settings: CMAPSettings
+    vote: str
+    attack: Attack
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON, each accuracy with its 95 % interval; "frechet" and "fid" are None where they are not
+        available, and "frechet_reason" and "fid_reason" say why."""
+        frechet, fid = self.samples.frechet, self.samples.fid
+        plain = None
+        if frechet is not None:
+            plain = {name: getattr(frechet, name) for name in ("samples", "halves", "images")}
+            plain |= {"name": self.frechet_name, **dataclasses.asdict(frechet.layer)}
+        near = self.reconstructions
+        return {
+            "backbone": self.backbone,
+            "classifier": self.classifier,
+            "frechet": plain,
+            "frechet_reason": self.samples.frechet_reason,
+            "fid": None if fid is None else dataclasses.asdict(fid),
+            "fid_reason": self.samples.fid_reason,
+            "reconstructions": {"images": near.images, "l1": near.l1, "ssim": near.ssim},
+            "classifiers": {name: found.to_dict() for name, found in near.accuracies.items()},
+            "attack": self.attack_name,
+            "attack_settings": description_text(self.attack.to_dict()),
+            "attacker": ATTACKER,
+            "settings": self.settings.to_dict(),
+            "vote": self.vote,
+            "seed": self.seed,
+            "figures": self.figures(),
+        }
+
+    def __repr__(self) -> str:
+        frechet, near = self.samples.frechet, self.reconstructions
+        distance = "none" if frechet is None else f"{frechet.samples:.4g} (halves {frechet.halves:.4g})"
+        shown = "; ".join(f"{name} {found.purified}" for name, found in near.accuracies.items())
+        return (
+            f"Quality({self.backbone!r}, Frechet distance {distance}, SSIM {near.ssim:.3f}, purified accuracy: {shown})"
+        )
+
+    @property
+    def frechet_name(self) -> str:
+        """What the distance is called: it is no FID."""
+        return f"Frechet distance in features of {self.classifier}"
+
+    @property
+    def attack_name(self) -> str:
+        """The attack in a few words; its settings are in :meth:`to_dict`."""
+        steps, threat = getattr(self.attack, "steps", None), self.attack.threat
+        return f"{type(self.attack).__name__}{'' if steps is None else f'-{steps}'}, {threat.norm} {threat.eps:.4g}"
+
+    def figures(self, **about: Any) -> dict[str, Any]:
+        """For ``figures`` of a :class:`~cmap_defense.backbones.record.BackboneRecord`: one entry, "measured".
+
+        Args:
+            about: what else should stand there, such as the command and the data.
+        """
+        frechet, fid = self.samples.frechet, self.samples.fid
+        found: dict[str, Any] = dict(about)
+        if frechet is not None:
+            found[self.frechet_name] = {
+                "samples and real images": _short(frechet.samples),
+                "two halves of real images": _short(frechet.halves),
+                "images in each set": frechet.images,
+            }
+        if fid is not None:
+            found["FID"] = {
+                "value": _short(fid.value),
+                "samples": fid.samples,
+                "real images": fid.real,
+                "by": fid.source,
+            }
+        found["reconstructions"] = {
+            "images": self.reconstructions.images,
+            "mean L1 per pixel": _short(self.reconstructions.l1),
+            "mean SSIM": _short(self.reconstructions.ssim),
+        }
+        found["accuracy"] = {
+            name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in vars(accuracies).items()}
+            for name, accuracies in self.reconstructions.accuracies.items()
+        }
+        found["attack"] = f"{self.attack_name}, on the bare classifier: {ATTACKER}"
+        found["settings"] = {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations}
+        found["seed"] = self.seed
+        return {"measured": found}
+
+
+class QualityRun:
+    """How good a backbone is: as a generator, and as what images are purified with.
+
+    ::
+
+        found = QualityRun(model, load_test_images(), name="embedded", subset=Subset(count=64)).run()
+        print(found.to_dict()["frechet"])
+
+    Samples are compared with real images by the Frechet distance in the classifier's own features, which needs no
+    network that must be fetched, beside the distance of two halves of the real images; and by FID, where the weights of
+    its network are there. Clean images are purified and classified; so are images that were attacked through the bare
+    classifier, which shows how the defence works and not how robust it is.
+
+    Args:
+        model: the defended classifier.
+        data: as :meth:`SelectedImages.of <cmap_defense.data.selection.SelectedImages.of>` takes it.
+        name: of the classifier.
+        others: further classifiers by name, images in [0, 1] to logits: they classify the same purified clean images,
+            and each has an attack and purifications of its own.
+        subset: the images to be purified; None for the first 512.
+        samples: generated images. They are compared with real ones drawn from the data by ``seed``, twice as many, in
+            two halves of that size; with fewer where the data has no more. FID is between all of both.
+        features: name of the classifier's module whose input is the features; None for the last ``nn.Linear``.
+        attack: on the bare classifiers; None for PGD with linf 8/255 and 20 steps.
+        seed: of samples, real images, attack and purifications.
+        group: images at a time. It changes memory, not the result beyond rounding.
+
+    Raises:
+        InputTypeError, InputValueError, DataError: the images are none, or do not fit the model.
+        SettingsError: an option is out of its range, or there is no module of that name.
+    """
+
+    def __init__(
+        self,
+        model: PurifiedClassifier,
+        data: Any,
+        *,
+        name: str = "classifier",
+        others: Mapping[str, nn.Module | Callable[[Tensor], Tensor]] | None = None,
+        subset: Subset | None = None,
+        samples: int = SAMPLES,
+        features: str | None = None,
+        attack: Attack | None = None,
+        seed: int = 0,
+        group: int = 32,
+    ) -> None:
+        require_integer("QualityRun", "samples", samples, minimum=2)
+        require_integer("QualityRun", "seed", seed, minimum=-(2**63), below=2**63)
+        require_integer("QualityRun", "group", group, minimum=1)
+        if attack is not None and not isinstance(attack, Attack):
+            raise SettingsError(f"QualityRun.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
+        if name in (others or {}):
+            raise SettingsError(f"QualityRun.others must have other names than the classifier, which is {name!r}.")
+        self.model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+        self.name, self.seed, self.group = name, seed, group
+        self.attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
+        self.models = {name: self.model} | {
+            other: _beside(self.model, classifier) for other, classifier in (others or {}).items()
+        }
+        data = labelled_data(data, self.model.image_shape[0])
+        self.images = SelectedImages.of(data, subset or Subset(count=512))
+        for other, model in self.models.items():
+            with torch.no_grad(), evaluating(model):
+                logits = bare_logits(model, self.images.images[:1].to(device_of(model)), other)
+            self.images.check_classes(logits.shape[1], other)
+        with evaluating(self.model):
+            self.comparison = SampleComparison.of(
+                self.model, data, samples=samples, features=features, seed=seed, group=group
+            )
+
+    @property
+    def passes(self) -> int:
+        """Network passes: of the samples, and of the clean images' and each attacked images' purification, which
+        generates once per iteration and once more at its end. Those by which a purification finds out what fits, where
+        ``max_parallel`` does not say, are not included."""
+        settings = self.model.settings
+        purified = (1 + len(self.models)) * len(self.images) * settings.n_latents * (settings.iterations + 1)
+        return self.comparison.generated + purified
+
+    @property
+    def steps(self) -> int:
+        """How often :meth:`run` calls ``on_step`` with ""."""
+        groups = -(-len(self.images) // self.group)
+        return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
+
+    def measure_speed(self, seconds: float = 2.0) -> Speed:
+        """Seconds per network pass, and memory, of a few iterations: on one image, then on four times as many again and
+        again, up to a group, since images are faster together.
+
+        Args:
+            seconds: how long it may take, about, or a hundredth of what everything would take at the speed measured so
+                far.
+        """
+        count, most = 1, min(self.group, len(self.images))
+        with evaluating(self.model):
+            while True:
+                begun = time.perf_counter()
+                found = measure_speed(self.model, self.images.images[:count].to(device_of(self.model)))
+                allowed = max(seconds, 0.01 * found.seconds * self.passes)
+                if count == most or 4 * (time.perf_counter() - begun) > allowed:
+                    return found
+                count = min(4 * count, most)
+
+    def run(self, on_step: Callable[[str], None] | None = None) -> Quality:
+        """Do it all.
+
+        Args:
+            on_step: called with the name of each part as it begins, and with "" at each step.
+        """
+        report = on_step or (lambda name: None)
+        record = getattr(self.model.backbone, "record", None)
+        with contextlib.ExitStack() as stack:
+            for model in self.models.values():
+                stack.enter_context(evaluating(model))
+            samples = self.comparison.run(report)
+            found = reconstruct(
+                self.models, self.images, attack=self.attack, seed=self.seed, group=self.group, on_step=report
+            )
+        return Quality(
+            backbone=type(self.model.backbone).__name__ if record is None else record.name,
+            classifier=self.name,
+            samples=samples,
+            reconstructions=found,
+            settings=self.model.settings,
+            vote=self.model.vote,
+            attack=self.attack,
+            seed=self.seed,
+        )
+
+
+def _beside(model: PurifiedClassifier, classifier: nn.Module | Callable[[Tensor], Tensor]) -> PurifiedClassifier:
+    """Another classifier, of images in [0, 1], behind the same defence."""
+    return PurifiedClassifier(
+        classifier,
+        model.backbone,
+        settings=model.settings,
+        resize=model.preprocessing.resize,
+        vote=model.vote,
+        seed=model.seed,
+        class_labels=model.class_labels,
+        max_parallel=model.max_parallel,
+    )
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

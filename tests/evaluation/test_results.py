@@ -1,0 +1,266 @@
+"""The folder of an evaluation: whole files or none, one job at a time, of one kind or refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cmap_defense.errors import EvaluationError
+from cmap_defense.evaluation.results import FORMAT, ResultsFolder, Timing, WorkUnit
+
+UNIT = WorkUnit("defended/pgd", 7, 12)
+LINES = [{"image": 3, "predictions": [1, 0]}, {"image": 4, "predictions": []}]
+TENSORS = {"images": torch.arange(6.0).view(2, 3), "history.loss": torch.ones(4, 2).T}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- work_units -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_work_unit_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path / "deep" / "folder")
+    assert not store.done(UNIT)
+    store.write(UNIT, LINES, TENSORS)
+    assert store.done(UNIT)
+    assert store.lines(UNIT) == LINES
+    found = store.tensors(UNIT)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert files(store.path) == [f"units/defended/pgd/7-00012{end}" for end in (".jsonl", ".safetensors")]
+
+
+def test_work_units_do_not_meet(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    units = [WorkUnit(task, seed, group) for task in ("a/b", "a/c") for seed in (1, 11) for group in (1, 11, 100_001)]
+    for number, unit in enumerate(units):
+        store.write(unit, [{"number": number}], {})
+    assert [store.lines(unit) for unit in units] == [[{"number": number}] for number in range(len(units))]
+
+
+def test_a_work_unit_without_tensors_has_none(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.write(UNIT, LINES, {})
+    assert store.tensors(UNIT) == {}
+    assert files(tmp_path) == ["units/defended/pgd/7-00012.jsonl"]
+
+
+def test_tensors_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.write(UNIT, LINES, TENSORS)
+    path = tmp_path / "units/defended/pgd/7-00012.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(EvaluationError, match=r"7-00012\.safetensors cannot be read"):
+        store.tensors(UNIT)
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise OSError("the disk is full")
+
+
+def test_a_failing_save_of_tensors_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a final name, neither tensors nor lines; and the next attempt is as good as the first."""
+    store = ResultsFolder(tmp_path)
+
+    def half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        failing()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cmap_defense.evaluation.results.save_file", half)
+        with pytest.raises(OSError, match="full"):
+            store.write(UNIT, LINES, TENSORS)
+    assert not store.done(UNIT)
+    assert store.tensors(UNIT) == {}
+    assert all(name.endswith(".partial") for name in files(tmp_path))
+    store.write(UNIT, LINES, TENSORS)
+    assert store.lines(UNIT) == LINES
+    assert torch.equal(store.tensors(UNIT)["images"], TENSORS["images"])
+    assert not any(name.endswith(".partial") for name in files(tmp_path))
+
+
+def test_a_failing_save_of_lines_leaves_a_work_unit_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ResultsFolder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("cmap_defense.evaluation.results.write_text", failing)
+        with pytest.raises(OSError, match="full"):
+            store.write(UNIT, LINES, TENSORS)
+    assert not store.done(UNIT)
+
+
+def test_lines_that_are_no_json_leave_a_work_unit_undone(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.write(UNIT, [*LINES, {"distance": float("nan")}], {})
+    assert not store.done(UNIT)
+
+
+def test_what_was_left_half_written_is_no_work_unit(tmp_path: Path) -> None:
+    store, folder = ResultsFolder(tmp_path), tmp_path / "units/defended/pgd"
+    folder.mkdir(parents=True)
+    for end in (".jsonl", ".safetensors"):
+        (folder / f".7-00012{end}.partial").write_bytes(b'{"image": 3, "ans')
+    assert not store.done(UNIT)
+    assert store.tensors(UNIT) == {}
+    store.write(UNIT, LINES, TENSORS)
+    assert store.lines(UNIT) == LINES
+
+
+# --- one job at a time ------------------------------------------------------------------------------------------------
+
+HOLD = (
+    "import sys, filelock\nwith filelock.FileLock(sys.argv[1], timeout=0): print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_folder_that_another_process_has_is_refused_until_it_is_gone(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path / "folder")
+    with store.locked():
+        pass
+    command = [sys.executable, "-c", HOLD, str(store.path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(EvaluationError, match=r"Another evaluation is writing to .*folder\. Wait for it"),
+            store.locked(),
+        ):
+            pytest.fail("it was not locked")  # fmt: skip
+        other.kill()
+    with store.locked():
+        pass
+
+
+def test_another_process_is_refused_what_this_one_has(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    with store.locked():
+        found = subprocess.run(
+            [sys.executable, "-c", HOLD, str(tmp_path / ".lock")],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert found.returncode != 0
+    assert "Timeout" in found.stderr
+
+
+def test_the_same_process_cannot_have_it_twice(tmp_path: Path) -> None:
+    with (
+        ResultsFolder(tmp_path).locked(),
+        pytest.raises(EvaluationError, match="Another evaluation"),
+        ResultsFolder(tmp_path).locked(),
+    ):
+        pytest.fail("it was not locked")
+    with ResultsFolder(tmp_path).locked():
+        pass
+
+
+def test_a_lock_is_given_back_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), ResultsFolder(tmp_path).locked():
+        raise KeyError
+    with ResultsFolder(tmp_path).locked():
+        pass
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"protocol": {"predictions": 10, "seeds": [0, 1]}, "models": {"defended": {"seed": None}}}
+
+
+def test_settings_are_noted_once_and_compared_afterwards(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    assert store.settings() is None
+    store.begin(SETTINGS)
+    assert store.settings() == {"format": FORMAT, **SETTINGS}
+    noted = (tmp_path / "settings.json").read_bytes()
+    store.begin({"models": {"defended": {"seed": None}}, "protocol": {"seeds": (0, 1), "predictions": 10}})
+    assert (tmp_path / "settings.json").read_bytes() == noted
+
+
+def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS)
+    noted = (tmp_path / "settings.json").read_bytes()
+    with pytest.raises(EvaluationError) as caught:
+        store.begin({"protocol": {"predictions": 20, "seeds": [0]}, "models": {"defended": {}}, "new": 1})
+    assert str(caught.value) == (
+        f"{tmp_path} holds results of another evaluation:\n"
+        "  seed: None before, not given now\n"
+        "  new: not given before, 1 now\n"
+        "  predictions: 10 before, 20 now\n"
+        "  seeds: [0, 1] before, [0] now\n"
+        "Give the same settings to go on with it, or another folder."
+    )
+    assert (tmp_path / "settings.json").read_bytes() == noted
+
+
+def test_of_many_differences_the_first_are_named(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.begin({"tasks": {f"t{n:02}": n for n in range(15)}})
+    with pytest.raises(EvaluationError) as caught:
+        store.begin({"tasks": {f"t{n:02}": -1 for n in range(15)}})
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  t00: 0 before, -1 now"
+    assert lines[12] == "  t11: 11 before, -1 now"
+    assert lines[13] == "  and 3 more"
+    assert len(lines) == 15
+
+
+@pytest.mark.parametrize("content", ['{"format": 1, "prot', "", "\x00" * 40])
+def test_damaged_settings_are_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"settings\.json is not what an evaluation writes"):
+        ResultsFolder(tmp_path).settings()
+    with pytest.raises(EvaluationError, match=r"settings\.json is not what an evaluation writes"):
+        ResultsFolder(tmp_path).begin(SETTINGS)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"format": 1}', "null"])
+def test_settings_of_another_version_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(EvaluationError, match="was written by another version of this package"):
+        ResultsFolder(tmp_path).begin(SETTINGS)
+
+
+# --- timings ----------------------------------------------------------------------------------------------------------
+
+
+def test_timings_are_sums_by_task_over_all_ranks(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    assert store.timings() == {}
+    store.note_timing(WorkUnit("a", 0, 0), 0, Timing(3, 1.0, 10))
+    store.note_timing(WorkUnit("a", 0, 1), 1, Timing(3, 2.0, 20))
+    store.note_timing(WorkUnit("b", 0, 0), 1, Timing(3, 4.0, 40))
+    assert store.timings() == {"a": Timing(6, 3.0, 30), "b": Timing(3, 4.0, 40)}
+    store.note_timing(WorkUnit("a", 0, 1), 1, Timing(3, 5.0, 21))
+    assert store.timings()["a"] == Timing(6, 6.0, 31)
+
+
+def test_a_half_written_timing_is_no_timing(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    for group in range(2):
+        store.note_timing(WorkUnit("a", 0, group), 0, Timing(3, 1.0, 10))
+    path = tmp_path / "timings" / "rank-0.jsonl"
+    whole = path.read_text()
+    for kept in range(len(whole) - 1):
+        path.write_text(whole[:kept])
+        one = len(whole.splitlines()[0])
+        assert store.timings() == ({} if kept < one else {"a": Timing(3, 1.0, 10)}), kept
+
+
+def test_a_half_written_timing_takes_no_other_with_it(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.note_timing(WorkUnit("a", 0, 0), 0, Timing(3, 1.0, 10))
+    path = tmp_path / "timings" / "rank-0.jsonl"
+    path.write_text(path.read_text() + json.dumps({"task": "a", "seed": 0})[:-3])
+    store.note_timing(WorkUnit("a", 0, 1), 0, Timing(3, 2.0, 20))
+    assert store.timings() == {"a": Timing(6, 3.0, 30)}
