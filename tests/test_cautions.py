@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.detection import EPS, deep_kernel, observe
+from cmap_defense.detection import EPS, deep_kernel, detect
 from cmap_defense.detection.deep import DeepKernelSettings
 from cmap_defense.errors import ClassifierWarning
-from cmap_defense.evaluation import evaluate
+from cmap_defense.evaluation import Protocol, Subset, evaluate
 from cmap_defense.evaluation.demo import demonstrate
-from cmap_defense.evaluation.protocol import Protocol, Subset
 from cmap_defense.modules import evaluating
 from cmap_defense.quality import QualityRun
 from toys import uniform
 
 PGD1 = PGD(THREATS["linf"], steps=1)
-BRIEF = Protocol(answers=1, repurifications=1, sanity_images=0, search_control=False)
+BRIEF = Protocol(predictions=1, reevaluations=1, sanity_images=0, search_on_clean=False)
 
 
 class Noted(nn.Module):
@@ -126,7 +125,7 @@ def attacked_with(name: str) -> Callable[..., Any]:
 
 def observed(model: PurifiedClassifier, x: Tensor, y: Tensor) -> None:
     small = EPS(sigmas=(0.5, 1.0))
-    observe(model, x, y, reference=uniform(3, *SHAPE, seed=9), attack=PGD1, eps=small)
+    detect(model, x, y, reference=uniform(3, *SHAPE, seed=9), attack=PGD1, eps=small)
     deep_kernel(model, x, y, eps=small, settings=DeepKernelSettings(steps=1))
 
 

@@ -15,7 +15,5 @@ def test_what_is_there_is_imported() -> None:
 
 
 def test_what_is_not_there_is_named_with_its_extra() -> None:
-    with pytest.raises(
-        MissingExtraError, match=r"The report: .* nowhere, .*install 'cmap-defense\[report\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"The report: .* nowhere, .*install 'cmap-defense\[report\]'"):
         optional_import("nowhere.inside", "report", "The report")

@@ -47,11 +47,11 @@ def test_as_text_with_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "K = 2 latents, N = 2 iterations" in captured.out
     assert "- adversarial images can" in captured.out
     assert "told from noisy ones with AUROC" in captured.out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["observation.json", "observation.png"]
-    told = json.loads((tmp_path / "out" / "observation.json").read_text(encoding="utf-8"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detection.json", "detection.png"]
+    told = json.loads((tmp_path / "out" / "detection.json").read_text(encoding="utf-8"))
     assert {kind["count"] for kind in told["kinds"].values()} == {3}
     assert told["references"] == 4
-    with Image.open(tmp_path / "out" / "observation.png") as picture:
+    with Image.open(tmp_path / "out" / "detection.png") as picture:
         assert picture.size[0] == 1600
 
 
@@ -64,7 +64,7 @@ def test_as_json_with_the_deep_kernel(tmp_path: Path, capsys: pytest.CaptureFixt
     assert told["settings"]["n_latents"] == 2
     assert len(told["eps"]["sigmas"]) == 2
     assert told["lacking"] is None
-    assert [Path(path).name for path in told["files"]] == ["observation.json", "observation.png"]
+    assert [Path(path).name for path in told["files"]] == ["detection.json", "detection.png"]
 
 
 def test_without_matplotlib_the_numbers_are_there(
@@ -74,7 +74,7 @@ def test_without_matplotlib_the_numbers_are_there(
     assert main([*TINY, "--no-purify", "-o", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert "cmap-defense[report]" in captured.err
-    assert [path.name for path in tmp_path.iterdir()] == ["observation.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["detection.json"]
 
 
 def test_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from cmap_defense.errors import ClassifierWarning
 from patience import HANGS
 
 MODEL = ["--backbone", "fashion-mnist-ct", "--classifier", "embedded", "--data", "embedded", "--eps", "0.05"]
-SMALL = ["-n", "3", "--latents", "2", "--iterations", "2", "--answers", "2", "--repurifications", "2", "--group", "2"]
+SMALL = ["-n", "3", "--latents", "2", "--iterations", "2", "--predictions", "2", "--reevaluations", "2", "--group", "2"]
 ATTACKS = ["--steps", "2", "--eot", "1", "--only", "transfer", "--only", "bpda-eot"]
 CHECKS = ["--sanity-images", "2", "--gradient-samples", "2", "--threads", "1"]
 TINY = [*MODEL, *SMALL, *ATTACKS, *CHECKS]
@@ -38,11 +38,11 @@ def test_an_evaluation_writes_what_the_page_says(evaluated: Path) -> None:
     names = {path.name for path in evaluated.iterdir()}
     assert {"settings.json", "results.jsonl", "report.json", "report.md", "report.html", "units", "timings"} <= names
     lines = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
-    assert {line["attack"] for line in lines if line["subject"] == "defended"} == {"control", "transfer", "bpda-eot"}
-    assert {line["subject"] for line in lines} == {"defended", "undefended", "checks"}
-    own = [line for line in lines if (line["subject"], line["attack"]) == ("defended", "bpda-eot")]
+    assert {line["attack"] for line in lines if line["model"] == "defended"} == {"clean", "transfer", "bpda-eot"}
+    assert {line["model"] for line in lines} == {"defended", "undefended", "checks"}
+    own = [line for line in lines if (line["model"], line["attack"]) == ("defended", "bpda-eot")]
     assert [line["image"] for line in own] == [0, 1, 2]
-    assert all(len(line["answers"]) == 2 and len(line["repurified"]) == 2 for line in own)
+    assert all(len(line["predictions"]) == 2 and len(line["reevaluated"]) == 2 for line in own)
 
 
 def test_the_same_command_finds_nothing_to_do(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +165,7 @@ def test_a_classifier_from_a_file_with_its_weights(tmp_path: Path, capsys: pytes
         model = ["--classifier", f"{tmp_path}/my_models.py:{name}"]
         assert main(["evaluate", *given, *model, "--json", "--out", str(tmp_path / name)]) == 0
         report = json.loads(capsys.readouterr().out)
-        bare = next(row for row in report["rows"] if row["subject"] == "undefended")
+        bare = next(row for row in report["rows"] if row["model"] == "undefended")
         assert bare["average"]["value"] == 1.0, "it has the embedded classifier's weights"
         assert report["refused"] == ["there was no attack. Choose some: --attacks standard."]
     narrow = ["--classifier", f"{tmp_path}/my_models.py:narrow", "--out", str(tmp_path / "x")]
@@ -204,7 +204,7 @@ def test_a_study_compares_its_variants(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Number of latents (Tab. IX)" in capsys.readouterr().out
     facts = json.loads((tmp_path / "study.json").read_text())
     assert {entry["value"] for entry in facts["rows"]} == {1.0, 2.0, 5.0, 10.0}
-    assert {entry["attack"] for entry in facts["rows"]} == {"control", "transfer", "bpda-eot"}
+    assert {entry["attack"] for entry in facts["rows"]} == {"clean", "transfer", "bpda-eot"}
     used = {name: part["models"]["defended"]["settings"]["n_latents"] for name, part in facts["settings"].items()}
     assert used == {"1": 1, "2": 2, "5": 5, "10": 10}
     ElementTree.parse(tmp_path / "study.svg")

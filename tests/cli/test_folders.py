@@ -40,9 +40,9 @@ def flat(tmp_path: Path, grey: Path) -> Path:
     return tmp_path / "flat"
 
 
-BRIEF = ["--attacks", "none", "--answers", "1", "--repurifications", "1"]
+BRIEF = ["--attacks", "none", "--predictions", "1", "--reevaluations", "1"]
 COMMANDS: dict[str, list[str]] = {
-    "evaluate": ["evaluate", "-n", "2", *BRIEF, "--sanity-images", "0", "--no-search-control"],
+    "evaluate": ["evaluate", "-n", "2", *BRIEF, "--sanity-images", "0", "--no-search-on-clean"],
     "quality": ["quality", "-n", "4", "--samples", "2"],
     "analyse": ["analyse", "-n", "2", "--reference", "2", "--levels", "2", "--steps", "1", "--no-purify"],
     "study": ["study", "vote", "-n", "2", *BRIEF],

@@ -110,12 +110,12 @@ def test_without_a_standard_error_nothing_is_written(monkeypatch: pytest.MonkeyP
 
 MODEL = ["-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", "2"]
 SMALL = ["--latents", "1", "--iterations", "2", "-o", "out"]
-ATTACKED = ["--only", "transfer", "--steps", "1", "--answers", "1", "--repurifications", "1"]
+ATTACKED = ["--only", "transfer", "--steps", "1", "--predictions", "1", "--reevaluations", "1"]
 TINY_NETWORK = ["--batch-size", "8", "--channels", "8,8", "--blocks", "1", "--attention", "none"]
 COMMANDS = {
     "demo": ["--images", "2", *SMALL],
     "purify": ["image.png", "-b", "fashion-mnist-ct", *SMALL],
-    "evaluate": [*MODEL, *ATTACKED, "--sanity-images", "0", "--no-search-control", *SMALL],
+    "evaluate": [*MODEL, *ATTACKED, "--sanity-images", "0", "--no-search-on-clean", *SMALL],
     "study": ["vote", *MODEL, *ATTACKED, *SMALL],
     "analyse": ["-n", "2", "--reference", "2", "--levels", "1", "--steps", "1", *SMALL],
     "quality": [*MODEL, "--samples", "2", *SMALL],

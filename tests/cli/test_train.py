@@ -24,8 +24,7 @@ from cmap_defense.cli.commands.quality import quality
 from cmap_defense.cli.commands.train import train
 from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
-from cmap_defense.data import FolderImages, LabelledImages, open_dataset
-from cmap_defense.evaluation.protocol import Subset
+from cmap_defense.data import FolderImages, LabelledImages, Subset, open_dataset
 from cmap_defense.training.budget import Budget
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.objectives import ECT, ECTSettings

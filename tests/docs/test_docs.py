@@ -62,7 +62,7 @@ def documented() -> list[ModuleType]:
         "purifiers.md",
         "write-your-own-purifier.md",
         "evaluation.md",
-        "observation.md",
+        "detection.md",
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:

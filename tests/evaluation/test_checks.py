@@ -317,8 +317,8 @@ def test_a_rise_has_a_tolerance_of_its_standard_error(right: int, passes: bool) 
 
 
 def test_a_rise_is_seen_image_by_image() -> None:
-    """From a quarter of the predictions to 0.56: less than two standard errors of either mean, but all of it on images that
-    had none right before."""
+    """From a quarter of the predictions to 0.56: less than two standard errors of either mean, but all of it on
+    images that had none right before."""
     before = torch.tensor([1.0] * 3 + [0.0] * 9)
     after = torch.tensor([1.0] * 3 + [0.0] * 4 + [0.8] * 5)
     found = checks(checked={"steps-1": before, "steps-2": after})

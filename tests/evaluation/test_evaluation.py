@@ -581,7 +581,7 @@ def test_making_an_evaluation_reads_nothing_and_runs_no_model(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-# --- what a description of classes and weights does not show -----------------------------------------------------------
+# --- what a description of classes and weights does not show ----------------------------------------------------------
 
 
 def test_another_function_behind_the_same_name_is_refused(tmp_path: Path) -> None:

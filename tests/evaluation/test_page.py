@@ -214,7 +214,7 @@ def test_markdown_and_page_have_the_same_tables(report: Report, tree: Element) -
     assert all(point in text for point in COMPARING)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def rows_of(report: Report, name: str) -> list[Any]:
@@ -329,7 +329,7 @@ def test_the_plots_show_what_the_tables_do(report: Report, tree: Element) -> Non
     assert "eps (linf), in 255ths" in drawn("eps")
 
 
-# ------------------------------------------------------------------------------------------------------- what is missing
+# --- what is missing --------------------------------------------------------------------------------------------------
 
 
 def test_no_headline_with_its_reasons(nothing: ResultsFolder) -> None:
@@ -403,7 +403,7 @@ def test_a_model_without_latents_and_an_accuracy_of_no_images(nothing: ResultsFo
     assert "no images" in tree.text
 
 
-# ----------------------------------------------------------------------------------------------------- names of the user
+# --- names of the user ------------------------------------------------------------------------------------------------
 
 
 def test_names_are_text(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_a_report_prints_on_one_screen(report: Report) -> None:
     assert "no headline" in repr(example_report(failed=TITLES[:2]))
 
 
-# --------------------------------------------------------------------------------------------------------------- colours
+# --- colours ----------------------------------------------------------------------------------------------------------
 
 
 def luminance(colour: str) -> float:
@@ -504,7 +504,7 @@ def test_all_colours_can_be_read_on_light_and_dark(text: str) -> None:
                 assert contrast >= 4.5, (name, ground, contrast)
 
 
-# ------------------------------------------------------------------------------------------------------------- a browser
+# --- a browser --------------------------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 

@@ -1,4 +1,4 @@
-"""Predictions with independent noise: functions of image, index and number alone, and what is noted about them besides."""
+"""Predictions with independent noise: functions of image, index and number alone, and what is recorded of them."""
 
 from __future__ import annotations
 

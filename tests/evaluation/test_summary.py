@@ -174,8 +174,8 @@ def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
 def worst_by_hand(
     predictions: list[np.ndarray], again: list[np.ndarray], truth: np.ndarray
 ) -> tuple[np.ndarray, Counter]:
-    """[S, B] shares of the R predictions under the attack with the smallest share of the N; of equal ones under that with
-    the smallest share over all images and runs. And which attacks those are."""
+    """[S, B] shares of the R predictions under the attack with the smallest share of the N; of equal ones under that
+    with the smallest share over all images and runs. And which attacks those are."""
     shares = [(part == truth[:, None]).mean(axis=2) for part in predictions]
     over_all = [share.mean() for share in shares]
     counted = np.empty(shares[0].shape)
@@ -287,9 +287,9 @@ def draws(share: float, *shape: int, seed: int) -> Tensor:
 
 
 def test_the_selection_effect_is_not_counted() -> None:
-    """Attacks that do nothing at all, on a model that is right in 70 % of its predictions. The worst of eight, chosen by
-    three predictions each, is right in 70 % of the further ones; the votes that chose are nearly all lost somewhere."""
-    share, attacks, images, predictions = 0.7, 8, 2000, 3
+    """Attacks that do nothing at all, on a model that is right in 70 % of its predictions. The worst of eight,
+    chosen by three predictions each, is right in 70 % of the further ones; the votes that chose are nearly all lost
+    somewhere.""" share, attacks, images, predictions = 0.7, 8, 2000, 3
     runs = [
         runs_of(
             draws(share, 1, images, predictions, seed=m), draws(share, 1, images, 4, seed=100 + m), attack=f"attack-{m}"
@@ -311,7 +311,7 @@ def test_the_selection_effect_is_not_counted() -> None:
     assert min(found.chosen.values()) > 0
 
 
-# --- what chance alone would do -----------------------------------------------------------------------------------------
+# --- what chance alone would do ---------------------------------------------------------------------------------------
 
 
 def vote_is_won(share: float, predictions: int, *, ties: bool) -> float:
@@ -326,8 +326,8 @@ def vote_is_won(share: float, predictions: int, *, ties: bool) -> float:
 def test_chance_is_the_binomials_where_all_images_are_alike(
     predictions: int, right: int, attacks: int, truth: int
 ) -> None:
-    """Votes are drawn from the N predictions of the clean image, which do not suffice; of two classes the lower one wins
-    ties."""
+    """Votes are drawn from the N predictions of the clean image, which do not suffice; of two classes the lower one
+    wins ties."""
     images = 40
     labels = torch.full((1, images, predictions), 1 - truth)
     labels[:, :, :right] = truth

@@ -65,7 +65,11 @@ def test_the_same_bytes_whatever_the_users_settings_are_and_nothing_left_behind(
 def test_accuracies_and_names_can_be_read_and_distinguished_without_colour() -> None:
     found = words(accuracies())
     assert {"re-evaluated", "vote of 10", "worst", "pgd", "latent"} <= set(found)
-    assert sorted(word for word in found if re.fullmatch(r"0\.\d{3}", word)) == ["0.100", *["0.500"] * 2, *["0.620"] * 2]
+    assert sorted(word for word in found if re.fullmatch(r"0\.\d{3}", word)) == [
+        "0.100",
+        *["0.500"] * 2,
+        *["0.620"] * 2,
+    ]
     markers = set(re.findall(r'<path id="(m\w+)"', accuracies().decode()))
     assert len(markers) >= 2
 
@@ -76,7 +80,15 @@ def test_an_accuracy_of_no_images_is_left_out() -> None:
     assert not any(re.fullmatch(r"0\.\d{3}", word) for word in found)
 
 
-STRANGE = ["<script>alert(1)</script>", "a$b$c", "日本語 العربية 🦆", "x" * 200, "tab\tbell\x07null\x00", "\\frac{1}{2}", ""]
+STRANGE = [
+    "<script>alert(1)</script>",
+    "a$b$c",
+    "日本語 العربية 🦆",
+    "x" * 200,
+    "tab\tbell\x07null\x00",
+    "\\frac{1}{2}",
+    "",
+]
 
 
 def test_any_name_can_be_drawn() -> None:

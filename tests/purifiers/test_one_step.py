@@ -191,16 +191,16 @@ def test_it_is_evaluated_under_an_attack_through_its_exact_gradient() -> None:
     data = labelled(3)
     model = model_of(backbone=_denoiser_of(data[0]))
     attack = PGD(ThreatModel(eps=0.1), steps=2, eot=2, gradient=Unrolled())
-    protocol = Protocol(answers=2, repurifications=1, group=2, sanity_images=1, gradient_samples=2)
+    protocol = Protocol(predictions=2, reevaluations=1, group=2, sanity_images=1, gradient_samples=2)
     report = evaluate(model, data, attacks={"exact": attack}, protocol=protocol, threads=1)
-    assert report.row("exact").repurified.total == 3
+    assert report.row("exact").reevaluated.total == 3
     assert report.to_dict()["settings"]["models"]["defended"]["purifier"] == {
         "class": "OneStep",
         "level": 0.5,
         "n_latents": 3,
     }
     measured = 2 + 3  # once, for the memory of an image
-    assert report.passes["defended/control"] == 3 * 3 * (2 + 1 + 4) + measured
+    assert report.timings["defended/clean"].passes == 3 * 3 * (2 + 1 + 4) + measured
 
 
 def _denoiser_of(images: Tensor) -> nn.Module:

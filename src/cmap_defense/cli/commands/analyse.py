@@ -63,14 +63,14 @@ DISTANCE = options_of("Distance")
 )
 @ATTACKS("--steps", type=click.IntRange(1), default=20, help="Number of PGD steps.")
 @seed_option("Seed of the attack and of all noise.")
-@out_option("cmap-observation")
+@out_option("cmap-detection")
 @json_option
 def analyse(**options: Any) -> None:
     """Measure how far from clean images attacked, generated and purified ones lie (Fig. 1 of the paper).
 
     Far is the squared MMD between the expected perturbation scores (EPS) of one image and of clean reference images.
     Without options it looks at what ships with the package and needs no network. The attack is PGD on the bare
-    classifier. Prints a table, and writes observation.json and observation.png.
+    classifier. Prints a table, and writes detection.json and detection.png.
     """
     from cmap_defense.cli.analyse import run_analyse
 
