@@ -38,7 +38,7 @@ def test_a_work_unit_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert files(store.path) == [f"units/defended/pgd/7-00012{end}" for end in (".jsonl", ".safetensors")]
 
 
-def test_work units_do_not_meet(tmp_path: Path) -> None:
+def test_work_units_do_not_meet(tmp_path: Path) -> None:
     store = ResultsFolder(tmp_path)
     units = [WorkUnit(task, seed, group) for task in ("a/b", "a/c") for seed in (1, 11) for group in (1, 11, 100_001)]
     for number, unit in enumerate(units):

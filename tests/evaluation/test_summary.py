@@ -289,7 +289,8 @@ def draws(share: float, *shape: int, seed: int) -> Tensor:
 def test_the_selection_effect_is_not_counted() -> None:
     """Attacks that do nothing at all, on a model that is right in 70 % of its predictions. The worst of eight,
     chosen by three predictions each, is right in 70 % of the further ones; the votes that chose are nearly all lost
-    somewhere.""" share, attacks, images, predictions = 0.7, 8, 2000, 3
+    somewhere."""
+    share, attacks, images, predictions = 0.7, 8, 2000, 3
     runs = [
         runs_of(
             draws(share, 1, images, predictions, seed=m), draws(share, 1, images, 4, seed=100 + m), attack=f"attack-{m}"
