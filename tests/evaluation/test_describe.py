@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "classifier's weights": (lambda: wrapped(classifier=Linear(1.1)), "classifier.weights: "),
     "one of those": (lambda: wrapped(classifier=moved(Linear(), "weight")), "classifier.weights: "),
     "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: torch.float32 before, "),
-    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attacked.Linear before, "),
+    "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attack_toys.Linear before, "),
 }
 
 
@@ -143,12 +143,12 @@ def test_another_model_is_described_by_class_and_weights() -> None:
     found = describe_model(Linear())
     assert len(found.pop("network")) == 64
     assert found == {
-        "class": "attacked.Linear",
+        "class": "attack_toys.Linear",
         "weights": tensor_checksum(Linear().state_dict().items()),
         "precision": "torch.float32",
     }
     assert describe_model(Linear(1.1))["weights"] != found["weights"]
-    assert describe_model(linear)["class"] == "attacked.linear"
+    assert describe_model(linear)["class"] == "attack_toys.linear"
 
 
 class Shifted(nn.Module):

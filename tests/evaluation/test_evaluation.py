@@ -259,7 +259,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"baseline_attacks": {"pgd": PGD(THREAT, steps=3)}},
         ["  steps: 2 before, 3 now\nGive"],
     ),
-    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attacked.Linear now\n"]),
+    "a baseline": ({"baselines": {"trained": Linear(2.0)}}, ["  trained: not given before, attack_toys.Linear now\n"]),
     "grouping": ({"protocol": PROTOCOL.replace(group=1)}, ["  group: 2 before, 1 now\nGive"]),
     "predictions": ({"protocol": PROTOCOL.replace(predictions=4)}, ["  predictions: 2 before, 4 now\nGive"]),
     "runs": ({"protocol": PROTOCOL.replace(seeds=(0, 8))}, ["  seeds: [0, 7] before, [0, 8] now\nGive"]),
