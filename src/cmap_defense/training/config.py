@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import (
-    Settings,
-    require_choice,
-    require_flag,
-    require_integer,
-    require_number,
-    require_numbers,
-)
+from cmap_defense.settings import Settings, require_integer, require_numbers, setting
 
 __all__ = ["DEFAULT_IMAGES", "PRECISIONS", "WEIGHTS_DTYPES", "TrainingConfig"]
 
@@ -24,19 +16,6 @@ WEIGHTS_DTYPES = ("float32", "bfloat16", "float16")
 
 DEFAULT_IMAGES = 1_000_000
 """Length of a training for which neither ``images`` nor ``minutes`` is given."""
-
-
-def _field(default: Any, phrase: str, *, group: str = "Training", **metadata: Any) -> Any:
-    """A field with the metadata that the command line shows and :class:`TrainingConfig` checks.
-
-    Args:
-        default: of the field.
-        phrase: the help, a whole phrase.
-        group: heading of the option in the help.
-        metadata: ``minimum`` or ``above``, bounds of a number; ``choices`` of a text; ``default_help``, what the help
-            shows for the default None; ``cli``, False for a field without an option.
-    """
-    return dataclasses.field(default=default, metadata={"help": phrase, "group": group, **metadata})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +43,7 @@ class TrainingConfig(Settings):
             the device multiplies it natively. A continued training keeps its precision under "auto".
         seed: of the initial weights, the order of the data and the noise.
         checkpoint_every: images between checkpoints.
-        device: to train on; "cuda" under torchrun is the GPU of each process.
+        device: to train on.
         compile: whether the network runs through torch.compile.
         channels_last: whether weights are laid out with the channels last; None for yes on CUDA.
         hold_images: whether the images are kept on the device; None for yes where they take at most a quarter of its
@@ -77,56 +56,69 @@ class TrainingConfig(Settings):
         SettingsError: a value is out of its range.
     """
 
-    images: int | None = _field(
+    images: int | None = setting(
         None,
         "Length of the training in images, counted with repetition.",
+        group="Training",
         minimum=1,
         default_help=f"{DEFAULT_IMAGES}, or what --minutes allow",
     )
-    minutes: float | None = _field(
-        None, "Stop after this many minutes; the same command then continues.", above=0.0, default_help="no limit"
+    minutes: float | None = setting(
+        None,
+        "Stop after this many minutes; the same command then continues.",
+        group="Training",
+        above=0.0,
+        default_help="no limit",
     )
-    batch_size: int = _field(128, "Images per optimiser step, over all processes.", minimum=1)
-    learning_rate: float = _field(8e-4, "Largest learning rate. It falls along a half cosine to 0.", above=0.0)
-    warmup_images: int = _field(20_000, "Images over which the learning rate warms up.", minimum=0)
-    betas: tuple[float, float] = _field((0.9, 0.99), "Decay rates of the moments of Adam.", cli=False)
-    clip_norm: float = _field(1.0, "Largest norm of the gradient. Larger gradients are scaled down to it.", above=0.0)
-    ema_half_life: tuple[int, ...] = _field(
+    batch_size: int = setting(128, "Images per optimiser step, over all processes.", group="Training", minimum=1)
+    learning_rate: float = setting(
+        8e-4, "Largest learning rate. It falls along a half cosine to 0.", group="Training", above=0.0
+    )
+    warmup_images: int = setting(20_000, "Images over which the learning rate warms up.", group="Training", minimum=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = setting(
+        1.0, "Largest norm of the gradient. Larger gradients are scaled down to it.", group="Training", above=0.0
+    )
+    ema_half_life: tuple[int, ...] = setting(
         (30_000,),
         "Half-life of the averaged weights in images. Of several with commas the first one's average is the backbone.",
+        group="Training",
         minimum=1,
     )
-    flip: bool = _field(True, "Mirror each image with a probability of one half.", group="Data")
-    precision: str = _field(
+    flip: bool = setting(True, "Mirror each image with a probability of one half.", group="Data")
+    precision: str = setting(
         "auto",
         "Precision of the network's arithmetic; auto is bfloat16 where the device multiplies it natively.",
+        group="Training",
         choices=PRECISIONS,
     )
-    seed: int = _field(0, "Seed of the initial weights, the order of the data and the noise.", minimum=0)
-    checkpoint_every: int = _field(50_000, "Number of images between checkpoints.", minimum=1)
-    device: str = _field("cpu", "Device to compute on, such as cuda.", group="Running")
-    compile: bool = _field(False, "Run the network through torch.compile.", group="Running")
-    channels_last: bool | None = _field(
+    seed: int = setting(
+        0, "Seed of the initial weights, the order of the data and the noise.", group="Training", minimum=0
+    )
+    checkpoint_every: int = setting(50_000, "Number of images between checkpoints.", group="Training", minimum=1)
+    device: str = setting("cpu", "Device to compute on, such as cuda.", group="Running")
+    compile: bool = setting(False, "Run the network through torch.compile.", group="Running")
+    channels_last: bool | None = setting(
         None, "Lay the weights out with the channels last.", group="Running", default_help="on CUDA"
     )
-    hold_images: bool | None = _field(
+    hold_images: bool | None = setting(
         None, "Keep all images in the memory of the device.", group="Running", default_help="where they fit"
     )
-    checkpoint_part_mb: int | None = _field(
+    checkpoint_part_mb: int | None = setting(
         None,
         "Size in megabytes at which a checkpoint is divided into several files.",
         group="Running",
         minimum=1,
         default_help="no limit",
     )
-    micro_batch: int | None = _field(
+    micro_batch: int | None = setting(
         None,
         "Number of images that each process computes at the same time.",
         group="Running",
         minimum=1,
         default_help="all of its batch",
     )
-    weights: str = _field(
+    weights: str = setting(
         "float32",
         "Precision of the weights in the file that is written.",
         group="Record and weights",
@@ -134,20 +126,7 @@ class TrainingConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), typing.get_args(hints[field.name]) or (hints[field.name],)
-            if value is None and type(None) in kinds:
-                continue
-            bounds = {name: field.metadata[name] for name in ("minimum", "above") if name in field.metadata}
-            if "choices" in field.metadata:
-                require_choice("TrainingConfig", field.name, value, field.metadata["choices"])
-            elif bool in kinds:
-                require_flag("TrainingConfig", field.name, value)
-            elif int in kinds and field.name != "ema_half_life":
-                require_integer("TrainingConfig", field.name, value, **bounds)
-            elif float in kinds and field.name != "betas":
-                require_number("TrainingConfig", field.name, value, **bounds)
+        super().__post_init__()
         betas = require_numbers("TrainingConfig", "betas", self.betas, length=2, minimum=0.0, below=1.0)
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "ema_half_life", _half_lives(self.ema_half_life))
@@ -169,7 +148,9 @@ class TrainingConfig(Settings):
 
     def reproducible(self) -> dict[str, Any]:
         """The fields that decide the weights, as JSON: what records hold and checkpoints are compared by."""
-        free = {"minutes", "weights"} | {f.name for f in dataclasses.fields(self) if f.metadata["group"] == "Running"}
+        free = {"minutes", "weights"} | {
+            f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "Running"
+        }
         return {name: value for name, value in self.to_dict().items() if name not in free}
 
 
