@@ -130,10 +130,14 @@ def train_backbone(
             write_backbone(model, folder / name, dtype=dtype, **fields | {"training": trained_on | seen})
             _keep_findings(folder / name, before)
 
+        written: set[int] = set()
+
         def checkpoint(step: int) -> None:
-            write(step)
-            if on_samples is not None:
-                on_samples(sample_grid(model))
+            if step not in written:
+                write(step)
+                if on_samples is not None:
+                    on_samples(sample_grid(model))
+                written.add(step)
 
         learner = Learner(model, images, labels, objective, config, team)
         step = train(learner, folder, parts=parts, seconds_left=seconds_left, on_step=on_step, on_checkpoint=checkpoint)
@@ -143,7 +147,7 @@ def train_backbone(
             average.copy_to(model)
             if finished and average is not learner.averages[0]:
                 team.by_first(functools.partial(write, step, f"backbone-{average.half_life}"))
-        if finished:  # also where a kill came between the last checkpoint and its backbone
+        if finished:  # a kill may have come between the last checkpoint and its backbone
             team.by_first(functools.partial(checkpoint, step))
     return TrainedBackbone(model, config, step * config.batch_size, finished)
 
