@@ -137,7 +137,7 @@ def test_figures_in_the_record_of_the_same_weights_are_kept(tmp_path: Path) -> N
 
 
 def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:
-    """What one training has begun, another leaves alone; and whoever ends, by an error too, lets go of it."""
+    """A second training is refused and changes nothing; the first one releases the folder, after an error too."""
     second: list[str] = []
 
     def meanwhile(_: TrainState) -> None:

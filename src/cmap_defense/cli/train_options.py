@@ -57,13 +57,13 @@ def check_levels(options: Mapping[str, Any]) -> None:
 
 
 def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, option: str) -> None:
-    """Raises click.BadParameter where a model was told the data's classes in another order, or other classes."""
+    """Raises click.BadParameter where a model was trained on other classes, or on the same in another order."""
     record = None if model is None else model.record
-    told = None if record is None else record.training.get("class_names")
-    if told is None or names is None or list(told) == list(names):
+    trained = None if record is None else record.training.get("class_names")
+    if trained is None or names is None or list(trained) == list(names):
         return
     raise click.BadParameter(
-        f"its classes are {', '.join(map(str, told))}, those of the data {', '.join(names)}.", param_hint=option
+        f"its classes are {', '.join(map(str, trained))}, those of the data {', '.join(names)}.", param_hint=option
     )
 
 
@@ -113,7 +113,7 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
     except WrongKindError as error:
         raise click.BadParameter(str(error), param_hint="--teacher") from error
     if teacher.num_classes is not None and not options["class_conditional"]:
-        raise click.BadParameter("it is told the classes: add --class-conditional.", param_hint="--teacher")
+        raise click.BadParameter("it is class-conditional: add --class-conditional.", param_hint="--teacher")
     return teacher.to(device)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmap_defense.errors import SettingsError
 from cmap_defense.training.objectives import CD, LPIPS, Batch, heun_step
 from cmap_defense.training.objectives.cd import cd_loss
 from cmap_defense.training.objectives.distances import l1, pseudo_huber, squared_l2
@@ -71,17 +70,17 @@ def test_the_error_of_a_whole_trajectory_falls_with_the_square_of_the_step() -> 
     assert math.log2(error(200) / error(400)) == pytest.approx(2.0, abs=0.03)
 
 
-def test_the_teacher_is_asked_at_both_levels() -> None:
-    asked: list[tuple[Tensor, Tensor]] = []
+def test_the_teacher_is_called_at_both_levels() -> None:
+    calls: list[tuple[Tensor, Tensor]] = []
 
     def teacher(noisy: Tensor, sigma: Tensor) -> Tensor:
-        asked.append((noisy, sigma))
+        calls.append((noisy, sigma))
         return torch.zeros_like(noisy)
 
     x = noise(3, 1, 2, 3, seed=1, dtype=torch.float64)
     heun_step(teacher, x, T, R)
-    assert [sigma.tolist() for _, sigma in asked] == [T.tolist(), R.tolist()]
-    torch.testing.assert_close(asked[1][0], x * (R / T)[:, None, None, None])  # Euler's step towards zero
+    assert [sigma.tolist() for _, sigma in calls] == [T.tolist(), R.tolist()]
+    torch.testing.assert_close(calls[1][0], x * (R / T)[:, None, None, None])  # Euler's step towards zero
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -122,18 +121,18 @@ def test_no_graph_of_the_teacher_is_kept() -> None:
 
 
 @pytest.mark.parametrize("class_conditional", [True, False])
-def test_a_class_conditional_teacher_is_told_the_classes_of_the_images(class_conditional: bool) -> None:
-    told: list[dict[str, Any]] = []
+def test_a_class_conditional_teacher_gets_the_classes_of_the_images(class_conditional: bool) -> None:
+    given: list[dict[str, Any]] = []
 
     def teacher(noisy: Tensor, sigma: Tensor, **options: Any) -> Tensor:
-        told.append(options)
+        given.append(options)
         return torch.zeros_like(noisy)
 
     labels, uniform = torch.tensor([4, 0, 2]), torch.full((3,), 0.5, dtype=torch.float64)
     made = CD(teacher=teacher, teacher_source={"name": "x"}, class_conditional=class_conditional)
     model = GaussianConsistency()
     made.losses(model, Batch(IMAGES, Z, uniform, 0.0, labels), NOISE, model)
-    assert told == [{"class_labels": labels} if class_conditional else {}] * 2
+    assert given == [{"class_labels": labels} if class_conditional else {}] * 2
 
 
 def test_the_loss_vanishes_at_the_exact_consistency_function_but_for_the_solvers_error() -> None:
@@ -195,21 +194,3 @@ def test_the_description_names_the_teacher() -> None:
     assert described["name"] == "cd"
     assert described["teacher"] == "edm-cifar10"
     assert described["levels"] == 40
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"levels": 1},
-        {"rho": 0.0},
-        {"distance": "l3"},
-        {"huber": 0.1},
-        {"huber": 0.0, "distance": "pseudo-huber"},
-        {"target_decay": 1.0},
-        {"target_decay": -0.1},
-        {"lpips": 3},
-    ],
-)
-def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=next(iter(wrong))):
-        made(**wrong)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cmap_defense.errors import SettingsError
 from cmap_defense.training.objectives import OBJECTIVES, Batch, Objective
 from toys import noise
 from training.gaussian import NOISE, GaussianConsistency, GaussianDenoiser, drawn, gaussian_images
@@ -17,9 +18,9 @@ from training.gaussian import NOISE, GaussianConsistency, GaussianDenoiser, draw
 NAMES = sorted(OBJECTIVES)
 
 
-def made(name: str, teacher: Any = None) -> Objective:
+def made(name: str, teacher: Any = None, **settings: Any) -> Objective:
     teaching = {"teacher": teacher or GaussianDenoiser(), "teacher_source": {"name": "exact"}}
-    return OBJECTIVES[name](**teaching if name == "cd" else {})
+    return OBJECTIVES[name](**settings, **teaching if name == "cd" else {})
 
 
 def test_the_table_holds_every_objective() -> None:
@@ -38,6 +39,45 @@ def test_a_description_is_json_and_holds_the_settings(name: str) -> None:
     assert described == objective.to_dict()
     assert objective.replace(**described) == objective
     assert objective.sources == ({"teacher": {"name": "exact"}} if name == "cd" else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cd", {"levels": 1}),
+        ("cd", {"rho": 0.0}),
+        ("cd", {"distance": "l3"}),
+        ("cd", {"huber": 0.1}),
+        ("cd", {"huber": 0.0, "distance": "pseudo-huber"}),
+        ("cd", {"target_decay": 1.0}),
+        ("cd", {"target_decay": -0.1}),
+        ("cd", {"lpips": 3}),
+        ("ct", {"levels_start": 1}),
+        ("ct", {"levels_end": 1}),
+        ("ct", {"levels_end": 9.5}),
+        ("ct", {"decay_start": 1.0}),
+        ("ct", {"decay_start": 0.0}),
+        ("ct", {"rho": 0.0}),
+        ("ct", {"distance": "pseudo-huber"}),
+        ("ect", {"sigma_std": 0.0}),
+        ("ect", {"halvings": -1}),
+        ("ect", {"halved": -1}),
+        ("ect", {"settle": 1.0}),
+        ("ect", {"gap_steepness": 0.0}),
+        ("ect", {"huber": -0.1}),
+        ("ict", {"intervals_start": 0}),
+        ("ict", {"intervals_end": 9}),
+        ("ict", {"sigma_mean": math.nan}),
+        ("ict", {"sigma_std": 0.0}),
+        ("ict", {"rho": -1.0}),
+        ("ict", {"huber": 0.0}),
+        ("edm", {"sigma_std": 0.0}),
+        ("edm", {"sigma_mean": math.inf}),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        made(name, **wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)
