@@ -11,6 +11,7 @@ import click
 import pytest
 
 from cmap_defense.attacks import suites
+from cmap_defense.backbones.networks import NETWORKS, PRESETS
 from cmap_defense.backbones.weights import DTYPES
 from cmap_defense.cli import choices
 from cmap_defense.cli.main import WAITING, cli, main, wait_passively
@@ -19,7 +20,6 @@ from cmap_defense.data import DATASETS
 from cmap_defense.inputs import RESIZE_MODES
 from cmap_defense.paper import STUDIES
 from cmap_defense.quality.run import SAMPLES
-from cmap_defense.training.networks import NETWORKS, PRESETS
 from cmap_defense.training.objectives import OBJECTIVES
 
 

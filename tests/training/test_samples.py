@@ -55,10 +55,10 @@ def test_a_consistency_models_samples_are_its_one_step_images() -> None:
 def test_classes_come_one_after_the_other(kind: type[ConsistencyBackbone | EDMDenoiser]) -> None:
     config: CompactUNetConfig = NETWORK.replace(num_classes=3)
     model = kind(fresh_backbone(config).network, (1, 8, 8), num_classes=3).eval()
-    asked: list[Tensor] = []
-    model.network.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[2]))
+    calls: list[Tensor] = []
+    model.network.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[2]))
     images = sample_grid(model)
     assert images.shape == (64, 1, 8, 8)
     assert ((images >= 0) & (images <= 1)).all()
-    assert all(labels.tolist() == [n % 3 for n in range(64)] for labels in asked)
-    assert len(asked) == (1 if kind is ConsistencyBackbone else 2 * 17 + 1)
+    assert all(labels.tolist() == [n % 3 for n in range(64)] for labels in calls)
+    assert len(calls) == (1 if kind is ConsistencyBackbone else 2 * 17 + 1)

@@ -12,11 +12,12 @@ import torch
 
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.networks import PRESETS, Network
 from cmap_defense.cli.commands.train import Pair
 from cmap_defense.errors import WrongKindError
-from cmap_defense.training.networks import PRESETS, Network
+from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.objectives import OBJECTIVES, Objective
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.run import source_of
 
 __all__ = [
     "check_class_names",
@@ -56,13 +57,13 @@ def check_levels(options: Mapping[str, Any]) -> None:
 
 
 def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, option: str) -> None:
-    """Raises click.BadParameter where a model was told the data's classes in another order, or other classes."""
+    """Raises click.BadParameter where a model was trained on other classes, or on the same in another order."""
     record = None if model is None else model.record
-    told = None if record is None else record.training.get("class_names")
-    if told is None or names is None or list(told) == list(names):
+    trained = None if record is None else record.training.get("class_names")
+    if trained is None or names is None or list(trained) == list(names):
         return
     raise click.BadParameter(
-        f"its classes are {', '.join(map(str, told))}, those of the data {', '.join(names)}.", param_hint=option
+        f"its classes are {', '.join(map(str, trained))}, those of the data {', '.join(names)}.", param_hint=option
     )
 
 
@@ -95,17 +96,10 @@ def objective_of(options: Mapping[str, Any], teacher: EDMDenoiser | None) -> Obj
         if name != "ect" or "halvings" in values:
             raise click.UsageError("--halvings is --objective-set halvings=..., of the objective ect.")
         values["halvings"] = options["halvings"]
-    make, settings = OBJECTIVES[name]
-    if name != "cd":
-        return make(settings.from_dict(values))
-    assert teacher is not None
-    assert teacher.record is not None
-    return make(
-        settings.from_dict(values),
-        teacher=teacher.denoise,
-        teacher_name=teacher.record.name,
-        class_conditional=teacher.num_classes is not None,
-    )
+    if teacher is not None:
+        conditional = teacher.num_classes is not None
+        values |= {"teacher": teacher.denoise, "teacher_source": source_of(teacher), "class_conditional": conditional}
+    return OBJECTIVES[name].from_dict(values)
 
 
 def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser | None:
@@ -119,25 +113,30 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
     except WrongKindError as error:
         raise click.BadParameter(str(error), param_hint="--teacher") from error
     if teacher.num_classes is not None and not options["class_conditional"]:
-        raise click.BadParameter("it is told the classes: add --class-conditional.", param_hint="--teacher")
+        raise click.BadParameter("it is class-conditional: add --class-conditional.", param_hint="--teacher")
     return teacher.to(device)
 
 
 def recorded_command(
     parameters: Sequence[click.Parameter],
     options: Mapping[str, Any],
-    settings: TrainSettings,
+    config: TrainingConfig,
     network: Network,
     objective: Objective,
 ) -> str:
     """The command line of a training in full, without where it runs and writes.
 
-    parameters: of the command. options: their values. settings, network, objective: what they came to.
+    Args:
+        parameters: of the command.
+        options: their values.
+        config: settings with the chosen length and precision.
+        network: the network.
+        objective: the objective.
     """
     values = dict(options) | dict.fromkeys((*SAID_OTHERWISE, *ELSEWHERE))
-    values |= {"images": settings.images, "precision": settings.precision}
+    values |= {"images": config.images, "precision": config.precision}
     values["network_set"] = tuple(network.changes.items())
-    values["objective_set"] = tuple(objective.settings.to_dict().items())
+    values["objective_set"] = tuple(objective.to_dict().items())
     words = ["cmap-defense train"]
     for parameter in parameters:
         value = values[parameter.name or ""]

@@ -4,7 +4,7 @@
 
     checkpoint-00000390/
       index.json              step, settings, which tensor is where, SHA-256 of the parts and of all this; written last
-      part-000.safetensors    tensors, flat, and pieces of those that are larger than a part
+      part-000.safetensors    tensors, flat, and segments of those that are larger than a part
       part-001.safetensors
 
 The folder is written under another name and renamed. It may be carried elsewhere file by file: until all of them are
@@ -120,9 +120,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         BackboneFileError: a file is missing or damaged.
     """
     index = _read_index(path)
-    pieces = {part["file"]: read_safetensors(path / part["file"]) for part in index["parts"]}
+    segments = {part["file"]: read_safetensors(path / part["file"]) for part in index["parts"]}
     tensors = {
-        name: torch.cat([pieces[file][key] for file, key in entry["pieces"]]).reshape(entry["shape"])
+        name: torch.cat([segments[file][key] for file, key in entry["pieces"]]).reshape(entry["shape"])
         for name, entry in index["tensors"].items()
     }
     return Checkpoint(index["step"], index["settings"], tensors)
@@ -141,12 +141,12 @@ def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[st
 
 def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:
     parts, where = [], {}
-    for number, pieces in enumerate(_parts(checkpoint.tensors, part_mb)):
+    for number, segments in enumerate(_parts(checkpoint.tensors, part_mb)):
         file = f"part-{number:03d}.safetensors"
-        write_safetensors({key: piece.cpu() for key, (_, piece) in pieces.items()}, folder / file)
+        write_safetensors({key: segment.cpu() for key, (_, segment) in segments.items()}, folder / file)
         _sync(folder / file)
         parts.append({"file": file, "sha256": sha256_of(folder / file)})
-        for key, (name, _) in pieces.items():
+        for key, (name, _) in segments.items():
             where.setdefault(name, []).append([file, key])
     tensors = {name: {"shape": list(t.shape), "pieces": where[name]} for name, t in checkpoint.tensors.items()}
     index = {"format": 1, "step": checkpoint.step, "settings": checkpoint.settings, "parts": parts, "tensors": tensors}
@@ -156,21 +156,21 @@ def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:
 
 
 def _parts(tensors: Mapping[str, Tensor], part_mb: int | None) -> Iterator[dict[str, tuple[str, Tensor]]]:
-    """Flat pieces of the tensors, as many as fit a file with its header: key -> (name of the tensor, piece)."""
+    """Flat segments of the tensors, as many as fit a file with its header: key -> (name of the tensor, segment)."""
     room = limit = sys.maxsize if part_mb is None else part_mb * MEGABYTE - 1024
-    pieces: dict[str, tuple[str, Tensor]] = {}
+    segments: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         flat, begin = tensor.detach().flatten(), 0
         while begin < len(flat) or (begin == 0 and not len(flat)):
-            heading = len(name.encode()) + 192  # of the piece in the file's header
+            heading = len(name.encode()) + 192  # of the segment in the file's header
             if room < heading + flat.itemsize:
-                yield pieces
-                pieces, room = {}, limit
+                yield segments
+                segments, room = {}, limit
             count = min(len(flat) - begin, (room - heading) // flat.itemsize)
-            pieces[f"{name}#{begin}"] = (name, flat[begin : begin + count])
+            segments[f"{name}#{begin}"] = (name, flat[begin : begin + count])
             room -= heading + count * flat.itemsize
             begin += max(1, count)
-    yield pieces
+    yield segments
 
 
 def _read_index(path: Path) -> dict[str, Any]:

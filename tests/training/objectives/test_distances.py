@@ -254,15 +254,15 @@ def test_a_trunk_that_is_cut_off_is_refused(cache: Path) -> None:
         published_lpips()
 
 
-def test_with_the_trunk_in_place_the_package_is_asked_for_the_published_distance(
+def test_with_the_trunk_in_place_the_package_makes_the_published_distance(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quietly, in float32, whatever the caller's defaults are."""
-    asked: list[dict[str, object]] = []
+    calls: list[dict[str, object]] = []
 
     def make(**arguments: object) -> nn.Module:
         warnings.warn("pretrained is deprecated", UserWarning, stacklevel=1)
-        asked.append(arguments)
+        calls.append(arguments)
         return nn.Linear(2, 2)
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=make))
@@ -274,6 +274,6 @@ def test_with_the_trunk_in_place_the_package_is_asked_for_the_published_distance
         network = published_lpips()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert asked == [{"net": "vgg", "verbose": False}]
+    assert calls == [{"net": "vgg", "verbose": False}]
     assert network.weight.dtype == torch.float32
     assert torch.equal(torch.random.get_rng_state(), state)

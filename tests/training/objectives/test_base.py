@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone
-from cmap_defense.training.objectives.pairs import consistency_pair, noisy_images
+from cmap_defense.training.objectives.base import consistency_pair, noisy_images
 from toys import noise
 
 T, R = torch.tensor([2.0, 0.5, 11.0]), torch.tensor([1.5, 0.002, 7.0])
@@ -26,19 +26,19 @@ def test_noisy_images_are_their_formula() -> None:
 def test_each_function_sees_its_own_image_and_level_and_only_the_first_autograd() -> None:
     noisy, less_noisy = noise(3, 1, 4, 5, seed=1), noise(3, 1, 4, 5, seed=2)
     weight = torch.tensor(2.0, requires_grad=True)
-    asked: list[tuple[str, bool, Tensor, Tensor]] = []
+    calls: list[tuple[str, bool, Tensor, Tensor]] = []
 
     def watched(name: str):
         def call(x: Tensor, sigma: Tensor) -> Tensor:
-            asked.append((name, torch.is_grad_enabled(), x, sigma))
+            calls.append((name, torch.is_grad_enabled(), x, sigma))
             return weight * x
 
         return call
 
     ahead, behind = consistency_pair(watched("model"), watched("target"), noisy, T, less_noisy, R)
-    assert [(name, grad) for name, grad, _, _ in asked] == [("model", True), ("target", False)]
-    assert all(seen is given for (_, _, seen, _), given in zip(asked, (noisy, less_noisy), strict=True))
-    assert all(seen is given for (_, _, _, seen), given in zip(asked, (T, R), strict=True))
+    assert [(name, grad) for name, grad, _, _ in calls] == [("model", True), ("target", False)]
+    assert all(seen is given for (_, _, seen, _), given in zip(calls, (noisy, less_noisy), strict=True))
+    assert all(seen is given for (_, _, _, seen), given in zip(calls, (T, R), strict=True))
     assert ahead.requires_grad
     assert not behind.requires_grad
     torch.testing.assert_close(behind, 2 * less_noisy)
