@@ -59,6 +59,7 @@ def documented() -> list[ModuleType]:
         "attack-libraries.md",
         "attack-this-defence.md",
         "write-your-own-attack.md",
+        "write-your-own-backbone.md",
         "write-your-own-purifier.md",
         "evaluation.md",
         "observation.md",
