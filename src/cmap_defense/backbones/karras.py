@@ -112,8 +112,7 @@ class KarrasModel(nn.Module):
 
 
 def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels [B] in the precision and on the device of x, positive unless they are on a GPU already: every look
-    at a value there makes the device wait."""
+    """Noise levels [B] in the precision and on the device of x. Those on a GPU are not checked: that makes it wait."""
     level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     if level.shape not in ((), x.shape[:1]):
         raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
@@ -138,7 +137,7 @@ class ConsistencyBackbone(KarrasModel):
     default_settings: dict[str, Any] | None = None
 
     def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """f(x, sigma), not clipped: the clean image that the model sees behind ``noisy``.
+        """f(x, sigma), not clipped: the model's estimate of the clean image behind ``noisy``.
 
         Args:
             noisy: [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.

@@ -2,7 +2,7 @@
 
 Song et al. 2021 (arXiv 2011.13456, appendix H), in the configuration of Song et al. 2023 (arXiv 2303.01469, appendix
 C): BigGAN residual blocks, FIR resampling, residual input pyramid, Fourier embedding of the noise level.
-Modules stand in the order in which they are called; the converter relies on it (``convert/jcm.py``).
+Modules are registered in the order in which they are called; the converter relies on it (``convert/jcm.py``).
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 """
 

@@ -1,4 +1,4 @@
-"""What is known about a backbone, as it stands in ``backbone.json`` beside the weights."""
+"""What is known about a backbone, as it is in ``backbone.json`` beside the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets, in memory or read when asked for, and image files on disk."""
+"""Data sets, in memory or read on selection, and image files on disk."""
 
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import FolderImages
