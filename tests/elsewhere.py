@@ -1,7 +1,7 @@
-"""Steps in a process of their own, since the Hub's client reads its environment when it is imported.
+"""Steps in another process, which a test can kill, or which has an environment of its own.
 
 A test calls :func:`run_elsewhere` or :func:`start_elsewhere`; the process runs this file. A step is the name of one of
-the functions in ``STEPS`` and its arguments, JSON values all of them.
+the functions in ``STEPS`` and its arguments, all of them JSON values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of one step: a value, or an error's message and the names of its classes; and what was printed."""
+    """The outcome of one step: a value, or an error's message and the names of its classes; and what was printed."""
 
     value: Any = None
     error: str = ""
@@ -41,10 +40,10 @@ class Answer:
 def start_elsewhere(
     *steps: list[Any] | tuple[Any, ...], home: Path, address: str = NOWHERE, offline: bool = False, **environment: str
 ) -> subprocess.Popen[str]:
-    """Begin the steps.
+    """Start a process that takes the steps.
 
     Args:
-        steps: to be done in turn; one that fails does not keep the next from being done.
+        steps: in their order; the next one is taken even where one fails.
         home: HF_HOME, with the caches of the client and of this package.
         address: of the Hub.
         offline: whether HF_HUB_OFFLINE is set.
@@ -76,7 +75,7 @@ def start_elsewhere(
 
 
 def finish(process: subprocess.Popen[str]) -> list[Answer]:
-    """The answers, one for each step, when all are done."""
+    """The outcomes, one for each step, when all are done."""
     try:
         out, err = process.communicate(timeout=HANGS)
     finally:
@@ -88,55 +87,19 @@ def finish(process: subprocess.Popen[str]) -> list[Answer]:
 def run_elsewhere(
     *steps: list[Any] | tuple[Any, ...], home: Path, address: str = NOWHERE, offline: bool = False, **environment: str
 ) -> list[Answer]:
-    """Do the steps; arguments as for :func:`start_elsewhere`."""
+    """Take the steps and wait; arguments as for :func:`start_elsewhere`."""
     return finish(start_elsewhere(*steps, home=home, address=address, offline=offline, **environment))
 
 
-# ----------------------------------------------------------------------------------------------------- the other side
+# ----------------------------------------------------------------------------------------------- in the other process
 
 
-def load(source: str) -> dict[str, Any]:
-    """A consistency model's name, shape, licence and fingerprint."""
+def load(source: str) -> str:
+    """A backbone's fingerprint."""
     from cmap_defense.backbones.load import load_backbone
     from tiny import fingerprint
 
-    backbone = load_backbone(source)
-    assert backbone.record is not None
-    record = backbone.record
-    return {
-        "name": record.name,
-        "shape": list(backbone.image_shape),
-        "licence": record.licence,
-        "source": record.source,
-        "fingerprint": fingerprint(backbone),
-    }
-
-
-def pull(source: str, force: bool = False) -> str:
-    """The local folder."""
-    from cmap_defense.backbones.load import resolve_backbone
-
-    return str(resolve_backbone(source, force=force))
-
-
-def verify(source: str) -> dict[str, Any]:
-    """What was found."""
-    from cmap_defense.backbones.verify import verify_backbone
-
-    return verify_backbone(source).to_dict()
-
-
-def push(folder: str, repo_id: str, private: bool = False) -> str:
-    """Where the folder is now."""
-    from cmap_defense.backbones.push import push_backbone
-
-    return push_backbone(folder, repo_id, private=private)
-
-
-def push_and_load(folder: str, repo_id: str, private: bool = False) -> dict[str, Any]:
-    """Where the folder is now, and what is there."""
-    pushed = push(folder, repo_id, private)
-    return {"pushed": pushed} | load(pushed)
+    return fingerprint(load_backbone(source))
 
 
 def cli(*arguments: str) -> int:
@@ -159,44 +122,29 @@ def hurry() -> None:
     time.sleep = lambda seconds: sleep(min(seconds, 0.005))
 
 
-def largest_file(size: int) -> None:
-    """Let the system refuse to write files beyond a size, as a full disk would; -1 for any."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def name(given: str, url: str) -> None:
+    """Name a tiny official file."""
+    from cmap_defense.backbones.registry import register
+    from tiny import tiny_entry, tiny_file
 
-
-def name(given: str, *sources: dict[str, Any], kind: str = "consistency") -> None:
-    """Name a tiny model; a source is the fields of a HubRepository or an OfficialFile."""
-    from cmap_defense.backbones.registry import HubRepository, OfficialFile, register
-    from tiny import CONFIG, tiny_entry
-
-    made = [OfficialFile(**source, config=CONFIG) if "url" in source else HubRepository(**source) for source in sources]
-    register(tiny_entry(given, *made, kind=kind), replace=True)
-
-
-def entry(given: str) -> dict[str, Any]:
-    """What is known of a name."""
-    from cmap_defense.backbones.registry import registry_entry
-    from cmap_defense.backbones.remote.cache import pinned
-
-    return pinned(registry_entry(given)).to_dict()
+    register(tiny_entry(given, tiny_file(url)))
 
 
 def die_in_conversion() -> None:
-    """Let the process be killed when a converted model is written to the half."""
-    from cmap_defense.backbones.remote import fetch
+    """Let the process be killed when half of the converted weights are written."""
+    from cmap_defense.backbones import folder
 
-    def half(_: object, folder: Path, **__: object) -> None:
-        (folder / "weights.safetensors").write_bytes(b"half")
+    def write_half(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    fetch.write_backbone = half
+    folder.write_safetensors = write_half
 
 
-_FETCH, _SHARE, _PREPARE = (load, pull, verify, entry), (push, push_and_load, cli), (environ, hurry, largest_file, name)
-STEPS = {step.__name__: step for step in (*_FETCH, *_SHARE, *_PREPARE, die_in_conversion)}
+STEPS = {step.__name__: step for step in (load, cli, environ, hurry, name, die_in_conversion)}
 
 
-class Heard(io.StringIO):
+class Copied(io.StringIO):
     """What is printed to standard error, which is printed there too."""
 
     def write(self, text: str) -> int:
@@ -205,10 +153,10 @@ class Heard(io.StringIO):
 
 
 def main(steps: list[list[Any]]) -> None:
-    """Do the steps and print the answers."""
+    """Take the steps and print the outcomes."""
     answers = []
     for step, *arguments in steps:
-        out, err = io.StringIO(), Heard()
+        out, err = io.StringIO(), Copied()
         answer = Answer()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

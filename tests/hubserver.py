@@ -1,6 +1,6 @@
 """A server on the loopback device: files at any path, and as much of the Hub's file API as its real client needs.
 
-It makes the mistakes of servers and networks when it is told to, see :class:`Fault`, and remembers what it was asked.
+It makes the mistakes of servers and networks that a :class:`Fault` describes, and keeps all requests.
 """
 
 from __future__ import annotations
@@ -13,15 +13,32 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import close_session, constants
+from huggingface_hub.utils import disable_progress_bars
+
 from patience import HANGS
 
-__all__ = ["ALWAYS", "OTHER_TOKEN", "TOKEN", "Fault", "HubServer", "Repository", "Request", "Stored", "serving"]
+__all__ = [
+    "ALWAYS",
+    "OTHER_TOKEN",
+    "TOKEN",
+    "Fault",
+    "HubServer",
+    "Repository",
+    "Request",
+    "Stored",
+    "connect_client",
+    "serving",
+]
 
 ALWAYS = 10**9
 """Times of a :class:`Fault` that never ends."""
@@ -32,7 +49,7 @@ OWNER = "someone"
 
 @dataclasses.dataclass
 class Request:
-    """What was asked for, and what was answered: the status, 0 for none, and the bytes of the body that were sent."""
+    """A request, and the response to it: the status, 0 for none, and the bytes of the body that were sent."""
 
     method: str
     path: str
@@ -47,12 +64,17 @@ class Request:
 class Fault:
     """What goes wrong with the next requests for a path.
 
-    methods: of the requests. times: how many of them it lasts, before the next fault of the path has its turn.
-    status, body, headers: of the answer, in place of the right ones.
-    cut: bytes of the body after which the connection ends; reset: it ends with an error.
-    stall: bytes of the body after which nothing comes until ``server.go_on`` is set.
-    hang_up: the connection ends without an answer.
-    afterwards: called when all this has happened.
+    Attributes:
+        methods: of the requests.
+        times: how many requests it lasts, before the next fault of the path has its turn.
+        status: of the response, in place of the right one.
+        body: of the response, in place of the right one.
+        headers: of the response, in place of the right ones.
+        cut: bytes of the body after which the connection ends.
+        reset: whether it ends with an error.
+        stall: bytes of the body after which nothing comes until ``server.go_on`` is set.
+        hang_up: whether the connection ends without a response.
+        afterwards: called when all this has happened.
     """
 
     methods: tuple[str, ...] = ("GET",)
@@ -69,11 +91,17 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A file that lies at some path.
+    """A file at some path.
 
-    tag: its ETag; the checksum where it is None, none where it is empty. modified: its Last-Modified, or none.
-    ranges: whether a part is given where one is asked for. if_range: whether only of the file that If-Range names.
-    chunked: sent in pieces, without its length. endless: sent without its length, to the end of the connection.
+    Attributes:
+        content: its bytes.
+        tag: its ETag; the checksum where it is None, none where it is empty.
+        modified: its Last-Modified, or none.
+        ranges: whether requests for a part get a part.
+        if_range: whether only where If-Range names this file.
+        chunked: whether it is sent in chunks, without its length.
+        endless: whether it is sent without its length, to the end of the connection.
+        kind: its Content-Type.
     """
 
     content: bytes
@@ -96,8 +124,12 @@ class Stored:
 class Repository:
     """A model repository of the Hub.
 
-    commits: the files of each, oldest first. refs: commits of branches and tags.
-    private: to be read by its owner alone. gated: its files are. messages: of the commits that were sent.
+    Attributes:
+        private: whether its owner alone can read it.
+        gated: whether its owner alone can read its files.
+        commits: the files of each, oldest first.
+        refs: commits of branches and tags.
+        messages: of the commits that were sent.
     """
 
     private: bool = False
@@ -122,8 +154,8 @@ class Repository:
 
 
 @dataclasses.dataclass
-class Answer:
-    """One answer, before anything goes wrong with it."""
+class Response:
+    """One response, before anything goes wrong with it."""
 
     status: int
     headers: dict[str, str]
@@ -133,10 +165,14 @@ class Answer:
 
 
 class HubServer:
-    """What the server holds and what it was asked.
+    """What the server holds, and the requests that it got.
 
-    address: of the server. files: by path, such as "/a/b". repositories: by organisation/name.
-    requests: all that came, oldest first. go_on: ends what stalls.
+    Attributes:
+        address: of the server.
+        files: by path, such as "/a/b".
+        repositories: by organisation/name.
+        requests: oldest first.
+        go_on: ends what stalls.
     """
 
     def __init__(self, address: str) -> None:
@@ -165,7 +201,7 @@ class HubServer:
         """Let requests for a path go wrong, one fault after the other; ``*`` stands for any text."""
         self._scripts[path] = [(fault, [fault.times]) for fault in faults]
 
-    def asked(self, path: str = "*", method: str = "GET", since: int = 0) -> list[Request]:
+    def requests_for(self, path: str = "*", method: str = "GET", since: int = 0) -> list[Request]:
         """The requests for a path, ``*`` standing for any text, from the one of that number on."""
         return [r for r in self.requests[since:] if r.method == method and fnmatchcase(r.path, path)]
 
@@ -182,22 +218,22 @@ class HubServer:
                             return fault
         return Fault()
 
-    # ------------------------------------------------------------------------------------------------------- answers
+    # ----------------------------------------------------------------------------------------------------- responses
 
-    def answer(self, request: Request, body: bytes) -> Answer:
-        """The right answer."""
+    def respond(self, request: Request, body: bytes) -> Response:
+        """The right response."""
         if request.path in self.files:
             return _file(self.files[request.path], request)
         if request.method in ("GET", "HEAD"):
             return self._read(request)
-        if request.path.startswith("/large/"):  # an address that the client was told, and that needs no token
+        if request.path.startswith("/large/"):  # an upload address, which needs no token
             self._large[hashlib.sha256(body).hexdigest()] = body
-            return Answer(200 if request.path.endswith(hashlib.sha256(body).hexdigest()) else 400, {})
+            return Response(200 if request.path.endswith(hashlib.sha256(body).hexdigest()) else 400, {})
         if request.token is None:
             return _refusal(401, "Invalid username or password.")
         return self._write(request, body)
 
-    def _read(self, request: Request) -> Answer:
+    def _read(self, request: Request) -> Response:
         api = request.path.startswith("/api/models/")
         if not api and "/resolve/" not in request.path:
             return _refusal(404, "Not found")
@@ -207,7 +243,7 @@ class HubServer:
             return _refusal(401, "Invalid credentials in Authorization header")
         repository = self.repositories.get(repo_id)
         if repository is None or (repository.private and not _owns(request, repo_id)):
-            if request.token is None:  # the Hub does not tell strangers what there is
+            if request.token is None:  # the Hub does not show strangers what there is
                 return _refusal(401, "Invalid username or password.", "RepoNotFound")
             return _refusal(404, "Repository not found", "RepoNotFound")
         revision = unquote(rest[1]) if len(rest) > 1 else "main"
@@ -224,27 +260,27 @@ class HubServer:
             status = 401 if request.token is None else 403
             return _refusal(status, f"Access to model {repo_id} is restricted.", "GatedRepo")
         name = unquote("/".join(rest[2:]))
-        answer = _refusal(404, "Entry not found", "EntryNotFound")
+        response = _refusal(404, "Entry not found", "EntryNotFound")
         if name in files:
-            answer = _file(Stored(files[name], tag=f'"{_content_name(name, files[name])}"'), request)
-        answer.headers["X-Repo-Commit"] = commit
-        return answer
+            response = _file(Stored(files[name], tag=f'"{_content_name(name, files[name])}"'), request)
+        response.headers["X-Repo-Commit"] = commit
+        return response
 
-    def _write(self, request: Request, body: bytes) -> Answer:
+    def _write(self, request: Request, body: bytes) -> Response:
         parts = request.path.strip("/").split("/")
         if request.path == "/api/validate-yaml":
             head = json.loads(body)["content"]
             errors = [] if head.startswith("---\n") else [{"message": '"---" is missing'}]
             return _json({"errors": errors, "warnings": []}, 400 if errors else 200)
         if request.path == "/api/repos/create":
-            asked = json.loads(body)
-            repo_id = f"{asked['organization']}/{asked['name']}"
+            wanted = json.loads(body)
+            repo_id = f"{wanted['organization']}/{wanted['name']}"
             if not _owns(request, repo_id):
-                return _refusal(403, f"You don't have the rights to create a model under {asked['organization']}")
+                return _refusal(403, f"You don't have the rights to create a model under {wanted['organization']}")
             url = {"url": f"{self.address}/{repo_id}", "name": repo_id}
             if repo_id in self.repositories:
                 return _json(url | {"error": "You already created this model repo"}, 409)
-            self.repository(repo_id, {}, private=asked.get("visibility") == "private")
+            self.repository(repo_id, {}, private=wanted.get("visibility") == "private")
             return _json(url)
         repo_id = "/".join(parts[2:4] if parts[0] == "api" else parts[:2]).removesuffix(".git")
         if repo_id not in self.repositories or not _owns(request, repo_id):
@@ -259,7 +295,7 @@ class HubServer:
                 )
                 for o in json.loads(body)["objects"]
             ]
-            return Answer(
+            return Response(
                 200, {"Content-Type": "application/vnd.git-lfs+json"}, json.dumps({"objects": objects}).encode()
             )
         if parts[4] == "preupload":
@@ -276,7 +312,7 @@ class HubServer:
             return _json({"files": files})
         return self._commit(self.repositories[repo_id], repo_id, body)
 
-    def _commit(self, repository: Repository, repo_id: str, body: bytes) -> Answer:
+    def _commit(self, repository: Repository, repo_id: str, body: bytes) -> Response:
         files = dict(repository.newest)
         for line in body.splitlines():
             operation = json.loads(line)
@@ -313,31 +349,31 @@ def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
     return entry
 
 
-def _json(value: object, status: int = 200) -> Answer:
-    return Answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+def _json(value: object, status: int = 200) -> Response:
+    return Response(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
-def _refusal(status: int, message: str, code: str = "") -> Answer:
-    answer = _json({"error": message}, status)
-    answer.headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-    return answer
+def _refusal(status: int, message: str, code: str = "") -> Response:
+    response = _json({"error": message}, status)
+    response.headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+    return response
 
 
-def _file(stored: Stored, request: Request) -> Answer:
+def _file(stored: Stored, request: Request) -> Response:
     """The file, or the part of it that the request names."""
     headers = {"Content-Type": stored.kind}
     headers |= {"ETag": stored.etag} if stored.etag else {}
     headers |= {"Last-Modified": stored.modified} if stored.modified else {}
-    whole = Answer(200, headers, stored.content, stored.chunked, stored.endless)
+    whole = Response(200, headers, stored.content, stored.chunked, stored.endless)
     if request.range is None or not stored.ranges:
         return whole
     if stored.if_range and request.if_range not in (None, stored.etag, stored.modified):
         return whole
     start, size = int(request.range.removeprefix("bytes=").rstrip("-")), len(stored.content)
     if start >= size:
-        return Answer(416, {"Content-Range": f"bytes */{size}"})
+        return Response(416, {"Content-Range": f"bytes */{size}"})
     part = {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
-    return Answer(206, headers | part, stored.content[start:], stored.chunked, stored.endless)
+    return Response(206, headers | part, stored.content[start:], stored.chunked, stored.endless)
 
 
 # ------------------------------------------------------------------------------------------------------------ sending
@@ -367,13 +403,13 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.hang_up:
                 self.close_connection = True
             else:
-                answer = self.hub.answer(request, body)
+                response = self.hub.respond(request, body)
                 if fault.status is not None:
-                    answer = Answer(fault.status, {"Content-Type": "text/plain"}, fault.body or b"")
+                    response = Response(fault.status, {"Content-Type": "text/plain"}, fault.body or b"")
                 elif fault.body is not None:
-                    answer.body = fault.body
-                answer.headers |= fault.headers
-                self._send(answer, fault, request)
+                    response.body = fault.body
+                response.headers |= fault.headers
+                self._send(response, fault, request)
             if fault.afterwards is not None:
                 fault.afterwards()
 
@@ -389,26 +425,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _send(self, answer: Answer, fault: Fault, request: Request) -> None:
-        request.status = answer.status
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
+    def _send(self, response: Response, fault: Fault, request: Request) -> None:
+        request.status = response.status
+        self.send_response(response.status)
+        for name, value in response.headers.items():
             self.send_header(name, value)
-        if answer.chunked:
+        if response.chunked:
             self.send_header("Transfer-Encoding", "chunked")
-        elif answer.endless:
+        elif response.endless:
             self.close_connection = True
         else:
-            self.send_header("Content-Length", str(len(answer.body)))
+            self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if self.command == "HEAD":
             return
-        body, size = answer.body, len(answer.body)
+        body, size = response.body, len(response.body)
         for end in sorted({min(n, size) for n in (fault.stall, fault.cut, size) if n is not None}):
             part = body[request.sent : end]
             if part:
                 request.sent = end  # before the client can have it all, and look
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if answer.chunked else part)
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if response.chunked else part)
                 self.wfile.flush()
             if end == fault.cut:
                 self.close_connection = True
@@ -418,7 +454,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if end == fault.stall:
                 self.hub.go_on.wait(HANGS)
-        if answer.chunked:
+        if response.chunked:
             self.wfile.write(b"0\r\n\r\n")
 
 
@@ -441,3 +477,28 @@ def serving() -> Iterator[HubServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def connect_client(monkeypatch: pytest.MonkeyPatch, address: str, home: Path) -> None:
+    """Let the Hub's client of this process use a server, and caches in ``home``; it never waits for long.
+
+    The client reads its environment when it is imported; afterwards its constants stand for the environment.
+    """
+    values: dict[str, Any] = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CMAP_DEFENSE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.005)))
+    disable_progress_bars()
+    close_session()  # its connections are to the server of another test

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from cmap_defense.backbones.registry import OfficialFile, RegistryEntry, names
 from cmap_defense.backbones.registry.entry import Source
 from goldens import flax_bytes, nested
 from toys import noise
+
+Network = TypeVar("Network", bound=Any)
 
 CONFIG = NCSNppConfig(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
 """The architecture of all tiny models but the pipelines: images [3, 8, 8]."""
@@ -38,18 +40,23 @@ UNET: dict[str, Any] = {
 }
 
 
-def awake(network: nn.Module, seed: int) -> nn.Module:
-    """The network with weights that depend on ``seed`` alone, none of them 0."""
+def randomised(network: Network, seed: int = 0) -> Network:
+    """The network in eval mode, with weights away from 0 that depend on ``seed`` alone."""
     with torch.no_grad():
-        for index, tensor in enumerate(network.state_dict().values()):
-            tensor.copy_(0.1 * noise(*tensor.shape, seed=100 * seed + index))
-    return network
+        for index, (name, tensor) in enumerate(network.state_dict().items()):
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 10
+            tensor.copy_(noise(*tensor.shape, seed=100 * seed + index, dtype=tensor.dtype) / fan_in**0.5)
+            if "norm" in name and name.endswith("weight"):
+                tensor.add_(1)
+            if name.endswith("frequencies"):
+                tensor.mul_(10**0.5 * network.config.fourier_scale)
+    return network.eval()
 
 
 def tiny_backbone(seed: int = 0) -> ConsistencyBackbone:
     """An NCSN++ of ``CONFIG``."""
     with torch.random.fork_rng(devices=[]):
-        return ConsistencyBackbone(awake(NCSNpp(CONFIG), seed), CONFIG.image_shape).eval().requires_grad_(False)
+        return ConsistencyBackbone(randomised(NCSNpp(CONFIG), seed), CONFIG.image_shape).eval().requires_grad_(False)
 
 
 def tiny_folder(folder: Path, seed: int = 0, **described: Any) -> Path:
@@ -70,7 +77,7 @@ def tiny_checkpoint(seed: int = 0, *, pad: int = 0) -> bytes:
 def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     """A ConsistencyModelPipeline as the diffusers library saves it, without a record of this package's."""
     with torch.random.fork_rng(devices=[]):
-        backbone = ConsistencyBackbone(awake(build_unet(UNET), seed), (3, 8, 8))
+        backbone = ConsistencyBackbone(randomised(build_unet(UNET), seed), (3, 8, 8))
     write_backbone(backbone, folder, name="pipeline")
     (folder / "backbone.json").unlink()
     return folder

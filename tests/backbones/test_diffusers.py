@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmap_defense.backbones.convert import convert_openai
@@ -28,9 +25,9 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, Nois
 from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError, WrongKindError
 from goldens import FOLDER, arrays
+from tiny import randomised
 from toys import noise
 
-SEEDS = st.integers(0, 2**31)
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
 SAFETENSORS, PICKLE = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin"
 
@@ -61,22 +58,11 @@ SMALL = {
 }
 
 
-def awake(config: dict[str, Any], kind: type[Any] = DiffusersUNet, dtype: torch.dtype = torch.float32) -> Any:
-    """A network in eval mode whose layers are all away from zero."""
-    with torch.random.fork_rng(devices=[]):
-        network = kind(build_unet(config).unet).to(dtype).eval()
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(network.named_parameters()):
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
-            parameter.copy_(noise(*parameter.shape, seed=index, dtype=dtype) / fan_in**0.5)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1)
-    return network
-
-
 def small_backbone(kind: type[Any] = DiffusersUNet, config: dict[str, Any] = SMALL) -> ConsistencyBackbone:
+    with torch.random.fork_rng(devices=[]):
+        network = randomised(kind(build_unet(config).unet), 1)
     noise_range = NoiseRange() if kind is UnscaledUNet else NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.25)
-    return ConsistencyBackbone(awake(config, kind), (3, 8, 8), noise_range, config["num_class_embeds"]).eval()
+    return ConsistencyBackbone(network, (3, 8, 8), noise_range, config["num_class_embeds"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +178,7 @@ def test_forward_passes_log_nothing(kind: type[Any]):
     assert [record.getMessage() for record in logged] == []
 
 
-def test_labels_matter_and_are_asked_for(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
+def test_labels_matter_and_are_required(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
     latents, labels = recorded["latents"], recorded["class_labels"]
     assert (backbone.generate(latents, labels) - backbone.generate(latents, labels.flip(0))).abs().max().item() > 0.01
     with pytest.raises(InputValueError, match="class-conditional"):
@@ -238,12 +224,6 @@ def test_read_backbone_is_ready_for_use(folder: Path):
     assert not any(module.training for module in backbone.modules())
     assert not any(t.requires_grad or t.is_inference() for t in backbone.state_dict().values())
     assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
-
-
-def test_reading_leaves_the_random_numbers_alone(folder: Path):
-    before = torch.random.get_rng_state()
-    read_backbone(folder)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_bfloat16_is_near_float32(recorded: dict[str, Tensor], backbone: ConsistencyBackbone, converted: Path):
@@ -400,7 +380,7 @@ def test_pipeline_without_scheduler_is_described(unscaled: Path):
     assert not (unscaled / "scheduler").exists()
 
 
-def test_unscaled_network_sees_the_noisy_image_and_sigma(unscaled: Path):
+def test_unscaled_network_gets_the_noisy_image_and_sigma(unscaled: Path):
     backbone = read_backbone(unscaled).double()
     unet: Any = backbone.network.unet
     x, sigma = noise(4, 3, 8, 8, seed=1, dtype=torch.float64), torch.tensor([0.002, 0.3, 7.0, 80.0]).double()
@@ -485,22 +465,14 @@ def cut_pickle(folder: Path) -> None:
     cut(PICKLE, -1000)(folder)
 
 
-def page_for_a_pickle(folder: Path) -> None:
-    (folder / SAFETENSORS).unlink()
-    (folder / PICKLE).write_text(PAGE)
-
-
 WEIGHTS_DAMAGE = {
     "missing": ("missing", missing(SAFETENSORS)),
-    "empty": ("not a whole safetensors file", cut(SAFETENSORS, 0)),
-    "cut in the header": ("not a whole safetensors file", cut(SAFETENSORS, 30)),
-    "cut in the numbers": ("not a whole safetensors file", cut(SAFETENSORS, -10)),
-    "a web page": ("it is a web page", holding(SAFETENSORS, PAGE)),
+    "cut": ("not a whole safetensors file", cut(SAFETENSORS, -10)),
     "a pointer": ("Git LFS pointer", holding(SAFETENSORS, POINTER)),
     "a tensor less": ("conv_out.bias", with_tensors(lambda t: {k: v for k, v in t.items() if k != "conv_out.bias"})),
     "a tensor more": ("ema.weight", with_tensors(lambda t: t | {"ema.weight": torch.zeros(2)})),
     "another shape": ("conv_out.bias", with_tensors(lambda t: t | {"conv_out.bias": torch.zeros(4)})),
-    "nothing inside": ("tensor(s) missing", with_tensors(lambda t: {})),
+    "nothing inside": ("tensor(s) are missing", with_tensors(lambda t: {})),
     "another network's": ("cannot be loaded", editing(UNET, block_out_channels=[8, 16])),
     "another number of classes": ("class_embedding.weight", editing(UNET, num_class_embeds=6)),
     "a configuration that is none": ("cannot be loaded", editing(UNET, block_out_channels=[8, 8, 8])),
@@ -509,11 +481,7 @@ WEIGHTS_DAMAGE = {
     "groups of nothing": ("cannot be loaded", editing(UNET, norm_num_groups=0)),
     "a time of no kind": ("cannot be loaded", editing(UNET, time_embedding_type="x")),
     "a pickle of a list": ("no state dict", pickled([torch.zeros(2)])),
-    "a pickle of numbers": ("no state dict", pickled({"conv_out.bias": 3})),
-    "a pickle of a state dict in another": ("no state dict", pickled({"state_dict": {"a": torch.zeros(2)}})),
-    "a pickle of a module": ("asks for code to be run", pickled(nn.Linear(2, 3))),
     "a pickle that is cut": ("not a whole PyTorch file", cut_pickle),
-    "a page for a pickle": ("it is a web page", page_for_a_pickle),
 }
 
 
@@ -614,98 +582,7 @@ def test_without_the_library_the_error_names_the_extra(tmp_path: Path, folder: P
     assert read_record(folder).network == "diffusers-unet2d"
 
 
-# ------------------------------------------------------------------------------------------------------------- laws
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> dict[str, Any]:
-    levels = draw(st.integers(1, 3))
-    attended = draw(st.lists(st.booleans(), min_size=levels, max_size=levels))
-    channels = draw(st.integers(1, 3))
-    unit = 2 ** (levels - 1)
-    return {
-        "sample_size": [unit * draw(st.integers(1, 2)) * 2, unit * draw(st.integers(1, 3)) * 2],
-        "in_channels": channels,
-        "out_channels": channels,
-        "layers_per_block": draw(st.integers(1, 2)),
-        "block_out_channels": draw(st.lists(st.sampled_from([8, 16]), min_size=levels, max_size=levels)),
-        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
-        "resnet_time_scale_shift": draw(st.sampled_from(["default", "scale_shift"])),
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "attention_head_dim": draw(st.sampled_from([4, 8])),
-        "norm_num_groups": 4,
-        "attn_norm_num_groups": 4,
-        "num_class_embeds": draw(st.sampled_from([None, 3, 7])),
-    }
-
-
-def backbone_of(config: dict[str, Any], dtype: torch.dtype = torch.float64) -> ConsistencyBackbone:
-    shape = (config["in_channels"], *config["sample_size"])
-    return ConsistencyBackbone(awake(config, dtype=dtype), shape, num_classes=config["num_class_embeds"]).eval()
-
-
-def labels_for(backbone: ConsistencyBackbone, batch: int, seed: int) -> tuple[Tensor, ...]:
-    """Labels [B] in a tuple, or none."""
-    if backbone.num_classes is None:
-        return ()
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(backbone.num_classes, (batch,), generator=generator),)
-
-
-@settings(max_examples=10)
-@given(config=configs(), batch=st.integers(2, 3), seed=SEEDS)
-def test_output_is_shaped_like_the_input_and_f_at_sigma_min_is_it(config: dict[str, Any], batch: int, seed: int):
-    backbone = backbone_of(config, torch.float32)
-    x, labels = noise(batch, *backbone.image_shape, seed=seed), labels_for(backbone, batch, seed)
-    images = backbone.generate(x, *labels)
-    assert images.shape == x.shape
-    assert torch.isfinite(images).all()
-    assert torch.equal(backbone.denoise(x, backbone.noise.sigma_min, *labels), x)
-    assert not torch.equal(backbone.denoise(x, 2 * backbone.noise.sigma_min, *labels), x)
-
-
-@settings(max_examples=10)
-@given(config=configs(), seed=SEEDS)
-def test_images_of_a_batch_do_not_see_each_other(config: dict[str, Any], seed: int):
-    backbone = backbone_of(config)
-    x, labels = noise(3, *backbone.image_shape, seed=seed, dtype=torch.float64), labels_for(backbone, 3, seed)
-    sigma = torch.tensor([0.05, 1.0, 60.0], dtype=torch.float64)
-    alone = [backbone.denoise(x[b : b + 1], sigma[b : b + 1], *(y[b : b + 1] for y in labels)) for b in range(3)]
-    close(backbone.denoise(x, sigma, *labels), torch.cat(alone), 1e-10)
-
-
-@settings(max_examples=6)
-@given(config=configs(), seed=SEEDS)
-def test_any_network_is_written_and_read_to_the_bit(config: dict[str, Any], seed: int):
-    ours = as_read(backbone_of(config, torch.float32))
-    with tempfile.TemporaryDirectory() as folder:
-        write_backbone(ours, folder, name="toy")
-        (Path(folder) / RECORD_FILE).unlink()
-        theirs = read_backbone(folder)
-    assert (theirs.image_shape, theirs.num_classes) == (ours.image_shape, ours.num_classes)
-    assert all(torch.equal(t, ours.state_dict()[name]) for name, t in theirs.state_dict().items())
-    latents, labels = noise(2, *ours.image_shape, seed=seed), labels_for(ours, 2, seed)
-    assert torch.equal(theirs.generate(latents, *labels), ours.generate(latents, *labels))
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_second_derivatives_are_finite_differences(seed: int):
-    """Attacks through the optimisation need them."""
-    backbone = backbone_of(SMALL | {"sample_size": [8, 4], "in_channels": 1, "out_channels": 1})
-    labels, weight = torch.tensor([1, 4]), noise(2, 1, 8, 4, seed=seed, dtype=torch.float64)
-    direction = noise(2, 1, 8, 4, seed=seed + 1, dtype=torch.float64)
-
-    def gradient(x: Tensor, *, create_graph: bool = False) -> Tensor:
-        total = (backbone.denoise(x, 3.0, labels) * weight).sum()
-        return torch.autograd.grad(total, x, create_graph=create_graph)[0]
-
-    x = noise(2, 1, 8, 4, seed=seed + 2, dtype=torch.float64).requires_grad_()
-    (second,) = torch.autograd.grad((gradient(x, create_graph=True) * direction).sum(), x)
-    differences = (gradient(x + 1e-5 * direction) - gradient(x - 1e-5 * direction)) / 2e-5
-    assert second.abs().max().item() > 0.1
-    assert ((differences - second).norm() / second.norm()).item() < 1e-6
+# -------------------------------------------------------------------------------------------------------- precision
 
 
 class Softmaxes(TorchDispatchMode):
@@ -724,7 +601,7 @@ class Softmaxes(TorchDispatchMode):
 
 def test_attention_in_float64_is_in_float64_throughout():
     """The library's own runs its softmax in float32."""
-    backbone = backbone_of(SMALL | {"sample_size": [8, 8], "in_channels": 3, "out_channels": 3})
-    with Softmaxes() as seen:
+    backbone = small_backbone().double()
+    with Softmaxes() as softmaxes:
         backbone.denoise(noise(2, 3, 8, 8, seed=1, dtype=torch.float64), 3.0, torch.tensor([1, 2]))
-    assert set(seen.precisions) == {torch.float64}
+    assert set(softmaxes.precisions) == {torch.float64}

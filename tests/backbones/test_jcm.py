@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,7 +92,9 @@ def test_float64_agrees_to_seven_digits(recorded: JCM, precise: ConsistencyBackb
     close(gradient(precise, doubles["x_grad"], doubles["sigma_grad"], doubles["w_grad"]), doubles["dx_f64"], 1e-8)
 
 
-def test_the_denoisers_view_agrees(recorded: JCM, backbone: ConsistencyBackbone, precise: ConsistencyBackbone):
+def test_the_denoiser_of_the_same_network_agrees(
+    recorded: JCM, backbone: ConsistencyBackbone, precise: ConsistencyBackbone
+):
     x, sigma, expected = (recorded.arrays[name] for name in ("x", "sigma", "D_edm"))
     close(EDMDenoiser(backbone.network, backbone.image_shape).denoise(x, sigma), expected, 2e-5)
     denoiser = EDMDenoiser(precise.network, precise.image_shape)
@@ -195,14 +196,15 @@ def test_the_teacher_is_written_and_read_as_a_denoiser(tmp_path: Path):
 TINY = NCSNppConfig(nf=4, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
 
 
-def weights(config: NCSNppConfig = TINY) -> dict[str, np.ndarray]:
-    """Arrays of a checkpoint, in its order of axes."""
+def weights(config: NCSNppConfig = TINY, values: Callable[..., Any] | None = None) -> dict[str, np.ndarray]:
+    """Arrays of a checkpoint, in its order of axes; random, or what ``values`` makes of a shape and a precision."""
     with torch.device("meta"):
         network = NCSNpp(config)
     found = {}
     for seed, (name, (tensor, axes)) in enumerate(jcm_slots(network)):
         sizes = dict(zip(axes, tensor.shape, strict=True))
-        found[name] = noise(*(sizes[axis] for axis in range(len(axes))), seed=seed).numpy()
+        shape = [sizes[axis] for axis in range(len(axes))]
+        found[name] = noise(*shape, seed=seed).numpy() if values is None else values(shape, np.float32)
     return found
 
 
@@ -315,11 +317,11 @@ def test_cut_checkpoint_is_refused(tmp_path: Path):
 
 # -------------------------------------------------------------------------------------------------------- full size
 
-CONVERT = """
+PEAK_MEMORY = """
 import sys
 from pathlib import Path
 from cmap_defense.backbones.convert import convert_jcm
-from cmap_defense.backbones.folder import write_backbone
+from cmap_defense.backbones.ncsnpp import NCSNppConfig
 
 def peak():
     status = Path("/proc/self/status")
@@ -327,24 +329,22 @@ def peak():
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before = peak()
-backbone = convert_jcm(sys.argv[1])
+convert_jcm(sys.argv[1], NCSNppConfig(nf=64))
 print(peak() - before)
-write_backbone(backbone, sys.argv[2], name="full size")
 """
-"""Its largest memory is asked of the system, which Linux alone answers; its parent's does not count."""
+"""Its largest memory as the system measures it, which Linux alone does; its parent's does not count."""
 
 
-def write_official(path: Path) -> None:
-    """A file of the published size and layout: the recorded weights, their moments, and zeros as the weights in use."""
-    leaves = dict(full_size_weights())
-    averaged = flax_bytes(nested(leaves))
-    zeros = flax_bytes(nested({name: np.zeros_like(array) for name, array in leaves.items()}))
+def test_conversion_takes_little_memory(tmp_path: Path):
+    """Of a file in the published layout, with the weights three times and their moments, in half the channels."""
+    path = tmp_path / "checkpoint_80"
+    averaged = flax_bytes(nested(weights(NCSNppConfig(nf=64), np.ones)))
     moments = [flax_bytes("count"), flax_bytes(np.asarray(80)), b"\xa2mu", averaged, b"\xa2nu", averaged]
     entries = {
         "step": [flax_bytes(np.asarray(800_000))],
         "lr": [flax_bytes(4e-4)],
         "ema_rate": [flax_bytes(0.9999)],
-        "params": [zeros],
+        "params": [averaged],
         "params_ema": [averaged],
         "model_state": [flax_bytes({})],
         "opt_state": [b"\x82", flax_bytes("0"), b"\x83", *moments, flax_bytes("1"), flax_bytes({})],
@@ -354,22 +354,20 @@ def write_official(path: Path) -> None:
         file.write(bytes([0x80 + len(entries)]))
         for name, parts in entries.items():
             file.writelines([flax_bytes(name), *parts])
-
-
-def test_the_published_size_is_converted_in_little_memory_and_agrees(tmp_path: Path):
-    """Only at this size do 32 groups bound the normalisation."""
-    path, folder = tmp_path / "checkpoint_80", tmp_path / "model"
-    try:
-        write_official(path)
-        size = path.stat().st_size
-        assert size > 4 * 56_395_651 * 4
-        command = [sys.executable, "-c", CONVERT, str(path), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        backbone = read_backbone(folder)
-    finally:
-        shutil.rmtree(tmp_path)
+    size = path.stat().st_size
+    assert size > 4 * len(averaged)
+    command = [sys.executable, "-c", PEAK_MEMORY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path.unlink()
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 0.6 * size
+
+
+def test_the_published_size_agrees(tmp_path: Path):
+    """Only at this size do 32 groups bound the normalisation."""
+    path = checkpoint(tmp_path, dict(full_size_weights()))
+    backbone = convert_jcm(path)
+    path.unlink()
     recorded = channels_first(arrays(FOLDER / "full_det" / "io.npz"))
     x, sigma = recorded["x"], recorded["sigma"]
     close(backbone.denoise(x, sigma), recorded["f"], 2e-5)

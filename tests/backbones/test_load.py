@@ -1,24 +1,18 @@
-"""From what a user writes to a backbone: a folder, a path, a name, a Hub id.
-
-The Hub is a server on the loopback device (``hubserver``), to which the real client talks in a process of its own.
-"""
+"""From what a user writes to a backbone: a folder, a path or a name; ``remote/test_hub.py`` has Hub ids."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from cmap_defense.backbones.folder import RECORD_FILE, write_backbone
+from cmap_defense.backbones.folder import write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.load import load_backbone, resolve_backbone
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.errors import BackboneFileError, CmapError, UnknownNameError
-from elsewhere import NOWHERE, Answer, run_elsewhere
-from hubserver import ALWAYS, Fault, HubServer, serving
 from toys import noise
 
 CONFIG = CompactUNetConfig(
@@ -113,108 +107,3 @@ def test_unknown_name_lists_the_near_match():
 def test_what_is_neither_folder_nor_hub_id_is_an_unknown_name(source: str):
     with pytest.raises(UnknownNameError, match="no backbone"):
         load_backbone(source)
-
-
-# ---------------------------------------------------------------------------------------------------------- the Hub
-
-MISSING, GATED, BROKEN, HANGING = (f"someone/{name}" for name in ("no-such-model", "gated", "out-of-order", "hangs-up"))
-NO_REVISION = f"{REPO}@no-such-revision"
-FILES = (RECORD_FILE, "weights.safetensors", "huge.bin")
-Answers = dict[str, Answer]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """A Hub with a backbone folder, in which there is a file that nobody should fetch, and some broken repositories."""
-    folder = write_toy(tmp_path_factory.mktemp("hub") / "model")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"huge.bin": b"0" * 100}
-    with serving() as server:
-        repository = server.repository(REPO, files)
-        repository.refs["v1"] = repository.refs["main"]
-        server.repository(GATED, files, gated=True)
-        server.script(f"/api/models/{BROKEN}*", Fault(times=ALWAYS, status=500))
-        server.script(f"/api/models/{HANGING}*", Fault(times=ALWAYS, hang_up=True))
-        yield server
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client's cache, which the processes of this file share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def online(hub: HubServer, cache: Path) -> Answers:
-    """What came of each source while the Hub was there; the repository twice, then what the Hub refuses."""
-    sources = (REPO, f"{REPO}@v1", MISSING, NO_REVISION, GATED, BROKEN, HANGING)
-    answers = run_elsewhere(*[("load", source) for source in sources], home=cache, address=hub.address)
-    return dict(zip(sources, answers, strict=True))
-
-
-def check_found(answer: Answer) -> None:
-    """The answer is the repository's model."""
-    assert answer.error == ""
-    assert (answer.value["name"], answer.value["shape"]) == ("toy", list(CONFIG.image_shape))
-
-
-def check_kinds(answer: Answer, *kinds: str) -> None:
-    """The answer is an error of this package and of these kinds."""
-    assert {"CmapError", *kinds} <= set(answer.kinds), answer
-
-
-def test_hub_id_is_fetched_and_loaded(online: Answers):
-    check_found(online[REPO])
-
-
-def test_hub_id_with_a_revision_is_fetched_and_loaded(online: Answers):
-    check_found(online[f"{REPO}@v1"])
-
-
-@pytest.mark.usefixtures("online")
-def test_record_and_weights_are_fetched_once_and_nothing_else_is(hub: HubServer):
-    assert [len(hub.asked(f"/{REPO}/resolve/*/{name}")) for name in FILES] == [1, 1, 0]
-
-
-def test_missing_repository_is_an_unknown_name(online: Answers):
-    check_kinds(online[MISSING], "UnknownNameError", "LookupError")
-    assert MISSING in online[MISSING].error
-
-
-def test_missing_revision_is_an_unknown_name(online: Answers):
-    check_kinds(online[NO_REVISION], "UnknownNameError", "LookupError")
-    assert "'no-such-revision'" in online[NO_REVISION].error
-
-
-def test_gated_repository_says_how_to_get_in(online: Answers):
-    check_kinds(online[GATED], "UnknownNameError", "LookupError")
-    assert "accept its terms" in online[GATED].error
-
-
-def test_hub_that_is_out_of_order_is_a_file_error(online: Answers):
-    check_kinds(online[BROKEN], "BackboneFileError", "OSError")
-    assert BROKEN in online[BROKEN].error
-
-
-def test_hub_that_hangs_up_is_a_file_error(online: Answers):
-    check_kinds(online[HANGING], "BackboneFileError", "OSError")
-    assert HANGING in online[HANGING].error
-
-
-@pytest.mark.usefixtures("online")
-def test_offline_the_cache_serves_without_a_request_and_what_it_lacks_names_the_switch(hub: HubServer, cache: Path):
-    asked = len(hub.requests)
-    steps = [("load", source) for source in (REPO, f"{REPO}@v1", "someone/else")]
-    first, second, missing = run_elsewhere(*steps, home=cache, address=hub.address, offline=True)
-    check_found(first)
-    check_found(second)
-    assert len(hub.requests) == asked
-    check_kinds(missing, "BackboneFileError", "OSError")
-    assert "someone/else" in missing.error
-    assert "HF_HUB_OFFLINE" in missing.error
-
-
-@pytest.mark.usefixtures("online")
-def test_hub_out_of_reach_is_a_file_error_but_the_cache_serves(cache: Path):
-    cached, missing = run_elsewhere(("load", REPO), ("load", "someone/else"), home=cache, address=NOWHERE)
-    check_found(cached)
-    check_kinds(missing, "BackboneFileError", "OSError")

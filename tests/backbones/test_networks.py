@@ -1,239 +1,342 @@
-"""Networks by name: their sizes, where they start, how they are set."""
+"""What holds for every network inside a backbone: NCSN++, the compact U-Net, and the U-Net of diffusers."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from cmap_defense.backbones import ConsistencyBackbone
-from cmap_defense.backbones.diffusers import DiffusersUNet, configuration_of
+from cmap_defense.backbones.diffusers import build_unet
 from cmap_defense.backbones.folder import read_backbone, write_backbone
+from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
-from cmap_defense.backbones.networks import NETWORKS, PRESETS, Network, UNet64Config
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
-from cmap_defense.errors import SettingsError, UnknownNameError
-from goldens import FOLDER
+from cmap_defense.errors import SettingsError
+from tiny import randomised
 from toys import noise
 
-TINY_UNET: dict[str, Any] = {
-    "channels": [8, 8],
-    "blocks": 1,
-    "attention": [False, True],
-    "head_channels": 4,
-    "groups": 4,
-}
-TINY: dict[str, dict[str, Any]] = {
-    "compact": {"channels": [8, 8], "blocks": 1, "attention": [False, True], "head_channels": 4, "embedding": 8},
-    "ncsnpp": {"nf": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4]},
-    "imagenet64": TINY_UNET,
-}
-"""Changes that make a network a matter of milliseconds, for images 3 x 8 x 8."""
+SEEDS = st.integers(0, 2**31)
 
 
-def count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def built(network: Network, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return network.build()
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_cifar10_preset_has_ten_million_parameters_and_a_file_of_twenty_megabytes(tmp_path: Path) -> None:
-    network = Network.named("compact", (3, 32, 32), PRESETS["cifar10"])
-    backbone = ConsistencyBackbone(built(network), network.image_shape)
-    assert count(backbone) == 9_628_675
-    write_backbone(backbone, tmp_path, name="preset", dtype=torch.float16)
-    assert (tmp_path / "weights.safetensors").stat().st_size < 20 * 10**6
-
-
-def test_the_small_preset_is_the_embedded_backbones_network() -> None:
-    network = Network.named("compact", (1, 28, 28), PRESETS["small"])
-    assert network.config == CompactUNetConfig(image_shape=(1, 28, 28), channels=(32, 64), attention=(False, True))
-    assert count(built(network)) == 1_085_988
-
-
-def test_the_published_networks_have_their_published_sizes() -> None:
-    """Of CIFAR-10 and ImageNet-64 (Song et al. 2023, appendix C): their parameters, the frequencies being a buffer."""
-    ncsnpp = Network.named("ncsnpp", (3, 32, 32))
-    assert ncsnpp.config == NCSNppConfig()
-    imagenet = Network.named("imagenet64", (3, 64, 64), num_classes=1000)
-    with torch.device("meta"):
-        cifar10 = NCSNpp(ncsnpp.config)
-        classes = _unet_on_meta(imagenet.config)
-        plain = _unet_on_meta(imagenet.config.replace(num_classes=None))
-    assert count(cifar10) + cifar10.embed.frequencies.numel() == 56_395_651
-    assert count(classes) == 295_899_267
-    assert count(plain) == 295_899_267 - 1000 * 768
-
-
-def _unet_on_meta(config: UNet64Config) -> nn.Module:
-    return diffusers.UNet2DModel.from_config(config.to_unet())
-
-
-def test_the_imagenet_network_is_the_recorded_pipelines() -> None:
-    """The same configuration as the library's own conversion of a model of OpenAI's, but for its size."""
-    recorded = json.loads((FOLDER / "diffusers_tiny" / "unet" / "config.json").read_text())
-    config = UNet64Config(
-        image_shape=(3, 32, 32),
-        channels=(32, 32, 64),
-        blocks=2,
-        attention=(False, True, True),
-        head_channels=16,
-        num_classes=1000,
+@st.composite
+def ncsnpp_configs(draw: st.DrawFn) -> NCSNppConfig:
+    levels = draw(st.integers(1, 3))
+    side = 2 ** (levels - 1) * draw(st.integers(1, 3))
+    return NCSNppConfig(
+        nf=draw(st.sampled_from([4, 8, 12, 16])),
+        ch_mult=tuple(draw(st.lists(st.integers(1, 2), min_size=levels, max_size=levels))),
+        num_res_blocks=draw(st.integers(1, 2)),
+        attn_resolutions=tuple(draw(st.sets(st.sampled_from([side >> level for level in range(levels)])))),
+        image_size=side,
+        num_channels=draw(st.integers(1, 3)),
+        skip_rescale=draw(st.booleans()),
     )
-    ours = configuration_of(built(Network("imagenet64", config, (3, 32, 32), 1000)))  # pyright: ignore[reportArgumentType]
-    assert {name: value for name, value in ours.items() if not name.startswith("_")} == {
-        name: value for name, value in recorded.items() if not name.startswith("_")
-    }
 
 
-# --- where they start -------------------------------------------------------------------------------------------------
+@st.composite
+def compact_configs(draw: st.DrawFn) -> CompactUNetConfig:
+    levels, patch = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    unit = patch * 2 ** (levels - 1)
+    return CompactUNetConfig(
+        image_shape=(draw(st.integers(1, 3)), unit * draw(st.integers(2, 3)), unit * draw(st.integers(2, 4))),
+        patch=patch,
+        channels=tuple(draw(st.lists(st.sampled_from([4, 8, 12]), min_size=levels, max_size=levels))),
+        blocks=draw(st.integers(1, 2)),
+        attention=tuple(draw(st.lists(st.booleans(), min_size=levels, max_size=levels))),
+        head_channels=draw(st.sampled_from([2, 4, 32])),
+        embedding=draw(st.integers(4, 17)),
+        num_classes=draw(st.sampled_from([None, 3])),
+    )
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_fresh_network_is_zero_or_next_to_it_and_learns(name: str) -> None:
-    network = built(Network.named(name, (3, 8, 8), TINY[name]))
-    x, level = noise(2, 3, 8, 8, seed=1), noise(2, seed=2)
-    output = network(x, level)
+def diffusers_config(shape: tuple[int, int, int], attended: list[bool], widths: list[int], **more: Any) -> Any:
+    return {
+        "sample_size": list(shape[1:]),
+        "in_channels": shape[0],
+        "out_channels": shape[0],
+        "layers_per_block": 1,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        "resnet_time_scale_shift": "scale_shift",
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": None,
+    } | more
+
+
+@st.composite
+def diffusers_configs(draw: st.DrawFn) -> dict[str, Any]:
+    levels = draw(st.integers(1, 3))
+    unit = 2**levels
+    return diffusers_config(
+        (draw(st.integers(1, 3)), unit * draw(st.integers(1, 2)), unit * draw(st.integers(1, 3))),
+        draw(st.lists(st.booleans(), min_size=levels, max_size=levels)),
+        draw(st.lists(st.sampled_from([8, 16]), min_size=levels, max_size=levels)),
+        layers_per_block=draw(st.integers(1, 2)),
+        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
+        attention_head_dim=draw(st.sampled_from([4, 8])),
+        num_class_embeds=draw(st.sampled_from([None, 3, 7])),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A network: random configurations, a small one, the smallest, and a function that makes one of them."""
+
+    configs: st.SearchStrategy[Any]
+    small: Any
+    smallest: Any
+    make: Callable[[Any], nn.Module]
+
+    def backbone(self, config: Any, dtype: torch.dtype = torch.float64) -> ConsistencyBackbone:
+        """A backbone in eval mode with weights away from 0, in the layout in which folders are read."""
+        with torch.random.fork_rng(devices=[]):
+            network = randomised(self.make(config).to(dtype), 1)
+        if isinstance(config, dict):
+            shape, classes = (config["in_channels"], *config["sample_size"]), config["num_class_embeds"]
+        else:
+            shape, classes = config.image_shape, getattr(config, "num_classes", None)
+        backbone = ConsistencyBackbone(network, shape, num_classes=classes).eval()
+        return backbone.to(memory_format=torch.channels_last)
+
+
+KINDS = {
+    "ncsnpp": Kind(
+        ncsnpp_configs(),
+        NCSNppConfig(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8),
+        NCSNppConfig(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), image_size=4, fourier_scale=0.2),
+        NCSNpp,
+    ),
+    "compact": Kind(
+        compact_configs(),
+        CompactUNetConfig(
+            image_shape=(3, 8, 4), channels=(4, 8), blocks=1, attention=(False, True), head_channels=4, embedding=8
+        ),
+        CompactUNetConfig(
+            image_shape=(1, 4, 2),
+            patch=1,
+            channels=(4, 4),
+            blocks=1,
+            attention=(True, True),
+            head_channels=2,
+            embedding=4,
+        ),
+        CompactUNet,
+    ),
+    "diffusers": Kind(
+        diffusers_configs(),
+        diffusers_config((3, 8, 4), [False, True], [8, 8], num_class_embeds=5),
+        diffusers_config((1, 4, 2), [True], [8]),
+        build_unet,
+    ),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def inputs_of(backbone: ConsistencyBackbone, batch: int, seed: int, dtype: torch.dtype = torch.float64) -> Any:
+    """Images [B, C, H, W], noise levels [B] of the size that ln(sigma) / 4 has, and in a tuple labels [B] or none."""
+    images, level = noise(batch, *backbone.image_shape, seed=seed, dtype=dtype), 0.7 * noise(batch, seed=seed + 1)
+    labels = () if backbone.num_classes is None else (torch.arange(batch) % backbone.num_classes,)
+    return images, level.to(dtype), labels
+
+
+# ------------------------------------------------------------------------------------------------------------- laws
+
+
+@each_kind
+@settings(max_examples=6)
+@given(data=st.data(), batch=st.integers(2, 3), seed=SEEDS)
+def test_shape_precision_and_boundary(kind: Kind, data: st.DataObject, batch: int, seed: int) -> None:
+    """Output like the input, and f at sigma_min the identity exactly, which it is not at twice sigma_min."""
+    backbone = kind.backbone(data.draw(kind.configs), torch.float32)
+    x, level, labels = inputs_of(backbone, batch, seed, torch.float32)
+    output = backbone.network(x, level, *labels)
     assert output.shape == x.shape
-    assert output.abs().max() < 1e-3
-    output.sum().backward()
-    last = network.unet.conv_out if isinstance(network, DiffusersUNet) else network.leave
-    assert last.weight.grad.abs().max() > 0
+    assert output.dtype == x.dtype
+    assert torch.isfinite(output).all()
+    assert torch.equal(backbone.denoise(x, backbone.noise.sigma_min, *labels), x)
+    assert not torch.equal(backbone.denoise(x, 2 * backbone.noise.sigma_min, *labels), x)
 
 
-def test_every_branch_of_a_fresh_unet_ends_in_zeros() -> None:
-    network = built(Network.named("imagenet64", (3, 8, 8), TINY_UNET))
-    zero = {name for name, p in network.named_parameters() if not p.any() and name.endswith("weight")}
-    ends = {name for name, _ in network.named_parameters() if name.endswith(("conv2.weight", "to_out.0.weight"))}
-    assert zero == ends | {"unet.conv_out.weight"}
-    assert len(ends) == 10 + 4
+@each_kind
+@settings(max_examples=6)
+@given(data=st.data(), seed=SEEDS)
+def test_output_depends_on_input_and_level_and_on_each_image_alone(kind: Kind, data: st.DataObject, seed: int) -> None:
+    backbone = kind.backbone(data.draw(kind.configs))
+    x, level, labels = inputs_of(backbone, 3, seed)
+    output = backbone.network(x, level, *labels)
+    assert (backbone.network(x + 0.1, level, *labels) - output).abs().max().item() > 1e-9
+    assert (backbone.network(x, level + 0.1, *labels) - output).abs().max().item() > 1e-9
+    alone = [backbone.network(x[[b]], level[[b]], *(y[[b]] for y in labels)) for b in range(3)]
+    torch.testing.assert_close(output, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_fresh_weights_depend_on_the_generator_alone_and_leave_it_alone(name: str) -> None:
-    network = Network.named(name, (3, 8, 8), TINY[name])
+@each_kind
+@settings(max_examples=4)
+@given(data=st.data(), seed=SEEDS)
+def test_written_backbone_is_read_to_the_bit(kind: Kind, data: st.DataObject, seed: int) -> None:
+    ours = kind.backbone(data.draw(kind.configs), torch.float32).requires_grad_(False)  # kernels depend on it
+    with tempfile.TemporaryDirectory() as folder:
+        record = write_backbone(ours, folder, name="toy")
+        before = torch.random.get_rng_state()
+        theirs = read_backbone(folder)
+    assert torch.equal(torch.random.get_rng_state(), before), "reading leaves the random numbers alone"
+    assert theirs.record == record
+    assert (theirs.image_shape, theirs.num_classes) == (ours.image_shape, ours.num_classes)
+    expected = ours.state_dict()
+    assert theirs.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in theirs.state_dict().items())
+    latents, _, labels = inputs_of(ours, 2, seed, torch.float32)
+    assert torch.equal(theirs.generate(latents, *labels), ours.generate(latents, *labels))
+
+
+@each_kind
+def test_first_and_second_derivatives_are_finite_differences(kind: Kind) -> None:
+    """Attacks through the optimisation need both."""
+    backbone = kind.backbone(kind.smallest)
+    x, level, labels = inputs_of(backbone, 2, 3)
+
+    def along(x: Tensor, level: Tensor) -> Tensor:
+        return backbone.network(x, level, *labels).flatten()[::5]
+
+    steep = kind is KINDS["diffusers"]  # its time, 1000 ln(sigma) / 4, is too steep for finite differences
+    variables = (x.requires_grad_(), level.requires_grad_(not steep))
+    assert torch.autograd.gradcheck(along, variables, fast_mode=True)
+    assert torch.autograd.gradgradcheck(along, variables, fast_mode=True)
+
+
+@each_kind
+def test_second_derivatives_pass_through_the_levels(kind: Kind) -> None:
+    backbone = kind.backbone(kind.small)
+    x, level, labels = inputs_of(backbone, 2, 5)
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: backbone.network(x, level, *labels), x, fast_mode=True)
+    (first,) = torch.autograd.grad(backbone.network(x, level, *labels).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.abs().max().item() > 0
+
+
+@each_kind
+def test_every_parameter_takes_part(kind: Kind) -> None:
+    """Only a bias of the keys cannot: it adds the same to everything that a softmax compares."""
+    backbone = kind.backbone(kind.small)
+    x, level, labels = inputs_of(backbone, 2, 4)
+    backbone.network(x, level, *labels).square().sum().backward()
+    parameters = dict(backbone.network.named_parameters())
+    still = {name for name, p in parameters.items() if p.grad is None or p.grad.abs().max().item() < 1e-12}
+    assert still == {name for name in parameters if name.endswith(("key.bias", "to_k.bias"))}
+
+
+@pytest.mark.parametrize("kind", [KINDS["ncsnpp"], KINDS["compact"]])
+def test_dropout_acts_in_training_alone(kind: Kind) -> None:
+    backbone = kind.backbone(kind.small.replace(dropout=0.5))
+    x, level, _ = inputs_of(backbone, 2, 6)
+    assert torch.equal(backbone.network(x, level), backbone.network(x, level))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        state = torch.random.get_rng_state()
-        first = network.build().state_dict()
-        assert torch.equal(torch.random.get_rng_state(), state)
-    again, other = built(network, 3).state_dict(), built(network, 4).state_dict()
-    assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
-    assert any(not torch.equal(other[key], tensor) for key, tensor in first.items())
+        backbone.train()
+        assert not torch.equal(backbone.network(x, level), backbone.network(x, level))
 
 
-# --- how they are set -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [KINDS["ncsnpp"], KINDS["compact"]])
+def test_new_network_is_close_to_zero_and_learns(kind: Kind) -> None:
+    with torch.random.fork_rng(devices=[]):
+        network: Any = kind.make(kind.small)
+    x, level, _ = inputs_of(kind.backbone(kind.small), 2, 1, torch.float32)
+    output = network(x, level)
+    assert output.abs().max().item() < (1e-3 if kind is KINDS["ncsnpp"] else 1e-30)
+    output.sum().backward()
+    assert network.leave.weight.grad.abs().max().item() > 0
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_recorded_changes_make_the_same_network(name: str) -> None:
-    classes = None if name == "ncsnpp" else 5
-    network = Network.named(name, (3, 8, 8), TINY[name], num_classes=classes)
-    assert not network.changes.keys() & {"image_shape", "num_classes", "image_size", "num_channels"}
-    assert Network.named(name, (3, 8, 8), network.changes, num_classes=classes) == network
-    assert network.describe()["name"] == name
-    assert network.config.image_shape == (3, 8, 8)
+# ---------------------------------------------------------------------------------------------------- configurations
 
-
-@pytest.mark.parametrize("name", ["compact", "imagenet64"])
-def test_a_class_conditional_network_sees_its_classes(name: str, tmp_path: Path) -> None:
-    """Not before it has learnt something of them, and its folder keeps them."""
-    network = Network.named(name, (3, 8, 8), TINY[name], num_classes=5)
-    backbone = ConsistencyBackbone(built(network), (3, 8, 8), num_classes=5).eval()
-    with torch.no_grad():
-        for index, p in enumerate(backbone.parameters()):
-            p.copy_(0.1 * noise(*p.shape, seed=index))
-    x, labels = noise(2, 3, 8, 8, seed=1), torch.tensor([1, 4])
-    images = backbone.generate(x, labels)
-    assert not torch.equal(images, backbone.generate(x, torch.tensor([1, 3])))
-    torch.testing.assert_close(images[:1], backbone.generate(x[:1], labels[:1]), rtol=1e-5, atol=1e-6)
-    write_backbone(backbone, tmp_path, name="classes")
-    torch.testing.assert_close(read_backbone(tmp_path).generate(x, labels), images, rtol=1e-5, atol=1e-6)
-
-
-def test_sides_and_channels_may_be_unequal() -> None:
-    for name, changes in (("compact", TINY["compact"]), ("imagenet64", TINY_UNET)):
-        network = built(Network.named(name, (1, 8, 12), changes))
-        assert network(noise(2, 1, 8, 12, seed=1), noise(2, seed=2)).shape == (2, 1, 8, 12)
+NCSNPP_NONSENSE: list[tuple[str, dict[str, Any]]] = [
+    (r"nf must be at least 1, but is 0", {"nf": 0}),
+    (r"nf must be an integer, but is 8\.0", {"nf": 8.0}),
+    (r"nf must be an integer, but is True", {"nf": True}),
+    (r"nf must be a multiple of 4.*6", {"nf": 6}),
+    (r"num_res_blocks must be at least 1", {"num_res_blocks": 0}),
+    (r"num_channels must be at least 1", {"num_channels": -1}),
+    (r"image_size must be an integer", {"image_size": (32, 32)}),
+    (r"image_size \(30\) must be a multiple of 4, for 3 levels", {"image_size": 30}),
+    (r"ch_mult must be a sequence, but is '22'", {"ch_mult": "22"}),
+    (r"ch_mult must be at least 1", {"ch_mult": (2, 0)}),
+    (r"ch_mult must be an integer", {"ch_mult": (2, 1.5)}),
+    (r"ch_mult must name one level", {"ch_mult": ()}),
+    (r"attn_resolutions must be a sequence, but is 16", {"attn_resolutions": 16}),
+    (r"attn_resolutions must be at least 1", {"attn_resolutions": (0,)}),
+    (r"fir_kernel must be 4 numbers", {"fir_kernel": (1.0, 2.0, 1.0)}),
+    (r"fir_kernel\[1\] must be a number", {"fir_kernel": (1.0, "3", 3.0, 1.0)}),
+    (r"fir_kernel\[0\] must be at least 0", {"fir_kernel": (-1.0, 3.0, 3.0, -1.0)}),
+    (r"fir_kernel must be symmetric", {"fir_kernel": (1.0, 2.0, 3.0, 1.0)}),
+    (r"fir_kernel must be symmetric and not zero", {"fir_kernel": (0.0, 0.0, 0.0, 0.0)}),
+    (r"fourier_scale must be above 0", {"fourier_scale": 0.0}),
+    (r"fourier_scale must be finite", {"fourier_scale": float("inf")}),
+    (r"dropout must be below 1", {"dropout": 1.0}),
+    (r"dropout must be at least 0", {"dropout": -0.1}),
+    (r"skip_rescale must be True or False, but is 1", {"skip_rescale": 1}),
+]
+COMPACT_NONSENSE: list[tuple[str, dict[str, Any]]] = [
+    ("image_shape", {"image_shape": (3, 32)}),
+    ("image_shape", {"image_shape": (0, 32, 32)}),
+    ("image_shape", {"image_shape": (3, 32.0, 32)}),
+    ("image_shape", {"image_shape": (True, 32, 32)}),
+    ("image_shape", {"image_shape": 32}),
+    (".*multiples of 4", {"image_shape": (3, 30, 32)}),
+    (".*multiples of 4", {"image_shape": (3, 32, 34)}),
+    ("patch", {"patch": 0}),
+    ("patch", {"patch": 2.0}),
+    (".*channels", {"channels": ()}),
+    ("channels", {"channels": (48, 0)}),
+    ("channels", {"channels": (48, -96)}),
+    ("channels", {"channels": (48, True)}),
+    ("channels", {"channels": "48"}),
+    (".*channels", {"channels": (), "attention": ()}),
+    (".*attention", {"attention": (True,)}),
+    ("attention", {"attention": (0, 1)}),
+    ("attention", {"attention": None}),
+    ("blocks", {"blocks": 0}),
+    ("blocks", {"blocks": True}),
+    ("head_channels", {"head_channels": 0}),
+    (".*head_channels", {"channels": (48, 100), "head_channels": 32}),
+    ("embedding", {"embedding": 3}),
+    ("dropout", {"dropout": 1.0}),
+    ("dropout", {"dropout": -0.1}),
+    ("dropout", {"dropout": float("nan")}),
+    ("num_classes", {"num_classes": 0}),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "options", "said"),
-    [
-        ("compact", (3, 8, 8), {"width": 3}, "no setting 'width'"),
-        ("compact", (3, 8, 8), {"image_shape": (3, 4, 4)}, "image_shape of the network compact is that of the data"),
-        ("ncsnpp", (3, 8, 8), {"image_size": 32}, "image_size of the network ncsnpp"),
-        ("ncsnpp", (3, 8, 12), {}, "square"),
-        ("compact", (3, 8, 8), {"num_classes": 10}, "num_classes of the network compact is that of the data"),
-        ("imagenet64", (3, 8, 8), {"attention": [True]}, "one boolean per level"),
-        ("imagenet64", (3, 8, 8), {"channels": []}, "UNet64Config.channels"),
-        ("imagenet64", (3, 8, 8), {"channels": [192, 384, 576, 770]}, "groups .* must divide 770"),
-        ("imagenet64", (3, 8, 8), {"head_channels": 100}, "head_channels .* must divide"),
-        ("imagenet64", (3, 12, 8), {}, "multiples of 8"),
-        ("imagenet64", (3, 8, 8), {"dropout": 1.0}, "dropout"),
-        ("imagenet64", (3, 8, 8), {"blocks": 0}, "blocks"),
-    ],
+    ("config", "message", "values"),
+    [(NCSNppConfig, *row) for row in NCSNPP_NONSENSE] + [(CompactUNetConfig, *row) for row in COMPACT_NONSENSE],
 )
-def test_a_network_that_cannot_be_is_refused(
-    name: str, shape: tuple[int, int, int], options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(SettingsError, match=said):
-        Network.named(name, shape, options)
+def test_nonsense_config_is_refused_by_name(config: type[Any], message: str, values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=rf"^{config.__name__}[.: ]+{message}"):
+        config(**values)
 
 
-def test_ncsnpp_has_no_classes() -> None:
-    with pytest.raises(SettingsError, match="not class-conditional"):
-        Network.named("ncsnpp", (3, 8, 8), num_classes=10)
+@pytest.mark.parametrize("kind", [KINDS["ncsnpp"], KINDS["compact"]])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_config_json_round_trip_is_exact(kind: Kind, data: st.DataObject) -> None:
+    config = data.draw(kind.configs)
+    assert type(config).from_json(config.to_json()) == config
+    assert hash(type(config).from_dict(config.to_dict())) == hash(config)
 
 
-def test_an_unknown_network_has_near_matches() -> None:
-    with pytest.raises(UnknownNameError, match="'ncsnpp'"):
-        Network.named("ncsn++", (3, 8, 8))
-
-
-# --- files from before there were classes -----------------------------------------------------------------------------
-
-
-def test_a_configuration_without_classes_is_that_of_an_unconditional_network() -> None:
-    """With the tensors that it has always had, in their order."""
-    config = CompactUNetConfig.from_dict({"image_shape": [3, 8, 8], **TINY["compact"]})
-    assert config.num_classes is None
-    names = list(CompactUNet(config).state_dict())
-    with_classes = list(CompactUNet(config.replace(num_classes=3)).state_dict())
-    assert [name for name in with_classes if name != "classes.weight"] == names
-
-
-def test_classes_start_without_effect() -> None:
-    config = CompactUNetConfig.from_dict({"image_shape": [3, 8, 8], **TINY["compact"]})
-    plain, conditional = CompactUNet(config), CompactUNet(config.replace(num_classes=3))
-    with torch.no_grad():
-        for index, p in enumerate(plain.parameters()):
-            p.copy_(0.1 * noise(*p.shape, seed=index))
-    conditional.load_state_dict(plain.state_dict(), strict=False)
-    x, level = noise(2, 3, 8, 8, seed=1), noise(2, seed=2)
-    assert torch.equal(conditional(x, level, torch.tensor([0, 2])), plain(x, level))
-    conditional(x, level, torch.tensor([0, 2])).square().sum().backward()
-    assert conditional.classes is not None
-    moved = conditional.classes.weight.grad.abs().sum(dim=1)
-    assert (moved > 0).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_on_meta_costs_nothing(name: str) -> None:
-    network = Network.named(name, (3, 8, 8), TINY[name])
-    shapes = {key: tensor.shape for key, tensor in network.build().state_dict().items()}
-    there = network.build("meta")
-    assert {p.device.type for p in there.parameters()} == {"meta"}
-    assert {key: tensor.shape for key, tensor in there.state_dict().items()} == shapes
+@pytest.mark.parametrize(("config", "field"), [(NCSNppConfig, "ch_mul"), (CompactUNetConfig, "channel")])
+def test_unknown_field_names_the_near_match(config: type[Any], field: str) -> None:
+    with pytest.raises(SettingsError, match=f"'{field}.*Did you mean '{field}"):
+        config.from_dict({field: [2, 2]})

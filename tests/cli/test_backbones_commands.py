@@ -386,7 +386,9 @@ def answers(org: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Answers
 def test_info_of_a_hub_id_fetches_the_record_alone(answers: Answers, org: HubServer):
     assert answers["info"].value == 0
     assert json.loads(answers["info"].out)["name"] == "tiny"
-    assert [request.path.split("/")[-1] for request in org.asked("/someone/described/resolve/*")] == [RECORD_FILE]
+    assert [request.path.split("/")[-1] for request in org.requests_for("/someone/described/resolve/*")] == [
+        RECORD_FILE
+    ]
 
 
 def test_pull_of_a_hub_id_says_where_it_is(answers: Answers, org: HubServer):

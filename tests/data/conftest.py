@@ -17,7 +17,7 @@ from cmap_defense.data import known
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder; nothing is asked for by the environment, and a download ends the test."""
+    """An empty home folder; the environment names no folder, and a download ends the test."""
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(known, "_SYSTEM_FOLDERS", ())
 
     def download(self: object) -> None:
-        raise AssertionError("torchvision was asked to download")
+        raise AssertionError("torchvision would download")
 
     monkeypatch.setattr(CIFAR10, "download", download)
     monkeypatch.setattr(FashionMNIST, "download", download)

@@ -34,7 +34,7 @@ def test_images_in_memory_are_a_source() -> None:
     assert not isinstance(DATA.images, ImageSource)
 
 
-def test_class_names_are_unknown_unless_told() -> None:
+def test_class_names_are_unknown_unless_given() -> None:
     bare = LabelledImages(DATA.images, DATA.labels)
     assert bare.class_names is None
     assert bare[1:3].class_names is None

@@ -60,6 +60,7 @@ def documented() -> list[ModuleType]:
         "attack-this-defence.md",
         "write-your-own-attack.md",
         "purifiers.md",
+        "write-your-own-backbone.md",
         "write-your-own-purifier.md",
         "evaluation.md",
         "detection.md",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbones.test_networks import TINY
+from backbones.test_network_names import TINY
 from cmap_defense import load_backbone
 from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, Network
 from cmap_defense.backbones.folder import read_record, write_backbone

@@ -1,4 +1,4 @@
-"""The backbone protocol: what CMAP needs of a generative model, and nothing else."""
+"""The backbone protocol: what purifiers need of a generative model, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.backbones.record import KINDS
 from cmap_defense.errors import BackboneError
 from cmap_defense.modules import dtype_of
 from cmap_defense.passes import count_passes
 
-__all__ = ["Backbone", "caster", "check_backbone"]
+__all__ = ["Backbone", "caster", "check_backbone", "kind_of"]
 
 
 _METHODS = {
@@ -23,11 +24,14 @@ _METHODS = {
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Any ``nn.Module`` with these two; ``denoise(noisy, sigma)`` besides, where it has one.
+    """Any ``nn.Module`` with these; see "Write your own backbone" in the documentation.
 
-    image_shape: (C, H, W) of its images and latents.
+    A denoiser has ``denoise(noisy, sigma)`` in place of ``generate``; a consistency model may have both. A module may
+    say by ``kind = "consistency"`` or ``kind = "denoiser"`` which of them it is, see :func:`kind_of`. A
+    class-conditional one has ``num_classes`` besides, and its methods take [B] labels as last argument.
 
-    A class-conditional one has ``num_classes`` besides, and its ``generate`` takes [B] labels as second argument.
+    Attributes:
+        image_shape: (C, H, W) of its images and latents.
     """
 
     image_shape: tuple[int, int, int]
@@ -37,10 +41,27 @@ class Backbone(Protocol):
         ...
 
 
-def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Module:
-    """``backbone`` when it satisfies the protocol. Raises :class:`BackboneError` that says what is missing.
+def kind_of(backbone: object) -> str:
+    """ "consistency" or "denoiser": what the module says by ``kind``, else the first for one that has ``generate``.
 
-    needs: the method that it is used by: "generate" or "denoise"; None for neither.
+    Raises:
+        BackboneError: ``kind`` is something else.
+    """
+    kind = getattr(backbone, "kind", None) or KINDS[not callable(getattr(backbone, "generate", None))]
+    if kind not in KINDS:
+        raise BackboneError(f'kind must be "consistency" or "denoiser", but {type(backbone).__name__} has {kind!r}.')
+    return kind
+
+
+def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Module:
+    """``backbone`` when it satisfies the protocol.
+
+    Args:
+        backbone: a module.
+        needs: the method that it is used by: "generate" or "denoise"; None for neither.
+
+    Raises:
+        BackboneError: something is missing; the message says what.
     """
     name = type(backbone).__name__
     if not isinstance(backbone, nn.Module):
@@ -54,11 +75,14 @@ def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Modul
         raise BackboneError(
             f"A backbone has image_shape = (C, H, W), three positive integers, but {name} has {shape!r}."
         )
-    if needs is not None and not callable(getattr(backbone, needs, None)):
+    usable = {method for method in _METHODS if callable(getattr(backbone, method, None))}
+    if kind_of(backbone) == "denoiser":
+        usable.discard("generate")
+    if needs is not None and needs not in usable:
         hint = ""
-        if needs == "generate" and callable(getattr(backbone, "denoise", None)):
+        if "denoise" in usable:
             hint = " A denoiser has no one-step generator: CMAP needs a consistency model."
-        if needs == "denoise" and callable(getattr(backbone, "generate", None)):
+        elif "generate" in usable:
             hint = " A purifier that adds noise and denoises needs it."
         raise BackboneError(f"A backbone has {_METHODS[needs]}, but {name} has no such method.{hint}")
     classes = getattr(backbone, "num_classes", None)
@@ -92,7 +116,7 @@ def caster(backbone: nn.Module, device: torch.device, method: str = "generate") 
     """A method of a backbone under the autocast state of this moment, its input cast to the backbone's own precision.
 
     It takes the method's arguments: latents, or noisy images and a noise level, and labels besides where the backbone
-    is class-conditional. Backbones that say ``accepts_any_float`` cast inside and get their input as it is.
+    is class-conditional. Backbones with ``accepts_any_float`` cast inside and get their input as it is.
     """
     dtype = None
     if not getattr(backbone, "accepts_any_float", False):
@@ -100,10 +124,10 @@ def caster(backbone: nn.Module, device: torch.device, method: str = "generate") 
     autocast = torch.is_autocast_enabled(device.type)
     autocast_dtype = torch.get_autocast_dtype(device.type)
 
-    def call(given: Tensor, *more: Any) -> Tensor:
-        cast = given if dtype is None else given.to(dtype)
-        count_passes(len(given))
+    def call(images: Tensor, *others: Any) -> Tensor:
+        count_passes(len(images))
+        cast = images if dtype is None else images.to(dtype)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
-            return getattr(backbone, method)(cast, *more)
+            return getattr(backbone, method)(cast, *others)
 
     return call

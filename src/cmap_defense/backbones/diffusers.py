@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.shards import VARIANTS, WEIGHTS, describe_missing, read_weights, variant_of
+from cmap_defense.backbones.shards import WEIGHTS, describe_missing, dtype_of_file, read_weights
 from cmap_defense.backbones.weights import tensor_names, write_safetensors
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
 from cmap_defense.modules import building
@@ -51,7 +51,7 @@ PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
 
 
 class PipelineUNet(nn.Module, abc.ABC):
-    """F(x, noise_level, class_labels): a UNet2DModel, told the time in the way that it was trained with."""
+    """F(x, noise_level, class_labels): a UNet2DModel that gets the time as in its training."""
 
     network_name: ClassVar[str]
 
@@ -84,11 +84,7 @@ class WrittenOutAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """[B, C, H, W] to the same.
-
-        The last three are what the blocks of a UNet2DModel pass and self-attention does without. They have their names
-        here because the library warns at every call of arguments that a processor does not name.
-        """
+        """[B, C, H, W] to the same. The last three arguments are unused: the library warns where they are not named."""
         tokens = hidden_states.flatten(2).mT
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.mT).mT
@@ -96,8 +92,8 @@ class WrittenOutAttention:
         scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=attn.scale)
         weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(v.dtype)
         mixed = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(weights @ v)))
-        shown = mixed.mT.unflatten(2, hidden_states.shape[2:])
-        return (shown + hidden_states if attn.residual_connection else shown) / attn.rescale_output_factor
+        images = mixed.mT.unflatten(2, hidden_states.shape[2:])
+        return (images + hidden_states if attn.residual_connection else images) / attn.rescale_output_factor
 
 
 class DiffusersUNet(PipelineUNet):
@@ -110,7 +106,7 @@ class DiffusersUNet(PipelineUNet):
 
 
 class UnscaledUNet(PipelineUNet):
-    """The network of a ConsistencyPipeline, the community's: it sees the noisy image as it is, and sigma as its time.
+    """The network of the community's ConsistencyPipeline: its input is the noisy image as it is, its time is sigma.
 
     Its c_out is sigma_data sigma / sqrt(sigma^2 + sigma_data^2), which is not 0 at sigma_min: f(x, sigma_min) is x but
     for 0.002 F, where the paper's boundary condition has x exactly.
@@ -149,31 +145,33 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         network, scheduler = DiffusersUNet.network_name, _configuration(folder / SCHEDULER_CONFIG)
         _require_class(folder, scheduler, "CMStochasticIterativeScheduler")
     _require_class(folder, unet, "UNet2DModel")
-    side = unet.get("sample_size")
+    noise = {key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler}
     try:
-        NoiseRange.from_dict(_noise_of(scheduler))
+        NoiseRange.from_dict(noise)
     except SettingsError as error:
         raise BackboneFileError(f"{folder / SCHEDULER_CONFIG}: {error}") from error
-    height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
     try:
         return BackboneRecord(
             name=name,
             network=network,
             network_config=unet,
-            noise=_noise_of(scheduler),
-            image_shape=(unet.get("in_channels", 3), height, width),  # pyright: ignore[reportArgumentType] - it checks
+            noise=noise,
+            image_shape=_image_shape(unet),
             num_classes=unet.get("num_class_embeds"),
             weights_file=weights,
-            weights_dtype=VARIANTS.get(variant_of(weights) or "", "float32"),
+            weights_dtype=dtype_of_file(weights),
             weights_sha256="",
         )
     except SettingsError as error:
         raise BackboneFileError(f"{folder / UNET_CONFIG}: {error}") from error
 
 
-def _noise_of(scheduler: dict[str, Any]) -> dict[str, Any]:
-    return {key: scheduler[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler}
+def _image_shape(config: dict[str, Any]) -> Any:
+    """(C, H, W) as a UNet2DModel's configuration says, valid or not."""
+    side = config.get("sample_size")
+    height, width = side if isinstance(side, (list, tuple)) and len(side) == 2 else (side, side)
+    return (config.get("in_channels", 3), height, width)
 
 
 def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked: bool = False) -> PipelineUNet:
@@ -198,26 +196,19 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked
         tensor_names(path)
         unet, found = _from_pretrained(library, path)
     else:
-        with tempfile.TemporaryDirectory() as place:  # the library never sees a pickle, only the tensors in it
-            copy_of = Path(place) / Path(WEIGHTS[0]).name
-            write_safetensors({name: t.contiguous() for name, t in read_weights(path).items()}, copy_of)
-            (Path(place) / "config.json").write_bytes((path.parent / "config.json").read_bytes())
-            unet, found = _from_pretrained(library, copy_of)
+        with tempfile.TemporaryDirectory() as place:  # the library never gets a pickle, only the tensors in it
+            copied = Path(place) / Path(WEIGHTS[0]).name
+            write_safetensors(read_weights(path), copied)
+            copied.with_name("config.json").write_bytes((path.parent / "config.json").read_bytes())
+            unet, found = _from_pretrained(library, copied)
     wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
     if wrong:
         raise BackboneFileError(
-            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
+            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) are missing, unknown or of "
             f"another shape, such as {wrong[0]!r}."
         )
     network = NETWORKS[record.network](unet)
-    _require_agreement(path, configuration_of(network), record)
-    if checked:
-        differs = _differences(configuration_of(network), record.network_config)
-        if differs:
-            raise BackboneFileError(
-                f"{path.parent / 'config.json'} is not the configuration that the record describes: "
-                f"{', '.join(differs)} differ(s). Fetch or write the folder again."
-            )
+    _require_agreement(path.parent / "config.json", configuration_of(network), record, checked)
     return network
 
 
@@ -231,29 +222,28 @@ def _from_pretrained(library: Any, path: Path) -> tuple[nn.Module, dict[str, Any
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever a configuration that makes no sense makes the library stumble over
+    except Exception as error:  # a configuration that makes no sense makes the library raise anything
         raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
 
 
-def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecord) -> None:
-    side = config.get("sample_size")
-    size = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
-    found = ((config.get("in_channels"), *size), config.get("num_class_embeds"))
-    if found != (tuple(record.image_shape), record.num_classes):
+def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecord, checked: bool) -> None:
+    found = (_image_shape(config), config.get("num_class_embeds"))
+    if found != (record.image_shape, record.num_classes):
         raise BackboneFileError(
-            f"{path.parent / 'config.json'} says image_shape {found[0]} and num_classes {found[1]}, the "
-            f"record {tuple(record.image_shape)} and {record.num_classes}. Fetch or write the folder again."
+            f"{path} says image_shape {found[0]} and num_classes {found[1]}, the record {record.image_shape} and "
+            f"{record.num_classes}. Fetch or write the folder again."
+        )
+    names = {name for name in config.keys() & record.network_config.keys() if not name.startswith("_")}
+    different = sorted(name for name in names if config[name] != record.network_config[name])
+    if checked and different:
+        raise BackboneFileError(
+            f"{path} is not the configuration that the record describes: {', '.join(different)} differ(s). Fetch or "
+            "write the folder again."
         )
 
 
-def _differences(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """Settings that two configurations give different values, apart from the library's own notes."""
-    names = {name for name in found.keys() & recorded.keys() if not name.startswith("_")}
-    return sorted(name for name in names if found[name] != recorded[name])
-
-
 def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the pipeline of a model around a :class:`DiffusersUNet` into an existing folder.
+    """Write the pipeline of a model around a :class:`PipelineUNet` into an existing folder.
 
     Raises:
         BackboneFileError: the disk takes no more.
@@ -263,16 +253,16 @@ def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
     unet: Any = model.network.unet
     if unet.dtype != dtype or not all(tensor.is_contiguous() for tensor in unet.state_dict().values()):
         unet = copy.deepcopy(unet).to(dtype, memory_format=torch.contiguous_format)  # older safetensors take no other
+    consistency = isinstance(model, ConsistencyBackbone)  # no pipeline of the library samples from a denoiser
     try:
-        if not isinstance(model, ConsistencyBackbone):
-            unet.save_pretrained(folder / "unet")  # no pipeline of the library samples from it as it should
-        elif isinstance(model.network, UnscaledUNet):
-            unet.save_pretrained(folder / "unet")
-            index = {"_class_name": "ConsistencyPipeline", "unet": ["diffusers", "UNet2DModel"]}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        else:
+        if consistency and not isinstance(model.network, UnscaledUNet):
             scheduler = library.CMStochasticIterativeScheduler(**model.noise.to_dict())
             library.ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+            return
+        unet.save_pretrained(folder / "unet")
+        if consistency:
+            index = {"_class_name": "ConsistencyPipeline", "unet": ["diffusers", "UNet2DModel"]}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     except (SafetensorError, OSError) as error:
         raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
 
@@ -284,8 +274,9 @@ def build_unet(config: dict[str, Any], device: str = "cpu") -> DiffusersUNet:
 
 
 def fresh_unet(config: dict[str, Any], device: str = "cpu") -> DiffusersUNet:
-    """The same as a training starts from: the last layer of each branch, and of the whole, at zero (Dhariwal and Nichol
-    2021, arXiv 2105.05233; the library leaves them random).
+    """A network for a training to start from: the last layer of each branch and of the whole at zero.
+
+    So do Dhariwal and Nichol 2021 (arXiv 2105.05233); the library leaves these layers random.
 
     Raises:
         MissingExtraError: the diffusers library is not installed.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,13 @@ from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
-from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
+from cmap_defense.backbones.weights import (
+    check_sha256,
+    first_difference,
+    read_safetensors,
+    sha256_of,
+    write_safetensors,
+)
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
 from cmap_defense.modules import building
 from cmap_defense.settings import near_matches
@@ -26,13 +31,12 @@ __all__ = ["RECORD_FILE", "read_backbone", "read_record", "write_backbone"]
 
 RECORD_FILE = "backbone.json"
 
-_NETWORKS: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
+_NETWORKS: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "compact-unet": (CompactUNetConfig, CompactUNet),
     "ncsnpp": (NCSNppConfig, NCSNpp),
 }
-_KINDS: dict[str, type[KarrasModel]] = {model.kind: model for model in (ConsistencyBackbone, EDMDenoiser)}
-
-
+_KNOWN_NETWORKS = (*_NETWORKS, *diffusers.NETWORKS)
+_MODELS: dict[str, type[KarrasModel]] = {model.kind: model for model in (ConsistencyBackbone, EDMDenoiser)}
 _WRONG_KIND = {
     "consistency": "{name!r} is a denoiser, and a consistency model is needed: a denoiser has no one-step generator.",
     "denoiser": "{name!r} is a consistency model, and a denoiser is needed.",
@@ -96,8 +100,8 @@ def write_backbone(
 ) -> BackboneRecord:
     """Write a backbone folder: files beside their places, then moved there, the weights first and the record last.
 
-    A reader in between finds new weights beside an old record; the checksum tells, and it is an error. A network of the
-    diffusers library is written as its pipeline, with the record beside the index.
+    A reader in between finds new weights beside an old record, which is an error, since their checksums differ. A
+    network of the diffusers library is written as its pipeline, with the record beside the index.
 
     Args:
         backbone: its network must be one of this package's, or a UNet2DModel.
@@ -105,16 +109,19 @@ def write_backbone(
         dtype: precision of the weights in the file.
         described: further fields of :class:`BackboneRecord`, ``name`` at least.
 
+    Returns:
+        The record that was written.
+
     Raises:
         BackboneFileError: the network cannot be described in a record, or the disk takes no more.
     """
-    folder = Path(folder)
-    network = backbone.network
-    described = {"kind": backbone.kind, "num_classes": backbone.num_classes} | described
+    folder, network = Path(folder), backbone.network
     names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
-    if not names and not isinstance(network, diffusers.PipelineUNet):
+    if isinstance(network, diffusers.PipelineUNet):
+        names = [network.network_name]
+    if not names:
         raise BackboneFileError(
-            f"A {type(network).__name__} cannot be written; known networks: {', '.join(_known_networks())}."
+            f"A {type(network).__name__} cannot be written; known networks: {', '.join(_KNOWN_NETWORKS)}."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,22 +131,23 @@ def write_backbone(
                 diffusers.save_pipeline(backbone, staged, dtype)
                 files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
                 files = [file for file in files if (staged / file).is_file()]
-                name, config = network.network_name, diffusers.configuration_of(network)
+                config = diffusers.configuration_of(network)
             else:
                 files = [described.pop("weights_file", "weights.safetensors")]
                 write_safetensors(_state(network, dtype), staged / files[0])
-                settings: Any = network.config
-                name, config = names[0], settings.to_dict()
-            record = BackboneRecord(
-                network=name,
-                network_config=config,
-                noise=backbone.noise.to_dict(),
-                image_shape=backbone.image_shape,
-                weights_file=files[0],
-                weights_dtype=str(dtype).removeprefix("torch."),
-                weights_sha256=sha256_of(staged / files[0]),
-                **described,
-            )
+                config = cast(Any, network).config.to_dict()
+            fields = {
+                "kind": backbone.kind,
+                "network": names[0],
+                "network_config": config,
+                "noise": backbone.noise.to_dict(),
+                "image_shape": backbone.image_shape,
+                "num_classes": backbone.num_classes,
+                "weights_file": files[0],
+                "weights_dtype": str(dtype).removeprefix("torch."),
+                "weights_sha256": sha256_of(staged / files[0]),
+            }
+            record = BackboneRecord(**(fields | described))
             (staged / RECORD_FILE).write_text(record.to_json(indent=2) + "\n", encoding="utf-8")
             readable = (staged / RECORD_FILE).stat().st_mode  # as the umask says; the libraries' own files are private
             for file in (*files, RECORD_FILE):
@@ -153,12 +161,8 @@ def write_backbone(
     return record
 
 
-def _known_networks() -> list[str]:
-    return [*_NETWORKS, *diffusers.NETWORKS]
-
-
 def _state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as they go into the file; what the network keeps exact stays in float32 at least."""
+    """The weights for the file; the network's ``exact_tensors`` stay in float32 at least."""
     exact = getattr(network, "exact_tensors", frozenset())
     return {
         name: t.detach().to("cpu", torch.promote_types(dtype, torch.float32) if name in exact else dtype).contiguous()
@@ -182,7 +186,7 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
     except SettingsError as error:
         raise BackboneFileError(f"{folder / RECORD_FILE}: {error}") from error
     with building():
-        model = _KINDS[record.kind](network, record.image_shape, noise, record.num_classes)
+        model = _MODELS[record.kind](network, record.image_shape, noise, record.num_classes)
         model = model.to(dtype).eval().requires_grad_(False)
         if dtype == torch.float32:  # see docs/performance.md
             model = model.to(memory_format=torch.channels_last)
@@ -194,7 +198,7 @@ def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
     """One of this package's networks with its weights. Raises SettingsError for a configuration that is none."""
     place = folder / RECORD_FILE
     if record.network not in _NETWORKS:
-        near = near_matches(record.network, _known_networks())
+        near = near_matches(record.network, _KNOWN_NETWORKS)
         raise BackboneFileError(f"{place}: unknown network {record.network!r}.{near}")
     config_class, network_class = _NETWORKS[record.network]
     config = config_class.from_dict(record.network_config)
@@ -205,14 +209,9 @@ def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
     check_sha256(path, record.weights_sha256)
     with building():
         network = network_class(config)
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in weights.items()}
-        if expected != found:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise BackboneFileError(
-                f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) missing, foreign or of "
-                f"another shape, such as {wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
-            )
+        wrong = first_difference(network, weights)
+        if wrong is not None:
+            raise BackboneFileError(f"{path} does not hold the weights of {record.name!r}: {wrong}.")
         network.load_state_dict(weights)
     return network
 

@@ -28,8 +28,10 @@ __all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "b
 class NoiseRange(Settings):
     """Noise levels of a consistency model, in units of images in [-1, 1].
 
-    sigma_min: level at which f is the identity. sigma_max: level of the latents' prior.
-    sigma_data: standard deviation of the data that the scalings assume.
+    Attributes:
+        sigma_min: level at which f is the identity.
+        sigma_max: level of the latents' prior.
+        sigma_data: standard deviation of the data that the scalings assume.
     """
 
     sigma_min: float = 0.002
@@ -61,40 +63,8 @@ def boundary_scalings(sigma: Tensor, *, sigma_data: float, sigma_min: float) -> 
     return c_skip, c_out, c_in
 
 
-def preconditioned(
-    network: nn.Module,
-    noisy: Tensor,
-    sigma: Tensor | float,
-    class_labels: Tensor | None,
-    *,
-    sigma_data: float,
-    sigma_min: float,
-) -> Tensor:
-    """c_skip x + c_out F(c_in x, ln(sigma) / 4): the scalings in float32 at least, the network in its own precision."""
-    wide = torch.promote_types(noisy.dtype, torch.float32)
-    x = noisy.to(wide)
-    level = _levels(sigma, x)
-    scalings = getattr(network, "scalings", boundary_scalings)  # a network that was trained with others says so
-    c_skip, c_out, c_in = scalings(level[:, None, None, None], sigma_data=sigma_data, sigma_min=sigma_min)
-    labels = () if class_labels is None else (class_labels,)
-    raw = network((c_in * x).to(dtype_of(network) or wide), level.log() / 4, *labels)
-    return c_skip * x + c_out * raw.to(wide)
-
-
-def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """Noise levels [B] in the precision and on the device of x. Raises InputValueError for what is none; the signs of
-    levels that are on a GPU already are not looked at, since every look makes the device wait."""
-    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    if level.shape not in ((), x.shape[:1]):
-        raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
-    positive = sigma.is_cuda or bool((sigma > 0).all()) if isinstance(sigma, Tensor) else sigma > 0
-    if not positive:
-        raise InputValueError(f"sigma must be positive, but is {sigma}.")
-    return level.expand(x.shape[0])
-
-
 class KarrasModel(nn.Module):
-    """What both views of a network share; not to be made itself.
+    """A network with scalings around it; the base of the two models below.
 
     Args:
         network: maps [B, C, H, W] scaled input and [B] noise levels ln(sigma) / 4 (float32 at least), and for a
@@ -103,13 +73,14 @@ class KarrasModel(nn.Module):
         noise: the noise levels that the network was trained for.
         num_classes: of a class-conditional model; None for an unconditional one.
 
-    kind: "consistency" or "denoiser", as in its record. record: what is known about it, when it came from a folder.
+    Attributes:
+        kind: "consistency" or "denoiser".
+        record: what is known about it, when it came from a folder.
+        accepts_any_float: inputs of any float dtype are cast before the network, so callers keep theirs in float32.
     """
 
     kind: str = ""
-
     accepts_any_float = True
-    """Inputs of any float dtype are cast before the network, so callers keep their latents in float32."""
 
     def __init__(
         self,
@@ -128,24 +99,45 @@ class KarrasModel(nn.Module):
     def _evaluate(
         self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None, *, sigma_min: float
     ) -> Tensor:
+        """c_skip x + c_out F(c_in x, ln(sigma) / 4): scalings in float32 at least, the network in its own precision."""
         labels = check_class_labels(class_labels, len(noisy), self.num_classes, ranged=False)
-        return preconditioned(self.network, noisy, sigma, labels, sigma_data=self.noise.sigma_data, sigma_min=sigma_min)
+        x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
+        level = _levels(sigma, x)
+        scalings = getattr(self.network, "scalings", boundary_scalings)  # a network that was trained with others has it
+        broadcast = level[:, None, None, None]
+        c_skip, c_out, c_in = scalings(broadcast, sigma_data=self.noise.sigma_data, sigma_min=sigma_min)
+        scaled = (c_in * x).to(dtype_of(self.network) or x.dtype)
+        raw = self.network(scaled, level.log() / 4, *(() if labels is None else (labels,)))
+        return c_skip * x + c_out * raw.to(x.dtype)
+
+
+def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Noise levels [B] in the precision and on the device of x. Those on a GPU are not checked: that makes it wait."""
+    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if level.shape not in ((), x.shape[:1]):
+        raise InputValueError(f"sigma must be a number or [{len(x)}], but is {list(level.shape)}.")
+    positive = sigma.is_cuda or bool((sigma > 0).all()) if isinstance(sigma, Tensor) else sigma > 0
+    if not positive:
+        raise InputValueError(f"sigma must be positive, but is {sigma}.")
+    return level.expand(x.shape[0])
 
 
 class ConsistencyBackbone(KarrasModel):
     """A consistency model: any network F(x, noise_level) with the scalings around it.
 
-    Its arguments are those of :class:`KarrasModel`. default_settings: the CMAP settings that its record names.
+    Its arguments are those of :class:`KarrasModel`. The scalings are computed in float32 (or the input's precision
+    where that is higher); only the network runs in its own precision. Outputs have the input's precision, float32 at
+    least.
 
-    The scalings are computed in float32 (or the input's precision where that is higher); only the network runs in
-    its own precision. Outputs have the input's precision, float32 at least.
+    Attributes:
+        default_settings: the CMAP settings that its record names.
     """
 
     kind = "consistency"
     default_settings: dict[str, Any] | None = None
 
     def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """f(x, sigma), not clipped: the clean image that the model sees behind ``noisy``.
+        """f(x, sigma), not clipped: the model's estimate of the clean image behind ``noisy``.
 
         Args:
             noisy: [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.
@@ -156,7 +148,8 @@ class ConsistencyBackbone(KarrasModel):
             [B, C, H, W], close to [-1, 1]; exactly ``noisy`` where sigma = sigma_min.
 
         Raises:
-            InputValueError, InputTypeError: labels are missing or not those of this model; sigma is no noise level.
+            InputValueError: labels are missing or out of range, or sigma is no noise level.
+            InputTypeError: labels are no integers.
         """
         return self._evaluate(noisy, sigma, class_labels, sigma_min=self.noise.sigma_min)
 

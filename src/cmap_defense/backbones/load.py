@@ -22,7 +22,7 @@ from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsEr
 from cmap_defense.paths import expanded
 from cmap_defense.settings import require_choice
 
-__all__ = ["entry_of", "hinting", "load_backbone", "resolve_backbone"]
+__all__ = ["entry_of", "load_backbone", "resolve_backbone", "with_remedy"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -67,7 +67,7 @@ def load_backbone(
         require_choice("load_backbone", "kind", kind, KINDS)
     folder, entry = resolve_backbone(source), entry_of(source)
     try:
-        with hinting(entry):
+        with with_remedy(entry):
             model = read_backbone(folder, kind=kind, dtype=dtype)
     except WrongKindError as error:
         fitting = [name for name in backbone_names() if registry_entry(name).kind == kind]
@@ -80,9 +80,12 @@ def load_backbone(
 
 
 def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, weights: bool = True) -> Path:
-    """The local folder of ``source``, fetched first where it is not there. Raises as :func:`load_backbone`.
+    """The local folder of ``source``, fetched first where it is not there; errors as of :func:`load_backbone`.
 
-    force: fetch it even where it is there. weights: False for the record alone, of a Hub id.
+    Args:
+        source: a name, a folder or a Hub id.
+        force: fetch it even where it is there.
+        weights: False for the record alone, of a Hub id.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
@@ -110,8 +113,8 @@ def entry_of(source: str | os.PathLike[str]) -> RegistryEntry | None:
 
 
 @contextlib.contextmanager
-def hinting(entry: RegistryEntry | None) -> Iterator[None]:
-    """A damaged file of a name says how to get another."""
+def with_remedy(entry: RegistryEntry | None) -> Iterator[None]:
+    """Let errors of a damaged file of a name say how to fetch it again."""
     try:
         yield
     except MissingExtraError:

@@ -2,7 +2,7 @@
 
 Song et al. 2021 (arXiv 2011.13456, appendix H), in the configuration of Song et al. 2023 (arXiv 2303.01469, appendix
 C): BigGAN residual blocks, FIR resampling, residual input pyramid, Fourier embedding of the noise level.
-Modules stand in the order in which they are called; the converter relies on it (``convert/jcm.py``).
+Modules are registered in the order in which they are called; the converter relies on it (``convert/jcm.py``).
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_integer, require_number, require_numbers
+from cmap_defense.settings import Settings, require_flag, require_integer, require_number, require_numbers
 
 __all__ = ["NCSNpp", "NCSNppConfig"]
 
@@ -30,16 +30,20 @@ GROUP_NORM_EPS = 1e-6
 class NCSNppConfig(Settings):
     """Architecture of :class:`NCSNpp`, with the names of the official configurations; the defaults are CIFAR-10's.
 
-    nf: channels of the first convolution. ch_mult: channels of each level, in units of nf, finest first.
-    num_res_blocks: residual blocks per level on the way down (one more on the way up).
-    attn_resolutions: image sides at which self-attention is used.
-    image_size: side of the square images, a multiple of 2^(levels - 1). num_channels: of the images.
-    fir_kernel: four symmetric taps of the resampling filter.
-    fourier_scale: standard deviation of the random frequencies.
-    skip_rescale: sums of two branches are divided by sqrt 2. dropout: in the residual blocks.
-
     What the official configurations offer besides is fixed at the published models' choice: resblock_type biggan,
     progressive none, progressive_input residual, progressive_combine sum, embedding_type fourier, SiLU.
+
+    Attributes:
+        nf: channels of the first convolution.
+        ch_mult: channels of each level, in units of nf, finest first.
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
+        attn_resolutions: image sides at which self-attention is used.
+        image_size: side of the square images, a multiple of 2^(levels - 1).
+        num_channels: of the images.
+        fir_kernel: four symmetric taps of the resampling filter.
+        fourier_scale: standard deviation of the random frequencies.
+        skip_rescale: whether sums of two branches are divided by sqrt 2.
+        dropout: in the residual blocks.
 
     Raises:
         SettingsError: a value is out of its range, or a level's channels do not divide into normalisation groups.
@@ -57,37 +61,36 @@ class NCSNppConfig(Settings):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        owner = "NCSNppConfig"
         for name in ("nf", "num_res_blocks", "image_size", "num_channels"):
-            require_integer("NCSNppConfig", name, getattr(self, name), minimum=1)
+            require_integer(owner, name, getattr(self, name), minimum=1)
         for name in ("ch_mult", "attn_resolutions"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)):
-                raise SettingsError(f"NCSNppConfig.{name} must be a sequence, but is {value!r}.")
-            object.__setattr__(self, name, tuple(require_integer("NCSNppConfig", name, n, minimum=1) for n in value))
-        taps = require_numbers("NCSNppConfig", "fir_kernel", self.fir_kernel, length=4, minimum=0.0)
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)):
+                raise SettingsError(f"{owner}.{name} must be a sequence, but is {values!r}.")
+            object.__setattr__(self, name, tuple(require_integer(owner, name, n, minimum=1) for n in values))
+        taps = require_numbers(owner, "fir_kernel", self.fir_kernel, length=4, minimum=0.0)
         object.__setattr__(self, "fir_kernel", taps)
         if taps != taps[::-1] or sum(taps) <= 0:
-            raise SettingsError(f"NCSNppConfig.fir_kernel must be symmetric and not zero, but is {taps}.")
-        require_number("NCSNppConfig", "fourier_scale", self.fourier_scale, above=0.0)
-        require_number("NCSNppConfig", "dropout", self.dropout, minimum=0.0, below=1.0)
-        if not isinstance(self.skip_rescale, bool):
-            raise SettingsError(f"NCSNppConfig.skip_rescale must be a boolean, but is {self.skip_rescale!r}.")
+            raise SettingsError(f"{owner}.fir_kernel must be symmetric and not zero, but is {taps}.")
+        require_number(owner, "fourier_scale", self.fourier_scale, above=0.0)
+        require_number(owner, "dropout", self.dropout, minimum=0.0, below=1.0)
+        require_flag(owner, "skip_rescale", self.skip_rescale)
         if not self.ch_mult:
-            raise SettingsError("NCSNppConfig.ch_mult must name one level at least.")
+            raise SettingsError(f"{owner}.ch_mult must name one level at least.")
         unit = 2 ** (len(self.ch_mult) - 1)
         if self.image_size % unit:
             raise SettingsError(
-                f"NCSNppConfig.image_size ({self.image_size}) must be a multiple of {unit}, "
-                f"for {len(self.ch_mult)} levels."
+                f"{owner}.image_size ({self.image_size}) must be a multiple of {unit}, for {len(self.ch_mult)} levels."
             )
         if self.nf % 4:
-            raise SettingsError(f"NCSNppConfig.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
-        widths = [self.nf * mult for mult in self.ch_mult]
-        for channels in (self.nf, *widths, *(a + b for a in (self.nf, *widths) for b in (self.nf, *widths))):
-            if channels % min(channels // 4, 32):
+            raise SettingsError(f"{owner}.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
+        widths = (self.nf, *(self.nf * mult for mult in self.ch_mult))
+        for channels in (*widths, *(a + b for a in widths for b in widths)):
+            if channels % _groups(channels):
                 raise SettingsError(
-                    f"NCSNppConfig: {channels} channels do not divide into {min(channels // 4, 32)} groups of the "
-                    "normalisation; choose another nf or ch_mult."
+                    f"{owner}: {channels} channels do not divide into {_groups(channels)} groups of the normalisation; "
+                    "choose another nf or ch_mult."
                 )
 
     @property
@@ -182,7 +185,7 @@ class NoiseEmbedding(nn.Module):
         return self.second(F.silu(self.first(features)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move and cast as every module, except that the frequencies never become narrower than float32."""
+        """Move and cast as every module, except that the frequencies never get narrower than float32."""
         exact = self.get_buffer("frequencies")
         super()._apply(fn, recurse)
         moved = self.get_buffer("frequencies")
@@ -240,7 +243,7 @@ class UpLevel(nn.Module):
 
 
 class Stage(nn.Module):
-    """One residual block, and self-attention behind it where asked for."""
+    """One residual block, and at some levels self-attention behind it."""
 
     def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
         super().__init__()
@@ -299,13 +302,12 @@ def _joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
     return (x + h) / math.sqrt(2) if rescale else x + h
 
 
+def _groups(channels: int) -> int:
+    return min(channels // 4, 32)
+
+
 def _group_norm(channels: int) -> nn.GroupNorm:
-    groups = min(channels // 4, 32)
-    if channels % groups:
-        raise SettingsError(
-            f"NCSNpp: {channels} channels do not divide into {groups} groups; choose another nf or ch_mult."
-        )
-    return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
+    return nn.GroupNorm(_groups(channels), channels, eps=GROUP_NORM_EPS)
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, scale: float = 1.0) -> nn.Conv2d:

@@ -29,7 +29,7 @@ def push_backbone(
         folder: written by ``train``, ``convert`` or :func:`~cmap_defense.backbones.write_backbone`.
         repo_id: organisation/name; the repository is made when it is not there. The token is HF_TOKEN's, or that of
             ``hf auth login``.
-        private: of a repository that is made here.
+        private: whether a repository that is made here is private.
         message: of the commit.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is known about a backbone, as it stands in ``backbone.json`` beside the weights."""
+"""What is known about a backbone, as it is in ``backbone.json`` beside the weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,46 @@ from typing import Any
 from cmap_defense.errors import SettingsError
 from cmap_defense.settings import Settings, require_choice, require_integer
 
-__all__ = ["KINDS", "BackboneRecord"]
+__all__ = ["KINDS", "BackboneRecord", "require_image_shape"]
 
 KINDS = ("consistency", "denoiser")
+"""A consistency model generates in one step and denoises; a denoiser has no one-step generator."""
+
+
+def require_image_shape(owner: str, shape: Any, num_classes: Any = None) -> tuple[int, int, int]:
+    """``shape`` as (C, H, W), or a :class:`SettingsError` that names the setting; likewise for ``num_classes``."""
+    if not isinstance(shape, (list, tuple)) or len(shape) != 3:
+        raise SettingsError(f"{owner}.image_shape must be (C, H, W), but is {shape!r}.")
+    channels, height, width = (require_integer(owner, "image_shape", size, minimum=1) for size in shape)
+    if num_classes is not None:
+        require_integer(owner, "num_classes", num_classes, minimum=1)
+    return channels, height, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneRecord(Settings):
     """A backbone folder's record; JSON values only, so that it can be read without this package.
 
-    format: version of this layout. name, description: for people.
-    network: which class. network_config: its settings. noise: sigma_min, sigma_max, sigma_data.
-    kind: "consistency", or "denoiser" for a model that denoises and has no one-step generator.
-    image_shape: (C, H, W). num_classes: of a class-conditional model, or None.
-    value_range: of the images that ``generate`` returns.
-    weights_file, weights_dtype, weights_sha256: the safetensors file, below the record's folder; the checksum is empty
-        where nobody recorded it.
-    settings: the CMAP settings to use with it, as changes to the defaults.
-    source: where the weights were taken from: address, checksum, converter.
-    training: data, command and settings it was trained with. figures: what was measured, with the commands.
-    licence: of the weights. paper: where the method comes from.
+    Attributes:
+        format: version of this layout.
+        name: for people.
+        description: one line, for people.
+        kind: one of :data:`KINDS`.
+        network: name of the network's class.
+        network_config: its settings.
+        noise: sigma_min, sigma_max and sigma_data.
+        image_shape: (C, H, W).
+        num_classes: of a class-conditional model, or None.
+        value_range: of the images that ``generate`` returns.
+        weights_file: safetensors, below the record's folder.
+        weights_dtype: their precision in the file.
+        weights_sha256: of the weights file; empty where nobody recorded it.
+        settings: the CMAP settings to use with it, as changes to the defaults.
+        source: where the weights were taken from: address, checksum, converter.
+        training: data, command and settings it was trained with.
+        figures: what was measured, with the commands.
+        licence: of the weights.
+        paper: where the method comes from.
     """
 
     format: int = 1
@@ -55,35 +75,18 @@ class BackboneRecord(Settings):
             raise SettingsError(
                 f"This package reads backbone records of format 1, but this one has format {self.format!r}."
             )
-        for name in ("image_shape", "value_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)):
-                raise SettingsError(f"BackboneRecord.{name} must be a list, but is {value!r}.")
-            object.__setattr__(self, name, tuple(value))
-        if len(self.image_shape) != 3:
-            raise SettingsError(f"BackboneRecord.image_shape must be (C, H, W), but is {self.image_shape!r}.")
-        for size in self.image_shape:
-            require_integer("BackboneRecord", "image_shape", size, minimum=1)
-        if tuple(self.value_range) != (-1.0, 1.0):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = {"str": str, "dict": dict}.get(str(field.type).partition("[")[0])
+            if kind is not None and not isinstance(value, kind):
+                what = "text" if kind is str else "an object"
+                raise SettingsError(f"BackboneRecord.{field.name} must be {what}, but is {value!r}.")
+        if self.value_range not in ((-1.0, 1.0), [-1.0, 1.0]):
             raise SettingsError(f"BackboneRecord.value_range must be (-1, 1), but is {self.value_range!r}.")
-        for name in (
-            "name",
-            "description",
-            "network",
-            "weights_file",
-            "weights_dtype",
-            "weights_sha256",
-            "licence",
-            "paper",
-        ):
-            if not isinstance(getattr(self, name), str):
-                raise SettingsError(f"BackboneRecord.{name} must be text, but is {getattr(self, name)!r}.")
-        for name in ("network_config", "noise", "settings", "source", "training", "figures"):
-            if not isinstance(getattr(self, name), dict):
-                raise SettingsError(f"BackboneRecord.{name} must be an object, but is {getattr(self, name)!r}.")
+        object.__setattr__(self, "value_range", tuple(self.value_range))
+        shape = require_image_shape("BackboneRecord", self.image_shape, self.num_classes)
+        object.__setattr__(self, "image_shape", shape)
         require_choice("BackboneRecord", "kind", self.kind, KINDS)
-        if self.num_classes is not None:
-            require_integer("BackboneRecord", "num_classes", self.num_classes, minimum=1)
         parts = self.weights_file.split("/")
         if set(self.weights_file) & set("\\:*?[]") or any(part in ("", ".", "..") for part in parts):
             raise SettingsError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -13,40 +12,27 @@ from torch import Tensor
 from cmap_defense.backbones.weights import read_pickle, read_safetensors, sha256_of
 from cmap_defense.errors import BackboneFileError
 
-__all__ = [
-    "INDEX_SUFFIX",
-    "VARIANTS",
-    "WEIGHTS",
-    "describe_missing",
-    "read_weights",
-    "sha256_of_weights",
-    "variant_of",
-    "weights_files",
-]
+__all__ = ["WEIGHTS", "describe_missing", "dtype_of_file", "read_weights", "sha256_of_weights", "weights_files"]
 
-VARIANTS = {"fp16": "float16", "bf16": "bfloat16"}
+_VARIANTS = {"": "float32", ".fp16": "float16", ".bf16": "bfloat16"}
 """Variants by their part of the file name, with the precision that they are saved in."""
 
-STEM = "unet/diffusion_pytorch_model"
-INDEX_SUFFIX = ".json"
+_STEM = "unet/diffusion_pytorch_model"
 _SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
-
-def _names() -> Iterator[str]:
-    for variant in ("", *(f".{name}" for name in VARIANTS)):
-        for suffix in ("safetensors", "bin"):
-            yield f"{STEM}{variant}.{suffix}"
-            yield f"{STEM}.{suffix}.index{variant}{INDEX_SUFFIX}"
-
-
-WEIGHTS = tuple(_names())
+WEIGHTS = tuple(
+    name
+    for variant in _VARIANTS
+    for suffix in ("safetensors", "bin")
+    for name in (f"{_STEM}{variant}.{suffix}", f"{_STEM}.{suffix}.index{variant}.json")
+)
 """The weights of a pipeline, in order of preference: full precision before a variant, safetensors before a pickle (of
 which tensors alone are read), one file before an index of shards."""
 
 
-def variant_of(name: str) -> str | None:
-    """The variant that a name of :data:`WEIGHTS` belongs to; None for the full precision."""
-    return next((variant for variant in VARIANTS if variant in Path(name).name.split(".")), None)
+def dtype_of_file(name: str) -> str:
+    """The precision that a file of :data:`WEIGHTS` is saved in."""
+    return next(dtype for variant, dtype in reversed(_VARIANTS.items()) if f"{variant}." in Path(name).name)
 
 
 def weights_files(path: Path) -> list[Path]:
@@ -55,7 +41,7 @@ def weights_files(path: Path) -> list[Path]:
     Raises:
         BackboneFileError: the index cannot be read, or names something that is no shard beside it.
     """
-    if path.suffix != INDEX_SUFFIX:
+    if path.suffix != ".json":
         return [path]
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -80,7 +66,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for part in weights_files(path):
-        if part.suffix != INDEX_SUFFIX:
+        if part.suffix != ".json":
             tensors |= read_safetensors(part) if part.suffix == ".safetensors" else read_pickle(part)
     return tensors
 
@@ -90,13 +76,12 @@ def sha256_of_weights(path: Path) -> str:
     files = weights_files(path)
     if len(files) == 1:
         return sha256_of(path)
-    listed = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
+    return hashlib.sha256("".join(f"{sha256_of(file)}  {file.name}\n" for file in files).encode()).hexdigest()
 
 
 def describe_missing(folder: Path) -> str:
     """For a pipeline without weights of :data:`WEIGHTS`: what there is, and how to save it so that it is read."""
-    place = folder / Path(STEM).parent
+    place = folder / Path(_STEM).parent
     found = sorted(file.name for file in place.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack", ".pt"))
     held = f"holds {', '.join(found[:5])}" if found else "holds no weights"
     return (

@@ -1,7 +1,7 @@
 """The project's own network: a compact U-Net that a laptop can train and run.
 
 Space-to-depth first (a patch of p x p pixels becomes p^2 channels), residual blocks with adaptive group
-normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention where asked for, skips by
+normalisation (Dhariwal and Nichol 2021, arXiv 2105.05233, section 3), self-attention at chosen levels, skips by
 concatenation. The classes of a class-conditional network are added to the noise embedding, and start at zero.
 Attention is written out, not fused: the fused kernels have no second derivative, and exact attacks need one.
 
@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cmap_defense.backbones.record import require_image_shape
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_integer, require_number
+from cmap_defense.settings import Settings, require_flag, require_integer, require_number
 
 __all__ = ["CompactUNet", "CompactUNetConfig"]
 
@@ -30,12 +32,19 @@ __all__ = ["CompactUNet", "CompactUNetConfig"]
 class CompactUNetConfig(Settings):
     """Architecture of a :class:`CompactUNet`.
 
-    image_shape: (C, H, W) in pixels; H and W are multiples of patch * 2^(levels - 1).
-    patch: edge of the space-to-depth patch. channels: width of each level, finest first.
-    blocks: residual blocks per level on the way down (one more on the way up).
-    attention: for each level, whether its blocks are followed by self-attention.
-    head_channels: channels of one attention head. embedding: width of the noise embedding. dropout: in the blocks.
-    num_classes: of a class-conditional network, None for another.
+    Attributes:
+        image_shape: (C, H, W) in pixels; H and W are multiples of patch * 2^(levels - 1).
+        patch: edge of the space-to-depth patch.
+        channels: width of each level, finest first.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: for each level, whether its blocks are followed by self-attention.
+        head_channels: channels of one attention head.
+        embedding: width of the noise embedding.
+        dropout: in the blocks.
+        num_classes: of a class-conditional network, None for another.
+
+    Raises:
+        SettingsError: a value is out of its range, or the values do not fit together.
     """
 
     image_shape: tuple[int, int, int] = (3, 32, 32)
@@ -49,29 +58,25 @@ class CompactUNetConfig(Settings):
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_shape", "channels", "attention"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)):
-                raise SettingsError(f"CompactUNetConfig.{name} must be a sequence, but is {value!r}.")
-            object.__setattr__(self, name, tuple(value))
-        if len(self.image_shape) != 3:
-            raise SettingsError(f"CompactUNetConfig.image_shape must be (C, H, W), but is {self.image_shape!r}.")
-        for name in ("image_shape", "channels"):
-            for size in getattr(self, name):
-                require_integer("CompactUNetConfig", name, size, minimum=1)
-        for name in ("patch", "blocks", "head_channels"):
-            require_integer("CompactUNetConfig", name, getattr(self, name), minimum=1)
-        require_integer("CompactUNetConfig", "embedding", self.embedding, minimum=4)
-        require_number("CompactUNetConfig", "dropout", self.dropout, minimum=0.0, below=1.0)
-        if self.num_classes is not None:
-            require_integer("CompactUNetConfig", "num_classes", self.num_classes, minimum=1)
+        owner = "CompactUNetConfig"
+        object.__setattr__(self, "image_shape", require_image_shape(owner, self.image_shape, self.num_classes))
+        for name, minimum in (("patch", 1), ("blocks", 1), ("head_channels", 1), ("embedding", 4)):
+            require_integer(owner, name, getattr(self, name), minimum=minimum)
+        require_number(owner, "dropout", self.dropout, minimum=0.0, below=1.0)
+        for name in ("channels", "attention"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)):
+                raise SettingsError(f"{owner}.{name} must be a sequence, but is {values!r}.")
+            object.__setattr__(self, name, tuple(values))
+        for channels in self.channels:
+            require_integer(owner, "channels", channels, minimum=1)
+        for flag in self.attention:
+            require_flag(owner, "attention", flag)
         if len(self.attention) != len(self.channels) or not self.channels:
             raise SettingsError(
-                "CompactUNetConfig needs one entry of attention per entry of channels, but has "
-                f"{len(self.attention)} and {len(self.channels)}."
+                f"{owner} needs one entry of attention per entry of channels, but has {len(self.attention)} and "
+                f"{len(self.channels)}."
             )
-        if not all(isinstance(flag, bool) for flag in self.attention):
-            raise SettingsError(f"CompactUNetConfig.attention must be booleans, but is {self.attention!r}.")
         attended = {c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]}
         for channels in attended:
             if channels % max(1, channels // self.head_channels):
@@ -133,8 +138,7 @@ class CompactUNet(nn.Module):
 
         self.norm = _group_norm(width)
         self.leave = nn.Conv2d(width, pixels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(_bias(self.leave))
+        _zero(self.leave)
 
     def forward(self, x: Tensor, noise_level: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """[B, C, H, W], [B] levels ln(sigma) / 4 in float32 or wider, and [B] labels or None, to [B, C, H, W]."""
@@ -177,7 +181,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class Stage(nn.Module):
-    """One residual block, and self-attention behind it where asked for."""
+    """One residual block, and at some levels self-attention behind it."""
 
     def __init__(self, inputs: int, outputs: int, config: CompactUNetConfig, *, attend: bool) -> None:
         super().__init__()
@@ -201,8 +205,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(_bias(self.conv_out))
+        _zero(self.conv_out)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(F.silu(self.norm_in(x)))
@@ -218,13 +221,10 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.heads = max(1, channels // head_channels)
-        if channels % self.heads:
-            raise SettingsError(f"channels ({channels}) must be a multiple of head_channels ({head_channels}).")
         self.norm = _group_norm(channels)
         self.project_in = nn.Conv2d(channels, 3 * channels, 1)
         self.project_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(_bias(self.project_out))
+        _zero(self.project_out)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(
@@ -268,6 +268,6 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""Does a backbone hold what it should? And: remember the commit and checksum that were found."""
+"""Check that a backbone is what it should be, and note the commit and checksum that were found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.folder import read_backbone, read_record
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel
-from cmap_defense.backbones.load import entry_of, hinting, resolve_backbone
+from cmap_defense.backbones.load import entry_of, resolve_backbone, with_remedy
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
 from cmap_defense.backbones.remote.cache import pin, pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry
@@ -27,11 +27,16 @@ __all__ = ["Verification", "verify_backbone"]
 class Verification:
     """What was found when a backbone was verified.
 
-    source: what was verified. folder: where it is. weights_sha256: of the weights there.
-    revision: the Hub's commit, where it came from there. official_sha256: of the official file that was converted.
-    boundary_error: the largest |f(x, sigma_min) - x|, 0 for the paper's boundary condition; None for a denoiser.
-    image_mean, image_std: over 4 generated (or denoised) images in [-1, 1]: some 0 and 0.5 for photographs.
-    pinned: the file in which the commit and checksum were noted; None for what has no name.
+    Attributes:
+        source: what was verified.
+        folder: where it is.
+        weights_sha256: of the weights there.
+        revision: the Hub's commit, where it came from there.
+        official_sha256: of the official file that was converted.
+        boundary_error: the largest |f(x, sigma_min) - x|, 0 for the paper's boundary condition; None for a denoiser.
+        image_mean: over 4 generated (or denoised) images in [-1, 1], some 0 for photographs.
+        image_std: over the same, some 0.5 for photographs.
+        pinned: the file in which the commit and checksum were noted; None for what has no name.
     """
 
     source: str
@@ -51,13 +56,16 @@ class Verification:
 
 
 def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) -> Verification:
-    """Load a backbone, check its checksums, that f(x, sigma_min) = x and that it generates; note what was found.
+    """Load a backbone, check its checksums, that f(x, sigma_min) = x and that it generates, and note what was found.
 
     From then on the name stands for that commit and checksum on this machine, and anything else is refused.
 
     Args:
         source: a name, a folder or a Hub id, as for :func:`~cmap_defense.load_backbone`.
         remember: whether to note the commit and checksum of a name.
+
+    Returns:
+        What was found.
 
     Raises:
         BackboneFileError: a file is damaged, is not the one that was recorded, or is not a working model.
@@ -69,9 +77,9 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
     else:
         folder, origin = fetch_entry(pinned(entry))
     record = read_record(folder)
-    with hinting(entry):
+    with with_remedy(entry):
         model = read_backbone(folder)
-    boundary, images = _probe(model)
+    boundary, images = _boundary_error_and_images(model)
     allowed = getattr(model.network, "boundary_error", 0.0)
     if not bool(torch.isfinite(images).all()) or (boundary is not None and not math.isfinite(boundary)):
         raise BackboneFileError(f"{folder} is no working model: it makes NaN or infinite values.")
@@ -99,7 +107,7 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
     )
 
 
-def _probe(model: KarrasModel) -> tuple[float | None, Tensor]:
+def _boundary_error_and_images(model: KarrasModel) -> tuple[float | None, Tensor]:
     """The largest |f(x, sigma_min) - x|, and 4 images: of the generator, or of one denoising from half the range."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((4, *model.image_shape), generator=generator)

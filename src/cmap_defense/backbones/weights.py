@@ -1,4 +1,4 @@
-"""Weights in files: safetensors, and tensors out of a pickle that nobody executes."""
+"""Weights in files: safetensors, and tensors out of a pickle of which nothing is executed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmap_defense.errors import BackboneFileError
 
 __all__ = [
     "DTYPES",
     "check_sha256",
+    "first_difference",
     "read_pickle",
     "read_safetensors",
     "read_state_dict",
@@ -45,9 +46,15 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
-    """Raises :class:`BackboneFileError` when the file is another than the one that was recorded.
+    """Compare the checksum of a file with the recorded one.
 
-    found: its SHA-256 where it is known, or is that of several files; None to compute it.
+    Args:
+        path: of the file.
+        expected: its recorded SHA-256.
+        found: its SHA-256 where it is known, or is that of several files; None to compute it.
+
+    Raises:
+        BackboneFileError: they differ.
     """
     found = found or sha256_of(path)
     if found != expected:
@@ -55,6 +62,19 @@ def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
             f"{path} is not the file that the record describes: its SHA-256 is {found}, the record says {expected}. "
             "Fetch or write the folder again."
         )
+
+
+def first_difference(network: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """In which tensors differ from a network's own, by name and shape, in words; None where they do not."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if not wrong:
+        return None
+    return (
+        f"{len(wrong)} tensor(s) are missing, unknown or of another shape, such as {wrong[0]!r} "
+        f"(expected {expected.get(wrong[0])}, found {found.get(wrong[0])})"
+    )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -85,7 +105,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a file. Raises :class:`BackboneFileError` when there is no room or no permission."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # older ones refuse others
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # older versions need it
     except (SafetensorError, OSError) as error:
         raise BackboneFileError(f"{path} could not be written ({error}). Is the disk full, or read-only?") from error
 
@@ -94,7 +114,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict that ``torch.save`` wrote; nothing in the file is executed.
 
     Raises:
-        BackboneFileError: the file is missing, cut off, no state dict, or asks for code to be run.
+        BackboneFileError: the file is missing, cut off, no state dict, or would run code.
     """
     state = _unpickled(path)
     if not _is_state_dict(state):
@@ -145,7 +165,7 @@ def _unpickled(path: Path) -> Any:
             f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
             f"{_looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
         ) from error
-    except Exception as error:  # whatever a malformed file makes the unpickler stumble over
+    except Exception as error:  # a malformed file makes the unpickler raise anything
         raise BackboneFileError(
             f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again."
         ) from error

@@ -52,9 +52,13 @@ def npz_images(path: Path) -> LabelledImages:
 def labelled(
     images: np.ndarray, labels: np.ndarray, where: str, class_names: tuple[str, ...] | None = None
 ) -> LabelledImages:
-    """Copies of images, uint8 [N, H, W, C], and labels, integers [N].
+    """Copies of images and labels as a data set.
 
-    where: what errors call them. class_names: one per class, where they are known.
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: integers [N].
+        where: their name in errors.
+        class_names: one per class, where they are known.
 
     Raises:
         DataError: they are something else, or a label has no class name.

@@ -1,4 +1,4 @@
-"""Folders of image files, with one folder per class or without labels, read image by image when asked."""
+"""Folders of image files, with one folder per class or without labels, read image by image on selection."""
 
 from __future__ import annotations
 
@@ -43,11 +43,15 @@ _SYSTEM = (
 class FolderImages:
     """Image files with labels; nothing is read before it is selected.
 
-    paths: of the N files. labels: int64 [N]. class_names: one per class, None where there are no labels. size: images
-    are resized so that their shorter side has this many pixels (bicubic, antialiased), and their centre of size x size
-    is taken; None: as they are, all of one size. channels: 3 for RGB, 1 for grey; None: 3, unless an evaluation takes
-    them, which reads them in the channels of its backbone. labels_known: False where there are none, and 0 stands for
-    each.
+    Attributes:
+        paths: of the N files.
+        labels: int64 [N].
+        class_names: one per class, None where there are no labels.
+        size: images are resized so that their shorter side has this many pixels (bicubic, antialiased), and their
+            centre of size x size is taken; None: as they are, all of one size.
+        channels: 3 for RGB, 1 for grey; None: 3, unless an evaluation takes them, which reads them in the channels of
+            its backbone.
+        labels_known: False where there are no labels, and all are 0.
 
     Raises:
         DataError: size is no positive integer, or channels is neither 1 nor 3.
@@ -213,7 +217,7 @@ def _of_split(folder: Path, split: str) -> Path:
     if there:
         raise DataError(
             f"{folder} has folders for {' and '.join(there)}, but none for {split}: "
-            f"make a folder {' or '.join(_SPLITS[split])} in it, or ask for another split."
+            f"make a folder {' or '.join(_SPLITS[split])} in it, or choose another split."
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""What a data set is: labelled images, in memory or read when they are asked for."""
+"""Labelled images, in memory or read when they are selected."""
 
 from __future__ import annotations
 
@@ -50,8 +50,14 @@ class ImageSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """images: uint8 [N, C, H, W]. labels: int64 [N]. class_names: one per class, where they are known. labels_known:
-    False where there are none, and 0 stands for each."""
+    """Labelled images in memory.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+        class_names: one per class, where they are known.
+        labels_known: False where there are no labels, and all are 0.
+    """
 
     images: Tensor
     labels: Tensor

@@ -1,4 +1,4 @@
-"""The data sets that have a name: where they are looked for, and what their classes are called."""
+"""The data sets that have a name: the places where they are looked for, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def cifar10(split: str) -> LabelledImages:
         DataError: a file is damaged or holds something else, or the download failed.
         SettingsError: it is not in ``$CMAP_DATA``, and the account has no home folder.
     """
-    found = _cifar10_in(_asked_for("cifar10"), split)
+    found = _cifar10_in(_named_folders("cifar10"), split)
     if found is None:
-        found = _cifar10_in(_own(), split)
+        found = _cifar10_in(_account_folders(), split)
     if found is not None:
         return found
     try:
-        with _alone():
+        with _download_lock():
             return _cifar10_batches(_cache(), split, download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
@@ -86,14 +86,14 @@ KNOWN: Mapping[str, Callable[[str], LabelledImages]] = {"cifar10": cifar10, "fas
 """Reader of every data set that has a name; it takes the split."""
 
 
-def _asked_for(name: str) -> list[Path]:
+def _named_folders(name: str) -> list[Path]:
     """The folder that the environment names, and that of the data set in it; none where it names none."""
     given = os.environ.get("CMAP_DATA")
     return [expanded(given), expanded(given) / name] if given else []
 
 
-def _own() -> list[Path]:
-    """Folders of the account's own with CIFAR-10."""
+def _account_folders() -> list[Path]:
+    """Folders of the account that may hold CIFAR-10."""
     cache = _cache()
     with contextlib.suppress(SettingsError):
         fetched = home("CMAP_DATA") / ".cache" / "cmap-data"
@@ -107,7 +107,7 @@ def _cache() -> Path:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _download_lock() -> Iterator[None]:
     """One process downloads; others of the same job wait, and then find what is there."""
     _cache().mkdir(parents=True, exist_ok=True)
     with FileLock(_cache() / ".lock"):
@@ -115,7 +115,7 @@ def _alone() -> Iterator[None]:
 
 
 def _fashion_folder() -> Path:
-    for folder in (*_asked_for("fashion-mnist")[1:], *_SYSTEM_FOLDERS):
+    for folder in (*_named_folders("fashion-mnist")[1:], *_SYSTEM_FOLDERS):
         if _has_fashion(folder):
             return folder
     downloaded = _cache() / "FashionMNIST" / "raw"
@@ -124,7 +124,7 @@ def _fashion_folder() -> Path:
     from torchvision.datasets import FashionMNIST
 
     try:
-        with _alone():
+        with _download_lock():
             FashionMNIST(str(_cache()), download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(

@@ -65,8 +65,15 @@ def load_dataset(
 ) -> LabelledImages:
     """What :func:`open_dataset` opens, with all images in memory.
 
+    Args:
+        source: as for :func:`open_dataset`.
+        split: as for :func:`open_dataset`.
+        size: as for :func:`open_dataset`.
+        channels: as for :func:`open_dataset`.
+
     Raises:
-        As :func:`open_dataset`, and DataError for an image of a folder that cannot be read or differs in size.
+        UnknownNameError: neither a known name nor a file nor a folder.
+        DataError: as of :func:`open_dataset`, or an image of a folder cannot be read or differs in size.
     """
     opened = open_dataset(source, split, size=size, channels=channels)
     return opened if isinstance(opened, LabelledImages) else opened.select(range(len(opened)))

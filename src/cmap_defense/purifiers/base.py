@@ -14,7 +14,7 @@ from cmap_defense.backbones.base import caster, check_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
-from cmap_defense.purifiers.pair import BackbonePair, kind_of
+from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Purifier", "require_level"]

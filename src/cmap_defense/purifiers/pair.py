@@ -7,19 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cmap_defense.backbones.base import caster
-from cmap_defense.backbones.record import KINDS
+from cmap_defense.backbones.base import caster, kind_of
 from cmap_defense.errors import BackboneError
 
-__all__ = ["BackbonePair", "kind_of"]
-
-
-def kind_of(backbone: object) -> str:
-    """What the backbone says in ``kind``; or else "consistency" where it has a ``generate``, "denoiser" where not."""
-    kind = getattr(backbone, "kind", None)
-    if kind in KINDS:
-        return kind
-    return "consistency" if callable(getattr(backbone, "generate", None)) else "denoiser"
+__all__ = ["BackbonePair"]
 
 
 class BackbonePair(nn.Module):

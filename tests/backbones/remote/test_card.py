@@ -69,24 +69,15 @@ def test_page_of_a_name_says_what_it_is_and_where_it_comes_from(entry: RegistryE
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_page_of_a_name_says_that_nobody_has_verified_it_or_that_somebody_has(entry: RegistryEntry):
-    assert rows(entry_card(entry))["verified"].startswith("yes" if entry.verified else "**no**")
-    assert ("**not verified**" in entry_card(entry)) == (not entry.verified)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_page_of_a_name_shows_how_to_use_it(entry: RegistryEntry):
+def test_page_of_a_name_shows_verification_use_settings_and_figures(entry: RegistryEntry):
     card = entry_card(entry)
+    assert rows(card)["verified"].startswith("yes" if entry.verified else "**no**")
+    assert ("**not verified**" in card) == (not entry.verified)
     use = f'load_backbone("{entry.name}")' if entry.kind == "denoiser" else f'backbone="{entry.name}"'
     assert use in card
     assert ("class_labels" in card) == (entry.num_classes is not None)
     for name, value in entry.settings.items():
         assert f"`{name} = {value:g}`" in card
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_page_of_a_name_shows_its_figures_or_says_that_there_are_none(entry: RegistryEntry):
-    card = entry_card(entry)
     assert ("No figure is measured or cited here." in card) == (not entry.quality)
     for name in entry.quality:
         assert f"- {name.replace('_', ' ')}:" in card

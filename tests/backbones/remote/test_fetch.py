@@ -17,12 +17,11 @@ import torch
 from huggingface_hub import constants
 
 from cmap_defense import PurifiedClassifier, load_backbone
-from cmap_defense.backbones import EDMDenoiser
+from cmap_defense.backbones import EDMDenoiser, folder
 from cmap_defense.backbones.folder import RECORD_FILE
 from cmap_defense.backbones.load import resolve_backbone
 from cmap_defense.backbones.registry import register, registry_entry
 from cmap_defense.backbones.remote import download as module
-from cmap_defense.backbones.remote import fetch
 from cmap_defense.backbones.remote.cache import cache_folder
 from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
 from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError, WrongKindError
@@ -44,7 +43,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, a network, no mirror, and names of one's own."""
+    """An empty cache, a network, no mirror, and names of the test's own."""
     monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(MIRROR, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -62,23 +61,22 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def named(hub: HubServer) -> Callable[..., None]:
-    """Give the checkpoint its name; takes the options of an OfficialFile."""
+    """The checkpoint has its name; the function gives it anew, for options of an OfficialFile or a kind."""
 
-    def give(**options: Any) -> None:
-        register(tiny_entry(NAME, tiny_file(hub.address + PATH, **options)), replace=True)
+    def give(kind: str = "consistency", **options: Any) -> None:
+        register(tiny_entry(NAME, tiny_file(hub.address + PATH, **options), kind=kind), replace=True)
 
     give()
     return give
 
 
-def left(cache: Path) -> list[str]:
-    """The files and folders of the cache, but for locks, and but for what is in a finished conversion."""
-    places = [path for folder in ("downloads", "converted") for path in (cache / folder).glob("*")]
-    return sorted(path.relative_to(cache).as_posix() for path in places if path.suffix != ".lock")
+def cached_files(cache: Path) -> list[str]:
+    """The names of all files in the cache but locks, hidden folders left out."""
+    paths = [path.relative_to(cache) for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(path.name for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
-def conversions(cache: Path) -> list[str]:
-    return [path for path in left(cache) if path.startswith("converted/")]
+CONVERSION = [RECORD_FILE, WEIGHTS]
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -109,19 +107,21 @@ def test_name_is_fetched_converted_and_described(hub: HubServer, cache: Path, ca
     }
     assert backbone.default_settings == record.settings == {"n_latents": 2, "iterations": 3}
     assert record.figures == {"fid_one_step": 300.0}
-    (folder,) = (cache / "converted").glob(f"{NAME}-*[!k]")
-    assert sorted(path.name for path in folder.iterdir()) == [RECORD_FILE, WEIGHTS]
-    assert list((cache / "downloads").iterdir()) == [], "the checkpoint is not kept beside its conversion"
+    assert cached_files(cache) == CONVERSION, "the checkpoint is not kept beside its conversion"
     printed = capsys.readouterr()
     assert printed.out == ""
     assert NAME in printed.err
     assert hub.address + PATH in printed.err
 
 
+@pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.usefixtures("named")
-def test_second_time_nothing_is_asked_and_nothing_is_said(hub: HubServer, capsys: pytest.CaptureFixture[str]):
+def test_second_load_needs_no_request_and_prints_nothing(
+    hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, offline: bool
+):
     resolve_backbone(NAME)
     capsys.readouterr()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(hub.requests) == 1
     assert capsys.readouterr() == ("", "")
@@ -135,14 +135,6 @@ def test_purified_classifier_takes_the_name_and_the_settings_of_the_entry():
 
 
 @pytest.mark.usefixtures("named")
-def test_offline_the_cache_serves(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
-    resolve_backbone(NAME)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(hub.requests) == 1
-
-
-@pytest.mark.usefixtures("named")
 def test_offline_without_the_cache_the_error_names_the_switch_and_the_command(
     hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -150,7 +142,7 @@ def test_offline_without_the_cache_the_error_names_the_switch_and_the_command(
     with pytest.raises(BackboneFileError, match=rf"HF_HUB_OFFLINE.*backbones pull {NAME}"):
         load_backbone(NAME)
     assert hub.requests == []
-    assert left(cache) == []
+    assert cached_files(cache) == []
 
 
 @pytest.mark.usefixtures("named")
@@ -170,8 +162,8 @@ def test_two_names_for_one_file_are_two_models(hub: HubServer):
 
 def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: HubServer, named: Callable[..., None]):
     first = resolve_backbone(NAME)
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"), replace=True)
-    assert load_backbone(NAME).record is not None
+    named(kind="denoiser")
+    assert resolve_backbone(NAME) != first
     named(config=CONFIG.replace(skip_rescale=False))
     assert resolve_backbone(NAME) != first
     named(params="params")
@@ -184,16 +176,11 @@ def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: H
 
 def test_packaged_model_needs_no_cache(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache.write_text("not a folder")
     entry = registry_entry("fashion-mnist-ct")
-    folder, source = fetch_entry(entry)
+    place, source = fetch_entry(entry)
     assert source is entry.sources[0]
-    assert (folder / RECORD_FILE).is_file()
-    assert not cache.exists()
-
-
-def test_packaged_model_loads_where_no_cache_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path / "file" / "cache"))
+    assert (place / RECORD_FILE).is_file()
     assert load_backbone("fashion-mnist-ct").image_shape == (1, 28, 28)
 
 
@@ -246,28 +233,27 @@ def test_mirror_that_is_no_address_is_an_error(hub: HubServer, monkeypatch: pyte
     assert hub.requests == []
 
 
-def test_cifar10_cd_is_asked_for_where_it_is_published(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch):
+def test_cifar10_cd_is_fetched_from_where_it_is_published(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch):
     path = "/consistency/jcm_checkpoints/cd-lpips/checkpoints/checkpoint_80"
     hub.put(path, CHECKPOINT)
     monkeypatch.setenv(MIRROR, hub.address)
     with pytest.raises(BackboneFileError, match="does not fit this config"):
         load_backbone("cifar10-cd")
     assert [request.path for request in hub.requests] == [path]
-    assert conversions(cache) == []
+    assert cached_files(cache) == []
 
 
-def test_next_source_is_tried_and_the_reason_is_told(hub: HubServer, capsys: pytest.CaptureFixture[str]):
+def test_next_source_is_tried_with_the_reason_and_the_last_error_is_raised(
+    hub: HubServer, capsys: pytest.CaptureFixture[str]
+):
     sources = [tiny_file(hub.address + path) for path in ("/gone", "/gone-too", PATH)]
     register(tiny_entry(NAME, *sources))
     assert fingerprint(load_backbone(NAME)) == MODEL
     printed = capsys.readouterr().err
-    assert f"{hub.address}/gone cannot be used" in printed
-    assert f"{hub.address}/gone-too cannot be used" in printed
+    for source in sources[:2]:
+        assert f"{source.url} cannot be used" in printed
     assert "status 404" in printed
-
-
-def test_error_is_that_of_the_last_source(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + "/gone"), tiny_file(hub.address + "/gone-too")))
+    register(tiny_entry(NAME, *sources[:2]), replace=True)
     with pytest.raises(BackboneFileError, match=r"/gone-too .*status 404"):
         load_backbone(NAME)
 
@@ -288,7 +274,7 @@ def test_file_other_than_the_recorded_one_is_refused_and_not_kept(
     for _ in range(2):
         with pytest.raises(BackboneFileError, match="expected"):
             load_backbone(NAME)
-        assert left(cache) == []
+        assert cached_files(cache) == []
 
 
 def test_conversion_of_another_file_than_the_recorded_one_is_made_anew(hub: HubServer, named: Callable[..., None]):
@@ -316,7 +302,7 @@ def test_file_that_is_no_checkpoint_leaves_nothing(hub: HubServer, cache: Path, 
     hub.put(PATH, content)
     with pytest.raises(BackboneFileError, match=message):
         load_backbone(NAME)
-    assert left(cache) == []
+    assert cached_files(cache) == []
     hub.put(PATH, CHECKPOINT)
     assert fingerprint(load_backbone(NAME)) == MODEL
 
@@ -335,10 +321,10 @@ def test_checkpoint_of_another_model_is_removed_and_fetched_afresh(hub: HubServe
     hub.put(PATH, checkpoint_without(*part))
     with pytest.raises((BackboneFileError, UnknownNameError), match=r"lacks 2 of|no 'params_ema'"):
         load_backbone(NAME)
-    assert left(cache) == []
+    assert cached_files(cache) == []
     hub.put(PATH, CHECKPOINT)
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(left(cache)) == 1
+    assert cached_files(cache) == CONVERSION
 
 
 def test_checkpoint_of_another_model_whose_checksum_is_recorded_stays_until_force_fetches_the_right_one(
@@ -351,12 +337,12 @@ def test_checkpoint_of_another_model_whose_checksum_is_recorded_stays_until_forc
         with pytest.raises(BackboneFileError, match="lacks 2 of"):
             load_backbone(NAME)
     assert len(hub.requests) == 1
-    assert conversions(cache) == []
+    assert not set(CONVERSION) & set(cached_files(cache))
     hub.put(PATH, CHECKPOINT)
     named()
     resolve_backbone(NAME, force=True)
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(left(cache)) == 1
+    assert cached_files(cache) == CONVERSION
 
 
 def test_model_of_another_shape_than_the_entrys_is_refused(hub: HubServer):
@@ -368,12 +354,12 @@ def test_model_of_another_shape_than_the_entrys_is_refused(hub: HubServer):
 @pytest.mark.parametrize("damage", [b"", bytes(100), None], ids=["empty", "zeros", "one-bit"])
 @pytest.mark.usefixtures("named")
 def test_damaged_weights_in_the_cache_are_an_error_and_force_repairs_them(hub: HubServer, damage: bytes | None):
-    folder = resolve_backbone(NAME)
-    whole = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    place = resolve_backbone(NAME)
+    whole = (place / WEIGHTS).read_bytes()
+    (place / WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
     with pytest.raises(BackboneFileError, match=rf"{WEIGHTS}.*backbones pull {NAME} --force"):
         load_backbone(NAME)
-    assert resolve_backbone(NAME, force=True) == folder
+    assert resolve_backbone(NAME, force=True) == place
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(hub.requests) == 2
 
@@ -382,29 +368,29 @@ def test_damaged_weights_in_the_cache_are_an_error_and_force_repairs_them(hub: H
 @pytest.mark.parametrize("content", [None, b"", b"{}"])
 @pytest.mark.usefixtures("named")
 def test_conversion_that_is_not_whole_is_made_anew(hub: HubServer, file: str, content: bytes | None):
-    folder = resolve_backbone(NAME)
-    (folder / file).unlink()
+    place = resolve_backbone(NAME)
+    (place / file).unlink()
     if content is not None and file == RECORD_FILE:
-        (folder / file).write_bytes(content)
+        (place / file).write_bytes(content)
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(hub.requests) == 2
 
 
 @pytest.mark.usefixtures("named")
 def test_force_that_fails_leaves_the_model_that_is_there(hub: HubServer, cache: Path):
-    folder = resolve_backbone(NAME)
+    resolve_backbone(NAME)
     hub.put(PATH, b"not a checkpoint")
     with pytest.raises(BackboneFileError):
         resolve_backbone(NAME, force=True)
-    assert conversions(cache) == [folder.relative_to(cache).as_posix()]
+    assert cached_files(cache) == CONVERSION
     assert fingerprint(load_backbone(NAME)) == MODEL
 
 
 # ---------------------------------------------------------------------------------------------------------- denoisers
 
 
-def test_load_backbone_returns_the_kind_of_the_record(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"))
+def test_load_backbone_returns_the_kind_of_the_record(named: Callable[..., None]):
+    named(kind="denoiser")
     denoiser = load_backbone(NAME)
     assert type(denoiser) is EDMDenoiser
     assert fingerprint(denoiser) == MODEL
@@ -414,8 +400,10 @@ def test_load_backbone_returns_the_kind_of_the_record(hub: HubServer):
     torch.testing.assert_close(denoiser.denoise(noise(2, 3, 8, 8, seed=5), 2.0), expected)
 
 
-def test_denoiser_where_a_consistency_model_is_needed_is_refused_with_names_of_the_other_kind(hub: HubServer):
-    register(tiny_entry(NAME, tiny_file(hub.address + PATH), kind="denoiser"))
+def test_denoiser_where_a_consistency_model_is_needed_is_refused_with_names_of_the_other_kind(
+    named: Callable[..., None],
+):
+    named(kind="denoiser")
     uses: list[Callable[[str], object]] = [
         lambda name: load_backbone(name, kind="consistency"),
         lambda name: PurifiedClassifier(torch.nn.Identity(), backbone=name),
@@ -451,7 +439,7 @@ def start(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Start]:
     processes = []
 
     def begin(*steps: tuple[Any, ...]) -> subprocess.Popen[str]:
-        steps = (("name", NAME, {"url": hub.address + PATH}), *steps, ("load", NAME))
+        steps = (("name", NAME, hub.address + PATH), *steps, ("load", NAME))
         processes.append(start_elsewhere(*steps, home=tmp_path / "home", CMAP_DEFENSE_CACHE=str(cache)))
         return processes[-1]
 
@@ -480,9 +468,9 @@ def test_two_processes_fetch_once_and_both_get_the_model(hub: HubServer, cache: 
     second = start()
     assert is_waiting(second)
     hub.go_on.set()
-    assert [finish(process)[-1].value["fingerprint"] for process in (first, second)] == [MODEL, MODEL]
+    assert [finish(process)[-1].value for process in (first, second)] == [MODEL, MODEL]
     assert len(hub.requests) == 1
-    assert len(left(cache)) == 1
+    assert cached_files(cache) == CONVERSION
 
 
 @pytest.mark.usefixtures("named")
@@ -496,9 +484,9 @@ def test_process_that_waits_takes_over_from_one_that_is_killed_and_continues_its
     second = start()
     assert is_waiting(second)
     first.kill()
-    assert finish(second)[-1].value["fingerprint"] == MODEL
+    assert finish(second)[-1].value == MODEL
     assert [request.range for request in hub.requests] == [None, f"bytes={BLOCK + 5000}-"]
-    assert len(left(cache)) == 1
+    assert cached_files(cache) == CONVERSION
 
 
 @pytest.mark.usefixtures("named")
@@ -508,20 +496,21 @@ def test_process_that_is_killed_while_it_converts_leaves_nothing_that_is_trusted
     process = start(("die_in_conversion",))
     process.communicate(timeout=HANGS)
     assert process.returncode == -signal.SIGKILL
-    assert any(path.startswith("converted/.partial-") for path in left(cache)), "half a conversion was there"
+    assert list(cache.glob(f"converted/*/.partial-*/{WEIGHTS}")), "half a conversion was there"
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(left(cache)) == 1, "nothing but the model"
+    assert cached_files(cache) == CONVERSION
+    assert not list(cache.glob("converted/*/.partial-*"))
     assert len(hub.requests) == 1, "the file that was fetched is used"
 
 
-def failing(error: BaseException) -> Callable[..., None]:
-    """A conversion that ends in the middle."""
+def write_half(error: BaseException) -> Callable[..., None]:
+    """Writing of weights that fails in the middle."""
 
-    def half(_: object, folder: Path, **__: object) -> None:
-        (folder / WEIGHTS).write_bytes(b"half")
+    def write(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
         raise error
 
-    return half
+    return write
 
 
 @pytest.mark.parametrize(
@@ -537,10 +526,11 @@ def test_conversion_that_fails_is_cleared_away_and_the_file_used_by_the_next(
     hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException]
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(fetch, "write_backbone", failing(error))
+        patched.setattr(folder, "write_safetensors", write_half(error))
         with pytest.raises(kind):
             load_backbone(NAME)
-    assert conversions(cache) == []
+    assert not set(CONVERSION) & set(cached_files(cache))
+    assert not list(cache.glob("converted/*/*"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(hub.requests) == 1
@@ -550,7 +540,7 @@ def test_file_that_was_left_is_not_used_when_it_is_not_the_one_that_is_meant(
     hub: HubServer, named: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(fetch, "write_backbone", failing(KeyboardInterrupt()))
+        patched.setattr(folder, "write_safetensors", write_half(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             load_backbone(NAME)
     named(sha256=sha256(OTHER))

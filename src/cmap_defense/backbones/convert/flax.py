@@ -1,17 +1,15 @@
-"""Arrays out of a flax checkpoint, without JAX and without reading more of it than is asked for.
+"""Arrays out of a flax checkpoint, without JAX.
 
 The file is one msgpack map. An array is an extension of type 1 that holds msgpack of (shape, dtype name, bytes in C
-order); one of more than 2^30 bytes is a map of chunks instead. The file is walked as a stream: a branch that is not
-wanted is skipped, so memory holds the wanted arrays and one read buffer.
+order), a scalar of numpy one of type 3; an array of more than 2^30 bytes is a map of flat chunks instead. Entries of
+the map that are not wanted are skipped, so that memory holds the wanted arrays and one read buffer.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import struct
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,11 @@ from cmap_defense.settings import near_matches
 
 __all__ = ["NotACheckpointError", "read_flax"]
 
-ARRAY, NUMPY_SCALAR = 1, 3
+ARRAY_CODES = (1, 3)
 CHUNKED = "__msgpack_chunked_array__"
-LARGEST_OBJECT = 2**31 - 1
-MAX_DEPTH = 32
+LARGEST_FILE_BUFFER = 2**31 - 1
+LARGEST_MAP = 2**20
+"""Entries of one map or list. A damaged file may declare billions, for which memory would be set aside."""
 
 _MALFORMED = (
     msgpack.UnpackException,
@@ -36,7 +35,7 @@ _MALFORMED = (
     AttributeError,
     SyntaxError,
     OverflowError,
-    struct.error,
+    RecursionError,
 )
 """What reading something else than msgpack of arrays raises."""
 
@@ -45,47 +44,47 @@ class NotACheckpointError(BackboneFileError):
     """The file is cut off or something else altogether: another copy of it may be whole."""
 
 
-Take = Callable[[str, np.ndarray[Any, Any]], None]
-
-
-class _TakeError(Exception):
-    """What ``take`` raised, which says nothing about the file."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
-def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
-    """Call ``take(name, array)`` for every array below one entry of a checkpoint's map.
+def read_flax(path: str | os.PathLike[str], entry: str) -> dict[str, np.ndarray]:
+    """All arrays below one entry of a checkpoint's map.
 
     Args:
         path: the msgpack file.
-        branch: the entry, such as "params_ema".
-        take: gets names such as "Dense_0/kernel", below the branch, and arrays in the file's precision, which share no
-            memory with the file.
+        entry: of its map, such as "params_ema".
+
+    Returns:
+        Arrays by names such as "Dense_0/kernel", in the file's order and precision; bfloat16 becomes float32.
 
     Raises:
         BackboneFileError: the file cannot be read, is cut off, or is not such a checkpoint.
         UnknownNameError: it has no such entry; the message lists those it has.
     """
     path = Path(path)
+    names: list[str] = []
+    arrays: dict[str, np.ndarray] = {}
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with path.open("rb") as file:
             stream = msgpack.Unpacker(
-                file, raw=False, strict_map_key=False, max_buffer_size=LARGEST_OBJECT, read_size=2**20
+                file,
+                ext_hook=_array,
+                object_hook=_joined_chunks,
+                strict_map_key=False,
+                max_buffer_size=LARGEST_FILE_BUFFER,
+                max_map_len=LARGEST_MAP,
+                max_array_len=LARGEST_MAP,
+                read_size=2**20,
             )
-            found = []
             for _ in range(stream.read_map_header()):
-                found.append(_text(stream.unpack()))
-                if found[-1] == branch:
-                    _walk(stream, content, "", take, MAX_DEPTH)
+                names.append(_name(stream.unpack()))
+                if names[-1] == entry:
+                    tree = stream.unpack()
+                    if not isinstance(tree, dict):
+                        raise ValueError(f"{entry!r} is no map of arrays")
+                    arrays = dict(_leaves(tree, ""))
                 else:
-                    stream.skip()  # to the end, so that a file that is cut off behind the branch is noticed too
-            if stream.tell() != len(content):
-                raise ValueError(f"{len(content) - stream.tell():,} bytes follow the end")
-    except _TakeError as error:
-        raise error.cause from error.cause.__cause__
+                    stream.skip()  # to the end, so that a file that is cut off further on is noticed too
+            following = path.stat().st_size - stream.tell()
+            if following:
+                raise ValueError(f"{following:,} bytes follow the end")
     except OSError as error:
         raise BackboneFileError(f"{path} cannot be read: {error}") from error
     except msgpack.OutOfData as error:
@@ -97,92 +96,56 @@ def read_flax(path: str | os.PathLike[str], branch: str, take: Take) -> None:
         raise NotACheckpointError(
             f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}). Fetch it again."
         ) from error
-    if branch not in found:
-        raise UnknownNameError(f"{path} has no {branch!r}.{near_matches(branch, set(found))}")
+    if entry not in names:
+        raise UnknownNameError(f"{path} has no {entry!r}.{near_matches(entry, set(names))}")
+    return arrays
 
 
-def _walk(stream: msgpack.Unpacker, content: mmap.mmap, prefix: str, take: Take, depth: int) -> None:
-    """The map that comes next; an entry that is a map itself is walked in its turn."""
-    if depth == 0:
-        raise ValueError(f"maps are nested more than {MAX_DEPTH} deep")
-    entries = stream.read_map_header()
-    for _ in range(entries):
-        key = _text(stream.unpack())
-        name = f"{prefix}/{key}" if prefix else key
-        if key == CHUNKED:
-            _give(take, prefix, _chunked(stream, entries - 1))
-            return
-        if _is_map(content, stream.tell()):
-            _walk(stream, content, name, take, depth - 1)
+def _leaves(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    for key, value in tree.items():
+        name = f"{prefix}{_name(key)}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}/")
+        elif isinstance(value, (bool, int, float, np.ndarray)):
+            yield name, np.asarray(value)
         else:
-            _give(take, name, _array(stream.unpack()))
+            raise ValueError(f"{name!r} should be an array, but is {type(value).__name__}")
 
 
-def _give(take: Take, name: str, array: np.ndarray[Any, Any]) -> None:
-    try:
-        take(name, array)
-    except Exception as error:
-        raise _TakeError(error) from error
-
-
-def _is_map(content: mmap.mmap, position: int) -> bool:
-    """Whether a map begins there; the stream itself cannot be asked without moving it."""
-    kind = content[position] if position < len(content) else 0
-    return kind & 0xF0 == 0x80 or kind in (0xDE, 0xDF)
-
-
-def _chunked(stream: msgpack.Unpacker, entries: int) -> np.ndarray[Any, Any]:
-    """The rest of a map of chunks: flat pieces, numbered from 0, and the shape of the whole."""
-    stream.unpack()  # the marker's own value, True
-    parts = {_text(stream.unpack()): stream.unpack() for _ in range(entries)}
-    shape, chunks = _listed(parts["shape"]), _listed(parts["chunks"])
+def _array(code: int, content: bytes) -> np.ndarray:
+    if code not in ARRAY_CODES:
+        raise ValueError(f"extension {code} is no array")
+    shape, dtype, numbers = msgpack.unpackb(content, raw=True)
     _require_shape(shape)
-    if math.prod(shape) > sum(len(chunk.data) for chunk in chunks):  # before anything of that size is allocated
-        raise ValueError(f"the chunks do not make an array of shape {shape}")
-    flat, filled = np.empty(0), 0
-    for i in range(len(chunks)):
-        piece, chunks[i] = _array(chunks[i]).ravel(), None  # one at a time, so that no second copy of all is made
-        if i == 0:
-            flat = np.empty(math.prod(shape), piece.dtype)
-        if filled + piece.size > flat.size:
-            break
-        flat[filled : filled + piece.size] = piece
-        filled += piece.size
-    if filled != math.prod(shape):
+    if dtype == b"bfloat16":  # the upper half of a float32
+        return (np.frombuffer(numbers, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    kind = np.dtype(dtype.decode())
+    if kind.kind not in "biufc" or kind.fields is not None:
+        raise ValueError(f"{kind} is no type of numbers")
+    return np.frombuffer(numbers, kind).reshape(shape)
+
+
+def _joined_chunks(values: dict[Any, Any]) -> Any:
+    """A map, or the array whose flat chunks it holds; flax writes lists as lists, or as maps from "0", "1", ..."""
+    if CHUNKED not in values:
+        return values
+    shape, chunks = (
+        [value[str(i)] for i in range(len(value))] if isinstance(value, dict) else list(value)
+        for value in (values["shape"], values["chunks"])
+    )
+    _require_shape(shape)
+    flat = np.concatenate([chunk.ravel() for chunk in chunks])
+    if flat.size != math.prod(shape):
         raise ValueError(f"the chunks do not make an array of shape {shape}")
     return flat.reshape(shape)
 
 
-def _listed(value: Any) -> list[Any]:
-    """A list that may have been written as a map with the keys "0", "1", ..."""
-    if isinstance(value, dict):
-        return [value[str(i)] for i in range(len(value))]
-    return list(value)
-
-
-def _array(value: Any) -> np.ndarray[Any, Any]:
-    """An array, or a scalar as a 0-d array."""
-    if isinstance(value, msgpack.ExtType) and value.code in (ARRAY, NUMPY_SCALAR):
-        shape, dtype, content = msgpack.unpackb(value.data, raw=True)
-        _require_shape(shape)
-        if dtype == b"bfloat16":  # the upper half of a float32
-            bits = np.frombuffer(content, np.uint16).astype(np.uint32) << 16
-            return bits.view(np.float32).reshape(shape)
-        kind = np.dtype(dtype.decode())
-        if kind.kind not in "biufc" or kind.fields is not None:
-            raise ValueError(f"{kind} is no type of numbers")
-        return np.frombuffer(content, kind).reshape(shape)
-    if isinstance(value, (bool, int, float)):
-        return np.asarray(value)
-    raise ValueError(f"expected an array, but found {type(value).__name__}")
-
-
 def _require_shape(shape: Any) -> None:
-    if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
+    if not isinstance(shape, (list, tuple)) or any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"{shape!r:.60} is no shape")
 
 
-def _text(key: Any) -> str:
+def _name(key: Any) -> str:
     if not isinstance(key, str):
         raise ValueError(f"expected a name, but found {key!r:.40}")
     return key

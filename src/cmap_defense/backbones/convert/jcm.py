@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +28,13 @@ def convert_jcm(
 ) -> ConsistencyBackbone:
     """A backbone from an official checkpoint of the JAX consistency models.
 
-    The file (flax msgpack, about 0.9 GB) is read as a stream: memory holds the network and one array at a time.
+    The file is flax msgpack of about 0.9 GB. Memory holds the chosen weights twice at most, half the file's size.
 
     Args:
         path: the checkpoint, such as ``checkpoint_80``.
         config: its architecture; None for the CIFAR-10 models'.
-        params: which weights: "params_ema", which the official sampler uses, "params", or "target_params".
+        params: entry of the file with the weights: "params_ema", which the official sampler uses, "params", or
+            "target_params".
 
     Returns:
         The backbone in eval mode, float32, on the CPU, its weights needing no gradient.
@@ -48,12 +48,10 @@ def convert_jcm(
         backbone = ConsistencyBackbone(NCSNpp(config), config.image_shape)
     backbone.eval().requires_grad_(False)
     slots = dict(jcm_slots(backbone.network))
-    missing = set(slots)
-
-    def take(name: str, array: np.ndarray[Any, Any]) -> None:
+    for name, array in read_flax(path, params).items():
         if name not in slots:
             raise BackboneFileError(f"{path} has {name!r}, which the network of this config has not: {config}.")
-        target, axes = slots[name]
+        target, axes = slots.pop(name)
         fits = array.ndim == len(axes) and tuple(array.shape[axis] for axis in axes) == target.shape
         if not fits or not np.issubdtype(array.dtype, np.floating):
             raise BackboneFileError(
@@ -64,19 +62,16 @@ def convert_jcm(
         if not np.isfinite(values).all():
             raise BackboneFileError(f"{path}: {name!r} holds NaN or infinite values (in float32).")
         target.copy_(torch.from_numpy(values))
-        missing.discard(name)
-
-    read_flax(path, params, take)
-    if missing:
+    if slots:
         raise BackboneFileError(
-            f"{path} lacks {len(missing)} of the network's tensors, such as {min(missing)!r}: "
+            f"{path} lacks {len(slots)} of the network's tensors, such as {min(slots)!r}: "
             f"it was trained with another config than {config}."
         )
     return backbone
 
 
 def jcm_slots(network: nn.Module) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...]]]]:
-    """For every tensor of an NCSN++, its name in the checkpoint, the tensor, and the order of the file's axes for it.
+    """For every tensor of an NCSN++: its name in the checkpoint, the tensor, and the order of the file's axes for it.
 
     flax numbers the modules of a class in the order in which they are called, and starts anew inside a block; our
     networks register their modules in that order.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.diffusers import build_unet
 from cmap_defense.backbones.karras import ConsistencyBackbone
-from cmap_defense.backbones.weights import read_pickle
+from cmap_defense.backbones.weights import first_difference, read_pickle
 from cmap_defense.errors import BackboneFileError, SettingsError
 from cmap_defense.modules import building
 from cmap_defense.settings import require_integer
@@ -48,7 +48,7 @@ def convert_openai(
 ) -> ConsistencyBackbone:
     """A backbone from one of OpenAI's ``.pt`` files of consistency models; needs the diffusers library.
 
-    Widths, levels, blocks, attention and classes are read off the tensors. Two things are not in them:
+    Widths, levels, blocks, attention and classes are read off the tensors; the two options are not in them.
 
     Args:
         path: the file; only tensors of it are read, never code.
@@ -79,29 +79,20 @@ def convert_openai(
         )
     try:
         config = _configuration(state, image_size, head_channels)
-        renamed, taken = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
+        renamed = _renamed(state, len(config["block_out_channels"]), config["layers_per_block"])
         _require_fitting(config, image_size, head_channels)
         network = build_unet(config)
+        wrong = first_difference(network.unet, renamed)
+        if wrong is not None:
+            raise ValueError(wrong)
+        if state:
+            raise ValueError(f"it has {len(state)} tensor(s) besides, such as {min(state)!r}")
     except SettingsError:
         raise
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise BackboneFileError(
             f"{path} is not a U-Net of OpenAI's consistency models ({type(error).__name__}: {error})."
         ) from error
-    expected = {name: tuple(t.shape) for name, t in network.unet.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in renamed.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise BackboneFileError(
-            f"{path} is not a U-Net of OpenAI's consistency models: {len(wrong)} tensor(s) do not fit, such as "
-            f"{wrong[0]!r} (expected {expected.get(wrong[0])}, found {found.get(wrong[0])})."
-        )
-    left = sorted(state.keys() - taken)
-    if left:
-        raise BackboneFileError(
-            f"{path} is not a U-Net of OpenAI's consistency models: it has {len(left)} tensor(s) besides, such as "
-            f"{left[0]!r}."
-        )
     broken = [name for name, t in renamed.items() if not bool(torch.isfinite(t).all())]
     if broken:
         raise BackboneFileError(f"{path}: {broken[0]!r} holds NaN or infinite values.")
@@ -128,10 +119,10 @@ def _require_fitting(config: dict[str, Any], image_size: int, head_channels: int
 def _configuration(state: State, image_size: int, head_channels: int) -> dict[str, Any]:
     """The UNet2DModel that these tensors make up.
 
-    A block that doubles the resolution stands last in its list, and its level ends there; so the lists of the way up
+    A block that doubles the resolution stands last in its list, and its level ends there; so the blocks of the way up
     tell how many blocks a level has.
     """
-    inputs, outputs = _lists(state, "input_blocks"), _lists(state, "output_blocks")
+    inputs, outputs = _blocks(state, "input_blocks"), _blocks(state, "output_blocks")
     grows = [i for i, parts in enumerate(outputs) if "in_layers.2.weight" in parts[-1] and len(parts) > 1]
     per_level = grows[0] + 1 if grows else len(outputs)
     levels, rest = divmod(len(outputs), per_level)
@@ -160,73 +151,52 @@ def _configuration(state: State, image_size: int, head_channels: int) -> dict[st
     }
 
 
-def _lists(state: State, name: str) -> list[list[State]]:
+def _blocks(state: State, side: str) -> list[list[State]]:
     """The blocks of one side: for each its parts, and of each part the tensors by their names in it."""
     blocks: dict[int, dict[int, State]] = {}
     for key, tensor in state.items():
-        if key.startswith(f"{name}."):
-            block, part, inner = key.removeprefix(f"{name}.").split(".", 2)
+        if key.startswith(f"{side}."):
+            block, part, inner = key.removeprefix(f"{side}.").split(".", 2)
             blocks.setdefault(int(block), {}).setdefault(int(part), {})[inner] = tensor
     return [[parts[i] for i in range(len(parts))] for parts in (blocks[i] for i in range(len(blocks)))]
 
 
-class _Noting(dict[str, Tensor]):
-    """Remembers the names that were looked up."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__(state)
-        self.taken: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.taken.add(name)
-        return super().__getitem__(name)
-
-
-def _renamed(tensors: State, levels: int, layers: int) -> tuple[State, set[str]]:
-    """The tensors under the names, and in the shapes, of a UNet2DModel; and the names that they had."""
-    state = _Noting(tensors)
+def _renamed(state: State, levels: int, layers: int) -> State:
+    """The tensors under the names, and in the shapes, of a UNet2DModel; they are taken out of ``state``."""
     renamed: State = {}
-    for theirs, ours in _ENDS.items():
+
+    def move(theirs: str, ours: str, *, optional: bool = False) -> None:
         for leaf in ("weight", "bias"):
-            if f"{theirs}.{leaf}" in state:
-                renamed[f"{ours}.{leaf}"] = state[f"{theirs}.{leaf}"]
+            if not optional or f"{theirs}.{leaf}" in state:
+                renamed[f"{ours}.{leaf}"] = state.pop(f"{theirs}.{leaf}")
+
+    def move_residual(theirs: str, ours: str) -> None:
+        for inner, name in _RESIDUAL.items():
+            move(f"{theirs}.{inner}", f"{ours}.{name}", optional=inner == "skip_connection")
+
+    def move_attention(theirs: str, ours: str) -> None:
+        move(f"{theirs}.norm", f"{ours}.group_norm")
+        for leaf in ("weight", "bias"):
+            projections = (*state.pop(f"{theirs}.qkv.{leaf}").chunk(3), state.pop(f"{theirs}.proj_out.{leaf}"))
+            for name, part in zip(("to_q", "to_k", "to_v", "to_out.0"), projections, strict=True):
+                renamed[f"{ours}.{name}.{leaf}"] = part.flatten(1) if part.ndim > 1 else part  # 1x1 convolutions
+
+    for theirs, ours in _ENDS.items():
+        move(theirs, ours, optional=True)
     for level in range(levels):
         for side, count, sampler in (("input", layers, "downsamplers"), ("output", layers + 1, "upsamplers")):
             first = level * (layers + 1) + (side == "input")
             ours = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
             attended = f"{side}_blocks.{first}.1.qkv.weight" in state
             for i in range(count):
-                theirs = f"{side}_blocks.{first + i}"
-                _residual(state, f"{theirs}.0", renamed, f"{ours}.resnets.{i}")
+                move_residual(f"{side}_blocks.{first + i}.0", f"{ours}.resnets.{i}")
                 if attended:
-                    _attention(state, f"{theirs}.1", renamed, f"{ours}.attentions.{i}")
+                    move_attention(f"{side}_blocks.{first + i}.1", f"{ours}.attentions.{i}")
             if level < levels - 1:
-                theirs = f"input_blocks.{first + layers}.0"
+                block = f"input_blocks.{first + layers}.0"
                 if side == "output":
-                    theirs = f"output_blocks.{first + layers}.{2 if attended else 1}"
-                _residual(state, theirs, renamed, f"{ours}.{sampler}.0")
-    _residual(state, "middle_block.0", renamed, "mid_block.resnets.0")
-    _attention(state, "middle_block.1", renamed, "mid_block.attentions.0")
-    _residual(state, "middle_block.2", renamed, "mid_block.resnets.1")
-    return renamed, state.taken
-
-
-def _residual(state: State, theirs: str, renamed: State, ours: str) -> None:
-    for inner, name in _RESIDUAL.items():
-        for leaf in ("weight", "bias"):
-            if inner != "skip_connection" or f"{theirs}.{inner}.{leaf}" in state:
-                renamed[f"{ours}.{name}.{leaf}"] = state[f"{theirs}.{inner}.{leaf}"]
-
-
-def _attention(state: State, theirs: str, renamed: State, ours: str) -> None:
-    for leaf in ("weight", "bias"):
-        renamed[f"{ours}.group_norm.{leaf}"] = state[f"{theirs}.norm.{leaf}"]
-        parts = state[f"{theirs}.qkv.{leaf}"].chunk(3)
-        for name, part in zip(("to_q", "to_k", "to_v"), parts, strict=True):
-            renamed[f"{ours}.{name}.{leaf}"] = _as_linear(part)
-        renamed[f"{ours}.to_out.0.{leaf}"] = _as_linear(state[f"{theirs}.proj_out.{leaf}"])
-
-
-def _as_linear(tensor: Tensor) -> Tensor:
-    """A 1x1 convolution's weight, of any rank, as a matrix; a bias as it is."""
-    return tensor.flatten(1).contiguous() if tensor.ndim > 1 else tensor.contiguous()
+                    block = f"output_blocks.{first + layers}.{2 if attended else 1}"
+                move_residual(block, f"{ours}.{sampler}.0")
+    for i, move_part in enumerate((move_residual, move_attention, move_residual)):
+        move_part(f"middle_block.{i}", f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[i]}")
+    return renamed

@@ -29,23 +29,23 @@ def registry_entry(name: str) -> RegistryEntry:
     return _entries()[name]
 
 
-def register(record: RegistryEntry, *, replace: bool = False) -> None:
+def register(entry: RegistryEntry, *, replace: bool = False) -> None:
     """Give a backbone a name in this process.
 
     Args:
-        record: what stands behind the name.
+        entry: the name, and where the model comes from.
         replace: whether a name that is taken already may be taken over.
 
     Raises:
-        SettingsError: the name is taken, or ``record`` is none.
+        SettingsError: the name is taken, or ``entry`` is none.
     """
-    if not isinstance(record, RegistryEntry):
-        raise SettingsError(f"register takes a RegistryEntry, but got {type(record).__name__}.")
-    if record.name in _entries() and not replace:
+    if not isinstance(entry, RegistryEntry):
+        raise SettingsError(f"register takes a RegistryEntry, but got {type(entry).__name__}.")
+    if entry.name in _entries() and not replace:
         raise SettingsError(
-            f"There is a backbone {record.name!r} already; give another name, or register(..., replace=True)."
+            f"There is a backbone {entry.name!r} already; give another name, or register(..., replace=True)."
         )
-    _entries()[record.name] = record
+    _entries()[entry.name] = entry
 
 
 @functools.cache

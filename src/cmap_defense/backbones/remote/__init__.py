@@ -1,1 +1,1 @@
-"""Files from elsewhere: the Hub, official checkpoints, the cache; checking and publishing backbones."""
+"""Files of the Hub and official checkpoints, the cache, and model cards."""

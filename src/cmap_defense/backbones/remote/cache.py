@@ -1,4 +1,4 @@
-"""The project's place on disk, beside the Hub's cache: downloads, converted models, what a user has verified."""
+"""The package's folder beside the Hub's cache: downloads, converted models, and the notes about what was verified."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any
 import filelock
 from huggingface_hub import constants
 
-from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
-from cmap_defense.backbones.remote.messages import tell
+from cmap_defense.backbones.registry.entry import LocalFolder, OfficialFile, RegistryEntry, Source
+from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.errors import BackboneFileError, SettingsError
 from cmap_defense.paths import expanded, home
 
 __all__ = ["cache_folder", "locked", "pin", "pinned"]
 
-_PINS = "verified.json"
-
-LONGEST_WORK = 2 * 3600.0
+PINS_FILE = "verified.json"
+LONGEST_WAIT = 2 * 3600.0
 """Seconds after which a lock is not waited for any more."""
 
 
@@ -42,22 +41,22 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """One process at a time; the others wait and say so. Most systems free the lock of a process that dies.
+    """One process at a time; the others wait and print a line. Most systems free the lock of a process that dies.
 
     Raises:
         BackboneFileError: the lock cannot be made there, or is held for longer than anything takes.
     """
+    lock = filelock.FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{path}.lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            tell(f"another process is at work on {what}; waiting for it.")
-            lock.acquire(timeout=LONGEST_WORK)
+            announce(f"another process is at work on {what}; waiting for it.")
+            lock.acquire(timeout=LONGEST_WAIT)
     except filelock.Timeout as error:
         raise BackboneFileError(
-            f"{path}.lock is still held after {LONGEST_WORK / 3600:g} hours. If no other process is at work on {what}, "
+            f"{path}.lock is still held after {LONGEST_WAIT / 3600:g} hours. If no other process is at work on {what}, "
             "remove that file; a file system without locks needs CMAP_DEFENSE_CACHE on another one."
         ) from error
     except (OSError, NotImplementedError) as error:
@@ -74,26 +73,32 @@ def locked(path: Path, what: str) -> Iterator[None]:
 def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntry:
     """The entry with the commits and checksums that were noted on this machine, where it names none itself.
 
-    A commit is noted when a name that has none is fetched for the first time, so that it stands for the same model ever
-    after; the checksum is noted by ``verify``. verified_only: leave out commits without a checksum.
+    A commit is noted when a name that has none is fetched for the first time, so that the name stands for the same
+    model from then on; the checksum is noted by ``verify``.
+
+    Args:
+        entry: of the registry.
+        verified_only: leave out commits without a checksum.
+
+    Raises:
+        BackboneFileError: the notes cannot be read, or are no commits and checksums.
     """
     if all(isinstance(source, LocalFolder) for source in entry.sources):
         return entry
     pins = _read_pins().get(entry.name, {})
-    if verified_only:
-        pins = {address: found for address, found in pins.items() if isinstance(found, dict) and "sha256" in found}
     try:
-        return dataclasses.replace(entry, sources=tuple(_with_pin(source, pins) for source in entry.sources))
+        sources = tuple(_with_pin(source, pins.get(source.address, {}), verified_only) for source in entry.sources)
     except SettingsError as error:
         raise BackboneFileError(
-            f"{cache_folder() / _PINS} holds something that is no commit or checksum ({error}). Remove it, and verify "
-            "the backbones again."
+            f"{cache_folder() / PINS_FILE} holds something that is no commit or checksum ({error}). Remove it, and "
+            "verify the backbones again."
         ) from error
+    return dataclasses.replace(entry, sources=sources)
 
 
 def pin(name: str, source: Source, **found: str) -> Path:
     """Note a commit, a checksum or both for a name's source. Returns the file."""
-    path = cache_folder() / _PINS
+    path = cache_folder() / PINS_FILE
     with locked(path, "the list of verified backbones"):
         pins = _read_pins()
         noted = pins.setdefault(name, {}).setdefault(source.address, {})
@@ -104,38 +109,35 @@ def pin(name: str, source: Source, **found: str) -> Path:
     return path
 
 
-def _with_pin(source: Source, pins: dict[str, Any]) -> Source:
-    found = pins.get(source.address)
-    if not isinstance(found, dict) or not isinstance(source, (HubRepository, OfficialFile)):
+def _with_pin(source: Source, found: dict[str, Any], verified_only: bool) -> Source:
+    if isinstance(source, LocalFolder) or not found or (verified_only and "sha256" not in found):
         return source
-    if isinstance(source, HubRepository):
-        if source.revision not in (None, found.get("revision")):
-            return source  # verified at another commit than the one that is named now
-        return dataclasses.replace(
-            source, revision=source.revision or found.get("revision"), sha256=source.sha256 or found.get("sha256")
-        )
-    return dataclasses.replace(source, sha256=source.sha256 or found.get("sha256"))
+    sha256 = source.sha256 or found.get("sha256")
+    if isinstance(source, OfficialFile):
+        return dataclasses.replace(source, sha256=sha256)
+    if source.revision not in (None, found.get("revision")):
+        return source  # verified at another commit than the one that is named now
+    return dataclasses.replace(source, revision=source.revision or found.get("revision"), sha256=sha256)
 
 
-def _read_pins() -> dict[str, Any]:
+def _read_pins() -> dict[str, dict[str, dict[str, Any]]]:
+    """By name and address: what was noted."""
     try:
-        path = cache_folder() / _PINS
+        path = cache_folder() / PINS_FILE
     except SettingsError:  # nothing is noted where there is no place for notes
         return {}
     try:
         pins = json.loads(path.read_text(encoding="utf-8"))
+        for found in (found for addresses in pins.values() for found in addresses.values()):
+            found.keys()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise BackboneFileError(
             f"{path} cannot be read ({error}). Set CMAP_DEFENSE_CACHE to another folder."
         ) from error
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise BackboneFileError(
-            f"{path} cannot be read ({error}). Remove it, and verify the backbones again."
+            f"{path} is no list of verified backbones ({error}). Remove it, and verify the backbones again."
         ) from error
-    if not isinstance(pins, dict) or not all(
-        isinstance(value, dict) and all(isinstance(found, dict) for found in value.values()) for value in pins.values()
-    ):
-        raise BackboneFileError(f"{path} is not a list of verified backbones. Remove it, and verify them again.")
     return pins

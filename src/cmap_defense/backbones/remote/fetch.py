@@ -19,7 +19,7 @@ from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, Of
 from cmap_defense.backbones.remote.cache import cache_folder, locked, pin
 from cmap_defense.backbones.remote.download import download
 from cmap_defense.backbones.remote.hub import fetch_folder
-from cmap_defense.backbones.remote.messages import tell
+from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.backbones.shards import sha256_of_weights, weights_files
 from cmap_defense.backbones.weights import check_sha256, sha256_of
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
@@ -43,20 +43,21 @@ def fetch_entry(entry: RegistryEntry, *, force: bool = False) -> tuple[Path, Sou
         force: fetch it anew even where it is there.
 
     Raises:
-        BackboneFileError, UnknownNameError: no source could be had; the message is that of the last one.
+        BackboneFileError: no source can be fetched; the message is that of the last one.
+        UnknownNameError: the last source is a repository that does not exist or may not be read.
     """
     for source in entry.sources[:-1]:
         try:
-            return _fetch(entry, source, force), source
+            return _fetch_source(entry, source, force), source
         except CmapError as error:  # noqa: PERF203 - two or three sources
-            tell(f"{entry.name}: {source.address} cannot be used ({error}); trying the next source.")
-    return _fetch(entry, entry.sources[-1], force), entry.sources[-1]
+            announce(f"{entry.name}: {source.address} cannot be used ({error}); trying the next source.")
+    return _fetch_source(entry, entry.sources[-1], force), entry.sources[-1]
 
 
 def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True, force: bool = False) -> Path:
     """The local copy of a repository: its record or configurations, and then the one weights file that they name.
 
-    A commit that is in the cache whole is taken from there, and nothing is asked of the Hub.
+    A commit that is in the cache whole is taken from there, without a request to the Hub.
 
     Args:
         repo_id: organisation/name.
@@ -65,8 +66,8 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
         force: fetch the files even where they are in the cache.
 
     Raises:
-        UnknownNameError, BackboneFileError: as :func:`~cmap_defense.backbones.remote.hub.fetch_folder`, or it holds no
-            backbone.
+        BackboneFileError: the Hub cannot be reached and the cache does not hold the files, or there is no backbone.
+        UnknownNameError: no such repository or revision, or no access to it.
     """
     described = [RECORD_FILE, *diffusers.PIPELINE_FILES]
     if not force and revision is not None and _COMMIT.fullmatch(revision):
@@ -75,34 +76,34 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
         except CmapError:
             pass  # not in the cache
         else:
-            if _weights_file(folder) is not None:
+            if _has_weights(folder):
                 return folder
     folder = fetch_folder(repo_id, revision, described, force=force)
     if not _is_backbone(folder):
         raise BackboneFileError(
             f"{repo_id} holds no backbone that this package reads: it has neither {RECORD_FILE} nor {diffusers.INDEX}."
         )
-    if not weights or (_weights_file(folder) is not None and not force):
+    if not weights or (_has_weights(folder) and not force):
         return folder
-    for file in _weights_names(folder):  # of the commit that the record came from
-        fetch_folder(repo_id, folder.name, [file], force=force)
+    commit = folder.name  # the one that the record came from
+    for file in _weights_names(folder):
+        fetch_folder(repo_id, commit, [file], force=force)
         if (folder / file).is_file():
             _fetch_shards(repo_id, folder, file, force)
             return folder
     names = _weights_names(folder)
-    missing = f"{names[0]}{', nor its shards or a variant,' if len(names) > 1 else ''} of {repo_id} at {folder.name}"
+    missing = f"{names[0]}{', nor its shards or a variant,' if len(names) > 1 else ''} of {repo_id} at {commit}"
     if constants.HF_HUB_OFFLINE:
         raise BackboneFileError(
             f"{missing} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it. Run "
-            f"`cmap-defense backbones pull {repo_id}@{folder.name}` on a machine with a network."
+            f"`cmap-defense backbones pull {repo_id}@{commit}` on a machine with a network."
         )
     raise BackboneFileError(f"There is no {missing}: the repository lacks its weights.")
 
 
 def _fetch_shards(repo_id: str, folder: Path, file: str, force: bool) -> None:
-    """After an index its shards, and the checksums of all. Raises BackboneFileError where a shard is missing."""
-    path = folder / file
-    parts = [part.relative_to(folder).as_posix() for part in weights_files(path)]
+    """The shards of an index, and the comparison of all large files with their checksums."""
+    parts = [part.relative_to(folder).as_posix() for part in weights_files(folder / file)]
     if len(parts) > 1:
         fetch_folder(repo_id, folder.name, parts[1:], force=force)
     for part in parts:
@@ -120,12 +121,10 @@ def _weights_names(folder: Path) -> tuple[str, ...]:
     return (read_record(folder).weights_file,) if (folder / RECORD_FILE).is_file() else diffusers.WEIGHTS
 
 
-def _weights_file(folder: Path) -> Path | None:
-    """The weights of a folder when they are there."""
-    if not _is_backbone(folder):
-        return None
-    found = next((folder / name for name in _weights_names(folder) if (folder / name).is_file()), None)
-    return found if found is not None and all(part.is_file() for part in weights_files(found)) else None
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder is a backbone with all files of its weights."""
+    found = [name for name in _weights_names(folder) if (folder / name).is_file()] if _is_backbone(folder) else []
+    return bool(found) and all(part.is_file() for part in weights_files(folder / found[0]))
 
 
 def _check_blob(path: Path) -> None:
@@ -140,32 +139,37 @@ def _check_blob(path: Path) -> None:
             raise
 
 
-def _fetch(entry: RegistryEntry, source: Source, force: bool) -> Path:
+def _fetch_source(entry: RegistryEntry, source: Source, force: bool) -> Path:
     if isinstance(source, LocalFolder):
         if not source.folder.is_dir():
             raise BackboneFileError(f"{source.folder}, where {entry.name} should be, is not there.")
         return source.folder
-    if isinstance(source, HubRepository):
-        folder = fetch_repository(source.repo_id, source.revision, force=force)
-        if source.sha256 is not None:
-            try:
-                weights = folder / read_record(folder).weights_file
-                check_sha256(weights, source.sha256, sha256_of_weights(weights))
-            except BackboneFileError as error:
-                raise BackboneFileError(
-                    f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again; when it stays so, "
-                    "the repository's file was replaced, and should not be trusted."
-                ) from error
-        if source.revision is None and _COMMIT.fullmatch(folder.name):
-            try:
-                pin(entry.name, source, revision=folder.name)
-            except BackboneFileError as error:  # the model is there all the same
-                tell(f"{entry.name}: its commit could not be noted ({error})")
-        return folder
-    return _converted(entry, source, force)
+    if isinstance(source, OfficialFile):
+        return _fetch_official(entry, source, force)
+    folder = fetch_repository(source.repo_id, source.revision, force=force)
+    _require_pinned_weights(entry, source, folder)
+    if source.revision is None and _COMMIT.fullmatch(folder.name):
+        try:
+            pin(entry.name, source, revision=folder.name)
+        except BackboneFileError as error:  # the model is there all the same
+            announce(f"{entry.name}: its commit could not be noted ({error})")
+    return folder
 
 
-def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
+def _require_pinned_weights(entry: RegistryEntry, source: HubRepository, folder: Path) -> None:
+    if source.sha256 is None:
+        return
+    weights = folder / read_record(folder).weights_file
+    try:
+        check_sha256(weights, source.sha256, sha256_of_weights(weights))
+    except BackboneFileError as error:
+        raise BackboneFileError(
+            f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again; when it stays so, the "
+            "repository's file was replaced, and should not be trusted."
+        ) from error
+
+
+def _fetch_official(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
     """The folder with the conversion of an official file; made when it is not there, by one process at a time."""
     made_from = f"{source.url} {source.params} {source.config.to_json()} {entry.kind} {_CONVERSION}"
     folder = cache_folder() / "converted" / f"{entry.name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
@@ -174,7 +178,9 @@ def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
     try:
         with locked(folder, entry.name):
             if force or not _is_conversion_of(folder, source):
-                _convert_afresh(entry, source, folder, force)
+                checkpoint, fetched = _fetch_checkpoint(entry, source, folder, force)
+                _convert(entry, source, checkpoint, fetched, folder)
+                checkpoint.unlink(missing_ok=True)
     except BackboneFileError:
         raise
     except OSError as error:
@@ -185,23 +191,21 @@ def _converted(entry: RegistryEntry, source: OfficialFile, force: bool) -> Path:
     return folder
 
 
-def _convert_afresh(entry: RegistryEntry, source: OfficialFile, folder: Path, force: bool) -> None:
-    """Fetch the official file, unless an earlier run left it whole, and convert it; under the folder's lock."""
-    for leftover in folder.parent.glob(f".*-{folder.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _fetch_checkpoint(
+    entry: RegistryEntry, source: OfficialFile, folder: Path, force: bool
+) -> tuple[Path, dict[str, str]]:
+    """The official file, fetched unless an earlier run left it whole, and where it is from; under the folder's lock."""
     checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
     url = _mirrored(source.url)
     if force and not constants.HF_HUB_OFFLINE:
         checkpoint.unlink(missing_ok=True)
     if not checkpoint.is_file():
-        if constants.HF_HUB_OFFLINE and force:
-            raise BackboneFileError(f"HF_HUB_OFFLINE forbids to fetch {entry.name} again.")
         if constants.HF_HUB_OFFLINE:
             raise BackboneFileError(
-                f"{entry.name} is not in the local cache ({folder.parent}), and HF_HUB_OFFLINE forbids to fetch it. "
-                f"Run `cmap-defense backbones pull {entry.name}` on a machine with a network, or copy the folder."
+                f"{entry.name} has to be fetched{' again' if force else ''}, which HF_HUB_OFFLINE forbids. Run "
+                f"`cmap-defense backbones pull {entry.name}` on a machine with a network, or copy {folder.parent}."
             )
-        tell(
+        announce(
             f"fetching {entry.name} (about {source.about}), once, from {url} to {folder.parent.parent}; "
             "a broken transfer is continued."
         )
@@ -209,32 +213,24 @@ def _convert_afresh(entry: RegistryEntry, source: OfficialFile, folder: Path, fo
     checksum = sha256_of(checkpoint)
     if source.sha256 not in (None, checksum):
         checkpoint.unlink()
-        raise BackboneFileError(f"{checkpoint} was not the file that is meant, and was removed. Run it again.")
-    tell(f"converting {entry.name}, once; some seconds.")
-    staged = folder.parent / f".partial-{folder.name}-{os.getpid()}"
-    staged.mkdir()
-    try:
-        _convert(entry, source, checkpoint, {"url": source.url, "fetched_from": url, "sha256": checksum}, staged)
-        if folder.exists():
-            folder.replace(folder.parent / f".old-{folder.name}-{os.getpid()}")
-        staged.replace(folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(folder.parent / f".old-{folder.name}-{os.getpid()}", ignore_errors=True)
-    checkpoint.unlink(missing_ok=True)
+        raise BackboneFileError(f"{checkpoint} was not the recorded file, and was removed. Run it again.")
+    return checkpoint, {"url": source.url, "fetched_from": url, "sha256": checksum}
 
 
 def _convert(
     entry: RegistryEntry, source: OfficialFile, checkpoint: Path, fetched: dict[str, str], folder: Path
 ) -> None:
+    announce(f"converting {entry.name}, once; some seconds.")
     try:
         model: KarrasModel = convert_jcm(checkpoint, source.config, source.params)
     except CmapError as error:
         if isinstance(error, NotACheckpointError) or source.sha256 is None:
-            checkpoint.unlink(missing_ok=True)  # nobody vouches for it: the next run fetches it afresh
+            checkpoint.unlink(missing_ok=True)  # no checksum says that it is the right file: the next run fetches it
         raise
     if entry.kind == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
+    for leftover in folder.glob(".partial-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     write_backbone(
         model,
         folder,
@@ -249,7 +245,7 @@ def _convert(
 
 
 def _is_conversion_of(folder: Path, source: OfficialFile) -> bool:
-    """Whether the folder is whole and was made from the file that is meant; its weights are checked on reading."""
+    """Whether the folder is whole and was made from the recorded file; its weights are checked on reading."""
     try:
         record = read_record(folder)
     except BackboneFileError:

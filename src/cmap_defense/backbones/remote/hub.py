@@ -22,7 +22,7 @@ from cmap_defense.paths import home
 __all__ = ["fetch_folder", "push_files"]
 
 _CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OSError)
-"""What the Hub's HTTP client raises for broken connections; before version 1 of huggingface_hub, an OSError."""
+"""What the Hub's HTTP client raises for broken connections."""
 
 
 def fetch_folder(
@@ -30,7 +30,12 @@ def fetch_folder(
 ) -> Path:
     """The local copy of a Hub repository's files that match ``patterns``; from the cache when the Hub is out of reach.
 
-    force: fetch them even where they are in the cache. offline: look in the cache alone.
+    Args:
+        repo_id: organisation/name.
+        revision: a commit, branch or tag; None for the newest.
+        patterns: names of files, with ``*`` for any text.
+        force: fetch them even where they are in the cache.
+        offline: look in the cache alone.
 
     Raises:
         UnknownNameError: no such repository or revision, or no access to it.
@@ -48,13 +53,16 @@ def fetch_folder(
 
 
 def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
-    """Make a repository where there is none, and commit files to it. Returns the commit.
+    """Make a repository where there is none, and commit files to it.
 
     Args:
         repo_id: organisation/name, where the token may write.
         files: by their paths in the repository.
-        private: of a repository that is made here.
+        private: whether a repository that is made here is private.
         message: of the commit.
+
+    Returns:
+        The commit.
 
     Raises:
         UnknownNameError: no such organisation, or no right to write there.
@@ -88,21 +96,21 @@ def _translated(repo_id: str, revision: str | None, failed: str) -> Iterator[Non
             "If it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         if _status(error) in (401, 403):
             raise UnknownNameError(
                 f"The Hub refuses access to {shown} (status {_status(error)}): log in with `hf auth login`, or set "
-                f"HF_TOKEN to a token with the right to it. ({said})"
+                f"HF_TOKEN to a token with the right to it. ({reason})"
             ) from error
         raise BackboneFileError(
-            f"{shown} {failed} ({type(error).__name__}: {said}). "
+            f"{shown} {failed} ({type(error).__name__}: {reason}). "
             "Check the network, the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
         ) from error
 
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of the client, which may wrap another."""
-    answer = getattr(error, "response", None)
-    if answer is None and error.__cause__ is not None:
+    response = getattr(error, "response", None)
+    if response is None and error.__cause__ is not None:
         return _status(error.__cause__)
-    return getattr(answer, "status_code", None)
+    return getattr(response, "status_code", None)

@@ -1,13 +1,13 @@
-"""What is said to the person who waits."""
+"""Messages to the person who waits."""
 
 from __future__ import annotations
 
 import sys
 
-__all__ = ["tell"]
+__all__ = ["announce"]
 
 
-def tell(message: str) -> None:
-    """A line on standard error, where there is one: only before and during what takes long, such as a download."""
+def announce(message: str) -> None:
+    """Print a line on standard error, where there is one: only around what takes long, such as a download."""
     if sys.stderr is not None:
         print(f"cmap-defense: {message}", file=sys.stderr, flush=True)
