@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacked import Linear, labelled
+from attack_toys import Linear, labelled
 from cmap_defense import CMAPSettings, PurifiedClassifier, ThreatModel, evaluate
 from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.backbones.base import kind_of
@@ -18,7 +18,7 @@ from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.purifiers import CMAP, OneStep, Purifier
 
 THREAT = ThreatModel(eps=0.1)
-PROTOCOL = Protocol(answers=3, repurifications=3, seeds=(0,), group=12, sanity_images=12, gradient_samples=4)
+PROTOCOL = Protocol(predictions=3, reevaluations=3, seeds=(0,), group=12, sanity_images=12, gradient_samples=4)
 
 
 class GaussianPixels(nn.Module):
