@@ -90,7 +90,7 @@ def imported_by(script: str) -> set[str]:
         "import cmap_defense; dir(cmap_defense), cmap_defense.__version__",
         "from cmap_defense import CMAPSettings, CmapError, ThreatModel",
         "from cmap_defense.evaluation import Protocol, Subset",
-        "from cmap_defense.training import Execution, TrainSettings",
+        "from cmap_defense.training import TrainingConfig",
     ],
 )
 def test_neither_the_package_nor_settings_import_torch(script: str) -> None:

@@ -1,7 +1,8 @@
 """Frozen settings: validated when made, exact JSON round trip.
 
-One base class for the settings of every component. A subclass is a frozen dataclass whose ``__post_init__``
-calls the ``require_*`` helpers; lists from JSON become tuples there.
+One base class for the settings of every component. A subclass is a frozen dataclass. Fields made by :func:`setting` are
+checked against their bounds. A ``__post_init__`` of its own may call the ``require_*`` helpers; lists from JSON become
+tuples there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import json
 import math
 import numbers
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,20 +29,36 @@ __all__ = [
     "require_integer",
     "require_number",
     "require_numbers",
+    "setting",
 ]
+
+
+BOUNDS = ("minimum", "above", "maximum", "below", "choices")
+"""Keys of a field's metadata that its value is checked against."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(NamedOptions):
     """Base of all settings. Make a changed copy with :meth:`replace`."""
 
+    def __post_init__(self) -> None:
+        """Check the fields that :func:`setting` made."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if "help" in field.metadata and not (value is None and type(None) in kinds):
+                bounds = {name: bound for name, bound in field.metadata.items() if name in BOUNDS}
+                _check(type(self).__name__, field.name, value, kinds, **bounds)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values (tuples become lists, nested settings become dicts)."""
         return json.loads(self.to_json())
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The fields as a JSON object. ``from_json`` gives an equal object back."""
-        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False, default=_plain)
+        """The fields as a JSON object, but for those with ``compare=False``. ``from_json`` gives an equal object."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
+        return json.dumps(values, indent=indent, allow_nan=False, default=_plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -71,8 +90,34 @@ class Settings(NamedOptions):
         return self.from_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
 
 
-def _plain(value: Any) -> int | float:
-    """A number of numpy's as Python's own."""
+def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:
+    """A field of :class:`Settings` whose value is checked by its type and bounds, and which may be an option.
+
+    Args:
+        default: of the field.
+        phrase: the meaning of the option as a whole phrase, ``metadata["help"]``; empty for a field without an option.
+        metadata: bounds: ``minimum`` of an integer; ``minimum``, ``above``, ``maximum`` or ``below`` of a number;
+            ``choices`` of a text. For the help of a command: ``group``, the heading of the option; ``default_help``,
+            the text for the default None.
+    """
+    return dataclasses.field(default=default, metadata={"help": phrase, **metadata})
+
+
+def _check(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: Any) -> None:
+    if "choices" in bounds:
+        require_choice(owner, name, value, bounds["choices"])
+    elif bool in kinds:
+        require_flag(owner, name, value)
+    elif int in kinds:
+        require_integer(owner, name, value, **bounds)
+    elif float in kinds:
+        require_number(owner, name, value, **bounds)
+
+
+def _plain(value: Any) -> Any:
+    """Nested settings as a mapping; a number of numpy's as Python's own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError(f"{value!r} has no place in JSON")

@@ -11,6 +11,7 @@ import click
 import pytest
 
 from cmap_defense.attacks import suites
+from cmap_defense.backbones.networks import NETWORKS, PRESETS
 from cmap_defense.backbones.weights import DTYPES
 from cmap_defense.cli import choices
 from cmap_defense.cli.main import WAITING, cli, main, wait_passively

@@ -26,9 +26,12 @@ from cmap_defense.cli.main import main
 from cmap_defense.cli.train import loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, Subset, open_dataset
 from cmap_defense.training.budget import Budget
+from cmap_defense.data import FolderImages, LabelledImages, open_dataset
+from cmap_defense.evaluation.protocol import Subset
+from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner
-from cmap_defense.training.objectives import ECT, ECTSettings
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.loop import countdown
+from cmap_defense.training.objectives import ECT
 from training.clock import Clock
 
 TINY = ["--channels", "8,8", "--blocks", "1", "--batch-size", "8", "--checkpoint-every", "16", "--precision", "float32"]
@@ -92,14 +95,12 @@ def test_the_commands_of_packaged_backbones_still_mean_what_they_meant(
     assert captured["network"].config == CompactUNetConfig.from_dict(record.network_config)
     assert isinstance(captured["objective"], ECT)
     settings = {key: value for key, value in record.training["objective"].items() if key != "name"}
-    assert captured["objective"].settings == ECTSettings.from_dict(settings)
+    assert captured["objective"] == ECT.from_dict(settings)
     loop = dict(record.training["train"])
-    if "ema_half_life" in loop:
-        loop["ema_half_lives"] = [loop.pop("ema_half_life")]
-    assert captured["settings"] == TrainSettings.from_dict(loop)
-    assert captured["execution"].compile
-    assert captured["weights_dtype"] == torch.float16
-    assert captured["budget"] is None
+    half_lives = loop.pop("ema_half_lives", None) or [loop.pop("ema_half_life")]
+    expected = TrainingConfig(**loop, ema_half_life=half_lives, compile=True, weights="float16")
+    assert captured["config"] == expected
+    assert captured["seconds_left"] is None
 
 
 RICH = [
@@ -296,7 +297,7 @@ def test_a_mistake_is_named_before_a_folder_is_read(
         (["--objective", "ict", "--halvings", "3"], 2, "--halvings"),
         (["--halvings", "3", "--objective-set", "halvings=3"], 2, "--halvings"),
         (["--objective-set", "huber"], 2, "key=value"),
-        (["--objective-set", "huber=big"], 1, "ECTSettings.huber must be a number, but is 'big'"),
+        (["--objective-set", "huber=big"], 1, "ECT.huber must be a number, but is 'big'"),
         (["--objective-set", "hubber=1"], 1, "Did you mean 'huber'"),
         (["--objective", "dpm"], 2, "dpm"),
         (["--network", "unet"], 2, "unet"),
@@ -308,7 +309,7 @@ def test_a_mistake_is_named_before_a_folder_is_read(
         (["--channels", "8,8", "--attention", "2"], 2, "no level 2 of 2"),
         (["--preset", "cifar10", "--attention", "3"], 2, "no level 3 of 3"),
         (["--minutes", "0"], 2, "--minutes"),
-        (["--ema-half-life", "5,5"], 1, "ema_half_lives must differ"),
+        (["--ema-half-life", "5,5"], 1, "ema_half_life must differ"),
         (["--size", "16"], 1, "only images of a folder are resized"),
         (["--hold-out", "40"], 1, "leaves nothing"),
         (["--from", "fashion-mnist-ct"], 1, "another network"),
@@ -339,7 +340,7 @@ def test_minutes_choose_a_length_that_is_kept(
     """Six seconds of a clock by which a step takes a quarter of one, and nothing else anything; the command that is
     recorded says what they came to."""
     clock = Clock()
-    monkeypatch.setattr(module, "Budget", functools.partial(Budget, clock=clock))
+    monkeypatch.setattr(module, "countdown", functools.partial(countdown, clock=clock))
     monkeypatch.setattr(Learner, "step", clock.taking(0.25, Learner.step))
     options = ["--data", data, "--minutes", 0.1, *TINY, "--checkpoint-every", 10**6, "--json", "-o", tmp_path / "run"]
     assert run(*options) == 0

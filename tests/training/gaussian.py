@@ -169,7 +169,7 @@ def train_linear(
         optimiser.zero_grad()
         losses.mean().backward()
         optimiser.step()
-        decay = objective.target_decay(progress) or 0.0
+        decay = objective.decay_at(progress) or 0.0
         with torch.no_grad():
             for average, weight in zip(target.parameters(), model.parameters(), strict=True):
                 average.mul_(decay).add_((1 - decay) * weight)

@@ -1,16 +1,13 @@
-"""Trainings that take a moment, and one in a process of its own, which :mod:`test_loop` kills; ``python killed.py
-FOLDER WHERE WHAT``.
+"""Trainings that take a moment; ``python killed.py FOLDER`` runs those of ``KILLED``, each until it kills itself.
 
-WHERE is the place at which the process says "ready" and waits to be killed: "part" (half of a part of the second
-checkpoint is written), "saved" (it is written whole, and nothing is done after it), "logged" (the same for its line of
-the log).
-
-WHAT is "plain" (ECT, one average, an unconditional network) or "rich" (CT, whose target is a running average, two
+A training is "plain" (ECT, one average, an unconditional network) or "rich" (CT, whose target is a running average, two
 averages of the weights, classes, dropout, checkpoints in many parts).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,30 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone
+from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone, EDMDenoiser
+from cmap_defense.ranks import ranks
 from cmap_defense.training import checkpoint, log, loop
-from cmap_defense.training.loop import Trained, train
-from cmap_defense.training.objectives import CT, ECT, Objective
-from cmap_defense.training.settings import Execution, TrainSettings
+from cmap_defense.training.config import TrainingConfig
+from cmap_defense.training.learner import Learner
+from cmap_defense.training.loop import train
+from cmap_defense.training.objectives import CT, ECT, Model, Objective
 
 NETWORK = CompactUNetConfig(
     image_shape=(1, 8, 8), channels=(8, 8), blocks=1, attention=(False, False), head_channels=8, embedding=16
 )
-SETTINGS = TrainSettings(
-    images=240,
+CONFIG = TrainingConfig(
+    images=96,
     batch_size=8,
     learning_rate=2e-3,
     warmup_images=40,
-    ema_half_lives=(50,),
+    ema_half_life=(50,),
     precision="float32",
-    checkpoint_every=80,
+    checkpoint_every=32,
 )
-"""30 steps, checkpoints after 10, 20 and 30."""
+"""12 steps, checkpoints after 4, 8 and 12."""
 
 PART = 20_000
 """Bytes of a part of a rich training's checkpoints, so that some tensors take several."""
 
-RICH = SETTINGS.replace(ema_half_lives=(50, 20))
+RICH = CONFIG.replace(ema_half_life=(50, 3), checkpoint_part_mb=1)
+
+KILLED = {"part": "rich", "saved": "rich", "logged": "plain"}
+"""Place of the kill -> training: when half of a part of the second checkpoint is written, after the whole checkpoint,
+or after its lines of the log."""
 
 
 def fresh_backbone(config: CompactUNetConfig = NETWORK, seed: int = 0) -> ConsistencyBackbone:
@@ -65,70 +68,79 @@ def training_labels(count: int = 50) -> Tensor:
     return torch.arange(count) % 2
 
 
-def run(folder: Path, what: str = "plain", **options: Any) -> tuple[ConsistencyBackbone, Trained]:
-    """Train, or continue, in ``folder``."""
-    config, settings, objective = NETWORK, SETTINGS, ECT()
-    made: Objective = objective
-    if what == "rich":
-        config, settings, made = NETWORK.replace(num_classes=2, dropout=0.1), RICH, CT()
-        options = {"labels": training_labels(), "execution": Execution(part_mb=1)} | options
-    backbone = fresh_backbone(config)
-    described = {"network": config.to_dict()}
-    return backbone, train(backbone, training_images(), made, settings, folder, described=described, **options)
+def learner(
+    objective: Objective | None = None,
+    config: TrainingConfig = CONFIG,
+    network: CompactUNetConfig = NETWORK,
+    **given: Any,
+) -> Learner:
+    """A fresh learner of the tiny network, on the images and, where it is class-conditional, on the labels."""
+    objective, backbone = objective or ECT(), fresh_backbone(network)
+    model: Model = backbone
+    if objective.kind == "denoiser":
+        model = EDMDenoiser(backbone.network, backbone.image_shape, num_classes=network.num_classes)
+    data = {"images": training_images(), "labels": None if network.num_classes is None else training_labels()}
+    return Learner(given.pop("model", model), objective=objective, config=config, **data | given)
 
 
-def result(backbone: ConsistencyBackbone, trained: Trained) -> dict[str, dict[str, Tensor]]:
-    """All weights and averages."""
-    averages = {f"ema-{average.half_life}": average.weights for average in trained.averages}
-    return {"weights": backbone.state_dict()} | averages
+def run(
+    folder: Path, what: str = "plain", *, changes: dict[str, Any] | None = None, **options: Any
+) -> tuple[Learner, int]:
+    """Train, or continue, in ``folder``: the learner and the number of steps done."""
+    objective, config, network = (
+        (CT(), RICH, NETWORK.replace(num_classes=2, dropout=0.1)) if what == "rich" else (ECT(), CONFIG, NETWORK)
+    )
+    with ranks() as team:
+        made = learner(objective, config.replace(**changes or {}), network, team=team)
+        return made, train(made, folder, parts={"network": network.to_dict()}, **options)
 
 
-def wait_to_be_killed(*_: Any, **__: Any) -> None:
-    """Say so, then wait."""
-    print("ready", flush=True)
-    sys.stdin.read()
-    raise SystemExit("nobody killed this process")
+def result(learner: Learner) -> dict[str, Tensor]:
+    """All weights and averages, and the rest of a checkpoint."""
+    return learner.tensors()
 
 
-def stop_half_way_through_a_part() -> None:
-    """Let the last part of the second checkpoint be written to the half."""
-    write = checkpoint.write_safetensors
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(where: str) -> None:
+    """Let this process kill itself at a place of its training."""
+    write, calls = checkpoint.write_safetensors, []
+    owner, name = {"saved": (loop, "save_checkpoint"), "logged": (log.LossLog, "write")}.get(
+        where, (checkpoint, "write_safetensors")
+    )
+    function = getattr(owner, name)
 
     def half(tensors: dict[str, Tensor], path: Path) -> None:
         write(tensors, path)
-        if path.parent.name == "checkpoint-00000020.partial" and any("adam/step" in name for name in tensors):
-            with path.open("r+b") as file:
-                file.truncate(path.stat().st_size // 2)
-            wait_to_be_killed()
+        if path.parent.name == "checkpoint-00000008.partial" and any("adam/step" in name for name in tensors):
+            os.truncate(path, path.stat().st_size // 2)
+            die()
 
-    checkpoint.write_safetensors = half
-
-
-def stop_after_the_second_call(owner: Any, name: str) -> None:
-    """Let a function return once, then finish its work once more and wait."""
-    function, calls = getattr(owner, name), []
-
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        found = function(*arguments, **options)
+    def second_call(*arguments: Any, **options: Any) -> Any:
+        calls.append(function(*arguments, **options))
         if len(calls) == 2:
-            wait_to_be_killed()
-        return found
+            die()
+        return calls[-1]
 
-    setattr(owner, name, stopping)
+    setattr(owner, name, half if where == "part" else second_call)
 
 
-def main(folder: Path, where: str, what: str) -> None:
+def main(folder: Path) -> None:
+    """One process for each, forked, since torch is slow to import."""
     torch.set_num_threads(1)
     checkpoint.MEGABYTE = PART
-    if where == "part":
-        stop_half_way_through_a_part()
-    if where == "saved":
-        stop_after_the_second_call(loop, "save_checkpoint")
-    if where == "logged":
-        stop_after_the_second_call(log.LossLog, "write")
-    run(folder, what)
+    for where, what in KILLED.items():
+        child = os.fork()
+        if child == 0:
+            killed_at(where)
+            run(folder / where, what)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"{where}: nobody killed this process"
+        assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What a step has to work with: functions of (seed, step), whoever shares the batch and wherever the images are."""
+"""The input of a step: functions of (seed, step), whatever processes share the batch, and wherever the images are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cmap_defense.ranks import Ranks
 from cmap_defense.rng import generator_for
-from cmap_defense.training.draws import Draws, fits_beside
+from cmap_defense.training import draws as draws_module
+from cmap_defense.training.config import TrainingConfig
+from cmap_defense.training.draws import Draws, fit_beside, image_indices
 from cmap_defense.training.objectives import Batch
-from cmap_defense.training.order import DataOrder
-from cmap_defense.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (23, 2, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -21,8 +21,8 @@ LABELS = torch.arange(23) * 3
 
 
 def draws(team: Ranks | None = None, *, labels: Tensor | None = LABELS, **changes: object) -> Draws:
-    settings = TrainSettings(images=1000, batch_size=10).replace(**changes)
-    return Draws(IMAGES, labels, settings, device=CPU, hold=True, team=team or Ranks())
+    config = TrainingConfig(images=1000, batch_size=10).replace(**changes)
+    return Draws(IMAGES, labels, config, CPU, team or Ranks())
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -56,7 +56,7 @@ def test_it_is_its_plain_program() -> None:
     batch = draws(seed=5)(7)
     assert batch.labels is not None
     generator = generator_for(5, 2, 7)
-    chosen = DataOrder(23, 10, 5).batch(7)
+    chosen = image_indices(7, 10, 23, 5)
     expected = IMAGES[chosen].double() / 127.5 - 1
     mirrored = torch.rand(10, generator=generator) < 0.5
     expected[mirrored] = expected[mirrored].flip(-1)
@@ -71,7 +71,7 @@ def test_it_is_its_plain_program() -> None:
 
 def test_without_flips_the_images_are_as_they_are() -> None:
     batch = draws(flip=False)(2)
-    assert torch.equal(batch.images, IMAGES[DataOrder(23, 10, 0).batch(2)].float() / 127.5 - 1)
+    assert torch.equal(batch.images, IMAGES[image_indices(2, 10, 23, 0)].float() / 127.5 - 1)
 
 
 def test_numbers_are_uniform_and_noise_is_normal() -> None:
@@ -100,22 +100,57 @@ def test_some_rows_of_a_batch_keep_together(labels: Tensor | None) -> None:
 
 def test_the_global_generator_and_the_images_are_left_alone() -> None:
     state, images = torch.random.get_rng_state(), IMAGES.clone()
-    draws()(3)
+    made = draws()
+    made(3)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(IMAGES, images)
-
-
-def test_images_on_the_cpu_are_where_they_are() -> None:
-    assert fits_beside(IMAGES, CPU)
-    made = draws()
+    assert fit_beside(IMAGES, CPU)
     assert made.images.data_ptr() == IMAGES.data_ptr()
+
+
+# --- the order of the images ------------------------------------------------------------------------------------------
+
+LENGTHS, BATCHES, SEEDS = st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**63)
+
+
+def stream(length: int, size: int, seed: int, count: int) -> list[int]:
+    """The first ``count`` indices, batch after batch."""
+    return torch.cat([image_indices(step, size, length, seed) for step in range(-(-count // size))]).tolist()[:count]
+
+
+@settings(deadline=None, max_examples=30)
+@given(length=LENGTHS, sizes=st.tuples(BATCHES, BATCHES), seed=SEEDS)
+def test_every_epoch_is_a_permutation_whatever_the_batch_size(length: int, sizes: tuple[int, int], seed: int) -> None:
+    indices, others = (stream(length, size, seed, 3 * length + 3) for size in sizes)
+    assert indices == others
+    for epoch in range(3):
+        assert sorted(indices[epoch * length : (epoch + 1) * length]) == list(range(length))
+
+
+@settings(deadline=None, max_examples=30)
+@given(length=LENGTHS, size=BATCHES, seed=SEEDS, steps=st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
+def test_a_batch_depends_on_seed_and_step_alone(length: int, size: int, seed: int, steps: list[int]) -> None:
+    """Whatever was drawn before, in whatever order; it has its size, and indices of images."""
+    before = [image_indices(step, size, length, seed) for step in steps]
+    draws_module._permutation.cache_clear()
+    for step, batch in reversed(list(zip(steps, before, strict=True))):
+        assert torch.equal(image_indices(step, size, length, seed), batch)
+        assert (batch.shape, batch.dtype) == ((size,), torch.int64)
+        assert batch.min() >= 0
+        assert batch.max() < length
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first, second, other = (image_indices(step, 1000, 1000, seed) for step, seed in ((0, 0), (1, 0), (0, 1)))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.gpu
 def test_held_or_sent_a_gpu_gets_the_same() -> None:
     device = torch.device("cuda:0")
-    settings = TrainSettings(images=1000, batch_size=10)
-    held, sent = (Draws(IMAGES, LABELS, settings, device=device, hold=hold, team=Ranks()) for hold in (True, False))
+    config = TrainingConfig(images=1000, batch_size=10)
+    held, sent = (Draws(IMAGES, LABELS, config.replace(hold_images=hold), device, Ranks()) for hold in (True, False))
     for found, expected in zip(tensors(held(3)), tensors(sent(3)), strict=True):
         assert found.device == device
         assert torch.equal(found, expected)

@@ -8,31 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmap_defense.backbones import EDMDenoiser
-from cmap_defense.ranks import Ranks
 from cmap_defense.training.learner import Learner
-from cmap_defense.training.models import Model
 from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, Objective
-from cmap_defense.training.settings import Execution
-from training.killed import NETWORK, RICH, fresh_backbone, training_images, training_labels
+from training.killed import NETWORK, RICH
+from training.killed import learner as learner_of
 
 
-def learner(
-    objective: Objective,
-    *,
-    classes: int | None = 2,
-    dropout: float | None = None,
-    micro: int | None = None,
-    **changes: Any,
-) -> Learner:
+def learner(objective: Objective, *, classes: int | None = 2, dropout: float = 0.0, **changes: Any) -> Learner:
     """Of the tiny network, with two averages."""
-    dropout = NETWORK.dropout if dropout is None else dropout
-    backbone = fresh_backbone(NETWORK.replace(num_classes=classes, dropout=dropout))
-    model: Model = backbone
-    if objective.kind == "denoiser":
-        model = EDMDenoiser(backbone.network, backbone.image_shape, num_classes=classes)
-    settings, labels = RICH.replace(**changes), None if classes is None else training_labels()
-    return Learner(model.train(), training_images(), labels, objective, settings, Execution(micro_batch=micro), Ranks())
+    return learner_of(objective, RICH.replace(**changes), NETWORK.replace(num_classes=classes, dropout=dropout))
 
 
 def teacher(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -40,7 +24,7 @@ def teacher(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return noisy * 0.01 / (0.01 + sigma[:, None, None, None] ** 2)
 
 
-OBJECTIVES: list[Objective] = [EDM(), CT(), ICT(), ECT(), CD(teacher=teacher, teacher_name="none")]
+OBJECTIVES: list[Objective] = [EDM(), CT(), ICT(), ECT(), CD(teacher=teacher, teacher_source={"name": "none"})]
 
 
 class Reading(TorchDispatchMode):
@@ -73,7 +57,7 @@ def test_a_step_reads_nothing_from_the_device(objective: Objective, monkeypatch:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
-def test_its_state_is_all_that_the_next_step_hangs_on(objective: Objective) -> None:
+def test_its_state_is_all_that_the_next_step_depends_on(objective: Objective) -> None:
     one, other = learner(objective), learner(objective)
     for number in range(3):
         one.step(number)
@@ -99,7 +83,7 @@ def test_the_gradient_is_clipped() -> None:
     assert squares == pytest.approx(0.01 * 0.01**2, rel=1e-3)
 
 
-def told(noisy: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+def class_conditional(noisy: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
     """A denoiser of images that are all their label."""
     return teacher(noisy, sigma) + class_labels[:, None, None, None] * (
         1 - 0.01 / (0.01 + sigma[:, None, None, None] ** 2)
@@ -108,19 +92,19 @@ def told(noisy: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -
 
 @pytest.mark.parametrize(
     "objective",
-    [*OBJECTIVES, CD(teacher=told, teacher_name="none", class_conditional=True)],
+    [*OBJECTIVES, CD(teacher=class_conditional, teacher_source={"name": "none"}, class_conditional=True)],
     ids=lambda objective: objective.name,
 )
 @pytest.mark.parametrize("micro", [1, 3, 100])
-def test_a_batch_in_pieces_has_the_gradients_of_the_whole(objective: Objective, micro: int) -> None:
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(objective: Objective, micro: int) -> None:
     """Where dropout does not draw by the layout of the batch."""
-    whole, pieces = (
-        learner(objective, dropout=0.0, micro=size, precision="float32", clip_norm=1e9) for size in (None, micro)
+    whole, parts = (
+        learner(objective, dropout=0.0, micro_batch=size, precision="float32", clip_norm=1e9) for size in (None, micro)
     )
-    torch.testing.assert_close(pieces.step(0), whole.step(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.step(0), whole.step(0), rtol=1e-5, atol=1e-6)
     largest = max(p.grad.abs().max() for p in whole.weights.values() if p.grad is not None)
     for name, p in whole.weights.items():
-        other = pieces.weights[name].grad
+        other = parts.weights[name].grad
         if p.grad is None:
             assert other is None
             continue

@@ -12,35 +12,36 @@ import pytest
 import torch
 from torch import Tensor
 
+from backbones.test_networks import TINY
 from cmap_defense import load_backbone
-from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser
+from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, Network
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
+from cmap_defense.backbones.networks import refuse_other_network
 from cmap_defense.errors import CheckpointError, SettingsError
 from cmap_defense.files import LOCK_FILE
-from cmap_defense.training.budget import Budget
+from cmap_defense.modules import multiplies_bfloat16
+from cmap_defense.training import run as module
+from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner
-from cmap_defense.training.loop import TrainState
-from cmap_defense.training.networks import Network
+from cmap_defense.training.loop import TrainState, countdown
 from cmap_defense.training.objectives import CT, ECT, EDM
+from cmap_defense.training.plan import PLAN_FILE
 from cmap_defense.training.run import TrainedBackbone, train_backbone
-from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_weights, source_of
 from training.clock import Clock
-from training.killed import SETTINGS, training_images, training_labels
-from training.test_networks import TINY
+from training.killed import CONFIG, training_images, training_labels
 
 NETWORK = Network.named("compact", (1, 8, 8), TINY["compact"])
-BRIEF = SETTINGS.replace(images=40, checkpoint_every=16)
-"""5 steps, checkpoints after 2, 4 and 5."""
+BRIEF = CONFIG.replace(images=24, checkpoint_every=16)
+"""3 steps, checkpoints after 2 and 3."""
 
 
-def described(settings: TrainSettings) -> dict[str, Any]:
-    return {"name": "tiny", "licence": "CC0", "training": {"command": f"--images {settings.images}"}}
+def record_of(config: TrainingConfig) -> dict[str, Any]:
+    return {"name": "tiny", "licence": "CC0", "training": {"command": f"--images {config.images}"}}
 
 
 def trained(folder: Path, **options: Any) -> TrainedBackbone:
-    given: dict[str, Any] = {"network": NETWORK, "objective": ECT(), "settings": BRIEF, "described": described}
+    given: dict[str, Any] = {"network": NETWORK, "objective": ECT(), "config": BRIEF, "record": record_of}
     return train_backbone(training_images(), folder, **given | options)
 
 
@@ -62,93 +63,77 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 def test_a_training_leaves_a_backbone_checkpoints_and_a_log(tmp_path: Path) -> None:
     sheets: list[Tensor] = []
     done = trained(tmp_path, on_samples=sheets.append)
-    assert names(tmp_path) == ["backbone", "checkpoint-00000004", "checkpoint-00000005", "log.jsonl"]
-    assert (done.images_seen, done.finished, done.settings) == (40, True, BRIEF)
+    assert names(tmp_path) == ["backbone", "checkpoint-00000002", "checkpoint-00000003", "log.jsonl"]
+    assert (done.images_seen, done.finished, done.config) == (24, True, BRIEF)
     assert not done.model.training
     assert_same(load_backbone(tmp_path / "backbone"), done.model)
-    assert len(sheets) == 3 + 1
+    assert len(sheets) == 2
     assert all(sheet.shape == (64, 1, 8, 8) for sheet in sheets)
     record = read_record(tmp_path / "backbone")
     assert (record.name, record.licence, record.kind, record.num_classes) == ("tiny", "CC0", "consistency", None)
     assert record.training == {
-        "command": "--images 40",
-        "train": BRIEF.to_dict(),
-        "objective": {"name": "ect", **ECT().settings.to_dict()},
+        "command": "--images 24",
+        "train": BRIEF.reproducible(),
+        "objective": ECT().describe(),
         "images": 50,
-        "images_seen": 40,
+        "images_seen": 24,
     }
 
 
-def test_a_denoiser_is_written_as_one(tmp_path: Path) -> None:
+def test_a_denoiser_is_written_as_one_under_the_name_of_its_folder(tmp_path: Path) -> None:
     sheets: list[Tensor] = []
-    done = trained(tmp_path, objective=EDM(), on_samples=sheets.append)
+    config = BRIEF.replace(images=8, weights="float16")
+    done = trained(tmp_path / "mine", objective=EDM(), config=config, on_samples=sheets.append, record=None)
     assert isinstance(done.model, EDMDenoiser)
-    assert_same(load_backbone(tmp_path / "backbone"), done.model)
+    torch.testing.assert_close(
+        load_backbone(tmp_path / "mine" / "backbone").state_dict(), done.model.half().float().state_dict()
+    )
     assert sheets[0].shape == (64, 1, 8, 8)
-    assert read_record(tmp_path / "backbone").kind == "denoiser"
+    record = read_record(tmp_path / "mine" / "backbone")
+    assert (record.kind, record.name) == ("denoiser", "mine")
 
 
 def test_every_half_life_has_its_folder_at_the_end(tmp_path: Path) -> None:
     """The first one's is the backbone, and the same as without the others."""
-    settings = BRIEF.replace(ema_half_lives=(50, 9, 3))
-    done = trained(tmp_path / "three", settings=settings)
-    assert [name for name in names(tmp_path / "three") if "backbone" in name] == [
-        "backbone",
-        "backbone-3",
-        "backbone-9",
-    ]
-    assert_same(load_backbone(tmp_path / "three" / "backbone"), done.model)
-    trained(tmp_path / "one")
-    trained(tmp_path / "other", settings=BRIEF.replace(ema_half_lives=(9,)))
-    for folder, expected in (("backbone", "one"), ("backbone-9", "other")):
-        assert_same(load_backbone(tmp_path / "three" / folder), load_backbone(tmp_path / expected / "backbone"))
-    assert read_record(tmp_path / "three" / "backbone-3").training["images_seen"] == 40
+    done = trained(tmp_path / "two", config=BRIEF.replace(ema_half_life=(50, 1)))
+    assert [name for name in names(tmp_path / "two") if "backbone" in name] == ["backbone", "backbone-1"]
+    assert_same(load_backbone(tmp_path / "two" / "backbone"), done.model)
+    for folder, half_life in (("backbone", 50), ("backbone-1", 1)):
+        alone = trained(tmp_path / str(half_life), config=BRIEF.replace(ema_half_life=(half_life,)))
+        assert_same(load_backbone(tmp_path / "two" / folder), alone.model)
+    assert read_record(tmp_path / "two" / "backbone-1").training["images_seen"] == 24
 
 
-def test_a_class_conditional_training_is_recorded_as_one(tmp_path: Path) -> None:
-    network = Network.named("compact", (1, 8, 8), TINY["compact"], num_classes=2)
-    done = trained(tmp_path, network=network, labels=training_labels(), on_samples=lambda sheet: None)
-    backbone = load_backbone(tmp_path / "backbone")
-    assert backbone.num_classes == 2
-    assert_same(backbone, done.model)
-    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    assert backbone.generate(latents, torch.tensor([0, 1])).shape == latents.shape
-    with pytest.raises(CheckpointError, match=r"data\.sha256"):
-        trained(tmp_path, network=network, labels=1 - training_labels())
-
-
-@pytest.mark.parametrize("name", ["ncsnpp", "imagenet64"])
-def test_the_published_networks_can_be_trained(tmp_path: Path, name: str) -> None:
-    """Small ones of them, a class-conditional one where there is such."""
-    classes = 2 if name == "imagenet64" else None
+@pytest.mark.parametrize(("name", "classes"), [("compact", 2), ("ncsnpp", None), ("imagenet64", 2)])
+def test_all_networks_can_be_trained_class_by_class_where_they_have_classes(
+    tmp_path: Path, name: str, classes: int | None
+) -> None:
     network = Network.named(name, (1, 8, 8), TINY[name], num_classes=classes)
     labels = None if classes is None else training_labels()
-    done = trained(tmp_path, network=network, labels=labels, objective=CT(), settings=BRIEF.replace(images=16))
-    found = load_backbone(tmp_path / "backbone")
-    assert_same(found, done.model)
+    config, given = BRIEF.replace(images=8), {"network": network, "objective": CT()}
+    done = trained(tmp_path, labels=labels, config=config, on_samples=lambda sheet: None, **given)
+    backbone = load_backbone(tmp_path / "backbone")
+    assert backbone.num_classes == classes
+    assert_same(backbone, done.model)
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    told = () if classes is None else (torch.tensor([0, 1]),)
-    assert found.generate(latents, *told).shape == latents.shape
+    arguments = () if classes is None else (torch.tensor([0, 1]),)
+    assert backbone.generate(latents, *arguments).shape == latents.shape
+    if labels is not None:
+        with pytest.raises(CheckpointError, match=r"data\.sha256"):
+            trained(tmp_path, labels=1 - labels, config=config, **given)
 
 
-def test_what_was_found_out_about_a_backbone_outlives_the_same_command(tmp_path: Path) -> None:
-    """Figures and settings in its record, as long as its weights are the same."""
+def test_figures_in_the_record_of_the_same_weights_are_kept(tmp_path: Path) -> None:
+    """And settings; a training whose length was left open has that of the call before."""
     trained(tmp_path)
     record, file = read_record(tmp_path / "backbone"), tmp_path / "backbone" / "backbone.json"
     found = record.replace(figures={"measured": {"accuracy": 0.5}}, settings={"n_latents": 3})
     file.write_text(found.to_json(indent=2))
-    trained(tmp_path)
+    assert trained(tmp_path, config=BRIEF.replace(images=None)).config == BRIEF
     assert read_record(tmp_path / "backbone") == found
     file.write_text(found.replace(weights_sha256="0" * 64).to_json(indent=2))
     trained(tmp_path)
     assert read_record(tmp_path / "backbone") == record
-
-
-def test_the_length_of_a_plan_holds_without_a_budget(tmp_path: Path) -> None:
-    """The same call without its minutes goes on to the end of the plan, not to that of the default length."""
-    assert trained(tmp_path, plan=True, budget=None, settings=BRIEF).settings == BRIEF
-    again = trained(tmp_path, plan=True, budget=None, settings=BRIEF.replace(images=10**6))
-    assert (again.settings, again.images_seen, again.finished) == (BRIEF, 40, True)
 
 
 def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:
@@ -180,41 +165,83 @@ def test_a_folder_that_another_process_has_is_refused_until_it_is_gone(tmp_path:
     assert trained(tmp_path).finished
 
 
-# --- a budget ---------------------------------------------------------------------------------------------------------
-
-
-def ticking(seconds: float) -> Budget:
-    """A minute, of a clock that is looked at after each step."""
-    return Budget(1.0, clock=iter(float(n) * seconds for n in range(10**6)).__next__)
+# --- a time limit -----------------------------------------------------------------------------------------------------
 
 
 def test_a_training_that_stops_has_a_backbone_as_it_is_then(tmp_path: Path) -> None:
-    stopped = trained(tmp_path, budget=ticking(20))
+    """By a clock that ticks with every reading, one after each step."""
+
+    def ticking() -> Any:
+        return countdown(1.0, iter(range(0, 10**6, 20)).__next__)
+
+    config = BRIEF.replace(images=40)
+    stopped = trained(tmp_path, config=config, seconds_left=ticking())
     assert (stopped.images_seen, stopped.finished) == (24, False)
     assert names(tmp_path) == ["backbone", "checkpoint-00000002", "checkpoint-00000003", "log.jsonl"]
     assert read_record(tmp_path / "backbone").training["images_seen"] == 24
     assert_same(load_backbone(tmp_path / "backbone"), stopped.model)
-    done = trained(tmp_path, budget=ticking(20))
+    done = trained(tmp_path, config=config, seconds_left=ticking())
     assert (done.images_seen, done.finished) == (40, True)
-    assert_same(done.model, trained(tmp_path.with_name(tmp_path.name + "-straight")).model)
+    assert_same(done.model, trained(tmp_path.with_name(tmp_path.name + "-straight"), config=config).model)
 
 
-def test_a_planned_training_says_its_length_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the plan, the settings and the record; and continues by it when it is called again. A step takes two
-    seconds, and nothing else takes any time."""
+def test_a_planned_training_records_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the plan, the settings and the record; and continues by it when it is called again. A step takes six seconds,
+    and nothing else takes any time."""
     clock = Clock()
-    monkeypatch.setattr(Learner, "step", clock.taking(2.0, Learner.step))
-    done = trained(tmp_path, budget=Budget(1.0, clock), plan=True)
-    images = 8 * int(0.95 * (60 - 2 * (3 + 5)) / 2)
+    monkeypatch.setattr(Learner, "step", clock.taking(6.0, Learner.step))
+    config = BRIEF.replace(images=None, minutes=1.0)
+    done = trained(tmp_path, config=config, seconds_left=countdown(1.0, clock))
+    images = 8 * int(0.95 * (60 - 6 * (3 + 5)) / 6)
     assert json.loads((tmp_path / "plan.json").read_text())["images"] == images
-    assert done.settings == BRIEF.replace(images=images)
+    assert done.config == config.replace(images=images)
     assert done.finished
-    record = read_record(tmp_path / "backbone")
-    assert record.training["command"] == f"--images {images}"
-    assert record.training["train"]["images"] == images
+    training = read_record(tmp_path / "backbone").training
+    assert (training["command"], training["train"]["images"]) == (f"--images {images}", images)
     before = clock.now
-    again = trained(tmp_path, budget=Budget(9.0, clock), plan=True)
-    assert (again.settings, again.finished, clock.now) == (done.settings, True, before)
+    again = trained(tmp_path, config=config.replace(minutes=9.0), seconds_left=countdown(9.0, clock))
+    assert (again.config.images, again.finished, clock.now) == (images, True, before)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+AUTO = BRIEF.replace(images=8, precision="auto")
+
+
+@pytest.mark.parametrize(
+    ("native", "plan", "precision"),
+    [
+        (True, None, "bfloat16"),
+        (False, None, "float32"),
+        (False, '{"settings": {"train": {"precision": "bfloat16"}}}', "bfloat16"),
+        (False, "{", "float32"),
+        (False, "[]", "float32"),
+        (False, '{"settings": {"train": {"precision": "float8"}}}', "float32"),
+    ],
+)
+def test_auto_is_the_precision_of_the_plan_or_what_the_device_multiplies_natively(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: bool, plan: str | None, precision: str
+) -> None:
+    """A continued training keeps the precision of its checkpoint, on any device."""
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: native)
+    if plan is not None:
+        (tmp_path / PLAN_FILE).write_text(plan)
+    assert trained(tmp_path, config=AUTO).config == AUTO.replace(precision=precision)
+    assert read_record(tmp_path / "backbone").training["train"]["precision"] == precision
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: not native)
+    assert trained(tmp_path, config=AUTO).config.precision == precision
+
+
+@pytest.mark.parametrize("feature", ["amx_tile", "avx512_bf16"])
+def test_a_processor_with_either_instruction_set_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda: False, raising=False)
+    assert not multiplies_bfloat16("cpu")
+    monkeypatch.setattr(f"torch.cpu._is_{feature}_supported", lambda: True, raising=False)
+    assert multiplies_bfloat16("cpu")
+    assert not multiplies_bfloat16("meta")
 
 
 # --- other weights ----------------------------------------------------------------------------------------------------
@@ -224,50 +251,55 @@ def test_a_planned_training_says_its_length_everywhere(tmp_path: Path, monkeypat
 def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a denoiser that a training starts from."""
     folder = tmp_path_factory.mktemp("denoiser")
-    trained(folder, objective=EDM(), settings=BRIEF.replace(images=16))
+    trained(folder, objective=EDM(), config=BRIEF.replace(images=8))
     return folder / "backbone"
 
 
 def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path: Path) -> None:
     """At a learning rate of next to nothing it ends where it starts; the record names it."""
     start = load_backbone(denoiser)
-    settings = BRIEF.replace(learning_rate=1e-12, images=8)
-    sources = {"from": source_of(start)}
-    done = trained(tmp_path, settings=settings, start=start, sources=sources)
+    config = BRIEF.replace(learning_rate=1e-12, images=8)
+    done = trained(tmp_path, config=config, start=start)
     assert isinstance(done.model, ConsistencyBackbone)
     for name, tensor in weights(start).items():
         torch.testing.assert_close(done.model.state_dict()[name], tensor, rtol=0, atol=1e-9)
-    said = read_record(tmp_path / "backbone").training["from"]
-    assert said == {
+    recorded = read_record(tmp_path / "backbone").training["from"]
+    assert recorded == {
         "name": "tiny",
         "kind": "denoiser",
         "weights_sha256": read_record(denoiser).weights_sha256,
         "training": read_record(denoiser).training,
     }
-    assert said["training"]["command"] == "--images 16"
+    assert recorded["training"]["command"] == "--images 8"
     with pytest.raises(CheckpointError, match=r"from: tiny before, not given now"):
-        trained(tmp_path, settings=settings)
+        trained(tmp_path, config=config)
 
 
 def test_the_noise_levels_of_the_first_weights_are_kept(tmp_path: Path) -> None:
     noise = NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4)
     write_backbone(ConsistencyBackbone(NETWORK.build(), (1, 8, 8), noise), tmp_path / "start", name="other")
-    trained(tmp_path / "run", settings=BRIEF.replace(images=8), start=load_backbone(tmp_path / "start"))
+    trained(tmp_path / "run", config=BRIEF.replace(images=8), start=load_backbone(tmp_path / "start"))
     assert load_backbone(tmp_path / "run" / "backbone").noise == noise
-    assert "from" not in read_record(tmp_path / "run" / "backbone").training, "nothing is known of its training"
+    start = read_record(tmp_path / "run" / "backbone").training["from"]
+    assert (start["name"], "training" in start) == ("other", False), "nothing is known of its training"
 
 
-def test_dropout_alone_may_differ() -> None:
-    start = ConsistencyBackbone(NETWORK.build(), (1, 8, 8))
-    network = Network.named("compact", (1, 8, 8), TINY["compact"] | {"dropout": 0.3})
-    model = ConsistencyBackbone(network.build(), (1, 8, 8))
-    load_weights(model, start)
+@pytest.mark.parametrize(("name", "changes"), [("compact", {"dropout": 0.3}), ("imagenet64", {})])
+def test_a_start_may_differ_in_dropout_and_may_be_a_unet_of_the_library(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    network = Network.named(name, (1, 8, 8), TINY[name])
+    write_backbone(ConsistencyBackbone(network.build(), (1, 8, 8)), tmp_path, name="start")
+    start = load_backbone(tmp_path)
+    model = module._fresh_model(Network.named(name, (1, 8, 8), TINY[name] | changes), ECT(), BRIEF, start)
     assert_same(model, start)
-    assert model.network.config.dropout == 0.3
+    assert [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)][:1] == (
+        [0.3] if changes else [layer.p for layer in start.modules() if isinstance(layer, torch.nn.Dropout)][:1]
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "message"),
     [
         ("compact", {"channels": [8, 12]}, r"channels: \[8, 8\] before, \[8, 12\] now"),
         ("compact", {"head_channels": 8}, "head_channels: 4 before, 8 now"),
@@ -275,26 +307,15 @@ def test_dropout_alone_may_differ() -> None:
         ("imagenet64", {}, "network: CompactUNet before, DiffusersUNet now"),
     ],
 )
-def test_weights_of_another_network_are_refused(name: str, changes: dict[str, Any], said: str) -> None:
-    start = ConsistencyBackbone(NETWORK.build(), (1, 8, 8))
-    model = ConsistencyBackbone(Network.named(name, (1, 8, 8), TINY[name] | changes).build(), (1, 8, 8))
-    with pytest.raises(SettingsError, match=said):
-        load_weights(model, start)
-
-
-def test_weights_of_a_unet_of_the_library_are_taken(tmp_path: Path) -> None:
-    network = Network.named("imagenet64", (1, 8, 8), TINY["imagenet64"])
-    write_backbone(ConsistencyBackbone(network.build(), (1, 8, 8)), tmp_path, name="unet")
-    start = load_backbone(tmp_path)
-    model = ConsistencyBackbone(network.build(), (1, 8, 8))
-    load_weights(model, start)
-    assert_same(model, start)
+def test_weights_of_another_network_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        refuse_other_network(Network.named(name, (1, 8, 8), TINY[name] | changes).build("meta"), NETWORK.build())
 
 
 @pytest.mark.slow
 def test_a_compiled_training_is_the_same_up_to_rounding(tmp_path: Path) -> None:
     """Its target too."""
-    compiled = trained(tmp_path / "compiled", objective=CT(), execution=Execution(compile=True))
+    compiled = trained(tmp_path / "compiled", objective=CT(), config=BRIEF.replace(compile=True))
     plain = trained(tmp_path / "plain", objective=CT())
     latents = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -15,29 +15,22 @@ from typing import Any
 
 import torch
 
+from cmap_defense.backbones.networks import Network
 from cmap_defense.cli.main import main as command
 from cmap_defense.errors import CheckpointError, CmapError
 from cmap_defense.ranks import Ranks, ranks
-from cmap_defense.training.budget import Budget
 from cmap_defense.training.files import locked
-from cmap_defense.training.loop import train
-from cmap_defense.training.networks import Network
+from cmap_defense.training.loop import countdown
 from cmap_defense.training.objectives import ECT
 from cmap_defense.training.run import train_backbone
 from patience import HANGS
-from training.killed import NETWORK, SETTINGS, fresh_backbone, result, run, training_images
+from training.killed import CONFIG, NETWORK, run, training_images
 
 PATIENCE = HANGS - 60
 """Seconds after which a process of this file ends, whatever it waits for."""
 
-ODD = SETTINGS.replace(images=35, batch_size=7, checkpoint_every=14)
+ODD = {"images": 35, "batch_size": 7, "checkpoint_every": 14}
 """Batches that two processes cannot share equally."""
-
-
-def odd(folder: Path, **changes: Any) -> tuple[Any, Any]:
-    """A training with these batches."""
-    backbone = fresh_backbone()
-    return backbone, train(backbone, training_images(), ECT(), ODD.replace(**changes), folder, described={})
 
 
 def commands(folder: Path) -> list[str]:
@@ -55,23 +48,22 @@ def planned(folder: Path, team: Ranks) -> dict[str, Any]:
         folder,
         network=Network("compact", NETWORK, NETWORK.image_shape),
         objective=ECT(),
-        settings=SETTINGS,
-        described=lambda settings: {"name": "tiny", "training": {"images_planned": settings.images}},
-        budget=Budget(10.0, clock=lambda: float(next(times))),
-        plan=True,
+        config=CONFIG.replace(images=None, minutes=10.0),
+        record=lambda config: {"name": "tiny", "training": {"images_planned": config.images}},
+        seconds_left=countdown(10.0, clock=lambda: float(next(times))),
     )
-    return {"planned": done.settings.images, "seen": done.images_seen, "finished": done.finished}
+    return {"planned": done.config.images, "seen": done.images_seen, "finished": done.finished}
 
 
 def in_use(folder: Path, team: Ranks) -> None:
-    """A training in a folder that another job has."""
+    """A training in a folder that another job has locked."""
     holding = locked(folder, Ranks()) if team.rank == 0 else contextlib.nullcontext()
     with holding, locked(folder, team):
         raise AssertionError("nobody was refused")
 
 
 def helpers(team: Ranks) -> dict[str, Any]:
-    """What ranks tell each other."""
+    """The functions by which ranks exchange values."""
     done: list[int] = []
 
     def fail() -> None:
@@ -105,19 +97,19 @@ def main(folder: Path) -> None:
         else:
             met[name] = outcome if isinstance(outcome, dict) else {}
             if isinstance(outcome, tuple):
-                weights[name] = result(*outcome)
+                weights[name] = outcome[0].tensors()
 
     with ranks() as team:
         met["helpers"] = helpers(team)
         attempt("whole", lambda: run(folder / "whole"))
-        attempt("odd", lambda: odd(folder / "odd"))
+        attempt("odd", lambda: run(folder / "odd", changes=ODD))
         attempt("begun", lambda: run(folder / "begun"))
-        attempt("other", lambda: odd(folder / "begun"))
-        attempt("at odds", lambda: odd(folder / "at-odds", seed=team.rank))
-        attempt("too many", lambda: odd(folder / "too-many", batch_size=1))
+        attempt("other", lambda: run(folder / "begun", changes=ODD))
+        attempt("at odds", lambda: run(folder / "at-odds", changes={"seed": team.rank}))
+        attempt("too many", lambda: run(folder / "too-many", changes={"batch_size": 1}))
         times = iter(range(team.rank * 1000, 10**6, 7))  # the second rank's clock is far ahead
-        budget = Budget(1.0, clock=lambda: float(next(times)))
-        attempt("late", lambda: run(folder / "late", budget=budget))
+        left = countdown(0.5, clock=lambda: float(next(times)))
+        attempt("late", lambda: run(folder / "late", seconds_left=left))
         attempt("planned", lambda: planned(folder / "planned", team))
         attempt("in use", lambda: in_use(folder / "in-use", team))
         attempt("command", lambda: command(commands(folder)))

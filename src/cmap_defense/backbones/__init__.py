@@ -6,6 +6,7 @@ from cmap_defense.backbones.folder import read_backbone, read_record, write_back
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
+from cmap_defense.backbones.networks import NETWORKS, Network
 from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry import (
@@ -21,6 +22,7 @@ from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.backbones.verify import Verification, verify_backbone
 
 __all__ = [
+    "NETWORKS",
     "Backbone",
     "BackboneRecord",
     "CompactUNet",
@@ -31,6 +33,7 @@ __all__ = [
     "LocalFolder",
     "NCSNpp",
     "NCSNppConfig",
+    "Network",
     "NoiseRange",
     "OfficialFile",
     "RegistryEntry",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from PIL import Image
 from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.networks import refuse_other_network
 from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
 from cmap_defense.cli.output import checked_device, duration, print_json, using_threads
 from cmap_defense.cli.progress import Progress
@@ -32,16 +34,12 @@ from cmap_defense.cli.train_options import (
 )
 from cmap_defense.data import write_image
 from cmap_defense.ranks import Ranks, ranks
-from cmap_defense.training.budget import Budget
-from cmap_defense.training.loop import LOG_FILE, TrainState
+from cmap_defense.training.config import TrainingConfig
+from cmap_defense.training.loop import LOG_FILE, TrainState, countdown
 from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
-from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import refuse_other_network, source_of
 
 __all__ = ["loss_chart", "run_train"]
-
-_LOOP = TrainSettings()
 
 PAPERS = {
     "edm": "arXiv 2206.00364",
@@ -56,27 +54,28 @@ PAPERS = {
 def run_train(context: click.Context, out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     """Carry out the command."""
     begun = time.perf_counter()
-    budget = None if options["minutes"] is None else Budget(options["minutes"])
+    seconds_left = None if options["minutes"] is None else countdown(options["minutes"])
     with using_threads(options["threads"]), ranks() as team:
-        done = _trained(context, team, budget, out, options)
+        done = _trained(context, team, seconds_left, out, options)
         if team.rank != 0:
             return
-    seen = min(done.images_seen, done.settings.images)
+    length = done.config.length
+    seen = min(done.images_seen, length)
     files = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png"), "loss": str(out / "loss.png")}
     loss, seconds = _losses(out / LOG_FILE)[-1]["loss"], time.perf_counter() - begun
     following = next_commands(out, options) if done.finished else []
     if as_json:
-        counted = {"images": done.settings.images, "images_seen": seen, "finished": done.finished}
+        counted = {"images": length, "images_seen": seen, "finished": done.finished}
         print_json(files | counted | {"loss": loss, "seconds": seconds, "next": following})
         return
-    if seen < done.settings.warmup_images:
+    if seen < done.config.warmup_images:
         click.echo(
-            f"Only {seen:,} images were trained on, fewer than the warm-up of {done.settings.warmup_images:,}: this "
+            f"Only {seen:,} images were trained on, fewer than the warm-up of {done.config.warmup_images:,}: this "
             "backbone knows hardly anything yet.",
             err=True,
         )
     if not done.finished:
-        click.echo(f"Stopped after {seen} of {done.settings.images} images: the same command continues.")
+        click.echo(f"Stopped after {seen} of {length} images: the same command continues.")
     took = f"{seconds:.0f} s" if seconds < 120 else duration(seconds)
     click.echo(f"Mean loss of the last steps {loss:.4g}; {seen:,} images seen; this call took {took}.")
     click.echo(f"Backbone: {files['backbone']}\nSamples: {files['samples']}\nLoss: {files['loss']}")
@@ -90,7 +89,7 @@ def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
     backbone, data = str(out / "backbone"), ["--data", options["data"]]
     if options["size"] is not None:
         data += ["--size", str(options["size"])]
-    if OBJECTIVES[options["objective"]][0].kind == "denoiser":
+    if OBJECTIVES[options["objective"]].kind == "denoiser":
         distil = ["train", *data, "--objective", "cd", "--teacher", backbone, "--out", f"{out}-distilled"]
         return [shlex.join(["cmap-defense", *distil])]
     embedded = options["data"] == "fashion-mnist"
@@ -100,7 +99,11 @@ def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
 
 
 def _trained(
-    context: click.Context, team: Ranks, budget: Budget | None, out: Path, options: dict[str, Any]
+    context: click.Context,
+    team: Ranks,
+    seconds_left: Callable[[], float] | None,
+    out: Path,
+    options: dict[str, Any],
 ) -> TrainedBackbone:
     own_gpu = options["device"] == "cuda" and team.world > 1
     device = checked_device(f"cuda:{team.local}" if own_gpu else options["device"])
@@ -108,8 +111,8 @@ def _trained(
         check_levels(options)
     teacher = teacher_of(options, device)
     objective = objective_of(options, teacher)
-    loop = {name: options[name] for name in TrainSettings().to_dict() if name not in ("images", "betas")}
-    settings = TrainSettings(**loop, images=options["images"] or _LOOP.images)
+    names = [field.name for field in dataclasses.fields(TrainingConfig) if field.name in options]
+    config = TrainingConfig(**{name: options[name] for name in names}).replace(device=str(device))
     start = None if options["start_from"] is None else load_backbone(options["start_from"])
     chosen = training_set(
         options, next((model.image_shape[0] for model in (start, teacher) if model is not None), None)
@@ -117,7 +120,6 @@ def _trained(
     classes = classes_of(chosen.source, chosen.where) if options["class_conditional"] else None
     class_names = None if classes is None else chosen.source.class_names
     network = network_of(options, chosen.shape, classes)
-    sources = {role: source_of(model) for role, model in (("from", start), ("teacher", teacher)) if model is not None}
     if teacher is not None and teacher.image_shape != network.image_shape:
         raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
     if teacher is not None and teacher.num_classes not in (None, classes):
@@ -131,7 +133,7 @@ def _trained(
         refuse_other_network(network.build("meta"), start.network)
     data = chosen.loaded()
 
-    def described(planned: TrainSettings) -> dict[str, Any]:
+    def record(planned: TrainingConfig) -> dict[str, Any]:
         command = recorded_command(context.command.params, context.params, planned, network, objective)
         training = {name: options[name] for name in ("data", "hold_out", "compile")} | {"command": command}
         if class_names is not None:
@@ -144,28 +146,17 @@ def _trained(
         write_image(loss_chart(out / LOG_FILE), out / "loss.png")
 
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(settings.steps, "training")) if team.rank == 0 else None
+        progress = stack.enter_context(Progress(config.steps, "training")) if team.rank == 0 else None
         return train_backbone(
             data.images,
             out,
             network=network,
             objective=objective,
-            settings=settings,
-            described=described,
+            config=config,
             labels=None if classes is None else data.labels,
             start=start,
-            sources=sources,
-            budget=budget,
-            plan=options["images"] is None,
-            execution=Execution(
-                compile=options["compile"],
-                channels_last=options["channels_last"],
-                hold_images=options["hold_images"],
-                part_mb=options["checkpoint_part_mb"],
-                micro_batch=options["micro_batch"],
-            ),
-            device=str(device),
-            weights_dtype=getattr(torch, options["weights"]),
+            record=record,
+            seconds_left=seconds_left,
             on_step=None if progress is None else functools.partial(_advance, progress),
             on_samples=on_samples,
         )

@@ -12,11 +12,12 @@ import torch
 
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.networks import PRESETS, Network
 from cmap_defense.cli.commands.train import Pair
 from cmap_defense.errors import WrongKindError
-from cmap_defense.training.networks import PRESETS, Network
+from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.objectives import OBJECTIVES, Objective
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.run import source_of
 
 __all__ = [
     "check_class_names",
@@ -95,17 +96,10 @@ def objective_of(options: Mapping[str, Any], teacher: EDMDenoiser | None) -> Obj
         if name != "ect" or "halvings" in values:
             raise click.UsageError("--halvings is --objective-set halvings=..., of the objective ect.")
         values["halvings"] = options["halvings"]
-    make, settings = OBJECTIVES[name]
-    if name != "cd":
-        return make(settings.from_dict(values))
-    assert teacher is not None
-    assert teacher.record is not None
-    return make(
-        settings.from_dict(values),
-        teacher=teacher.denoise,
-        teacher_name=teacher.record.name,
-        class_conditional=teacher.num_classes is not None,
-    )
+    if teacher is not None:
+        conditional = teacher.num_classes is not None
+        values |= {"teacher": teacher.denoise, "teacher_source": source_of(teacher), "class_conditional": conditional}
+    return OBJECTIVES[name].from_dict(values)
 
 
 def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser | None:
@@ -126,18 +120,23 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
 def recorded_command(
     parameters: Sequence[click.Parameter],
     options: Mapping[str, Any],
-    settings: TrainSettings,
+    config: TrainingConfig,
     network: Network,
     objective: Objective,
 ) -> str:
     """The command line of a training in full, without where it runs and writes.
 
-    parameters: of the command. options: their values. settings, network, objective: what they came to.
+    Args:
+        parameters: of the command.
+        options: their values.
+        config: settings with the chosen length and precision.
+        network: the network.
+        objective: the objective.
     """
     values = dict(options) | dict.fromkeys((*SAID_OTHERWISE, *ELSEWHERE))
-    values |= {"images": settings.images, "precision": settings.precision}
+    values |= {"images": config.images, "precision": config.precision}
     values["network_set"] = tuple(network.changes.items())
-    values["objective_set"] = tuple(objective.settings.to_dict().items())
+    values["objective_set"] = tuple(objective.to_dict().items())
     words = ["cmap-defense train"]
     for parameter in parameters:
         value = values[parameter.name or ""]

@@ -1,82 +1,125 @@
-"""What step s has to work with: images, noise, flips and numbers, all of them functions of (seed, s)."""
+"""The input of step s: images, noise, flips and numbers, all of them functions of (seed, s)."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
+from cmap_defense.errors import DataError
 from cmap_defense.ranks import Ranks
 from cmap_defense.rng import generator_for
-from cmap_defense.training.objectives import Batch
-from cmap_defense.training.order import DataOrder
-from cmap_defense.training.settings import TrainSettings
+from cmap_defense.training.config import TrainingConfig
+from cmap_defense.training.objectives import Batch, Model
 
-__all__ = ["Draws", "fits_beside"]
+__all__ = ["Draws", "check_data", "fit_beside", "image_indices"]
 
 
 class Draws:
-    """Batches of a training set, drawn for all processes together and dealt out: rank r has rows r, r + world, ...
+    """Batches of a training set, drawn for all processes together: rank r has rows r, r + world, ...
 
-    The order of the images is drawn on the CPU. Flips, noise and numbers are drawn where the network is: for one seed
-    they are the same bits on every CPU, and the same on every CUDA device of a kind, but not on both.
+    The order of the images is drawn on the CPU. Flips, noise and numbers are drawn on the network's device. For one
+    seed they are the same bits on every CPU, and the same on every CUDA device of a kind, but not on both.
 
     Args:
-        images: uint8 [N, C, H, W] on the CPU. labels: int64 [N], or None.
-        settings: batch size, flips and seed.
-        device: of the network.
-        hold: keep images and labels there; otherwise each batch is sent when it is drawn.
+        images: uint8 [N, C, H, W] on the CPU.
+        labels: int64 [N], or None.
+        config: batch size, flips, seed and length; and whether images are held on the device.
+        device: device of the network.
         team: the processes that share a batch.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor | None,
-        settings: TrainSettings,
-        *,
-        device: torch.device,
-        hold: bool,
-        team: Ranks,
+        self, images: Tensor, labels: Tensor | None, config: TrainingConfig, device: torch.device, team: Ranks
     ) -> None:
+        hold = fit_beside(images, device) if config.hold_images is None else config.hold_images
         place = device if hold else images.device
         self.images, self.labels = images.to(place), None if labels is None else labels.to(place)
-        self.order = DataOrder(len(images), settings.batch_size, settings.seed)
-        self.settings, self.device = settings, device
+        self.config, self.device = config, device
         self.rows = slice(team.rank, None, team.world)
 
     def __call__(self, step: int) -> Batch:
-        """This rank's rows of step ``step`` >= 0; on the device."""
-        size, shape = self.settings.batch_size, self.images.shape[1:]
-        generator = self._generator(step)
-        chosen = self.order.batch(step)[self.rows]
+        """This rank's rows of step ``step`` >= 0, on the device."""
+        size, shape, seed = self.config.batch_size, self.images.shape[1:], self.config.seed
+        generator = generator_for(seed, 2, step)
+        if self.device.type != "cpu":
+            generator = torch.Generator(self.device).manual_seed(generator.initial_seed())
+        chosen = image_indices(step, size, len(self.images), seed)[self.rows]
         batch = self._taken(self.images, chosen).float() / 127.5 - 1
-        if self.settings.flip:
+        if self.config.flip:
             mirrored = torch.rand(size, generator=generator, device=self.device)[self.rows] < 0.5
             batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
         uniform = torch.rand(size, generator=generator, device=self.device, dtype=torch.float64)[self.rows]
         z = torch.randn(size, *shape, generator=generator, device=self.device)[self.rows]
         labels = None if self.labels is None else self._taken(self.labels, chosen)
-        return Batch(batch, z, uniform.clamp(1e-9, 1 - 1e-9), step / self.settings.steps, labels)
-
-    def _generator(self, step: int) -> torch.Generator:
-        on_cpu = generator_for(self.settings.seed, 2, step)
-        if self.device.type == "cpu":
-            return on_cpu
-        return torch.Generator(self.device).manual_seed(on_cpu.initial_seed())
+        return Batch(batch, z, uniform.clamp(1e-9, 1 - 1e-9), step / self.config.steps, labels)
 
     def _taken(self, tensors: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of a tensor, on the device; nobody waits for a copy."""
+        """Rows of a tensor, on the device, without waiting for a copy."""
         if tensors.device == self.device:
             return tensors[_sent(chosen, self.device)]
         return _sent(tensors[chosen], self.device)
 
 
-def fits_beside(images: Tensor, device: torch.device) -> bool:
-    """Whether the images take a quarter of the device's free memory at most; always on the CPU, where they are."""
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.nbytes <= free / 4
+def image_indices(step: int, batch_size: int, length: int, seed: int) -> Tensor:
+    """The images of a step: epoch after epoch, each a permutation of its own; batches run over the epochs' borders.
+
+    Args:
+        step: number of the step, from 0.
+        batch_size: number of images.
+        length: number of images of the training set.
+        seed: of the training.
+
+    Returns:
+        int64 [batch_size].
+    """
+    start, parts, missing = step * batch_size, [], batch_size
+    while missing:
+        epoch, offset = divmod(start, length)
+        parts.append(_permutation(epoch, length, seed)[offset : offset + missing])
+        start, missing = start + len(parts[-1]), missing - len(parts[-1])
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(epoch: int, length: int, seed: int) -> Tensor:
+    return torch.randperm(length, generator=generator_for(seed, 1, epoch), device="cpu")
+
+
+def fit_beside(images: Tensor, device: torch.device) -> bool:
+    """Whether the images take at most a quarter of the device's free memory; always on the CPU, where they are."""
+    return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+
+
+def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
+    """Check that a model can be trained on these images.
+
+    Args:
+        model: the model.
+        images: to be uint8 [N, C, H, W] in its shape.
+        labels: to be int64 [N] for a class-conditional model, and None for another.
+
+    Raises:
+        DataError: they do not fit; the message says what was expected.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
+        raise DataError(
+            f"Training images must be uint8 [N, {', '.join(map(str, model.image_shape))}], "
+            f"but are {images.dtype} {list(images.shape)}."
+        )
+    if len(images) == 0:
+        raise DataError("The training set is empty.")
+    if (labels is None) != (model.num_classes is None):
+        needed = "needs labels" if labels is None else "takes no labels"
+        raise DataError(f"A model with num_classes={model.num_classes} {needed}.")
+    if labels is None:
+        return
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise DataError(f"Labels must be int64 [{len(images)}], but are {labels.dtype} {list(labels.shape)}.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= (model.num_classes or 0):
+        raise DataError(f"Labels go from {low} to {high}, but the model has {model.num_classes} classes.")
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.training.models import Model
+from cmap_defense.training.objectives import Model
 
 __all__ = ["EMA", "Target"]
 
 
-class EMA:
-    """Exponential moving average of a module's parameters, in float32; half-life in images (Karras et al. 2022,
-    appendix F).
+class _Average:
+    """Averages of a module's parameters by name, ``weights``."""
 
-    weights: name -> average. They start as the module's weights at construction.
+    weights: dict[str, Tensor]
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages. Raises KeyError when a name is missing."""
+        for name, average in self.weights.items():
+            average.copy_(weights[name])
+
+    @torch.no_grad()
+    def _approach(self, module: nn.Module, share: float) -> None:
+        """Move every average by ``share`` of its distance to the module's parameter, all in one call."""
+        found = {name: p.detach() for name, p in module.named_parameters()}
+        wide = [found[name].to(average.dtype) for name, average in self.weights.items()]
+        torch._foreach_lerp_(list(self.weights.values()), wide, share)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class EMA(_Average):
+    """Exponential moving average of a module's parameters, in float32 (Karras et al. 2022, appendix F).
+
+    Args:
+        module: its weights are the first averages.
+        half_life: in images; at most a twentieth of the images seen.
     """
 
     def __init__(self, module: nn.Module, half_life: int) -> None:
@@ -26,12 +47,7 @@ class EMA:
     def update(self, module: nn.Module, *, batch_size: int, images_seen: int) -> None:
         """Move towards the module's weights after a step on ``batch_size`` images, ``images_seen`` in all."""
         half_life = max(1.0, min(self.half_life, images_seen / 20))
-        _approach(self.weights, module, 1 - 0.5 ** (batch_size / half_life))
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Continue from saved averages. Raises KeyError when a name is missing."""
-        for name, average in self.weights.items():
-            average.copy_(weights[name])
+        self._approach(module, 1 - 0.5 ** (batch_size / half_life))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -40,16 +56,17 @@ class EMA:
             p.copy_(self.weights[name])
 
 
-class Target:
+class Target(_Average):
     """The model that gives a loss the values to come close to: the trained one itself, or a copy that follows it.
 
     Args:
-        trained: what is trained.
-        decay: of the copy at the start, as :meth:`Objective.target_decay
-            <cmap_defense.training.objectives.base.Objective.target_decay>` gives it; None for the trained model itself.
+        trained: the trained model.
+        decay: the first one of :meth:`Objective.decay_at
+            <cmap_defense.training.objectives.base.Objective.decay_at>`; None for the trained model itself.
 
-    model: to be called; it is in the trained one's mode. weights: name -> average, of the copy; empty where there is
-    none.
+    Attributes:
+        model: the target, in the trained model's mode.
+        weights: the copy's parameters by name; empty where the target is the trained model.
     """
 
     def __init__(self, trained: Model, decay: float | None) -> None:
@@ -62,19 +79,4 @@ class Target:
     def update(self, trained: Model, decay: float | None) -> None:
         """target <- decay target + (1 - decay) trained, after a step."""
         if self.weights:
-            _approach(self.weights, trained, 1 - (decay or 0.0))
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Continue from saved averages. Raises KeyError when a name is missing."""
-        for name, average in self.weights.items():
-            average.copy_(weights[name])
-
-
-@torch.no_grad()
-def _approach(averages: dict[str, Tensor], module: nn.Module, share: float) -> None:
-    """Move every average by ``share`` of its way to the module's parameter of that name, all in one call."""
-    found = {name: p.detach() for name, p in module.named_parameters()}
-    own = list(averages.values())
-    wide = [found[name].to(average.dtype) for name, average in averages.items()]
-    torch._foreach_lerp_(own, wide, share)  # pyright: ignore[reportPrivateImportUsage] - one launch for all
+            self._approach(trained, 1 - (decay or 0.0))

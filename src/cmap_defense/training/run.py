@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,35 @@ from torch import Tensor
 
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import KarrasModel, NoiseRange
-from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.errors import BackboneFileError
+from cmap_defense.modules import multiplies_bfloat16
 from cmap_defense.ranks import ranks
-from cmap_defense.training.budget import Budget
+from cmap_defense.training.config import TrainingConfig
+from cmap_defense.training.draws import check_data
 from cmap_defense.training.files import locked, write_whole
 from cmap_defense.training.learner import Learner
-from cmap_defense.training.loop import TrainState, check_data, train
-from cmap_defense.training.models import MODELS, Model
-from cmap_defense.training.networks import Network
-from cmap_defense.training.objectives import Objective
-from cmap_defense.training.plan import length_so_far, planned
-from cmap_defense.training.precision import resolve_precision
+from cmap_defense.training.loop import TrainState, countdown, train
+from cmap_defense.training.objectives import MODELS, Model, Objective
+from cmap_defense.training.plan import as_before, planned_images
 from cmap_defense.training.samples import sample_grid
-from cmap_defense.training.settings import Execution, TrainSettings
-from cmap_defense.training.start import load_weights, source_of
 
-__all__ = ["TrainedBackbone", "train_backbone"]
+__all__ = ["TrainedBackbone", "source_of", "train_backbone"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedBackbone:
-    """What :func:`train_backbone` leaves: the model with the averaged weights in eval mode, the settings with the
-    length that was trained for, images seen, and whether these are all."""
+    """The result of :func:`train_backbone`.
+
+    Attributes:
+        model: the model with the averaged weights, in eval mode.
+        config: the settings with the length and the precision of the training.
+        images_seen: images that it was trained on, counted with repetition.
+        finished: whether these are all.
+    """
 
     model: Model
-    settings: TrainSettings
+    config: TrainingConfig
     images_seen: int
     finished: bool
 
@@ -50,16 +53,11 @@ def train_backbone(
     *,
     network: Network,
     objective: Objective,
-    settings: TrainSettings,
-    described: Callable[[TrainSettings], dict[str, Any]],
+    config: TrainingConfig | None = None,
     labels: Tensor | None = None,
     start: KarrasModel | None = None,
-    sources: Mapping[str, Mapping[str, Any]] | None = None,
-    budget: Budget | None = None,
-    plan: bool = False,
-    execution: Execution | None = None,
-    device: str = "cpu",
-    weights_dtype: torch.dtype = torch.float32,
+    record: Callable[[TrainingConfig], dict[str, Any]] | None = None,
+    seconds_left: Callable[[], float] | None = None,
     on_step: Callable[[TrainState], None] | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
 ) -> TrainedBackbone:
@@ -69,116 +67,120 @@ def train_backbone(
 
     Args:
         images: uint8 [N, C, H, W].
-        folder: of the training: checkpoints, log, and ``backbone/``, which is written anew at every checkpoint. At the
-            end ``backbone-<half-life>/`` holds the averages of each further half-life.
-        network, objective, settings: what is trained, on what loss, how long.
-        described: fields of the record (``name`` at least) for the settings with the length that was chosen; what the
-            training saw belongs in ``training``.
+        folder: for checkpoints, the log, and ``backbone/``, which is written anew at every checkpoint. At the end
+            ``backbone-<half-life>/`` holds the averages of each further half-life.
+        network: the network to train.
+        objective: losses per image.
+        config: settings of the training; None for the defaults.
         labels: int64 [N], for a class-conditional network.
-        start: a model of the same network, whose weights are the first ones; None for fresh weights. How it was
-            trained, where its record says so, goes into the new one.
-        sources: where other weights came from, such as those of ``start``: by role, name and checksum; for the record,
-            and to refuse a checkpoint that was made with others.
-        budget: when it is spent, the training stops with a checkpoint and the backbone as it is then.
-        plan: the length is that of the calls before, or, where there is a budget, chosen so that the training ends
-            inside it, see :func:`~cmap_defense.training.plan.planned`; else that of the settings.
-        execution: how it is carried out.
-        device: where to train.
-        weights_dtype: precision of the written weights.
+        start: a model of the same network, whose weights are the first ones; None for fresh weights.
+        record: returns fields of the backbone's record for the settings with the chosen length, its ``training`` among
+            them. None: its name is that of the folder.
+        seconds_left: :func:`~cmap_defense.training.loop.countdown` of the minutes, where they began before this call.
         on_step: called after every step.
         on_samples: called at every checkpoint with 64 samples [64, C, H, W] in [0, 1], always from the same noise.
 
     Raises:
         DataError: the images do not fit the network.
-        SettingsError: ``start`` is of another network.
-        CheckpointError: the folder belongs to a training with other settings, or another one is writing to it.
+        SettingsError: ``start`` is of another network, or the minutes are too few for one step.
+        CheckpointError: the folder belongs to a training with other settings, or another training is writing to it.
         TrainingError: the training has diverged.
     """
-    execution = execution or Execution()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(settings.seed)
-        built = network.build()
-    noise = NoiseRange() if start is None else start.noise
-    model = MODELS[objective.kind](built, network.image_shape, noise, network.num_classes)
-    if start is not None:
-        load_weights(model, start)
-    model = model.to(device)
+    config = config or TrainingConfig()
+    seconds_left = seconds_left or (None if config.minutes is None else countdown(config.minutes))
+    model = _fresh_model(network, objective, config, start)
     check_data(model, images, labels)
+    sources = dict(objective.sources)
+    if start is not None and start.record is not None:
+        sources = {"from": source_of(start), **sources}
     parts = {
         "objective": objective.describe(),
         "network": network.describe(),
         "data": _fingerprint(images, labels),
-        **(sources or {}),
+        **sources,
     }
     with ranks() as team, locked(folder, team):
-        settings = resolve_precision(settings, device, folder, team)
-        so_far = length_so_far(settings, folder, parts, team) if plan else None
-        if so_far is not None:
-            settings = settings.replace(images=so_far)
-        elif budget is not None and plan:
-            learner = Learner(model, images, labels, objective, settings, execution, team)
-            settings = planned(
-                learner, folder, parts, budget, execution, beside=None if on_samples is None else sample_grid
-            )
+        config = as_before(config, folder, parts, team)
+        if config.precision == "auto":
+            native = team.shared(multiplies_bfloat16(config.device))
+            config = config.replace(precision="bfloat16" if native else "float32")
+        if config.images is None and seconds_left is not None and config.minutes is not None:
+            learner = Learner(model, images, labels, objective, config, team)
+            beside = None if on_samples is None else sample_grid
+            config = config.replace(images=planned_images(learner, folder, parts, seconds_left, beside))
             del learner
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # or the images might seem not to fit any more
-        record = described(settings)
-        record["training"] = {
-            **record.get("training", {}),
-            **(sources or {}),
-            "train": settings.to_dict(),
+        config = config.replace(images=config.length)
+        fields: dict[str, Any] = {"name": folder.name} if record is None else record(config)
+        trained_on = {
+            **fields.get("training", {}),
+            **sources,
+            "train": config.reproducible(),
             "objective": objective.describe(),
             "images": len(images),
         }
-        if start is not None and start.record is not None and start.record.training:
-            record["training"]["from"] = {**source_of(start), "training": start.record.training}
+        if "from" in sources and start is not None and start.record is not None and start.record.training:
+            trained_on["from"] = {**sources["from"], "training": start.record.training}
 
         def write(step: int, name: str = "backbone") -> None:
-            seen = {"images_seen": step * settings.batch_size}
-            fields = record | {"training": record["training"] | seen}
-            before = _record(folder / name)
-            write_backbone(model, folder / name, dtype=weights_dtype, **fields)
-            _keep_what_was_found(folder / name, before)
+            seen = {"images_seen": step * config.batch_size}
+            before = _record_in(folder / name)
+            dtype = getattr(torch, config.weights)
+            write_backbone(model, folder / name, dtype=dtype, **fields | {"training": trained_on | seen})
+            _keep_findings(folder / name, before)
+
+        written: set[int] = set()
 
         def checkpoint(step: int) -> None:
-            write(step)
-            if on_samples is not None:
-                on_samples(sample_grid(model))
+            if step not in written:
+                write(step)
+                if on_samples is not None:
+                    on_samples(sample_grid(model))
+                written.add(step)
 
-        trained = train(
-            model,
-            images,
-            objective,
-            settings,
-            folder,
-            described=parts,
-            labels=labels,
-            budget=budget,
-            execution=execution,
-            on_step=on_step,
-            on_checkpoint=checkpoint,
-        )
+        learner = Learner(model, images, labels, objective, config, team)
+        step = train(learner, folder, parts=parts, seconds_left=seconds_left, on_step=on_step, on_checkpoint=checkpoint)
         model.eval()
-        for average in reversed(trained.averages):
+        finished = step >= config.steps
+        for average in reversed(learner.averages):
             average.copy_to(model)
-            if trained.finished and average is not trained.averages[0]:
-                team.by_first(functools.partial(write, trained.step, f"backbone-{average.half_life}"))
-        if trained.finished:  # also where a kill came between the last checkpoint and its backbone
-            team.by_first(functools.partial(checkpoint, trained.step))
-    return TrainedBackbone(model, settings, trained.step * settings.batch_size, trained.finished)
+            if finished and average is not learner.averages[0]:
+                team.by_first(functools.partial(write, step, f"backbone-{average.half_life}"))
+        if finished:  # a kill may have come between the last checkpoint and its backbone
+            team.by_first(functools.partial(checkpoint, step))
+    return TrainedBackbone(model, config, step * config.batch_size, finished)
 
 
-def _record(folder: Path) -> BackboneRecord | None:
-    """That of a backbone which is there, and can be read."""
+def source_of(model: KarrasModel) -> dict[str, Any]:
+    """Name, kind and checksum of a model that came from a folder, for records."""
+    assert model.record is not None
+    return {name: getattr(model.record, name) for name in ("name", "kind", "weights_sha256")}
+
+
+def _fresh_model(network: Network, objective: Objective, config: TrainingConfig, start: KarrasModel | None) -> Model:
+    """A model of the objective's kind on the device, with weights from the seed or those of ``start``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        built = network.build()
+    noise = NoiseRange() if start is None else start.noise
+    model = MODELS[objective.kind](built, network.image_shape, noise, network.num_classes)
+    if start is not None:
+        refuse_other_network(built, start.network)
+        built.load_state_dict(start.network.state_dict())
+    return model.to(config.device)
+
+
+def _record_in(folder: Path) -> Any:
+    """The record of a backbone, or None where there is none that can be read."""
     try:
         return read_record(folder)
     except BackboneFileError:
         return None
 
 
-def _keep_what_was_found(folder: Path, before: BackboneRecord | None) -> None:
-    """Figures and CMAP settings that were written into the record of the same weights."""
+def _keep_findings(folder: Path, before: Any) -> None:
+    """Restore the figures and CMAP settings that were written into the record of the same weights."""
     record = read_record(folder)
     if before is not None and before.weights_sha256 == record.weights_sha256 and (before.figures or before.settings):
         kept = record.replace(figures=before.figures, settings=before.settings)

@@ -1,4 +1,4 @@
-"""Samples of what is being trained, always from the same noise."""
+"""Samples of a model in training, always from the same noise."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from torch import Tensor
 from cmap_defense.backbones.karras import ConsistencyBackbone, karras_levels
 from cmap_defense.modules import device_of
 from cmap_defense.rng import draw_latents
-from cmap_defense.training.models import Model
-from cmap_defense.training.objectives import heun_step
+from cmap_defense.training.objectives import Model, heun_step
 
 __all__ = ["SAMPLES", "sample_grid"]
 
 SAMPLES = 64
 LEVELS = 18
-"""Of a denoiser's sampler (arXiv 2206.00364, Table 1, for CIFAR-10)."""
+"""Noise levels of a denoiser's sampler (arXiv 2206.00364, Table 1, for CIFAR-10)."""
 
 
 @torch.no_grad()
 def sample_grid(model: Model, seed: int = 0) -> Tensor:
-    """64 samples [64, C, H, W] in [0, 1] on the model's device; of a class-conditional model, class after class.
+    """64 samples of a model; of a class-conditional one, class after class.
 
     A consistency model makes them in one step, a denoiser in 18 steps of Heun's method (arXiv 2206.00364, Algorithm 1).
+
+    Args:
+        model: a consistency model or a denoiser.
+        seed: of the latents.
+
+    Returns:
+        [64, C, H, W] in [0, 1] on the model's device.
     """
     device = device_of(model) or torch.device("cpu")
     latents = draw_latents(torch.tensor([seed]), SAMPLES, model.image_shape)[0].to(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives import CD, LPIPS, Batch, CDSettings, heun_step
+from cmap_defense.training.objectives import CD, LPIPS, Batch, heun_step
 from cmap_defense.training.objectives.cd import cd_loss
 from cmap_defense.training.objectives.distances import l1, pseudo_huber, squared_l2
 from toys import noise
@@ -130,7 +130,7 @@ def test_a_class_conditional_teacher_is_told_the_classes_of_the_images(class_con
         return torch.zeros_like(noisy)
 
     labels, uniform = torch.tensor([4, 0, 2]), torch.full((3,), 0.5, dtype=torch.float64)
-    made = CD(teacher=teacher, teacher_name="x", class_conditional=class_conditional)
+    made = CD(teacher=teacher, teacher_source={"name": "x"}, class_conditional=class_conditional)
     model = GaussianConsistency()
     made.losses(model, Batch(IMAGES, Z, uniform, 0.0, labels), NOISE, model)
     assert told == [{"class_labels": labels} if class_conditional else {}] * 2
@@ -143,7 +143,7 @@ def test_the_loss_vanishes_at_the_exact_consistency_function_but_for_the_solvers
     uniform = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
 
     def loss(levels: int) -> float:
-        objective = CD(CDSettings(levels=levels), teacher=teacher, teacher_name="exact")
+        objective = CD(levels=levels, teacher=teacher, teacher_source={"name": "exact"})
         return objective.losses(exact, Batch(images, z, uniform, 0.0), NOISE, exact).mean().item()
 
     assert loss(18) < 0.02
@@ -159,7 +159,7 @@ def test_the_levels_are_neighbours_drawn_uniformly() -> None:
         return noisy
 
     batch = Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, 0.4)
-    CD(teacher=GaussianDenoiser(), teacher_name="exact").losses(model, batch, NOISE, model)
+    CD(teacher=GaussianDenoiser(), teacher_source={"name": "exact"}).losses(model, batch, NOISE, model)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     table = [(low + i / 17 * (high - low)) ** 7 for i in range(18)]
     index = [math.floor(u * 17) for u in uniform.tolist()]
@@ -171,24 +171,23 @@ def test_the_levels_are_neighbours_drawn_uniformly() -> None:
 
 
 def made(**settings: Any) -> CD:
-    return CD(CDSettings(**settings), teacher=GaussianDenoiser(), teacher_name="edm-cifar10")
+    return CD(**settings, teacher=GaussianDenoiser(), teacher_source={"name": "edm-cifar10"})
 
 
 def test_the_distance_is_the_settings() -> None:
     a, b = noise(2, 1, 4, 5, seed=1), noise(2, 1, 4, 5, seed=2)
-    assert made().distance is squared_l2
-    assert made(distance="l1").distance is l1
-    assert torch.equal(made(distance="pseudo-huber").distance(a, b), pseudo_huber(a, b))
-    assert torch.equal(made(distance="pseudo-huber", huber=0.2).distance(a, b), pseudo_huber(a, b, 0.2))
+    assert made()._distance is squared_l2
+    assert made(distance="l1")._distance is l1
+    assert torch.equal(made(distance="pseudo-huber")._distance(a, b), pseudo_huber(a, b))
+    assert torch.equal(made(distance="pseudo-huber", huber=0.2)._distance(a, b), pseudo_huber(a, b, 0.2))
     lpips = LPIPS(torch.nn.PairwiseDistance())
-    settings = CDSettings(distance="lpips")
-    assert CD(settings, teacher=GaussianDenoiser(), teacher_name="x", lpips=lpips).distance is lpips
+    assert made(distance="lpips", lpips=lpips)._distance is lpips
 
 
 def test_the_decay_of_the_target_is_the_settings() -> None:
-    assert made().target_decay(0.5) is None
-    assert made(target_decay=0.95).target_decay(0.5) == 0.95
-    assert made(target_decay=0.0).target_decay(0.5) == 0.0
+    assert made().decay_at(0.5) is None
+    assert made(target_decay=0.95).decay_at(0.5) == 0.95
+    assert made(target_decay=0.0).decay_at(0.5) == 0.0
 
 
 def test_the_description_names_the_teacher() -> None:
@@ -208,8 +207,9 @@ def test_the_description_names_the_teacher() -> None:
         {"huber": 0.0, "distance": "pseudo-huber"},
         {"target_decay": 1.0},
         {"target_decay": -0.1},
+        {"lpips": 3},
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
-        CDSettings(**wrong)
+        made(**wrong)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cmap_defense.backbones.karras import karras_levels
-from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, CDSettings, CTSettings, ECTSettings, Objective
+from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, Objective
 from training.gaussian import (
     MU,
     NOISE,
@@ -27,7 +27,7 @@ QUICK = 1e-300
 
 
 def distilled(**settings: Any) -> CD:
-    return CD(CDSettings(**settings), teacher=GaussianDenoiser(), teacher_name="exact")
+    return CD(**settings, teacher=GaussianDenoiser(), teacher_source={"name": "exact"})
 
 
 def trained(objective: Objective, steps: int, batch: int) -> tuple[float, float]:
@@ -42,8 +42,8 @@ def trained(objective: Objective, steps: int, batch: int) -> tuple[float, float]
     [
         pytest.param(EDM(), 1000, 0.004, 0.004, id="edm"),
         pytest.param(ICT(), 600, 0.004, 0.006, id="ict"),
-        pytest.param(ECT(ECTSettings(halvings=10)), 1000, 0.004, 0.004, id="ect"),
-        pytest.param(CT(CTSettings(decay_start=QUICK, distance="l1")), 1000, 0.004, 0.02, id="ct l1"),
+        pytest.param(ECT(halvings=10), 1000, 0.004, 0.004, id="ect"),
+        pytest.param(CT(decay_start=QUICK, distance="l1"), 1000, 0.004, 0.02, id="ct l1"),
         pytest.param(distilled(levels=80), 400, 1e-4, 0.004, id="cd l2"),
         pytest.param(distilled(levels=80, distance="l1"), 400, 1e-4, 0.004, id="cd l1"),
         pytest.param(distilled(levels=80, distance="pseudo-huber"), 400, 1e-4, 0.004, id="cd pseudo-huber"),
@@ -89,7 +89,7 @@ def fixed_point(count: int, covariance: Callable[[float, float], float]) -> floa
 def test_consistency_training_comes_to_the_fixed_point_of_its_levels() -> None:
     """Both noisy images share x and z: the moment is s^2 + t r. That is Euler's method, 1.3 % off at 201 levels."""
     expected = fixed_point(201, lambda t, r: S**2 + t * r)
-    mean, std = trained(CT(CTSettings(decay_start=QUICK)), 2000, batch=512)
+    mean, std = trained(CT(decay_start=QUICK), 2000, batch=512)
     assert expected == pytest.approx(S, rel=0.0135)
     assert std == pytest.approx(expected, rel=0.004)
     assert mean == pytest.approx(MU, abs=0.003)
@@ -98,8 +98,8 @@ def test_consistency_training_comes_to_the_fixed_point_of_its_levels() -> None:
 def test_consistency_training_comes_there_too_when_its_target_lags_behind() -> None:
     """By 15 steps at the end, with mu_0 = 0.5 and 21 levels; by more with fewer, so that it takes longer."""
     expected = fixed_point(21, lambda t, r: S**2 + t * r)
-    objective = CT(CTSettings(levels_end=20, decay_start=0.5))
-    assert objective.target_decay(1 - 1e-9) == pytest.approx(0.936, abs=0.001)
+    objective = CT(levels_end=20, decay_start=0.5)
+    assert objective.decay_at(1 - 1e-9) == pytest.approx(0.936, abs=0.001)
     mean, std = trained(objective, 4000, batch=512)
     assert expected == pytest.approx(S, rel=0.135)
     assert std == pytest.approx(expected, rel=0.006)
@@ -108,9 +108,9 @@ def test_consistency_training_comes_there_too_when_its_target_lags_behind() -> N
 
 def test_easy_tuning_makes_a_consistency_function_of_a_denoiser() -> None:
     """It starts from the exact denoiser, which the first of its stages leaves alone."""
-    denoiser = train_linear(GaussianMixed(), ECT(ECTSettings(halvings=0)), 300, rate=0.05)
+    denoiser = train_linear(GaussianMixed(), ECT(halvings=0), 300, rate=0.05)
     assert denoiser.weight.item() == pytest.approx(0.0, abs=0.02)
-    tuned = train_linear(GaussianMixed(), ECT(ECTSettings(halvings=10)), 1000, rate=0.05)
+    tuned = train_linear(GaussianMixed(), ECT(halvings=10), 1000, rate=0.05)
     assert tuned.weight.item() == pytest.approx(1.0, abs=0.02)
     assert tuned.mean.item() == pytest.approx(MU, abs=0.004)
     assert tuned.std == pytest.approx(S, rel=0.01)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives import CT, LPIPS, Batch, CTSettings
-from cmap_defense.training.objectives.ct import ct_decay, ct_level_count, ct_loss
+from cmap_defense.training.objectives import CT, LPIPS, Batch
+from cmap_defense.training.objectives.ct import ct_loss
 from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
 from toys import noise
 from training.gaussian import (
@@ -26,7 +26,7 @@ from training.gaussian import (
 
 LAST = math.nextafter(1.0, 0.0)
 SCHEDULES = st.builds(
-    lambda start, more, mu: CTSettings(levels_start=start, levels_end=start + more, decay_start=mu),
+    lambda start, more, mu: CT(levels_start=start, levels_end=start + more, decay_start=mu),
     st.integers(2, 40),
     st.integers(0, 300),
     st.floats(0.01, 0.999),
@@ -41,31 +41,30 @@ SCHEDULES = st.builds(
 )
 def test_the_number_of_levels_by_hand(progress: float, count: int) -> None:
     """sqrt(0.0001 x 40397 + 4) = 2.8, sqrt(0.25 x 40397 + 4) = 100.5, sqrt(0.5 x 40397 + 4) = 142.1, and so on."""
-    assert ct_level_count(progress, CTSettings()) == count
+    assert CT().level_count(progress) == count
 
 
 @given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
-def test_the_number_of_levels_rises_between_its_bounds(settings: CTSettings, first: float, second: float) -> None:
+def test_the_number_of_levels_rises_between_its_bounds(settings: CT, first: float, second: float) -> None:
     low, high = sorted((first, second))
     start, end = settings.levels_start, settings.levels_end + 1
-    assert start <= ct_level_count(low, settings) <= ct_level_count(high, settings) <= end
-    assert ct_level_count(0.0, settings) == start
-    assert ct_level_count(LAST, settings) == end
+    assert start <= settings.level_count(low) <= settings.level_count(high) <= end
+    assert settings.level_count(0.0) == start
+    assert settings.level_count(LAST) == end
 
 
 def test_the_decay_by_hand() -> None:
     """mu_0 at first; 0.95^(2/201) = 0.99949 at last."""
-    assert ct_decay(0.0, CTSettings()) == pytest.approx(0.95, rel=1e-15)
-    assert ct_decay(LAST, CTSettings()) == pytest.approx(0.95 ** (2 / 201), rel=1e-12)
-    assert ct_decay(0.25, CTSettings(decay_start=0.9)) == pytest.approx(0.9 ** (2 / 101), rel=1e-12)
+    assert CT().decay_at(0.0) == pytest.approx(0.95, rel=1e-15)
+    assert CT().decay_at(LAST) == pytest.approx(0.95 ** (2 / 201), rel=1e-12)
+    assert CT(decay_start=0.9).decay_at(0.25) == pytest.approx(0.9 ** (2 / 101), rel=1e-12)
 
 
 @given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
-def test_the_decay_rises_from_its_start_and_stays_below_one(settings: CTSettings, first: float, second: float) -> None:
+def test_the_decay_rises_from_its_start_and_stays_below_one(settings: CT, first: float, second: float) -> None:
     low, high = sorted((first, second))
-    assert ct_decay(0.0, settings) == pytest.approx(settings.decay_start, rel=1e-12)
-    assert ct_decay(low, settings) <= ct_decay(high, settings) < 1
-    assert CT(settings).target_decay(low) == ct_decay(low, settings)
+    assert settings.decay_at(0.0) == pytest.approx(settings.decay_start, rel=1e-12)
+    assert settings.decay_at(low) <= settings.decay_at(high) < 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_the_decay_rises_from_its_start_and_stays_below_one(settings: CTSettings
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
-        CTSettings(**wrong)
+        CT(**wrong)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def test_the_levels_are_neighbours_drawn_uniformly(progress: float, count: int) 
 
 @pytest.mark.parametrize(("name", "distance"), [("l2", squared_l2), ("l1", l1)])
 def test_the_distance_is_the_settings(name: str, distance: Distance) -> None:
-    assert CT(CTSettings(distance=name)).distance is distance
+    assert CT(distance=name)._distance is distance
 
 
 def test_lpips_is_the_distance_between_the_images_of_the_pair() -> None:
@@ -155,8 +154,8 @@ def test_lpips_is_the_distance_between_the_images_of_the_pair() -> None:
         seen.append(sigma)
         return torch.zeros_like(noisy)
 
-    objective = CT(CTSettings(distance="lpips"), lpips=LPIPS(Mean()))
-    count = ct_level_count(0.1, objective.settings)
+    objective = CT(distance="lpips", lpips=LPIPS(Mean()))
+    count = objective.level_count(0.1)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     upper = [
         (low + (math.floor(u * (count - 1)) + 1) / (count - 1) * (high - low)) ** 7 for u in batch.uniform.tolist()

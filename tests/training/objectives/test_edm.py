@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmap_defense.backbones import NoiseRange
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives import EDM, Batch, EDMSettings
+from cmap_defense.training.objectives import EDM, Batch
 from cmap_defense.training.objectives.edm import edm_loss
 from toys import noise
 from training.gaussian import (
@@ -65,7 +65,7 @@ def test_levels_are_lognormal_and_the_noise_ranges_sigma_data_counts() -> None:
     def unused(noisy: Tensor, sigma: Tensor) -> Tensor:
         raise AssertionError("a denoiser has no target but the image")
 
-    found = EDM(EDMSettings(sigma_mean=-0.4, sigma_std=0.9)).losses(
+    found = EDM(sigma_mean=-0.4, sigma_std=0.9).losses(
         model, Batch(images, z, uniform, 0.5), NoiseRange(sigma_data=0.8), unused
     )
     expected = [math.exp(statistics.NormalDist(-0.4, 0.9).inv_cdf(u)) for u in uniform.tolist()]
@@ -77,12 +77,12 @@ def test_levels_are_lognormal_and_the_noise_ranges_sigma_data_counts() -> None:
 
 def test_it_trains_a_denoiser_without_a_running_average() -> None:
     assert EDM().kind == "denoiser"
-    assert EDM().target_decay(0.3) is None
-    assert EDM().settings == EDMSettings(sigma_mean=-1.2, sigma_std=1.2)
+    assert EDM().decay_at(0.3) is None
+    assert EDM() == EDM(sigma_mean=-1.2, sigma_std=1.2)
     assert NOISE.sigma_data == 0.5
 
 
 @pytest.mark.parametrize("wrong", [{"sigma_std": 0.0}, {"sigma_mean": math.inf}])
 def test_settings_out_of_range_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
-        EDMSettings(**wrong)
+        EDM(**wrong)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives import ICT, Batch, ICTSettings
-from cmap_defense.training.objectives.ict import ict_level_count, ict_loss
+from cmap_defense.training.objectives import ICT, Batch
+from cmap_defense.training.objectives.ict import ict_loss
 from toys import noise
 from training.gaussian import (
     NOISE,
@@ -25,7 +25,7 @@ from training.gaussian import (
 
 LAST = math.nextafter(1.0, 0.0)
 SCHEDULES = st.builds(
-    lambda start, more: ICTSettings(intervals_start=start, intervals_end=start + more),
+    lambda start, more: ICT(intervals_start=start, intervals_end=start + more),
     st.integers(1, 40),
     st.integers(0, 3000),
 )
@@ -35,25 +35,25 @@ SCHEDULES = st.builds(
 
 
 def test_the_number_of_levels_doubles_in_eight_equal_stages() -> None:
-    counts = [ict_level_count(k / 800, ICTSettings()) for k in range(800)]
+    counts = [ICT().level_count(k / 800) for k in range(800)]
     assert counts == [10 * 2**stage + 1 for stage in range(8) for _ in range(100)]
 
 
 @pytest.mark.parametrize(("start", "end", "counts"), [(3, 20, [4, 7, 13, 21]), (5, 5, [6]), (4, 9, [5, 9])])
 def test_the_last_stage_is_capped(start: int, end: int, counts: list[int]) -> None:
     """3, 6, 12, then 20 instead of 24; 4 and 8 never reach 9, since floor(9/4) = 2 leaves two stages."""
-    settings = ICTSettings(intervals_start=start, intervals_end=end)
-    found = [ict_level_count(k / 1000, settings) for k in range(1000)]
+    settings = ICT(intervals_start=start, intervals_end=end)
+    found = [settings.level_count(k / 1000) for k in range(1000)]
     assert sorted(set(found)) == counts
 
 
 @given(settings=SCHEDULES, first=st.floats(0, LAST), second=st.floats(0, LAST))
-def test_the_number_of_levels_rises_between_its_bounds(settings: ICTSettings, first: float, second: float) -> None:
+def test_the_number_of_levels_rises_between_its_bounds(settings: ICT, first: float, second: float) -> None:
     low, high = sorted((first, second))
     start, end = settings.intervals_start, settings.intervals_end
-    assert start + 1 <= ict_level_count(low, settings) <= ict_level_count(high, settings) <= end + 1
-    assert ict_level_count(0.0, settings) == start + 1
-    assert 2 * ict_level_count(LAST, settings) > end
+    assert start + 1 <= settings.level_count(low) <= settings.level_count(high) <= end + 1
+    assert settings.level_count(0.0) == start + 1
+    assert 2 * settings.level_count(LAST) > end
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_number_of_levels_rises_between_its_bounds(settings: ICTSettings, fi
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
-        ICTSettings(**wrong)
+        ICT(**wrong)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_the_whole_loss_by_its_formula() -> None:
 
 def test_the_target_is_the_model_itself() -> None:
     assert ICT().kind == "consistency"
-    assert all(ICT().target_decay(progress) is None for progress in (0.0, 0.4, LAST))
+    assert all(ICT().decay_at(progress) is None for progress in (0.0, 0.4, LAST))
 
 
 def test_the_levels_come_from_the_stage() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,40 +10,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.settings import Settings
-from cmap_defense.training.objectives import CD, OBJECTIVES, Batch, Objective
+from cmap_defense.training.objectives import OBJECTIVES, Batch, Objective
 from toys import noise
 from training.gaussian import NOISE, GaussianConsistency, GaussianDenoiser, drawn, gaussian_images
 
 NAMES = sorted(OBJECTIVES)
 
 
-def made(name: str) -> Objective:
-    objective, settings = OBJECTIVES[name]
-    more = {"teacher": GaussianDenoiser(), "teacher_name": "exact"} if objective is CD else {}
-    return objective(settings(), **more)
+def made(name: str, teacher: Any = None) -> Objective:
+    teaching = {"teacher": teacher or GaussianDenoiser(), "teacher_source": {"name": "exact"}}
+    return OBJECTIVES[name](**teaching if name == "cd" else {})
 
 
 def test_the_table_holds_every_objective() -> None:
     assert NAMES == ["cd", "ct", "ect", "edm", "ict"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_and_settings_go_together(name: str) -> None:
-    objective, settings = OBJECTIVES[name]
-    assert issubclass(objective, Objective)
-    assert issubclass(settings, Settings)
-    assert made(name).name == name
-    assert made(name).settings == settings()
-    assert made(name).kind == ("denoiser" if name == "edm" else "consistency")
+    assert {name: objective.kind for name, objective in OBJECTIVES.items()} == {
+        name: "denoiser" if name == "edm" else "consistency" for name in NAMES
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_description_is_json_and_holds_the_settings(name: str) -> None:
-    described = json.loads(json.dumps(made(name).describe()))
+    objective = made(name)
+    described = json.loads(json.dumps(objective.describe()))
     assert described.pop("name") == name
     assert described.pop("teacher", None) == ("exact" if name == "cd" else None)
-    assert OBJECTIVES[name][1].from_dict(described) == made(name).settings
+    assert described == objective.to_dict()
+    assert objective.replace(**described) == objective
+    assert objective.sources == ({"teacher": {"name": "exact"}} if name == "cd" else {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,10 +70,8 @@ def test_the_loss_of_a_float32_network_is_float32(name: str) -> None:
         assert noisy.dtype == sigma.dtype == torch.float32
         return noisy / (1 + sigma[:, None, None, None])
 
-    objective = made(name)
-    if isinstance(objective, CD):
-        objective = CD(objective.settings, teacher=model, teacher_name="toy")
-    assert objective.losses(model, drawn(gaussian_images(4, 1), 0.6, 1, 2), NOISE, model).dtype == torch.float32
+    losses = made(name, model).losses(model, drawn(gaussian_images(4, 1), 0.6, 1, 2), NOISE, model)
+    assert losses.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,10 +105,8 @@ def test_the_levels_lie_in_the_noise_range_and_the_targets_below(
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_model_is_trained(name: str) -> None:
     model, target, teacher = GaussianConsistency(0.1, 0.8), GaussianConsistency(0.2, 0.6), GaussianDenoiser()
-    objective = made(name)
-    if isinstance(objective, CD):
-        objective = CD(objective.settings, teacher=teacher, teacher_name="exact")
-    objective.losses(model, drawn(gaussian_images(4, 1), 0.6, 1, 2), NOISE, target).sum().backward()
+    losses = made(name, teacher).losses(model, drawn(gaussian_images(4, 1), 0.6, 1, 2), NOISE, target)
+    losses.sum().backward()
     for parameter in model.parameters():
         assert parameter.grad is not None
         assert math.isfinite(parameter.grad)
@@ -133,8 +124,6 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(name: str) -> None:
     def model(noisy: Tensor, sigma: Tensor) -> Tensor:
         return noisy.double() / (1 + sigma.double()[:, None, None, None])
 
-    objective = made(name)
-    if isinstance(objective, CD):
-        objective = CD(objective.settings, teacher=model, teacher_name="toy")
+    objective = made(name, model)
     expected = objective.losses(model, batch, NOISE, model)
     torch.testing.assert_close(objective.losses(model, there, NOISE, model).cpu(), expected, rtol=1e-4, atol=1e-7)

@@ -18,11 +18,11 @@ from cmap_defense.cli.commands.shared import (
     threads_option,
 )
 from cmap_defense.cli.grouped import Command, options_of
-from cmap_defense.training.settings import PRECISIONS, TrainSettings
+from cmap_defense.training.config import DEFAULT_IMAGES, PRECISIONS, TrainingConfig
 
 __all__ = ["Integers", "Pair", "train"]
 
-_LOOP = TrainSettings()
+_LOOP = TrainingConfig()
 
 RECORD = options_of("Record and weights")
 OBJECTIVE = options_of("Objective")
@@ -145,7 +145,7 @@ class Pair(click.ParamType):
 @TRAINING(
     "--images",
     type=click.IntRange(1),
-    show_default=f"{_LOOP.images}, or what --minutes allow",
+    show_default=f"{DEFAULT_IMAGES}, or what --minutes allow",
     help="Length of the training in images, counted with repetition.",
 )
 @TRAINING(
@@ -183,9 +183,8 @@ class Pair(click.ParamType):
 )
 @TRAINING(
     "--ema-half-life",
-    "ema_half_lives",
     type=Integers(),
-    default=",".join(map(str, _LOOP.ema_half_lives)),
+    default=",".join(map(str, _LOOP.ema_half_life)),
     show_default=True,
     help="Half-life of the averaged weights in images. Of several with commas the first one's average is the backbone.",
 )

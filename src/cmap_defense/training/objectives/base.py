@@ -1,34 +1,47 @@
-"""What an objective sees, and what it is: losses per image, a pure function of what the loop drew."""
+"""What an objective gets, and what it is: losses per image, a pure function of what the loop drew."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from cmap_defense.backbones.karras import NoiseRange
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
+from cmap_defense.settings import Settings
 
-__all__ = ["Batch", "Denoise", "Objective"]
+__all__ = ["MODELS", "Batch", "Denoise", "Model", "Objective", "consistency_pair", "noisy_images"]
+
+Model = ConsistencyBackbone | EDMDenoiser
+
+MODELS: dict[str, type[ConsistencyBackbone] | type[EDMDenoiser]] = {
+    "consistency": ConsistencyBackbone,
+    "denoiser": EDMDenoiser,
+}
+"""Kind of an objective -> what it trains."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""Noisy images [B, C, H, W] and noise levels sigma [B] to images [B, C, H, W]; classes, where there are any, are bound
-already."""
+"""Noisy images [B, C, H, W] and noise levels sigma [B] to images [B, C, H, W]; class labels, where there are any, are
+bound already."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """What one step has to work with; all of it on the network's device.
+    """The input of one step, on the network's device.
 
-    images: float32 [B, C, H, W] in [-1, 1]. z: [B, C, H, W], unit normal noise. uniform: float64 [B] in (0, 1), what
-    noise levels are drawn by, by inverting their distribution. progress: in [0, 1), the part of the training that is
-    done. labels: int64 [B], the classes of the images where the network is told them; None for another. Model and
-    target have them bound already.
+    Noise and numbers come from (seed, step) and belong to the image's place in the whole batch, so that they do not
+    depend on the number of processes.
 
-    Noise and numbers come from (seed, step) and belong to the image's place in the whole batch, so that it is no matter
-    how many processes share it.
+    Attributes:
+        images: float32 [B, C, H, W] in [-1, 1].
+        z: unit normal noise, [B, C, H, W].
+        uniform: float64 [B] in (0, 1); noise levels are drawn by inverting their distribution at them.
+        progress: finished part of the training, in [0, 1).
+        labels: int64 [B], the classes of the images; None for an unconditional network. Model and target have them
+            bound already.
     """
 
     images: Tensor
@@ -43,35 +56,74 @@ class Batch:
         return dataclasses.replace(self, **parts, labels=None if self.labels is None else self.labels[chosen])
 
 
-class Objective(abc.ABC):
-    """One training objective: its settings, and the loss per image.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(Settings, abc.ABC):
+    """Base of the training objectives: frozen settings, and the loss per image.
 
-    name: as in records and on the command line. kind: what the network is trained to be, "consistency" (f of Song et
-    al. 2023) or "denoiser" (the denoiser D of Karras et al. 2022), as in a backbone's record. settings: a frozen
-    :class:`~cmap_defense.settings.Settings` of its own.
+    Attributes:
+        name: name in records and on the command line.
+        kind: kind of the trained model: "consistency" (f of Song et al. 2023) or "denoiser" (D of Karras et al. 2022).
     """
 
     name: ClassVar[str]
     kind: ClassVar[str]
-    settings: Any
 
     @abc.abstractmethod
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
-        """Losses [B], float32 or wider.
+        """The losses of a batch.
 
         Args:
-            model: what is trained.
-            batch: what the loop drew for this step.
-            noise: the noise levels of the model.
-            target: what gives the values to come close to, called without gradients; the model itself, or its running
-                average where :meth:`target_decay` gives a number.
+            model: the trained model.
+            batch: images, noise and numbers of this step.
+            noise: noise levels of the model.
+            target: gives the values to come close to, called without gradients: the model itself, or its running
+                average where :meth:`decay_at` gives a number.
+
+        Returns:
+            [B], float32 or wider.
         """
 
-    def target_decay(self, progress: float) -> float | None:
-        """The decay mu of the target's running average after the step at ``progress``: target <- mu target +
-        (1 - mu) model. None where the target is the model itself."""
+    def decay_at(self, progress: float) -> float | None:
+        """Decay mu of the target's running average, target <- mu target + (1 - mu) model.
+
+        Args:
+            progress: finished part of the training before the step, in [0, 1).
+
+        Returns:
+            mu, or None where the target is the model itself.
+        """
         return None
+
+    @property
+    def sources(self) -> Mapping[str, Mapping[str, Any]]:
+        """Other models that the losses depend on: role, such as "teacher", -> name and checksum, for records."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Name and settings as JSON, for records and checkpoints."""
-        return {"name": self.name, **self.settings.to_dict()}
+        return {"name": self.name, **self.to_dict()}
+
+
+def noisy_images(images: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    """x + sigma z, for images and noise [B, C, H, W] and sigma [B]."""
+    return images + sigma[:, None, None, None] * z
+
+
+def consistency_pair(
+    model: Denoise, target: Denoise, noisy: Tensor, t: Tensor, less_noisy: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f(noisy, t) and f^-(less_noisy, r), [B, C, H, W] each, without a gradient through the second.
+
+    Both have the same dropout masks (arXiv 2310.14189, section 3.1): torch's generators, from which the masks are
+    drawn, start the second call in the state in which they started the first. Afterwards they are where the first left
+    them.
+    """
+    cuda = [noisy.device] if noisy.device.type == "cuda" else []
+    cpu_state, cuda_states = torch.random.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
+    ahead = model(noisy, t)
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        torch.random.set_rng_state(cpu_state)
+        for device, state in zip(cuda, cuda_states, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        behind = target(less_noisy, r)
+    return ahead, behind

@@ -4,101 +4,90 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_choice, require_integer, require_number
-from cmap_defense.training.objectives.base import Batch, Denoise, Objective
+from cmap_defense.settings import setting
+from cmap_defense.training.objectives.base import Batch, Denoise, Objective, consistency_pair, noisy_images
 from cmap_defense.training.objectives.distances import Distance, distance_named
 from cmap_defense.training.objectives.levels import adjacent_levels, uniform_index
-from cmap_defense.training.objectives.pairs import consistency_pair, noisy_images
 
-__all__ = ["CD", "CDSettings", "cd_loss", "heun_step"]
+__all__ = ["CD", "cd_loss", "heun_step"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CDSettings(Settings):
+class CD(Objective):
     """Consistency distillation; the defaults are the paper's for CIFAR-10 but for the distance.
 
-    levels: N, the number of Karras levels. rho: theirs (arXiv 2206.00364, eq. 5).
-    distance: "l2", squared; "l1"; "pseudo-huber"; or "lpips", which needs the extra ``[train]`` and the weights of
-    VGG16.
-    huber: c of the Pseudo-Huber distance between whole images; None for 0.00054 sqrt(C H W).
-    target_decay: mu of the target's running average, below 1; None for the model itself as target, which is mu = 0.
+    Pairs of neighbours along the trajectories of a teacher, which takes one Heun step from the upper to the lower.
 
     The paper's constants (Table 3 there), all with LPIPS: CIFAR-10 N 18, mu 0, batch 512, learning rate 4e-4; ImageNet
     64 x 64 N 40, mu 0.95, batch 2048, learning rate 8e-6.
-    """
 
-    levels: int = 18
-    rho: float = 7.0
-    distance: str = "l2"
-    huber: float | None = None
-    target_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        require_integer("CDSettings", "levels", self.levels, minimum=2)
-        require_number("CDSettings", "rho", self.rho, above=0.0)
-        require_choice("CDSettings", "distance", self.distance, ("l2", "l1", "pseudo-huber", "lpips"))
-        if self.huber is not None:
-            require_number("CDSettings", "huber", self.huber, above=0.0)
-            if self.distance != "pseudo-huber":
-                raise SettingsError(
-                    f"CDSettings.huber belongs to the distance 'pseudo-huber', but the distance is {self.distance!r}."
-                )
-        if self.target_decay is not None:
-            require_number("CDSettings", "target_decay", self.target_decay, minimum=0.0, below=1.0)
-
-
-class CD(Objective):
-    """Pairs of neighbours along the trajectories of a teacher, which takes one Heun step from the upper to the lower.
-
-    Args:
-        settings: None for the defaults.
-        teacher: the denoiser D of Karras et al. 2022 (``EDMDenoiser.denoise``), in eval mode, on the device of what is
-            trained; called without gradients.
-        teacher_name: as in records and checkpoints.
-        class_conditional: whether the teacher is told the classes, as ``class_labels``; what is trained must be told
-            them too.
-        lpips: what the distance "lpips" is; None for LPIPS with the published network.
+    Attributes:
+        levels: N, the number of Karras levels.
+        rho: their exponent (arXiv 2206.00364, eq. 5).
+        distance: "l2" (squared), "l1", "pseudo-huber", or "lpips", which needs the extra ``[train]`` and the weights
+            of VGG16.
+        huber: c of the Pseudo-Huber distance between whole images; None for 0.00054 sqrt(C H W).
+        target_decay: mu of the target's running average, below 1; None for the model itself as target (mu = 0).
+        teacher: the denoiser D of Karras et al. 2022 (``EDMDenoiser.denoise``), in eval mode, on the device of the
+            trained model; called without gradients. It and the following are no settings.
+        teacher_source: for records and checkpoints: "name", and "kind" and "weights_sha256" where they are known.
+        class_conditional: whether the teacher takes ``class_labels``; the trained model must be class-conditional too.
+        lpips: the distance "lpips"; None for LPIPS with the published network.
 
     Raises:
         MissingExtraError, BackboneFileError: LPIPS cannot be made.
     """
 
-    name = "cd"
-    kind = "consistency"
+    name: ClassVar[str] = "cd"
+    kind: ClassVar[str] = "consistency"
 
-    def __init__(
-        self,
-        settings: CDSettings | None = None,
-        *,
-        teacher: Callable[..., Tensor],
-        teacher_name: str,
-        class_conditional: bool = False,
-        lpips: Distance | None = None,
-    ) -> None:
-        self.settings = settings or CDSettings()
-        self.teacher, self.teacher_name, self.class_conditional = teacher, teacher_name, class_conditional
-        self.distance = distance_named(self.settings.distance, huber=self.settings.huber, lpips=lpips)
+    levels: int = setting(18, minimum=2)
+    rho: float = setting(7.0, above=0.0)
+    distance: str = setting("l2", choices=("l2", "l1", "pseudo-huber", "lpips"))
+    huber: float | None = setting(None, above=0.0)
+    target_decay: float | None = setting(None, minimum=0.0, below=1.0)
+    teacher: Callable[..., Tensor] = dataclasses.field(repr=False, compare=False)
+    teacher_source: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
+    class_conditional: bool = dataclasses.field(default=False, repr=False, compare=False)
+    lpips: Distance | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.huber is not None and self.distance != "pseudo-huber":
+            raise SettingsError(
+                f"CD.huber belongs to the distance 'pseudo-huber', but the distance is {self.distance!r}."
+            )
+        assert callable(self._distance)  # or it would fail at the first step
+
+    @functools.cached_property
+    def _distance(self) -> Distance:
+        return distance_named(self.distance, huber=self.huber, lpips=self.lpips)
 
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
-        s = self.settings
-        t, r = adjacent_levels(uniform_index(batch.uniform, s.levels - 1), s.levels, noise, s.rho)
-        told = {"class_labels": batch.labels} if self.class_conditional else {}
-        teacher = functools.partial(self.teacher, **told)
-        return cd_loss(model, target, teacher, batch.images, batch.z, t, r, distance=self.distance)
+        index = uniform_index(batch.uniform, self.levels - 1)
+        t, r = adjacent_levels(index, self.levels, noise, self.rho)
+        teacher = self.teacher
+        if self.class_conditional:
+            teacher = functools.partial(teacher, class_labels=batch.labels)
+        return cd_loss(model, target, teacher, batch.images, batch.z, t, r, distance=self._distance)
 
-    def target_decay(self, progress: float) -> float | None:
-        return self.settings.target_decay
+    def decay_at(self, progress: float) -> float | None:
+        return self.target_decay
+
+    @property
+    def sources(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"teacher": self.teacher_source}
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "teacher": self.teacher_name}
+        return {**super().describe(), "teacher": self.teacher_source["name"]}
 
 
 def cd_loss(
@@ -112,10 +101,17 @@ def cd_loss(
     *,
     distance: Distance,
 ) -> Tensor:
-    """d(f(x_t, t), f^-(x'_r, r)) per image, [B], with lambda = 1 and no gradient through the second; arXiv 2303.01469,
-    eq. 7. x_t = x + t z, and x'_r is the teacher's Heun step from there to r (eq. 6).
+    """d(f(x_t, t), f^-(x'_r, r)) per image, [B]; arXiv 2303.01469, eq. 7, with lambda = 1.
 
-    images, z: [B, C, H, W]. t, r: [B], t_n+1 and t_n.
+    Args:
+        model: f, at x_t = x + t z.
+        target: f^-, at x'_r, without a gradient.
+        teacher: the denoiser whose Heun step goes from x_t to x'_r (eq. 6).
+        images: clean images x, [B, C, H, W].
+        z: unit normal noise, [B, C, H, W].
+        t: t_n+1, [B].
+        r: t_n, [B].
+        distance: d.
     """
     noisy = noisy_images(images, z, t)
     with torch.no_grad():
@@ -124,10 +120,16 @@ def cd_loss(
 
 
 def heun_step(denoise: Denoise, noisy: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """x_r [B, C, H, W] of the probability flow dx/dt = (x - D(x, t)) / t through ``noisy``, by one step of Heun's
-    second-order method; arXiv 2206.00364, Algorithm 1.
+    """One step of Heun's method along the flow dx/dt = (x - D(x, t)) / t; arXiv 2206.00364, Algorithm 1.
 
-    noisy: x_t, [B, C, H, W]. t, r: [B], above 0; r is below t when images are made.
+    Args:
+        denoise: the denoiser D.
+        noisy: x_t, [B, C, H, W].
+        t: noise levels of x_t, [B], above 0.
+        r: noise levels to go to, [B], above 0; below t when images are made.
+
+    Returns:
+        x_r, [B, C, H, W].
     """
     level = (slice(None), None, None, None)
     step = (r - t)[level]

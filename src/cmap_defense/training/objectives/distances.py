@@ -1,6 +1,6 @@
-"""How far two images are apart, for losses: one number per image.
+"""Distances between images, for losses: one number per image.
 
-Sums over all elements, not means, as the papers write their norms; LPIPS is what it is.
+Norms are sums over all elements, not means, as in the papers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.backbones.weights import sha256_of
-from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, UnknownNameError
+from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, SettingsError, UnknownNameError
 from cmap_defense.modules import building, device_of, dtype_of
 from cmap_defense.paths import hub_folder
 from cmap_defense.settings import near_matches
@@ -47,7 +47,10 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     """sqrt(||a - b||^2 + c^2) - c over all but the first axis, [B]; arXiv 2310.14189, eq. 8.
 
-    c: above 0; None for 0.00054 sqrt(d), d being the number of an image's elements (section 3.3 there).
+    Args:
+        a: images [B, C, H, W].
+        b: images [B, C, H, W].
+        c: above 0; None for 0.00054 sqrt(C H W) (section 3.3).
     """
     corner = 0.00054 * a[0].numel() ** 0.5 if c is None else c
     square = squared_l2(a, b)
@@ -58,14 +61,16 @@ def distance_named(name: str, *, huber: float | None = None, lpips: Distance | N
     """A distance by its name in settings.
 
     Args:
-        name: "l2", :func:`squared_l2`; "l1"; "pseudo-huber"; or "lpips".
+        name: "l2" (squared), "l1", "pseudo-huber" or "lpips".
         huber: c of :func:`pseudo_huber`.
-        lpips: what "lpips" is; None for :class:`LPIPS` with the published network.
+        lpips: the distance "lpips"; None for :class:`LPIPS` with the published network.
 
     Raises:
         UnknownNameError: another name.
         MissingExtraError, BackboneFileError: :class:`LPIPS` cannot be made.
     """
+    if lpips is not None and not callable(lpips):
+        raise SettingsError(f"The distance lpips must be a function of two batches of images, but is {lpips!r}.")
     if name == "lpips":
         return LPIPS() if lpips is None else lpips
     huber_distance = functools.partial(pseudo_huber, c=huber)
@@ -83,18 +88,18 @@ class LPIPS:
         d(a, b) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw^l(a) - y_hw^l(b)) ||^2
 
     with y^l the activations of layer l, normalised along their channels. Images are prepared as for the published
-    consistency models: those below 256 pixels are enlarged to 224 x 224 bilinearly; besides, grey ones are repeated
-    to three channels. Their code has average pooling in the VGG network where this one has max pooling, as Zhang et
-    al. have.
+    consistency models: those below 256 pixels are enlarged bilinearly to 224 x 224. Grey images are repeated to three
+    channels. The VGG network has max pooling, as in Zhang et al.; the code of the consistency models has average
+    pooling.
 
     Args:
-        network: two batches [B, 3, H, W] in [-1, 1] to distances, B numbers of any shape. It is put into eval mode, its
-            weights are set to need no gradient, and it follows the images to their device. None:
+        network: two batches [B, 3, H, W] in [-1, 1] to distances, B numbers of any shape. It is put into eval mode,
+            its weights need no gradient, and it is moved to the device of the images. None:
             :func:`published_lpips`.
 
     Raises:
         MissingExtraError, BackboneFileError: as :func:`published_lpips` does.
-        InputValueError: (when called) the images have neither 1 nor 3 channels.
+        InputValueError: when called with images of neither 1 nor 3 channels.
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:

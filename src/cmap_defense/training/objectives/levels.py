@@ -14,34 +14,57 @@ __all__ = ["adjacent_levels", "lognormal_index", "lognormal_levels", "uniform_in
 
 
 def lognormal_levels(uniform: Tensor, mean: float, std: float, noise: NoiseRange) -> Tensor:
-    """[B] levels sigma in float32 with ln sigma ~ N(mean, std^2) (arXiv 2206.00364, Table 1), a little above sigma_min
-    and sigma_max at most. uniform: [B] in (0, 1)."""
+    """Levels sigma with ln sigma ~ N(mean, std^2), clamped to the noise range (arXiv 2206.00364, Table 1).
+
+    Args:
+        uniform: uniform numbers in (0, 1), [B].
+        mean: of ln sigma.
+        std: of ln sigma.
+        noise: the noise range.
+
+    Returns:
+        [B] in float32, slightly above sigma_min and at most sigma_max.
+    """
     log_sigma = mean + std * torch.special.ndtri(uniform.double())
     return log_sigma.exp().clamp(noise.sigma_min * (1 + 1e-3), noise.sigma_max).float()
 
 
 def uniform_index(uniform: Tensor, count: int) -> Tensor:
-    """[B] integers from 0 to count - 1, all equally likely. uniform: [B] in (0, 1)."""
+    """[B] integers from 0 to count - 1, all equally likely, from uniform numbers [B] in (0, 1)."""
     return (uniform.double() * count).long().clamp_max(count - 1)
 
 
 def lognormal_index(uniform: Tensor, count: int, noise: NoiseRange, *, rho: float, mean: float, std: float) -> Tensor:
-    """[B] integers i from 0 to count - 2, drawn as ln sigma ~ N(mean, std^2) falls between the logarithms of levels i
-    and i + 1 of ``count`` Karras levels, given that it falls between the first and the last (arXiv 2310.14189, Table
-    1):
+    """Intervals i between Karras levels, as likely as ln sigma ~ N(mean, std^2) is in them (arXiv 2310.14189, Table 1):
 
     p(i) ~ erf((ln sigma_i+1 - mean) / (sqrt 2 std)) - erf((ln sigma_i - mean) / (sqrt 2 std)).
 
-    uniform: [B] in (0, 1). count: two at least. Raises SettingsError when no level has any probability.
+    Args:
+        uniform: uniform numbers in (0, 1), [B].
+        count: number of levels, at least 2.
+        noise: the noise range.
+        rho: exponent of the levels.
+        mean: of ln sigma.
+        std: of ln sigma.
+
+    Returns:
+        [B] integers from 0 to count - 2.
+
+    Raises:
+        SettingsError: no interval has any probability.
     """
     reached = _reached(count, noise, rho, mean, std, uniform.device)
     return torch.searchsorted(reached, uniform.double().contiguous(), right=True)
 
 
 def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) -> tuple[Tensor, Tensor]:
-    """t_n+1 and t_n, each [B] in float32, of ``count`` Karras levels t_1 = sigma_min .. t_count = sigma_max.
+    """t_n+1 and t_n, each [B] in float32, of ``count`` Karras levels t_1 = sigma_min to t_count = sigma_max.
 
-    index: [B] integers n - 1, from 0 to count - 2.
+    Args:
+        index: n - 1, integers [B] from 0 to count - 2.
+        count: number of levels.
+        noise: the noise range.
+        rho: exponent of the levels.
     """
     levels = _levels(count, noise, rho, index.device)
     return levels[index + 1], levels[index]
@@ -49,13 +72,13 @@ def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) ->
 
 @functools.lru_cache(maxsize=8)
 def _levels(count: int, noise: NoiseRange, rho: float, device: torch.device) -> Tensor:
-    """Kept, so that not every step waits for a copy to the device."""
+    """Cached, so that not every step waits for a copy to the device."""
     return torch.tensor(karras_levels(count, noise, rho=rho), dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=8)
 def _reached(count: int, noise: NoiseRange, rho: float, mean: float, std: float, device: torch.device) -> Tensor:
-    """Probability of the intervals below each inner level, float64, kept as the levels are."""
+    """Probability of the intervals below each inner level, float64, cached as the levels are."""
     levels = karras_levels(count, noise, rho=rho)
     below = torch.erf((torch.tensor(levels, dtype=torch.float64).log() - mean) / (2**0.5 * std))
     if not below[-1] > below[0]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone
-from cmap_defense.training.objectives.pairs import consistency_pair, noisy_images
+from cmap_defense.training.objectives.base import consistency_pair, noisy_images
 from toys import noise
 
 T, R = torch.tensor([2.0, 0.5, 11.0]), torch.tensor([1.5, 0.002, 7.0])

@@ -1,4 +1,4 @@
-"""Networks by name, and the weights that a training starts from.
+"""Networks by name, with fresh weights.
 
 "compact" is this project's U-Net, "ncsnpp" that of the published CIFAR-10 models (arXiv 2303.01469, appendix C),
 "imagenet64" that of the published ImageNet-64 models (the same appendix; Dhariwal and Nichol 2021, arXiv 2105.05233),
@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from cmap_defense.backbones.diffusers import fresh_unet
+from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of, fresh_unet
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.files import refuse_other_settings
 from cmap_defense.errors import SettingsError, UnknownNameError
 from cmap_defense.modules import building
 from cmap_defense.settings import Settings, near_matches, require_integer, require_number
 
-__all__ = ["NETWORKS", "PRESETS", "Network", "UNet64Config"]
+__all__ = ["NETWORKS", "PRESETS", "Network", "UNet64Config", "refuse_other_network"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -48,10 +49,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class UNet64Config(Settings):
     """The U-Net of the published ImageNet-64 models; the defaults are theirs.
 
-    image_shape: (C, H, W), H and W multiples of 2^(levels - 1). channels: width of each level, finest first.
-    blocks: residual blocks per level on the way down (one more on the way up).
-    attention: for each level, whether its blocks are followed by self-attention. head_channels: of one attention head.
-    groups: of the group normalisations. dropout: in the blocks. num_classes: None for an unconditional network.
+    Attributes:
+        image_shape: (C, H, W), H and W multiples of 2^(levels - 1).
+        channels: width of each level, finest first.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        attention: for each level, whether self-attention follows its blocks.
+        head_channels: channels of one attention head.
+        groups: groups of the group normalisations.
+        dropout: probability of dropout in the blocks.
+        num_classes: number of classes; None for an unconditional network.
     """
 
     image_shape: tuple[int, int, int] = (3, 64, 64)
@@ -155,8 +161,11 @@ NETWORKS = tuple(_KINDS)
 class Network:
     """A network that is yet to be built.
 
-    name: one of :data:`NETWORKS`. config: its settings. image_shape: (C, H, W) of its images. num_classes: of a
-    class-conditional one.
+    Attributes:
+        name: one of :data:`NETWORKS`.
+        config: its settings.
+        image_shape: (C, H, W) of its images.
+        num_classes: number of classes; None for an unconditional network.
     """
 
     name: str
@@ -179,7 +188,7 @@ class Network:
             name: one of :data:`NETWORKS`.
             image_shape: (C, H, W).
             changes: to the defaults of its configuration, such as one of :data:`PRESETS`.
-            num_classes: for a class-conditional one.
+            num_classes: number of classes; None for an unconditional network.
 
         Raises:
             UnknownNameError: there is no such network.
@@ -201,8 +210,10 @@ class Network:
         return {field: value for field, value in self.config.to_dict().items() if field not in decided}
 
     def build(self, device: str = "cpu") -> nn.Module:
-        """F with fresh weights, float32, on the CPU, in the state that torch's global generator is in; or, on the
-        device "meta", without any.
+        """The network F in float32, with fresh weights drawn from torch's global generator, whose state is restored.
+
+        Args:
+            device: "cpu", or "meta" for a network without values.
 
         Raises:
             MissingExtraError: it needs the diffusers library.
@@ -213,3 +224,35 @@ class Network:
     def describe(self) -> dict[str, Any]:
         """Name and configuration as JSON, for records and checkpoints."""
         return {"name": self.name, **self.config.to_dict()}
+
+
+def refuse_other_network(network: nn.Module, other: nn.Module) -> None:
+    """Check that a network can take the weights of another one; their dropout may differ.
+
+    Args:
+        network: to receive the weights; it may be on the device "meta".
+        other: the network with the weights.
+
+    Raises:
+        SettingsError: their architectures differ; the message says in what.
+    """
+    before, now = _architecture(other), _architecture(network)
+    if before["network"] != now["network"]:  # whose settings have other names
+        before, now = ({"network": found["network"]} for found in (before, now))
+    refuse_other_settings(
+        before,
+        now,
+        SettingsError,
+        what="The weights to start from are those of another network",
+        remedy="Give the network the same settings.",
+    )
+
+
+def _architecture(network: nn.Module) -> dict[str, Any]:
+    """Class and configuration of a network, without what acts in training alone."""
+    if isinstance(network, PipelineUNet):
+        config = {name: value for name, value in configuration_of(network).items() if not name.startswith("_")}
+    else:
+        settings: Any = network.config
+        config = settings.to_dict()
+    return {"network": type(network).__name__} | {name: value for name, value in config.items() if name != "dropout"}

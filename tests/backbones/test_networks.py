@@ -15,9 +15,9 @@ from cmap_defense.backbones import ConsistencyBackbone
 from cmap_defense.backbones.diffusers import DiffusersUNet, configuration_of
 from cmap_defense.backbones.folder import read_backbone, write_backbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
+from cmap_defense.backbones.networks import NETWORKS, PRESETS, Network, UNet64Config
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.errors import SettingsError, UnknownNameError
-from cmap_defense.training.networks import NETWORKS, PRESETS, Network, UNet64Config
 from goldens import FOLDER
 from toys import noise
 
