@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.attacks.oracle import JUDGE, RESTART
+from cmap_defense.attacks.oracle import REEVALUATION, RESTART
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.evaluation.protocol import prediction_seeds, run_indices
@@ -94,7 +94,7 @@ def test_no_two_predictions_share_their_noise() -> None:
     found = torch.stack([prediction_seeds(indices, number) for number in range(30)])
     assert found.unique().numel() == found.numel() == 30 * 120
     bases = [derived_seeds(indices, seed) for seed in (0, 1, 0xA45)]
-    streams = [derived_seeds(base, stream) for base in bases for stream in (JUDGE, RESTART, RESTART + 1)]
+    streams = [derived_seeds(base, stream) for base in bases for stream in (REEVALUATION, RESTART, RESTART + 1)]
     searches = torch.stack([derived_seeds(stream, evaluation) for stream in streams for evaluation in range(30)])
     assert not torch.isin(searches, found).any()
 
