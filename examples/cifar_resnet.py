@@ -2,7 +2,7 @@
 
     cmap-defense quality --backbone cifar10-cd --data cifar10 --out runs/quality \\
         --classifier cifar_resnet.py:unit_resnet20 --weights cifar10_resnet20.safetensors \\
-        --and resnet56=cifar_resnet.py:unit_resnet56@cifar10_resnet56.safetensors
+        --other resnet56=cifar_resnet.py:unit_resnet56@cifar10_resnet56.safetensors
 
 Names of the tensors: conv1, bn1, layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}, linear. Where the shape changes, the shortcut
 drops every second row and column and pads with zero channels ("option A"), so it has no weights.

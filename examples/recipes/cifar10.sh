@@ -27,7 +27,7 @@ case $part in
     here=$(dirname "$0")/..
     cmap-defense quality --backbone "$out/model/backbone" --data cifar10 -n 512 --record --device "$device" \
       --classifier "$here/cifar_resnet.py:unit_resnet56" --weights "${RESNET56:?a safetensors file}" \
-      --and "resnet20=$here/cifar_resnet.py:unit_resnet20@${RESNET20:?a safetensors file}" --out "$out/quality" "$@" ;;
+      --other "resnet20=$here/cifar_resnet.py:unit_resnet20@${RESNET20:?a safetensors file}" --out "$out/quality" "$@" ;;
   pack)
     rm -f "$out".part-*
     set -o pipefail

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_choice, require_number
+from cmap_defense.settings import Settings, require_number, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,17 +37,18 @@ class ThreatModel(Settings):
         norm: "linf" (largest absolute difference) or "l2" (Euclidean norm over C x H x W).
         eps: the distance, 0 at least, in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", and for
             "l2" at most sqrt(C H W) of the images attacked.
+
+    Raises:
+        SettingsError: a value is out of its range.
     """
 
-    norm: str = "linf"
-    eps: float = 8 / 255
+    norm: str = setting("linf", "Norm that bounds the perturbation.", choices=("linf", "l2"))
+    eps: float = setting(8 / 255, "Largest perturbation, for images in [0, 1]: 8/255, not 8.", minimum=0)
 
     def __post_init__(self) -> None:
-        require_choice("ThreatModel", "norm", self.norm, ("linf", "l2"))
+        super().__post_init__()
         if self.norm == "linf":
             require_linf_size("ThreatModel", "eps", self.eps)
-        else:
-            require_number("ThreatModel", "eps", self.eps, minimum=0.0)
 
     def largest_eps(self, image_shape: Sequence[int]) -> float:
         """The eps that allows every image of this shape (C, H, W)."""

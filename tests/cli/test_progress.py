@@ -27,7 +27,7 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def no_lines() -> None:
+def no_progress_lines() -> None:
     """Here there are lines."""
 
 
@@ -108,8 +108,30 @@ def test_without_a_standard_error_nothing_is_written(monkeypatch: pytest.MonkeyP
         progress.step()
 
 
+class Terminal(io.StringIO):
+    """A stream that is shown to a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_progress_bar_that_is_removed(clock: Clock) -> None:
+    terminal = Terminal()
+    with Progress(4, "training", stream=terminal, clock=clock) as progress:
+        progress.step("first part")
+        progress.at(2, remark="loss=0.5")
+        progress.step("second part")
+    shown = terminal.getvalue()
+    assert "first part:   0%|" in shown
+    assert "second part:  50%|" in shown
+    assert "2/4" in shown
+    assert "loss=0.5" in shown
+    assert "\n" not in shown
+    assert shown.endswith("\r")
+
+
 MODEL = ["-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", "2"]
-SMALL = ["--latents", "1", "--iterations", "2", "-o", "out"]
+SMALL = ["--n-latents", "1", "--iterations", "2", "-o", "out"]
 ATTACKED = ["--only", "transfer", "--steps", "1", "--predictions", "1", "--reevaluations", "1"]
 TINY_NETWORK = ["--batch-size", "8", "--channels", "8,8", "--blocks", "1", "--attention", "none"]
 COMMANDS = {
@@ -117,7 +139,7 @@ COMMANDS = {
     "purify": ["image.png", "-b", "fashion-mnist-ct", *SMALL],
     "evaluate": [*MODEL, *ATTACKED, "--sanity-images", "0", "--no-search-on-clean", *SMALL],
     "study": ["vote", *MODEL, *ATTACKED, *SMALL],
-    "analyse": ["-n", "2", "--reference", "2", "--levels", "1", "--steps", "1", *SMALL],
+    "detect": ["-n", "2", "--reference", "2", "--levels", "1", "--steps", "1", *SMALL],
     "quality": [*MODEL, "--samples", "2", *SMALL],
     "train": ["--data", "data.npz", "--images", "16", *TINY_NETWORK, "-o", "out"],
 }

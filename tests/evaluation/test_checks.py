@@ -357,7 +357,7 @@ def test_something_is_left_although_every_image_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("eot", "shown"), [(1, "cosine 0.100 +- 0.058 between two averages of 1"), (3, "0.200"), (4, "of 4"), (9, "of 4")]
+    ("eot", "shown"), [(1, "cosine 0.100 ± 0.058 between two averages of 1"), (3, "0.200"), (4, "of 4"), (9, "of 4")]
 )
 def test_the_direction_is_that_of_averages_of_the_attacks_size(eot: int, shown: str) -> None:
     attacks = ATTACKS | {"pgd": dataclasses.replace(REPEATED, eot=eot)}

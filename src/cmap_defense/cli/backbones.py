@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,6 @@ from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.errors import SettingsError
-
-__all__ = [
-    "convert_checkpoint",
-    "list_backbones",
-    "pull_backbone",
-    "push_folder",
-    "show_backbone",
-    "verify_and_show",
-]
 
 
 def list_backbones(*, as_json: bool) -> None:
@@ -79,46 +71,34 @@ def pull_backbone(backbone: str, *, force: bool, as_json: bool) -> None:
     click.echo(f"{backbone} is in {folder} ({size / 2**20:,.1f} MiB of weights).")
 
 
-def convert_checkpoint(
-    *,
-    checkpoint: Path,
-    out: Path,
-    format_: str,
-    name: str | None,
-    description: str,
-    licence: str,
-    dtype: str,
-    kind: str,
-    params: str,
-    overrides: tuple[str, ...],
-    image_size: int | None,
-    head_channels: int,
-    as_json: bool,
-) -> None:
-    """Carry out the command backbones convert; the arguments are its own."""
-    source: dict[str, Any] = {"file": checkpoint.name, "converter": format_}
-    if format_ == "jcm":
+def convert_checkpoint(options: dict[str, Any]) -> None:
+    """Carry out the command backbones convert with its options."""
+    checkpoint, out, image_size = options["checkpoint"], options["out"], options["image_size"]
+    source: dict[str, Any] = {"file": checkpoint.name, "converter": options["format_"]}
+    if options["format_"] == "jcm":
         if image_size is not None:
             raise click.BadParameter("goes with --from openai; say --config image_size=N.", param_hint="--image-size")
-        model: KarrasModel = convert_jcm(checkpoint, _config(overrides), params)
-        source["params"] = params
+        model: KarrasModel = convert_jcm(checkpoint, _config(options["config"]), options["params"])
+        source["params"] = options["params"]
     else:
-        if overrides:
-            raise click.BadParameter("the architecture of --from openai is read off the file.", param_hint="--config")
-        model = convert_openai(checkpoint, image_size=image_size, head_channels=head_channels)
-    if kind == "denoiser":
+        if options["config"]:
+            raise click.BadParameter(
+                "the architecture of --from openai is read off the file: leave the option out.", param_hint="--config"
+            )
+        model = convert_openai(checkpoint, image_size=image_size, head_channels=options["head_channels"])
+    if options["kind"] == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise, model.num_classes)
     source |= {"size": checkpoint.stat().st_size, "sha256": sha256_of(checkpoint)}
     record = write_backbone(
         model,
         out,
-        dtype=DTYPES[dtype],
-        name=name or out.absolute().name,
-        description=description,
-        licence=licence,
+        dtype=DTYPES[options["weights"]],
+        name=options["name"] or out.absolute().name,
+        description=options["description"],
+        licence=options["licence"],
         source=source,
     )
-    if as_json:
+    if options["as_json"]:
         print_json(record.to_dict() | {"folder": str(out)})
         return
     click.echo(f"Wrote {out / record.weights_file} and {out / RECORD_FILE}. Load it with load_backbone({str(out)!r}).")
@@ -145,29 +125,16 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, message: str, as_j
     click.echo(f"Pushed. Load it with load_backbone({pushed!r}).")
 
 
-def _config(overrides: tuple[str, ...]) -> NCSNppConfig:
-    """The CIFAR-10 architecture with changes; a value is a number, a truth value or a comma-separated list."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{override!r} is not NAME=VALUE.", param_hint="--config")
-        try:
-            changes[name] = _value(value, listed=isinstance(getattr(NCSNppConfig(), name, None), tuple))
-        except ValueError as error:
-            raise click.BadParameter(f"{override!r}: {error}", param_hint="--config") from error
+def _config(changes: Iterable[tuple[str, Any]]) -> NCSNppConfig:
+    """The CIFAR-10 architecture with changes."""
+    default = NCSNppConfig()
+    listed = {name for name, value in default.to_dict().items() if isinstance(value, list)}
+    values = {name: [value] if name in listed and isinstance(value, int | float) else value for name, value in changes}
+    values |= {name: [] for name, value in values.items() if name in listed and value == ""}
     try:
-        return NCSNppConfig().replace(**changes)
+        return default.replace(**values)
     except SettingsError as error:
         raise click.BadParameter(str(error), param_hint="--config") from error
-
-
-def _value(text: str, *, listed: bool) -> Any:
-    if listed:
-        return tuple(_value(part, listed=False) for part in text.split(",") if part)
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _show(name: str, value: object, *, indent: int) -> None:

@@ -4,133 +4,113 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from PIL import Image
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.figures import BLUE, NEAREST, ORANGE, Curve, chart_row, image_sheet
-from cmap_defense.cli.output import print_json, print_table, using_threads
+from cmap_defense.cli.build import purifier_of, threat_of, using_threads
+from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.pictures import NEAREST, image_sheet, write_line_charts
 from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.evaluation.demo import Demonstration, demonstrate, over_margin
 
-__all__ = ["run_demo"]
-
+BACKBONE = "fashion-mnist-ct"
 NOTE = "the attacker did not know the defence"
 SHOWN = 6
 
 
-def run_demo(
-    *,
-    images: int,
-    eps: float,
-    steps: int,
-    latents: int | None,
-    iterations: int | None,
-    seed: int,
-    threads: int | None,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Carry out the command; the arguments are its options."""
+def run_demo(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
     start = time.perf_counter()
+    count, steps, seed, out = (options[name] for name in ("images", "steps", "seed", "out"))
+    eps = threat_of(options, zero=True).eps
     classifier = load_classifier()
-    defended = PurifiedClassifier(classifier, backbone="fashion-mnist-ct")
-    changes = {"n_latents": latents, "iterations": iterations}
-    settings = defended.settings.replace(**{name: value for name, value in changes.items() if value is not None})
-    defended = PurifiedClassifier(classifier, defended.backbone, settings=settings)
-    test_images, labels = load_test_images()
-    with using_threads(threads), Progress(3 * settings.iterations, "demo") as progress:
-        shown = demonstrate(
+    defended = PurifiedClassifier(classifier, BACKBONE)
+    purifier = purifier_of(options, defended.settings.to_dict())
+    defended = PurifiedClassifier(classifier, defended.backbone, purifier=purifier)
+    settings = defended.settings
+    images, labels = load_test_images()
+    with using_threads(options["threads"]), Progress(3 * settings.iterations, "demo") as progress:
+        found = demonstrate(
             classifier,
             defended,
-            test_images[:images],
-            labels[:images],
+            images[:count],
+            labels[:count],
             eps=eps,
             steps=steps,
             seed=seed,
-            shown=min(SHOWN, images),
+            shown=min(SHOWN, count),
             on_step=progress.step,
         )
-    files = [write_image(_sheet(shown, eps), out / "sheet.png"), write_image(_moments(shown), out / "latents.png")]
-    seconds = time.perf_counter() - start
-    if as_json:
+    files = [write_image(_sheet(found, eps), out / "sheet.png")]
+    if (chart := _write_moments(found, out / "latents.png")) is not None:
+        files.append(chart)
+    seconds, each = time.perf_counter() - start, found.seconds / (2 * count)
+    accuracies = {"bare": found.bare_accuracy, "purified": found.purified_accuracy}
+    if options["as_json"]:
+        values = {row: {name: a.value for name, a in columns.items()} for row, columns in accuracies.items()}
+        intervals = {row: {name: a.interval for name, a in columns.items()} for row, columns in accuracies.items()}
         print_json(
             {
-                "bare": {name: a.value for name, a in shown.bare_accuracy.items()},
-                "purified": {name: a.value for name, a in shown.purified_accuracy.items()},
-                "intervals": {
-                    "bare": {name: a.interval for name, a in shown.bare_accuracy.items()},
-                    "purified": {name: a.interval for name, a in shown.purified_accuracy.items()},
-                },
+                **values,
+                "intervals": intervals,
                 "note": NOTE,
-                "images": images,
+                "images": count,
                 "attack": {"name": "PGD", "norm": "linf", "eps": eps, "steps": steps},
                 "settings": settings.to_dict(),
-                "backbone": "fashion-mnist-ct",
+                "backbone": BACKBONE,
                 "seed": seed,
                 "seconds": seconds,
-                "purification_seconds_per_image": shown.seconds / (2 * images),
+                "purification_seconds_per_image": each,
                 "files": [str(path) for path in files],
             }
         )
         return
-    click.echo(f"Fashion-MNIST, first {images} test images; PGD-{steps} at linf {eps:g} on the bare classifier.")
+    click.echo(f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {eps:g} on the bare classifier.")
     click.echo(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations. [95 % intervals]\n")
-    rows = [["accuracy", "clean", "attacked"]]
-    for name, accuracies in (("bare", shown.bare_accuracy), ("purified", shown.purified_accuracy)):
-        rows.append([name, str(accuracies["clean"]), str(accuracies["attacked"])])
-    print_table(rows)
+    rows = [[row, str(columns["clean"]), str(columns["attacked"])] for row, columns in accuracies.items()]
+    print_table([["accuracy", "clean", "attacked"], *rows])
     click.echo(f"\nNote: {NOTE}. This shows how it works, not how robust it is.")
-    click.echo(f"{seconds:.0f} s in all, {shown.seconds / (2 * images):.2f} s per purified image. Pictures: ", nl=False)
-    click.echo(", ".join(map(str, files)))
+    click.echo(f"{seconds:.0f} s in all, {each:.2f} s per purified image. Pictures: {', '.join(map(str, files))}")
 
 
-def _sheet(shown: Demonstration, eps: float) -> Image.Image:
-    """Input, attacked, difference and purified image of a few, evenly over the vote's margin, each with what the
-    classifier makes of it."""
-    result = shown.purified_attacked
+def _sheet(found: Demonstration, eps: float) -> Image.Image:
+    """Images evenly over the vote's margin: input, attacked, difference and purified, with the predictions."""
+    result = found.purified_attacked
     assert result.labels is not None
     assert result.logits is not None
-    rows = over_margin(result, shown.labels, min(SHOWN, len(shown.clean)))
-    voter = nearest_voter(shown.attacked, result.images, result.logits, result.labels)
+    rows = over_margin(result, found.labels, min(SHOWN, len(found.clean)))
+    voter = nearest_voter(found.attacked, result.images, result.logits, result.labels)
     captions = [
         [
-            f"true: {CLASS_NAMES[shown.labels[r]]}",
-            f"bare: {CLASS_NAMES[shown.bare_labels['attacked'][r]]}",
+            f"true: {CLASS_NAMES[found.labels[row]]}",
+            f"bare: {CLASS_NAMES[found.bare_labels['attacked'][row]]}",
             "",
-            f"vote: {CLASS_NAMES[result.labels[r]]}",
+            f"vote: {CLASS_NAMES[result.labels[row]]}",
         ]
-        for r in rows
+        for row in rows
     ]
     columns = {
-        "input": shown.clean[rows],
-        "attacked": shown.attacked[rows],
-        "difference x 10": (0.5 + 10 * (shown.attacked - shown.clean)[rows]).clamp(0, 1),
+        "input": found.clean[rows],
+        "attacked": found.attacked[rows],
+        "difference x 10": (0.5 + 10 * (found.attacked - found.clean)[rows]).clamp(0, 1),
         "purified": result.images[rows, voter[rows]],
     }
-    title = (
-        f"PGD at linf {eps:g} on the bare classifier; {NOTE}\n{NEAREST};\nimages spread evenly over the vote's margin"
-    )
-    return image_sheet(columns, captions, title)
+    attack = f"PGD at linf {eps:g} on the bare classifier; {NOTE}"
+    return image_sheet(columns, captions, f"{attack}\n{NEAREST};\nimages spread evenly over the vote's margin")
 
 
-def _moments(shown: Demonstration) -> Image.Image:
+def _write_moments(found: Demonstration, path: Path) -> Path | None:
     """Fig. 6 of the paper: moments of the latents over the iterations, with and without eq. 12."""
-    return chart_row(
-        {
-            "mean of the latents": [
-                Curve("with constraint", shown.constrained.latent_mean.mean(1).tolist(), BLUE),
-                Curve("without", shown.unconstrained.latent_mean.mean(1).tolist(), ORANGE),
-            ],
-            "standard deviation of the latents": [
-                Curve("with constraint", shown.constrained.latent_std.mean(1).tolist(), BLUE),
-                Curve("without", shown.unconstrained.latent_std.mean(1).tolist(), ORANGE),
-            ],
-        },
-        x_label="iteration",
-        targets={"mean of the latents": 0.0, "standard deviation of the latents": 1.0},
-    )
+    histories = {"with constraint": found.constrained, "without": found.unconstrained}
+    charts = {}
+    for heading, moment in (("Mean of the latents", "latent_mean"), ("Standard deviation", "latent_std")):
+        courses = {name: getattr(history, moment).mean(1).tolist() for name, history in histories.items()}
+        charts[heading] = {name: (range(len(course)), course) for name, course in courses.items()}
+    normal = {"Mean of the latents": ("standard normal", 0.0), "Standard deviation": ("standard normal", 1.0)}
+    return write_line_charts(path, charts, "iteration", targets=normal)

@@ -1,4 +1,4 @@
-"""``cmap-defense evaluate`` and ``cmap-defense report``: how robust a model is, and the report of it drawn anew."""
+"""``cmap-defense evaluate``, ``report`` and ``study``."""
 
 from __future__ import annotations
 
@@ -11,49 +11,57 @@ from typing import Any
 import click
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.options import (
+from cmap_defense.cli.build import (
     attacks_of,
-    baselines_of,
     class_names_of,
     data_of,
+    imported_models,
     model_of,
-    protocol_of,
+    settings_of,
     subset_of,
+    threat_of,
 )
 from cmap_defense.cli.output import duration, print_json, print_table
 from cmap_defense.cli.progress import Progress
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.evaluation import Progress as OnUnit
+from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import Report, load_report, write_report
 from cmap_defense.evaluation.report.tables import HEADLINE
 from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import DEFENDED
+from cmap_defense.paper import make_study, write_study
+from cmap_defense.paper import run_study as run_variants
+from cmap_defense.paper.report import study_rows
+from cmap_defense.purifiers import CMAP
 from cmap_defense.ranks import Ranks, ranks
 
-__all__ = ["cost_text", "run_evaluate", "run_report", "unit_progress"]
+STUDY_ATTACKS = ("transfer", "bpda-eot")
+"""Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""
 
 
-def run_evaluate(options: dict[str, Any], out: Path, *, as_json: bool, dry_run: bool) -> None:
-    """Carry out the command evaluate."""
-    attacks, data = attacks_of(options), data_of(options)
+def run_evaluate(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
+    out, as_json = options["out"], options["as_json"]
+    attacks, protocol, data = attacks_of(options), settings_of(Protocol, options), data_of(options)
     with ranks() as team:
         evaluation = Evaluation(
             model_of(options),
             data,
             out,
             attacks=attacks,
-            protocol=protocol_of(options),
+            protocol=protocol,
             subset=subset_of(options, data),
-            baselines=baselines_of(options),
+            baselines=imported_models(options["baseline"], options, "--baseline"),
             threads=options["threads"],
             class_names=class_names_of(options),
         )
         evaluation.check_folder()
         first = team.rank == 0
         if first and not as_json:
-            click.echo(_made_of(evaluation))
+            click.echo(_summary(evaluation))
             click.echo(cost_text(evaluation.expected(), evaluation, team.world))
-        if dry_run:
+        if options["dry_run"]:
             if as_json:
                 print_json(dataclasses.asdict(evaluation.expected()))
             return
@@ -77,16 +85,18 @@ def run_report(folder: Path, *, as_json: bool) -> None:
         click.echo(f"No report.html: {lacking}", err=True)
 
 
-def _made_of(evaluation: Evaluation) -> str:
-    model, protocol = evaluation.models[DEFENDED], evaluation.protocol
+def _summary(evaluation: Evaluation) -> str:
+    model, threads = evaluation.models[DEFENDED], evaluation.threads
     assert isinstance(model, PurifiedClassifier)
-    runs, classes = len(protocol.seeds), len(evaluation.images.labels.unique())
-    attacks = len(evaluation.attacks[DEFENDED])
+    purifier = model.purifier
+    settings = repr(purifier)
+    if isinstance(purifier, CMAP):
+        settings = f"K = {purifier.settings.n_latents} latents, N = {purifier.settings.iterations} iterations"
+    runs, attacks = len(evaluation.protocol.seeds), len(evaluation.attacks[DEFENDED])
     return (
-        f"{len(evaluation.images)} images of {classes} classes, {runs} run{'s' if runs > 1 else ''}, "
-        f"{attacks} attack{'' if attacks == 1 else 's'}; "
-        f"K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations; "
-        f"{evaluation.threads} thread{'s' if evaluation.threads > 1 else ''}, {evaluation.device.type}."
+        f"{len(evaluation.images)} images of {len(evaluation.images.labels.unique())} classes, "
+        f"{runs} run{'' if runs == 1 else 's'}, {attacks} attack{'' if attacks == 1 else 's'}; {settings}; "
+        f"{threads} thread{'' if threads == 1 else 's'}, {evaluation.device.type}."
     )
 
 
@@ -134,3 +144,43 @@ def _show(found: Report, files: list[Path], lacking: str | None, *, as_json: boo
     click.echo(f"\n{', '.join(map(str, files))}")
     if lacking is not None:
         click.echo(f"No report.html: {lacking}", err=True)
+
+
+def run_study(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
+    if options["attacks"] == "standard" and not options["only"]:
+        options["only"] = STUDY_ATTACKS
+    attacks, threat, protocol = attacks_of(options), threat_of(options), settings_of(Protocol, options)
+    out, as_json = options["out"], options["as_json"]
+    with ranks() as team:
+        model, data = model_of(options), data_of(options)
+        chosen = make_study(options["name"], model, attacks, threat)
+        if team.rank == 0 and not as_json:
+            click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
+        with unit_progress(team) as progress:
+            result = run_variants(
+                chosen,
+                model,
+                data,
+                out,
+                protocol=protocol,
+                subset=subset_of(options, data),
+                threads=options["threads"],
+                progress=progress,
+            )
+        if team.rank == 0:
+            study = result.to_dict()
+            files, lacking = write_study(study, out)
+            if as_json:
+                print_json(study)
+            else:
+                _show_study(study, files, lacking)
+        team.wait()
+
+
+def _show_study(study: dict[str, Any], files: list[Path], lacking: str | None) -> None:
+    click.echo()
+    print_table(study_rows(study))
+    click.echo(f"\n{', '.join(map(str, files))}")
+    if lacking is not None:
+        click.echo(f"No plot: {lacking}", err=True)

@@ -1,4 +1,4 @@
-"""The command ``cmap-defense``: exit status 0 when done, 1 on an error of ours, 2 on wrong usage, 130 on Ctrl-C."""
+"""The command ``cmap-defense``: exit status 0 when done, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ import warnings
 
 import click
 
-from cmap_defense.cli.commands.analyse import analyse
-from cmap_defense.cli.commands.backbones import backbones
-from cmap_defense.cli.commands.demo import demo
-from cmap_defense.cli.commands.evaluate import evaluate, report
-from cmap_defense.cli.commands.purify import purify
-from cmap_defense.cli.commands.quality import quality
-from cmap_defense.cli.commands.study import study
-from cmap_defense.cli.commands.train import train
-from cmap_defense.cli.grouped import Group
-from cmap_defense.errors import CmapError
+from cmap_defense.cli.command import Group
+from cmap_defense.cli.commands.backbones import backbones, quality, train
+from cmap_defense.cli.commands.evaluate import detect, evaluate, report, study
+from cmap_defense.cli.commands.purify import demo, purify
 
 __all__ = ["cli", "format_warning", "main", "run"]
 
@@ -31,7 +25,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, analyse, quality, train, backbones):
+for command in (demo, purify, evaluate, report, study, detect, quality, train, backbones):
     cli.add_command(command)
 
 
@@ -45,9 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except CmapError as error:
-        click.echo(f"Error: {error}", err=True)
-        return 1
     except OSError as error:
         click.echo(f"Error: {error}", err=True)
         return 1

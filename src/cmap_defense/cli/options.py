@@ -1,127 +1,408 @@
-"""What the options that commands share stand for: a model, its images, its attacks, a protocol."""
+"""Options that several commands have, most of them generated from settings; without torch, as help must be quick."""
 
 from __future__ import annotations
 
+import dataclasses
+import fractions
+import json
 import os
-from collections.abc import Mapping
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from cmap_defense.attacks import Attack, ThreatModel, full_suite, paper_suite, standard_suite
-from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.choices import COUNT, EMBEDDED
-from cmap_defense.cli.models import imported_model
-from cmap_defense.cli.output import checked_device
-from cmap_defense.data import DATASETS, open_dataset
+from cmap_defense.cli.command import Decorator, decorators, in_group
+from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.data.subset import Subset
-from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.paths import expanded
-from cmap_defense.settings import near_matches
+from cmap_defense.settings import Settings, near_matches
+from cmap_defense.threat import ThreatModel
 
-__all__ = [
-    "attacks_of",
-    "baselines_of",
-    "class_names_of",
-    "data_of",
-    "model_of",
-    "protocol_of",
-    "subset_of",
-    "threat_of",
-]
+MODEL = in_group("Model")
+DATA = in_group("Data")
+PURIFICATION = in_group("Purification")
+ATTACKS = in_group("Attacks")
+PGD = in_group("PGD (linf) on the bare classifier")
+RUNNING = in_group("Running")
+OUTPUT = in_group("Output")
 
-SUITES: Mapping[str, Any] = {"standard": standard_suite, "paper": paper_suite, "full": full_suite}
+EMBEDDED = "embedded"
+"""The name of what ships with the package."""
 
+COUNT = 512
+"""Images that commands take from a data set where no number is given."""
 
-def model_of(options: Mapping[str, Any]) -> PurifiedClassifier:
-    """The model that the model options describe, in eval mode; under torchrun on this rank's own GPU."""
-    device = _device(options)
-    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
-    if (options["mean"] is None) != (options["std"] is None):
-        raise click.UsageError("--mean and --std go together.")
-    model = PurifiedClassifier(
-        classifier,
-        options["backbone"],
-        normalize=None if options["mean"] is None else (options["mean"], options["std"]),
-        resize=options["resize"],
-        vote=options["vote"],
-        max_parallel=options["max_parallel"],
-    ).to(device)
-    names = {"n_latents": "latents", "iterations": "iterations", "learning_rate": "learning_rate"}
-    changes = {setting: options[name] for setting, name in names.items() if options[name] is not None}
-    changed = model.variant(settings=model.settings.replace(**changes)) if changes else model
-    return changed.eval()
+ATTACK_SETS = ("standard", "paper", "full")
+DATASETS = ("cifar10", "fashion-mnist")
+PURIFIERS = (
+    "cmap",
+    "one-step",
+    "diffpure",
+    "gdmp",
+    "adp",
+    "gnsp",
+    "likelihood-maximisation",
+    "chain",
+    "identity",
+)
+RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
 
 
-def data_of(options: Mapping[str, Any]) -> Any:
-    """The data set that the data options name."""
-    if options["data"] == EMBEDDED:
-        if options["split"] != "test":
-            raise click.BadParameter(
-                "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",
-                param_hint="--split",
-            )
-        return load_test_images()
-    return open_dataset(options["data"], options["split"], size=options["size"])
+class Choice(click.Choice[str]):
+    """One of several words; a mistyped one is answered with those that are near."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"there is no {value!r}.{near_matches(str(value), self.choices)}"
 
 
-def class_names_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Those of the embedded images; None for a data set that knows its own."""
-    return CLASS_NAMES if options["data"] == EMBEDDED else None
+class Number(click.FloatRange):
+    """A number, or a fraction such as 8/255, within bounds."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(fractions.Fraction(str(value).strip()))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            self.fail(f"{value} is no number such as 0.05 or 8/255.", param, ctx)
+        return super().convert(number, param, ctx)
 
 
-def subset_of(options: Mapping[str, Any], data: Any) -> Subset:
-    """Which images of a data set; without a number, so many as most commands take, or all where there are fewer."""
-    total = len(data[0] if isinstance(data, tuple) else data)
-    count = options["count"] or max(1, min(COUNT, total))
-    source = options["data"]
-    folder = source not in (EMBEDDED, *DATASETS) and expanded(source).is_dir()
-    return Subset(count=count, order=options["order"] or ("random" if folder else "first"))
+class Numbers(click.ParamType[tuple[Any, ...]]):
+    """Numbers with commas between them, all of one type; "none" for none."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind, self.name = kind, "integers" if kind is int else "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value in ("", "none"):
+            return ()
+        try:
+            return tuple(self.kind(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value} is no list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
 
 
-def threat_of(options: Mapping[str, Any]) -> ThreatModel:
-    """Norm and eps. Raises click's error, which names the option, where eps is none for the norm."""
+class Pair(click.ParamType[tuple[str, Any]]):
+    """``KEY=VALUE``, the value in JSON, numbers with commas between them, or else text as it is."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
+        return key, _value(text)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        return ThreatModel(norm=options["norm"], eps=options["eps"])
-    except SettingsError as error:
-        raise click.BadParameter(str(error), param_hint="--eps") from error
+        return json.loads(f"[{text.removesuffix(',')}]" if "," in text and text[:1] not in '[{"' else text)
+    except ValueError:
+        return text
 
 
-def attacks_of(options: Mapping[str, Any]) -> dict[str, Attack]:
-    """The attacks that the attack options name, at the sizes asked for."""
-    threat = threat_of(options)
-    if options["suite"] == "none":
-        return {}
-    sizes = {name: options[name] for name in ("steps", "eot") if options[name] is not None}
-    suite = SUITES[options["suite"]](threat, **sizes)
-    for name in options["only"]:
-        if name not in suite:
-            raise click.BadParameter(f"there is no attack {name!r}.{near_matches(name, suite)}", param_hint="--only")
-    return {name: attack for name, attack in suite.items() if not options["only"] or name in options["only"]}
+class PathType(click.Path):
+    """A path; a leading ``~`` is the home folder, also where the shell leaves it as it is (``--out=~/runs``).
+
+    Args:
+        options: those of ``click.Path``. The value is a ``Path``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        try:
+            return super().convert(expanded(value), param, ctx)
+        except SettingsError as error:
+            self.fail(str(error), param, ctx)
 
 
-def protocol_of(options: Mapping[str, Any]) -> Protocol:
-    """What the protocol options say, and the check options where the command has them."""
-    names = ("predictions", "reevaluations", "group", "search_on_clean", "sanity_images", "gradient_samples")
-    given = {name: options[name] for name in names if name in options}
-    return Protocol(seeds=tuple(range(options["runs"])), **given)
+def options_of(
+    settings: type[Settings],
+    group: str,
+    *fields: str,
+    short: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    unset: str | Mapping[str, str] | None = None,
+) -> Decorator:
+    """The options of a settings class: name, default, range and help are those of its fields.
+
+    Args:
+        settings: the class.
+        group: heading in the help of fields that have none of their own.
+        fields: their names; none for all that can be options.
+        short: other names of options, by field.
+        defaults: defaults in place of the class's own, by field.
+        unset: what is taken for an option that is not given, such as "the backbone's", for all fields or by field.
+            Such an option is None then. Without it, the default is the field's.
+    """
+    known = {field.name: field for field in dataclasses.fields(settings) if field.metadata.get("help")}
+    hints = typing.get_type_hints(settings)
+    made = []
+    for name in fields or known:
+        field, flag = known[name], "--" + name.replace("_", "-")
+        kind = next((kind for kind in _members(hints[name]) if kind is not type(None)), str)
+        names = [*filter(None, [(short or {}).get(name)]), flag, name]
+        default = (defaults or {}).get(name, field.default)
+        if kind is bool and default is not False:
+            names[-2] += f"/--no-{flag[2:]}"
+        shown = unset.get(name) if isinstance(unset, Mapping) else unset
+        if shown is not None:
+            default = None
+        elif default is None:
+            shown = field.metadata.get("default_help")
+        elif isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        elif kind is float:
+            default = _text(default)
+        made.append(
+            in_group(field.metadata.get("group", group))(
+                *names,
+                type=_parameter_type(kind, field.metadata),
+                is_flag=kind is bool,
+                default=default,
+                help=field.metadata["help"],
+                **({} if shown is None else {"show_default": shown}),
+            )
+        )
+    return decorators(*made)
 
 
-def baselines_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Other models by name; they take images in [0, 1]."""
-    found = {}
-    for text in options["baseline"]:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise click.BadParameter(f"{text!r} is not NAME=PATH.", param_hint="--baseline")
-        found[name] = imported_model(path, None, _device(options), "--baseline")
-    return found
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def _device(options: Mapping[str, Any]) -> torch.device:
-    name = options["device"]
-    own = os.environ.get("LOCAL_RANK")
-    return checked_device(f"cuda:{own}" if name == "cuda" and own is not None else name)
+def _parameter_type(kind: Any, metadata: Mapping[str, Any]) -> click.ParamType[Any]:
+    minimum, above, maximum, below = (metadata.get(bound) for bound in ("minimum", "above", "maximum", "below"))
+    if kind is bool:
+        return click.BOOL
+    if kind is int:
+        return click.IntRange(minimum, maximum if below is None else below - 1)
+    if kind is float:
+        least, most = minimum if above is None else above, maximum if below is None else below
+        return Number(least, most, min_open=above is not None, max_open=below is not None)
+    if typing.get_origin(kind) is tuple:
+        return Numbers(typing.get_args(kind)[0])
+    return Choice(metadata["choices"]) if "choices" in metadata else click.STRING
+
+
+def _text(number: float) -> str:
+    """A number, as a fraction of 255 where it is one."""
+    steps = round(255 * number)
+    return f"{steps}/255" if 0 < steps < 255 and abs(255 * number - steps) < 1e-9 else f"{number:g}"
+
+
+def command_text(command: str, parameters: Sequence[click.Parameter], values: Mapping[str, Any]) -> str:
+    """A command line.
+
+    Args:
+        command: its name.
+        parameters: of the command.
+        values: of options by name. Those that are missing, None or empty are left out.
+    """
+    words = ["cmap-defense", command]
+    for option in parameters:
+        value = values.get(option.name or "")
+        if value is None or value == "":
+            continue
+        flag = max(option.opts, key=len)
+        for single in value if option.multiple else [value]:  # pyright: ignore[reportAttributeAccessIssue]
+            if single is True or single is False:
+                words += [flag] if single else option.secondary_opts[:1]
+            elif isinstance(option.type, Pair):
+                words += [flag, f"{single[0]}={json.dumps(single[1], separators=(',', ':'))}"]
+            else:
+                words += [flag, ",".join(map(str, single)) or "none" if isinstance(single, tuple) else str(single)]
+    return shlex.join(words)
+
+
+def writable_folder(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
+    """``folder``, refused before any work is done when nothing can be written there."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise click.BadParameter(f"{folder} cannot be written to: name another folder.", context, parameter)
+    return folder
+
+
+def out_option(default: str | None = None) -> Decorator:
+    """``-o/--out DIR``: where a command writes; required when it has no default."""
+    return OUTPUT(
+        "-o",
+        "--out",
+        type=PathType(file_okay=False),
+        default=default,
+        callback=writable_folder,
+        required=default is None,
+        help="Folder to write to. It is made when it is not there.",
+    )
+
+
+def seed_option(about: str) -> Decorator:
+    """``--seed``, with a sentence about what it decides."""
+    return RUNNING("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=about)
+
+
+def record_options(name: str | None, shown: bool | str = True) -> Decorator:
+    """What is written about a backbone.
+
+    Args:
+        name: its name where none is given.
+        shown: the same for the help.
+    """
+    record = in_group("Record and weights")
+    return decorators(
+        record("--name", default=name, show_default=shown, help="Name of the backbone in its record."),
+        record("--description", default="", help="Description of the backbone in its record."),
+        record("--licence", default="", help="Licence of the weights in the record."),
+    )
+
+
+json_option = OUTPUT("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+threads_option = RUNNING(
+    "--threads",
+    type=click.IntRange(1),
+    show_default="torch's choice",
+    help="Threads of the CPU to compute with. Rounding, and so the results, depend on their number.",
+)
+
+device_option = RUNNING("--device", default="cpu", help="Device to compute on, such as cuda.")
+
+resize_option = PURIFICATION(
+    "--resize",
+    type=Choice(RESIZE_MODES),
+    help="Resize images to the backbone's size and back in this way. Without it other sizes are refused.",
+)
+
+backbone_option = MODEL(
+    "-b",
+    "--backbone",
+    required=True,
+    help='Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id.',
+)
+
+purifier_options = decorators(
+    PURIFICATION("--purifier", type=Choice(PURIFIERS), default="cmap", help="Method to purify by."),
+    PURIFICATION(
+        "--purifier-set",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Set one of the purifier's settings to this value, such as t=75. May be repeated.",
+    ),
+    options_of(
+        CMAPSettings, "Purification", "n_latents", "iterations", "learning_rate", unset="the backbone's, for cmap"
+    ),
+)
+"""What purifies."""
+
+model_options = decorators(
+    backbone_option,
+    MODEL(
+        "-c",
+        "--classifier",
+        required=True,
+        help='Classifier to defend: package.module:factory, file.py:factory, or "embedded".',
+    ),
+    MODEL(
+        "--weights",
+        type=PathType(dir_okay=False, exists=True),
+        help="File with the classifier's state dict, of safetensors or torch.save.",
+    ),
+    MODEL(
+        "--mean",
+        type=Numbers(float),
+        help="Mean that the classifier's preprocessing subtracts, one number per channel. It needs --std.",
+    ),
+    MODEL(
+        "--std",
+        type=Numbers(float),
+        help="Standard deviation that the classifier's preprocessing divides by, such as 0.25,0.24,0.26.",
+    ),
+    purifier_options,
+    PURIFICATION(
+        "--vote",
+        type=Choice(["label", "soft"]),
+        default="label",
+        help="Combine the predictions for the K purified images by their labels, or by their mean probabilities.",
+    ),
+    resize_option,
+    RUNNING(
+        "--max-parallel",
+        type=click.IntRange(1),
+        show_default="what fits into memory",
+        help="Number of latents that are computed at the same time.",
+    ),
+    threads_option,
+    device_option,
+)
+"""The defended classifier."""
+
+data_options = decorators(
+    DATA(
+        "-d",
+        "--data",
+        required=True,
+        help='Data set: "cifar10", "fashion-mnist", "embedded", an .npz file, or a folder of class folders.',
+    ),
+    DATA("--split", type=Choice(["train", "test"]), default="test", help="Part of the data set."),
+    DATA("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels."),
+    options_of(
+        Subset,
+        "Data",
+        "count",
+        "order",
+        short={"count": "-n"},
+        unset={
+            "count": f"{COUNT}, or all where there are fewer",
+            "order": "first; random for a folder, whose images come class by class",
+        },
+    ),
+)
+"""Which images."""
+
+
+attack_options = decorators(
+    ATTACKS("--attacks", type=Choice([*ATTACK_SETS, "none"]), default="standard", help="Set of attacks to run."),
+    ATTACKS("--only", multiple=True, metavar="NAME", help="Run this attack of the set alone. May be repeated."),
+    ATTACKS(
+        "--steps", type=click.IntRange(1), show_default="the set's", help="Number of steps of the attacks on the image."
+    ),
+    ATTACKS(
+        "--eot",
+        type=click.IntRange(1),
+        show_default="the set's",
+        help="Number of evaluations of the defence that a gradient is averaged over.",
+    ),
+    options_of(ThreatModel, "Attacks"),
+)
+"""By which attacks."""
+
+protocol_options = options_of(
+    Protocol,
+    "Predictions and runs",
+    *(field.name for field in dataclasses.fields(Protocol) if "group" not in field.metadata),
+)
+"""How often each image is attacked and predicted."""
+
+check_options = options_of(
+    Protocol,
+    "Checks of the attacks",
+    *(field.name for field in dataclasses.fields(Protocol) if "group" in field.metadata),
+)
+"""On what the attacks are checked."""

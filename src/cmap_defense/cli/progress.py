@@ -11,8 +11,6 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from typing_extensions import Self
 
-__all__ = ["EVERY", "Progress"]
-
 EVERY = 30.0
 """Seconds between lines."""
 

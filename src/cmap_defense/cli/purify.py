@@ -2,70 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
-from cmap_defense.cli.output import checked_device, print_json, using_threads
+from cmap_defense.cli.build import device_of, purifier_of, using_threads
+from cmap_defense.cli.output import print_json
 from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.losses import perceptual_terms
-from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.inputs import check_shape, resize_images
-from cmap_defense.purifiers.cmap import CMAP
-
-__all__ = ["run_purify"]
+from cmap_defense.purifiers import CMAP, by_name
 
 GROUP = 64
 """Images at a time."""
 
 
-def run_purify(
-    *,
-    images: tuple[Path, ...],
-    backbone: str,
-    latents: int | None,
-    iterations: int | None,
-    resize: str | None,
-    write_all: bool,
-    seed: int,
-    class_label: int | None,
-    threads: int | None,
-    device: str,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Carry out the command; the arguments are its options."""
-    generator = load_backbone(backbone, kind="consistency").to(checked_device(device))
-    settings = CMAPSettings.from_dict(generator.default_settings or {})
-    changes = {"n_latents": latents, "iterations": iterations}
-    settings = settings.replace(**{name: value for name, value in changes.items() if value is not None})
-    channels, *size = generator.image_shape
-    targets = _targets(images, out)
+def run_purify(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
+    device, resize, seed = device_of(options), options["resize"], options["seed"]
+    backbone = load_backbone(options["backbone"], kind=by_name(options["purifier"]).kind).to(device)
+    recorded = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
+    purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
+    settings = purifier.settings if isinstance(purifier, CMAP) else recorded
+    label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
+    channels, *size = backbone.image_shape
+    targets = _targets(options["images"], options["out"])
     for path in targets:  # before any work is done
-        _check_size(path, read_image(path, channels), generator.image_shape, resizes=resize is not None)
+        _check_size(path, read_image(path, channels), backbone.image_shape, resizes=resize is not None)
     paths = list(targets)
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     written, mismatches = [], []
-    with using_threads(threads), Progress(settings.iterations * len(groups), "purifying") as progress:
-
-        def on_iteration(state: LatentState) -> None:
-            progress.step()
-
-        for group in groups:
+    steps = settings.iterations if isinstance(purifier, CMAP) else 1
+    with using_threads(options["threads"]), Progress(steps * len(groups), "purifying") as progress:
+        for number, group in enumerate(groups):
             originals = [read_image(path, channels) for path in group]
             batch = torch.cat([resize_images(image[None], size, resize or "bilinear") for image in originals])
             batch = batch.to(device)
-            labels = _class_labels(class_label, generator.num_classes, len(batch), settings.n_latents, batch.device)
-            seeds = torch.full((len(batch),), seed)
-            result = CMAP(settings)(generator, batch, seeds=seeds, class_labels=labels, callback=on_iteration)
+            labels = None if label is None else torch.full((len(batch), purifier.n_latents), label, device=device)
+            with torch.no_grad():
+                result = purifier(
+                    backbone,
+                    batch,
+                    seeds=torch.full((len(batch),), seed),
+                    class_labels=labels,
+                    callback=lambda _: progress.step(),
+                )
+            progress.at(steps * (number + 1))
             mismatch = _mismatch(result.images, batch, settings)
             mismatches += mismatch.amin(dim=1).tolist()
             best = mismatch.argmin(dim=1)
@@ -73,35 +65,34 @@ def run_purify(
                 target = targets[path]
                 versions = resize_images(result.images[i], original.shape[-2:], resize or "bilinear")
                 written.append(write_image(versions[best[i]], target))
-                if write_all:
+                if options["write_all"]:
                     written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
-    if as_json:
+    if options["as_json"]:
+        described: Any = purifier.settings if isinstance(purifier, CMAP) else purifier
         print_json(
             {
                 "files": [str(path) for path in written],
                 "mismatch": mismatches,
-                "settings": settings.to_dict(),
-                "backbone": backbone,
+                "purifier": options["purifier"],
+                "settings": described.to_dict(),
+                "backbone": options["backbone"],
                 "seed": seed,
             }
         )
         return
-    for path in written:
-        click.echo(str(path))
+    click.echo("\n".join(map(str, written)))
 
 
-def _class_labels(
-    label: int | None, num_classes: int | None, count: int, n_latents: int, device: torch.device
-) -> Tensor | None:
-    """[B, K] of one label, for a class-conditional backbone; wrong usage when there should be one, or not."""
-    if (label is None) != (num_classes is None):
-        which = "is not class-conditional" if num_classes is None else f"has {num_classes} classes: name one"
-        raise click.BadParameter(f"the backbone {which}.", param_hint="--class-label")
-    if label is None or num_classes is None:
-        return None
-    if label >= num_classes:
-        raise click.BadParameter(f"must be below {num_classes}, but is {label}.", param_hint="--class-label")
-    return torch.full((count, n_latents), label, device=device)
+def _class_label(label: int | None, num_classes: int | None, backbone: str) -> int | None:
+    """The class label, or wrong usage where the backbone's number of classes does not allow it."""
+    if (label is None) == (num_classes is None) and (label is None or label < (num_classes or 0)):
+        return label
+    remedy = (
+        f"the backbone {backbone} is not class-conditional: leave the option out."
+        if num_classes is None
+        else f"the backbone {backbone} has {num_classes} classes: give a number from 0 to {num_classes - 1}."
+    )
+    raise click.BadParameter(remedy, param_hint="--class-label")
 
 
 def _check_size(path: Path, image: Tensor, image_shape: tuple[int, int, int], *, resizes: bool) -> None:
@@ -123,18 +114,20 @@ def _mismatch(purified: Tensor, images: Tensor, settings: CMAPSettings) -> Tenso
     return (l1 - settings.ssim_weight * ssim).unflatten(0, (-1, n_latents))
 
 
-def _targets(given: tuple[Path, ...], out: Path) -> dict[Path, Path]:
+def _targets(given: Sequence[Path], out: Path) -> dict[Path, Path]:
     """By the path of each image, where its purified version goes."""
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
     for path in given:
-        below = image_files(path) if path.is_dir() else []
+        if not path.exists():
+            raise DataError(f"There is no file or folder {path}: give image files, or folders of them.")
+        files = image_files(path) if path.is_dir() else [path]
         if path.resolve() in out.resolve().parents:  # what was written there before is not purified again
-            below = [file for file in below if out.resolve() not in file.resolve().parents]
-        if path.is_dir() and not below:
+            files = [file for file in files if out.resolve() not in file.resolve().parents]
+        if not files:
             raise DataError(f"{path} has no image files in it: name another folder, or image files.")
-        pairs = [(file, file.relative_to(path)) for file in below] or [(path, Path(path.name))]
-        for file, name in pairs:
+        for file in files:
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
             target = out / name.with_suffix(".png")
             if target in taken:
                 raise DataError(f"{file}: two images would be written to {target}. Purify them into different folders.")

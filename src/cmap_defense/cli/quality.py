@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -12,72 +11,65 @@ import click
 import torch
 from PIL import Image
 
-from cmap_defense.attacks import PGD, ThreatModel
+from cmap_defense.attacks import PGD
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
-from cmap_defense.cli.figures import NEAREST, image_sheet, sample_sheet
-from cmap_defense.cli.models import imported_model
-from cmap_defense.cli.options import class_names_of, data_of, model_of, subset_of
-from cmap_defense.cli.output import (
-    checked_device,
-    duration,
-    print_json,
-    print_table,
+from cmap_defense.cli.build import (
+    class_names_of,
+    data_of,
+    imported_models,
+    model_of,
+    subset_of,
+    threat_of,
     using_threads,
 )
+from cmap_defense.cli.options import command_text
+from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.pictures import NEAREST, image_sheet, sample_sheet
 from cmap_defense.cli.progress import Progress
 from cmap_defense.data.files import write_image
 from cmap_defense.files import write_text
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality
 
-__all__ = ["run_quality"]
-
 STEPS = 20
-"""Of PGD."""
+"""Number of PGD steps."""
 
 SIDE = 96
-"""Pixels that an image of the sheet takes up at least."""
+"""Smallest width of an image in the sheet, in pixels."""
 
-ELSEWHERE = ("out", "as_json", "device", "threads", "max_parallel", "record")
-"""Options that the figures do not hang on."""
+RUNNING = ("out", "as_json", "device", "threads", "max_parallel", "record")
+"""Options that the figures do not depend on."""
 
 
-def run_quality(
-    context: click.Context,
-    *,
-    samples: int,
-    features: str | None,
-    eps: float,
-    seed: int,
-    record: bool,
-    out: Path,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Carry out the command; the arguments are its context and its options."""
+def run_quality(context: click.Context, options: dict[str, Any]) -> None:
+    """Carry out the command with its context and its options."""
     start = time.perf_counter()
-    folder = _recorded(options["backbone"]) if record else None
+    out, seed, as_json = options["out"], options["seed"], options["as_json"]
+    folder = _recorded(options["backbone"]) if options["record"] else None
+    attack = PGD(threat_of(options), steps=STEPS, seed=seed)
+    name = options["classifier"].rpartition(":")[2]
     with using_threads(options["threads"]):
         model, data = model_of(options), data_of(options)
+        subset = subset_of(options, data)
         run = QualityRun(
             model,
             data,
-            name=_name(options["classifier"]),
-            others=_others(options),
-            subset=subset_of(options, data),
-            samples=samples,
-            features=features,
-            attack=PGD(ThreatModel(norm="linf", eps=eps), steps=STEPS, seed=seed),
+            name=name,
+            others=imported_models(options["other"], options, "--other", name),
+            subset=subset,
+            samples=options["samples"],
+            features=options["features"],
+            attack=attack,
             seed=seed,
         )
         if not as_json:
             click.echo(_cost(run))
-        found = _done(run)
-    facts = found.to_dict()
-    chosen = f"{options['data']}, {options['split']}, {subset_of(options, data).order}"
+        with Progress(run.steps, "quality") as progress:
+            found = run.run(progress.step)
+    chosen = f"{options['data']}, {options['split']}, {subset.order}"
     about = {"command": _command(context), "data": chosen}
-    facts |= {"data": chosen, "figures": found.figures(**about)}
+    facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)
     files.append(write_image(sample_sheet(found.samples.shown), out / "samples.png"))
     names = class_names_of(options) or run.images.class_names
@@ -103,28 +95,6 @@ def _recorded(backbone: str) -> Path:
     return folder
 
 
-def _name(path: str) -> str:
-    """A classifier's name: what its import path ends with."""
-    return path.rpartition(":")[2]
-
-
-def _others(options: dict[str, Any]) -> dict[str, Any]:
-    """Other classifiers by name; they take images in [0, 1]."""
-    found: dict[str, Any] = {}
-    for text in options["beside"]:
-        name, _, rest = text.partition("=")
-        path, _, file = rest.partition("@")
-        if not name or not path:
-            raise click.BadParameter(f"{text!r} is not NAME=PATH or NAME=PATH@WEIGHTS.", param_hint="--and")
-        if name in found or name == _name(options["classifier"]):
-            raise click.BadParameter(f"two classifiers are called {name!r}.", param_hint="--and")
-        weights = Path(file) if file else None
-        if weights is not None and not weights.is_file():
-            raise click.BadParameter(f"there is no file {weights}.", param_hint="--and")
-        found[name] = imported_model(path, weights, checked_device(options["device"]), "--and")
-    return found
-
-
 def _cost(run: QualityRun) -> str:
     """What it will cost, for people."""
     settings = run.model.settings
@@ -136,38 +106,29 @@ def _cost(run: QualityRun) -> str:
     )
 
 
-def _done(run: QualityRun) -> Quality:
-    with Progress(run.steps, "quality") as progress:
-        return run.run(progress.step)
-
-
 def _command(context: click.Context) -> str:
-    """The command line as it was given, without what the figures do not hang on."""
-    words = ["cmap-defense", "quality"]
-    for option in context.command.params:
-        name = option.name or ""
-        if name in ELSEWHERE or context.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[name]
-        for single in value if isinstance(value, tuple) else [value]:
-            words += [max(option.opts, key=len), _word(single)]
-    return shlex.join(words)
-
-
-def _word(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    """The command line as it was given, without what the figures do not depend on."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in RUNNING and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    }
+    return command_text("quality", context.command.params, given)
 
 
 def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
-    """The first images, each with what the classifier makes of it."""
-    shown, answers = found.reconstructions.shown, found.reconstructions.predicted
+    """The first images, each with the prediction of the classifier."""
+    shown, predicted = found.reconstructions.shown, found.reconstructions.predicted
 
-    def called(label: torch.Tensor) -> str:
+    def class_name(label: torch.Tensor) -> str:
         return str(int(label)) if class_names is None else class_names[int(label)]
 
     captions = [
-        [f"true: {called(found.reconstructions.labels[row])}"]
-        + [f"{'bare' if kind == 'attacked' else 'vote'}: {called(answers[kind][row])}" for kind in list(shown)[1:]]
+        [f"true: {class_name(found.reconstructions.labels[row])}"]
+        + [
+            f"{'bare' if kind == 'attacked' else 'vote'}: {class_name(predicted[kind][row])}"
+            for kind in list(shown)[1:]
+        ]
         for row in range(len(found.reconstructions.labels))
     ]
     columns = {kind.replace("_", ", "): images for kind, images in shown.items()}

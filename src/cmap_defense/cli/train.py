@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
 import shlex
@@ -14,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-from PIL import Image
 from torch import Tensor
 
-from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.load import load_backbone
-from cmap_defense.backbones.networks import refuse_other_network
-from cmap_defense.cli.figures import Curve, chart_row, sample_sheet
-from cmap_defense.cli.output import checked_device, duration, print_json, using_threads
+from cmap_defense.backbones.networks import Network, refuse_other_network
+from cmap_defense.cli.build import device_of, settings_of, using_threads
+from cmap_defense.cli.output import duration, print_json
+from cmap_defense.cli.pictures import sample_sheet, write_line_charts
 from cmap_defense.cli.progress import Progress
-from cmap_defense.cli.train_data import classes_of, training_set
 from cmap_defense.cli.train_options import (
     check_class_names,
-    check_levels,
-    network_of,
+    check_teacher,
+    network_changes,
     objective_of,
     recorded_command,
     teacher_of,
+    training_set,
 )
 from cmap_defense.data import write_image
 from cmap_defense.ranks import Ranks, ranks
@@ -39,8 +36,6 @@ from cmap_defense.training.loop import LOG_FILE, TrainState, countdown
 from cmap_defense.training.objectives import OBJECTIVES
 from cmap_defense.training.run import TrainedBackbone, train_backbone
 
-__all__ = ["loss_chart", "run_train"]
-
 PAPERS = {
     "edm": "arXiv 2206.00364",
     "ct": "arXiv 2303.01469",
@@ -48,44 +43,47 @@ PAPERS = {
     "ect": "arXiv 2406.14548 (training), arXiv 2303.01469 (consistency models)",
     "cd": "arXiv 2303.01469",
 }
-"""Where an objective comes from, for the record."""
+"""Papers of the objectives, for the record."""
 
 
-def run_train(context: click.Context, out: Path, options: dict[str, Any], *, as_json: bool) -> None:
-    """Carry out the command."""
-    begun = time.perf_counter()
+def run_train(context: click.Context, options: dict[str, Any]) -> None:
+    """Carry out the command with its context and its options."""
+    begun, out = time.perf_counter(), options["out"]
     seconds_left = None if options["minutes"] is None else countdown(options["minutes"])
     with using_threads(options["threads"]), ranks() as team:
-        done = _trained(context, team, seconds_left, out, options)
+        done = _trained(context, team, seconds_left, options)
         if team.rank != 0:
             return
-    length = done.config.length
+    length, warmup = done.config.length, done.config.warmup_images
     seen = min(done.images_seen, length)
-    files = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png"), "loss": str(out / "loss.png")}
-    loss, seconds = _losses(out / LOG_FILE)[-1]["loss"], time.perf_counter() - begun
-    following = next_commands(out, options) if done.finished else []
-    if as_json:
+    files = {name: str(out / file) for name, file in (("backbone", "backbone"), ("samples", "samples.png"))}
+    if (out / "loss.png").is_file():
+        files["loss_chart"] = str(out / "loss.png")
+    loss, seconds = _log_rows(out / LOG_FILE)[-1]["loss"], time.perf_counter() - begun
+    following = next_commands(options) if done.finished else []
+    if options["as_json"]:
         counted = {"images": length, "images_seen": seen, "finished": done.finished}
         print_json(files | counted | {"loss": loss, "seconds": seconds, "next": following})
         return
-    if seen < done.config.warmup_images:
+    if seen < warmup:
         click.echo(
-            f"Only {seen:,} images were trained on, fewer than the warm-up of {done.config.warmup_images:,}: this "
-            "backbone knows hardly anything yet.",
+            f"Only {seen:,} images were trained on, fewer than the warm-up of {warmup:,}: this backbone has hardly "
+            "been trained. Give more --images, or fewer --warmup-images.",
             err=True,
         )
     if not done.finished:
         click.echo(f"Stopped after {seen} of {length} images: the same command continues.")
     took = f"{seconds:.0f} s" if seconds < 120 else duration(seconds)
     click.echo(f"Mean loss of the last steps {loss:.4g}; {seen:,} images seen; this call took {took}.")
-    click.echo(f"Backbone: {files['backbone']}\nSamples: {files['samples']}\nLoss: {files['loss']}")
+    click.echo("\n".join(f"{name.capitalize().replace('_', ' ')}: {file}" for name, file in files.items()))
     if following:
         click.echo("Next, with your own classifier where it is not the embedded one:")
         click.echo("\n".join(f"  {line}" for line in following))
 
 
-def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
+def next_commands(options: dict[str, Any]) -> list[str]:
     """What to do with the backbone of a finished training: command lines and a line of Python, each for itself."""
+    out = options["out"]
     backbone, data = str(out / "backbone"), ["--data", options["data"]]
     if options["size"] is not None:
         data += ["--size", str(options["size"])]
@@ -99,42 +97,29 @@ def next_commands(out: Path, options: dict[str, Any]) -> list[str]:
 
 
 def _trained(
-    context: click.Context,
-    team: Ranks,
-    seconds_left: Callable[[], float] | None,
-    out: Path,
-    options: dict[str, Any],
+    context: click.Context, team: Ranks, seconds_left: Callable[[], float] | None, options: dict[str, Any]
 ) -> TrainedBackbone:
-    own_gpu = options["device"] == "cuda" and team.world > 1
-    device = checked_device(f"cuda:{team.local}" if own_gpu else options["device"])
-    if options["network"] == "compact":
-        check_levels(options)
+    device, out = device_of(options), options["out"]
+    changes = network_changes(options)
     teacher = teacher_of(options, device)
     objective = objective_of(options, teacher)
-    names = [field.name for field in dataclasses.fields(TrainingConfig) if field.name in options]
-    config = TrainingConfig(**{name: options[name] for name in names}).replace(device=str(device))
+    config = settings_of(TrainingConfig, options | {"device": str(device)})
     start = None if options["start_from"] is None else load_backbone(options["start_from"])
-    chosen = training_set(
-        options, next((model.image_shape[0] for model in (start, teacher) if model is not None), None)
-    )
-    classes = classes_of(chosen.source, chosen.where) if options["class_conditional"] else None
+    others = {"--from": start, "--teacher": teacher}
+    chosen = training_set(options, next((model.image_shape[0] for model in others.values() if model is not None), None))
+    classes = chosen.classes() if options["class_conditional"] else None
     class_names = None if classes is None else chosen.source.class_names
-    network = network_of(options, chosen.shape, classes)
-    if teacher is not None and teacher.image_shape != network.image_shape:
-        raise click.BadParameter(f"it is for images {teacher.image_shape}.", param_hint="--teacher")
-    if teacher is not None and teacher.num_classes not in (None, classes):
-        raise click.BadParameter(f"it knows {teacher.num_classes} classes, not {classes}.", param_hint="--teacher")
-    for option, model in (("--teacher", teacher), ("--from", start)):
+    network = Network.named(options["network"], chosen.shape, changes, num_classes=classes)
+    for option, model in others.items():
         check_class_names(model, class_names, option)
-    noise = NoiseRange() if start is None else start.noise
-    if teacher is not None and teacher.noise != noise:
-        raise click.BadParameter(f"its noise levels are {teacher.noise}, not {noise}.", param_hint="--teacher")
+    if teacher is not None:
+        check_teacher(teacher, network, start)
     if start is not None:
         refuse_other_network(network.build("meta"), start.network)
     data = chosen.loaded()
 
     def record(planned: TrainingConfig) -> dict[str, Any]:
-        command = recorded_command(context.command.params, context.params, planned, network, objective)
+        command = recorded_command(context, planned, network, objective)
         training = {name: options[name] for name in ("data", "hold_out", "compile")} | {"command": command}
         if class_names is not None:
             training["class_names"] = list(class_names)
@@ -143,10 +128,15 @@ def _trained(
 
     def on_samples(samples: Tensor) -> None:
         write_image(sample_sheet(samples), out / "samples.png")
-        write_image(loss_chart(out / LOG_FILE), out / "loss.png")
+        write_loss_chart(out / LOG_FILE, out / "loss.png")
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.steps, "training")) if team.rank == 0 else None
+
+        def on_step(state: TrainState) -> None:
+            if progress is not None:
+                progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
+
         return train_backbone(
             data.images,
             out,
@@ -157,26 +147,20 @@ def _trained(
             start=start,
             record=record,
             seconds_left=seconds_left,
-            on_step=None if progress is None else functools.partial(_advance, progress),
+            on_step=on_step,
             on_samples=on_samples,
         )
 
 
-def _advance(progress: Progress, state: TrainState) -> None:
-    progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
-
-
-def loss_chart(log: Path) -> Image.Image:
-    """The mean losses of a log over the images seen, each in the middle of the images that it is of."""
-    rows = _losses(log)
+def write_loss_chart(log: Path, path: Path) -> Path | None:
+    """Draw the mean losses of a log over the images seen, each in the middle of its images."""
+    rows = _log_rows(log)
     ends = [0, *(row["images"] for row in rows)]
-    unit = next(10**e for e in range(18) if ends[-1] < 1000 * 10**e)
-    middles = [(first + last) / 2 / unit for first, last in itertools.pairwise(ends)]
-    label = "images seen" if unit == 1 else f"images seen, in units of {unit:,}"
-    curve = Curve("mean loss", [row["loss"] for row in rows], x=middles)
-    return chart_row({"loss of the training": [curve]}, x_label=label, targets={})
+    middles = [(first + last) / 2 for first, last in itertools.pairwise(ends)]
+    return write_line_charts(
+        path, {"Loss of the training": {"mean loss": (middles, [row["loss"] for row in rows])}}, "images seen"
+    )
 
 
-def _losses(log: Path) -> list[dict[str, Any]]:
-    """The lines of a training's log."""
+def _log_rows(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]

@@ -1,9 +1,8 @@
-"""What the options of ``cmap-defense train`` mean: a network, an objective, a command line that says it all again."""
+"""What the options of ``cmap-defense train`` stand for: images, a network, an objective, and the command itself."""
 
 from __future__ import annotations
 
-import json
-import shlex
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,99 +12,125 @@ import torch
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.networks import PRESETS, Network
-from cmap_defense.cli.commands.train import Pair
-from cmap_defense.errors import WrongKindError
+from cmap_defense.cli.build import usage_errors
+from cmap_defense.cli.options import command_text
+from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset
+from cmap_defense.data.subset import Subset
+from cmap_defense.errors import DataError, WrongKindError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.run import source_of
 
-__all__ = [
-    "check_class_names",
-    "check_levels",
-    "network_of",
-    "objective_of",
-    "recorded_command",
-    "teacher_of",
-]
-
 COMPACT = ("preset", "channels", "attention", "blocks", "patch")
-"""Options that belong to the compact network."""
+"""Options that belong to the compact network; recorded commands have ``--set`` in their place."""
 
-SAID_OTHERWISE = (*COMPACT, "halvings")
-"""Options that stand in a recorded command as ``--set`` and ``--objective-set``."""
-
-ELSEWHERE = (
-    "out",
-    "as_json",
-    "device",
-    "threads",
-    "minutes",
-    "checkpoint_part_mb",
-    "micro_batch",
-    "hold_images",
-    "channels_last",
-)
-"""Options that say where a training runs and what it may take, and not what it is."""
+FREE = ("out", "as_json", "threads", "halvings", *COMPACT)
+"""Options that a recorded command lacks, beside those that are free to change when a training is continued."""
 
 
-def check_levels(options: Mapping[str, Any]) -> None:
-    """Raises click.BadParameter for attention at a level that is not there, before any data are read."""
-    levels = len(options["channels"] or PRESETS[options["preset"] or "small"]["channels"])
-    unknown = [level for level in options["attention"] or () if level not in range(levels)]
-    if unknown:
-        raise click.BadParameter(f"there is no level {unknown[0]} of {levels}.", param_hint="--attention")
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """Images of a data set, chosen before they are read: those of a folder may take minutes.
+
+    Attributes:
+        source: the data set.
+        positions: of the images in it.
+        shape: (C, H, W) of the first image.
+    """
+
+    source: ImageSource
+    positions: Sequence[int]
+    shape: tuple[int, int, int]
+
+    def loaded(self) -> LabelledImages:
+        """All of them, in memory."""
+        source, positions = self.source, self.positions
+        if isinstance(source, LabelledImages) and isinstance(positions, range):
+            return source[positions.start : positions.stop]
+        return source.select(positions)
+
+    def classes(self) -> int:
+        """The number of classes. Raises DataError where there are not two."""
+        names = self.source.class_names
+        count = len(names) if names is not None else int(self.source.labels.max()) + 1
+        if count < 2:
+            raise DataError(
+                "The data have no labels of several classes, which --class-conditional needs: leave the option out, "
+                "or give a folder of class folders or an .npz file with labels."
+            )
+        return count
 
 
-def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, option: str) -> None:
-    """Raises click.BadParameter where a model was trained on other classes, or on the same in another order."""
-    record = None if model is None else model.record
-    trained = None if record is None else record.training.get("class_names")
-    if trained is None or names is None or list(trained) == list(names):
-        return
-    raise click.BadParameter(
-        f"its classes are {', '.join(map(str, trained))}, those of the data {', '.join(names)}.", param_hint=option
-    )
+def training_set(options: Mapping[str, Any], channels: int | None = None) -> TrainingSet:
+    """The images of ``--data``, ``--size``, ``--image-channels`` and ``--hold-out``.
+
+    All images but the last ones; or, of a folder, but the first of a random subset, which ``--split train -n`` of the
+    other commands takes: its images come class by class, and the last ones would be a class.
+
+    Args:
+        options: of the command.
+        channels: of the images of a folder where the options do not say; None for 3.
+    """
+    where, hold_out = options["data"], options["hold_out"]
+    source = open_dataset(where, size=options["size"], channels=options["image_channels"])
+    if isinstance(source, FolderImages) and source.channels is None:
+        source = dataclasses.replace(source, channels=channels)
+    total = len(source)
+    if total == 0:
+        raise DataError(f"{where} holds no images: give other data.")
+    if hold_out >= total:
+        raise DataError(f"--hold-out {hold_out} leaves nothing of the {total} images: give a smaller number.")
+    positions: Sequence[int] = range(total - hold_out)
+    if hold_out and isinstance(source, FolderImages):
+        left_out = set(Subset(count=hold_out, order="random").indices(total))
+        positions = [position for position in range(total) if position not in left_out]
+    channels, height, width = source.select([0]).images.shape[1:]
+    return TrainingSet(source, positions, (channels, height, width))
 
 
-def network_of(options: Mapping[str, Any], image_shape: tuple[int, int, int], num_classes: int | None) -> Network:
-    """The network that --network, --set and the compact network's own options describe."""
-    name, changes = options["network"], _once(options["network_set"], "--set")
-    if name == "compact":
-        changes = _compact(options) | changes
-    else:
-        given = [option for option in COMPACT if options[option] is not None]
+def network_changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the network by ``--set``, and for the compact one by its own options."""
+    changes, name = _once(options["network_set"], "--set"), options["network"]
+    given = {option: options[option] for option in COMPACT if options[option] is not None}
+    if name != "compact":
         if given:
-            raise click.UsageError(f"--{given[0]} belongs to the compact network: use --set for those of {name}.")
-    return Network.named(name, image_shape, changes, num_classes=num_classes)
-
-
-def _compact(options: Mapping[str, Any]) -> dict[str, Any]:
-    changes = dict(PRESETS[options["preset"] or "small"])
-    given = {name: options[name] for name in ("channels", "blocks", "patch") if options[name] is not None}
-    levels, flags = len(given.get("channels", changes["channels"])), changes["attention"]
-    attended = options["attention"]
-    if attended is None:
-        attended = [level for level, flag in enumerate(flags) if flag]
-    return changes | given | {"attention": tuple(level in attended for level in range(levels))}
+            raise click.UsageError(
+                f"--{next(iter(given))} belongs to the compact network: use --set for the settings of {name}."
+            )
+        return changes
+    preset = PRESETS[given.pop("preset", "small")]
+    levels = range(len(given.get("channels", preset["channels"])))
+    attended = given.pop("attention", [level for level, flag in enumerate(preset["attention"]) if flag])
+    unknown = [level for level in attended if level not in levels] if options["attention"] else []
+    if unknown:
+        raise click.BadParameter(
+            f"there is no level {unknown[0]} of {len(levels)}: the finest is 0.", param_hint="--attention"
+        )
+    return {**preset, **given, "attention": tuple(level in attended for level in levels), **changes}
 
 
 def objective_of(options: Mapping[str, Any], teacher: EDMDenoiser | None) -> Objective:
-    """The objective that --objective and --objective-set describe."""
+    """The objective of ``--objective`` and ``--objective-set``."""
     name, values = options["objective"], _once(options["objective_set"], "--objective-set")
     if options["halvings"] is not None:
         if name != "ect" or "halvings" in values:
-            raise click.UsageError("--halvings is --objective-set halvings=..., of the objective ect.")
+            raise click.UsageError("--halvings sets halvings of the objective ect: give it once, for ect alone.")
         values["halvings"] = options["halvings"]
     if teacher is not None:
         conditional = teacher.num_classes is not None
-        values |= {"teacher": teacher.denoise, "teacher_source": source_of(teacher), "class_conditional": conditional}
-    return OBJECTIVES[name].from_dict(values)
+        values |= {
+            "teacher": teacher.denoise,
+            "teacher_source": source_of(teacher),
+            "class_conditional": conditional,
+        }
+    with usage_errors():
+        return OBJECTIVES[name].from_dict(values)
 
 
 def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser | None:
-    """The denoiser that --teacher names, for the objective cd; None for the other objectives."""
+    """The denoiser of ``--teacher``, for the objective cd; None for the other objectives."""
     if (options["objective"] == "cd") != (options["teacher"] is not None):
-        raise click.UsageError("--teacher names what --objective cd distils: they go together.")
+        raise click.UsageError("--teacher names the denoiser that --objective cd distils: give both, or neither.")
     if options["teacher"] is None:
         return None
     try:
@@ -117,47 +142,57 @@ def teacher_of(options: Mapping[str, Any], device: torch.device) -> EDMDenoiser 
     return teacher.to(device)
 
 
-def recorded_command(
-    parameters: Sequence[click.Parameter],
-    options: Mapping[str, Any],
-    config: TrainingConfig,
-    network: Network,
-    objective: Objective,
-) -> str:
+def check_teacher(teacher: EDMDenoiser, network: Network, start: KarrasModel | None) -> None:
+    """Wrong usage where a teacher does not fit the network that learns from it."""
+    found: dict[str, tuple[Any, Any]] = {
+        "images": (teacher.image_shape, network.image_shape),
+        "classes": (teacher.num_classes, network.num_classes if teacher.num_classes is not None else None),
+        "noise levels": (teacher.noise, teacher.noise if start is None else start.noise),
+    }
+    for what, (its, others) in found.items():
+        if its != others:
+            raise click.BadParameter(
+                f"its {what} are {its}, but those of the training {others}: give a teacher that fits.",
+                param_hint="--teacher",
+            )
+
+
+def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, option: str) -> None:
+    """Wrong usage where a model was trained on the data's classes in another order, or on other classes."""
+    record = None if model is None else model.record
+    known = None if record is None else record.training.get("class_names")
+    if known is not None and names is not None and list(known) != list(names):
+        raise click.BadParameter(
+            f"its classes are {', '.join(map(str, known))}, those of the data {', '.join(names)}: give data with the "
+            "same class folders.",
+            param_hint=option,
+        )
+
+
+def recorded_command(context: click.Context, config: TrainingConfig, network: Network, objective: Objective) -> str:
     """The command line of a training in full, without where it runs and writes.
 
     Args:
-        parameters: of the command.
-        options: their values.
-        config: settings with the chosen length and precision.
+        context: of the command.
+        config: the settings with the chosen length.
         network: the network.
         objective: the objective.
     """
-    values = dict(options) | dict.fromkeys((*SAID_OTHERWISE, *ELSEWHERE))
+    kept = config.reproducible()
+    fields = {field.name for field in dataclasses.fields(config)}
+    free = {*FREE, *(fields - kept.keys() - {"weights", "compile"})}
+    values = {name: value for name, value in context.params.items() if name not in free}
     values |= {"images": config.images, "precision": config.precision}
     values["network_set"] = tuple(network.changes.items())
     values["objective_set"] = tuple(objective.to_dict().items())
-    words = ["cmap-defense train"]
-    for parameter in parameters:
-        value = values[parameter.name or ""]
-        if value is None or value == "":
-            continue
-        if isinstance(parameter.type, Pair):
-            for key, item in value:
-                words += [parameter.opts[0], shlex.quote(f"{key}={json.dumps(item, separators=(',', ':'))}")]
-        elif value is False:
-            words += parameter.secondary_opts[:1]
-        else:
-            words.append(parameter.opts[0])
-            if value is not True:
-                text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-                words.append(shlex.quote(text))
-    return " ".join(words)
+    return command_text("train", context.command.params, values)
 
 
 def _once(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
-    """Pairs as a mapping. Raises click.BadParameter where a key comes twice."""
-    twice = [key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number])]
-    if twice:
-        raise click.BadParameter(f"{twice[0]} is set twice.", param_hint=option)
-    return dict(pairs)
+    """Pairs as a mapping; wrong usage where a key comes twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise click.BadParameter(f"{key} is set twice: give it once.", param_hint=option)
+        values[key] = value
+    return values

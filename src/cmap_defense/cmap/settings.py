@@ -10,7 +10,7 @@ from typing import ClassVar
 from typing_extensions import Self
 
 from cmap_defense.errors import UnknownNameError
-from cmap_defense.settings import Settings, near_matches, require_integer, require_number, require_numbers
+from cmap_defense.settings import Settings, near_matches, require_integer, require_numbers, setting
 
 __all__ = ["PRESETS", "CMAPSettings"]
 
@@ -39,15 +39,17 @@ class CMAPSettings(Settings):
         SettingsError: a value is out of its range, not finite or of the wrong type.
     """
 
-    n_latents: int = 10
-    iterations: int = 200
-    learning_rate: float = 0.025
+    n_latents: int = setting(10, "Number of latents per image (K).", minimum=1)
+    iterations: int = setting(200, "Number of iterations of the latent optimisation (N).", minimum=0)
+    learning_rate: float = setting(0.025, "Learning rate of the latent optimisation.", above=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 8e-7
-    ssim_weight: float = 2.0
-    latent_weight: float = 3.2
-    level: float | None = None
-    l1_smoothing: float = 0.0
+    eps: float = setting(8e-7, above=0)
+    ssim_weight: float = setting(2.0, "Weight of SSIM in the reconstruction loss (10).", minimum=0)
+    latent_weight: float = setting(3.2, "Weight of the latent constraint (12) in the objective (9).", minimum=0)
+    level: float | None = setting(None, above=0)
+    l1_smoothing: float = setting(
+        0.0, "Half-width of the smooth corner of L1, for images in [-1, 1]; 0 is the method's own.", minimum=0
+    )
 
     _synonyms: ClassVar[Mapping[str, str]] = {
         "k": "n_latents",
@@ -58,16 +60,9 @@ class CMAPSettings(Settings):
     }
 
     def __post_init__(self) -> None:
-        require_integer("CMAPSettings", "n_latents", self.n_latents, minimum=1)
-        if self.level is not None:
-            require_number("CMAPSettings", "level", self.level, above=0.0)
+        super().__post_init__()
         require_integer("CMAPSettings", "iterations", self.iterations, minimum=1 if self.level is None else 0)
-        require_number("CMAPSettings", "learning_rate", self.learning_rate, above=0.0)
-        require_number("CMAPSettings", "eps", self.eps, above=0.0)
-        require_number("CMAPSettings", "ssim_weight", self.ssim_weight, minimum=0.0)
-        require_number("CMAPSettings", "latent_weight", self.latent_weight, minimum=0.0)
-        require_number("CMAPSettings", "l1_smoothing", self.l1_smoothing, minimum=0.0)
-        betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0.0, below=1.0)
+        betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0, below=1.0)
         object.__setattr__(self, "betas", betas)
 
     @classmethod

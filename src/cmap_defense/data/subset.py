@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_choice, require_integer
+from cmap_defense.settings import Settings, setting
 
 __all__ = ["Subset"]
 
@@ -25,21 +25,20 @@ class Subset(Settings):
         SettingsError: a value is out of its range.
     """
 
-    count: int | None = None
-    order: str = "first"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.count is not None:
-            require_integer("Subset", "count", self.count, minimum=1)
-        require_choice("Subset", "order", self.order, ("first", "last", "random"))
-        require_integer("Subset", "seed", self.seed, minimum=0, below=2**32)
+    count: int | None = setting(None, "Number of images to take from the data set.", minimum=1)
+    order: str = setting(
+        "first",
+        'Which images to take. With --split train, "last" takes those that "train --hold-out" left out of data that '
+        "are no folder.",
+        choices=("first", "last", "random"),
+    )
+    seed: int = setting(0, "Seed of the random draw of images.", minimum=0, below=2**32)
 
     def indices(self, total: int) -> list[int]:
         """Positions in a data set of ``total`` images. Raises :class:`SettingsError` where it has too few, or none."""
         count = total if self.count is None else self.count
         if not 1 <= count <= total:
-            remedy = f" Take {total} at most: -n {total}, or Subset(count={total})." if total else ""
+            remedy = f" Take {total} at most: Subset(count={total})." if total else ""
             raise SettingsError(f"{count} images are to be used, but the data set has {total}.{remedy}")
         if self.order == "first":
             return list(range(count))

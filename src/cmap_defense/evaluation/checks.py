@@ -293,6 +293,6 @@ def _direction(gradients: Sequence[Mapping[str, Any]], eot: int) -> Check:
     if not table:
         return Check(title, None, "not measured", NOT_MADE)
     row = table[-1]
-    shown = f"cosine {row['cosine']:.3f} +- {row['error']:.3f} between two averages of {row['samples']:.0f}"
+    shown = f"cosine {row['cosine']:.3f} ± {row['error']:.3f} between two averages of {row['samples']:.0f}"
     remedy = f"Average more gradients: --eot {4 * max(1, eot)}; or measure more images: --sanity-images 64."
     return Check(title, row["cosine"] > TOLERANCE * row["error"], shown, remedy)

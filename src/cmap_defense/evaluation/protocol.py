@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_flag, require_integer
+from cmap_defense.settings import Settings, require_integer, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,22 +45,32 @@ class Protocol(Settings):
         SettingsError: a value is out of its range.
     """
 
-    predictions: int = 10
-    reevaluations: int = 20
-    seeds: tuple[int, ...] = (0,)
-    group: int = 32
-    search_on_clean: bool = True
-    sanity_images: int = 16
-    gradient_samples: int = 64
+    predictions: int = setting(10, "Number of predictions with independent noise for each final image (N).", minimum=1)
+    reevaluations: int = setting(20, "Number of further such predictions (R), on which nothing is selected.", minimum=1)
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the runs, one run for each.")
+    group: int = setting(32, "Number of images that are attacked together.", minimum=1)
+    search_on_clean: bool = setting(
+        True,
+        "Predict clean images as often as the longest search does, to measure its selection effect.",
+        group="Checks of the attacks",
+    )
+    sanity_images: int = setting(
+        16,
+        "Number of images that the attacks are checked on. With 0 there are no checks and no headline.",
+        minimum=0,
+        group="Checks of the attacks",
+    )
+    gradient_samples: int = setting(
+        64,
+        "Number of gradients per image that the check of averaged gradients draws, an even number.",
+        minimum=2,
+        group="Checks of the attacks",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        require_integer(name, "predictions", self.predictions, minimum=1)
-        require_integer(name, "reevaluations", self.reevaluations, minimum=1)
-        require_integer(name, "group", self.group, minimum=1)
-        require_integer(name, "sanity_images", self.sanity_images, minimum=0)
-        require_flag(name, "search_on_clean", self.search_on_clean)
-        if require_integer(name, "gradient_samples", self.gradient_samples, minimum=2) % 2:
+        if self.gradient_samples % 2:
             raise SettingsError(f"{name}.gradient_samples must be even, but is {self.gradient_samples}.")
         if isinstance(self.seeds, str) or not isinstance(self.seeds, Sequence) or not self.seeds:
             raise SettingsError(f"{name}.seeds must be integers, one for each run, but is {self.seeds!r}.")

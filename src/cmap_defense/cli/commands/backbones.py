@@ -1,24 +1,189 @@
-"""``cmap-defense backbones``."""
+"""``cmap-defense train``, ``quality`` and ``backbones``."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cmap_defense.cli.choices import WEIGHTS_DTYPES
-from cmap_defense.cli.commands.shared import json_option, writable_folder
-from cmap_defense.cli.grouped import Group, options_of
-from cmap_defense.cli.paths import PathType
+from cmap_defense.cli.command import Command, Group, in_group
+from cmap_defense.cli.options import (
+    DATA,
+    DATASETS,
+    MODEL,
+    OUTPUT,
+    Choice,
+    Numbers,
+    Pair,
+    PathType,
+    data_options,
+    json_option,
+    model_options,
+    options_of,
+    out_option,
+    record_options,
+    seed_option,
+    threads_option,
+    writable_folder,
+)
+from cmap_defense.threat import ThreatModel
+from cmap_defense.training.config import TrainingConfig
 
-__all__ = ["backbones"]
+NETWORKS = ("compact", "ncsnpp", "imagenet64")
+OBJECTIVES = ("edm", "ct", "ict", "ect", "cd")
+PRESETS = ("small", "cifar10")
 
-FETCHING = options_of("Fetching")
-CHECKPOINT = options_of("Checkpoint")
-ARCHITECTURE = options_of("Architecture")
-RECORD = options_of("Record and weights")
-REPOSITORY = options_of("Repository")
+OBJECTIVE = in_group("Objective")
+NETWORK = in_group("Network")
+
+FIELDS = [field.name for field in dataclasses.fields(TrainingConfig) if field.metadata.get("help")]
+
+
+@click.command(cls=Command)
+@DATA(
+    "-d",
+    "--data",
+    required=True,
+    help=f"Data set: a name ({', '.join(DATASETS)}), an .npz file with images (uint8 [N, H, W, C]), or a folder of "
+    "images.",
+)
+@DATA(
+    "--hold-out",
+    type=click.IntRange(0),
+    default=0,
+    help="Number of images to leave out: the last ones, or of a folder a draw over all classes.",
+)
+@DATA("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels.")
+@DATA(
+    "--image-channels",
+    type=click.IntRange(1),
+    show_default="those of --from, or 3",
+    help="Channels in which the images of a folder are read: 3, or 1 for grey.",
+)
+@DATA("--class-conditional", is_flag=True, help="Condition the network on the labels of the data.")
+@OBJECTIVE("--objective", type=Choice(OBJECTIVES), default="ect", help="Objective to minimise.")
+@OBJECTIVE(
+    "--objective-set",
+    type=Pair(),
+    multiple=True,
+    help="Set one of the objective's settings to this value. May be repeated.",
+)
+@OBJECTIVE(
+    "--halvings",
+    type=click.IntRange(0),
+    help="Number of times that the gap between noise levels is halved, for the objective ect.",
+)
+@OBJECTIVE("--teacher", help="Denoiser to distil, for the objective cd: a folder, a name or a Hub id.")
+@NETWORK("--network", type=Choice(NETWORKS), default="compact", help="Network to train.")
+@NETWORK(
+    "--preset",
+    type=Choice(PRESETS),
+    show_default="small",
+    help="Configuration of the compact network that the following options change.",
+)
+@NETWORK(
+    "--channels",
+    type=Numbers(int),
+    show_default="the preset's",
+    help="Width of each level of the compact network, finest first, with commas between them.",
+)
+@NETWORK(
+    "--attention",
+    type=Numbers(int),
+    show_default="the preset's",
+    help='Levels of the compact network with attention, 0 being the finest, or "none".',
+)
+@NETWORK(
+    "--blocks",
+    type=click.IntRange(1),
+    show_default="the preset's",
+    help="Number of residual blocks per level of the compact network.",
+)
+@NETWORK(
+    "--patch",
+    type=click.IntRange(1),
+    show_default="the preset's",
+    help="Side of the patches that the compact network turns into channels.",
+)
+@NETWORK(
+    "--set",
+    "network_set",
+    type=Pair(),
+    multiple=True,
+    help="Set one of the network's settings to this value. May be repeated.",
+)
+@NETWORK("--from", "start_from", help="Backbone whose weights the training starts from: a folder, a name or a Hub id.")
+@options_of(TrainingConfig, "Training", *(name for name in FIELDS if name != "weights"))
+@threads_option
+@record_options("my-backbone")
+@options_of(TrainingConfig, "Training", "weights")
+@out_option()
+@json_option
+@click.pass_context
+def train(context: click.Context, **options: Any) -> None:
+    """Train a backbone and write it to OUT/backbone: a consistency model, or a denoiser (--objective edm).
+
+    Killed, interrupted or stopped by --minutes, the same command continues from the last checkpoint, and ends with the
+    same weights. Under torchrun (torchrun -m cmap_defense train ...) all processes share each batch. OUT/samples.png
+    shows 64 samples, always from the same noise; OUT/loss.png, where matplotlib is installed, the loss.
+
+    With --minutes and without --images, the training is as long as fits into the minutes; OUT/plan.json keeps that
+    length for the calls that continue it.
+    """
+    from cmap_defense.cli.train import run_train
+
+    run_train(context, options)
+
+
+SAMPLES = in_group("Samples")
+
+
+@click.command(cls=Command)
+@model_options
+@MODEL(
+    "--other",
+    multiple=True,
+    metavar="NAME=PATH[@WEIGHTS]",
+    help="Another classifier to measure with, made as the first one is. May be repeated.",
+)
+@data_options
+@SAMPLES(
+    "--samples",
+    type=click.IntRange(2),
+    default=5000,
+    help="Number of generated images that are compared with real ones.",
+)
+@SAMPLES(
+    "--features",
+    metavar="MODULE",
+    show_default="the last nn.Linear",
+    help="Module of the classifier whose input is compared.",
+)
+@options_of(ThreatModel, "PGD (linf) on the bare classifier", "eps")
+@seed_option("Seed of all noise.")
+@OUTPUT("--record", is_flag=True, help="Write the figures into the backbone's record too.")
+@out_option()
+@json_option
+@click.pass_context
+def quality(context: click.Context, **options: Any) -> None:
+    """Measure how good a backbone is, with what is on this machine.
+
+    Its samples are compared with real images, by the Frechet distance in the classifier's features and, where its
+    network is there, by FID. Clean images are purified and classified, and so are attacked ones; PGD with 20 steps
+    attacks the bare classifier, which does not know the defence. The cost is printed first. Writes quality.json,
+    quality.md, samples.png and reconstructions.png.
+    """
+    from cmap_defense.cli.quality import run_quality
+
+    run_quality(context, options)
+
+
+FETCHING = in_group("Fetching")
+CHECKPOINT = in_group("Checkpoint")
+ARCHITECTURE = in_group("Architecture")
+REPOSITORY = in_group("Repository")
 
 
 @click.group(cls=Group)
@@ -59,27 +224,18 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
 @backbones.command()
 @click.argument("checkpoint", type=PathType(exists=True, dir_okay=False))
 @click.argument("out", type=PathType(file_okay=False), callback=writable_folder)
-@CHECKPOINT(
-    "--from", "format_", type=click.Choice(["jcm", "openai"]), required=True, help="Format of the file CHECKPOINT."
-)
+@CHECKPOINT("--from", "format_", type=Choice(["jcm", "openai"]), required=True, help="Format of the file CHECKPOINT.")
 @CHECKPOINT(
     "--kind",
-    type=click.Choice(["consistency", "denoiser"]),
+    type=Choice(["consistency", "denoiser"]),
     default="consistency",
-    show_default=True,
     help="Kind of model that the checkpoint holds.",
 )
-@CHECKPOINT(
-    "--params",
-    default="params_ema",
-    show_default=True,
-    help="Entry of a jcm checkpoint that holds the weights to convert.",
-)
+@CHECKPOINT("--params", default="params_ema", help="Entry of a jcm checkpoint that holds the weights to convert.")
 @ARCHITECTURE(
     "--config",
-    "overrides",
+    type=Pair(),
     multiple=True,
-    metavar="NAME=VALUE",
     help="Setting of a jcm checkpoint's architecture that differs from CIFAR-10's, such as nf=64 or ch_mult=1,2. "
     "May be repeated.",
 )
@@ -93,19 +249,10 @@ def pull(backbone: str, force: bool, as_json: bool) -> None:
     "--head-channels",
     type=click.IntRange(1),
     default=64,
-    show_default=True,
     help="Channels of one attention head, for an openai checkpoint.",
 )
-@RECORD("--name", show_default="OUT's name", help="Name of the backbone in its record.")
-@RECORD("--description", default="", help="Description of the backbone in its record.")
-@RECORD("--licence", default="", help="Licence of the weights in the record.")
-@RECORD(
-    "--dtype",
-    type=click.Choice(WEIGHTS_DTYPES),
-    default="float32",
-    show_default=True,
-    help="Precision of the weights in the file that is written.",
-)
+@record_options(None, "OUT's name")
+@options_of(TrainingConfig, "Record and weights", "weights")
 @json_option
 def convert(**options: Any) -> None:
     """Convert CHECKPOINT into a backbone folder OUT, which load_backbone(OUT) loads.
@@ -115,7 +262,7 @@ def convert(**options: Any) -> None:
     """
     from cmap_defense.cli.backbones import convert_checkpoint
 
-    convert_checkpoint(**options)
+    convert_checkpoint(options)
 
 
 @backbones.command()
@@ -132,7 +279,7 @@ def verify(backbone: str, as_json: bool) -> None:
 @click.argument("folder", type=PathType(exists=True, file_okay=False))
 @click.argument("repo_id")
 @REPOSITORY("--private", is_flag=True, help="Make the repository private where it does not exist yet.")
-@REPOSITORY("--message", default="Add the backbone", show_default=True, help="Message of the commit.")
+@REPOSITORY("--message", default="Add the backbone", help="Message of the commit.")
 @json_option
 def push(folder: Path, repo_id: str, private: bool, message: str, as_json: bool) -> None:
     """Upload FOLDER with a model card to the Hub's repository REPO_ID (organisation/name)."""

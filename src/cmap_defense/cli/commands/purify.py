@@ -1,4 +1,4 @@
-"""``cmap-defense purify``."""
+"""``cmap-defense demo`` and ``purify``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,46 @@ from typing import Any
 
 import click
 
-from cmap_defense.cli.commands.shared import (
+from cmap_defense.cli.command import Command
+from cmap_defense.cli.options import (
+    DATA,
     MODEL,
     OUTPUT,
+    PGD,
+    PathType,
     backbone_option,
     device_option,
-    iterations_option,
     json_option,
-    latents_option,
+    options_of,
     out_option,
+    purifier_options,
     resize_option,
     seed_option,
     threads_option,
 )
-from cmap_defense.cli.grouped import Command
-from cmap_defense.cli.paths import PathType
+from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.threat import ThreatModel
 
-__all__ = ["purify"]
+
+@click.command(cls=Command)
+@DATA("--images", type=click.IntRange(1, 256), default=24, help="Number of test images to purify.")
+@options_of(ThreatModel, "PGD (linf) on the bare classifier", "eps", defaults={"eps": 0.05})
+@PGD("--steps", type=click.IntRange(1), default=20, help="Number of PGD steps.")
+@options_of(CMAPSettings, "Purification", "n_latents", "iterations", unset="the backbone's")
+@seed_option("Seed of the attack and of the purification's noise.")
+@threads_option
+@out_option("cmap-demo")
+@json_option
+def demo(**options: Any) -> None:
+    """Attack a small classifier, purify, and compare; under a minute on two cores, with no network.
+
+    Prints bare and purified accuracy on clean and on attacked images, and writes two pictures: a sheet of images, and,
+    where matplotlib is installed, the latents' mean and standard deviation over the iterations, with and without the
+    latent constraint.
+    """
+    from cmap_defense.cli.demo import run_demo
+
+    run_demo(options)
 
 
 @click.command(cls=Command)
@@ -33,8 +56,7 @@ __all__ = ["purify"]
     type=click.IntRange(0),
     help="Class of the images, as the backbone numbers it. A class-conditional backbone needs it.",
 )
-@latents_option
-@iterations_option
+@purifier_options
 @resize_option
 @seed_option("Seed of the noise, the same for every image.")
 @threads_option
@@ -52,4 +74,4 @@ def purify(**options: Any) -> None:
     """
     from cmap_defense.cli.purify import run_purify
 
-    run_purify(**options)
+    run_purify(options)

@@ -1,4 +1,4 @@
-"""``cmap-defense analyse``: how far attacked, generated and purified images lie from clean ones (Fig. 1)."""
+"""``cmap-defense detect``: how far attacked, generated and purified images lie from clean ones (Fig. 1)."""
 
 from __future__ import annotations
 
@@ -11,76 +11,57 @@ from typing import Any
 import click
 from torch import Tensor
 
-from cmap_defense.attacks import PGD, ThreatModel
+from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.options import data_of, model_of, subset_of
-from cmap_defense.cli.output import print_json, print_table, using_threads
+from cmap_defense.cli.build import data_of, model_of, size_of, subset_of, threat_of, using_threads
+from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.pictures import write_png
 from cmap_defense.cli.progress import Progress
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 from cmap_defense.errors import MissingExtraError
+from cmap_defense.files import write_text
 from cmap_defense.modules import device_of
-
-__all__ = ["run_analyse"]
 
 GROUP = 64
 """Images at a time."""
 
-CALLED = {
+KINDS = {
     "adversarial": "adversarial images",
     "generated": "generated images",
     "noise": "noisy images (the attack's perturbations with random signs)",
 }
 
 
-def run_analyse(
-    *,
-    reference: int,
-    levels: int,
-    kernel: str,
-    training: int,
-    eps: float,
-    steps: int,
-    purify: bool,
-    seed: int,
-    out: Path,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Carry out the command; the arguments are its options."""
+def run_detect(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
     start = time.perf_counter()
+    attack = PGD(threat_of(options), steps=options["steps"], seed=options["seed"])
     with using_threads(options["threads"]):
         model = model_of(options)
-        count = options["count"]
-        parts = _parts(options, model, [count, reference] + ([training] if kernel == "deep" else []))
-        score = EPS(sigmas=vp_sigmas(levels), seed=seed)
-        found = _measured(model, score, parts, eps=eps, steps=steps, purify=purify, seed=seed)
-    files, lacking = _written(found, out)
+        found = _measured(model, _parts(options, model), attack, options)
+    files, lacking = _written(found, options["out"])
     seconds = time.perf_counter() - start
-    if as_json:
-        print_json(
-            {
-                **found.to_dict(),
-                "settings": model.settings.to_dict(),
-                "seconds": seconds,
-                "files": [str(path) for path in files],
-                "lacking": lacking,
-            }
-        )
+    if options["as_json"]:
+        settings, names = model.settings.to_dict(), [str(path) for path in files]
+        print_json({**found.to_dict(), "settings": settings, "seconds": seconds, "files": names, "lacking": lacking})
         return
-    _show(found, model, kernel, seconds, files)
+    _show(found, model, options["kernel"], seconds, files)
     if lacking is not None:
-        click.echo(f"No picture: {lacking}", err=True)
+        click.echo(f"No detection.png: {lacking}", err=True)
 
 
-def _parts(options: dict[str, Any], model: PurifiedClassifier, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels to observe, of the references, and of the deep kernel's training: one after the other."""
+def _parts(options: dict[str, Any], model: PurifiedClassifier) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels to measure, of the references, and of the deep kernel's training: one after the other."""
+    counts = {"-n": options["count"], "--reference": options["reference"]}
+    if options["kernel"] == "deep":
+        counts["--training"] = options["training"]
     data = labelled_data(data_of(options), model.image_shape[0])
-    if len(data[0] if isinstance(data, tuple) else data) < sum(sizes):
-        total = len(data[0] if isinstance(data, tuple) else data)
+    sizes, total = list(counts.values()), size_of(data)
+    if total < sum(sizes):
         raise click.UsageError(
-            f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with -n, "
-            "--reference" + (" and --training." if len(sizes) > 2 else ".")
+            f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with "
+            f"{', '.join(counts)}."
         )
     found = SelectedImages.of(data, subset_of(options | {"count": sum(sizes)}, data))
     device = device_of(model)
@@ -89,18 +70,13 @@ def _parts(options: dict[str, Any], model: PurifiedClassifier, sizes: list[int])
 
 
 def _measured(
-    model: PurifiedClassifier,
-    score: EPS,
-    parts: list[tuple[Tensor, Tensor]],
-    *,
-    eps: float,
-    steps: int,
-    purify: bool,
-    seed: int,
+    model: PurifiedClassifier, parts: list[tuple[Tensor, Tensor]], attack: Attack, options: dict[str, Any]
 ) -> Detection:
     (images, labels), (reference, _), *rest = parts
+    purify, seed = options["purify"], options["seed"]
+    score = EPS(sigmas=vp_sigmas(options["levels"]), seed=seed)
     total = 2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify
-    with Progress(total, "analyse") as progress:
+    with Progress(total, "detect") as progress:
         kernel = None
         for training, classes in rest:
             progress.step("training the kernel")
@@ -111,7 +87,7 @@ def _measured(
             images,
             labels,
             reference=reference,
-            attack=PGD(ThreatModel(norm="linf", eps=eps), steps=steps, seed=seed),
+            attack=attack,
             eps=score,
             kernel=kernel,
             purify=purify,
@@ -123,25 +99,13 @@ def _measured(
 
 def _written(found: Detection, out: Path) -> tuple[list[Path], str | None]:
     """The files, and what is missing for the picture, if anything is."""
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-    files = [_write(text.encode(), out / "detection.json")]
+    write_text(out / "detection.json", text)
     try:
         picture = found.plot()
     except MissingExtraError as error:
-        return files, str(error)
-    return [*files, _write(picture, out / "detection.png")], None
-
-
-def _write(content: bytes, path: Path) -> Path:
-    """A file that appears under its name only when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+        return [out / "detection.json"], str(error)
+    return [out / "detection.json", write_png(picture, out / "detection.png")], None
 
 
 def _show(found: Detection, model: PurifiedClassifier, kernel: str, seconds: float, files: list[Path]) -> None:
@@ -168,14 +132,11 @@ def _show(found: Detection, model: PurifiedClassifier, kernel: str, seconds: flo
             ]
         )
     print_table(rows)
-    click.echo(
-        "\nDistance: squared MMD from the references. Accuracy: of the bare classifier; of the defended one where"
-    )
-    click.echo("images are purified.\n")
+    click.echo("\nDistance: squared MMD from the references.")
+    click.echo("Accuracy: of the bare classifier; of the defended one where images are purified.\n")
     click.echo("The paper finds adversarial images far from clean ones, and generated ones with them. Here:")
-    for name, called in CALLED.items():
-        click.echo(f"- {called} can{'' if found.differs(name) else 'not'} be distinguished from clean ones")
-    click.echo(
-        f"- adversarial images are distinguished from noisy ones with AUROC {found.auroc('adversarial', 'noise')}"
-    )
+    for name, images in KINDS.items():
+        click.echo(f"- {images} can{'' if found.differs(name) else 'not'} be distinguished from clean ones")
+    noise = found.auroc("adversarial", "noise")
+    click.echo(f"- adversarial images are distinguished from noisy ones with AUROC {noise}")
     click.echo(f"\n{seconds:.0f} s. {', '.join(map(str, files))}")

@@ -1,4 +1,4 @@
-"""Models by import path, and their weights in files of others."""
+"""Models by import path, and their weights in files of other libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cmap_defense.cli.models import imported_model
+from cmap_defense.cli.build import imported_model
 
 CPU = torch.device("cpu")
 CODE = """
@@ -21,6 +21,8 @@ CODE = """
 
     def net():
         return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+    ready = net()
 
     def wrapped():
         return nn.ModuleDict({"model": net()})
@@ -53,8 +55,8 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state().items()}
 
 
-def loaded(file: Path, weights: Path, option: str = "--classifier") -> nn.Module:
-    made = imported_model(f"{file}:net", weights, CPU, option)
+def loaded(file: Path, weights: Path, option: str = "--classifier", name: str = "net") -> nn.Module:
+    made = imported_model(f"{file}:{name}", weights, CPU, option)
     assert isinstance(made, nn.Module)
     return made
 
@@ -82,17 +84,18 @@ def test_files_of_torch_save(tmp_path: Path, file: Path, name: str, zipped: bool
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
-@pytest.mark.parametrize("ending", ["safetensors", "bin"])
-def test_files_of_safetensors(tmp_path: Path, file: Path, prefix: str, ending: str) -> None:
+@pytest.mark.parametrize(("ending", "name"), [("safetensors", "net"), ("bin", "net"), ("safetensors", "ready")])
+def test_files_of_safetensors(tmp_path: Path, file: Path, prefix: str, ending: str, name: str) -> None:
     save_file(prefixed(prefix), tmp_path / f"w.{ending}")
-    assert torch.equal(loaded(file, tmp_path / f"w.{ending}").state_dict()["1.weight"], state()["1.weight"])
+    model = loaded(file, tmp_path / f"w.{ending}", name=name)
+    assert torch.equal(model.state_dict()["1.weight"], state()["1.weight"])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
 
 
 def test_a_prefix_that_the_model_has_stays(tmp_path: Path, file: Path) -> None:
     torch.save(prefixed("model."), tmp_path / "w.pt")
-    made = imported_model(f"{file}:wrapped", tmp_path / "w.pt", CPU, "--classifier")
-    assert isinstance(made, nn.Module)
-    assert torch.equal(made.state_dict()["model.1.bias"], state()["1.bias"])
+    assert torch.equal(loaded(file, tmp_path / "w.pt", name="wrapped").state_dict()["model.1.bias"], state()["1.bias"])
 
 
 class Harmful:
@@ -117,13 +120,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a prefix of some": (prefixed("module.") | {"x": torch.zeros(1)}, r"holds besides module\.1\.weight"),
     "other shapes": (state() | {"1.bias": torch.zeros(7)}, r"is not of this model: it has other shapes for 1\.bias"),
     "no state dict": ({"weights": [1, 2]}, "holds no state dict, by itself or as state_dict"),
-    "a whole model": (nn.Linear(4, 3), "asks for code to be run"),
+    "a whole model": (nn.Linear(4, 3), r"asks for code to be run.*Save the state dict alone: torch\.save\(model\."),
     "numbers": ([1.5], "holds no state dict"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize(("option", "named"), [("--classifier", "--weights"), ("--and", "--and")])
+@pytest.mark.parametrize(("option", "named"), [("--classifier", "--weights"), ("--other", "--other")])
 def test_what_is_no_file_of_this_model_names_the_option(
     tmp_path: Path, file: Path, name: str, option: str, named: str
 ) -> None:
@@ -147,7 +150,10 @@ def test_a_damaged_file(tmp_path: Path, file: Path, name: str) -> None:
     [
         ("failing", "my_models.py:failing raised ZeroDivisionError: nothing to divide by"),
         ("calling_wrongly", "my_models.py:calling_wrongly raised TypeError: .*out_features"),
-        ("needs", r"cannot be called without arguments \(missing a required argument: 'width'\)"),
+        (
+            "needs",
+            "missing a required argument: 'width'. Name a model, or a function without arguments",
+        ),
         ("leaving", "my_models.py:leaving raised SystemExit: 3"),
     ],
 )
@@ -163,5 +169,5 @@ def test_a_factory_that_raises_is_named(file: Path, name: str, message: str) -> 
 )
 def test_a_module_that_raises_is_named(tmp_path: Path, code: str, message: str) -> None:
     (tmp_path / "broken.py").write_text(code)
-    with pytest.raises(click.BadParameter, match=rf"broken\.py .*{message}"):
+    with pytest.raises(click.BadParameter, match=rf"broken\.py:net .*{message}"):
         imported_model(f"{tmp_path}/broken.py:net", None, CPU, "--classifier")

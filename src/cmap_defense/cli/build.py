@@ -1,0 +1,310 @@
+"""What options stand for: a model and others beside it, their images, attacks, a protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.attacks import Attack, ThreatModel
+from cmap_defense.attacks.suites import SUITES
+from cmap_defense.backbones.weights import read_state_dict
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cli.options import COUNT, EMBEDDED
+from cmap_defense.data import DATASETS, open_dataset
+from cmap_defense.data.subset import Subset
+from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
+from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.paths import expanded
+from cmap_defense.purifiers import CMAP, Purifier, from_texts
+from cmap_defense.settings import Settings, near_matches
+
+PURIFIER_OPTIONS = ("n_latents", "iterations", "learning_rate")
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What wrappers put before the names in a state dict: DataParallel, torch.compile, Lightning."""
+
+Options = Mapping[str, Any]
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def settings_of(settings: type[SettingsType], options: Options, **others: Any) -> SettingsType:
+    """Settings from the options of their fields; options that are None or that the command lacks keep the defaults.
+
+    Args:
+        settings: their class.
+        options: values by name.
+        others: fields that are no options.
+
+    Raises:
+        click.UsageError: they do not fit each other.
+    """
+    names = [field.name for field in dataclasses.fields(settings)]
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    with usage_errors():
+        return settings.from_dict(given | others)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Settings that are refused inside are wrong usage."""
+    try:
+        yield
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def device_of(options: Options) -> torch.device:
+    """The device of ``--device``, under torchrun this rank's own GPU; wrong usage where it is not there."""
+    name, own = options["device"], os.environ.get("LOCAL_RANK")
+    try:
+        device = torch.device(f"cuda:{own}" if name == "cuda" and own is not None else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{name}: {error}", param_hint="--device") from error
+    return device
+
+
+@contextlib.contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many threads of the CPU inside; None leaves their number to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def model_of(options: Options) -> PurifiedClassifier:
+    """The model that the model options describe, in eval mode."""
+    device = device_of(options)
+    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
+    if (options["mean"] is None) != (options["std"] is None):
+        raise click.UsageError("--mean and --std go together: give both, or neither.")
+    named = None if options["purifier"] == "cmap" else purifier_of(options)
+    model = PurifiedClassifier(
+        classifier,
+        options["backbone"],
+        purifier=named,
+        normalize=None if options["mean"] is None else (options["mean"], options["std"]),
+        resize=options["resize"],
+        vote=options["vote"],
+        max_parallel=options["max_parallel"],
+    ).to(device)
+    if named is None:
+        purifier = purifier_of(options, model.settings.to_dict())
+        if purifier != model.purifier:
+            assert isinstance(purifier, CMAP)
+            model = model.variant(settings=purifier.settings)
+    return model.eval()
+
+
+def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Purifier:
+    """The purifier of ``--purifier``, ``--purifier-set`` and the options of its settings.
+
+    Args:
+        options: of a command.
+        start: settings that these change, such as those of a backbone's record; None for the purifier's defaults.
+    """
+    given = list(options.get("purifier_set", ()))
+    given += [f"{name}={options[name]}" for name in PURIFIER_OPTIONS if options.get(name) is not None]
+    names = {text.partition("=")[0].strip() for text in given}
+    kept = {} if start is None or "preset" in names else start
+    texts = [
+        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in kept.items()
+        if name not in names
+    ]
+    with usage_errors():
+        return from_texts(options.get("purifier", "cmap"), [*texts, *given])
+
+
+def data_of(options: Options) -> Any:
+    """The data set that the data options name."""
+    if options["data"] != EMBEDDED:
+        return open_dataset(options["data"], options["split"], size=options["size"])
+    if options["split"] != "test":
+        raise click.BadParameter(
+            "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",
+            param_hint="--split",
+        )
+    return load_test_images()
+
+
+def class_names_of(options: Options) -> tuple[str, ...] | None:
+    """Those of the embedded images; None for a data set that knows its own."""
+    return CLASS_NAMES if options["data"] == EMBEDDED else None
+
+
+def size_of(data: Any) -> int:
+    """The number of images of a data set."""
+    return len(data[0] if isinstance(data, tuple) else data)
+
+
+def subset_of(options: Options, data: Any) -> Subset:
+    """Which images of a data set; without a number as many as most commands take, or all where there are fewer."""
+    source = options["data"]
+    folder = source not in (EMBEDDED, *DATASETS) and expanded(source).is_dir()
+    count = options["count"] or max(1, min(COUNT, size_of(data)))
+    return Subset(count=count, order=options["order"] or ("random" if folder else "first"))
+
+
+def threat_of(options: Options, *, zero: bool = False) -> ThreatModel:
+    """Norm and eps, linf where the command has no other norm.
+
+    Args:
+        options: of the command.
+        zero: whether eps may be 0.
+    """
+    threat = settings_of(ThreatModel, options)
+    if not zero and threat.eps == 0:
+        instead = ", or --attacks none for no attack" if "attacks" in options else ""
+        raise click.BadParameter(f"an attack of size 0 changes nothing: give 8/255{instead}.", param_hint="--eps")
+    return threat
+
+
+def attacks_of(options: Options) -> dict[str, Attack]:
+    """The attacks that the attack options name."""
+    threat = threat_of(options)
+    if options["attacks"] == "none":
+        return {}
+    sizes = {name: options[name] for name in ("steps", "eot") if options[name] is not None}
+    suite = SUITES[options["attacks"]](threat, **sizes)
+    for name in options["only"]:
+        if name not in suite:
+            raise click.BadParameter(f"there is no attack {name!r}.{near_matches(name, suite)}", param_hint="--only")
+    return {name: attack for name, attack in suite.items() if not options["only"] or name in options["only"]}
+
+
+def imported_models(given: Iterable[str], options: Options, option: str, *taken: str) -> dict[str, Any]:
+    """Models beside the classifier by name, which take images in [0, 1].
+
+    Args:
+        given: texts ``NAME=PATH`` or ``NAME=PATH@WEIGHTS``.
+        options: of the command.
+        option: that they were given by.
+        taken: names that others have.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, _, rest = text.partition("=")
+        path, _, file = rest.partition("@")
+        weights = Path(file) if file else None
+        if not name or not path:
+            raise click.BadParameter(f"{text!r} is not NAME=PATH or NAME=PATH@WEIGHTS.", param_hint=option)
+        if name in found or name in taken:
+            raise click.BadParameter(f"two models are called {name!r}: rename one.", param_hint=option)
+        if weights is not None and not weights.is_file():
+            raise click.BadParameter(f"there is no file {weights}.", param_hint=option)
+        found[name] = imported_model(path, weights, device_of(options), option)
+    return found
+
+
+def imported_model(path: str, weights: Path | None, device: torch.device, option: str) -> Callable[[Tensor], Tensor]:
+    """The model at an import path, in eval mode, on a device.
+
+    Args:
+        path: ``package.module:name`` or ``file.py:name``, where name is a function or class without arguments that
+            makes the model, or the model itself; or "embedded". The current folder is searched first.
+        weights: a file with its state dict, of safetensors or of ``torch.save``, of which nothing is executed; it may
+            be an entry "state_dict", "model_state_dict", "model" or "net" of what was saved. None leaves the model as
+            it is.
+        device: to put it on.
+        option: that it was given by, for errors.
+
+    Raises:
+        click.BadParameter: there is no model, or the weights are those of another.
+    """
+    model = load_classifier() if path == EMBEDDED else _imported(path, option)
+    if weights is not None:
+        _load(model, weights, "--weights" if option == "--classifier" else option)
+    if isinstance(model, nn.Module):
+        model = model.to(device).eval().requires_grad_(False)
+    return model
+
+
+def _imported(path: str, option: str) -> Any:
+    """The model that an import path names or makes; wrong usage, in one sentence, where the user's code raises."""
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        remedy = near_matches(path, [EMBEDDED]).replace("Known:", "Or give")
+        raise click.BadParameter(
+            f"{path!r} is no import path such as my_models:resnet or my_models.py:resnet.{remedy}", param_hint=option
+        )
+    try:
+        found = functools.reduce(getattr, name.split("."), _module(module_name))
+        if not isinstance(found, nn.Module) and callable(found):
+            with contextlib.suppress(ValueError):  # a function in C may have no signature
+                inspect.signature(found).bind()
+            found = found()
+    except (Exception, SystemExit) as error:
+        what = "cannot be imported" if isinstance(error, ImportError) else f"raised {type(error).__name__}"
+        raise click.BadParameter(
+            f"{path} {what}: {error}. Name a model, or a function without arguments that makes it.", param_hint=option
+        ) from error
+    if not callable(found):
+        raise click.BadParameter(
+            f"{path} gives {type(found).__name__}, which is no model: name a model, or a function that makes it.",
+            param_hint=option,
+        )
+    return found
+
+
+def _module(name: str) -> Any:
+    if not name.endswith(".py"):
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        return importlib.import_module(name)
+    file = Path(name)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ImportError(f"there is no file {name}")
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load(model: Any, weights: Path, option: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise click.BadParameter("there is no module to load weights into.", param_hint=option)
+    wanted = model.state_dict()
+    try:
+        state = _without_prefixes(read_state_dict(weights), list(wanted))
+    except BackboneFileError as error:
+        message = str(error)
+        if "state_dict()" not in message and weights.suffix != ".safetensors":
+            message += " Save the state dict alone: torch.save(model.state_dict(), path)."
+        raise click.BadParameter(message, param_hint=option) from error
+    differences = {
+        "does not hold": [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")],
+        "holds besides": [name for name in state if name not in wanted],
+        "has other shapes for": [n for n in wanted if n in state and state[n].shape != wanted[n].shape],
+    }
+    listed = "; ".join(f"it {what} {', '.join(names[:3])}" for what, names in differences.items() if names)
+    if listed:
+        raise click.BadParameter(f"{weights} is not of this model: {listed}.", param_hint=option)
+    model.load_state_dict(state, strict=False)  # counts of batches may be missing, which eval mode does not use
+
+
+def _without_prefixes(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """A state dict without the prefixes of wrappers, where a model with these names has none."""
+    while state:
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None or any(name.startswith(prefix) for name in names):
+            break
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

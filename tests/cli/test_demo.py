@@ -1,0 +1,78 @@
+"""``cmap-defense demo``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cmap_defense.cli import demo
+from cmap_defense.cli.main import main
+from cmap_defense.data import files
+from cmap_defense.evaluation import demo as measurement
+
+from .conftest import Run
+
+TINY = ["demo", "--images", "3", "--n-latents", "1", "--iterations", "2"]
+
+
+def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, run: Run) -> None:
+    found = json.loads(run("demo", "--images", 12, "--n-latents", 2, "--iterations", 25, "--json", "-o", tmp_path))
+    for kind in ("bare", "purified"):
+        for state in ("clean", "attacked"):
+            low, high = found["intervals"][kind][state]
+            assert 0 <= low <= found[kind][state] <= high <= 1
+    assert found["bare"]["attacked"] < 0.2 < found["purified"]["attacked"]
+    assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (2, 25)
+    assert found["note"] == "the attacker did not know the defence"
+    assert [Path(path).name for path in found["files"]] == ["sheet.png", "latents.png"]
+    for path in found["files"]:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("L").getcolors()) > 20, "something is drawn"
+
+
+def test_as_text(tmp_path: Path, run: Run) -> None:
+    text = run(*TINY, "--eps", "8/255", "-o", tmp_path)
+    assert "the attacker did not know the defence" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["accuracy", "clean", "attacked"] in rows
+    assert {row[0] for row in rows if len(row) == 7} == {"bare", "purified"}, "two rows of accuracy [low, high] pairs"
+
+
+def test_without_matplotlib_there_is_a_sheet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*TINY, "-o", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("No latents.png: this needs matplotlib")
+    assert "pip install 'cmap-defense[report]'" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def interrupt(*arguments: object, **options: object) -> None:
+    """Ctrl-C, of a file in the middle of its writing."""
+    for path in arguments:
+        if isinstance(path, Path):
+            path.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("owner", "name"), [(measurement, "PGD"), (files.Image.Image, "save"), (demo, "image_sheet")])
+def test_ctrl_c_ends_with_130_and_no_half_written_file(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    monkeypatch.setattr(owner, name, interrupt)
+    assert run(*TINY, "-o", tmp_path, status=130) == "Interrupted."
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_demo_without_arguments_recovers(tmp_path: Path, run: Run) -> None:
+    found = json.loads(run("demo", "--json", "-o", tmp_path))
+    assert found["bare"]["attacked"] < 0.2
+    assert found["purified"]["attacked"] > found["bare"]["attacked"] + 0.3

@@ -1,0 +1,140 @@
+"""``evaluate``, ``report`` and ``study``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cmap_defense.cli import evaluate as module
+from cmap_defense.cli.main import main
+from cmap_defense.embedded import load_classifier
+
+from .conftest import Run
+
+MODEL = ["--backbone", "fashion-mnist-ct", "--classifier", "embedded", "--data", "embedded", "--eps", "0.05"]
+SMALL = ["-n", "3", "--n-latents", "2", "--iterations", "2", "--predictions", "2", "--reevaluations", "2"]
+SMALL += ["--group", "2", "--steps", "1", "--eot", "1", "--threads", "1"]
+TINY = ["evaluate", *MODEL, *SMALL, "--only", "transfer", "--only", "bpda-eot"]
+TINY += ["--sanity-images", "2", "--gradient-samples", "2"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation; not to be changed."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    assert main([*TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_an_evaluation_writes_what_the_page_says(evaluated: Path) -> None:
+    names = {path.name for path in evaluated.iterdir()}
+    assert {"settings.json", "results.jsonl", "report.json", "report.md", "report.html", "units", "timings"} <= names
+    lines = [json.loads(line) for line in (evaluated / "results.jsonl").read_text().splitlines()]
+    assert {line["attack"] for line in lines if line["model"] == "defended"} == {"clean", "transfer", "bpda-eot"}
+    assert {line["model"] for line in lines} == {"defended", "undefended", "checks"}
+    own = [line for line in lines if (line["model"], line["attack"]) == ("defended", "bpda-eot")]
+    assert [line["image"] for line in own] == [0, 1, 2]
+    assert all(len(line["predictions"]) == 2 and len(line["reevaluated"]) == 2 for line in own)
+
+
+def test_the_same_command_finds_nothing_to_do(evaluated: Path, run: Run) -> None:
+    before = (evaluated / "results.jsonl").read_bytes()
+    text = run(*TINY, "--out", evaluated)
+    assert "work units are done" in text
+    assert "undefended" in text
+    assert json.loads(run(*TINY, "--json", "--out", evaluated)) == json.loads((evaluated / "report.json").read_text())
+    assert (evaluated / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [(["--eps", "4/255"], "eps: 0.05 before, 4/255 now"), (["--iterations", "3", "--dry-run"], "iterations")],
+)
+def test_another_setting_in_the_same_folder_is_refused_and_named(
+    evaluated: Path, run: Run, changed: list[str], named: str
+) -> None:
+    before = (evaluated / "settings.json").read_bytes()
+    error = run(*TINY, *changed, "--out", evaluated, status=1)
+    assert "holds results of another evaluation" in error
+    assert named in error
+    assert "work units" not in error  # the cost and the work that is done would be those of other settings
+    assert (evaluated / "settings.json").read_bytes() == before
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "nothing"
+    found = json.loads(run(*TINY, "--dry-run", "--json", "--out", out))
+    assert found["passes"]["defended/bpda-eot"] > found["passes"]["defended/transfer"] > 0
+    assert found["seconds"] > 0
+    assert not out.exists()
+
+
+def test_the_report_is_drawn_anew_without_a_model(evaluated: Path, run: Run) -> None:
+    files = [evaluated / "report.html", evaluated / "report.md"]
+    before = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    run("report", evaluated)
+    assert [path.read_bytes() for path in files] == before
+
+
+@pytest.mark.parametrize("given", [{}, {"--seeds": "0,1", "-n": "3", "--attacks": "standard"}])
+def test_the_preset_is_the_papers_protocol_unless_options_say_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run, given: dict[str, str]
+) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(module, "run_evaluate", found.update)
+    words = [word for pair in given.items() for word in pair]
+    run("evaluate", *MODEL, "--preset", "paper", *words, "--out", tmp_path)
+    assert (found["count"], found["attacks"]) == ((3, "standard") if given else (500, "paper"))
+    assert (found["seeds"], found["order"]) == ((0, 1) if given else (0, 1, 2), "random")
+
+
+def test_other_purifiers_and_baselines(tmp_path: Path, run: Run) -> None:
+    given = [*TINY[:9], "-n", 2, "--attacks", "none", "--predictions", 2, "--reevaluations", 1, "--sanity-images", 0]
+    given += ["--purifier", "one-step", "--purifier-set", "level=0.4", "--n-latents", 2, "--baseline", "same=embedded"]
+    text = run(*given, "--out", tmp_path)
+    assert "2 images of 2 classes, 1 run, 0 attacks; OneStep(level=0.4, n_latents=2);" in text
+    assert "there was no attack. Choose some: --attacks standard." in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    bare = {row["model"]: row["average"]["value"] for row in report["rows"] if row["attack"] == "clean"}
+    assert bare["undefended"] == bare["same"] == 1.0
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path, run: Run) -> None:
+    state = load_classifier().state_dict()
+    state["surplus"] = torch.zeros(1)
+    del state["head.bias"]
+    save_file(state, tmp_path / "weights.safetensors")
+    weights = ["--weights", tmp_path / "weights.safetensors", "--out", tmp_path / "out"]
+    assert "it does not hold head.bias; it holds besides surplus" in run(*TINY, *weights, status=2)
+
+
+def test_a_study_compares_its_variants(tmp_path: Path, run: Run) -> None:
+    given = [*MODEL, *SMALL, "-n", 2, "--out", tmp_path]
+    assert "With the vote of the K latents and without it" in run("study", "vote", *given)
+    found = json.loads((tmp_path / "study.json").read_text())
+    assert {entry["variant"] for entry in found["rows"]} == {"as-it-is"}
+    assert {entry["attack"] for entry in found["rows"]} == {"clean", "transfer", "bpda-eot"}
+    ElementTree.parse(tmp_path / "study.svg")
+    assert "| vote | attack |" in (tmp_path / "study.md").read_text()
+    assert json.loads(run("study", "vote", *given, "--json")) == found
+
+
+def test_of_several_ranks_the_first_one_alone_prints_and_reports(
+    evaluated: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[bool] = []
+    rank = SimpleNamespace(rank=1, world=2, wait=lambda: waited.append(True))
+    monkeypatch.setattr(module, "ranks", lambda: contextlib.nullcontext(rank))
+    monkeypatch.setattr(module, "write_report", None)
+    assert run(*TINY, "--out", evaluated) == ""
+    assert waited == [True]
