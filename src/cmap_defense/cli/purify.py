@@ -21,7 +21,7 @@ from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.inputs import check_shape, resize_images
-from cmap_defense.purifiers import CMAP, by_name
+from cmap_defense.purifiers import CMAP
 
 GROUP = 64
 """Images at a time."""
@@ -30,7 +30,7 @@ GROUP = 64
 def run_purify(options: dict[str, Any]) -> None:
     """Carry out the command with its options."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
-    backbone = load_backbone(options["backbone"], kind=by_name(options["purifier"]).kind).to(device)
+    backbone = load_backbone(options["backbone"], kind=purifier_of(options).kind).to(device)
     recorded = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
     purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
     settings = purifier.settings if isinstance(purifier, CMAP) else recorded
