@@ -49,8 +49,13 @@ _PARTIAL = ".partial"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """step: optimiser steps done. settings: what the training was started with, by part. tensors: by name, on the
-    CPU."""
+    """The state of a training.
+
+    Attributes:
+        step: optimiser steps done.
+        settings: settings of the training, by part.
+        tensors: tensors by name.
+    """
 
     step: int
     settings: dict[str, Any]
@@ -58,9 +63,16 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>`` and delete all but the ``keep`` newest, 1 at least.
+    """Write ``checkpoint-<step>`` and delete old ones.
 
-    part_mb: largest size of a part, in 10^6 bytes; None for one part.
+    Args:
+        folder: folder of the training.
+        checkpoint: the state to write.
+        part_mb: largest size of a part, in 10^6 bytes; None for one part.
+        keep: number of checkpoints to keep, at least 1.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
         BackboneFileError, OSError: the disk takes no more.
@@ -85,7 +97,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are passed over.
+    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored.
 
     Raises:
         CheckpointError: it was made with other settings; the message lists them.
@@ -109,7 +121,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """What the training of a checkpoint was started with, by part. Raises as :func:`read_checkpoint`."""
+    """Settings of the training of a checkpoint, by part. Raises as :func:`read_checkpoint`."""
     return _read_index(path)["settings"]
 
 

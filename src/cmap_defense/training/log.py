@@ -24,10 +24,15 @@ READ_EVERY = 50
 
 
 class LossLog:
-    """Lines of step, images seen until then, and the mean loss since the line before: up to 20 per checkpoint.
+    """A file of steps, images seen, and mean losses since the line before: up to 20 lines per checkpoint.
 
-    path: of the file. device: of the losses. newest: the newest loss that is known. It is that of the last step on the
-    CPU; a CUDA device would have to be waited for, so there it is read every 50 steps, and at checkpoints.
+    Args:
+        path: the file.
+        device: device of the losses.
+
+    Attributes:
+        newest: newest loss that is known. On the CPU it is that of the last step; from CUDA it is read every 50 steps,
+            so that no step waits for the device.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -48,8 +53,14 @@ class LossLog:
             self._read()
 
     def means(self, step: int) -> list[tuple[int, float]]:
-        """Of the losses since the last call, up to ``step``: in stretches of about as many steps, the last step and the
-        mean of each. Raises as :meth:`add`."""
+        """The losses since the last call, in stretches of about as many steps: last step and mean loss of each.
+
+        Args:
+            step: the last step.
+
+        Raises:
+            TrainingError: a loss is infinite or no number.
+        """
         self._read()
         since, self._since = self._since, []
         begun, parts = step - len(since), min(LINES, len(since))
@@ -59,8 +70,13 @@ class LossLog:
         ]
 
     def write(self, begun: int, means: Sequence[tuple[int, float]], batch_size: int) -> None:
-        """Append a line for each of these stretches, dropping lines of steps after ``begun``, where the first of them
-        began, that a killed run left behind."""
+        """Append a line for each stretch, and drop the lines that a killed run left.
+
+        Args:
+            begun: the last step before the first stretch; lines of later steps are dropped.
+            means: from :meth:`means`.
+            batch_size: images per step.
+        """
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         rows = [old for old in rows if old["step"] <= begun]
         rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]

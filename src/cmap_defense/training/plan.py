@@ -13,7 +13,7 @@ from typing import Any
 
 from cmap_defense.errors import CheckpointError, SettingsError
 from cmap_defense.ranks import Ranks
-from cmap_defense.settings import Settings, require_integer, require_number
+from cmap_defense.settings import require_integer
 from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_whole,
@@ -26,7 +26,7 @@ from cmap_defense.training.files import write_whole
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.objectives import Model
 
-__all__ = ["PLAN_FILE", "Plan", "Speed", "as_before", "measure", "plan_images", "planned_images", "read_plan"]
+__all__ = ["PLAN_FILE", "Speed", "as_before", "measure", "plan_images", "planned_images", "read_plan"]
 
 PLAN_FILE = "plan.json"
 USED = 0.95
@@ -43,30 +43,6 @@ class Speed:
 
     step: float
     checkpoint: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Settings):
-    """The chosen length of a training, as in ``plan.json``.
-
-    Attributes:
-        images: the length.
-        minutes: time that it was chosen for.
-        images_per_second: measured speed, without checkpoints.
-        settings: other settings of the training, by part.
-    """
-
-    images: int
-    minutes: float
-    images_per_second: float
-    settings: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        require_integer("Plan", "images", self.images, minimum=1)
-        require_number("Plan", "minutes", self.minutes, above=0.0)
-        require_number("Plan", "images_per_second", self.images_per_second, above=0.0)
-        if not isinstance(self.settings, dict):
-            raise SettingsError(f"Plan.settings must be an object, but is {self.settings!r}.")
 
 
 def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], team: Ranks) -> TrainingConfig:
@@ -122,9 +98,8 @@ def planned_images(
             "or say how many images to train on."
         )
     rate = config.batch_size / max(speed.step, 1e-9)
-    settings = _without_length(config, parts)
-    plan = Plan(images=images, minutes=minutes, images_per_second=rate, settings=settings)
-    team.by_first(functools.partial(write_whole, folder / PLAN_FILE, plan.to_json(indent=2) + "\n"))
+    plan = {"images": images, "minutes": minutes, "images_per_second": rate, "settings": _without_length(config, parts)}
+    team.by_first(functools.partial(write_whole, folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n"))
     return images
 
 
@@ -135,8 +110,8 @@ def plan_images(config: TrainingConfig, speed: Speed, seconds: float) -> int:
     return config.batch_size * max(0, int(useful / per_step))
 
 
-def read_plan(folder: Path, settings: Mapping[str, Any]) -> Plan | None:
-    """The plan in a training's folder, or None.
+def read_plan(folder: Path, settings: Mapping[str, Any]) -> int | None:
+    """The length in the plan of a training's folder, or None where there is no plan.
 
     Args:
         folder: folder of the training.
@@ -147,13 +122,14 @@ def read_plan(folder: Path, settings: Mapping[str, Any]) -> Plan | None:
     """
     path = folder / PLAN_FILE
     try:
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        images, before = require_integer("plan", "images", plan["images"], minimum=1), dict(plan["settings"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no plan of a training ({error}). Delete it to plan anew.") from error
-    refuse_other_settings(path, plan.settings, settings)
-    return plan
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no plan of a training ({error!r}). Delete it to plan anew.") from error
+    refuse_other_settings(path, before, settings)
+    return images
 
 
 def measure(
@@ -212,11 +188,8 @@ def _without_length(config: TrainingConfig, parts: Mapping[str, Any]) -> dict[st
 
 
 def _length_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any]) -> int | None:
-    plan = read_plan(folder, _without_length(config, parts))
-    if plan is not None:
-        return plan.images
-    newest = newest_whole(folder)
-    return None if newest is None else settings_of(newest)["train"]["images"]
+    images, newest = read_plan(folder, _without_length(config, parts)), newest_whole(folder)
+    return images if images is not None or newest is None else settings_of(newest)["train"]["images"]
 
 
 def _precision_before(folder: Path) -> str | None:
