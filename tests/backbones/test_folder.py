@@ -124,9 +124,9 @@ def test_writing_leaves_the_backbone_as_it_was(tmp_path: Path):
 
 
 def test_backbone_of_another_network_cannot_be_written(tmp_path: Path):
-    foreign = ConsistencyBackbone(ToyBackbone(), (3, 8, 6))
+    unknown = ConsistencyBackbone(ToyBackbone(), (3, 8, 6))
     with pytest.raises(BackboneFileError, match="ToyBackbone"):
-        write_backbone(foreign, tmp_path / "model", name="toy")
+        write_backbone(unknown, tmp_path / "model", name="toy")
     assert not (tmp_path / "model").exists()
 
 

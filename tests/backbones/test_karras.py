@@ -32,10 +32,10 @@ class Net(nn.Module):
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(scale * noise(SHAPE[0], SHAPE[0], 3, 3, seed=1))
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.inputs: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
-        self.seen.append((x.detach(), noise_level.detach()))
+        self.inputs.append((x.detach(), noise_level.detach()))
         return torch.sin(nn.functional.conv2d(x, self.weight, padding=1)) + noise_level[:, None, None, None]
 
 
@@ -77,7 +77,7 @@ def test_network_sees_the_scaled_input_and_a_quarter_of_the_log_of_sigma():
     backbone = ConsistencyBackbone(net, SHAPE, NoiseRange(sigma_data=0.7))
     noisy, sigma = noise(3, *SHAPE, seed=2), torch.tensor([0.01, 1.0, 80.0])
     backbone.denoise(noisy, sigma)
-    ((x, level),) = net.seen
+    ((x, level),) = net.inputs
     torch.testing.assert_close(x, noisy / (sigma**2 + 0.49).sqrt()[:, None, None, None])
     torch.testing.assert_close(level, sigma.log() / 4)
 
@@ -105,7 +105,7 @@ def test_generate_is_f_at_sigma_max_clipped(levels: NoiseRange, seed: int):
 
 
 def test_no_gradient_flows_where_the_clip_acts():
-    """With F(x) = 2 x, f is a multiple of the latent, element by element: the clip is seen in the gradient."""
+    """With F(x) = 2 x, f is a multiple of the latent, element by element: the clip shows in the gradient."""
 
     class Pass(nn.Module):
         def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def test_outputs_have_the_inputs_precision_and_float32_at_least(dtype: torch.dty
     backbone = ConsistencyBackbone(net, SHAPE)
     images = backbone.generate(noise(2, *SHAPE, seed=6, dtype=dtype))
     assert images.dtype == torch.promote_types(dtype, torch.float32)
-    assert {x.dtype for x, _ in net.seen} == {network_dtype}
+    assert {x.dtype for x, _ in net.inputs} == {network_dtype}
 
 
 def test_backbone_satisfies_the_protocol():

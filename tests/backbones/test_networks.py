@@ -121,7 +121,7 @@ KINDS = {
     "compact": Kind(
         compact_configs(),
         CompactUNetConfig(
-            image_shape=(3, 8, 4), channels=(4, 8), blocks=1, attention=(False, True), head_channels=4, embedding=8
+            image_shape=(3, 8, 4), channels=(16, 16), blocks=1, attention=(False, True), head_channels=8, embedding=8
         ),
         CompactUNetConfig(
             image_shape=(1, 4, 2),

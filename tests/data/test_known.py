@@ -1,4 +1,4 @@
-"""Data sets by name: where they are looked for, in which order, and what is said where they are not."""
+"""Data sets by name: where they are looked for, in which order, and the error where they are not."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def test_conversion_of_another_file_than_the_recorded_one_is_made_anew(hub: HubS
         (b"PK\x03\x04" + CHECKPOINT, "not a flax msgpack checkpoint"),
         (CHECKPOINT + b"more", "not a flax msgpack checkpoint"),
     ],
-    ids=["text", "empty", "short", "foreign", "long"],
+    ids=["text", "empty", "short", "zip", "long"],
 )
 @pytest.mark.usefixtures("named")
 def test_file_that_is_no_checkpoint_leaves_nothing(hub: HubServer, cache: Path, content: bytes, message: str):
@@ -364,13 +364,14 @@ def test_damaged_weights_in_the_cache_are_an_error_and_force_repairs_them(hub: H
     assert len(hub.requests) == 2
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, RECORD_FILE])
-@pytest.mark.parametrize("content", [None, b"", b"{}"])
+@pytest.mark.parametrize(
+    ("file", "content"), [(WEIGHTS, None), (RECORD_FILE, None), (RECORD_FILE, b""), (RECORD_FILE, b"{}")]
+)
 @pytest.mark.usefixtures("named")
 def test_conversion_that_is_not_whole_is_made_anew(hub: HubServer, file: str, content: bytes | None):
     place = resolve_backbone(NAME)
     (place / file).unlink()
-    if content is not None and file == RECORD_FILE:
+    if content is not None:
         (place / file).write_bytes(content)
     assert fingerprint(load_backbone(NAME)) == MODEL
     assert len(hub.requests) == 2
@@ -400,25 +401,24 @@ def test_load_backbone_returns_the_kind_of_the_record(named: Callable[..., None]
     torch.testing.assert_close(denoiser.denoise(noise(2, 3, 8, 8, seed=5), 2.0), expected)
 
 
-def test_denoiser_where_a_consistency_model_is_needed_is_refused_with_names_of_the_other_kind(
-    named: Callable[..., None],
+@pytest.mark.parametrize(
+    ("kind", "needed", "message", "other"),
+    [
+        ("denoiser", "consistency", "is a denoiser.*Of that kind are: .*cifar10-cd", "cifar10-edm"),
+        ("consistency", "denoiser", "is a consistency model.*Of that kind are: .*cifar10-edm", "cifar10-cd"),
+    ],
+)
+def test_other_kind_than_the_needed_one_is_refused_with_names_of_that_kind(
+    named: Callable[..., None], kind: str, needed: str, message: str, other: str
 ):
-    named(kind="denoiser")
-    uses: list[Callable[[str], object]] = [
-        lambda name: load_backbone(name, kind="consistency"),
-        lambda name: PurifiedClassifier(torch.nn.Identity(), backbone=name),
-    ]
+    named(kind=kind)
+    uses: list[Callable[[], object]] = [lambda: load_backbone(NAME, kind=needed)]
+    if needed == "consistency":
+        uses.append(lambda: PurifiedClassifier(torch.nn.Identity(), backbone=NAME))
     for use in uses:
-        with pytest.raises(WrongKindError, match=rf"{NAME}.*is a denoiser.*Of that kind are: .*cifar10-cd") as error:
-            use(NAME)
-        assert "cifar10-edm" not in str(error.value)
-
-
-@pytest.mark.usefixtures("named")
-def test_consistency_model_where_a_denoiser_is_needed_is_refused_with_names_of_the_other_kind():
-    with pytest.raises(WrongKindError, match=r"is a consistency model.*Of that kind are: .*cifar10-edm") as error:
-        load_backbone(NAME, kind="denoiser")
-    assert "cifar10-cd" not in str(error.value)
+        with pytest.raises(WrongKindError, match=message) as error:
+            use()
+        assert other not in str(error.value)
 
 
 def test_unknown_kind_is_refused():
@@ -459,23 +459,10 @@ def received(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.glob("downloads/*.partial"))
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.usefixtures("named")
-def test_two_processes_fetch_once_and_both_get_the_model(hub: HubServer, cache: Path, start: Start):
-    hub.put(PATH, LARGE)
-    hub.script(PATH, Fault(stall=BLOCK + 5000))
-    first = start()
-    wait_for(lambda: received(cache) == BLOCK + 5000)
-    second = start()
-    assert is_waiting(second)
-    hub.go_on.set()
-    assert [finish(process)[-1].value for process in (first, second)] == [MODEL, MODEL]
-    assert len(hub.requests) == 1
-    assert cached_files(cache) == CONVERSION
-
-
-@pytest.mark.usefixtures("named")
-def test_process_that_waits_takes_over_from_one_that_is_killed_and_continues_its_transfer(
-    hub: HubServer, cache: Path, start: Start
+def test_second_process_waits_for_the_first_or_takes_over_from_one_that_is_killed(
+    hub: HubServer, cache: Path, start: Start, killed: bool
 ):
     hub.put(PATH, LARGE)
     hub.script(PATH, Fault(stall=BLOCK + 5000))
@@ -483,9 +470,13 @@ def test_process_that_waits_takes_over_from_one_that_is_killed_and_continues_its
     wait_for(lambda: received(cache) == BLOCK + 5000)
     second = start()
     assert is_waiting(second)
-    first.kill()
+    if killed:
+        first.kill()
+    else:
+        hub.go_on.set()
+        assert finish(first)[-1].value == MODEL
     assert finish(second)[-1].value == MODEL
-    assert [request.range for request in hub.requests] == [None, f"bytes={BLOCK + 5000}-"]
+    assert [request.range for request in hub.requests] == [None, *([f"bytes={BLOCK + 5000}-"] if killed else [])]
     assert cached_files(cache) == CONVERSION
 
 
