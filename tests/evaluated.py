@@ -38,6 +38,7 @@ PROTOCOL = Protocol(
     predictions=2, reevaluations=2, seeds=(0, 7), group=2, sanity_images=1, gradient_samples=2, search_on_clean=True
 )
 BRIEF = Protocol(predictions=2, reevaluations=1, group=2, sanity_images=0)
+CHECKED = BRIEF.replace(seeds=(7,), sanity_images=1, gradient_samples=2)
 IMAGES = 3
 
 
@@ -259,7 +260,7 @@ def together(folder: Path) -> None:
         happened[name] = what_happened(do)
         (folder / f"rank-{rank}.json").write_text(json.dumps(happened))
 
-    try_to("whole", lambda: evaluation(folder / "whole").run(note))
+    try_to("whole", lambda: evaluation(folder / "whole", protocol=CHECKED).run(note))
     happened["own"] = own
     with group(folder, rank):
         try_to("begun", lambda: evaluation(folder / "begun", protocol=BRIEF).run())

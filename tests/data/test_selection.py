@@ -39,14 +39,14 @@ class Items:
     """A data set as torch's: an image and its label for each index."""
 
     def __init__(self, images: Any = IMAGES, labels: Any = LABELS) -> None:
-        self.images, self.labels, self.asked = images, labels, []
+        self.images, self.labels, self.read = images, labels, []
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         assert type(index) is int
-        self.asked.append(index)
+        self.read.append(index)
         return self.images[index], self.labels[index]
 
 
@@ -90,7 +90,7 @@ class Room:
     ids=["pair", "list", "other types", "items", "plain labels", "numpy's labels", "torch's", "room"],
 )
 @pytest.mark.parametrize("subset", [Subset(), Subset(count=2), RANDOM])
-def test_the_images_that_were_asked_for(data: Any, subset: Subset) -> None:
+def test_the_images_that_are_wanted(data: Any, subset: Subset) -> None:
     found = SelectedImages.of(data, subset)
     positions = subset.indices(7)
     assert found.positions.tolist() == positions
@@ -100,10 +100,10 @@ def test_the_images_that_were_asked_for(data: Any, subset: Subset) -> None:
     assert len(found) == len(positions)
 
 
-def test_only_the_images_that_were_asked_for_are_read_each_once() -> None:
+def test_only_the_images_that_are_wanted_are_read_each_once() -> None:
     data = Items()
     SelectedImages.of(data, RANDOM)
-    assert data.asked == DRAWN
+    assert data.read == DRAWN
 
 
 def test_names_of_classes_are_kept_where_there_are_some() -> None:

@@ -36,12 +36,12 @@ def test_the_kernel_is_that_of_equation_1() -> None:
     clean = patterned(10, 1)
     kernel = train_deep_kernel(clean, patterned(9, 2, 1.0), QUICK)
     first, second = clean[:3], patterned(4, 3)
-    told: dict[str, Any] = kernel.to_dict()
+    values: dict[str, Any] = kernel.to_dict()
     features = torch.cdist(kernel.phi(first).double(), kernel.phi(second).double()) ** 2
-    plain = torch.cdist(first.flatten(1).double(), second.flatten(1).double()) ** 2 / told["scale"] ** 2
-    kappa = torch.exp(-features / (2 * told["feature_bandwidth"] ** 2))
-    q = torch.exp(-plain / (2 * told["sample_bandwidth"] ** 2))
-    e = told["mixing"]
+    plain = torch.cdist(first.flatten(1).double(), second.flatten(1).double()) ** 2 / values["scale"] ** 2
+    kappa = torch.exp(-features / (2 * values["feature_bandwidth"] ** 2))
+    q = torch.exp(-plain / (2 * values["sample_bandwidth"] ** 2))
+    e = values["mixing"]
     torch.testing.assert_close(kernel(first, second), ((1 - e) * kappa + e) * q, rtol=1e-4, atol=1e-6)
     assert kernel(first, second).dtype == torch.float64
     assert not kernel(first, second).requires_grad

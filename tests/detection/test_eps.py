@@ -152,12 +152,12 @@ def test_settings_survive_json() -> None:
 
 
 class Broken(Normal):
-    def __init__(self, answer: Tensor) -> None:
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
-        self.answer = answer
+        self.output = output
 
     def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
-        return self.answer
+        return self.output
 
 
 @pytest.mark.parametrize(

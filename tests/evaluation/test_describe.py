@@ -57,9 +57,9 @@ def test_a_checksum_is_that_of_the_values_wherever_they_lie() -> None:
     strided = torch.zeros(2, 6)[:, ::2]
     strided.copy_(PARTS[0][1])
     assert not strided.is_contiguous()
-    asked = PARTS[0][1].clone().requires_grad_()
+    tracked = PARTS[0][1].clone().requires_grad_()
     assert tensor_checksum([("weight", strided), *PARTS[1:]]) == tensor_checksum(PARTS)
-    assert tensor_checksum([("weight", asked), *PARTS[1:]]) == tensor_checksum(PARTS)
+    assert tensor_checksum([("weight", tracked), *PARTS[1:]]) == tensor_checksum(PARTS)
     assert tensor_checksum(iter(PARTS)) == tensor_checksum(PARTS)
 
 

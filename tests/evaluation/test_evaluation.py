@@ -477,8 +477,8 @@ def test_the_undefended_classifier_and_baselines_stand_beside_the_defence(tmp_pa
     assert all(line["predictions"] == [line["label"]] * 2 for line in by_name["undefended/clean"])
     assert any(line["predictions"] != [line["label"]] * 2 for line in by_name["undefended/pgd"])
     with torch.no_grad():
-        answers = other.variant(inputs="unit")(images).argmax(dim=1)
-    assert [line["predictions"] for line in by_name["other/clean"]] == [[label] * 2 for label in answers.tolist()]
+        predicted = other.variant(inputs="unit")(images).argmax(dim=1)
+    assert [line["predictions"] for line in by_name["other/clean"]] == [[label] * 2 for label in predicted.tolist()]
     assert by_name["other/pgd"][0]["one_latent"] is not None
     assert labels.tolist() == [line["label"] for line in by_name["trained/pgd"]]
 

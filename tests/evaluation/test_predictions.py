@@ -156,13 +156,13 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
         assert values.shape == (model.settings.iterations, len(images))
 
     first = results[0]
-    judged = zip(images, first.images, first.logits.argmax(dim=2), found.labels[0], strict=True)
+    versions = zip(images, first.images, first.logits.argmax(dim=2), found.labels[0], strict=True)
     shown = [
         min(
             agreeing if (agreeing := purified[own == label]).numel() else purified,
             key=lambda x: (x - image).abs().sum(),
         )
-        for image, purified, own, label in judged
+        for image, purified, own, label in versions
     ]
     assert found.purified is not None
     assert found.purified.dtype == torch.uint8

@@ -17,7 +17,7 @@ from filelock import FileLock
 import evaluated
 from cmap_defense.evaluation import evaluate
 from cmap_defense.ranks import Ranks, ranks
-from evaluated import BRIEF, Interrupted, defended, evaluation, interrupt, options, results
+from evaluated import BRIEF, CHECKED, Interrupted, defended, evaluation, interrupt, options, results
 from patience import HANGS
 
 
@@ -40,7 +40,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes."""
     folder = tmp_path_factory.mktemp("alone")
-    evaluation(folder).run()
+    evaluation(folder, protocol=CHECKED).run()
     return folder
 
 
@@ -62,7 +62,7 @@ def test_two_ranks_make_what_one_process_makes(happened: tuple[Path, list[dict[s
     folder, found = happened
     assert [rank["whole"].get("message") for rank in found] == [None, None]
     assert results(folder / "whole") == results(alone)
-    units = [[unit.task, unit.seed, unit.group] for unit in evaluation(alone).units()]
+    units = [[unit.task, unit.seed, unit.group] for unit in evaluation(alone, protocol=CHECKED).units()]
     assert sorted(found[0]["own"] + found[1]["own"]) == sorted(units)
     assert abs(len(found[0]["own"]) - len(found[1]["own"])) <= 1
     assert {path.name for path in (folder / "whole" / "timings").iterdir()} == {"rank-0.jsonl", "rank-1.jsonl"}

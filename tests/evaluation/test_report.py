@@ -147,10 +147,10 @@ def test_the_rows_are_what_the_lines_say(whole: tuple[Path, Report]) -> None:
     assert [(row.model, row.attack) for row in report.rows] == names
     for row in report.rows:
         own = [line for line in lines if (line["model"], line["attack"]) == (row.model, row.attack)]
-        answers = np.array([line["predictions"] for line in own]).reshape(2, IMAGES, -1)
+        predictions = np.array([line["predictions"] for line in own]).reshape(2, IMAGES, -1)
         truth = np.array([line["label"] for line in own]).reshape(2, IMAGES)
-        assert row.one_shot.value == pytest.approx((answers[:, :, 0] == truth).mean())
-        assert row.average.value == pytest.approx((answers == truth[:, :, None]).mean())
+        assert row.one_shot.value == pytest.approx((predictions[:, :, 0] == truth).mean())
+        assert row.average.value == pytest.approx((predictions == truth[:, :, None]).mean())
         assert (row.images, row.runs) == (IMAGES, 2)
         assert row.queries == own[0].get("queries")
         assert row == report.row(row.attack, row.model)

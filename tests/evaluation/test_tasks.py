@@ -182,8 +182,8 @@ SEARCHES = {
 
 @pytest.mark.parametrize("name", [name for name in SEARCHES if name.startswith(("PGD", "SPSA"))])
 def test_the_predictions_of_a_search_are_counted(name: str) -> None:
-    """All that the model was own but for the choice between the attempts, where there are some, and one judgement;
-    and whether one of those predictions was wrong, the choice's included. By known noise it is one answer again and
+    """All evaluations of the model but for the choice between the attempts, where there are some, and one judgement;
+    and whether one of those predictions was wrong, the choice's included. By known noise it is one prediction again and
     again."""
     model, how, given = Shaky(0.3), SEARCHES[name], batch()
     result = how(model, given.images, given.labels, indices=given.indices)

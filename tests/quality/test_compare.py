@@ -73,7 +73,7 @@ def test_with_fewer_real_images_both_sets_shrink() -> None:
 
 
 @pytest.mark.parametrize("samples", [16, 63, 64, 65])
-def test_no_more_samples_are_made_than_were_asked_for(samples: int) -> None:
+def test_no_more_samples_are_made_than_are_wanted(samples: int) -> None:
     """Not for the picture either."""
     work = compared(wrapped(classifier=classifier()), real(21), samples=samples, group=32)
     assert work.generated == min(64, samples)

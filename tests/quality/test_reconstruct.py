@@ -160,7 +160,7 @@ def test_images_of_another_size() -> None:
     assert found.shown["purified"].shape == images.shape
 
 
-def test_it_is_told_of_each_step_and_leaves_nothing_behind() -> None:
+def test_each_step_is_reported_and_leaves_nothing_behind() -> None:
     model = wrapped().eval()
     said: list[str] = []
     found_of({"own": model}, on_step=said.append)

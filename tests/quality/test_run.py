@@ -238,7 +238,7 @@ def test_data_that_cannot_be_used_are_refused_at_once(data: Any, error: type[Exc
         run_of(data=data)
 
 
-def test_wrong_answers_are_counted() -> None:
+def test_wrong_predictions_are_counted() -> None:
     labels = (linear(DATA[0]).argmax(dim=1) + 1) % 3
     found = run_of(model=wrapped().eval(), data=(DATA[0], labels)).run()
     assert found.reconstructions.accuracies["own"].clean == Accuracy(0, 3)

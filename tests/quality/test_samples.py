@@ -9,7 +9,7 @@ from toys import ToyBackbone
 
 
 class Conditional(Denoiser):
-    """Says which class it was asked for."""
+    """Its images show their class."""
 
     num_classes = 3
 

@@ -341,33 +341,19 @@ class Evaluation:
     def _locked(self, team: Ranks) -> Iterator[None]:
         """The folder locked by the first rank; all ranks raise where it cannot be."""
         with contextlib.ExitStack() as stack:
-            refusal = None
-            if team.rank == 0:
-                try:
-                    stack.enter_context(self.folder.locked())
-                except CmapError as error:
-                    refusal = str(error)
-            refusal = team.shared(refusal)
-            if refusal is not None:
-                raise EvaluationError(refusal)
+            team.by_first(lambda: stack.enter_context(self.folder.locked()))
             yield
 
     def _agree(self, team: Ranks, settings: dict[str, Any]) -> None:
         """The folder belongs to these settings, and all ranks to each other; all of them raise where not."""
-        refusal = None
-        if team.rank == 0:
-            try:
-                self.folder.begin(settings)
-            except CmapError as error:
-                refusal = str(error)
-        refusal = team.shared(refusal)
+        team.by_first(lambda: self.folder.begin(settings))
         other = None
-        if refusal is None and team.rank != 0:
+        if team.rank != 0:
             try:
                 self.folder.begin(settings, first=False)
             except CmapError as error:
                 other = f"Rank {team.rank} was started with other settings than the first, or elsewhere: {error}"
-        refusal = refusal or team.first_of(other)
+        refusal = team.first_of(other)
         if refusal is not None:
             raise EvaluationError(refusal)
 
