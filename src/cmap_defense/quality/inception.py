@@ -90,8 +90,8 @@ def _library() -> Any:
             return optional_import("torch_fidelity", "quality", "FID is computed with torch-fidelity")
         except MissingExtraError as error:
             raise MissingExtraError(
-                f"{error} The weights of its Inception network are not fetched either: put {ADDRESS} at "
-                f"{_shown(_place())}."
+                "torch-fidelity is not installed: pip install 'cmap-defense[quality]'. The weights of its Inception "
+                f"network are not fetched either: put {ADDRESS} at {_shown(_place())}."
             ) from error
 
 
