@@ -13,45 +13,12 @@ from torch import Tensor, nn
 from attack_toys import labelled
 from cmap_defense import CMAPSettings, PurifiedClassifier, ThreatModel, evaluate
 from cmap_defense.attacks import PGD
-from cmap_defense.errors import BackboneError, GradientError, SettingsError, WrongKindError
+from cmap_defense.errors import BackboneError, SettingsError, WrongKindError
 from cmap_defense.evaluation import Protocol
-from cmap_defense.gradients import Implicit, StraightThrough, Unrolled
+from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import CMAP, OneStep
-from toys import ToyBackbone, noise, uniform
-
-SHAPE = (3, 8, 6)
-MEAN, SPREAD = 0.1, 0.3
-
-
-class GaussianDenoiser(nn.Module):
-    """The denoiser of images whose pixels are independent, N(0.1, 0.3^2) in [-1, 1]; smooth, and known exactly."""
-
-    image_shape = SHAPE
-
-    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
-        return (SPREAD**2 * noisy + sigma**2 * MEAN) / (SPREAD**2 + sigma**2)
-
-
-class CurvedDenoiser(GaussianDenoiser):
-    """One with a gradient that depends on the image."""
-
-    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
-        return torch.tanh(super().denoise(noisy, sigma) + 0.1 * noisy.flip(-1).sin())
-
-
-class Classifier(nn.Module):
-    """Smooth, four classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(noise(4, 3 * 8 * 6, seed=5, dtype=torch.float64) / 4, requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.tanh(images.flatten(1) @ self.weight.to(images).T)
-
-
-def images_of(count: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
-    return 0.3 + 0.4 * uniform(count, *SHAPE, seed=1, dtype=dtype)
+from denoisers import DOUBLE, MEAN, SHAPE, SPREAD, Classifier, CurvedDenoiser, GaussianDenoiser, images_of
+from toys import ToyBackbone, noise
 
 
 def model_of(purifier: Any = None, backbone: nn.Module | None = None, **options: Any) -> PurifiedClassifier:
@@ -74,55 +41,8 @@ def test_on_gaussian_data_mean_and_variance_are_known(level: float) -> None:
     torch.testing.assert_close(found.std(dim=1).mean().item(), spread, rtol=0.01, atol=0)
 
 
-def test_level_zero_gives_the_input_back() -> None:
-    images = images_of()
-    purifier = OneStep(level=0.0, n_latents=2)
-    found = purifier(CurvedDenoiser(), images, seeds=torch.arange(2))
-    assert torch.equal(found.images, images[:, None].expand(-1, 2, -1, -1, -1))
-    assert purifier.passes == 0
-    assert OneStep(level=0.1, n_latents=2).passes == 2
-
-
-@pytest.mark.parametrize("max_parallel", [None, 1, 4])
-def test_the_result_does_not_depend_on_batch_or_chunk(max_parallel: int | None) -> None:
-    images, seeds = images_of(3), torch.tensor([7, 8, 9])
-    purifier = OneStep(level=0.7, n_latents=3)
-    whole = purifier(CurvedDenoiser(), images, seeds=seeds).images
-    alone = purifier(CurvedDenoiser(), images[1:2], seeds=seeds[1:2], max_parallel=max_parallel).images
-    torch.testing.assert_close(alone[0], whole[1], rtol=0, atol=1e-12)
-    assert not torch.equal(whole[0, 0], whole[0, 1])
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("max_parallel", [None, 2])
-def test_the_unrolled_gradient_is_that_of_finite_differences(max_parallel: int | None, train: bool) -> None:
-    model = model_of(gradient=Unrolled(), seed=3, vote="soft", max_parallel=max_parallel).train(train)
-    images = images_of().requires_grad_()
-    loss = model(images)[:, 1].sum()
-    (found,) = torch.autograd.grad(loss, images)
-    step = 1e-5
-    for place in ((0, 0, 2, 3), (1, 2, 7, 5), (1, 1, 0, 0)):
-        ends = []
-        for sign in (1, -1):
-            moved = images.detach().clone()
-            moved[place] += sign * step
-            ends.append(model(moved)[:, 1].sum().item())
-        assert found[place].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-9)
-
-
-def test_the_other_gradient_modes() -> None:
-    images = images_of().requires_grad_()
-    straight, exact = (
-        torch.autograd.grad(model_of(gradient=mode, seed=3, vote="soft")(images)[:, 1].sum(), images)[0]
-        for mode in (StraightThrough(), Unrolled())
-    )
-    assert not torch.allclose(straight, exact)
-    with pytest.raises(GradientError, match="optimisation over latents, which this purifier is not"):
-        model_of(gradient=Implicit())(images)
-
-
 def test_noise_may_be_given() -> None:
-    images, given = images_of(), noise(2, 3, *SHAPE, seed=4, dtype=torch.float64)
+    images, given = images_of(), noise(2, 3, *SHAPE, seed=4, dtype=DOUBLE)
     result = model_of().purify(images, latents=given)
     expected = CurvedDenoiser().denoise((2 * images - 1)[:, None] + 0.5 * given, 0.5)
     torch.testing.assert_close(result.images, (expected.clamp(-1, 1) + 1) / 2)

@@ -103,7 +103,7 @@ class Purifier(abc.ABC):
             WrongKindError: it is of another kind.
             BackboneError: it does not have the method that ``needs`` names.
         """
-        used = check_backbone(self.member(backbone), self.needs)
+        used = check_backbone(self.member(backbone), None)
         if self.kind is not None and kind_of(used) != self.kind:
             fitting = [name for name in backbone_names() if registry_entry(name).kind == self.kind]
             raise WrongKindError(
@@ -111,6 +111,7 @@ class Purifier(abc.ABC):
                 f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {', '.join(fitting)}, and modules of "
                 f'yours with kind = "{self.kind}".'
             )
+        check_backbone(used, self.needs)
 
     def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
         """One pass of the network, on which memory is measured.

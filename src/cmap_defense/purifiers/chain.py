@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.cmap.unroll import Backward
-from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError
+from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.diffpure import DiffPure
+from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
 from cmap_defense.rng import derived_seeds
 from cmap_defense.settings import Settings, require_choice
@@ -83,8 +84,15 @@ class Chain(Settings, Purifier):
         return backbone
 
     def check(self, backbone: nn.Module) -> None:
-        for purifier in self.purifiers:
-            purifier.check(backbone)
+        try:
+            for purifier in self.purifiers:
+                purifier.check(backbone)
+        except WrongKindError as error:
+            if isinstance(backbone, BackbonePair) or self.kind is not None:
+                raise
+            raise WrongKindError(
+                f"{error} Purifiers of a chain that need different kinds take a pair: backbone=(consistency, denoiser)."
+            ) from error
 
     def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
         """That of the first purifier that uses a network."""
