@@ -20,7 +20,7 @@ from cmap_defense.purifiers import ADP, CMAP, GDMP, GNSP, Chain, DiffPure, Likel
 from denoisers import CurvedDenoiser
 
 THREAT = ThreatModel(eps=0.1)
-PROTOCOL = Protocol(answers=2, repurifications=1, group=2, sanity_images=1, gradient_samples=2)
+PROTOCOL = Protocol(predictions=2, reevaluations=1, group=2, sanity_images=1, gradient_samples=2)
 
 
 def defended(purifier: Purifier) -> PurifiedClassifier:
