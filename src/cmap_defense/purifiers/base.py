@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from cmap_defense.backbones.base import caster, check_backbone
+from cmap_defense.backbones.base import caster, check_backbone, kind_of
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
