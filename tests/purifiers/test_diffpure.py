@@ -13,7 +13,7 @@ from cmap_defense.purifiers.vp import vp_sigma, vp_sigma_at
 from denoisers import DOUBLE, MEAN, GaussianDenoiser, images_of
 from toys import noise
 
-COUNT = 400
+COUNT = 200
 SPREAD = 0.1
 SEEDS = torch.tensor([4, 5])
 
@@ -38,7 +38,7 @@ def test_mean_and_variance_are_those_of_the_exact_solution(t: int, solver: str) 
     else:
         factor, variance = shrink, (shrink * sigma) ** 2 + shrink * sigma**2
     start = 2 * images_of() - 1
-    mean, std = moments(DiffPure(t=t, solver=solver, step=1e-4))
+    mean, std = moments(DiffPure(t=t, solver=solver, step=2e-4))
     expected = MEAN + factor * (start - MEAN)
     assert ((mean - expected).abs() < 5.5 * variance**0.5 / COUNT**0.5 + 2e-3).all()
     assert (mean - expected).mean().abs() < 5 * (variance / COUNT / start.numel()) ** 0.5 + 1e-3

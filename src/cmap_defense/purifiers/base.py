@@ -104,7 +104,8 @@ class Purifier(abc.ABC):
             BackboneError: it does not have the method that ``needs`` names.
         """
         used = check_backbone(self.member(backbone), None)
-        if self.kind is not None and kind_of(used) != self.kind:
+        usable = any(callable(getattr(used, method, None)) for method in ("generate", "denoise"))
+        if self.kind is not None and usable and kind_of(used) != self.kind:
             fitting = [name for name in backbone_names() if registry_entry(name).kind == self.kind]
             raise WrongKindError(
                 f"{type(self).__name__} needs {_CALLED[self.kind]}, but {type(used).__name__} is "

@@ -154,23 +154,22 @@ class Chain(Settings, Purifier):
     ) -> PurificationResult:
         if latents is not None:
             raise InputValueError("A Chain draws the noise of each purifier from the seeds: leave latents out.")
-        count, versions, current = len(images), 1, images
+        count, current = len(images), images
         results: list[PurificationResult] = []
         for n, purifier in enumerate(self.purifiers):
             if results and self.handed_on == "mean":
                 current = results[-1].images.mean(dim=1)
             elif results:
                 current = results[-1].images.flatten(0, 1)
-            versions = self._versions(n)
             labels = self._labels(purifier, backbone, class_labels, n)
-            given = seeds if n == 0 else _seeds_of(seeds, n, versions)
+            given = seeds if n == 0 else _seeds_of(seeds, n, self._versions(n))
             results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **options))
         last, shape = results[-1], (count, self.n_latents)
         return dataclasses.replace(
             last,
             images=last.images.flatten(0, 1).unflatten(0, shape),
             latents=last.latents.flatten(0, 1).unflatten(0, shape),
-            history=last.history if versions == 1 else None,
+            history=last.history if len(last.images) == count else None,
             seeds=seeds,
             class_labels=class_labels,
             passes=self._made(results, count),
