@@ -31,7 +31,7 @@ MISTAKES = [
     (f"purify {PURIFY}", 2, "IMAGES"),
     (f"purify empty {PURIFY}", 1, "empty has no image files in it: name another folder"),
     (f"purify boot.png {PURIFY} --class-label 3", 2, "fashion-mnist-ct is not class-conditional: leave the option"),
-    (f"purify boot.png {PURIFY} --purifier one-stpe", 2, "Did you mean 'one-step'?"),
+    (f"purify boot.png {PURIFY} --purifier one-stpe", 2, "Did you mean 'one-step'"),
     (f"purify boot.png {PURIFY} --purifier one-step --iterations 3", 2, "OneStep has no setting 'iterations'"),
     (f"purify boot.png {PURIFY} --purifier one-step --purifier-set levle=1", 2, "Did you mean 'level'"),
     (f"purify boot.png {PURIFY} --n-latents 2 --purifier-set n_latents=3", 2, "n_latents is given twice"),

@@ -21,7 +21,7 @@ from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.inputs import check_shape, resize_images
-from cmap_defense.purifiers import CMAP, by_name
+from cmap_defense.purifiers import CMAP
 
 GROUP = 64
 """Images at a time."""
@@ -30,10 +30,13 @@ GROUP = 64
 def run_purify(options: dict[str, Any]) -> None:
     """Carry out the command with its options."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
-    backbone = load_backbone(options["backbone"], kind=by_name(options["purifier"]).kind).to(device)
-    recorded = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
-    purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
-    settings = purifier.settings if isinstance(purifier, CMAP) else recorded
+    named = None if options["purifier"] == "cmap" else purifier_of(options)
+    kind = "consistency" if named is None else named.kind
+    backbone = load_backbone(options["backbone"], kind=kind).to(device)
+    settings = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
+    purifier: Any = purifier_of(options, settings.to_dict()) if named is None else named
+    if isinstance(purifier, CMAP):
+        settings = purifier.settings
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
     channels, *size = backbone.image_shape
     targets = _targets(options["images"], options["out"])
@@ -68,13 +71,12 @@ def run_purify(options: dict[str, Any]) -> None:
                 if options["write_all"]:
                     written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
     if options["as_json"]:
-        described: Any = purifier.settings if isinstance(purifier, CMAP) else purifier
         print_json(
             {
                 "files": [str(path) for path in written],
                 "mismatch": mismatches,
                 "purifier": options["purifier"],
-                "settings": described.to_dict(),
+                "settings": purifier.to_dict(),
                 "backbone": options["backbone"],
                 "seed": seed,
             }
