@@ -72,7 +72,7 @@ MISTAKES = [
     (f"quality {MODEL} -o out --other embedded=embedded", 2, "two models are called 'embedded'"),
     (f"quality {MODEL} -o out --other a=embedded --other a=embedded", 2, "two models are called 'a'"),
     (f"quality {MODEL} -o out --other a=embedded@nowhere.safetensors", 2, "there is no file nowhere.safetensors"),
-    (f"quality {MODEL} -o out --other a=nowhere:net", 2, "nowhere cannot be imported"),
+    (f"quality {MODEL} -o out --other a=nowhere:net", 2, "nowhere:net cannot be imported"),
     (f"quality {MODEL} -o out --features haed", 1, "Did you mean 'head'"),
     (f"quality {MODEL} -o out --eps 0", 2, "--eps"),
     (f"quality {MODEL} -o out --samples 1", 2, "--samples"),
