@@ -68,13 +68,12 @@ def run_purify(options: dict[str, Any]) -> None:
                 if options["write_all"]:
                     written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
     if options["as_json"]:
-        described: Any = purifier.settings if isinstance(purifier, CMAP) else purifier
         print_json(
             {
                 "files": [str(path) for path in written],
                 "mismatch": mismatches,
                 "purifier": options["purifier"],
-                "settings": described.to_dict(),
+                "settings": purifier.to_dict(),
                 "backbone": options["backbone"],
                 "seed": seed,
             }
