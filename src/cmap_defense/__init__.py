@@ -1,7 +1,5 @@
 """cmap-defense: consistency-model adversarial purification (CMAP) for PyTorch image classifiers.
 
-::
-
     from cmap_defense import PurifiedClassifier
 
     model = PurifiedClassifier(my_classifier, backbone="fashion-mnist-ct")

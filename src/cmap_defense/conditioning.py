@@ -25,7 +25,7 @@ CHOICES = ("predicted", "spread")
 
 
 def require_class_labels(value: object) -> ClassLabels:
-    """``value`` when it is a way to choose. Raises :class:`SettingsError`."""
+    """``value`` when it is a way to choose. Raises ``SettingsError``."""
     if callable(value) or (isinstance(value, str) and value in CHOICES):
         return value  # pyright: ignore[reportReturnType]
     raise SettingsError(

@@ -23,7 +23,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 def describe(part: object) -> Any:
     """Settings as JSON: a dataclass by its fields, another object with options by these, a network as
-    :func:`describe_module`, a function by its name, anything else as its repr without its address in memory."""
+    ``describe_module``, a function by its name, anything else as its repr without its address in memory."""
     if isinstance(part, nn.Module):
         return describe_module(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):

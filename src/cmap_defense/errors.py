@@ -1,6 +1,6 @@
 """Every error this package raises on purpose.
 
-All derive from :class:`CmapError` and from the builtin that a caller would catch without knowing the package.
+All derive from ``CmapError`` and from the builtin that a caller would catch without knowing the package.
 Messages say what was expected, what came, and what to do.
 """
 

@@ -113,7 +113,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """The folder locked in a ``with`` block. Raises as :meth:`take`."""
+        """The folder locked in a ``with`` block. Raises as ``take``."""
         self.take()
         try:
             yield
@@ -148,7 +148,7 @@ def refuse_other_settings(
         error: what is raised.
         what: beginning of the message, which says what is there.
         remedy: end of the message, which says what to do.
-        derived: as for :func:`differences`.
+        derived: as for ``differences``.
 
     Raises:
         CmapError: of that kind, unless both are the same.

@@ -19,7 +19,7 @@ class LatentHook:
     """A function that is called during the optimisation over latents.
 
     Attributes:
-        function: what is called with a :class:`~cmap_defense.cmap.optimise.LatentState`.
+        function: what is called with a ``LatentState``.
         iterations: those at which it is called; None for all.
         live: whether it is given states that are part of the graph.
     """
@@ -34,7 +34,7 @@ class LatentHook:
 
 
 class HookHandle:
-    """Removes its hook: by :meth:`remove`, or at the end of a ``with`` block, also on an exception."""
+    """Removes its hook: by ``remove``, or at the end of a ``with`` block, also on an exception."""
 
     def __init__(self, hooks: dict[int, Any], key: int) -> None:
         self._hooks, self._key = hooks, key
@@ -81,7 +81,7 @@ class LatentHooks:
 def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
     """Several hooks as one function, each called at its own iterations; None when there are none.
 
-    It raises :class:`InputValueError` when more than one hook replaces the latents of an iteration.
+    It raises ``InputValueError`` when more than one hook replaces the latents of an iteration.
     """
     if not hooks:
         return None

@@ -145,7 +145,7 @@ _CHANNELS = {
 
 
 def check_finite(images: Tensor) -> None:
-    """Raises :class:`InputValueError` when there are NaN or infinite values; it names the images of the batch."""
+    """Raises ``InputValueError`` when there are NaN or infinite values; it names the images of the batch."""
     finite = torch.isfinite(images.detach()).flatten(1).all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
@@ -153,7 +153,7 @@ def check_finite(images: Tensor) -> None:
 
 
 def check_unit_range(images: Tensor) -> None:
-    """Raises :class:`InputValueError` when values lie outside [0, 1] by more than 1e-4."""
+    """Raises ``InputValueError`` when values lie outside [0, 1] by more than 1e-4."""
     found = range_outside(images)
     if found is not None:
         raise InputValueError(
@@ -196,7 +196,7 @@ def clamp_straight_through(images: Tensor, slack: float | None = None) -> Tensor
 
 
 def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) -> None:
-    """Raises :class:`InputValueError` when channels, or height and width (unless ``resizes``), do not fit."""
+    """Raises ``InputValueError`` when channels, or height and width (unless ``resizes``), do not fit."""
     channels, height, width = image_shape
     if images.shape[1] != channels:
         raise InputValueError(
@@ -213,7 +213,7 @@ def check_shape(images: Tensor, image_shape: Sequence[int], *, resizes: bool) ->
 
 
 def check_device(images: Tensor, device: torch.device | None) -> None:
-    """Raises :class:`DeviceError` when the images are not where the model is; None means anywhere."""
+    """Raises ``DeviceError`` when the images are not where the model is; None means anywhere."""
     if device is not None and images.device != device:
         raise DeviceError(
             f"The model is on {device}, but the images are on {images.device}. "
@@ -343,7 +343,7 @@ def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:
     are.
 
     Args:
-        mode: one of :data:`RESIZE_MODES`; "bilinear" and "bicubic" are antialiased.
+        mode: one of ``RESIZE_MODES``; "bilinear" and "bicubic" are antialiased.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images

@@ -61,7 +61,7 @@ class Normalisation:
         return images * self._column(images, self.std) + self._column(images, self.mean)
 
     def slack(self, rounding: float) -> float:
-        """How far outside [0, 1] :meth:`undo` may end for images that were rounded by ``rounding`` of their size."""
+        """How far outside [0, 1] ``undo`` may end for images that were rounded by ``rounding`` of their size."""
         return 4 * rounding * (1 + max(map(abs, (*self.mean, *self.std))))
 
     @staticmethod

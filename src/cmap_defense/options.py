@@ -19,7 +19,7 @@ __all__ = ["NamedOptions", "near_matches", "unknown_option"]
 class NamedOptions:
     """Base of classes that are made from options by name.
 
-    An unknown option raises :class:`~cmap_defense.errors.OptionError`. It is looked for among the options of the class
+    An unknown option raises ``OptionError``. It is looked for among the options of the class
     and of the objects that the class takes, which are read from its type hints. Signatures stay those of ``__init__``.
 
     A subclass may set ``_synonyms``, other names of its options, and ``_advice``, sentences about names that are no

@@ -64,7 +64,7 @@ class Preprocessing:
         resize: str | bool | None,
         out_of_range: str,
     ) -> Self:
-        """From the wrapper's options. Raises :class:`SettingsError` for one that is out of its range."""
+        """From the wrapper's options. Raises ``SettingsError`` for one that is out of its range."""
         inputs = "normalized" if inputs == "normalised" else inputs
         require_choice("PurifiedClassifier", "inputs", inputs, ("unit", "normalized"))
         if normalize is None and inputs == "normalized":

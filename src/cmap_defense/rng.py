@@ -1,8 +1,8 @@
 """Noise that belongs to (seed, image), never to a batch, a chunk or a device.
 
 All generators are CPU generators and all draws are float32, cast afterwards: the same seed gives the same numbers
-everywhere. Nothing here touches torch's global generators but :func:`fresh_seeds`, which is meant to, and
-:func:`isolated`, which restores them.
+everywhere. Nothing here touches torch's global generators but ``fresh_seeds``, which is meant to, and
+``isolated``, which restores them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def generator_for(*words: int) -> torch.Generator:
 
     Of the mixed words torch's CPU generator uses 32 bits: enough for the steps of a training or the start of an
     attack, not
-    for one stream per image (see :func:`draw_latents`).
+    for one stream per image (see ``draw_latents``).
     """
     state = words[0] % _WORD
     for word in words[1:]:

@@ -1,6 +1,6 @@
 """Frozen settings: validated when made, exact JSON round trip.
 
-One base class for the settings of every component. A subclass is a frozen dataclass. Fields made by :func:`setting` are
+One base class for the settings of every component. A subclass is a frozen dataclass. Fields made by ``setting`` are
 checked against their bounds. A ``__post_init__`` of its own may call the ``require_*`` helpers; lists from JSON become
 tuples there.
 """
@@ -39,10 +39,10 @@ BOUNDS = ("minimum", "above", "maximum", "below", "choices")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(NamedOptions):
-    """Base of all settings. Make a changed copy with :meth:`replace`."""
+    """Base of all settings. Make a changed copy with ``replace``."""
 
     def __post_init__(self) -> None:
-        """Check the fields that :func:`setting` made."""
+        """Check the fields that ``setting`` made."""
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
@@ -62,7 +62,7 @@ class Settings(NamedOptions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from a mapping. Raises :class:`SettingsError` on unknown, missing or invalid fields."""
+        """Settings from a mapping. Raises ``SettingsError`` on unknown, missing or invalid fields."""
         if not isinstance(values, Mapping):
             raise SettingsError(
                 f"{cls.__name__} is made from a mapping of its fields, but got {type(values).__name__}."
@@ -78,7 +78,7 @@ class Settings(NamedOptions):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Settings from the text of :meth:`to_json`. Raises :class:`SettingsError` when the text is not that."""
+        """Settings from the text of ``to_json``. Raises ``SettingsError`` when the text is not that."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -86,12 +86,12 @@ class Settings(NamedOptions):
         return cls.from_dict(values)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again. Raises :class:`SettingsError`."""
+        """A copy with some fields changed, validated again. Raises ``SettingsError``."""
         return self.from_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
 
 
 def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:
-    """A field of :class:`Settings` whose value is checked by its type and bounds, and which may be an option.
+    """A field of ``Settings`` whose value is checked by its type and bounds, and which may be an option.
 
     Args:
         default: of the field.
@@ -124,7 +124,7 @@ def _plain(value: Any) -> Any:
 
 
 def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:
-    """``value`` as an int within the bounds, or a :class:`SettingsError` that names the setting."""
+    """``value`` as an int within the bounds, or a ``SettingsError`` that names the setting."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
     number = int(value)
@@ -145,7 +145,7 @@ def require_number(
     maximum: float | None = None,
     below: float | None = None,
 ) -> float:
-    """``value`` as a finite float within the bounds, or a :class:`SettingsError` that names the setting."""
+    """``value`` as a finite float within the bounds, or a ``SettingsError`` that names the setting."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise SettingsError(f"{owner}.{name} must be a number, but is {value!r} ({type(value).__name__}).")
     try:
@@ -167,21 +167,21 @@ def require_number(
 
 
 def require_numbers(owner: str, name: str, values: Any, *, length: int, **bounds: float) -> tuple[float, ...]:
-    """``values`` as a tuple of ``length`` finite floats, each within the bounds of :func:`require_number`."""
+    """``values`` as a tuple of ``length`` finite floats, each within the bounds of ``require_number``."""
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != length:
         raise SettingsError(f"{owner}.{name} must be {length} numbers, but is {values!r}.")
     return tuple(require_number(owner, f"{name}[{i}]", value, **bounds) for i, value in enumerate(values))
 
 
 def require_flag(owner: str, name: str, value: Any) -> bool:
-    """``value`` when it is True or False, or a :class:`SettingsError`."""
+    """``value`` when it is True or False, or a ``SettingsError``."""
     if not isinstance(value, bool):
         raise SettingsError(f"{owner}.{name} must be True or False, but is {value!r}.")
     return value
 
 
 def require_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> str:
-    """``value`` when it is one of ``choices``, or a :class:`SettingsError` that lists them."""
+    """``value`` when it is one of ``choices``, or a ``SettingsError`` that lists them."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise SettingsError(f"{owner}.{name} must be one of {listed}, but is {value!r}.")

@@ -50,7 +50,7 @@ class Accuracy:
 
     @classmethod
     def mean(cls, right: Tensor) -> Self:
-        """From [B], bool or shares in [0, 1]. Raises :class:`InputValueError` on another shape."""
+        """From [B], bool or shares in [0, 1]. Raises ``InputValueError`` on another shape."""
         if right.ndim != 1:
             raise InputValueError(f"right must be [B], but is {list(right.shape)}.")
         correct = round(right.double().sum().item(), 9)  # equal shares in any order have the same sum
@@ -73,7 +73,7 @@ class Accuracy:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From what :meth:`to_dict` gives."""
+        """From what ``to_dict`` gives."""
         return cls(values["correct"], values["total"])
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class AUROC:
 
     @classmethod
     def of(cls, values: Tensor, against: Tensor) -> Self:
-        """From float [N] and [M]. Raises :class:`InputValueError` for others, and where one is empty or not finite."""
+        """From float [N] and [M]. Raises ``InputValueError`` for others, and where one is empty or not finite."""
         if values.ndim != 1 or against.ndim != 1 or not len(values) or not len(against):
             raise InputValueError(
                 f"AUROC is of two lists of numbers, not empty, but these are {list(values.shape)} and "
@@ -137,7 +137,7 @@ class AUROC:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval in [0, 1]: the areas A with |value - A| <= 1.96 sd(A), by the variance of Hanley and McNeil
-        (1982, Radiology 143)::
+        (1982, Radiology 143):
 
             sd(A)^2 = [A (1 - A) + (N - 1)(A / (2 - A) - A^2) + (M - 1)(2 A^2 / (1 + A) - A^2)] / (N M)
 

@@ -19,7 +19,7 @@ __all__ = ["ThreatModel", "require_linf_size"]
 def require_linf_size(
     owner: str, name: str, value: float, *, minimum: float | None = 0.0, above: float | None = None
 ) -> float:
-    """A size per pixel in units of images in [0, 1], or a :class:`SettingsError` that says so."""
+    """A size per pixel in units of images in [0, 1], or a ``SettingsError`` that says so."""
     size = require_number(owner, name, value, minimum=minimum, above=above)
     if size > 1:
         hint = f"; did you mean {size:g}/255?" if size <= 255 else "."
@@ -55,7 +55,7 @@ class ThreatModel(Settings):
         return 1.0 if self.norm == "linf" else math.sqrt(math.prod(image_shape))
 
     def require_fit(self, image_shape: Sequence[int]) -> None:
-        """Raises :class:`SettingsError` when eps is larger than any two images of this shape (C, H, W) are apart."""
+        """Raises ``SettingsError`` when eps is larger than any two images of this shape (C, H, W) are apart."""
         largest = self.largest_eps(image_shape)
         if self.eps > largest * (1 + 1e-6):
             raise SettingsError(

@@ -39,9 +39,9 @@ class APGD(Attack):
     averages gradients over ``eot`` evaluations, but measures its progress by the loss of the last of them alone.
 
     The attempts are the image of the highest loss and, without targets, the last misclassified one. Its history holds
-    "margin", the mean :func:`~cmap_defense.attacks.goal.margin` over the evaluations, and "reached", the share of them
+    "margin", the mean ``margin`` over the evaluations, and "reached", the share of them
     that reached the goal, at the start and after each step. Further arguments are those of
-    :class:`~cmap_defense.attacks.base.Attack`.
+    ``Attack``.
 
     Args:
         steps: number of steps, at least 1; each takes ``eot`` evaluations, and so does the start.

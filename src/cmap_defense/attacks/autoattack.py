@@ -44,7 +44,7 @@ class AutoAttack(Attack):
     There are no targets. The library's checks of the model go to the logger "auto-attack", which is silent where
     nothing handles it. Its history holds after each round "claimed", 1 where the library says that the image is broken,
     and "held", the share of re-evaluations of that image that succeed. Images outside a round keep their numbers.
-    Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
+    Further arguments are those of ``Attack``.
 
     Args:
         version: "rand" for random models; "standard" or "plus" for deterministic ones. On a random model the latter

@@ -186,7 +186,7 @@ class Attack(NamedOptions, abc.ABC):
         Raises:
             InputTypeError: images, labels, targets or indices have the wrong type.
             InputValueError: they have the wrong shape or range.
-            SettingsError: the attack needs a :class:`~cmap_defense.classifier.PurifiedClassifier`, or eps is larger
+            SettingsError: the attack needs a ``PurifiedClassifier``, or eps is larger
                 than the distance of any two such images.
             GradientError: the attack needs a gradient that the model does not give.
         """

@@ -38,7 +38,7 @@ class ConsistencyDisruption(Attack):
     Its history (Fig. 4 and 5) holds "cross_entropy", the mean over the latents, 0 during the purification;
     "objective", L of eq. 9; "right", the share of the K projected images that are classified correctly; "latent_mean"
     and "latent_std", over all elements of an image's latents. Further arguments are those of
-    :class:`~cmap_defense.attacks.base.Attack`.
+    ``Attack``.
 
     Args:
         steps: number of steps, more than the N of the purification, which are the first of them.

@@ -26,7 +26,7 @@ class FrozenResidual(StepAttack):
     x plus a constant. So one need not purify at every step: the constants of several purifications are kept and
     attacked together. Steps between purifications cost passes through the classifier alone. The model must be a
     purified classifier. "reached" in its history is the share of C(x + r) that reached the goal. Further arguments are
-    those of :class:`~cmap_defense.attacks.steps.StepAttack`.
+    those of ``StepAttack``.
 
     Args:
         every: steps between purifications.

@@ -127,7 +127,7 @@ class CrossEntropy(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(Loss):
-    """:func:`margin`, mean over the samples. Unlike the cross-entropy it does not go flat at high confidence."""
+    """``margin``, mean over the samples. Unlike the cross-entropy it does not go flat at high confidence."""
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         pairs = logits.shape[:2]
@@ -139,7 +139,7 @@ class Margin(Loss):
 
 @dataclasses.dataclass(frozen=True)
 class VoteMargin(Loss):
-    """The :func:`margin` of the soft vote: of the log of the mean probability over all samples.
+    """The ``margin`` of the soft vote: of the log of the mean probability over all samples.
 
     It is positive where the vote is wrong. Samples that are wrong already weigh little, those near the boundary most.
     The graphs of all S samples are in memory at once.

@@ -39,14 +39,14 @@ class LatentAttack(LatentSearch):
 
         min_u  penalty excess(G(u), x) + max(confidence - margin(C(G(u))), 0)
 
-    with the distance outside the ball of :func:`~cmap_defense.attacks.latents.excess` and the margin of
-    :func:`~cmap_defense.attacks.goal.margin`, whose hinge is that of Carlini and Wagner 2017 (arXiv 1608.04644, f6).
+    with the distance outside the ball of ``excess`` and the margin of
+    ``margin``, whose hinge is that of Carlini and Wagner 2017 (arXiv 1608.04644, f6).
     The attempt of each latent is the projected image of the highest margin under the bare classifier. An image that
     needed no projection is on the manifold, so that a purification has no reason to change it. The latent loop is not
     differentiated.
 
     Its history holds "margin", of the bare classifier on the projected images, and "excess", means over the M latents.
-    Further arguments are those of :class:`~cmap_defense.attacks.latents.LatentSearch`.
+    Further arguments are those of ``LatentSearch``.
 
     Args:
         penalty: weight of the excess in the first step.

@@ -22,7 +22,7 @@ __all__ = ["LatentSearch", "Searched", "descend", "excess", "project_all"]
 class LatentSearch(Attack):
     """An attack that optimises latents with Adam and attempts the images that they generate.
 
-    The model must be a purified classifier. Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
+    The model must be a purified classifier. Further arguments are those of ``Attack``.
 
     Args:
         steps: steps of Adam, at least 1.
@@ -126,7 +126,7 @@ def descend(
         parts: gives positions of images whose latents go through the backbone together, in a graph of their own.
         loss: from latents [b, M, C, H, W] of a part, its positions and the step to losses, whose sum is minimised.
         steps: number of steps.
-        adam: options of :class:`torch.optim.Adam`.
+        adam: options of ``torch.optim.Adam``.
 
     Returns:
         Latents [B, M, C, H, W].

@@ -153,7 +153,7 @@ def gradient_length(gradient: Tensor) -> Tensor:
 class Oracle:
     """A model on a batch of images, with independent noise in each evaluation.
 
-    A :class:`~cmap_defense.classifier.PurifiedClassifier` or :class:`SeededModel` without a seed of its own gets a seed
+    A ``PurifiedClassifier`` or ``SeededModel`` without a seed of its own gets a seed
     per image, a function of the image's own seed and the number of the evaluation. So the outcome for an image does not
     depend on its batch. Any other model draws from torch's generators.
 
@@ -165,7 +165,7 @@ class Oracle:
         draws: [B] int64 on the CPU, seeds of the attack's own noise, such as a random start; None for ``seeds``.
         evaluations: [number of evaluations, number of the one that the noise belongs to], shared between oracles; None
             for [0, 0].
-        gradient_norms: the l2 norms [B] of the gradients of :meth:`feedback`, shared between oracles; None for none
+        gradient_norms: the l2 norms [B] of the gradients of ``feedback``, shared between oracles; None for none
             yet.
         needed: the number of classes that the labels need.
     """
@@ -190,7 +190,7 @@ class Oracle:
 
     @property
     def count(self) -> int:
-        """Evaluations so far, those of oracles from :meth:`of`, :meth:`restarted` and :meth:`rows` included."""
+        """Evaluations so far, those of oracles from ``of``, ``restarted`` and ``rows`` included."""
         return self._evaluations[0]
 
     def __call__(self, images: Tensor, *, again: bool = False) -> Tensor:

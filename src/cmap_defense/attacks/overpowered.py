@@ -29,7 +29,7 @@ class Overpowered(LatentSearch):
     for both. The attempts are the misclassified image of each pair and the middle of the pair.
 
     Its history holds "paired", the share of the M pairs that meet these conditions after projection. Further arguments
-    are those of :class:`~cmap_defense.attacks.latents.LatentSearch`.
+    are those of ``LatentSearch``.
 
     Args:
         penalty: weight of the excess.

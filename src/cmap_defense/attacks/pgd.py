@@ -23,8 +23,8 @@ class PGD(StepAttack):
 
     On a purified classifier the gradient mode decides what the attack is. ``StraightThrough()`` makes it BPDA with EOT
     through the real purification, ``Unrolled()`` follows the exact gradient, ``Implicit()`` and ``Surrogate()`` theirs.
-    Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack` and
-    :class:`~cmap_defense.attacks.base.Attack`.
+    Further arguments are those of ``StepAttack`` and
+    ``Attack``.
 
     Args:
         eot: evaluations with independent noise per step, whose gradients are averaged (expectation over transformation;

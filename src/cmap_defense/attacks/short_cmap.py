@@ -24,7 +24,7 @@ class ShortCMAP(StepAttack):
 
     The first latents are those of a whole purification of the start. A few iterations are enough to follow a small
     step of the image, and the gradient through so short a loop is reliable. The model must be a purified classifier.
-    Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack`.
+    Further arguments are those of ``StepAttack``.
 
     Args:
         iterations: of the latent loop at each step.

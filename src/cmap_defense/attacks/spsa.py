@@ -25,8 +25,8 @@ class SPSA(StepAttack):
 
     Each pair evaluates the model on both sides of the image, along a random direction of +-1 per pixel (Spall 1992). No
     derivative of the model is used, so a misleading gradient does not stop the attack. The noise of a random defence
-    adds to that of the estimate. Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack` and
-    :class:`~cmap_defense.attacks.base.Attack`.
+    adds to that of the estimate. Further arguments are those of ``StepAttack`` and
+    ``Attack``.
 
     Args:
         pairs: pairs of queries per step, at least 1.

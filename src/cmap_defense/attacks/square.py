@@ -30,7 +30,7 @@ class Square(Attack):
     The best margin is the highest of many noisy ones, with a selection effect that falls with ``samples``. Squares are
     drawn from one stream for the batch. So unlike for most attacks here, the outcome for an image depends on its batch;
     attack one image per call where that matters. Its history holds "margin", the highest averaged margin so far, at the
-    start and after each change. Further arguments are those of :class:`~cmap_defense.attacks.base.Attack`.
+    start and after each change. Further arguments are those of ``Attack``.
 
     Args:
         queries: changes to try. Each takes ``samples`` evaluations of the model, and so does the start.

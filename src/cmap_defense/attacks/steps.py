@@ -37,7 +37,7 @@ class StepAttack(Attack):
         keep: "last" for the image after the last step, or "best" for that and the one with the highest loss.
 
     Its history holds "loss", "gradient_norm" (l2), and "reached", the share of evaluations that reached the goal. It
-    warns (:class:`~cmap_defense.errors.GradientWarning`) of images whose gradient was zero at every step.
+    warns (``GradientWarning``) of images whose gradient was zero at every step.
     """
 
     steps: int = 20

@@ -28,12 +28,12 @@ __all__ = ["SUITES", "full_suite", "paper_suite", "standard_suite", "suite"]
 
 
 def suite(name: str, threat: ThreatModel, **sizes: Any) -> dict[str, Attack]:
-    """A set of attacks by its name in :data:`SUITES`.
+    """A set of attacks by its name in ``SUITES``.
 
     Args:
         name: "standard", "paper" or "full".
         threat: norm and eps.
-        sizes: arguments of :func:`standard_suite`, :func:`paper_suite` or :func:`full_suite`, such as ``steps=``.
+        sizes: arguments of ``standard_suite``, ``paper_suite`` or ``full_suite``, such as ``steps=``.
 
     Raises:
         SettingsError: there is no set of this name.
@@ -108,7 +108,7 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
 
 
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """:func:`standard_suite` and all other attacks, those with queries included. It takes hours rather than minutes.
+    """``standard_suite`` and all other attacks, those with queries included. It takes hours rather than minutes.
 
     Args:
         threat: norm and eps.

@@ -26,9 +26,9 @@ class TargetSteer(StepAttack):
 
         max_x  - (1/K) sum_k ||G(u_k*(x)) - G(u_t)||^2  - the same at each of the last ``watched`` iterations
 
-    G(u_t) is the best attempt of a :class:`~cmap_defense.attacks.latent.LatentAttack`, and the search starts from it.
+    G(u_t) is the best attempt of a ``LatentAttack``, and the search starts from it.
     The loss is a distance of images, with a slope where the classifier's loss is flat. The model must be a purified
-    classifier. Further arguments are those of :class:`~cmap_defense.attacks.steps.StepAttack`.
+    classifier. Further arguments are those of ``StepAttack``.
 
     Args:
         target: the attack that finds G(u_t), within its own threat model; None for one with its defaults and this

@@ -27,7 +27,7 @@ class Backbone(Protocol):
     """Any ``nn.Module`` with these; see "Write your own backbone" in the documentation.
 
     A denoiser has ``denoise(noisy, sigma)`` in place of ``generate``; a consistency model may have both. A module may
-    say by ``kind = "consistency"`` or ``kind = "denoiser"`` which of them it is, see :func:`kind_of`. A
+    say by ``kind = "consistency"`` or ``kind = "denoiser"`` which of them it is, see ``kind_of``. A
     class-conditional one has ``num_classes`` besides, and its methods take [B] labels as last argument.
 
     Attributes:
@@ -96,7 +96,7 @@ def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Modul
 
 
 def _refuse_wrapped(backbone: nn.Module) -> None:
-    """Wrappers of ``forward`` have no effect on ``generate``. Raises :class:`BackboneError` with what has one."""
+    """Wrappers of ``forward`` have no effect on ``generate``. Raises ``BackboneError`` with what has one."""
     inner = getattr(backbone, "_orig_mod", None)  # of torch.compile
     if inner is not None or getattr(backbone, "_compiled_call_impl", None) is not None:
         has_network = isinstance(getattr(backbone, "network", None), nn.Module)

@@ -1,13 +1,11 @@
 """Consistency models in the layout of the diffusers library: a UNet2DModel beside a CMStochasticIterativeScheduler.
 
-::
-
     model_index.json
     scheduler/scheduler_config.json
     unet/config.json
     unet/diffusion_pytorch_model.safetensors
 
-The weights may be in shards or in a variant too, see :mod:`~cmap_defense.backbones.shards`.
+The weights may be in shards or in a variant too, see ``shards``.
 The library builds the network and reads its weights; it is the extra ``[diffusers]`` and is imported when it is needed.
 The network inside is used bare: the library's scheduler rounds time steps and clips with no way around it.
 """
@@ -243,7 +241,7 @@ def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecor
 
 
 def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the pipeline of a model around a :class:`PipelineUNet` into an existing folder.
+    """Write the pipeline of a model around a ``PipelineUNet`` into an existing folder.
 
     Raises:
         BackboneFileError: the disk takes no more.

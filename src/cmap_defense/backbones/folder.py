@@ -76,7 +76,7 @@ def read_backbone(
         dtype: of the weights; they are cast once from the file's precision.
 
     Returns:
-        A :class:`ConsistencyBackbone` or an :class:`EDMDenoiser`.
+        A ``ConsistencyBackbone`` or an ``EDMDenoiser``.
 
     Raises:
         BackboneFileError: a file is missing, truncated, damaged or foreign, or holds a model of another kind.
@@ -107,7 +107,7 @@ def write_backbone(
         backbone: its network must be one of this package's, or a UNet2DModel.
         folder: made when it is not there.
         dtype: precision of the weights in the file.
-        described: further fields of :class:`BackboneRecord`, ``name`` at least.
+        described: further fields of ``BackboneRecord``, ``name`` at least.
 
     Returns:
         The record that was written.

@@ -1,7 +1,7 @@
 """The consistency function f and its one-step generator G around a raw network F.
 
 Preconditioning of Karras et al. 2022 (arXiv 2206.00364, Table 1) with the boundary condition of Song et al. 2023
-(arXiv 2303.01469, eq. 5 and appendix C)::
+(arXiv 2303.01469, eq. 5 and appendix C):
 
     f(x, s) = c_skip(s) x + c_out(s) F(c_in(s) x, ln(s) / 4),      f(x, sigma_min) = x exactly
     G(u)    = clip(f(sigma_max u, sigma_max), -1, 1)
@@ -125,7 +125,7 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
 class ConsistencyBackbone(KarrasModel):
     """A consistency model: any network F(x, noise_level) with the scalings around it.
 
-    Its arguments are those of :class:`KarrasModel`. The scalings are computed in float32 (or the input's precision
+    Its arguments are those of ``KarrasModel``. The scalings are computed in float32 (or the input's precision
     where that is higher); only the network runs in its own precision. Outputs have the input's precision, float32 at
     least.
 
@@ -162,7 +162,7 @@ class EDMDenoiser(KarrasModel):
     """A denoiser D(x, sigma): the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
 
     For purifiers that add noise and denoise. It has no one-step generator, so CMAP refuses it. Its arguments are those
-    of :class:`KarrasModel`.
+    of ``KarrasModel``.
     """
 
     kind = "denoiser"

@@ -54,7 +54,7 @@ def load_backbone(
         dtype: of the weights, cast once; latents and losses stay in float32 whatever it is.
 
     Returns:
-        A :class:`~cmap_defense.backbones.ConsistencyBackbone` or an :class:`~cmap_defense.backbones.EDMDenoiser`, as
+        A ``ConsistencyBackbone`` or an ``EDMDenoiser``, as
         its record says.
 
     Raises:
@@ -80,7 +80,7 @@ def load_backbone(
 
 
 def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, weights: bool = True) -> Path:
-    """The local folder of ``source``, fetched first where it is not there; errors as of :func:`load_backbone`.
+    """The local folder of ``source``, fetched first where it is not there; errors as of ``load_backbone``.
 
     Args:
         source: a name, a folder or a Hub id.

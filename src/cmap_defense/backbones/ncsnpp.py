@@ -28,7 +28,7 @@ GROUP_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NCSNppConfig(Settings):
-    """Architecture of :class:`NCSNpp`, with the names of the official configurations; the defaults are CIFAR-10's.
+    """Architecture of ``NCSNpp``, with the names of the official configurations; the defaults are CIFAR-10's.
 
     What the official configurations offer besides is fixed at the published models' choice: resblock_type biggan,
     progressive none, progressive_input residual, progressive_combine sum, embedding_type fourier, SiLU.
@@ -100,7 +100,7 @@ class NCSNppConfig(Settings):
 
 
 class NCSNpp(nn.Module):
-    """F(x, noise_level): the raw network inside a :class:`~cmap_defense.backbones.karras.ConsistencyBackbone`."""
+    """F(x, noise_level): the raw network inside a ``ConsistencyBackbone``."""
 
     exact_tensors = frozenset({"embed.frequencies"})
     """Kept in float32 whatever the precision of the rest: angles are hundreds of radians."""

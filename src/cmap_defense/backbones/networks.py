@@ -154,7 +154,7 @@ _KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any, str], nn.Module], fro
 """Name -> configuration from (image shape, classes, changes), network from it, and what the data decide in it."""
 
 NETWORKS = tuple(_KINDS)
-"""Names that :meth:`Network.named` knows."""
+"""Names that ``Network.named`` knows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Network:
     """A network that is yet to be built.
 
     Attributes:
-        name: one of :data:`NETWORKS`.
+        name: one of ``NETWORKS``.
         config: its settings.
         image_shape: (C, H, W) of its images.
         num_classes: number of classes; None for an unconditional network.
@@ -185,9 +185,9 @@ class Network:
         """A network for images of this shape.
 
         Args:
-            name: one of :data:`NETWORKS`.
+            name: one of ``NETWORKS``.
             image_shape: (C, H, W).
-            changes: to the defaults of its configuration, such as one of :data:`PRESETS`.
+            changes: to the defaults of its configuration, such as one of ``PRESETS``.
             num_classes: number of classes; None for an unconditional network.
 
         Raises:
@@ -204,7 +204,7 @@ class Network:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """All fields of the configuration that the data do not decide, as JSON values: :meth:`named` with them gives
+        """All fields of the configuration that the data do not decide, as JSON values: ``named`` with them gives
         an equal network."""
         decided = _KINDS[self.name][2]
         return {field: value for field, value in self.config.to_dict().items() if field not in decided}

@@ -26,14 +26,14 @@ def push_backbone(
     from the record.
 
     Args:
-        folder: written by ``train``, ``convert`` or :func:`~cmap_defense.backbones.write_backbone`.
+        folder: written by ``train``, ``convert`` or ``write_backbone``.
         repo_id: organisation/name; the repository is made when it is not there. The token is HF_TOKEN's, or that of
             ``hf auth login``.
         private: whether a repository that is made here is private.
         message: of the commit.
 
     Returns:
-        ``organisation/name@commit``, which :func:`~cmap_defense.load_backbone` takes.
+        ``organisation/name@commit``, which ``load_backbone`` takes.
 
     Raises:
         BackboneFileError: the folder is not whole, or the Hub cannot be reached.

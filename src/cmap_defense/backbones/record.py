@@ -15,7 +15,7 @@ KINDS = ("consistency", "denoiser")
 
 
 def require_image_shape(owner: str, shape: Any, num_classes: Any = None) -> tuple[int, int, int]:
-    """``shape`` as (C, H, W), or a :class:`SettingsError` that names the setting; likewise for ``num_classes``."""
+    """``shape`` as (C, H, W), or a ``SettingsError`` that names the setting; likewise for ``num_classes``."""
     if not isinstance(shape, (list, tuple)) or len(shape) != 3:
         raise SettingsError(f"{owner}.image_shape must be (C, H, W), but is {shape!r}.")
     channels, height, width = (require_integer(owner, "image_shape", size, minimum=1) for size in shape)
@@ -32,7 +32,7 @@ class BackboneRecord(Settings):
         format: version of this layout.
         name: for people.
         description: one line, for people.
-        kind: one of :data:`KINDS`.
+        kind: one of ``KINDS``.
         network: name of the network's class.
         network_config: its settings.
         noise: sigma_min, sigma_max and sigma_data.

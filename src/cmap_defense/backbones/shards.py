@@ -31,7 +31,7 @@ which tensors alone are read), one file before an index of shards."""
 
 
 def dtype_of_file(name: str) -> str:
-    """The precision that a file of :data:`WEIGHTS` is saved in."""
+    """The precision that a file of ``WEIGHTS`` is saved in."""
     return next(dtype for variant, dtype in reversed(_VARIANTS.items()) if f"{variant}." in Path(name).name)
 
 
@@ -80,7 +80,7 @@ def sha256_of_weights(path: Path) -> str:
 
 
 def describe_missing(folder: Path) -> str:
-    """For a pipeline without weights of :data:`WEIGHTS`: what there is, and how to save it so that it is read."""
+    """For a pipeline without weights of ``WEIGHTS``: what there is, and how to save it so that it is read."""
     place = folder / Path(_STEM).parent
     found = sorted(file.name for file in place.glob("*") if file.suffix in (".safetensors", ".bin", ".msgpack", ".pt"))
     held = f"holds {', '.join(found[:5])}" if found else "holds no weights"

@@ -30,7 +30,7 @@ __all__ = ["CompactUNet", "CompactUNetConfig"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompactUNetConfig(Settings):
-    """Architecture of a :class:`CompactUNet`.
+    """Architecture of a ``CompactUNet``.
 
     Attributes:
         image_shape: (C, H, W) in pixels; H and W are multiples of patch * 2^(levels - 1).
@@ -99,7 +99,7 @@ class CompactUNetConfig(Settings):
 
 
 class CompactUNet(nn.Module):
-    """F(x, noise_level): the raw network inside a :class:`~cmap_defense.backbones.karras.ConsistencyBackbone`."""
+    """F(x, noise_level): the raw network inside a ``ConsistencyBackbone``."""
 
     def __init__(self, config: CompactUNetConfig) -> None:
         super().__init__()

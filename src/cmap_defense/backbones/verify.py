@@ -61,7 +61,7 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
     From then on the name stands for that commit and checksum on this machine, and anything else is refused.
 
     Args:
-        source: a name, a folder or a Hub id, as for :func:`~cmap_defense.load_backbone`.
+        source: a name, a folder or a Hub id, as for ``load_backbone``.
         remember: whether to note the commit and checksum of a name.
 
     Returns:

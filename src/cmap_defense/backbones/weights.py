@@ -78,13 +78,13 @@ def first_difference(network: nn.Module, tensors: Mapping[str, Tensor]) -> str |
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises :class:`BackboneFileError` when it is missing, cut off or something else."""
+    """All tensors of a file. Raises ``BackboneFileError`` when it is missing, cut off or something else."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names in a file; the errors of :func:`read_safetensors`, without reading the tensors."""
+    """The names in a file; the errors of ``read_safetensors``, without reading the tensors."""
     with _opened(path) as file:
         return list(file.keys())
 
@@ -103,7 +103,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file. Raises :class:`BackboneFileError` when there is no room or no permission."""
+    """Write a file. Raises ``BackboneFileError`` when there is no room or no permission."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # older versions need it
     except (SafetensorError, OSError) as error:
@@ -155,7 +155,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _unpickled(path: Path) -> Any:
-    """What ``torch.save`` wrote; the errors of :func:`read_pickle`."""
+    """What ``torch.save`` wrote; the errors of ``read_pickle``."""
     if not path.is_file():
         raise BackboneFileError(f"{path} is missing. Fetch it again.")
     try:

@@ -34,7 +34,7 @@ CLASSIFIER_CHUNK = 256
 class LatentAccess(NamedOptions, nn.Module):
     """What a wrapped classifier is made of, and the steps of a purification one by one.
 
-    It is the part of :class:`~cmap_defense.classifier.PurifiedClassifier` that attacks on latents work with; make that.
+    It is the part of ``PurifiedClassifier`` that attacks on latents work with; make that.
     """
 
     classifier: nn.Module | Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ class LatentAccess(NamedOptions, nn.Module):
         return self._cmap("settings").settings
 
     def _cmap(self, what: str) -> CMAP:
-        """The purifier, where it is CMAP; raises :class:`SettingsError` otherwise."""
+        """The purifier, where it is CMAP; raises ``SettingsError`` otherwise."""
         if isinstance(self.purifier, CMAP):
             return self.purifier
         raise SettingsError(
@@ -73,9 +73,10 @@ class LatentAccess(NamedOptions, nn.Module):
         """The unit latents [B, K, C, H, W] that a purification of these images starts from.
 
         Args:
-            images: as for :meth:`forward`. seeds: likewise; without any, and without ``seed``, they are fresh ones.
+            images: as for ``forward``.
+            seeds: likewise; without any, and without ``seed``, they are fresh ones.
 
-        It raises the errors of :meth:`forward`.
+        It raises the errors of ``forward``.
         """
         unit = self.preprocessing.to_unit(images, self._device())
         drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.purifier.n_latents, self.image_shape)
@@ -93,7 +94,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
         Args:
             latents: unit, of the backbone's size.
-            images: inputs as for :meth:`forward`, [B, C, H, W], around which the latents live where the settings have a
+            images: inputs as for ``forward``, [B, C, H, W], around which the latents live where the settings have a
                 level; without one they are not needed, and not used.
             class_labels: [B, K] integers for a class-conditional backbone.
             size: (H, W) of the images returned, where the wrapper resizes; None for the backbone's.
@@ -112,11 +113,11 @@ class LatentAccess(NamedOptions, nn.Module):
 
         Args:
             latents: [B, K, C, H, W], unit, of the backbone's size.
-            images: as for :meth:`forward`, [B, C, H, W].
+            images: as for ``forward``, [B, C, H, W].
             class_labels: [B, K] integers for a class-conditional backbone.
 
         Returns:
-            :class:`~cmap_defense.cmap.losses.ObjectiveTerms`: l1 and ssim [B, K], latent and total [B].
+            ``ObjectiveTerms``: l1 and ssim [B, K], latent and total [B].
         """
         unit = self.preprocessing.to_unit(images, self._device())
         latents = self._check_latents(latents, unit)
@@ -134,21 +135,23 @@ class LatentAccess(NamedOptions, nn.Module):
     ) -> Tensor:
         """The classifier's logits [B, K, classes] on the images of latents [B, K, C, H, W], differentiable.
 
-        The arguments are those of :meth:`generate`.
+        The arguments are those of ``generate``.
         """
         return self._classify(self.generate(latents, images, class_labels=class_labels, size=size))
 
     def undefended(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """The bare classifier's logits [B, classes] on images as :meth:`forward` takes them, not purified.
+        """The bare classifier's logits [B, classes] on images as ``forward`` takes them, not purified.
 
-        check: False for images in [0, 1] or beyond that need not be valid ones, as some attacks make on their way.
+        Args:
+            check: False for images in [0, 1] or beyond that need not be valid ones, as some attacks make on their way.
         """
         return self._logits(self.preprocessing.to_unit(images, self._device()) if check else images)
 
     def denoiser(self, class_labels: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
         """f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
 
-        class_labels: [B, K] integers for a class-conditional backbone.
+        Args:
+            class_labels: [B, K] integers for a class-conditional backbone.
         """
         denoise: Any = getattr(self.backbone, "denoise", None)
         if denoise is None:
@@ -176,9 +179,9 @@ class LatentAccess(NamedOptions, nn.Module):
         class_labels: Tensor | None = None,
         size: Sequence[int] | None = None,
     ) -> Tensor:
-        """What :meth:`forward` returns when a purification ends at these latents: [B, classes], differentiable.
+        """What ``forward`` returns when a purification ends at these latents: [B, classes], differentiable.
 
-        The arguments are those of :meth:`generate`.
+        The arguments are those of ``generate``.
         """
         logits = self.classify_latents(latents, images, class_labels=class_labels, size=size)
         return vote_logits(logits, lift=self.vote == "label")
@@ -186,7 +189,8 @@ class LatentAccess(NamedOptions, nn.Module):
     def _generated(self, latents: Tensor, class_labels: Tensor | None, images: Tensor | None) -> Tensor:
         """The images [B, K, C, H, W] in [-1, 1] of latents, in chunks, with an ordinary graph; checked.
 
-        images: the inputs [B, C, H, W] in [0, 1], of any size, or None.
+        Args:
+            images: the inputs [B, C, H, W] in [0, 1], of any size, or None.
         """
         if not isinstance(latents, Tensor) or latents.ndim != 5 or tuple(latents.shape[2:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))

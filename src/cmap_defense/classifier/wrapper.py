@@ -46,19 +46,17 @@ __all__ = ["PurifiedClassifier"]
 class PurifiedClassifier(LatentAccess):
     """A classifier behind a purifier, CMAP (arXiv 2412.08394) if none is named: images in, logits out.
 
-    ::
-
         model = PurifiedClassifier(my_resnet, backbone="fashion-mnist-ct")
         logits = model(images)
 
     The default gradient to the input is the straight-through one (BPDA): attacks that need a gradient run
-    unchanged, and it is an approximation. :mod:`cmap_defense.gradients` has the others.
+    unchanged, and it is an approximation. ``cmap_defense.gradients`` has the others.
 
     Args:
         classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least. It is
-            used in the mode it is in. A :class:`~cmap_defense.errors.ClassifierWarning`, once for each classifier, says
+            used in the mode it is in. A ``ClassifierWarning``, once for each classifier, says
             that it is in training mode where nothing can be trained, or that it returns probabilities.
-        backbone: a name, a Hub id, a local folder (see :func:`~cmap_defense.backbones.load_backbone`), or any
+        backbone: a name, a Hub id, a local folder (see ``load_backbone``), or any
             ``nn.Module`` with ``image_shape`` and ``generate``, or ``denoise`` for purifiers that denoise. A backbone
             that is loaded here joins the classifier's device; a module is used as it is, in eval mode. Two of them,
             ``("cifar10-ct-small", "cifar10-edm-small")``, are a consistency model and a denoiser for a chain of
@@ -66,7 +64,7 @@ class PurifiedClassifier(LatentAccess):
         settings: of CMAP, all of them; None for the ones that the backbone's record names, or else the defaults. To
             change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``. It is the
             short form of ``purifier=CMAP(settings)``.
-        purifier: what purifies, an object of :mod:`cmap_defense.purifiers` such as ``DiffPure(t=100)``, or one of
+        purifier: what purifies, an object of ``cmap_defense.purifiers`` such as ``DiffPure(t=100)``, or one of
             yours; None for CMAP.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
             ``Normalize(mean, std)``; applied after purification.
@@ -75,7 +73,7 @@ class PurifiedClassifier(LatentAccess):
         resize: how to resize images of another size to the backbone's and back: "bilinear", "bicubic", "area" or
             "nearest-exact" (True means "bilinear"); None refuses them.
         vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability (the
-            result of :meth:`purify` counts votes either way).
+            result of ``purify`` counts votes either way).
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
@@ -88,7 +86,7 @@ class PurifiedClassifier(LatentAccess):
         out_of_range: what is done with values more than 1e-4 outside [0, 1], which some attacks make on their way.
             "clamp": they are clamped, and the gradient to the input passes as if they were not. "raise": they are an
             error. "auto": they are clamped while a gradient to the images is wanted. Otherwise those within 0.5 of
-            [0, 1] are clamped with one warning (:class:`~cmap_defense.errors.InputRangeWarning`) for each model, and
+            [0, 1] are clamped with one warning (``InputRangeWarning``) for each model, and
             values further out are an error. NaN and infinite values are always an error.
 
     Raises:
@@ -214,20 +212,20 @@ class PurifiedClassifier(LatentAccess):
         """The K purified versions of each image, and how they were found.
 
         Args:
-            images: as for :meth:`forward`, or a single image [C, H, W], for which B is 1; also uint8. Or a numpy array
+            images: as for ``forward``, or a single image [C, H, W], for which B is 1; also uint8. Or a numpy array
                 [B, H, W, C], [H, W, C] or, of one channel, [H, W], uint8 or floating-point; a PIL image, which becomes
                 grey or RGB as the backbone's are; or a list of single images of one size. 8-bit and PIL images are
                 taken for what ``normalize`` has not been applied to, whatever ``inputs`` says. What is no tensor is
                 moved to the model's device.
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
-            seeds: as for :meth:`forward`; not together with ``latents``.
-            class_labels: as for :meth:`forward`; the labels in use are in the result.
+            seeds: as for ``forward``; not together with ``latents``.
+            class_labels: as for ``forward``; the labels in use are in the result.
 
         Returns:
-            All of :class:`~cmap_defense.results.PurificationResult`. Its ``images`` have the size of the input and
+            All of ``PurificationResult``. Its ``images`` have the size of the input and
             carry the input's gradient as ``gradient`` says.
 
-        It raises the errors of :meth:`forward`.
+        It raises the errors of ``forward``.
         """
         batch, unit = to_batch(images, self.image_shape[0])
         if isinstance(batch, Tensor) and not isinstance(images, Tensor):
@@ -251,9 +249,10 @@ class PurifiedClassifier(LatentAccess):
     def variant(self, *, hooks: bool = False, **changes: Any) -> PurifiedClassifier:
         """Another wrapper around the same classifier and backbone, with some of the options changed.
 
-        hooks: share the latent hooks of this one, those to come included; without, the variant has none.
-        changes: those of the constructor but for the classifier and the backbone, such as ``gradient=Unrolled()`` or
-        ``settings=model.settings.replace(iterations=20)``. It raises the constructor's errors.
+        Args:
+            hooks: share the latent hooks of this one, those to come included; without, the variant has none.
+            changes: those of the constructor but for the classifier and the backbone, such as ``gradient=Unrolled()``
+                or ``settings=model.settings.replace(iterations=20)``. It raises the constructor's errors.
         """
         normalisation = self.preprocessing.normalisation
         options: dict[str, Any] = {
@@ -288,7 +287,7 @@ class PurifiedClassifier(LatentAccess):
     def register_latent_hook(
         self, hook: Callback, *, iterations: Container[int] | None = None, live: bool = False
     ) -> HookHandle:
-        """Call ``hook`` with a :class:`~cmap_defense.cmap.optimise.LatentState` before latent steps.
+        """Call ``hook`` with a ``LatentState`` before latent steps.
 
         Latents that it returns take the place of the state's; only one hook may do so in an iteration. Hooks run in
         the order of their registration, belong to this object alone (copies and pickles have none) and cost nothing

@@ -19,7 +19,7 @@ class Progress:
     """Progress of one piece of work, on standard error; a context manager, whose end removes the bar.
 
     Args:
-        total: number of steps; 0 where the first call of :meth:`at` says it.
+        total: number of steps; 0 where the first call of ``at`` says it.
         what: what is done, such as "training".
         stream: where to write; None for standard error.
         clock: of seconds.

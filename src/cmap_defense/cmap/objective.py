@@ -47,7 +47,7 @@ class LatentObjective:
     """L of eq. 9 for images [B, C, H, W] and their K latents.
 
     Args:
-        generate: the generator, see :data:`Generate`; gradients must flow from its output to its input.
+        generate: the generator, see ``Generate``; gradients must flow from its output to its input.
         images: [B, C, H, W] in [0, 1], float32 or float64, detached.
         n_latents: K.
         settings: the constants.
@@ -165,7 +165,7 @@ class LatentObjective:
         return None if self.settings.level is None else self.images
 
     def _generated(self, latents: Tensor, images: Tensor, *labels: Tensor) -> Tensor:
-        """The images of latents in their precision, or a :class:`BackboneError`."""
+        """The images of latents in their precision, or a ``BackboneError``."""
         given = labels if self.settings.level is None else (images, *labels)
         generated = self.generate(latents, *given)
         if not isinstance(generated, Tensor) or generated.shape != latents.shape:
@@ -203,7 +203,7 @@ def objective_terms(
 def latent_chunks(
     latents: Tensor, class_labels: Tensor | None, max_parallel: int | None, inputs: Tensor | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """The arguments of :data:`Generate`, chunk by chunk.
+    """The arguments of ``Generate``, chunk by chunk.
 
     Args:
         latents: [B, K, C, H, W].

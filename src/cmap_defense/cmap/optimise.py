@@ -74,18 +74,18 @@ def optimise_latents(
     """Minimise eq. 9 over the latents of every image.
 
     Args:
-        generate: the generator, see :data:`~cmap_defense.cmap.objective.Generate`; gradients must flow from its output
+        generate: the generator, see ``Generate``; gradients must flow from its output
             to its input.
         images: [B, C, H, W] in [0, 1].
         latents: [B, K, C, H, W], where to start; unit, float32 or float64.
         settings: the constants.
         class_labels: [B, K] integers, each handed to ``generate`` along with its latent; None for none.
-        callback: see :data:`Callback`.
+        callback: see ``Callback``.
         max_parallel: latents per call of ``generate``; None for all B K at once. It changes memory, not the result
             beyond rounding.
 
     Returns:
-        The latents after N steps, and the :class:`History` of the N evaluations before each step.
+        The latents after N steps, and the ``History`` of the N evaluations before each step.
 
     Raises:
         InputValueError: images and latents do not fit each other.
@@ -110,7 +110,7 @@ def optimise_latents(
 
 
 def minimise(objective: LatentObjective, start: Tensor, *, callback: Callback | None = None) -> tuple[Tensor, History]:
-    """All N steps of an objective from ``start``; see :func:`optimise_latents`."""
+    """All N steps of an objective from ``start``; see ``optimise_latents``."""
     rows: list[tuple[Tensor, ...]] = []
     state = LoopState(start.detach(), AdamState.start(start))
     latents = run_loop(objective, state, objective.settings.iterations, callback=callback, rows=rows).latents
@@ -118,7 +118,7 @@ def minimise(objective: LatentObjective, start: Tensor, *, callback: Callback | 
 
 
 def history_of(rows: list[tuple[Tensor, ...]], latents: Tensor) -> History:
-    """The history of rows that :func:`run_loop` filled.
+    """The history of rows that ``run_loop`` filled.
 
     Raises:
         BackboneError: the objective or the latents became NaN or infinite.
@@ -155,7 +155,7 @@ def run_loop(
     """Some iterations of the loop from ``state``.
 
     Args:
-        callback: see :data:`Callback`.
+        callback: see ``Callback``.
         rows: gets one row of the history per iteration.
         visit: called before each step with the state that it starts from, the gradient there, and whether a callback
             replaced the latents.
@@ -185,7 +185,7 @@ def _history_row(terms: ObjectiveTerms, latents: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_replaced(replaced: Tensor, latents: Tensor) -> Tensor:
-    """Latents that a callback returned, on the loop's device and in its precision, or an :class:`InputValueError`."""
+    """Latents that a callback returned, on the loop's device and in its precision, or an ``InputValueError``."""
     if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
         came = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
         raise InputValueError(

@@ -62,7 +62,7 @@ class LatentProblem:
 
         Args:
             backward: how it is taken.
-            callback: as for :func:`~cmap_defense.cmap.unroll.unrolled_latents`.
+            callback: as for ``unrolled_latents``.
             live: as there.
             live_at: as there.
         """

@@ -67,7 +67,7 @@ class CMAPSettings(Settings):
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The released settings by name, one of :data:`PRESETS`. Raises :class:`UnknownNameError` with near matches."""
+        """The released settings by name, one of ``PRESETS``. Raises ``UnknownNameError`` with near matches."""
         if name not in PRESETS:
             raise UnknownNameError(f"There is no preset {name!r}.{near_matches(str(name), PRESETS)}")
         return cls.from_dict(PRESETS[name])

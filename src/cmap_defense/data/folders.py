@@ -157,7 +157,7 @@ class FolderImages:
         return 3 if self.channels is None else self.channels
 
     def _read(self, path: Path) -> Tensor:
-        """[C, H, W] in [0, 1], of :attr:`image_size`."""
+        """[C, H, W] in [0, 1], of ``image_size``."""
         image = read_image(path, self._channels)
         if self.size is not None:
             return _centre(image, self.size)

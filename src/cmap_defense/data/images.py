@@ -19,7 +19,7 @@ __all__ = ["ImageSource", "LabelledImages", "positions_of"]
 class ImageSource(Protocol):
     """N labelled images in a fixed order, which may lie on disk until they are selected.
 
-    :class:`LabelledImages` is one whose images are all in memory.
+    ``LabelledImages`` is one whose images are all in memory.
     """
 
     @property

@@ -28,7 +28,7 @@ def labelled_data(data: Any, channels: int | None = None) -> Any:
     """A data set whose images have labels, opened where it is only named.
 
     Args:
-        data: as :meth:`SelectedImages.of` takes it; or what the command line takes for ``--data``, of which the split
+        data: as ``SelectedImages.of`` takes it; or what the command line takes for ``--data``, of which the split
             "test" is opened: a name, "embedded", an .npz file, a folder.
         channels: in which the images of a folder are read, unless the caller chose them; None for the data set's own.
 
@@ -78,9 +78,9 @@ class SelectedImages:
         """The images of a data set that ``subset`` names.
 
         Args:
-            data: what :func:`~cmap_defense.data.open_dataset` or :func:`~cmap_defense.data.load_dataset` gives; a pair
+            data: what ``open_dataset`` or ``load_dataset`` gives; a pair
                 of images [N, C, H, W] in [0, 1] and labels [N]; or a data set of torch's that gives such an image and
-                its label for each index. What :func:`labelled_data` opens is opened. Labels are integers from 0.
+                its label for each index. What ``labelled_data`` opens is opened. Labels are integers from 0.
             subset: which images.
 
         Raises:
@@ -121,7 +121,7 @@ class SelectedImages:
         return cls._checked(images, labels, positions, None if names is None else tuple(map(str, names)))
 
     def check_classes(self, classes: int, model: str) -> None:
-        """Raises :class:`InputValueError` when there is a label that a model of so many classes does not have."""
+        """Raises ``InputValueError`` when there is a label that a model of so many classes does not have."""
         for row in (self.labels >= classes).nonzero().flatten()[:1].tolist():
             raise InputValueError(
                 f"Labels must be from 0 to {classes - 1}, the classes of the model {model!r}, but that of image "
@@ -145,7 +145,7 @@ class SelectedImages:
 
 
 def images_at(data: Any, positions: Tensor) -> SelectedImages:
-    """The images of a data set at positions, int64 [M]. Arguments and errors: :meth:`SelectedImages.of`."""
+    """The images of a data set at positions, int64 [M]. Arguments and errors: ``SelectedImages.of``."""
     if isinstance(data, (tuple, list)):
         return SelectedImages.of(tuple(part[positions] for part in data), Subset())
     if isinstance(data, ImageSource):

@@ -16,7 +16,7 @@ from cmap_defense.settings import near_matches
 __all__ = ["DATASETS", "load_dataset", "open_dataset"]
 
 DATASETS = tuple(KNOWN)
-"""Names that :func:`open_dataset` and :func:`load_dataset` know."""
+"""Names that ``open_dataset`` and ``load_dataset`` know."""
 
 
 def open_dataset(
@@ -25,11 +25,11 @@ def open_dataset(
     """A data set in the order of its publication; the images of a folder are read when they are selected.
 
     Args:
-        source: "cifar10" or "fashion-mnist", see :func:`~cmap_defense.data.known.cifar10` and
-            :func:`~cmap_defense.data.known.fashion_mnist` for where they are looked for; an .npz file with ``images``
+        source: "cifar10" or "fashion-mnist", see ``cifar10`` and
+            ``fashion_mnist`` for where they are looked for; an .npz file with ``images``
             (uint8 [N, H, W, C] or [N, H, W]) and, where there are some, ``labels`` (integers [N]); or a folder with one
             folder of image files per class, of image files without labels, or with such a folder per split, see
-            :meth:`~cmap_defense.data.folders.FolderImages.of`.
+            ``of``.
         split: "train" or "test"; an .npz file has one split and takes no notice of it.
         size: height and width of the images in pixels. Those of a folder are resized and cropped to it, and need it
             where they differ in size; others must have it.
@@ -63,17 +63,17 @@ def open_dataset(
 def load_dataset(
     source: str | os.PathLike[str], split: str = "train", *, size: int | None = None, channels: int | None = None
 ) -> LabelledImages:
-    """What :func:`open_dataset` opens, with all images in memory.
+    """What ``open_dataset`` opens, with all images in memory.
 
     Args:
-        source: as for :func:`open_dataset`.
-        split: as for :func:`open_dataset`.
-        size: as for :func:`open_dataset`.
-        channels: as for :func:`open_dataset`.
+        source: as for ``open_dataset``.
+        split: as for ``open_dataset``.
+        size: as for ``open_dataset``.
+        channels: as for ``open_dataset``.
 
     Raises:
         UnknownNameError: neither a known name nor a file nor a folder.
-        DataError: as of :func:`open_dataset`, or an image of a folder cannot be read or differs in size.
+        DataError: as of ``open_dataset``, or an image of a folder cannot be read or differs in size.
     """
     opened = open_dataset(source, split, size=size, channels=channels)
     return opened if isinstance(opened, LabelledImages) else opened.select(range(len(opened)))

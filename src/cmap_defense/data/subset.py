@@ -35,7 +35,7 @@ class Subset(Settings):
     seed: int = setting(0, "Seed of the random draw of images.", minimum=0, below=2**32)
 
     def indices(self, total: int) -> list[int]:
-        """Positions in a data set of ``total`` images. Raises :class:`SettingsError` where it has too few, or none."""
+        """Positions in a data set of ``total`` images. Raises ``SettingsError`` where it has too few, or none."""
         count = total if self.count is None else self.count
         if not 1 <= count <= total:
             remedy = f" Take {total} at most: Subset(count={total})." if total else ""

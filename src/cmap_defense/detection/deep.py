@@ -1,4 +1,4 @@
-"""The deep kernel of Liu et al. 2020 (arXiv 2002.09116), trained to distinguish two samples::
+"""The deep kernel of Liu et al. 2020 (arXiv 2002.09116), trained to distinguish two samples:
 
     k(x, y) = [(1 - e) kappa(phi(x), phi(y)) + e] q(x, y)                                                  (eq. 1)
 
@@ -42,7 +42,7 @@ class DeepKernelSettings(Settings):
         batch_size: each batch is drawn from either sample by itself.
         learning_rate: of Adam.
         regulariser: what is added to the variance under the root (lambda in eq. 5 there).
-        fgsm_eps: size of the FGSM samples that :func:`deep_kernel` trains against, linf, of images in [0, 1].
+        fgsm_eps: size of the FGSM samples that ``deep_kernel`` trains against, linf, of images in [0, 1].
         seed: of the weights and of the batches.
 
     Raises:
@@ -73,12 +73,13 @@ class DeepKernelSettings(Settings):
 
 
 class DeepKernel(nn.Module):
-    """k(x, y) of eq. 1; a :data:`~cmap_defense.detection.mmd.Kernel` of samples [N, C, H, W].
+    """k(x, y) of eq. 1; a ``Kernel`` of samples [N, C, H, W].
 
     phi is three convolutions of stride 2, each with a leaky ReLU, and a linear layer. Samples are divided by ``scale``
-    before all else, so that bandwidths and weights are of order 1. :func:`train_deep_kernel` makes one.
+    before all else, so that bandwidths and weights are of order 1. ``train_deep_kernel`` makes one.
 
-    ratios: MMD^2_u / std on the batch of each step of the training, before the step.
+    Attributes:
+        ratios: MMD^2_u / std on the batch of each step of the training, before the step.
     """
 
     scale: Tensor
@@ -130,7 +131,7 @@ class DeepKernel(nn.Module):
 
 
 def mmd_ratio(kernel: Kernel, first: Tensor, second: Tensor, regulariser: float = 1e-8) -> Tensor:
-    """MMD^2_u / std of two samples of one size n, a float64 number, differentiable (Liu et al. 2020, eq. 3 to 5)::
+    """MMD^2_u / std of two samples of one size n, a float64 number, differentiable (Liu et al. 2020, eq. 3 to 5):
 
         H_ij    = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j)
         MMD^2_u = sum_{i != j} H_ij / (n (n - 1))
@@ -215,12 +216,12 @@ def deep_kernel(
         model: its classifier and its backbone are used, in eval mode.
         images: float [n, C, H, W] in [0, 1], neither measured later nor references then.
         labels: int64 [n].
-        eps: the score; that of :func:`~cmap_defense.detection.detect.detect`, to which the kernel goes.
+        eps: the score; that of ``detect``, to which the kernel goes.
         settings: None for the defaults.
         max_parallel: images at a time.
 
-    It raises the errors of :class:`~cmap_defense.detection.eps.EPS`, of the attack, and of
-    :func:`train_deep_kernel`.
+    It raises the errors of ``EPS``, of the attack, and of
+    ``train_deep_kernel``.
     """
     eps, settings = eps or EPS(), settings or DeepKernelSettings()
     model = model if model.preprocessing.inputs == "unit" else model.variant(inputs="unit")

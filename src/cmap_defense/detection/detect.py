@@ -75,7 +75,7 @@ class Detection:
 
     Attributes:
         distances: by kind, float64 [B] on the CPU: the squared MMD of each image from the references. The kinds are
-            those of :data:`KINDS`, without the purified ones where they are not wanted; rows are the images in their
+            those of ``KINDS``, without the purified ones where they are not wanted; rows are the images in their
             order.
         summary: by kind.
         references: how many there are.
@@ -123,7 +123,7 @@ class Detection:
         return f"Detection({self.summary['clean'].count} images of each kind; AUROC against clean: {shown})"
 
     def plot(self, picture: str = "png") -> bytes:
-        """Histograms of the distances (:func:`~cmap_defense.plots.detection.distance_plot`): the bytes of a file.
+        """Histograms of the distances (``distance_plot``): the bytes of a file.
 
         Args:
             picture: "png" (1600 pixels wide) or "svg".
@@ -158,8 +158,6 @@ def detect(
 ) -> Detection:
     """The distances of clean, generated, noisy, adversarial and purified images from clean references.
 
-    ::
-
         images, labels = load_test_images()
         found = detect(model, images[:64], labels[:64], reference=images[64:192])
         print(found.summary["adversarial"].auroc)
@@ -182,8 +180,8 @@ def detect(
         adversarial: [B, C, H, W] in [0, 1], attacked images that are there already, in place of the attack's.
         eps: the score; None for T = 20 levels with this seed.
         kernel: None for a Gaussian one with the median heuristic on the references. Also
-            :class:`~cmap_defense.detection.mmd.Gaussian` with a bandwidth, and what
-            :func:`~cmap_defense.detection.deep.deep_kernel` gives.
+            ``Gaussian`` with a bandwidth, and what
+            ``deep_kernel`` gives.
         purify: whether the purified kinds are wanted, which take most of the time.
         indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise depends on them.
         seed: of the generated images, the signs, the purifications, the attack and the score where none is given.

@@ -1,5 +1,5 @@
 """The expected perturbation score: the mean score of an image over small noise levels (S. Zhang et al. 2023, arXiv
-2305.16035; Fig. 1 of arXiv 2412.08394)::
+2305.16035; Fig. 1 of arXiv 2412.08394):
 
     EPS(x) = (1/T) sum_t score(x_t, sigma_t),     x_t = x' + sigma_t n_t,     score(x_t, s) = (D(x_t, s) - x_t) / s^2
 
@@ -71,7 +71,7 @@ class EPS(Settings):
     deviation, and the whole where it is far above, as for noise off the data manifold.
 
     Args:
-        sigmas: noise levels for images in [-1, 1]; the default is the paper's for CIFAR-10, see :func:`vp_sigmas`.
+        sigmas: noise levels for images in [-1, 1]; the default is the paper's for CIFAR-10, see ``vp_sigmas``.
         seed: of the noise, which belongs to (seed, image index, level): the first T levels of an image have the same
             noise in every longer list.
 
@@ -108,8 +108,8 @@ class EPS(Settings):
 
         Args:
             backbone: with ``image_shape`` and ``denoise(noisy, sigma)`` in units of [-1, 1], such as a
-                :class:`~cmap_defense.backbones.karras.ConsistencyBackbone` or
-                :class:`~cmap_defense.backbones.karras.EDMDenoiser`. It runs in eval mode.
+                ``ConsistencyBackbone`` or
+                ``EDMDenoiser``. It runs in eval mode.
             images: float [B, C, H, W] in [0, 1], anywhere; they are brought to the backbone in chunks.
             indices: [B] integers, which image of the data set each one is; None for 0, 1, ... The noise depends on it.
             class_labels: [B] integers for a class-conditional backbone, None for another.
@@ -154,7 +154,7 @@ class EPS(Settings):
             return torch.cat(scores)
 
     def _check_levels(self, backbone: nn.Module) -> None:
-        """Raises :class:`InputValueError` for levels outside the range that the backbone says it was trained for."""
+        """Raises ``InputValueError`` for levels outside the range that the backbone says it was trained for."""
         noise = getattr(backbone, "noise", None)
         if noise is None:
             return

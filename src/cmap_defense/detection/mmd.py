@@ -70,7 +70,7 @@ class Gaussian(Settings):
 
 
 def mmd_distances(kernel: Kernel, samples: Tensor, references: Tensor, *, chunk: int = 256) -> Tensor:
-    """The squared MMD of every single sample from all references, float64 [B]::
+    """The squared MMD of every single sample from all references, float64 [B]:
 
         MMD^2({x}, Y) = k(x, x) - (2/n) sum_i k(x, y_i) + (1/n^2) sum_ij k(y_i, y_j)
 
@@ -80,7 +80,7 @@ def mmd_distances(kernel: Kernel, samples: Tensor, references: Tensor, *, chunk:
     is: no choice of estimator changes their order.
 
     Args:
-        kernel: see :data:`Kernel`.
+        kernel: see ``Kernel``.
         samples: [B, ...].
         references: [n, ...], from whose mean the distance is measured.
         chunk: samples at a time. It changes memory, not the result beyond rounding.
@@ -102,7 +102,7 @@ def mmd_distances(kernel: Kernel, samples: Tensor, references: Tensor, *, chunk:
 
 
 def unbiased_mmd2(kernel: Kernel, first: Tensor, second: Tensor) -> Tensor:
-    """MMD^2_u between two samples [m, ...] and [n, ...], a float64 number (Gretton et al. 2012, eq. 3)::
+    """MMD^2_u between two samples [m, ...] and [n, ...], a float64 number (Gretton et al. 2012, eq. 3):
 
         sum_{i != j} k(x_i, x_j) / (m (m - 1)) + sum_{i != j} k(y_i, y_j) / (n (n - 1)) - 2 sum_ij k(x_i, y_j) / (m n)
 

@@ -134,7 +134,7 @@ def make_sweeps(
         name: of the attack among the others; None where it is none of them.
         repeated: the attack.
         image_shape: (C, H, W).
-        attacked: as for :func:`make_checks`.
+        attacked: as for ``make_checks``.
         checked: as there.
     """
     return [

@@ -73,14 +73,14 @@ class Expected:
 
 
 class Evaluation:
-    """A model, its images, its attacks and a folder for the results; :meth:`run` does what is not done yet.
+    """A model, its images, its attacks and a folder for the results; ``run`` does what is not done yet.
 
     Making one only looks at its arguments. Images are read, models run and the folder is read when a method needs it.
 
     Args:
-        model: a :class:`~cmap_defense.classifier.PurifiedClassifier`, or any model, images in [0, 1] to logits. It is
+        model: a ``PurifiedClassifier``, or any model, images in [0, 1] to logits. It is
             evaluated in eval mode.
-        data: see :meth:`SelectedImages.of <cmap_defense.data.selection.SelectedImages.of>`.
+        data: see ``SelectedImages.of``.
         out: the folder of the results.
         attacks: "standard", "paper", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name; None for linf, 8/255.
@@ -375,13 +375,11 @@ def evaluate(
 ) -> Report:
     """Attack a model, re-evaluate it with independent noise, check the attacks, report.
 
-    ::
-
         report = evaluate(model, load_dataset("cifar10", "test"), subset=Subset(count=512), out="runs/robustness")
         print(report.headline or report.refused)
 
     Args:
-        model: see :class:`Evaluation`, as for all but the last two.
+        model: see ``Evaluation``, as for all but the last two.
         data: the images and their labels.
         attacks: "standard", "paper", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name.

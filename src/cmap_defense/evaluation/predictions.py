@@ -30,10 +30,10 @@ class Predictions:
         labels: [A, B] int64, the predicted classes.
         one_latent: [A, B], the share of the K latents that are right by themselves: the accuracy without a vote.
         purified: [B, C, H, W] uint8, of the first prediction the purified image nearest in L1 among those that are
-            classified as the vote says (:func:`~cmap_defense.cmap.voting.nearest_voter`).
-        loop: by name the terms and moments of :class:`~cmap_defense.results.History`, [iterations, B], means over the
+            classified as the vote says (``nearest_voter``).
+        loop: by name the terms and moments of ``History``, [iterations, B], means over the
             predictions.
-        vote_right: [T, B] bool, whether the vote of the first prediction is right at :func:`vote_iterations`.
+        vote_right: [T, B] bool, whether the vote of the first prediction is right at ``vote_iterations``.
     """
 
     labels: Tensor
@@ -56,7 +56,7 @@ def predict(model: Model, images: Tensor, labels: Tensor, indices: Tensor, numbe
         model: images in [0, 1] to logits.
         images: float [B, C, H, W] in [0, 1], valid.
         labels: [B], the true classes.
-        indices: [B] noise indices (see :func:`~cmap_defense.evaluation.protocol.run_indices`).
+        indices: [B] noise indices (see ``run_indices``).
         numbers: of the predictions; each number has noise of its own, whatever the others are.
     """
     numbers = list(numbers)

@@ -14,7 +14,7 @@ from cmap_defense.statistics import Accuracy
 __all__ = ["MEASURES", "Row", "Runs", "WorstCase", "make_row", "worst_case"]
 
 MEASURES = ("one_shot", "average", "worst_of", "vote", "reevaluated")
-"""Accuracies of a row, see :class:`Row`."""
+"""Accuracies of a row, see ``Row``."""
 
 CHANCE_DRAWS = 200
 

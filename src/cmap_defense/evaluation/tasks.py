@@ -121,7 +121,7 @@ class AttackTask(Task):
     image; "search_succeeded", whether any prediction during the search was wrong, and "search_predictions", how many
     there were (both null where the search evaluates something else than the model as it is); "zero_gradient", whether
     every gradient was zero (null for an attack without); "distance"; "vote_right", whether the vote is right at some
-    iterations (:func:`~cmap_defense.evaluation.predictions.vote_iterations`), where the model has them.
+    iterations (``vote_iterations``), where the model has them.
 
     Tensors: "images" [B, C, H, W], and "purified" after the attack, uint8; "history.<name>" [S, B] of the attack,
     "loop.<name>" [N, B] of the purification.
@@ -287,7 +287,7 @@ def make_tasks(
 
 def check_attack(model: Model, attacks: Mapping[str, Attack]) -> tuple[str | None, PGD]:
     """The attack that the checks are made with, and its name: "bpda-eot" where there is one, or else the first attack
-    that offers one (:meth:`~cmap_defense.attacks.Attack.probe`), or else (None) one with the standard suite's settings.
+    that offers one (``probe``), or else (None) one with the standard suite's settings.
     """
     for name in ("bpda-eot", *attacks):
         attack = attacks.get(name)

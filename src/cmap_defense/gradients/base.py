@@ -23,14 +23,18 @@ __all__ = ["GradientMode", "Purification"]
 class Purification:
     """One purification, not yet done.
 
-    images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
-    run: the purifier on these images, without a graph.
-    prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that kind.
-    differentiate: the purifier on these images with its gradient, taken as the argument says; None where it is an
-        optimisation over latents.
-    denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
-    callback: the caller's hooks on detached states. live: those on states in the graph, at the iterations of
-        ``live_at``. ``run`` calls all of them by itself, with detached states.
+    Attributes:
+        images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
+        run: the purifier on these images, without a graph.
+        prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that
+            kind.
+        differentiate: the purifier on these images with its gradient, taken as the argument says; None where it is an
+            optimisation over latents.
+        denoise: f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has
+            none.
+        callback: the caller's hooks on detached states.
+        live: those on states in the graph, at the iterations of ``live_at``. ``run`` calls all of them by itself, with
+            detached states.
     """
 
     images: Tensor
@@ -48,7 +52,7 @@ class Purification:
         return self.images.requires_grad and torch.is_grad_enabled()
 
     def problem(self, mode: GradientMode) -> LatentProblem:
-        """The latent problem. Raises :class:`GradientError` where there is none."""
+        """The latent problem. Raises ``GradientError`` where there is none."""
         if self.prepare is None:
             raise GradientError(
                 f"{mode!r} differentiates an optimisation over latents, which this purifier is not. "
@@ -62,8 +66,9 @@ class GradientMode(NamedOptions, abc.ABC):
 
     A mode does the plain purification and nothing else where no gradient is wanted.
 
-    differentiates_defence: whether its gradient goes through the purification itself, exactly or approximately; False
-    for one of a surrogate.
+    Attributes:
+        differentiates_defence: whether its gradient goes through the purification itself, exactly or approximately;
+            False for one of a surrogate.
     """
 
     differentiates_defence = True

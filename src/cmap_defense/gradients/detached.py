@@ -16,7 +16,7 @@ __all__ = ["Detached"]
 
 
 class Detached(GradientMode):
-    """No gradient: a backward pass that reaches the input raises :class:`~cmap_defense.errors.GradientError`."""
+    """No gradient: a backward pass that reaches the input raises ``GradientError``."""
 
     differentiates_defence = False
 

@@ -28,11 +28,12 @@ class Implicit(GradientMode):
         tolerance: of the residual, relative to the right-hand side, at which it stops.
         damping: added to the second derivatives, relative to their size along the right-hand side. The loop ends before
             a minimum, where they are not positive.
-        l1_smoothing: d of L1, as for :class:`~cmap_defense.gradients.unrolled.Unrolled`; 0 leaves SSIM and the latent
+        l1_smoothing: d of L1, as for ``Unrolled``; 0 leaves SSIM and the latent
             term alone in the second derivatives.
-        on_report: called with an :class:`~cmap_defense.cmap.implicit.ImplicitReport` in each backward pass.
+        on_report: called with an ``ImplicitReport`` in each backward pass.
 
-    last_report: the latest report of this object, or None.
+    Attributes:
+        last_report: the latest report of this object, or None.
 
     Raises:
         SettingsError: a value is out of its range.

@@ -80,7 +80,8 @@ def surrogate_images(
         denoise: the consistency function, of [B, K, C, H, W] and a noise level.
         images: [B, C, H, W] in [0, 1].
         noise: [B, K, steps, C, H, W], unit.
-        sigma: the first noise level. sigma_min: the level at which f is the identity.
+        sigma: the first noise level.
+        sigma_min: the level at which f is the identity.
 
     Returns:
         [B, K, C, H, W] in [0, 1], clipped.

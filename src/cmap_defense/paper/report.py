@@ -19,7 +19,7 @@ MEASURES = {"average": "one prediction", "vote": "vote", "reevaluated": "re-eval
 
 
 def study_rows(study: Mapping[str, Any]) -> list[list[str]]:
-    """Headings, and a row for each variant and attack, from what :meth:`StudyResult.to_dict` gives."""
+    """Headings, and a row for each variant and attack, from what ``StudyResult.to_dict`` gives."""
     rows = [[study["axis"], "attack", *MEASURES.values(), "one latent"]]
     for entry in study["rows"]:
         shown = [str(Accuracy.from_dict(entry["row"][name])) for name in MEASURES]
@@ -30,7 +30,7 @@ def study_rows(study: Mapping[str, Any]) -> list[list[str]]:
 
 
 def study_markdown(study: Mapping[str, Any]) -> str:
-    """The text of ``study.md`` from what :meth:`StudyResult.to_dict` gives."""
+    """The text of ``study.md`` from what ``StudyResult.to_dict`` gives."""
     head, *rows = study_rows(study)
     first = next(iter(study["settings"].values()))
     protocol, loop = first["protocol"], first["models"]["defended"]["settings"]

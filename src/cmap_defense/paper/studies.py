@@ -49,7 +49,7 @@ class Study:
     """What is varied.
 
     Attributes:
-        name: as in :data:`STUDIES`.
+        name: as in ``STUDIES``.
         title: what it shows, and where the paper does.
         axis: what is varied.
         variants: in their order.
@@ -174,7 +174,7 @@ STUDIES: Mapping[str, Maker] = {
 
 
 def make_study(name: str, model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: ThreatModel) -> Study:
-    """One of :data:`STUDIES`.
+    """One of ``STUDIES``.
 
     Args:
         name: as there.
@@ -206,7 +206,7 @@ def run_study(
     Args:
         study: what is varied.
         model: what is studied.
-        data: as :class:`~cmap_defense.evaluation.Evaluation` takes it.
+        data: as ``Evaluation`` takes it.
         out: the folder.
         protocol: how often each image is attacked and predicted; its checks are left out.
         subset: which images; None for all.

@@ -20,7 +20,7 @@ def study_plot(study: Study) -> bytes:
     """An SVG of a study.
 
     Args:
-        study: what :meth:`StudyResult.to_dict <cmap_defense.paper.studies.StudyResult.to_dict>` gives.
+        study: what ``StudyResult.to_dict`` gives.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -98,7 +98,8 @@ class ADP(MultiStepPurifier):
 def adaptive_step(first: Tensor, second: Tensor, rate: float) -> Tensor:
     """alpha of each image [M], from its scores [M, C, H, W] at a point and 1e-3 along the score from there.
 
-    rate: lambda. Where the score is 0, or does not change along itself, alpha is at its bound, without a gradient.
+    Args:
+        rate: lambda. Where the score is 0, or does not change along itself, alpha is at its bound, without a gradient.
     """
     length = first.square().flatten(1).sum(dim=1)
     bend = length - (first * second).flatten(1).sum(dim=1)

@@ -29,7 +29,7 @@ class Purifier(abc.ABC):
         needs: the method of a backbone that it uses: "generate", "denoise", or None for neither.
         kind: the kind of backbone that it needs, "consistency" or "denoiser"; None for either.
         optimises_latents: whether it is an optimisation over latents. Such a purifier has ``settings`` and ``prepare``,
-            as :class:`~cmap_defense.purifiers.cmap.CMAP` has; hooks, latent attacks and gradients through the
+            as ``CMAP`` has; hooks, latent attacks and gradients through the
             optimisation need them. The call of any other purifier is differentiable with respect to the images.
     """
 
@@ -149,12 +149,12 @@ class Purifier(abc.ABC):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A purifier from its settings. Raises :class:`~cmap_defense.errors.SettingsError` where they do not fit."""
+        """A purifier from its settings. Raises ``SettingsError`` where they do not fit."""
         return cls(**values)
 
 
 def require_level(backbone: nn.Module, owner: str, level: float) -> None:
-    """Raises :class:`SettingsError` where a noise level is above what a backbone was trained for.
+    """Raises ``SettingsError`` where a noise level is above what a backbone was trained for.
 
     Args:
         backbone: it says ``noise``, or nothing is refused.

@@ -110,7 +110,7 @@ class Chain(Settings, Purifier):
         callback: Callable[[Any], Any] | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
-        """Purify images; differentiable. Arguments as for :class:`~cmap_defense.purifiers.base.Purifier`, and:
+        """Purify images; differentiable. Arguments as for ``Purifier``, and:
 
         Args:
             latents: None; the noise of every purifier is drawn from the seeds.

@@ -27,7 +27,7 @@ class CMAP(Purifier):
     """Consistency-model adversarial purification (arXiv 2412.08394, algorithm 1 without the classifier).
 
     With ``CMAPSettings(level=s)`` the latents live around the input at the noise level s, which is not the paper's: see
-    :class:`~cmap_defense.cmap.settings.CMAPSettings`.
+    ``CMAPSettings``.
     """
 
     optimises_latents = True
@@ -69,9 +69,10 @@ class CMAP(Purifier):
         callback: Callback | None = None,
         max_parallel: int | None = None,
     ) -> PurificationResult:
-        """Purify images: :meth:`prepare`, then solve; without a graph.
+        """Purify images: ``prepare``, then solve; without a graph.
 
-        callback: see :data:`~cmap_defense.cmap.optimise.Callback`.
+        Args:
+            callback: see ``Callback``.
         """
         problem = self.prepare(
             backbone, images, seeds=seeds, latents=latents, class_labels=class_labels, max_parallel=max_parallel
@@ -141,7 +142,7 @@ class CMAP(Purifier):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """CMAP from the fields of its settings. Raises :class:`SettingsError` where they do not fit."""
+        """CMAP from the fields of its settings. Raises ``SettingsError`` where they do not fit."""
         return cls(CMAPSettings.from_dict(values))
 
     def to_dict(self) -> dict[str, Any]:

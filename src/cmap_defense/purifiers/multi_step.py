@@ -121,7 +121,7 @@ class Run:
         seeds: [B], of the noise.
         first: [B, K, C, H, W], the first noise.
         steps: network passes of a version, at most.
-        callback: called by :meth:`watch`.
+        callback: called by ``watch``.
         passes: [M] int64, the network passes made, set by a purifier that may stop early.
     """
 
@@ -159,8 +159,8 @@ class Run:
 class MultiStepPurifier(Settings, Purifier):
     """Base of purifiers that add noise and denoise, in one step or many.
 
-    A subclass writes :meth:`reverse`, ``level``, ``steps`` and the field ``n_latents``. Its gradient is that of
-    :meth:`reverse`: additive noise takes no part in it, and each pass of the denoiser is made again on the way back.
+    A subclass writes ``reverse``, ``level``, ``steps`` and the field ``n_latents``. Its gradient is that of
+    ``reverse``: additive noise takes no part in it, and each pass of the denoiser is made again on the way back.
     """
 
     kind: ClassVar[str | None] = "denoiser"
@@ -200,12 +200,12 @@ class MultiStepPurifier(Settings, Purifier):
         max_parallel: int | None = None,
         checkpoint: bool = True,
     ) -> PurificationResult:
-        """Purify images; differentiable. Arguments as for :class:`~cmap_defense.purifiers.base.Purifier`, and:
+        """Purify images; differentiable. Arguments as for ``Purifier``, and:
 
         Args:
             backbone: of the kind that ``kind`` names.
             latents: the first noise; that of later steps is drawn from the seeds all the same.
-            callback: called before each network pass with a :class:`StepState`.
+            callback: called before each network pass with a ``StepState``.
             checkpoint: compute each pass again in the backward pass in place of keeping its graph.
 
         Raises:

@@ -42,7 +42,7 @@ NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
 
 
 def by_name(name: str) -> type[Purifier]:
-    """The class of a name of :data:`NAMES`, such as "diffpure".
+    """The class of a name of ``NAMES``, such as "diffpure".
 
     Args:
         name: in lower case.
@@ -56,7 +56,7 @@ def by_name(name: str) -> type[Purifier]:
 
 
 def name_of(purifier: Purifier) -> str:
-    """The name of a purifier's class. Raises :class:`UnknownNameError` where it is none of the package's."""
+    """The name of a purifier's class. Raises ``UnknownNameError`` where it is none of the package's."""
     for name, kind in NAMES.items():
         if type(purifier) is kind:
             return name
@@ -69,9 +69,9 @@ def from_texts(name: str, settings: Iterable[str] = ()) -> Purifier:
     """A purifier from its name and settings as a command line has them: ``from_texts("diffpure", ["t=75"])``.
 
     Args:
-        name: of :data:`NAMES`.
+        name: of ``NAMES``.
         settings: texts "key=value". Values are numbers (also fractions such as 8/255), true, false, none, numbers with
-            commas between them, or words. "preset=name" begins from :meth:`Purifier.preset`. Of "chain" the purifiers
+            commas between them, or words. "preset=name" begins from ``Purifier.preset``. Of "chain" the purifiers
             are names with commas between them.
 
     Raises:

@@ -44,7 +44,7 @@ class BackbonePair(nn.Module):
 
     @classmethod
     def of(cls, backbones: Sequence[nn.Module]) -> BackbonePair:
-        """The pair of two backbones in any order. Raises :class:`BackboneError` unless there is one of each kind."""
+        """The pair of two backbones in any order. Raises ``BackboneError`` unless there is one of each kind."""
         by_kind = {kind_of(backbone): backbone for backbone in backbones}
         if len(backbones) != 2 or len(by_kind) != 2:
             kinds = ", ".join(kind_of(backbone) for backbone in backbones) or "nothing"

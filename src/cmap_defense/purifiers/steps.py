@@ -23,7 +23,7 @@ def ddpm_step(
         high: noise level before the step, above 0.
         low: noise level after the step, below ``high``; 0 gives ``clean``.
         noise: [M, C, H, W], unit.
-        variance: one of :data:`VARIANCES`.
+        variance: one of ``VARIANCES``.
 
     Returns:
         [M, C, H, W], images at noise level ``low``.
@@ -41,9 +41,10 @@ def ddpm_variance(high: float, low: float, variance: str) -> float:
 
 
 def ddim_step(noisy: Tensor, clean: Tensor, high: float, low: float, noise: Tensor, *, eta: float = 0.0) -> Tensor:
-    """One step of DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12); arguments and result as for :func:`ddpm_step`.
+    """One step of DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12); arguments and result as for ``ddpm_step``.
 
-    eta: share of the posterior's standard deviation; 0 is an Euler step of the ODE, 1 a DDPM step.
+    Args:
+        eta: share of the posterior's standard deviation; 0 is an Euler step of the ODE, 1 a DDPM step.
     """
     added = eta * math.sqrt(ddpm_variance(high, low, "posterior"))
     return clean + math.sqrt(low**2 - added**2) / high * (noisy - clean) + added * noise

@@ -2,7 +2,7 @@
 
 A VP diffusion (Ho et al. 2020, arXiv 2006.11239; Song et al. 2021, arXiv 2011.13456) shrinks an image while it adds
 noise: x_VP = s (x + sigma e). The denoisers here see x + sigma e (Karras et al. 2022, arXiv 2206.00364), for images in
-[-1, 1]. With abar = prod (1 - beta) over the first t of 1000 steps, beta from 1e-4 to 0.02::
+[-1, 1]. With abar = prod (1 - beta) over the first t of 1000 steps, beta from 1e-4 to 0.02:
 
     sigma = sqrt((1 - abar) / abar),    s = sqrt(abar) = 1 / sqrt(1 + sigma^2),    score_VP = (D - x) / (sigma^2 s)
 
@@ -28,7 +28,7 @@ def vp_sigma(t: int) -> float:
 
 
 def vp_scale(sigma: float) -> float:
-    """s: what a VP diffusion has multiplied the image by at noise level sigma."""
+    """The factor s by which a VP diffusion has multiplied the image at noise level sigma."""
     return 1 / math.sqrt(1 + sigma**2)
 
 
@@ -38,7 +38,7 @@ def vp_time(sigma: float) -> float:
 
 
 def vp_sigma_at(time: float) -> float:
-    """sigma at a continuous time, 0 to 1: the inverse of :func:`vp_time`."""
+    """sigma at a continuous time, 0 to 1: the inverse of ``vp_time``."""
     return math.sqrt(math.expm1(9.95 * time**2 + 0.1 * time))
 
 

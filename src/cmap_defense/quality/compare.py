@@ -85,7 +85,7 @@ class SampleFigures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampleComparison:
-    """What will be compared; make it with :meth:`of`, which does all checks, and call :meth:`run`.
+    """What will be compared; make it with ``of``, which does all checks, and call ``run``.
 
     Attributes:
         model: the defended classifier.
@@ -117,7 +117,7 @@ class SampleComparison:
     def of(
         cls, model: PurifiedClassifier, data: Any, *, samples: int, features: str | None, seed: int, group: int
     ) -> SampleComparison:
-        """Arguments and errors are those of :class:`~cmap_defense.quality.run.QualityRun`."""
+        """Arguments and errors are those of ``QualityRun``."""
         total = len(data[0]) if isinstance(data, (tuple, list)) else len(cast(Sized, data))
         count = min(2 * samples, total)
         drawn = Subset(count=count, order="random", seed=int(derived_seeds(torch.tensor([seed]), REAL)) % 2**32)
@@ -165,7 +165,11 @@ class SampleComparison:
         return len(self._groups(self.generated)) + len(self._groups(read))
 
     def run(self, on_step: Callable[[str], None]) -> SampleFigures:
-        """Generate, read, compare. on_step: as for :meth:`QualityRun.run`."""
+        """Generate, read and compare.
+
+        Args:
+            on_step: called with a word before each group of images.
+        """
         half = len(self.real) // 2
         device = device_of(self.model) or torch.device("cpu")
         inception, source = (None, "") if self.inception is None else inception_features(self.inception, device)

@@ -74,7 +74,7 @@ def read_features(model: PurifiedClassifier, images: Tensor, layer: FeatureLayer
     """The features of images, normalised for the classifier as the model does it.
 
     Args:
-        model: as :func:`find_features` takes it.
+        model: as ``find_features`` takes it.
         layer: as it gives it.
         images: float [B, C, H, W] in [0, 1], on the model's device.
 
@@ -118,7 +118,7 @@ def _hooked(modules: Mapping[str, nn.Module], hook: Callable[[str], Callable[...
 
 
 def _vectors(found: Any, count: int, name: str) -> Tensor:
-    """[B, d] from what came into a module. Raises :class:`ClassifierError` where that is something else."""
+    """[B, d] from what came into a module. Raises ``ClassifierError`` where that is something else."""
     if isinstance(found, Tensor) and found.is_floating_point() and found.ndim in (2, 4) and len(found) == count:
         wide = found.detach().to(torch.promote_types(found.dtype, torch.float32))
         return (wide.mean(dim=(2, 3)) if wide.ndim == 4 else wide).cpu()

@@ -11,7 +11,7 @@ __all__ = ["frechet_distance", "gaussian_distance", "too_few"]
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """d^2 of :func:`gaussian_distance` between the Gaussians with the means and covariances of two sets.
+    """d^2 of ``gaussian_distance`` between the Gaussians with the means and covariances of two sets.
 
     It is what FID is in the features of one Inception network (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in
     whatever features it is given; distances in other features are other quantities.
@@ -50,7 +50,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def gaussian_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
-    """The squared Frechet distance of two Gaussians (Dowson and Landau 1982, J. Multivariate Analysis 12)::
+    """The squared Frechet distance of two Gaussians (Dowson and Landau 1982, J. Multivariate Analysis 12):
 
         d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 

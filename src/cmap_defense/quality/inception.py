@@ -57,7 +57,7 @@ def inception_features(path: Path, device: torch.device) -> tuple[Callable[[Tens
     """FID's features of images, and the library that they are from, with its version.
 
     Args:
-        path: from :func:`inception_file`.
+        path: from ``inception_file``.
         device: where the network works.
 
     Returns:

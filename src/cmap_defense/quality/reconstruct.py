@@ -165,8 +165,14 @@ class _Work:
     def purified(
         self, model: PurifiedClassifier, images: Tensor, voters: list[PurifiedClassifier], *, near: bool
     ) -> _Purified:
-        """Purify by one model, let the classifiers of several vote, the first of which decides which purified images
-        are kept. near: measure how near the images stay."""
+        """Purify by one model and let the classifiers of several vote.
+
+        Args:
+            model: purifies.
+            images: [n, C, H, W] in [0, 1].
+            voters: classify; the first decides which purified images are kept.
+            near: measure how near the images stay.
+        """
         seeds = derived_seeds(derived_seeds(self.images.positions, PURIFIED), self.seed)
         predicted: list[list[Tensor]] = [[] for _ in voters]
         kept, l1, ssim = [], [], []

@@ -22,7 +22,7 @@ KINDS = {
 
 
 def quality_markdown(quality: Mapping[str, Any]) -> str:
-    """The text of ``quality.md`` from what :meth:`Quality.to_dict` gives."""
+    """The text of ``quality.md`` from what ``Quality.to_dict`` gives."""
     parts = [f"# Quality of {quality['backbone']}", "## Samples"]
     head, *rows = distance_rows(quality)
     parts += [markdown_table(head, rows), *notes(quality)["samples"], "## Purified images"]

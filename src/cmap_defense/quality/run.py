@@ -98,12 +98,12 @@ class Quality:
 
     @property
     def attack_name(self) -> str:
-        """The attack in a few words; its settings are in :meth:`to_dict`."""
+        """The attack in a few words; its settings are in ``to_dict``."""
         steps, threat = getattr(self.attack, "steps", None), self.attack.threat
         return f"{type(self.attack).__name__}{'' if steps is None else f'-{steps}'}, {threat.norm} {threat.eps:.4g}"
 
     def figures(self, **about: Any) -> dict[str, Any]:
-        """For ``figures`` of a :class:`~cmap_defense.backbones.record.BackboneRecord`: one entry, "measured".
+        """For ``figures`` of a ``BackboneRecord``: one entry, "measured".
 
         Args:
             about: what else should stand there, such as the command and the data.
@@ -141,8 +141,6 @@ class Quality:
 class QualityRun:
     """How good a backbone is: as a generator, and as what images are purified with.
 
-    ::
-
         found = QualityRun(model, load_test_images(), name="embedded", subset=Subset(count=64)).run()
         print(found.to_dict()["frechet"])
 
@@ -153,7 +151,7 @@ class QualityRun:
 
     Args:
         model: the defended classifier.
-        data: as :meth:`SelectedImages.of <cmap_defense.data.selection.SelectedImages.of>` takes it.
+        data: as ``SelectedImages.of`` takes it.
         name: of the classifier.
         others: further classifiers by name, images in [0, 1] to logits: they classify the same purified clean images,
             and each has an attack and purifications of its own.
@@ -219,7 +217,7 @@ class QualityRun:
 
     @property
     def steps(self) -> int:
-        """How often :meth:`run` calls ``on_step`` with ""."""
+        """How often ``run`` calls ``on_step`` with ""."""
         groups = -(-len(self.images) // self.group)
         return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
 

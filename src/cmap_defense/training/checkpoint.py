@@ -1,7 +1,5 @@
 """Checkpoints that are whole or not there, in files of a bounded size; the newest whole one is read.
 
-::
-
     checkpoint-00000390/
       index.json              step, settings, which tensor is where, SHA-256 of the parts and of all this; written last
       part-000.safetensors    tensors, flat, and segments of those that are larger than a part
@@ -121,7 +119,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """Settings of the training of a checkpoint, by part. Raises as :func:`read_checkpoint`."""
+    """Settings of the training of a checkpoint, by part. Raises as ``read_checkpoint``."""
     return _read_index(path)["settings"]
 
 
@@ -141,7 +139,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises :class:`CheckpointError`, which lists what differs, a line per option, unless both are the same."""
+    """Raises ``CheckpointError``, which lists what differs, a line per option, unless both are the same."""
     refuse_changes(
         there,
         here,

@@ -61,8 +61,7 @@ class Target(_Average):
 
     Args:
         trained: the trained model.
-        decay: the first one of :meth:`Objective.decay_at
-            <cmap_defense.training.objectives.base.Objective.decay_at>`; None for the trained model itself.
+        decay: the first one of ``Objective.decay_at``; None for the trained model itself.
 
     Attributes:
         model: the target, in the trained model's mode.

@@ -115,7 +115,7 @@ class Learner:
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from the result of :meth:`tensors`. Raises KeyError or RuntimeError when something is missing."""
+        """Continue from the result of ``tensors``. Raises KeyError or RuntimeError when something is missing."""
         self.model.load_state_dict(_below(tensors, "weights"))
         for average in self.averages:
             average.load(_below(tensors, f"ema-{average.half_life}"))

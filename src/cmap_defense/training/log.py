@@ -74,7 +74,7 @@ class LossLog:
 
         Args:
             begun: the last step before the first stretch; lines of later steps are dropped.
-            means: from :meth:`means`.
+            means: from ``means``.
             batch_size: images per step.
         """
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []

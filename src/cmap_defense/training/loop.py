@@ -78,7 +78,7 @@ def train(
         learner: fresh; it is overwritten by the newest checkpoint in ``folder``.
         folder: for checkpoints and ``log.jsonl`` (up to 20 lines per checkpoint: step, mean loss since the last line).
         parts: further settings by name, as JSON; a checkpoint that was made with others is refused.
-        seconds_left: :func:`countdown`; below 0 the training stops after the step with a checkpoint, and can be
+        seconds_left: ``countdown``; below 0 the training stops after the step with a checkpoint, and can be
             continued. None: no limit.
         on_step: called after each step.
         on_checkpoint: called after each checkpoint with the number of steps done, while the model holds the averages

@@ -32,7 +32,7 @@ __all__ = ["TrainedBackbone", "source_of", "train_backbone"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedBackbone:
-    """The result of :func:`train_backbone`.
+    """The result of ``train_backbone``.
 
     Attributes:
         model: the model with the averaged weights, in eval mode.
@@ -76,7 +76,7 @@ def train_backbone(
         start: a model of the same network, whose weights are the first ones; None for fresh weights.
         record: returns fields of the backbone's record for the settings with the chosen length, its ``training`` among
             them. None: its name is that of the folder.
-        seconds_left: :func:`~cmap_defense.training.loop.countdown` of the minutes, where they began before this call.
+        seconds_left: ``countdown`` of the minutes, where they began before this call.
         on_step: called after every step.
         on_samples: called at every checkpoint with 64 samples [64, C, H, W] in [0, 1], always from the same noise.
 

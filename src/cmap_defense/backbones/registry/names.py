@@ -18,7 +18,7 @@ def backbone_names() -> list[str]:
 
 
 def registry_entry(name: str) -> RegistryEntry:
-    """The entry of a name. Raises :class:`UnknownNameError` with near matches."""
+    """The entry of a name. Raises ``UnknownNameError`` with near matches."""
     if not isinstance(name, str) or not name:
         raise SettingsError(f"A backbone's name must be text, but is {name!r}.")
     if name not in _entries():

@@ -159,7 +159,8 @@ class _PartialFile:
 def _request(part: _PartialFile, size: int | None, *, known: bool) -> bool:
     """One request, from where the partial file ends; whether the file is whole afterwards.
 
-    known: whether a size or checksum will show if it is whole.
+    Args:
+        known: whether a size or checksum will show if it is whole.
     """
     headers = {"User-Agent": "cmap-defense", "Accept-Encoding": "identity"}
     if part.done and part.version:

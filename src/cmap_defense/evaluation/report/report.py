@@ -39,7 +39,7 @@ class Report:
         gradients: by number of samples, what averaging does to the gradient.
         curves: by task of the defended model, how its purifications went: "iterations" and "accuracy", the share of
             right votes there in one purification; and the means of all others over all their iterations, by name as in
-            :class:`~cmap_defense.results.History`. Empty for a model without latents.
+            ``History``. Empty for a model without latents.
         searches: by task of the defended model, means over images and runs of what its attack recorded at each step.
         timings: by task.
         missing: number of work units that are not done.
@@ -61,7 +61,7 @@ class Report:
     class_names: Sequence[str] | None
 
     def row(self, attack: str, model: str = DEFENDED) -> Row:
-        """One row by name. Raises :class:`~cmap_defense.errors.UnknownNameError` where there is none."""
+        """One row by name. Raises ``UnknownNameError`` where there is none."""
         by_name = {f"{row.model}/{row.attack}": row for row in self.rows}
         name = f"{model}/{attack}"
         if name not in by_name:
@@ -74,7 +74,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From what :meth:`to_dict` gives. Raises :class:`EvaluationError` for something else."""
+        """From what ``to_dict`` gives. Raises ``EvaluationError`` for something else."""
 
         def made(kind: Any, part: Mapping[str, Any], *accuracies: str) -> Any:
             found = {name: None if part[name] is None else Accuracy.from_dict(part[name]) for name in accuracies}

@@ -49,7 +49,7 @@ class Sample:
     Attributes:
         position: in the data set.
         label: name of the true class.
-        pictures: by attack, the clean image first, and by what they show (see :func:`samples`).
+        pictures: by attack, the clean image first, and by what they show (see ``samples``).
         predicted: by attack, the name of the predicted class.
         right: by attack, whether that is the true one.
     """

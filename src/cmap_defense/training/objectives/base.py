@@ -77,7 +77,7 @@ class Objective(Settings, abc.ABC):
             batch: images, noise and numbers of this step.
             noise: noise levels of the model.
             target: gives the values to come close to, called without gradients: the model itself, or its running
-                average where :meth:`decay_at` gives a number.
+                average where ``decay_at`` gives a number.
 
         Returns:
             [B], float32 or wider.

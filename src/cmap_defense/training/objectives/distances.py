@@ -62,12 +62,12 @@ def distance_named(name: str, *, huber: float | None = None, lpips: Distance | N
 
     Args:
         name: "l2" (squared), "l1", "pseudo-huber" or "lpips".
-        huber: c of :func:`pseudo_huber`.
-        lpips: the distance "lpips"; None for :class:`LPIPS` with the published network.
+        huber: c of ``pseudo_huber``.
+        lpips: the distance "lpips"; None for ``LPIPS`` with the published network.
 
     Raises:
         UnknownNameError: another name.
-        MissingExtraError, BackboneFileError: :class:`LPIPS` cannot be made.
+        MissingExtraError, BackboneFileError: ``LPIPS`` cannot be made.
     """
     if lpips is not None and not callable(lpips):
         raise SettingsError(f"The distance lpips must be a function of two batches of images, but is {lpips!r}.")
@@ -83,7 +83,7 @@ def distance_named(name: str, *, huber: float | None = None, lpips: Distance | N
 class LPIPS:
     """The learned perceptual distance of Zhang et al. 2018 (arXiv 1801.03924, eq. 1).
 
-    Called with two batches [B, C, H, W] in [-1, 1], C being 1 or 3, it gives distances [B] in float32 or wider::
+    Called with two batches [B, C, H, W] in [-1, 1], C being 1 or 3, it gives distances [B] in float32 or wider:
 
         d(a, b) = sum_l 1/(H_l W_l) sum_hw || w_l * (y_hw^l(a) - y_hw^l(b)) ||^2
 
@@ -95,10 +95,10 @@ class LPIPS:
     Args:
         network: two batches [B, 3, H, W] in [-1, 1] to distances, B numbers of any shape. It is put into eval mode,
             its weights need no gradient, and it is moved to the device of the images. None:
-            :func:`published_lpips`.
+            ``published_lpips``.
 
     Raises:
-        MissingExtraError, BackboneFileError: as :func:`published_lpips` does.
+        MissingExtraError, BackboneFileError: as ``published_lpips`` does.
         InputValueError: when called with images of neither 1 nor 3 channels.
     """
 

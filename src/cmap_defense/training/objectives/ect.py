@@ -24,9 +24,9 @@ class ECT(Objective):
     """Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548); the defaults are for a training from scratch.
 
     Pairs of noise levels (t, r) whose gap halves again and again; the first stage is a denoiser. The loss is that of
-    improved consistency training, :func:`~cmap_defense.training.objectives.ict.ict_loss`.
+    improved consistency training, ``ict_loss``.
 
-    A training may start from the weights of a denoiser (:class:`~cmap_defense.training.objectives.edm.EDM`): the
+    A training may start from the weights of a denoiser (``EDM``): the
     scalings of D and f differ by sigma_min alone, and the first stage ends at D. It may continue a consistency model
     too, with ``halved`` as its training left it.
 
