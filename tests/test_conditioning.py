@@ -83,7 +83,7 @@ def from_table(logits: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def never(images: Tensor) -> Tensor:
-    raise AssertionError("the classifier was asked")
+    raise AssertionError("the classifier was called")
 
 
 def choose(choice: Any, given: Any = None, **options: Any) -> Tensor | None:
@@ -449,7 +449,7 @@ def test_straight_through_gradient_is_unchanged_by_the_choice():
     torch.testing.assert_close(found, x.grad, rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- the classifier that is asked
+# ---------------------------------------------------------------------------------- the classifier that predicts the class
 
 
 def modes(module: nn.Module) -> dict[str, bool]:
@@ -462,18 +462,18 @@ def statistics(classifier: Classifier) -> dict[str, Tensor]:
 
 def test_prediction_is_made_in_eval_mode_and_leaves_no_trace():
     """Beyond that of classifying the purified images, which the training mode asks for."""
-    asked, told = Classifier(), Classifier()
-    expected = asked.eval()(images()).argmax(1)
-    models = [make(classifier=classifier).train() for classifier in (asked, told)]
-    before = modes(asked)
+    predicted, given = Classifier(), Classifier()
+    expected = predicted.eval()(images()).argmax(1)
+    models = [make(classifier=classifier).train() for classifier in (predicted, given)]
+    before = modes(predicted)
     assert before["dropout"]
     with torch.random.fork_rng(devices=[]):
         result = models[0].purify(images())
         models[1].purify(images(), class_labels=expected)
     assert torch.equal(result.class_labels[:, 0], expected)
-    assert modes(asked) == modes(told) == before
-    assert asked.norm.num_batches_tracked.item() == 1
-    assert all(torch.equal(value, statistics(told)[name]) for name, value in statistics(asked).items())
+    assert modes(predicted) == modes(given) == before
+    assert predicted.norm.num_batches_tracked.item() == 1
+    assert all(torch.equal(value, statistics(given)[name]) for name, value in statistics(predicted).items())
 
 
 def test_every_part_of_the_classifier_keeps_its_own_mode():

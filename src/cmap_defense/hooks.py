@@ -87,8 +87,8 @@ def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
         return None
 
     def run(state: Any) -> Any:
-        answers = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
-        replaced = [answer for answer in answers if answer is not None]
+        returned = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
+        replaced = [latents for latents in returned if latents is not None]
         if len(replaced) > 1:
             raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
         return replaced[0] if replaced else None

@@ -16,7 +16,7 @@ EVERY = 30.0
 
 
 class Progress:
-    """Progress of one piece of work, on standard error; a context manager, whose end removes the bar.
+    """Progress of one work unit, on standard error; a context manager, whose end removes the bar.
 
     Args:
         total: number of steps; 0 where the first call of ``at`` says it.

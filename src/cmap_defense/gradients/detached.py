@@ -37,7 +37,7 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GradientError(
-            "A gradient with respect to the input was asked for, but this model was made with gradient=Detached(). "
+            "A gradient with respect to the input is needed, but this model was made with gradient=Detached(). "
             "Use another of cmap_defense.gradients: StraightThrough() (the default), Unrolled(), Implicit(), "
             "Surrogate()."
         )

@@ -145,7 +145,7 @@ def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[st
         here,
         CheckpointError,
         what=f"{path} was made with other settings",
-        remedy="Give the same settings to continue it, or another folder to start afresh.",
+        remedy="Give the same settings to continue it, or another folder to start again.",
     )
 
 

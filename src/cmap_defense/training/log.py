@@ -90,7 +90,7 @@ class LossLog:
         if not all(map(math.isfinite, found)):
             raise TrainingError(
                 f"The loss, or its gradient, is {next(loss for loss in found if not math.isfinite(loss))}: the "
-                "training has diverged, and no checkpoint of it is written. Start afresh in another folder with a "
+                "training has diverged, and no checkpoint of it is written. Start again in another folder with a "
                 "lower learning rate, a longer warm-up, or float32."
             )
         self._since += found
