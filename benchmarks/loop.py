@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from cmap_defense import PurifiedClassifier
 from cmap_defense.backbones import ConsistencyBackbone, load_backbone
 from cmap_defense.cmap import CMAPSettings
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.rng import draw_latents
 
 AGREEMENT = 1e-3
 """How far, relative to the reference, the final objectives of float32 loops may be apart."""

@@ -31,8 +31,8 @@ from cmap_defense.attacks import (
     VoteMargin,
 )
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle
+from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.gradients import StraightThrough, Unrolled
-from cmap_defense.rng import derived_seeds, draw_latents
 from toys import LinearBackbone, ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)

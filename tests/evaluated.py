@@ -26,10 +26,10 @@ from torch import Tensor
 from attack_toys import QUICK, WEIGHT, labelled, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, SeededModel, ThreatModel, Transfer
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import CmapError
 from cmap_defense.evaluation import Evaluation, Protocol, evaluate
 from cmap_defense.evaluation.summary import Runs
-from cmap_defense.rng import draw_latents
 from patience import HANGS
 
 THREAT = ThreatModel(eps=0.1)

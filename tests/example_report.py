@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, ThreatModel, full_suite
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.evaluation.checks import Check, Sweep
 from cmap_defense.evaluation.predictions import vote_iterations
 from cmap_defense.evaluation.report import Report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import MEASURES, Row, WorstCase
-from cmap_defense.statistics import Accuracy
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = ThreatModel(eps=8 / 255)

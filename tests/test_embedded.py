@@ -8,9 +8,9 @@ from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.backbones import ConsistencyBackbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.registry import registry_entry
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.embedded import ASSETS, CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.purifiers import CMAP
-from cmap_defense.rng import draw_latents
 from cmap_defense.training.objectives import ECT, Batch
 
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.settings import Settings, require_number, setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_number, setting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import APGD, Attack, AutoAttack, SeededModel, Square, ThreatModel
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import GradientError, InputValueError, MissingExtraError, SettingsError
 from cmap_defense.gradients import Detached, StraightThrough, Unrolled
-from cmap_defense.rng import draw_latents
 from toys import ToyBackbone, noise, uniform
 
 SHAPE = (3, 7, 5)

@@ -13,9 +13,9 @@ from torch import Tensor
 from attack_toys import DOUBLE, SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
 from cmap_defense.attacks import PGD, CrossEntropy, Goal, Loss, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle, gradient_to, unit
+from cmap_defense.common.rng import derived_seeds
 from cmap_defense.errors import GradientError, GradientWarning, SettingsError
 from cmap_defense.gradients import Detached, StraightThrough, Unrolled
-from cmap_defense.rng import derived_seeds
 from toys import noise
 
 SEEDS = torch.tensor([5, -7, 2**62])

@@ -30,8 +30,8 @@ from cmap_defense.attacks import (
     Transfer,
     Undefended,
 )
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import GradientError, SettingsError
-from cmap_defense.rng import draw_latents
 from toys import ToyBackbone
 
 PLAIN = PGD(THREATS["linf"], steps=3, seed=4)

@@ -21,14 +21,14 @@ from cmap_defense.cli.commands import backbones as backbone_commands
 from cmap_defense.cli.commands import evaluate as evaluation_commands
 from cmap_defense.cli.main import WAITING, cli, format_warning, wait_passively
 from cmap_defense.cmap import CMAPSettings
+from cmap_defense.common.inputs import RESIZE_MODES
+from cmap_defense.common.settings import Settings
 from cmap_defense.data import DATASETS
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.evaluation import Protocol, Subset
-from cmap_defense.inputs import RESIZE_MODES
 from cmap_defense.paper import STUDIES
 from cmap_defense.purifiers.names import NAMES
 from cmap_defense.quality.run import SAMPLES
-from cmap_defense.settings import Settings
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training import TrainingConfig
 from cmap_defense.training.config import WEIGHTS_DTYPES

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from cmap_defense.backbones import load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli import quality as module
+from cmap_defense.common.modules import building
 from cmap_defense.data.known import CIFAR10_CLASSES
 from cmap_defense.embedded import load_classifier
 from cmap_defense.evaluation import Accuracy
-from cmap_defense.modules import building
 from tiny import tiny_folder
 
 from .conftest import Run

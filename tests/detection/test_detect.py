@@ -16,6 +16,7 @@ from torch import Tensor
 from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, labelled, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, LatentAttack
+from cmap_defense.common.rng import derived_seeds
 from cmap_defense.detection import EPS, KINDS, Detection, Gaussian, detect, mmd_distances
 from cmap_defense.detection.detect import STREAMS, _Measurement
 from cmap_defense.errors import (
@@ -26,7 +27,6 @@ from cmap_defense.errors import (
     MissingExtraError,
     SettingsError,
 )
-from cmap_defense.rng import derived_seeds
 from toys import ToyBackbone, uniform
 
 EPS_FEW = EPS(sigmas=(0.1, 0.3), seed=4)

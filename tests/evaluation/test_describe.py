@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from attack_toys import QUICK, Denoiser, Linear, linear, suite, wrapped
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.describe import description_text
+from cmap_defense.common.describe import description_text
+from cmap_defense.common.files import differences, tensor_checksum
 from cmap_defense.evaluation.describe import describe_model, describe_software
-from cmap_defense.files import differences, tensor_checksum
 from cmap_defense.gradients import Unrolled
 from toys import ToyBackbone
 

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from cmap_defense.attacks import ThreatModel
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation import Report
 from cmap_defense.evaluation.report.page import page
 from cmap_defense.evaluation.report.tables import COMPARING, HEADLINE, markdown, sections
 from cmap_defense.evaluation.results import ResultsFolder, Timing
 from cmap_defense.evaluation.summary import MEASURES
-from cmap_defense.statistics import Accuracy
 from example_report import TITLES, example_folder, example_report
 from patience import HANGS
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART
+from cmap_defense.common.rng import derived_seeds
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.evaluation.protocol import prediction_seeds, run_indices
-from cmap_defense.rng import derived_seeds
 
 RUNS = st.integers(0, 2**22 - 1)
 POSITIONS = st.integers(0, 2**40 - 1)

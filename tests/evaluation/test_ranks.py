@@ -15,8 +15,8 @@ import torch.distributed as dist
 from filelock import FileLock
 
 import evaluated
+from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.evaluation import evaluate
-from cmap_defense.ranks import Ranks, ranks
 from evaluated import BRIEF, CHECKED, Interrupted, defended, evaluation, interrupt, options, results
 from patience import HANGS
 

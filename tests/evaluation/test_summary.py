@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.evaluation import summary, wilson_interval
 from cmap_defense.evaluation.summary import MEASURES, Runs, WorstCase, make_row
-from cmap_defense.statistics import Accuracy
 from evaluated import lines_of, runs_of
 
 CLASSES = 3

@@ -23,6 +23,8 @@ from cmap_defense.attacks import (
     Transfer,
     VoteMargin,
 )
+from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.rng import derived_seeds
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.evaluation.predictions import predict
@@ -39,8 +41,6 @@ from cmap_defense.evaluation.tasks import (
     other_sizes,
 )
 from cmap_defense.gradients import StraightThrough, Surrogate
-from cmap_defense.passes import counting_passes
-from cmap_defense.rng import derived_seeds
 from evaluated import Shaky
 from toys import uniform
 

@@ -140,8 +140,8 @@ def test_surrogate_is_the_derivative_of_noising_and_denoising():
     result = model.purify(leaf)
     (gradient,) = torch.autograd.grad((result.images * 2).sum(), leaf)
     backbone, k = model.backbone, SETTINGS.n_latents
+    from cmap_defense.common.rng import derived_seeds, draw_latents
     from cmap_defense.gradients.surrogate import STREAM
-    from cmap_defense.rng import derived_seeds, draw_latents
 
     drawn = draw_latents(derived_seeds(torch.tensor([3, 3]), STREAM), k, SHAPE).double()
     again = IMAGES.clone().requires_grad_()

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import MissingExtraError, SettingsError
 from cmap_defense.plots.figure import draw, printable
 from cmap_defense.plots.robustness import accuracy_plot, cosine_plot, curve_plot, sweep_plot
-from cmap_defense.statistics import Accuracy
 
 GRADIENTS = [{"samples": n, "cosine": n / (n + 3), "error": 0.02, "variance": 1 / n} for n in (1, 2, 4)]
 LINES = {f"attack {number}": (range(50), [0.02 * n + number + 1 for n in range(50)]) for number in range(4)}

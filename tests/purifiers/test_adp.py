@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.purifiers import ADP
 from cmap_defense.purifiers.adp import adaptive_step
-from cmap_defense.rng import draw_latents
 from denoisers import DOUBLE, SHAPE, CurvedDenoiser, images_of
 from toys import noise
 

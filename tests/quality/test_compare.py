@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from attack_toys import QUICK, linear, wrapped
 from cmap_defense import PurifiedClassifier
+from cmap_defense.common.modules import building
 from cmap_defense.data import LabelledImages
 from cmap_defense.errors import InputValueError
-from cmap_defense.modules import building
 from cmap_defense.quality import SampleComparison, compare, frechet_distance, sample_images
 from toys import ToyBackbone, uniform
 

@@ -9,9 +9,9 @@ from torchvision.models import resnet18
 
 from attack_toys import linear, wrapped
 from cmap_defense import PurifiedClassifier
+from cmap_defense.common.modules import building
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import ClassifierError, SettingsError
-from cmap_defense.modules import building
 from cmap_defense.quality import FeatureLayer, find_features, read_features
 from toys import ToyBackbone, uniform
 

@@ -12,11 +12,11 @@ from attack_toys import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, linea
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD
 from cmap_defense.cmap.voting import majority_label, nearest_voter
+from cmap_defense.common.rng import derived_seeds
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data import SelectedImages, Subset
 from cmap_defense.quality import Reconstructions, reconstruct
 from cmap_defense.quality.reconstruct import PURIFIED
-from cmap_defense.rng import derived_seeds
-from cmap_defense.statistics import Accuracy
 from toys import LinearBackbone, uniform
 
 ATTACK = PGD(THREATS["linf"], steps=3, seed=2)

@@ -15,10 +15,10 @@ from attack_toys import QUICK, THREATS, Linear, linear, wrapped
 from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.classifier.speed import Speed
+from cmap_defense.common.modules import building
+from cmap_defense.common.passes import counting_passes
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
 from cmap_defense.evaluation import Accuracy, Subset
-from cmap_defense.modules import building
-from cmap_defense.passes import counting_passes
 from cmap_defense.quality import InceptionDistance, Quality, QualityRun
 from cmap_defense.quality import run as module
 from cmap_defense.quality.report import accuracy_rows, distance_rows, quality_markdown, write_quality

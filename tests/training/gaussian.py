@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones import NoiseRange
-from cmap_defense.rng import generator_for
+from cmap_defense.common.rng import generator_for
 from cmap_defense.training.objectives import Batch, Objective
 from toys import noise
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone, EDMDenoiser
-from cmap_defense.ranks import ranks
+from cmap_defense.common.ranks import ranks
 from cmap_defense.training import checkpoint, log, loop
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.ranks import Ranks
-from cmap_defense.rng import generator_for
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.rng import generator_for
 from cmap_defense.training import draws as draws_module
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import Draws, fit_beside, image_indices

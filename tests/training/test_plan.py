@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.ranks import Ranks
 from cmap_defense.training import TrainingConfig, loop, plan
 from cmap_defense.training.checkpoint import save_checkpoint
 from cmap_defense.training.learner import Learner

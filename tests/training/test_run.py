@@ -18,9 +18,9 @@ from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, Network
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.networks import refuse_other_network
+from cmap_defense.common.files import LOCK_FILE
+from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.files import LOCK_FILE
-from cmap_defense.modules import multiplies_bfloat16
 from cmap_defense.training import run as module
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner

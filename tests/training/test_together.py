@@ -17,7 +17,7 @@ from torch import Tensor
 from cmap_defense import load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli.main import main as command
-from cmap_defense.ranks import Ranks
+from cmap_defense.common.ranks import Ranks
 from cmap_defense.training.loop import countdown
 from patience import HANGS
 from training import together

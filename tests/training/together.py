@@ -17,8 +17,8 @@ import torch
 
 from cmap_defense.backbones.networks import Network
 from cmap_defense.cli.main import main as command
+from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.errors import CheckpointError, CmapError
-from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.files import locked
 from cmap_defense.training.loop import countdown
 from cmap_defense.training.objectives import ECT

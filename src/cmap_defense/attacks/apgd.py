@@ -18,10 +18,10 @@ from cmap_defense.attacks.libraries import (
 )
 from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import random_point
+from cmap_defense.common.rng import derived_seeds
+from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
-from cmap_defense.rng import derived_seeds
-from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["APGD"]
 

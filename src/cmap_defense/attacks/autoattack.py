@@ -20,9 +20,9 @@ from cmap_defense.attacks.libraries import (
 )
 from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.square import require_tiles
+from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
-from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["AutoAttack"]
 

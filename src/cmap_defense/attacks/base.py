@@ -20,13 +20,13 @@ from tqdm import tqdm
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.describe import describe, qualified_name
+from cmap_defense.common.describe import describe, qualified_name
+from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.rng import derived_seeds, isolated
+from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
-from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
-from cmap_defense.modules import evaluating
-from cmap_defense.options import NamedOptions
-from cmap_defense.rng import derived_seeds, isolated
-from cmap_defense.settings import require_choice, require_integer
 from cmap_defense.threat import ThreatModel
 
 if TYPE_CHECKING:

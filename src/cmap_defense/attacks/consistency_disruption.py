@@ -14,8 +14,8 @@ from cmap_defense.attacks.latents import Searched, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.objective import objective_terms
+from cmap_defense.common.settings import require_flag, require_integer, require_number
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import require_flag, require_integer, require_number
 
 __all__ = ["ConsistencyDisruption"]
 

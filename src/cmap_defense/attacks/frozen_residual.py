@@ -13,7 +13,7 @@ from cmap_defense.attacks.goal import Goal, Loss, VoteMargin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.settings import require_integer
+from cmap_defense.common.settings import require_integer
 
 __all__ = ["FrozenResidual"]
 

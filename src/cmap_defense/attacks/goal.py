@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import SettingsError
-from cmap_defense.options import NamedOptions
 
 __all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin", "require_loss"]
 

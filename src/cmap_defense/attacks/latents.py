@@ -12,7 +12,7 @@ from torch import Tensor
 from cmap_defense.attacks.base import Attack
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.settings import require_choice, require_integer, require_number
+from cmap_defense.common.settings import require_choice, require_integer, require_number
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["LatentSearch", "Searched", "descend", "excess", "project_all"]

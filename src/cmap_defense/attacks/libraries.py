@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.common.rng import generator_for
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
-from cmap_defense.rng import generator_for
 
 __all__ = [
     "LOGGER",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.goal import Goal, Loss
-from cmap_defense.cautions import warn_of_probabilities
 from cmap_defense.classifier import LatentAccess, PurifiedClassifier
+from cmap_defense.classifier.cautions import warn_of_probabilities
+from cmap_defense.common.inputs import check_logits
+from cmap_defense.common.modules import module_behind
+from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.errors import GradientError, InputValueError, SettingsError
 from cmap_defense.gradients import GradientMode
-from cmap_defense.inputs import check_logits
-from cmap_defense.modules import module_behind
-from cmap_defense.rng import derived_seeds, isolated
 
 __all__ = [
     "Feedback",

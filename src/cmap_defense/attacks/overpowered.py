@@ -12,7 +12,7 @@ from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.settings import require_number
+from cmap_defense.common.settings import require_number
 
 __all__ = ["Overpowered"]
 

@@ -11,8 +11,8 @@ from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.gradients import GradientMode
-from cmap_defense.settings import require_flag, require_integer
 
 __all__ = ["PGD"]
 

@@ -12,8 +12,8 @@ from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.cmap.voting import log_mean_probability
+from cmap_defense.common.settings import require_integer
 from cmap_defense.gradients import GradientMode, Unrolled
-from cmap_defense.settings import require_integer
 
 __all__ = ["ShortCMAP"]
 

@@ -12,8 +12,8 @@ from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.rng import derived_seeds, draw_uniform
-from cmap_defense.settings import require_flag, require_integer
+from cmap_defense.common.rng import derived_seeds, draw_uniform
+from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.threat import require_linf_size
 
 __all__ = ["SPSA"]

@@ -11,8 +11,8 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.libraries import NORMS, LibraryModel, pyautoattack
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.errors import InputValueError
-from cmap_defense.settings import require_integer, require_number
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["Square", "require_tiles"]

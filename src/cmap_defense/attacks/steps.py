@@ -13,8 +13,8 @@ from torch import Tensor
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Feedback, Oracle, by_largest, gradient_length, unit
-from cmap_defense.rng import draw_latents, draw_uniform
-from cmap_defense.settings import require_choice, require_flag, require_integer, require_number
+from cmap_defense.common.rng import draw_latents, draw_uniform
+from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel, require_linf_size
 
 __all__ = ["StepAttack"]

@@ -19,9 +19,9 @@ from cmap_defense.attacks.spsa import SPSA
 from cmap_defense.attacks.square import Square
 from cmap_defense.attacks.target_steer import TargetSteer
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Transfer, Undefended
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Surrogate, Unrolled
-from cmap_defense.settings import near_matches
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["SUITES", "full_suite", "paper_suite", "standard_suite", "suite"]

@@ -13,9 +13,9 @@ from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.latent import LatentAttack
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
+from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
-from cmap_defense.settings import require_integer
 
 __all__ = ["TargetSteer"]
 

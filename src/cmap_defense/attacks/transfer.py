@@ -13,13 +13,13 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Model, Oracle, SeededModel
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.inputs import signed_word
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.rng import draw_latents, fresh_seeds
+from cmap_defense.common.settings import require_flag, require_integer, require_number
 from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
-from cmap_defense.inputs import signed_word
-from cmap_defense.modules import evaluating
-from cmap_defense.options import NamedOptions
-from cmap_defense.rng import draw_latents, fresh_seeds
-from cmap_defense.settings import require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["NoiseAndDenoise", "Shortened", "Source", "Transfer", "Undefended"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import KINDS
+from cmap_defense.common.modules import dtype_of
+from cmap_defense.common.passes import count_passes
 from cmap_defense.errors import BackboneError
-from cmap_defense.modules import dtype_of
-from cmap_defense.passes import count_passes
 
 __all__ = ["Backbone", "caster", "check_backbone", "kind_of"]
 

@@ -28,8 +28,8 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, Nois
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.shards import WEIGHTS, describe_missing, dtype_of_file, read_weights
 from cmap_defense.backbones.weights import tensor_names, write_safetensors
+from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
-from cmap_defense.modules import building
 
 __all__ = [
     "PIPELINE_FILES",

@@ -23,9 +23,9 @@ from cmap_defense.backbones.weights import (
     sha256_of,
     write_safetensors,
 )
+from cmap_defense.common.modules import building
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
-from cmap_defense.modules import building
-from cmap_defense.settings import near_matches
 
 __all__ = ["RECORD_FILE", "read_backbone", "read_record", "write_backbone"]
 

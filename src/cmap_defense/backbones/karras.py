@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import BackboneRecord
+from cmap_defense.common.inputs import check_class_labels
+from cmap_defense.common.modules import dtype_of
+from cmap_defense.common.settings import Settings, require_number
 from cmap_defense.errors import InputValueError
-from cmap_defense.inputs import check_class_labels
-from cmap_defense.modules import dtype_of
-from cmap_defense.settings import Settings, require_number
 
 __all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "boundary_scalings", "karras_levels"]
 

@@ -18,9 +18,9 @@ from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
+from cmap_defense.common.paths import expanded
+from cmap_defense.common.settings import require_choice
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError, WrongKindError
-from cmap_defense.paths import expanded
-from cmap_defense.settings import require_choice
 
 __all__ = ["entry_of", "load_backbone", "resolve_backbone", "with_remedy"]
 

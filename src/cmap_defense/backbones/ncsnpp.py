@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
+from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number, require_numbers
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_flag, require_integer, require_number, require_numbers
 
 __all__ = ["NCSNpp", "NCSNppConfig"]
 

@@ -17,10 +17,10 @@ from torch import nn
 from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of, fresh_unet
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.common.files import refuse_other_settings
+from cmap_defense.common.modules import building
+from cmap_defense.common.settings import Settings, near_matches, require_integer, require_number
 from cmap_defense.errors import SettingsError, UnknownNameError
-from cmap_defense.files import refuse_other_settings
-from cmap_defense.modules import building
-from cmap_defense.settings import Settings, near_matches, require_integer, require_number
 
 __all__ = ["NETWORKS", "PRESETS", "Network", "UNet64Config", "refuse_other_network"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from cmap_defense.common.settings import Settings, require_choice, require_integer
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_choice, require_integer
 
 __all__ = ["KINDS", "BackboneRecord", "require_image_shape"]
 

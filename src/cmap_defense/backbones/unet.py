@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmap_defense.backbones.record import require_image_shape
+from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_flag, require_integer, require_number
 
 __all__ = ["CompactUNet", "CompactUNetConfig"]
 

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.backbones.base import caster
-from cmap_defense.cautions import warn_of_probabilities, warn_of_training_mode
+from cmap_defense.classifier.cautions import warn_of_probabilities, warn_of_training_mode
+from cmap_defense.classifier.class_labels import ClassLabels, choose_class_labels
+from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import around_inputs, latent_chunks, objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
-from cmap_defense.conditioning import ClassLabels, choose_class_labels
+from cmap_defense.common.inputs import check_class_labels, check_logits, check_seeds, signed_word
+from cmap_defense.common.modules import device_of, dtype_of, evaluating
+from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.passes import count_passes
+from cmap_defense.common.rng import draw_latents, fresh_seeds
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
-from cmap_defense.inputs import check_class_labels, check_logits, check_seeds, signed_word
-from cmap_defense.modules import device_of, dtype_of, evaluating
-from cmap_defense.options import NamedOptions
-from cmap_defense.passes import count_passes
-from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
-from cmap_defense.rng import draw_latents, fresh_seeds
 
 __all__ = ["LatentAccess"]
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.common.inputs import conversion_line
 from cmap_defense.errors import InputTypeError, InputValueError
-from cmap_defense.inputs import conversion_line
 
 __all__ = ["to_batch"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier.wrapper import PurifiedClassifier
+from cmap_defense.common.passes import counting_passes
 from cmap_defense.errors import ClassifierError, CmapError
-from cmap_defense.passes import counting_passes
 
 __all__ = ["Speed", "bare_logits", "measure_speed"]
 

@@ -17,12 +17,17 @@ from typing_extensions import Self
 from cmap_defense.backbones.base import check_backbone
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.classifier.access import LatentAccess
+from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
+from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
+from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
-from cmap_defense.conditioning import ClassLabels, require_class_labels
+from cmap_defense.common.modules import device_of, evaluating, weights_of
+from cmap_defense.common.options import unknown_option
+from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
@@ -30,15 +35,10 @@ from cmap_defense.errors import (
     WrongKindError,
 )
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
-from cmap_defense.hooks import HookHandle, LatentHooks, together
-from cmap_defense.modules import device_of, evaluating, weights_of
-from cmap_defense.options import unknown_option
-from cmap_defense.preprocessing import Preprocessing
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import History, PurificationResult
-from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["PurifiedClassifier"]
 

@@ -23,13 +23,13 @@ from cmap_defense.attacks.suites import SUITES
 from cmap_defense.backbones.weights import read_state_dict
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import COUNT, EMBEDDED
+from cmap_defense.common.paths import expanded
+from cmap_defense.common.settings import Settings, near_matches
 from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.errors import BackboneFileError, SettingsError
-from cmap_defense.paths import expanded
 from cmap_defense.purifiers import CMAP, Purifier, from_texts
-from cmap_defense.settings import Settings, near_matches
 
 PURIFIER_OPTIONS = ("n_latents", "iterations", "learning_rate")
 

@@ -17,11 +17,11 @@ from cmap_defense.cli.build import data_of, model_of, size_of, subset_of, threat
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import write_png
 from cmap_defense.cli.progress import Progress
+from cmap_defense.common.files import write_text
+from cmap_defense.common.modules import device_of
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 from cmap_defense.errors import MissingExtraError
-from cmap_defense.files import write_text
-from cmap_defense.modules import device_of
 
 GROUP = 64
 """Images at a time."""

@@ -23,6 +23,7 @@ from cmap_defense.cli.build import (
 )
 from cmap_defense.cli.output import duration, print_json, print_table
 from cmap_defense.cli.progress import Progress
+from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.evaluation import Progress as OnUnit
 from cmap_defense.evaluation.protocol import Protocol
@@ -34,7 +35,6 @@ from cmap_defense.paper import make_study, write_study
 from cmap_defense.paper import run_study as run_variants
 from cmap_defense.paper.report import study_rows
 from cmap_defense.purifiers import CMAP
-from cmap_defense.ranks import Ranks, ranks
 
 STUDY_ATTACKS = ("transfer", "bpda-eot")
 """Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""

@@ -17,11 +17,11 @@ import click
 
 from cmap_defense.cli.command import Decorator, decorators, in_group
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.common.paths import expanded
+from cmap_defense.common.settings import Settings, near_matches
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.paths import expanded
-from cmap_defense.settings import Settings, near_matches
 from cmap_defense.threat import ThreatModel
 
 MODEL = in_group("Model")

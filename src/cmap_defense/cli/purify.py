@@ -17,10 +17,10 @@ from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
+from cmap_defense.common.inputs import check_shape, resize_images
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
-from cmap_defense.inputs import check_shape, resize_images
 from cmap_defense.purifiers import CMAP
 
 GROUP = 64

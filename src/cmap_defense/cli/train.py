@@ -29,8 +29,8 @@ from cmap_defense.cli.train_options import (
     teacher_of,
     training_set,
 )
+from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.data import write_image
-from cmap_defense.ranks import Ranks, ranks
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.loop import LOG_FILE, TrainState, countdown
 from cmap_defense.training.objectives import OBJECTIVES

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.modules import dtype_of
+from cmap_defense.common.modules import dtype_of
 
 __all__ = ["bytes_per_latent", "default_max_parallel"]
 

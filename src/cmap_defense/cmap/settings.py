@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from typing_extensions import Self
 
+from cmap_defense.common.settings import Settings, near_matches, require_integer, require_numbers, setting
 from cmap_defense.errors import UnknownNameError
-from cmap_defense.settings import Settings, near_matches, require_integer, require_numbers, setting
 
 __all__ = ["PRESETS", "CMAPSettings"]
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.lazy import lazy_names
 from cmap_defense.data.subset import Subset
-from cmap_defense.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense.data.files import read_image, write_image

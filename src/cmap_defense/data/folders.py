@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from cmap_defense.common.inputs import resize_images
 from cmap_defense.data.files import read_image
 from cmap_defense.data.images import LabelledImages, positions_of
 from cmap_defense.errors import DataError
-from cmap_defense.inputs import resize_images
 
 __all__ = ["FolderImages", "image_files"]
 

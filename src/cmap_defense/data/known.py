@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from cmap_defense.common.paths import expanded, home
 from cmap_defense.data.arrays import labelled, read_npz
 from cmap_defense.data.images import LabelledImages
 from cmap_defense.errors import DataError, SettingsError
-from cmap_defense.paths import expanded, home
 
 __all__ = ["CIFAR10_CLASSES", "FASHION_MNIST_CLASSES", "KNOWN", "cifar10", "fashion_mnist"]
 

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Subset as TorchSubset
 from typing_extensions import Self
 
+from cmap_defense.common.inputs import check_finite, check_images, check_unit_range
 from cmap_defense.data.folders import FolderImages
 from cmap_defense.data.images import ImageSource, LabelledImages
 from cmap_defense.data.sources import open_dataset
 from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import DataError, InputTypeError, InputValueError
-from cmap_defense.inputs import check_finite, check_images, check_unit_range
 
 __all__ = ["SelectedImages", "images_at", "labelled_data"]
 

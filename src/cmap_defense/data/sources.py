@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cmap_defense.common.paths import expanded
+from cmap_defense.common.settings import near_matches
 from cmap_defense.data.arrays import npz_images
 from cmap_defense.data.folders import FolderImages
 from cmap_defense.data.images import ImageSource, LabelledImages
 from cmap_defense.data.known import KNOWN
 from cmap_defense.errors import DataError, UnknownNameError
-from cmap_defense.paths import expanded
-from cmap_defense.settings import near_matches
 
 __all__ = ["DATASETS", "load_dataset", "open_dataset"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, setting
 
 __all__ = ["Subset"]
 

@@ -1,10 +1,10 @@
 """Detection of adversarial images: how far attacked, generated and purified images lie from clean ones."""
 
+from cmap_defense.common.statistics import AUROC
 from cmap_defense.detection.deep import DeepKernel, DeepKernelSettings, deep_kernel, mmd_ratio, train_deep_kernel
 from cmap_defense.detection.detect import KINDS, Detection, KindSummary, detect
 from cmap_defense.detection.eps import EPS, vp_sigmas
 from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, squared_distances, unbiased_mmd2
-from cmap_defense.statistics import AUROC
 
 __all__ = [
     "AUROC",

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks.pgd import PGD
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.modules import building, evaluating
+from cmap_defense.common.rng import derived_seeds, generator_for, isolated
+from cmap_defense.common.settings import Settings, require_integer, require_number
 from cmap_defense.detection.eps import EPS
 from cmap_defense.detection.mmd import Kernel, squared_distances
 from cmap_defense.errors import InputValueError
-from cmap_defense.modules import building, evaluating
-from cmap_defense.rng import derived_seeds, generator_for, isolated
-from cmap_defense.settings import Settings, require_integer, require_number
 from cmap_defense.threat import ThreatModel, require_linf_size
 
 __all__ = ["DeepKernel", "DeepKernelSettings", "deep_kernel", "mmd_ratio", "train_deep_kernel"]

@@ -17,16 +17,16 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.speed import bare_logits
-from cmap_defense.describe import description_text
+from cmap_defense.common.describe import description_text
+from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
+from cmap_defense.common.settings import require_choice, require_flag, require_integer
+from cmap_defense.common.statistics import AUROC, Accuracy
 from cmap_defense.detection.eps import EPS
 from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
 from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
-from cmap_defense.inputs import check_finite, check_images, check_seeds, check_unit_range
-from cmap_defense.modules import evaluating
 from cmap_defense.plots.detection import distance_plot
-from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform
-from cmap_defense.settings import require_choice, require_flag, require_integer
-from cmap_defense.statistics import AUROC, Accuracy
 
 __all__ = ["KINDS", "Detection", "KindSummary", "detect"]
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.errors import BackboneError, InputValueError, SettingsError
-from cmap_defense.inputs import (
+from cmap_defense.common.inputs import (
     check_class_labels,
     check_finite,
     check_images,
@@ -23,9 +22,10 @@ from cmap_defense.inputs import (
     check_shape,
     check_unit_range,
 )
-from cmap_defense.modules import device_of, evaluating
-from cmap_defense.rng import derived_seeds, draw_latents
-from cmap_defense.settings import Settings, require_integer, require_number
+from cmap_defense.common.modules import device_of, evaluating
+from cmap_defense.common.rng import derived_seeds, draw_latents
+from cmap_defense.common.settings import Settings, require_integer, require_number
+from cmap_defense.errors import BackboneError, InputValueError, SettingsError
 
 __all__ = ["EPS", "vp_sigmas"]
 

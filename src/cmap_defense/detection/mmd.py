@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from cmap_defense.common.settings import Settings, require_integer, require_number
 from cmap_defense.errors import InputTypeError, InputValueError
-from cmap_defense.settings import Settings, require_integer, require_number
 
 __all__ = ["Gaussian", "Kernel", "mmd_distances", "squared_distances", "unbiased_mmd2"]
 

@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.lazy import lazy_names
 from cmap_defense.data.subset import Subset
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from cmap_defense.common.statistics import Accuracy, wilson_interval
     from cmap_defense.evaluation.demo import Demonstration, demonstrate
     from cmap_defense.evaluation.evaluation import Evaluation, evaluate
     from cmap_defense.evaluation.report import Report
-    from cmap_defense.statistics import Accuracy, wilson_interval
 
 __all__ = [
     "Accuracy",
@@ -28,12 +28,12 @@ if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "Accuracy": "cmap_defense.statistics",
+            "Accuracy": "cmap_defense.common.statistics",
             "Demonstration": "cmap_defense.evaluation.demo",
             "Evaluation": "cmap_defense.evaluation.evaluation",
             "Report": "cmap_defense.evaluation.report",
             "demonstrate": "cmap_defense.evaluation.demo",
             "evaluate": "cmap_defense.evaluation.evaluation",
-            "wilson_interval": "cmap_defense.statistics",
+            "wilson_interval": "cmap_defense.common.statistics",
         },
     )

@@ -18,9 +18,9 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.statistics import Accuracy, standard_error
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.evaluation.tasks import CLEAN, check_attack, fewer_steps, other_sizes
-from cmap_defense.statistics import Accuracy, standard_error
 
 __all__ = ["Check", "Sweep", "gradient_table", "make_checks", "make_sweeps"]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks.pgd import PGD
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.modules import evaluating
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.results import History, PurificationResult
-from cmap_defense.statistics import Accuracy
 from cmap_defense.threat import ThreatModel
 
 __all__ = ["Demonstration", "demonstrate", "over_margin"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.describe import describe, describe_module, qualified_name
+from cmap_defense.common.describe import describe, describe_module, qualified_name
 
 __all__ = ["describe_logits", "describe_model", "describe_software"]
 

@@ -17,10 +17,17 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
 from cmap_defense.attacks.oracle import Model
-from cmap_defense.cautions import warn_of_probabilities
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.memory import default_max_parallel
+from cmap_defense.common.files import tensor_checksum, write_text
+from cmap_defense.common.inputs import check_logits
+from cmap_defense.common.modules import device_of, evaluating
+from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.ranks import Ranks, ranks
+from cmap_defense.common.rng import isolated
+from cmap_defense.common.settings import near_matches, require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
@@ -29,13 +36,6 @@ from cmap_defense.evaluation.protocol import Protocol, run_indices
 from cmap_defense.evaluation.report import Report, build_report, write_report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
-from cmap_defense.files import tensor_checksum, write_text
-from cmap_defense.inputs import check_logits
-from cmap_defense.modules import device_of, evaluating
-from cmap_defense.passes import counting_passes
-from cmap_defense.ranks import Ranks, ranks
-from cmap_defense.rng import isolated
-from cmap_defense.settings import near_matches, require_integer
 
 __all__ = ["SUITES", "Evaluation", "Expected", "Progress", "evaluate"]
 

@@ -14,10 +14,10 @@ from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.voting import nearest_voter, vote_logits
+from cmap_defense.common.inputs import check_logits
+from cmap_defense.common.rng import isolated
 from cmap_defense.evaluation.protocol import prediction_seeds
-from cmap_defense.inputs import check_logits
 from cmap_defense.results import History
-from cmap_defense.rng import isolated
 
 __all__ = ["Predictions", "predict", "vote_iterations"]
 

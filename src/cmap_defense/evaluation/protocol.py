@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.settings import Settings, require_integer, setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_integer, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +90,6 @@ def prediction_seeds(indices: Tensor, number: int) -> Tensor:
 
     It is the same for all attacks and for the clean image, so that differences between them are not made of noise.
     """
-    from cmap_defense.rng import derived_seeds  # here, so that the settings alone can be imported without torch
+    from cmap_defense.common.rng import derived_seeds  # here, so that the settings alone can be imported without torch
 
     return derived_seeds(derived_seeds(indices, PREDICTIONS), number)

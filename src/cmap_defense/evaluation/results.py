@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmap_defense.common.files import FolderLock, refuse_other_settings, write_text, written_whole
 from cmap_defense.errors import EvaluationError
-from cmap_defense.files import FolderLock, refuse_other_settings, write_text, written_whole
 
 __all__ = ["ResultsFolder", "Timing", "WorkUnit"]
 

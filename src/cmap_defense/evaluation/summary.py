@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.statistics import Accuracy
+from cmap_defense.common.statistics import Accuracy
 
 __all__ = ["MEASURES", "Row", "Runs", "WorstCase", "make_row", "worst_case"]
 

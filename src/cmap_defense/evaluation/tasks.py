@@ -15,11 +15,11 @@ from cmap_defense.attacks import PGD, Attack, AttackResult, Goal
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.errors import GradientWarning, SettingsError
 from cmap_defense.evaluation.predictions import Predictions, predict
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.gradients import StraightThrough
-from cmap_defense.rng import derived_seeds, isolated
 
 __all__ = [
     "CHECKS",

@@ -12,8 +12,8 @@ from torch import Tensor
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import GradientError
-from cmap_defense.options import NamedOptions
 from cmap_defense.results import PurificationResult
 
 __all__ = ["GradientMode", "Purification"]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from cmap_defense.cmap.implicit import ImplicitReport, LinearSolve, implicit_latents
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
-from cmap_defense.settings import require_integer, require_number
 
 __all__ = ["Implicit"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cmap_defense.common.rng import derived_seeds, draw_latents
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
-from cmap_defense.rng import derived_seeds, draw_latents
-from cmap_defense.settings import require_integer, require_number
 
 __all__ = ["Surrogate", "surrogate_images"]
 

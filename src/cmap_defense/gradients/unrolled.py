@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
-from cmap_defense.settings import require_integer, require_number
 
 __all__ = ["Unrolled"]
 

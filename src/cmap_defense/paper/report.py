@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cmap_defense.common.files import write_json, write_text
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_table
 from cmap_defense.errors import MissingExtraError
-from cmap_defense.files import write_json, write_text
 from cmap_defense.plots.studies import study_plot
-from cmap_defense.statistics import Accuracy
-from cmap_defense.tables import markdown_table
 
 __all__ = ["MEASURES", "study_markdown", "study_rows", "write_study"]
 

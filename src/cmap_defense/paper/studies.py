@@ -15,6 +15,7 @@ from cmap_defense.attacks import PGD, Attack, ConsistencyDisruption, NoiseAndDen
 from cmap_defense.attacks.consistency_disruption import RELEASED_BETA
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.settings import near_matches
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
@@ -22,7 +23,6 @@ from cmap_defense.evaluation.evaluation import Evaluation, Progress
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import Report
 from cmap_defense.evaluation.tasks import DEFENDED
-from cmap_defense.settings import near_matches
 
 __all__ = ["STUDIES", "Study", "StudyResult", "Variant", "make_study", "run_study"]
 

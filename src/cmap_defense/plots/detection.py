@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.statistics import AUROC
 from cmap_defense.plots.figure import COLOURS, GRID, INK, LOGARITHMIC, MUTED, draw
-from cmap_defense.statistics import AUROC
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cmap_defense.optional import optional_import
-from cmap_defense.settings import require_choice
+from cmap_defense.common.optional import optional_import
+from cmap_defense.common.settings import require_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.plots.figure import COLOURS, DASHES, INK, LOGARITHMIC, MARKERS, MUTED, draw, plain_axes, printable
-from cmap_defense.statistics import Accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
-from cmap_defense.settings import require_integer, require_number
 
 __all__ = ["ADP", "adaptive_step"]
 

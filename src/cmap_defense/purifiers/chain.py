@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.rng import derived_seeds
+from cmap_defense.common.settings import Settings, require_choice
 from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.diffpure import DiffPure
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
-from cmap_defense.rng import derived_seeds
-from cmap_defense.settings import Settings, require_choice
 
 __all__ = ["Chain"]
 

@@ -16,9 +16,9 @@ from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
-from cmap_defense.rng import draw_latents
 
 __all__ = ["CMAP"]
 

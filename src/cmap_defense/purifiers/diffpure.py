@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import VARIANCES, ddpm_step
 from cmap_defense.purifiers.vp import TOTAL, vp_beta, vp_scale, vp_sigma, vp_sigma_at, vp_time
-from cmap_defense.settings import require_choice, require_flag, require_integer, require_number
 
 __all__ = ["DiffPure"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cmap_defense.cmap.ssim import SSIMReference
+from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import ddpm_step
 from cmap_defense.purifiers.vp import TOTAL, vp_scale, vp_sigma
-from cmap_defense.settings import require_choice, require_flag, require_integer, require_number
 
 __all__ = ["GDMP"]
 

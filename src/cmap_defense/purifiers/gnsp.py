@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import ddim_step
 from cmap_defense.purifiers.vp import TOTAL, vp_sigma
-from cmap_defense.settings import require_integer, require_number
 
 __all__ = ["GNSP"]
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.common.settings import Settings
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
-from cmap_defense.settings import Settings
 
 __all__ = ["Identity"]
 

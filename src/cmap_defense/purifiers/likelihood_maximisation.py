@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.common.settings import require_integer, require_number, require_numbers
 from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
-from cmap_defense.settings import require_integer, require_number, require_numbers
 
 __all__ = ["LikelihoodMaximisation"]
 

@@ -15,11 +15,11 @@ from cmap_defense.backbones.base import caster
 from cmap_defense.backbones.karras import KarrasModel
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
+from cmap_defense.common.settings import Settings, require_integer
 from cmap_defense.errors import BackboneError
 from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
-from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform
-from cmap_defense.settings import Settings, require_integer
 
 __all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import SettingsError, UnknownNameError
 from cmap_defense.purifiers.adp import ADP
 from cmap_defense.purifiers.base import Purifier
@@ -21,7 +22,6 @@ from cmap_defense.purifiers.gnsp import GNSP
 from cmap_defense.purifiers.identity import Identity
 from cmap_defense.purifiers.likelihood_maximisation import LikelihoodMaximisation
 from cmap_defense.purifiers.one_step import OneStep
-from cmap_defense.settings import near_matches
 
 __all__ = ["NAMES", "by_name", "from_texts", "name_of"]
 

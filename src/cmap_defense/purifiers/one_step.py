@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from cmap_defense.common.settings import require_number
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
-from cmap_defense.settings import require_number
 
 __all__ = ["OneStep"]
 

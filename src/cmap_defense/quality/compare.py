@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.modules import device_of
+from cmap_defense.common.rng import derived_seeds
 from cmap_defense.data.selection import images_at
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import ClassifierError, DataError, MissingExtraError, SettingsError
-from cmap_defense.modules import device_of
 from cmap_defense.quality.features import FeatureLayer, find_features, read_features
 from cmap_defense.quality.frechet import frechet_distance, too_few
 from cmap_defense.quality.inception import INCEPTION_NUMBERS, inception_features, inception_file
 from cmap_defense.quality.samples import sample_images
-from cmap_defense.rng import derived_seeds
 
 __all__ = ["SHOWN", "Frechet", "InceptionDistance", "SampleComparison", "SampleFigures"]
 

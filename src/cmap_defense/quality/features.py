@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import ClassifierError, SettingsError
-from cmap_defense.modules import evaluating
-from cmap_defense.settings import near_matches
 
 __all__ = ["FeatureLayer", "find_features", "read_features"]
 

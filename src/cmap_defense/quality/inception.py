@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.weights import sha256_of
+from cmap_defense.common.modules import building
+from cmap_defense.common.optional import optional_import
+from cmap_defense.common.paths import home, hub_folder
 from cmap_defense.errors import DataError, InputValueError, MissingExtraError, SettingsError
-from cmap_defense.modules import building
-from cmap_defense.optional import optional_import
-from cmap_defense.paths import home, hub_folder
 
 __all__ = ["INCEPTION_NUMBERS", "inception_features", "inception_file"]
 

@@ -13,10 +13,10 @@ from cmap_defense.attacks import Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.cmap.voting import nearest_voter, vote_logits
+from cmap_defense.common.modules import device_of
+from cmap_defense.common.rng import derived_seeds
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.selection import SelectedImages
-from cmap_defense.modules import device_of
-from cmap_defense.rng import derived_seeds
-from cmap_defense.statistics import Accuracy
 
 __all__ = ["SHOWN", "Accuracies", "Reconstructions", "reconstruct"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmap_defense.files import write_json, write_text
-from cmap_defense.statistics import Accuracy
-from cmap_defense.tables import markdown_table
+from cmap_defense.common.files import write_json, write_text
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_table
 
 __all__ = ["accuracy_rows", "distance_rows", "notes", "quality_markdown", "write_quality"]
 

@@ -15,14 +15,14 @@ from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.common.describe import description_text
+from cmap_defense.common.modules import device_of, evaluating
+from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.describe import description_text
 from cmap_defense.errors import SettingsError
-from cmap_defense.modules import device_of, evaluating
 from cmap_defense.quality.compare import SampleComparison, SampleFigures
 from cmap_defense.quality.reconstruct import Reconstructions, reconstruct
-from cmap_defense.settings import require_integer
 
 __all__ = ["SAMPLES", "Quality", "QualityRun"]
 

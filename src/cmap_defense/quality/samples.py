@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.modules import device_of
-from cmap_defense.rng import derived_seeds, draw_latents
+from cmap_defense.common.modules import device_of
+from cmap_defense.common.rng import derived_seeds, draw_latents
 
 __all__ = ["sample_images"]
 

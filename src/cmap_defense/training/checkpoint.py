@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
+from cmap_defense.common.files import refuse_other_settings as refuse_changes
 from cmap_defense.errors import BackboneFileError, CheckpointError
-from cmap_defense.files import refuse_other_settings as refuse_changes
 
 __all__ = [
     "Checkpoint",

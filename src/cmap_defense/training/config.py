@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from cmap_defense.common.settings import Settings, require_integer, require_numbers, setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import Settings, require_integer, require_numbers, setting
 
 __all__ = ["DEFAULT_IMAGES", "PRECISIONS", "WEIGHTS_DTYPES", "TrainingConfig"]
 

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.rng import generator_for
 from cmap_defense.errors import DataError
-from cmap_defense.ranks import Ranks
-from cmap_defense.rng import generator_for
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.objectives import Batch, Model
 

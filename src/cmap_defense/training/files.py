@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from cmap_defense.common.files import FolderLock
+from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError
-from cmap_defense.files import FolderLock
-from cmap_defense.ranks import Ranks
 
 __all__ = ["locked", "write_whole"]
 

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.rng import isolated
 from cmap_defense.errors import SettingsError
-from cmap_defense.modules import multiplies_bfloat16
-from cmap_defense.ranks import Ranks
-from cmap_defense.rng import isolated
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import Draws, check_data
 from cmap_defense.training.ema import EMA, Target

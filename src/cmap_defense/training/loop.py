@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError
-from cmap_defense.ranks import Ranks
 from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.ranks import Ranks
-from cmap_defense.settings import require_integer
 from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_whole,

@@ -15,9 +15,9 @@ from torch import Tensor
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import KarrasModel, NoiseRange
 from cmap_defense.backbones.networks import Network, refuse_other_network
+from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import BackboneFileError
-from cmap_defense.modules import multiplies_bfloat16
-from cmap_defense.ranks import ranks
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import check_data
 from cmap_defense.training.files import locked, write_whole

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, karras_levels
-from cmap_defense.modules import device_of
-from cmap_defense.rng import draw_latents
+from cmap_defense.common.modules import device_of
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.training.objectives import Model, heun_step
 
 __all__ = ["SAMPLES", "sample_grid"]

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, UnknownNameError
-from cmap_defense.modules import building
 from cmap_defense.training.objectives import LPIPS, distances
 from cmap_defense.training.objectives.distances import (
     distance_named,

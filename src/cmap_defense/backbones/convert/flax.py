@@ -16,8 +16,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, UnknownNameError
-from cmap_defense.settings import near_matches
 
 __all__ = ["NotACheckpointError", "read_flax"]
 

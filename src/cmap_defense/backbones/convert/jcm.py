@@ -14,8 +14,8 @@ from cmap_defense.backbones.convert.flax import read_flax
 from cmap_defense.backbones.fir import FIRDownConv
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.ncsnpp import Attention, NCSNpp, NCSNppConfig, NoiseEmbedding, ResidualBlock
+from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError
-from cmap_defense.modules import building
 
 __all__ = ["convert_jcm", "jcm_slots"]
 

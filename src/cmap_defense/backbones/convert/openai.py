@@ -17,9 +17,9 @@ from torch import Tensor
 from cmap_defense.backbones.diffusers import build_unet
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.weights import first_difference, read_pickle
+from cmap_defense.common.modules import building
+from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import BackboneFileError, SettingsError
-from cmap_defense.modules import building
-from cmap_defense.settings import require_integer
 
 __all__ = ["convert_openai"]
 

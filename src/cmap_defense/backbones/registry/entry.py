@@ -11,8 +11,8 @@ from typing import Any
 
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.record import KINDS, require_image_shape
+from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import require_choice, require_integer
 
 __all__ = ["HubRepository", "LocalFolder", "OfficialFile", "RegistryEntry", "Source"]
 

@@ -6,8 +6,8 @@ import functools
 
 from cmap_defense.backbones.registry.catalogue import catalogue
 from cmap_defense.backbones.registry.entry import RegistryEntry
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import SettingsError, UnknownNameError
-from cmap_defense.settings import near_matches
 
 __all__ = ["backbone_names", "register", "registry_entry"]
 

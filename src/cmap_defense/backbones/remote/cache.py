@@ -15,8 +15,8 @@ from huggingface_hub import constants
 
 from cmap_defense.backbones.registry.entry import LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.messages import announce
+from cmap_defense.common.paths import expanded, home
 from cmap_defense.errors import BackboneFileError, SettingsError
-from cmap_defense.paths import expanded, home
 
 __all__ = ["cache_folder", "locked", "pin", "pinned"]
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from cmap_defense.common.paths import home
 from cmap_defense.errors import BackboneFileError, UnknownNameError
-from cmap_defense.paths import home
 
 __all__ = ["fetch_folder", "push_files"]
 

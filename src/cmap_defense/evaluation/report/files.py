@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cmap_defense.common.files import write_json, write_text
 from cmap_defense.errors import EvaluationError, MissingExtraError
 from cmap_defense.evaluation.report.page import page
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.report.tables import markdown
 from cmap_defense.evaluation.results import ResultsFolder
-from cmap_defense.files import write_json, write_text
 
 __all__ = ["load_report", "write_report"]
 

@@ -9,6 +9,8 @@ import base64
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from cmap_defense.common.optional import optional_import
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.report.samples import DIFFERENCE, samples
 from cmap_defense.evaluation.report.tables import (
@@ -22,9 +24,7 @@ from cmap_defense.evaluation.report.tables import (
 )
 from cmap_defense.evaluation.results import ResultsFolder
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED
-from cmap_defense.optional import optional_import
 from cmap_defense.plots.robustness import accuracy_plot, cosine_plot, curve_plot, sweep_plot
-from cmap_defense.statistics import Accuracy
 
 __all__ = ["page"]
 

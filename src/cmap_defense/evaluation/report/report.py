@@ -14,14 +14,14 @@ from typing_extensions import Self
 
 from cmap_defense.attacks import Attack
 from cmap_defense.attacks.oracle import Model
+from cmap_defense.common.settings import near_matches
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError, UnknownNameError
 from cmap_defense.evaluation.checks import Check, Sweep, gradient_table, make_checks, make_sweeps
 from cmap_defense.evaluation.predictions import vote_iterations
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import MEASURES, Row, Runs, WorstCase, make_row, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, check_attack
-from cmap_defense.settings import near_matches
-from cmap_defense.statistics import Accuracy
 
 __all__ = ["Report", "build_report"]
 

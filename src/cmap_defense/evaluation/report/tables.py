@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cmap_defense.describe import description_text
+from cmap_defense.common.describe import description_text
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_table
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import Timing
 from cmap_defense.evaluation.summary import MEASURES, Row
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED
-from cmap_defense.statistics import Accuracy
-from cmap_defense.tables import markdown_table
 
 __all__ = ["HEADLINE", "Section", "attack_name", "markdown", "model_name", "sections", "strongest", "threats"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.settings import Settings
+from cmap_defense.common.settings import Settings
 
 __all__ = ["MODELS", "Batch", "Denoise", "Model", "Objective", "consistency_pair", "noisy_images"]
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.backbones.weights import sha256_of
+from cmap_defense.common.modules import building, device_of, dtype_of
+from cmap_defense.common.paths import hub_folder
+from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, SettingsError, UnknownNameError
-from cmap_defense.modules import building, device_of, dtype_of
-from cmap_defense.paths import hub_folder
-from cmap_defense.settings import near_matches
 
 __all__ = ["LPIPS", "Distance", "distance_named", "l1", "pseudo_huber", "published_lpips", "squared_l2"]
 

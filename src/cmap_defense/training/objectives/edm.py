@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
-from cmap_defense.settings import setting
+from cmap_defense.common.settings import setting
 from cmap_defense.training.objectives.base import Batch, Denoise, Objective, noisy_images
 from cmap_defense.training.objectives.distances import squared_l2
 from cmap_defense.training.objectives.levels import lognormal_levels

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from cmap_defense.common.optional import optional_import
 from cmap_defense.errors import MissingExtraError
-from cmap_defense.optional import optional_import
 
 
 def test_what_is_there_is_imported() -> None:

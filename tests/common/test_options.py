@@ -17,9 +17,9 @@ import cmap_defense
 from attack_toys import Denoiser, Linear
 from cmap_defense import CMAPSettings, PurifiedClassifier, attacks, gradients
 from cmap_defense.attacks import PGD, SPSA, Attack, Margin, NoiseAndDenoise, Shortened, Square, ThreatModel, Transfer
+from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import CmapError, OptionError, SettingsError
 from cmap_defense.gradients import Implicit, Unrolled
-from cmap_defense.options import NamedOptions
 
 NAMES = {**vars(attacks), **vars(gradients), **vars(cmap_defense), "torch": torch}
 GIVEN: dict[type, tuple[Any, ...]] = {PurifiedClassifier: (Linear(), Denoiser()), PGD: (ThreatModel(),)}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
+from cmap_defense.classifier.class_labels import choose_class_labels
 from cmap_defense.cmap.optimise import LatentState, generate_in_chunks, optimise_latents
-from cmap_defense.conditioning import choose_class_labels
 from cmap_defense.errors import BackboneError, ClassifierError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.purifiers.cmap import CMAP
 from toys import ToyBackbone, noise, uniform
@@ -449,7 +449,7 @@ def test_straight_through_gradient_is_unchanged_by_the_choice():
     torch.testing.assert_close(found, x.grad, rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------- the classifier that predicts the class
+# ------------------------------------------------------------------------------- the classifier that predicts the class
 
 
 def modes(module: nn.Module) -> dict[str, bool]:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from cmap_defense.hooks import LatentHooks
+from cmap_defense.classifier.hooks import LatentHooks
 
 
 def first(state: object) -> None:

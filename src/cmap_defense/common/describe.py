@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cmap_defense.files import tensor_checksum
-from cmap_defense.modules import dtype_of
-from cmap_defense.options import NamedOptions
+from cmap_defense.common.files import tensor_checksum
+from cmap_defense.common.modules import dtype_of
+from cmap_defense.common.options import NamedOptions
 
 __all__ = ["describe", "describe_module", "description_text", "qualified_name"]
 

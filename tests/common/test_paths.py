@@ -10,9 +10,9 @@ import torch
 from cmap_defense.backbones import load_backbone
 from cmap_defense.backbones.remote import cache, fetch, hub
 from cmap_defense.cli.main import main
+from cmap_defense.common.paths import expanded, home, hub_folder
 from cmap_defense.data import load_dataset
 from cmap_defense.errors import CmapError, SettingsError
-from cmap_defense.paths import expanded, home, hub_folder
 
 
 def test_with_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.common.modules import module_behind, weights_of
 from cmap_defense.errors import ClassifierWarning
-from cmap_defense.modules import module_behind, weights_of
 
 __all__ = ["warn_of_probabilities", "warn_of_training_mode"]
 

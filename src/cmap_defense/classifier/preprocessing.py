@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from cmap_defense.errors import InputRangeWarning, InputValueError, SettingsError
-from cmap_defense.inputs import (
+from cmap_defense.classifier.normalisation import Normalisation
+from cmap_defense.common.inputs import (
     RESIZE_MODES,
     check_device,
     check_finite,
@@ -25,8 +25,8 @@ from cmap_defense.inputs import (
     range_text,
     resize_images,
 )
-from cmap_defense.normalisation import Normalisation
-from cmap_defense.settings import require_choice
+from cmap_defense.common.settings import require_choice
+from cmap_defense.errors import InputRangeWarning, InputValueError, SettingsError
 
 __all__ = ["Preprocessing"]
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.rng import derived_seeds, draw_latents, draw_uniform, fresh_seeds, generator_for, isolated
+from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform, fresh_seeds, generator_for, isolated
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 SHAPE = (2, 4, 3)

@@ -18,8 +18,8 @@ from typing import Any
 
 from typing_extensions import Self
 
+from cmap_defense.common.options import NamedOptions, near_matches
 from cmap_defense.errors import SettingsError
-from cmap_defense.options import NamedOptions, near_matches
 
 __all__ = [
     "Settings",

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cmap_defense.common.statistics import AUROC, Accuracy, wilson_interval
 from cmap_defense.errors import CmapError, InputValueError
-from cmap_defense.statistics import AUROC, Accuracy, wilson_interval
 
 
 def test_known_values() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmap_defense.common.files import differences, refuse_other_settings, write_json, write_text
 from cmap_defense.errors import EvaluationError
-from cmap_defense.files import differences, refuse_other_settings, write_json, write_text
 
 LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-1, 1) | st.text("ab.", max_size=2)
 VALUES = st.recursive(

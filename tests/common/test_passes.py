@@ -19,8 +19,8 @@ from cmap_defense.attacks import (
     Transfer,
 )
 from cmap_defense.classifier.speed import measure_speed
+from cmap_defense.common.passes import counting_passes
 from cmap_defense.gradients import StraightThrough, Surrogate
-from cmap_defense.passes import counting_passes
 from cmap_defense.purifiers import OneStep
 from toys import ToyBackbone, uniform
 

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 from typing_extensions import Self
 
+from cmap_defense.common.settings import require_numbers
 from cmap_defense.errors import SettingsError
-from cmap_defense.settings import require_numbers
 
 __all__ = ["Normalisation"]
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cmap_defense.common.inputs import check_class_labels
 from cmap_defense.errors import ClassifierError, InputTypeError, InputValueError, SettingsError
-from cmap_defense.inputs import check_class_labels
 
 __all__ = ["ClassLabels", "choose_class_labels", "require_class_labels"]
 

@@ -1,0 +1,1 @@
+"""Basics that all packages share: settings and options, files, noise, input validation, statistics."""
