@@ -159,6 +159,7 @@ def test_cifar10_preset_is_the_released_one_and_the_default():
         "eps": 8e-7,
         "ssim_weight": 2.0,
         "latent_weight": 3.2,
+        "level": None,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("cifar10").to_dict() == expected
@@ -174,6 +175,7 @@ def test_imagenet100_preset_is_the_released_one():
         "eps": 1.6e-4,
         "ssim_weight": 0.5,
         "latent_weight": 1.28,
+        "level": None,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("imagenet100").to_dict() == expected
