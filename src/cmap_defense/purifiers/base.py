@@ -13,6 +13,7 @@ from typing_extensions import Self
 from cmap_defense.backbones.base import caster, check_backbone, kind_of
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
@@ -151,6 +152,11 @@ class Purifier(abc.ABC):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A purifier from its settings. Raises ``SettingsError`` where they do not fit."""
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values; by default those of a dataclass by name, with its class."""
+        found = describe(self)
+        return found if isinstance(found, dict) else {"class": qualified_name(self), "described": found}
 
 
 def require_level(backbone: nn.Module, owner: str, level: float) -> None:

@@ -228,7 +228,7 @@ class Chain(Settings, Purifier):
         from cmap_defense.purifiers.names import name_of
 
         try:
-            parts = [{"purifier": name_of(purifier), **purifier.to_dict()} for purifier in self.purifiers]  # pyright: ignore[reportAttributeAccessIssue]
+            parts = [{"purifier": name_of(purifier), **purifier.to_dict()} for purifier in self.purifiers]
         except UnknownNameError as error:
             raise SettingsError(f"{error} A chain with it cannot be written as JSON.") from error
         return json.dumps({"purifiers": parts, "handed_on": self.handed_on}, indent=indent)
