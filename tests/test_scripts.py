@@ -149,3 +149,10 @@ def test_busy_cores_compares_two_runs_of_the_demo(tmp_path: Path) -> None:
     sizes = ["--images", "1", "--iterations", "1", "--repeats", "1", "--limit", "inf"]
     said = run(tmp_path, str(ROOT / "benchmarks" / "busy_cores.py"), *sizes)
     assert re.search(r"^as it is: [\d.]+ s, beside [\d.]+ s, ratio [\d.]+$", said, re.MULTILINE)
+
+
+def test_purifiers_are_compared(tmp_path: Path) -> None:
+    given = ["--count", "2", "--steps", "1", "--eot", "1", "--only", "none", "one-step", "--out", str(tmp_path / "out")]
+    text = run(tmp_path, str(ROOT / "examples" / "compare_purifiers.py"), *given)
+    assert "| one-step | 4 |" in text
+    assert (tmp_path / "out" / "comparison.svg").is_file()

@@ -129,6 +129,34 @@ def test_a_study_compares_its_variants(tmp_path: Path, run: Run) -> None:
     assert json.loads(run("study", "vote", *given, "--json")) == found
 
 
+def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
+    """A pair of backbones: each purifier takes the one that it needs; CMAP keeps the settings of its record."""
+    given = [
+        "compare",
+        "-b",
+        "fashion-mnist-edm",
+        "-b",
+        "fashion-mnist-ct",
+        "-c",
+        "embedded",
+        "-d",
+        "embedded",
+        "-n",
+        2,
+    ]
+    given += ["-p", "identity", "-p", "one-step level=0.4 n_latents=2", "-p", "cmap n_latents=1 iterations=1"]
+    given += ["--only", "transfer", "--steps", 1, "--predictions", 1, "--reevaluations", 1, "--out", tmp_path]
+    text = run(*given)
+    assert "defence" in text
+    assert "one-step-level=0.4-n_latents=2" in text
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["passes"] for row in found["rows"]] == [0, 2, 2]
+    assert "learning_rate=0.1" in found["rows"][2]["purifier"]
+    assert json.loads(run(*given, "--json")) == found
+    assert "given twice" in run(*given, "-p", "identity", status=2)
+    assert "Did you mean 'one-step'" in run(*given, "-p", "one-stp", status=2)
+
+
 def test_of_several_ranks_the_first_one_alone_prints_and_reports(
     evaluated: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from cmap_defense.attacks.short_cmap import ShortCMAP
 from cmap_defense.attacks.spsa import SPSA
 from cmap_defense.attacks.square import Square
 from cmap_defense.attacks.steps import StepAttack
-from cmap_defense.attacks.suites import SUITES, full_suite, paper_suite, standard_suite, suite
+from cmap_defense.attacks.suites import SUITES, exact_suite, full_suite, paper_suite, standard_suite, suite
 from cmap_defense.attacks.target_steer import TargetSteer
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Source, Transfer, Undefended
 from cmap_defense.threat import ThreatModel
@@ -51,6 +51,7 @@ __all__ = [
     "Transfer",
     "Undefended",
     "VoteMargin",
+    "exact_suite",
     "full_suite",
     "paper_suite",
     "standard_suite",

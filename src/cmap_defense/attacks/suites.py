@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cmap_defense.attacks.apgd import APGD
 from cmap_defense.attacks.autoattack import AutoAttack
 from cmap_defense.attacks.base import Attack
 from cmap_defense.attacks.consistency_disruption import ConsistencyDisruption
@@ -24,16 +25,16 @@ from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["SUITES", "full_suite", "paper_suite", "standard_suite", "suite"]
+__all__ = ["SUITES", "exact_suite", "full_suite", "paper_suite", "standard_suite", "suite"]
 
 
 def suite(name: str, threat: ThreatModel, **sizes: Any) -> dict[str, Attack]:
     """A set of attacks by its name in ``SUITES``.
 
     Args:
-        name: "standard", "paper" or "full".
+        name: "standard", "paper", "exact" or "full".
         threat: norm and eps.
-        sizes: arguments of ``standard_suite``, ``paper_suite`` or ``full_suite``, such as ``steps=``.
+        sizes: arguments of the function of that name, such as ``steps=`` of ``standard_suite``.
 
     Raises:
         SettingsError: there is no set of this name.
@@ -107,6 +108,30 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
     }
 
 
+def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int = 0) -> dict[str, Attack]:
+    """Attacks that every purifier can be compared under: all of them work on any purifier.
+
+    The first does not know the defence. The second attacks one-step purification, which any denoising defence shares
+    much with. The third takes the purification as the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420). The last
+    two differentiate every step of the purification.
+
+    Args:
+        threat: norm and eps.
+        steps: on the image.
+        eot: evaluations per gradient.
+        seed: of all attacks.
+    """
+    image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
+    one_step = NoiseAndDenoise(sigma=0.5)
+    return {
+        "transfer": Transfer(PGD(threat, steps=steps, seed=seed), source=Undefended()),
+        "one-step-transfer": Transfer(PGD(threat, **image), source=one_step),
+        "bpda-eot": PGD(threat, gradient=StraightThrough(), **image),
+        "exact-eot": PGD(threat, gradient=Unrolled(), balanced=True, **image),
+        "apgd-eot": APGD(threat, gradient=Unrolled(), steps=steps, eot=eot, seed=seed),
+    }
+
+
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
     """``standard_suite`` and all other attacks, those with queries included. It takes hours rather than minutes.
 
@@ -138,6 +163,7 @@ def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int 
 SUITES: Mapping[str, Callable[..., dict[str, Attack]]] = {
     "standard": standard_suite,
     "paper": paper_suite,
+    "exact": exact_suite,
     "full": full_suite,
 }
 """Sets of attacks by name."""

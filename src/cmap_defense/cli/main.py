@@ -10,7 +10,7 @@ import click
 
 from cmap_defense.cli.command import Group
 from cmap_defense.cli.commands.backbones import backbones, quality, train
-from cmap_defense.cli.commands.evaluate import detect, evaluate, report, study
+from cmap_defense.cli.commands.evaluate import compare, detect, evaluate, report, study
 from cmap_defense.cli.commands.purify import demo, purify
 
 __all__ = ["cli", "format_warning", "main", "run"]
@@ -25,7 +25,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, detect, quality, train, backbones):
+for command in (demo, purify, evaluate, report, study, compare, detect, quality, train, backbones):
     cli.add_command(command)
 
 

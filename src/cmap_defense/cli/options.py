@@ -38,7 +38,7 @@ EMBEDDED = "embedded"
 COUNT = 512
 """Images that commands take from a data set where no number is given."""
 
-ATTACK_SETS = ("standard", "paper", "full")
+ATTACK_SETS = ("standard", "paper", "exact", "full")
 DATASETS = ("cifar10", "fashion-mnist")
 PURIFIERS = (
     "cmap",
@@ -311,8 +311,7 @@ purifier_options = decorators(
 )
 """What purifies."""
 
-model_options = decorators(
-    backbone_option,
+classifier_options = decorators(
     MODEL(
         "-c",
         "--classifier",
@@ -334,7 +333,10 @@ model_options = decorators(
         type=Numbers(float),
         help="Standard deviation that the classifier's preprocessing divides by, such as 0.25,0.24,0.26.",
     ),
-    purifier_options,
+)
+"""The bare classifier."""
+
+wrapper_options = decorators(
     PURIFICATION(
         "--vote",
         type=Choice(["label", "soft"]),
@@ -351,6 +353,9 @@ model_options = decorators(
     threads_option,
     device_option,
 )
+"""How a classifier is defended, whatever purifies."""
+
+model_options = decorators(backbone_option, classifier_options, purifier_options, wrapper_options)
 """The defended classifier."""
 
 data_options = decorators(

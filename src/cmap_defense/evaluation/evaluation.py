@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks import PGD, Attack, ThreatModel, full_suite, paper_suite, standard_suite
+from cmap_defense.attacks import PGD, Attack, ThreatModel, suite
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
@@ -27,7 +27,7 @@ from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.rng import isolated
-from cmap_defense.common.settings import near_matches, require_integer
+from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
@@ -35,16 +35,10 @@ from cmap_defense.evaluation.describe import describe_logits, describe_model, de
 from cmap_defense.evaluation.protocol import Protocol, run_indices
 from cmap_defense.evaluation.report import Report, build_report, write_report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
+from cmap_defense.evaluation.summary import Runs, WorstCase, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
 
-__all__ = ["SUITES", "Evaluation", "Expected", "Progress", "evaluate"]
-
-SUITES: Mapping[str, Callable[[ThreatModel], dict[str, Attack]]] = {
-    "standard": standard_suite,
-    "paper": paper_suite,
-    "full": full_suite,
-}
-"""Sets of attacks by name, at their own sizes."""
+__all__ = ["Evaluation", "Expected", "Progress", "evaluate"]
 
 Progress = Callable[[WorkUnit, int, int], None]
 """Called before each work unit of this process: the unit, how many of its own are done, how many it has."""
@@ -82,7 +76,7 @@ class Evaluation:
             evaluated in eval mode.
         data: see ``SelectedImages.of``.
         out: the folder of the results.
-        attacks: "standard", "paper", "full", or attacks by name.
+        attacks: "standard", "paper", "exact", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name; None for linf, 8/255.
         protocol: how often each image is attacked and predicted; None for the defaults.
         subset: which images; None for all.
@@ -278,6 +272,20 @@ class Evaluation:
         shape = tuple(self.images.images.shape[1:])
         return build_report(self.folder, self.units(), settings, model, attacks, shape, self.class_names)
 
+    def worst_case(self) -> WorstCase | None:
+        """Accuracy under the worst attack on each image, without the checks that a headline needs.
+
+        None where a work unit of the model is missing, or there are no attacks.
+        """
+        names = [DEFENDED + "/" + name for name in (CLEAN, *self.attacks[DEFENDED])]
+        units = [unit for unit in self.units() if unit.task in names]
+        if len(names) == 1 or not all(self.folder.done(unit) for unit in units):
+            return None
+        runs = [
+            Runs.of(line for unit in units if unit.task == name for line in self.folder.lines(unit)) for name in names
+        ]
+        return worst_case(runs[1:], runs[0])
+
     def _do(self, unit: WorkUnit, team: Ranks) -> None:
         task, batch = self.tasks[unit.task], self._batch(unit)
         begun = time.perf_counter()
@@ -381,7 +389,7 @@ def evaluate(
     Args:
         model: see ``Evaluation``, as for all but the last two.
         data: the images and their labels.
-        attacks: "standard", "paper", "full", or attacks by name.
+        attacks: "standard", "paper", "exact", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name.
         protocol: how often each image is attacked and predicted.
         subset: which images; None for all.
@@ -478,9 +486,7 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
 
 def _attacks_by_name(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
     if isinstance(attacks, str):
-        if attacks not in SUITES:
-            raise SettingsError(f"There is no set of attacks {attacks!r}.{near_matches(attacks, set(SUITES))}")
-        return SUITES[attacks](threat or ThreatModel())
+        return suite(attacks, threat or ThreatModel())
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
     if not isinstance(attacks, Mapping):

@@ -1,4 +1,4 @@
-"""``cmap-defense evaluate``, ``report``, ``study`` and ``detect``."""
+"""``cmap-defense evaluate``, ``report``, ``study``, ``compare`` and ``detect``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from cmap_defense.cli.options import (
     EMBEDDED,
     MODEL,
     PGD,
+    PURIFICATION,
     RUNNING,
     Choice,
     PathType,
     attack_options,
     check_options,
+    classifier_options,
     data_options,
     json_option,
     model_options,
@@ -25,6 +27,7 @@ from cmap_defense.cli.options import (
     out_option,
     protocol_options,
     seed_option,
+    wrapper_options,
 )
 from cmap_defense.threat import ThreatModel
 
@@ -101,6 +104,44 @@ def study(**options: Any) -> None:
     from cmap_defense.cli.evaluate import run_study
 
     run_study(options)
+
+
+@click.command(cls=Command, context_settings={"default_map": {"attacks": "exact"}})
+@MODEL(
+    "-b",
+    "--backbone",
+    "backbones",
+    multiple=True,
+    required=True,
+    help="Backbone to purify with: a name, a folder or a Hub id. Twice for a consistency model and a denoiser; each "
+    "purifier takes the one that it needs.",
+)
+@classifier_options
+@PURIFICATION(
+    "-p",
+    "--purifier",
+    "purifiers",
+    multiple=True,
+    required=True,
+    metavar='"NAME KEY=VALUE ..."',
+    help='Purifier to compare, in quotes with its settings: "diffpure t=75 n_latents=4". May be repeated.',
+)
+@wrapper_options
+@data_options
+@attack_options
+@protocol_options
+@out_option()
+@json_option
+def compare(**options: Any) -> None:
+    """Compare purifiers: one classifier, the same images, the same attacks.
+
+    Every purifier is an evaluation in a folder of its own below OUT; comparison.json, comparison.md and comparison.svg
+    put them side by side. Killed at any moment, the same command continues. Compare at equal n_latents: a vote gets
+    more robust as it grows.
+    """
+    from cmap_defense.cli.compare import run_compare
+
+    run_compare(options)
 
 
 DEFAULTS = {"backbone": "fashion-mnist-ct", "classifier": EMBEDDED, "data": EMBEDDED, "count": 64}

@@ -1,0 +1,95 @@
+"""``cmap-defense compare``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from cmap_defense.backbones.load import load_backbone
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cli.build import (
+    attacks_of,
+    data_of,
+    device_of,
+    imported_model,
+    purifier_of,
+    settings_of,
+    subset_of,
+    usage_errors,
+)
+from cmap_defense.cli.evaluate import unit_progress
+from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.common.ranks import ranks
+from cmap_defense.common.settings import near_matches
+from cmap_defense.evaluation.comparison import compare, write_comparison
+from cmap_defense.evaluation.protocol import Protocol
+from cmap_defense.purifiers.names import NAMES
+
+
+def run_compare(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
+    attacks, protocol, out = attacks_of(options), settings_of(Protocol, options), options["out"]
+    with ranks() as team:
+        models, data = _models(options), data_of(options)
+        with unit_progress(team) as progress:
+            found = compare(
+                models,
+                data,
+                out,
+                attacks=attacks,
+                protocol=protocol,
+                subset=subset_of(options, data),
+                threads=options["threads"],
+                progress=None if progress is None else lambda _, unit, done, total: progress(unit, done, total),
+            )
+        if team.rank == 0:
+            files, lacking = write_comparison(found, out)
+            if options["as_json"]:
+                print_json(found.to_dict())
+            else:
+                click.echo()
+                print_table(found.table())
+                click.echo(f"\n{', '.join(map(str, files))}")
+            if lacking is not None:
+                click.echo(f"No plot: {lacking}", err=True)
+        team.wait()
+
+
+def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
+    """The defences by name: the texts of ``--purifier`` with hyphens for spaces."""
+    device = device_of(options)
+    if len(options["backbones"]) > 2:
+        raise click.BadParameter("give one backbone, or two of different kinds.", param_hint="--backbone")
+    if (options["mean"] is None) != (options["std"] is None):
+        raise click.UsageError("--mean and --std go together: give both, or neither.")
+    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
+    loaded = [load_backbone(name).to(device) for name in options["backbones"]]
+    backbone: Any = loaded[0] if len(loaded) == 1 else tuple(loaded)
+    found: dict[str, PurifiedClassifier] = {}
+    for text in options["purifiers"]:
+        words = text.split()
+        name = "-".join(words)
+        if not words or name in found:
+            raise click.BadParameter(f"{text!r} is empty or given twice.", param_hint="--purifier")
+        if words[0] not in NAMES:
+            hint = near_matches(words[0], NAMES)
+            raise click.BadParameter(f"there is no purifier {words[0]!r}.{hint}", param_hint="--purifier")
+        found[name] = _model(words[0], words[1:], classifier, backbone, options).to(device).eval()
+    return found
+
+
+def _model(name: str, settings: list[str], classifier: Any, backbone: Any, options: dict[str, Any]) -> Any:
+    """A defence; the settings of CMAP that are not given are the backbone's."""
+    others: dict[str, Any] = {
+        "normalize": None if options["mean"] is None else (options["mean"], options["std"]),
+        "resize": options["resize"],
+        "vote": options["vote"],
+        "max_parallel": options["max_parallel"],
+    }
+    given = {"purifier": name, "purifier_set": settings}
+    with usage_errors():
+        purifier = purifier_of(given)
+        if name == "cmap" and purifier.kind is not None:  # at a level the settings of a record do not fit
+            purifier = purifier_of(given, PurifiedClassifier(classifier, backbone, **others).settings.to_dict())
+        return PurifiedClassifier(classifier, backbone, purifier=purifier, **others)

@@ -1,0 +1,225 @@
+"""Several defences of one classifier, on the same images under the same attacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from cmap_defense.attacks import Attack, ThreatModel
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.files import write_json, write_text
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_table
+from cmap_defense.data.selection import labelled_data
+from cmap_defense.data.subset import Subset
+from cmap_defense.errors import EvaluationError, MissingExtraError, SettingsError
+from cmap_defense.evaluation.evaluation import Evaluation
+from cmap_defense.evaluation.protocol import Protocol
+from cmap_defense.evaluation.results import WorkUnit
+from cmap_defense.evaluation.tasks import CLEAN, DEFENDED
+from cmap_defense.plots.comparison import comparison_plot
+
+__all__ = ["Compared", "Comparison", "compare", "write_comparison"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One defence of a comparison.
+
+    Attributes:
+        name: of the defence.
+        purifier: its purifier and settings.
+        n_latents: K, the purified versions of an image.
+        passes: network passes of an image, at most.
+        seconds: of one prediction of an image, measured on clean images; None where nothing was timed.
+        clean: re-evaluated accuracy on clean images.
+        attacked: re-evaluated accuracy under each attack, by name.
+        worst: the same under the worst attack on each image; no row lies below it.
+    """
+
+    name: str
+    purifier: str
+    n_latents: int
+    passes: int
+    seconds: float | None
+    clean: Accuracy
+    attacked: Mapping[str, Accuracy]
+    worst: Accuracy
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison:
+    """Defences side by side.
+
+    Attributes:
+        rows: the defences, in the order in which they were given.
+        settings: of each defence's evaluation, by name.
+    """
+
+    rows: Sequence[Compared]
+    settings: Mapping[str, Any]
+
+    def table(self) -> list[list[str]]:
+        """Headings, and a row for each defence."""
+        attacks = list(self.rows[0].attacked)
+        found = [["defence", "passes", "seconds", "clean", *attacks, "worst of these"]]
+        for row in self.rows:
+            seconds = "" if row.seconds is None else f"{row.seconds:.3g}"
+            shares = [row.clean, *(row.attacked[name] for name in attacks), row.worst]
+            found.append([row.name, f"{row.passes:,}", seconds, *map(str, shares)])
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON, each accuracy with its interval."""
+        rows = [
+            dataclasses.asdict(row)
+            | {
+                "clean": row.clean.to_dict(),
+                "worst": row.worst.to_dict(),
+                "attacked": {name: share.to_dict() for name, share in row.attacked.items()},
+            }
+            for row in self.rows
+        ]
+        return {"rows": rows, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From what ``to_dict`` gives. Raises ``EvaluationError`` for something else."""
+        try:
+            rows = [
+                Compared(
+                    **{
+                        **row,
+                        "clean": Accuracy.from_dict(row["clean"]),
+                        "worst": Accuracy.from_dict(row["worst"]),
+                        "attacked": {name: Accuracy.from_dict(share) for name, share in row["attacked"].items()},
+                    }
+                )
+                for row in values["rows"]
+            ]
+            return cls(rows, values["settings"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(f"This is no comparison: {error!r}. Give what to_dict returned.") from error
+
+    def __repr__(self) -> str:
+        lines = [f"  {row.name}: clean {row.clean}, worst {row.worst}, {row.passes:,} passes" for row in self.rows]
+        return "Comparison(\n" + "\n".join(lines) + "\n)"
+
+
+def compare(
+    models: Mapping[str, PurifiedClassifier],
+    data: Any,
+    out: str | Path,
+    *,
+    attacks: str | Mapping[str, Attack] = "exact",
+    threat: ThreatModel | None = None,
+    protocol: Protocol | None = None,
+    subset: Subset | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, WorkUnit, int, int], None] | None = None,
+) -> Comparison:
+    """Evaluate each defence in ``out/<name>``; what is done already is not done again.
+
+    The checks that a headline needs are left out: a comparison ranks defences under the same attacks, and ``evaluate``
+    says whether the attacks on one of them worked. Compare at equal K: a vote gets more robust as it grows.
+
+    Args:
+        models: defences by name, such as ``{"one-step": model.variant(purifier=OneStep(level=0.5))}``. Names become
+            folders.
+        data: as ``Evaluation`` takes it.
+        out: the folder.
+        attacks: "exact", another set by name, or attacks by name, which have to suit each of the purifiers.
+        threat: norm and eps of a set of attacks that is given by name.
+        protocol: how often each image is attacked and predicted.
+        subset: which images; None for all.
+        threads: of the CPU.
+        progress: called before each work unit with the name of the defence and what ``Progress`` gets.
+
+    Returns:
+        The comparison; ``write_comparison`` writes it.
+
+    Raises:
+        EvaluationError: a folder is in use, or holds results of other settings.
+        SettingsError: there is no defence or no attack, or a model is no ``PurifiedClassifier``.
+    """
+    for name, model in models.items():
+        if not isinstance(model, PurifiedClassifier):
+            raise SettingsError(f"models[{name!r}] must be a PurifiedClassifier, but is a {type(model).__name__}.")
+        if not name or Path(name).name != name:
+            raise SettingsError(f"{name!r} cannot be the name of a folder: give the defence another name.")
+    if not models:
+        raise SettingsError("There is nothing to compare: give models by name.")
+    without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
+    data = labelled_data(data, next(iter(models.values())).image_shape[0])
+    rows, settings = [], {}
+    for name, model in models.items():
+        evaluation = Evaluation(
+            model,
+            data,
+            Path(out) / name,
+            attacks=attacks,
+            threat=threat,
+            protocol=without,
+            subset=subset,
+            undefended=False,
+            threads=threads,
+        )
+        if not evaluation.attacks[DEFENDED]:
+            raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
+        evaluation.run(None if progress is None else _named(progress, name))
+        rows.append(_row(name, model, evaluation))
+        settings[name] = evaluation.folder.settings()
+    return Comparison(rows, settings)
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> tuple[list[Path], str | None]:
+    """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``.
+
+    Args:
+        comparison: what ``compare`` returned.
+        folder: is made where it is not there.
+
+    Returns:
+        The files written, and what is missing for the plot, if anything is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "comparison.json", folder / "comparison.md"]
+    values = comparison.to_dict()
+    write_json(written[0], values)
+    head, *rows = comparison.table()
+    text = (
+        "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
+        "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
+    )
+    write_text(written[1], f"# Comparison of defences\n\n{text}\n\n{markdown_table(head, rows)}\n")
+    try:
+        drawn = comparison_plot(values)
+    except MissingExtraError as error:
+        return written, str(error)
+    write_text(folder / "comparison.svg", drawn.decode("utf-8"))
+    return [*written, folder / "comparison.svg"], None
+
+
+def _named(progress: Callable[[str, WorkUnit, int, int], None], name: str) -> Callable[[WorkUnit, int, int], None]:
+    return lambda unit, done, total: progress(name, unit, done, total)
+
+
+def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:
+    report, worst = evaluation.report(), evaluation.worst_case()
+    assert worst is not None
+    timing, protocol = report.timings[f"{DEFENDED}/{CLEAN}"], evaluation.protocol
+    predictions = timing.images * (protocol.predictions + protocol.reevaluations)
+    return Compared(
+        name=name,
+        purifier=repr(model.purifier),
+        n_latents=model.purifier.n_latents,
+        passes=model.purifier.passes,
+        seconds=timing.seconds / predictions if timing.seconds else None,
+        clean=report.row(CLEAN).reevaluated,
+        attacked={attack: report.row(attack).reevaluated for attack in evaluation.attacks[DEFENDED]},
+        worst=worst.accuracy,
+    )

@@ -1,0 +1,53 @@
+"""The plot of a comparison: accuracy on clean images and under the worst attack, over the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cmap_defense.plots.figure import COLOURS, MARKERS, MUTED, draw, plain_axes, printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["comparison_plot"]
+
+
+def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
+    """An SVG: for each defence a line from its accuracy on clean images down to that under the worst attack.
+
+    Args:
+        comparison: what ``Comparison.to_dict`` gives.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = comparison["rows"]
+
+    def fill(figure: Figure) -> None:
+        axes = plain_axes(figure.subplots(), "Clean (hollow) and under the worst attack (filled)")
+        for number, row in enumerate(rows):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            clean, worst = row["clean"]["value"], row["worst"]["value"]
+            low, high = row["worst"]["interval"]
+            passes = max(1, row["passes"])  # an axis of powers of ten has no 0
+            axes.plot([passes, passes], [worst, clean], color=MUTED, linewidth=0.8, zorder=1)
+            axes.plot(passes, clean, marker, color=colour, markerfacecolor="white")
+            axes.errorbar(
+                passes,
+                worst,
+                yerr=[[max(0.0, worst - low)], [max(0.0, high - worst)]],
+                marker=marker,
+                color=colour,
+                capsize=3,
+                linestyle="none",
+                label=printable(row["name"], 40),
+            )
+        axes.set_xscale("log")
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("network passes of one prediction of an image, at most")
+        axes.set_ylabel("accuracy")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        figure.set_layout_engine("constrained")
+
+    return draw((8.2, 4.2), fill, purpose="The plot of a comparison is drawn with matplotlib")

@@ -1,0 +1,104 @@
+"""Defences side by side: the rows are those of evaluations, nothing is done twice, and the files agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from attack_toys import Denoiser, Linear, labelled
+from cmap_defense import PurifiedClassifier
+from cmap_defense.attacks import PGD, ThreatModel, Transfer
+from cmap_defense.errors import EvaluationError, SettingsError
+from cmap_defense.evaluation import Comparison, Protocol, compare, evaluate, write_comparison
+from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers import Identity, OneStep
+
+THREAT = ThreatModel(eps=0.1)
+ATTACKS = {"transfer": Transfer(PGD(THREAT, steps=2)), "exact": PGD(THREAT, steps=2, gradient=Unrolled())}
+PROTOCOL = Protocol(predictions=2, reevaluations=2, group=2, sanity_images=0, search_on_clean=False)
+
+
+def models() -> dict[str, PurifiedClassifier]:
+    backbone, classifier = Denoiser(), Linear()
+    made = {"none": Identity(), "one step": OneStep(level=0.3, n_latents=2)}
+    return {name: PurifiedClassifier(classifier, backbone, purifier=purifier).eval() for name, purifier in made.items()}
+
+
+def compared(out: Path, **options: Any) -> Comparison:
+    given: dict[str, Any] = {"attacks": ATTACKS, "protocol": PROTOCOL, "threads": 1}
+    return compare(models(), labelled(5), out, **(given | options))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    out = tmp_path_factory.mktemp("comparison")
+    return out, compared(out)
+
+
+def test_each_row_is_that_of_an_evaluation(found: tuple[Path, Comparison], tmp_path: Path) -> None:
+    _, comparison = found
+    assert [row.name for row in comparison.rows] == ["none", "one step"]
+    alone = evaluate(
+        models()["one step"], labelled(5), attacks=ATTACKS, protocol=PROTOCOL, threads=1, out=tmp_path / "alone"
+    )
+    row = comparison.rows[1]
+    assert (row.passes, row.n_latents) == (2, 2)
+    assert row.clean == alone.row("clean").reevaluated
+    assert row.attacked == {name: alone.row(name).reevaluated for name in ATTACKS}
+
+
+def test_no_row_is_below_the_worst(found: tuple[Path, Comparison]) -> None:
+    for row in found[1].rows:
+        assert row.worst.value <= min(share.value for share in (row.clean, *row.attacked.values()))
+    without = found[1].rows[0]
+    assert without.worst.value < without.clean.value, "the bare classifier falls to its own gradient"
+
+
+def test_what_is_done_is_not_done_again(found: tuple[Path, Comparison]) -> None:
+    out, comparison = found
+    done: list[str] = []
+    again = compared(out, progress=lambda name, unit, number, total: done.append(name))
+    assert done == []
+    assert again.to_dict()["rows"] == comparison.to_dict()["rows"]
+    with pytest.raises(EvaluationError, match="eps"):
+        compared(out, attacks={"transfer": Transfer(PGD(ThreatModel(eps=0.2), steps=2))})
+
+
+def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_path: Path) -> None:
+    _, comparison = found
+    files, lacking = write_comparison(comparison, tmp_path / "written")
+    assert lacking is None
+    assert [file.name for file in files] == ["comparison.json", "comparison.md", "comparison.svg"]
+    assert Comparison.from_dict(json.loads(files[0].read_text())) == comparison
+    head, *rows = comparison.table()
+    text = files[1].read_text()
+    assert all(f"| {' | '.join(row)} |" in text for row in (head, *rows))
+    drawn = "".join(ElementTree.parse(files[2]).getroot().itertext())
+    assert "one step" in drawn
+    assert len(repr(comparison).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "give models by name"),
+        ({"a/b": None}, "must be a PurifiedClassifier"),
+        ({"bare": Linear()}, "must be a PurifiedClassifier"),
+    ],
+)
+def test_wrong_models_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        compare(given, labelled(2), tmp_path)
+    with pytest.raises(SettingsError, match="name of a folder"):
+        compare({"a/b": models()["none"]}, labelled(2), tmp_path)
+    with pytest.raises(SettingsError, match="needs attacks"):
+        compare(models(), labelled(2), tmp_path, attacks={})
+
+
+def test_something_else_is_no_comparison() -> None:
+    with pytest.raises(EvaluationError, match="no comparison"):
+        Comparison.from_dict({"rows": [{"name": "one"}], "settings": {}})
