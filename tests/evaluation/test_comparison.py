@@ -79,6 +79,7 @@ def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_p
     assert all(f"| {' | '.join(row)} |" in text for row in (head, *rows))
     drawn = "".join(ElementTree.parse(files[2]).getroot().itertext())
     assert "one step" in drawn
+    assert "mathdefault" not in drawn, "numbers on the axis are plain text"
     assert len(repr(comparison).splitlines()) == 4
 
 

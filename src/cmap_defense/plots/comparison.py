@@ -44,6 +44,8 @@ def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
                 label=printable(row["name"], 40),
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("network passes of one prediction of an image, at most")
         axes.set_ylabel("accuracy")
