@@ -81,7 +81,7 @@ def test_cifar10_in_its_parts(recipe: Recipe, tmp_path: Path) -> None:
     recipe("cifar10.sh", "model", *small, IMAGES="16")
     made = record(tmp_path / "runs/cifar10/model")
     assert (made["kind"], made["name"]) == ("consistency", "cifar10-ct-small")
-    sizes = ["-n", "4", "--latents", "1", "--iterations", "1", "--samples", "8"]
+    sizes = ["-n", "4", "--n-latents", "1", "--iterations", "1", "--samples", "8"]
     with pytest.raises(AssertionError, match="RESNET56"):
         recipe("cifar10.sh", "quality", *sizes)
     classifiers = {name: str(random_resnet(tmp_path, int(name[6:]))) for name in ("RESNET20", "RESNET56")}

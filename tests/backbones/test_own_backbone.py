@@ -107,7 +107,7 @@ def test_kind_follows_from_the_methods_unless_it_is_given(members: dict[str, Any
     if expected == "consistency":
         PurifiedClassifier(Linear(), backbone)
     else:
-        with pytest.raises(BackboneError, match="A denoiser has no one-step generator: CMAP needs a consistency model"):
+        with pytest.raises(BackboneError, match="CMAP needs a consistency model, but Own is a denoiser"):
             PurifiedClassifier(Linear(), backbone)
 
 
