@@ -83,6 +83,11 @@ def test_without_steps_it_is_one_step_purification() -> None:
     assert searched.history is not None
     assert searched.history.total.shape == (0, B)
     assert CMAP(settings).passes == K
+    leaf, gradients = IMAGES.clone().requires_grad_(), []
+    for purifier in (CMAP(settings), OneStep(level=LEVEL, n_latents=K)):
+        model = PurifiedClassifier(classify, BACKBONE, purifier=purifier, gradient=Unrolled())
+        gradients.append(torch.autograd.grad((model.purify(leaf, seeds=[4, 5]).images * WEIGHTS).sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

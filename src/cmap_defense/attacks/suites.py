@@ -109,11 +109,13 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
 
 
 def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int = 0) -> dict[str, Attack]:
-    """Attacks that every purifier can be compared under: all of them work on any purifier.
+    """Attacks that purifiers of all kinds can be compared under.
 
     The first does not know the defence. The second attacks one-step purification, which any denoising defence shares
-    much with. The third takes the purification as the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420). The last
-    two differentiate every step of the purification.
+    much with. The third takes the purification as the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420), and the
+    fourth its derivative as that of one denoising step. The last two differentiate the purification: every step of a
+    purifier that denoises, and the last five of an optimisation over latents, whose exact gradient through many steps
+    points nowhere. Two of them need a backbone with ``denoise``.
 
     Args:
         threat: norm and eps.
@@ -122,13 +124,14 @@ def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int
         seed: of all attacks.
     """
     image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
-    one_step = NoiseAndDenoise(sigma=0.5)
+    one_step, exact = NoiseAndDenoise(sigma=0.5), Unrolled(last=5, l1_smoothing=0.3)
     return {
         "transfer": Transfer(PGD(threat, steps=steps, seed=seed), source=Undefended()),
         "one-step-transfer": Transfer(PGD(threat, **image), source=one_step),
         "bpda-eot": PGD(threat, gradient=StraightThrough(), **image),
-        "exact-eot": PGD(threat, gradient=Unrolled(), balanced=True, **image),
-        "apgd-eot": APGD(threat, gradient=Unrolled(), steps=steps, eot=eot, seed=seed),
+        "surrogate-eot": PGD(threat, gradient=Surrogate(), **image),
+        "exact-eot": PGD(threat, gradient=exact, balanced=True, **image),
+        "apgd-eot": APGD(threat, gradient=exact, steps=steps, eot=eot, seed=seed),
     }
 
 

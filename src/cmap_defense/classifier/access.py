@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from cmap_defense.cmap.voting import vote_logits
 from cmap_defense.common.inputs import check_class_labels, check_logits, check_seeds, signed_word
 from cmap_defense.common.modules import device_of, dtype_of, evaluating
 from cmap_defense.common.options import NamedOptions
-from cmap_defense.common.passes import count_passes
 from cmap_defense.common.rng import draw_latents, fresh_seeds
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.purifiers.base import Purifier
@@ -153,14 +151,14 @@ class LatentAccess(NamedOptions, nn.Module):
         Args:
             class_labels: [B, K] integers for a class-conditional backbone.
         """
-        denoise: Any = getattr(self.backbone, "denoise", None)
-        if denoise is None:
+        if getattr(self.backbone, "denoise", None) is None:
             return None
-        given = () if class_labels is None else (class_labels.flatten(),)
 
         def denoised(noisy: Tensor, sigma: float) -> Tensor:
-            count_passes(noisy.shape[0] * noisy.shape[1])
-            return denoise(noisy.flatten(0, 1), sigma, *given).unflatten(0, noisy.shape[:2])
+            call = caster(self.backbone, noisy.device, "denoise")
+            chunks = latent_chunks(noisy, class_labels, self.max_parallel)
+            clean = torch.cat([call(images, sigma, *labels) for images, *labels in chunks])
+            return clean.to(noisy.dtype).unflatten(0, noisy.shape[:2])
 
         return denoised
 
@@ -196,15 +194,19 @@ class LatentAccess(NamedOptions, nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             came = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise InputValueError(f"latents must be [B, K, {expected}], but are {came}.")
+        if not self.purifier.optimises_latents:
+            self._cmap("generate")
+        backbone = self.purifier.member(self.backbone)
+        classes = getattr(backbone, "num_classes", None)
+        if classes is None and backbone is not self.backbone:
+            class_labels = None  # those of the other backbone of a pair
         labels = check_class_labels(
-            None if class_labels is None else class_labels.reshape(-1),
-            latents.shape[0] * latents.shape[1],
-            getattr(self.backbone, "num_classes", None),
+            None if class_labels is None else class_labels.reshape(-1), latents.shape[0] * latents.shape[1], classes
         )
         labels = None if labels is None else labels.reshape(latents.shape[:2])
         level = self.purifier.settings.level if isinstance(self.purifier, CMAP) else None
         inputs = None
-        generate = caster(self.backbone, latents.device)
+        generate = caster(backbone, latents.device, self.purifier.needs or "generate")
         if level is not None:
             if images is None or len(images) != len(latents):
                 raise InputValueError(
@@ -212,7 +214,7 @@ class LatentAccess(NamedOptions, nn.Module):
                     "after the latents."
                 )
             inputs = self.preprocessing.resized(images, self.image_shape[1:]).to(latents.dtype)
-            generate = around_inputs(caster(self.backbone, latents.device, "denoise"), level)
+            generate = around_inputs(generate, level)
         generated = [generate(*given) for given in latent_chunks(latents, labels, self.max_parallel, inputs)]
         return torch.cat(generated).to(latents.dtype).unflatten(0, latents.shape[:2])
 

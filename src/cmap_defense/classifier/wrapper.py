@@ -280,7 +280,7 @@ class PurifiedClassifier(LatentAccess):
             options["purifier"] = None
         other = PurifiedClassifier(self.classifier, self.backbone, **(options | changes))
         other.training = self.training
-        if hooks:
+        if hooks and other.purifier.optimises_latents:
             other._latent_hooks = self._latent_hooks
         return other
 

@@ -94,7 +94,9 @@ def model_of(options: Options) -> PurifiedClassifier:
     classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
     if (options["mean"] is None) != (options["std"] is None):
         raise click.UsageError("--mean and --std go together: give both, or neither.")
-    named = None if options["purifier"] == "cmap" else purifier_of(options)
+    named = purifier_of(options)
+    if isinstance(named, CMAP) and named.settings.level is None:
+        named = None  # it starts from the settings of the backbone's record
     model = PurifiedClassifier(
         classifier,
         options["backbone"],
@@ -122,7 +124,7 @@ def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Pur
     given = list(options.get("purifier_set", ()))
     given += [f"{name}={options[name]}" for name in PURIFIER_OPTIONS if options.get(name) is not None]
     names = {text.partition("=")[0].strip() for text in given}
-    kept = {} if start is None or "preset" in names else start
+    kept = {} if start is None or names & {"preset", "level"} else start  # a record's settings do not fit a level
     texts = [
         f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in kept.items()

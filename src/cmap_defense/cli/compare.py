@@ -69,7 +69,7 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
     found: dict[str, PurifiedClassifier] = {}
     for text in options["purifiers"]:
         words = text.split()
-        name = "-".join(words)
+        name = "-".join(words).replace("/", "_")
         if not words or name in found:
             raise click.BadParameter(f"{text!r} is empty or given twice.", param_hint="--purifier")
         if words[0] not in NAMES:

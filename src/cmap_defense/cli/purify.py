@@ -33,6 +33,7 @@ def run_purify(options: dict[str, Any]) -> None:
     backbone = load_backbone(options["backbone"], kind=purifier_of(options).kind).to(device)
     recorded = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
     purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
+    purifier.check(backbone)
     settings = purifier.settings if isinstance(purifier, CMAP) else recorded
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
     channels, *size = backbone.image_shape
@@ -42,7 +43,7 @@ def run_purify(options: dict[str, Any]) -> None:
     paths = list(targets)
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     written, mismatches = [], []
-    steps = settings.iterations if isinstance(purifier, CMAP) else 1
+    steps = settings.iterations if isinstance(purifier, CMAP) else max(1, getattr(purifier, "steps", 1))
     with using_threads(options["threads"]), Progress(steps * len(groups), "purifying") as progress:
         for number, group in enumerate(groups):
             originals = [read_image(path, channels) for path in group]

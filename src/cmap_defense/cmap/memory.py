@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.common.modules import dtype_of
+from cmap_defense.common.passes import not_counting
 
 __all__ = ["bytes_per_latent", "default_max_parallel"]
 
@@ -49,7 +50,7 @@ def _kept_bytes(generate: Callable[..., Tensor], latents: Tensor, conditional: b
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # an output that is kept as it is would keep its graph, which keeps it: for ever
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with not_counting(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         generated = generate(
             latents.requires_grad_(), *labels
         )  # kept until it is counted, so that no storage is used twice

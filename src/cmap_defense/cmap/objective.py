@@ -93,7 +93,8 @@ class LatentObjective:
         for (part, *labels), chunk in self._split(latents):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                generated = self._generated(leaf, self.images[chunk.owners], *labels)
+                inputs = self.images if self.settings.level is None else self.images[chunk.owners]
+                generated = self._generated(leaf, inputs, *labels)
                 l1, ssim = perceptual_terms(generated, chunk.reference, self.settings.l1_smoothing)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)

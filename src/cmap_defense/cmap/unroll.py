@@ -73,7 +73,7 @@ def unrolled_latents(
     state = LoopState(start.detach(), AdamState.start(start))
     bound = _Bound()
     latents, first, second = state.latents, state.adam.first, state.adam.second
-    length = math.ceil(math.sqrt(tail)) if backward.checkpoint else tail
+    length = max(1, math.ceil(math.sqrt(tail)) if backward.checkpoint else tail)
     cuts = sorted({0, head, total} | stops | set(range(head, total, length)))
     for begin, end in itertools.pairwise(cuts):
         if begin in stops:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-__all__ = ["PassCounter", "count_passes", "counting_passes"]
+__all__ = ["PassCounter", "count_passes", "counting_passes", "not_counting"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +32,17 @@ def counting_passes() -> Iterator[PassCounter]:
         yield counter
     finally:
         _active.remove(counter)
+
+
+@contextlib.contextmanager
+def not_counting() -> Iterator[None]:
+    """Passes in the ``with`` block are not counted, such as those that only measure memory."""
+    counters = _active[:]
+    _active.clear()
+    try:
+        yield
+    finally:
+        _active.extend(counters)
 
 
 def count_passes(number: int) -> None:

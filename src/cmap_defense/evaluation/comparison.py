@@ -20,10 +20,13 @@ from cmap_defense.errors import EvaluationError, MissingExtraError, SettingsErro
 from cmap_defense.evaluation.evaluation import Evaluation
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.results import WorkUnit
-from cmap_defense.evaluation.tasks import CLEAN, DEFENDED
+from cmap_defense.evaluation.tasks import CLEAN, DEFENDED, is_file_name
 from cmap_defense.plots.comparison import comparison_plot
 
 __all__ = ["Compared", "Comparison", "compare", "write_comparison"]
+
+FILES = ("comparison.json", "comparison.md", "comparison.svg")
+LONGEST_NAME = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +69,11 @@ class Comparison:
     def table(self) -> list[list[str]]:
         """Headings, and a row for each defence."""
         attacks = list(self.rows[0].attacked)
-        found = [["defence", "passes", "seconds", "clean", *attacks, "worst of these"]]
+        found = [["defence", "K", "passes", "seconds", "clean", *attacks, "worst of these"]]
         for row in self.rows:
             seconds = "" if row.seconds is None else f"{row.seconds:.3g}"
             shares = [row.clean, *(row.attacked[name] for name in attacks), row.worst]
-            found.append([row.name, f"{row.passes:,}", seconds, *map(str, shares)])
+            found.append([row.name, str(row.n_latents), f"{row.passes:,}", seconds, *map(str, shares)])
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,15 +152,17 @@ def compare(
     for name, model in models.items():
         if not isinstance(model, PurifiedClassifier):
             raise SettingsError(f"models[{name!r}] must be a PurifiedClassifier, but is a {type(model).__name__}.")
-        if not name or Path(name).name != name:
-            raise SettingsError(f"{name!r} cannot be the name of a folder: give the defence another name.")
+        taken = [*FILES, *(other.casefold() for other in models if other != name)]
+        if not is_file_name(name) or "/" in name or len(name) > LONGEST_NAME or name.casefold() in taken:
+            raise SettingsError(
+                f"{name[:80]!r} cannot be the name of a folder of its own on every system: give the defence another."
+            )
     if not models:
         raise SettingsError("There is nothing to compare: give models by name.")
     without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
     data = labelled_data(data, next(iter(models.values())).image_shape[0])
-    rows, settings = [], {}
-    for name, model in models.items():
-        evaluation = Evaluation(
+    evaluations = {
+        name: Evaluation(
             model,
             data,
             Path(out) / name,
@@ -168,15 +173,23 @@ def compare(
             undefended=False,
             threads=threads,
         )
+        for name, model in models.items()
+    }
+    for evaluation in evaluations.values():  # before any work is done
         if not evaluation.attacks[DEFENDED]:
             raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
+        evaluation.check_folder()
+        for task in evaluation.tasks.values():
+            task.passes_per_image()
+    rows, settings = [], {}
+    for name, evaluation in evaluations.items():
         evaluation.run(None if progress is None else _named(progress, name))
-        rows.append(_row(name, model, evaluation))
+        rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
     return Comparison(rows, settings)
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> tuple[list[Path], str | None]:
+def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[Path], str | None]:
     """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``.
 
     Args:
@@ -186,6 +199,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> tuple[list[Path], 
     Returns:
         The files written, and what is missing for the plot, if anything is.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "comparison.json", folder / "comparison.md"]
     values = comparison.to_dict()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.describe import describe, describe_module, qualified_name
+from cmap_defense.common.describe import describe_module, qualified_name
 
 __all__ = ["describe_logits", "describe_model", "describe_software"]
 
@@ -40,12 +40,11 @@ def describe_model(model: object) -> dict[str, Any]:
 
 
 def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
-    """The settings of an optimisation over latents, or the purifier with its own."""
+    """The purifier's class with its settings, which of an optimisation over latents stand by themselves."""
+    kind = {"class": qualified_name(model.purifier)}
     if model.purifier.optimises_latents:
-        return {"settings": model.settings.to_dict()}
-    found = describe(model.purifier)
-    own = found if isinstance(found, dict) else {"class": qualified_name(model.purifier), "described": found}
-    return {"purifier": own}
+        return {"purifier": kind, "settings": model.settings.to_dict()}
+    return {"purifier": kind | model.purifier.to_dict()}
 
 
 def describe_logits(logits: Tensor) -> list[float]:

@@ -280,7 +280,7 @@ def make_tasks(
     names = [task.name for task in tasks]
     folded = [name.casefold() for name in names]  # some systems take these for the same file
     for name in names:
-        if folded.count(name.casefold()) > 1 or not all(map(_is_file_name, name.split("/"))):
+        if folded.count(name.casefold()) > 1 or not all(map(is_file_name, name.split("/"))):
             raise SettingsError(f"{name!r} names two tasks, or is no name for a file on every system.")
     return tasks
 
@@ -327,7 +327,7 @@ def _check_tasks(
     return [*tasks, GradientTask(attack=attack, samples=protocol.gradient_samples, **common)]
 
 
-def _is_file_name(part: str) -> bool:
+def is_file_name(part: str) -> bool:
     return bool(part) and part.strip(" .") == part and not set(part) & set('\\<>:"|?*') and part.isprintable()
 
 

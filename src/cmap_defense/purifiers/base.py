@@ -154,9 +154,9 @@ class Purifier(abc.ABC):
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values; by default those of a dataclass by name, with its class."""
-        found = describe(self)
-        return found if isinstance(found, dict) else {"class": qualified_name(self), "described": found}
+        """The settings as JSON-ready values; by default the class and the attributes by name."""
+        attributes = {name: describe(value) for name, value in vars(self).items()}
+        return {"class": qualified_name(self), **attributes}
 
 
 def require_level(backbone: nn.Module, owner: str, level: float) -> None:

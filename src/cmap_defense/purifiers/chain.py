@@ -154,6 +154,7 @@ class Chain(Settings, Purifier):
     ) -> PurificationResult:
         if latents is not None:
             raise InputValueError("A Chain draws the noise of each purifier from the seeds: leave latents out.")
+        self.check(backbone)
         count, current = len(images), images
         results: list[PurificationResult] = []
         for n, purifier in enumerate(self.purifiers):
@@ -162,7 +163,8 @@ class Chain(Settings, Purifier):
             elif results:
                 current = results[-1].images.flatten(0, 1)
             labels = self._labels(purifier, backbone, class_labels, n)
-            given = seeds if n == 0 else _seeds_of(seeds, n, self._versions(n))
+            first = n == 0 and not isinstance(purifier, Chain)  # which would derive the seeds of this chain again
+            given = seeds if first else _seeds_of(seeds, n, self._versions(n))
             results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **options))
         last, shape = results[-1], (count, self.n_latents)
         return dataclasses.replace(

@@ -109,6 +109,9 @@ class CMAP(Purifier):
         Returns:
             The problem, in float32 or the images' precision where that is higher.
         """
+        self.check(backbone)
+        if getattr(self.member(backbone), "num_classes", None) is None:
+            class_labels = None  # those of the other backbone of a pair
         dtype = torch.promote_types(images.dtype, torch.float32)
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)

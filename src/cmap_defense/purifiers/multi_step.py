@@ -226,15 +226,17 @@ class MultiStepPurifier(Settings, Purifier):
             return PurificationResult(unchanged, first, seeds=drawn_from, class_labels=class_labels)
         count = first.shape[0] * first.shape[1]
         call = caster(backbone, images.device, "denoise")
+        conditional = getattr(backbone, "num_classes", None) is not None  # of a pair perhaps only the other one
+        own_labels = class_labels if conditional else None
         if max_parallel is None:
-            max_parallel = self._fitting(backbone, images, class_labels is not None)
+            max_parallel = self._fitting(backbone, images, own_labels is not None)
         with torch.autocast(images.device.type, enabled=False):
             run = Run(
                 (2 * images - 1).repeat_interleave(first.shape[1], dim=0),
                 Denoiser(
                     backbone,
                     call,
-                    None if class_labels is None else class_labels.flatten(),
+                    None if own_labels is None else own_labels.flatten(),
                     max_parallel,
                     checkpoint and (self.steps > 1 or count > max_parallel),
                 ),

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cmap_defense.backbones.base import caster, kind_of
+from cmap_defense.backbones.base import kind_of
+from cmap_defense.common.modules import dtype_of
 from cmap_defense.errors import BackboneError
 
 __all__ = ["BackbonePair"]
@@ -65,5 +66,8 @@ class BackbonePair(nn.Module):
 
 
 def _call(member: nn.Module, method: str, class_labels: Tensor | None, first: Tensor, *rest: Any) -> Tensor:
+    """A method of one of the two, its input in that one's precision; who calls the pair counts the passes."""
     conditional = class_labels is not None and getattr(member, "num_classes", None) is not None
-    return caster(member, first.device, method)(first, *rest, *([class_labels] if conditional else []))
+    dtype = None if getattr(member, "accepts_any_float", False) else dtype_of(member)
+    labels = [class_labels] if conditional else []
+    return getattr(member, method)(first if dtype is None else first.to(dtype), *rest, *labels)
