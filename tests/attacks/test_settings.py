@@ -176,7 +176,7 @@ def test_a_dictionary_has_the_class_and_the_settings_by_name():
 
 
 def test_suites_have_their_names_and_sizes():
-    assert set(attacks.SUITES) == {"standard", "paper", "full"}
+    assert set(attacks.SUITES) == {"standard", "paper", "exact", "full"}
     threat = ThreatModel(eps=0.1)
     assert attacks.suite("standard", threat, steps=3) == attacks.standard_suite(threat, steps=3)
     assert attacks.suite("full", threat).items() > attacks.suite("standard", threat).items()

@@ -166,3 +166,16 @@ def test_of_several_ranks_the_first_one_alone_prints_and_reports(
     monkeypatch.setattr(module, "write_report", None)
     assert run(*TINY, "--out", evaluated) == ""
     assert waited == [True]
+
+
+def test_attacks_on_latents_are_left_out_for_purifiers_without_latents(tmp_path: Path, run: Run) -> None:
+    given = ["-b", "fashion-mnist-edm", "-c", "embedded", "-d", "embedded", "-n", 2, "--purifier", "one-step"]
+    text = run("evaluate", *given, "--dry-run", "--out", tmp_path / "out")
+    assert "Left out, since this purifier has no latents to attack: latent, consistency-disruption." in text
+    assert "latents" in run("evaluate", *given, "--only", "latent", "--out", tmp_path / "out", status=1)
+
+
+@pytest.mark.parametrize("command", [["study", "vote"], ["detect"], ["quality"]])
+def test_commands_about_cmap_refuse_other_purifiers(command: list[str], tmp_path: Path, run: Run) -> None:
+    given = ["-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", 2, "--purifier", "one-step"]
+    assert "is about cmap alone" in run(*command, *given, "--out", tmp_path / "out", status=2)

@@ -130,6 +130,9 @@ class Attack(NamedOptions, abc.ABC):
     seed: int = 0
     noise: str = "fresh"
 
+    needs_latents: ClassVar[bool] = False
+    """Whether the attack works on the latents that a purifier optimises."""
+
     _synonyms: ClassVar[Mapping[str, str]] = {
         "epsilon": "eps",
         "iterations": "steps",
@@ -282,6 +285,16 @@ class Attack(NamedOptions, abc.ABC):
         Returns:
             Attempts. They need not be inside the threat model, as the caller projects and re-evaluates them.
         """
+
+    def suits(self, model: Model) -> bool:
+        """Whether the attack can be run on a model. A set of attacks by name leaves those out that cannot.
+
+        The default is True, or for a subclass with ``needs_latents`` whether the model's purifier optimises latents.
+
+        Args:
+            model: that would be attacked.
+        """
+        return not self.needs_latents or (isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents)
 
     def differentiates_defence(self, model: Model) -> bool:
         """Whether the search follows a gradient through this model's own defence, exact or approximate (BPDA).

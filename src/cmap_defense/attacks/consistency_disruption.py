@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ class ConsistencyDisruption(Attack):
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
     """
+
+    needs_latents: ClassVar[bool] = True
 
     steps: int = 1000
     beta: float | None = None

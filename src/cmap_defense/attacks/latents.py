@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class LatentSearch(Attack):
         start: "purified" for the latents that the defence finds for the clean image, at the cost of a purification, or
             "noise".
     """
+
+    needs_latents: ClassVar[bool] = True
 
     steps: int = 200
     learning_rate: float = 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class ShortCMAP(StepAttack):
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
     """
+
+    needs_latents: ClassVar[bool] = True
 
     iterations: int = 10
     gradient: GradientMode = dataclasses.field(default_factory=Unrolled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class TargetSteer(StepAttack):
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
     """
+
+    needs_latents: ClassVar[bool] = True
 
     target: LatentAttack | None = None
     gradient: GradientMode = dataclasses.field(default_factory=lambda: Unrolled(last=5))

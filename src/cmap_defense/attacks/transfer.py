@@ -30,9 +30,11 @@ class Source(NamedOptions, abc.ABC):
 
     Attributes:
         has_defence: whether the defence is part of it.
+        needs_latents: whether it is made of a purifier that optimises latents.
     """
 
     has_defence = False
+    needs_latents = False
 
     @abc.abstractmethod
     def of(self, wrapper: PurifiedClassifier) -> Model:
@@ -66,6 +68,7 @@ class Shortened(Source):
     """
 
     has_defence = True
+    needs_latents = True
     iterations: int = 10
 
     def __post_init__(self) -> None:
@@ -163,6 +166,10 @@ class Transfer(Attack):
 
     def passes_per_image(self, model: PurifiedClassifier) -> int | None:
         return None if self.evaluates_defence() or isinstance(self.source, NoiseAndDenoise) else 0
+
+    def suits(self, model: Model) -> bool:
+        latents = isinstance(self.source, Source) and self.source.needs_latents
+        return not latents or (isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents)
 
     def evaluates_defence(self) -> bool:
         return isinstance(self.source, Source) and self.source.has_defence

@@ -114,6 +114,17 @@ def model_of(options: Options) -> PurifiedClassifier:
     return model.eval()
 
 
+def cmap_model_of(options: Options) -> PurifiedClassifier:
+    """The same for a command that is about CMAP alone; wrong usage for another purifier."""
+    model = model_of(options)
+    if not model.purifier.optimises_latents:
+        raise click.BadParameter(
+            'this command is about cmap alone. Other purifiers: "cmap-defense evaluate" and "compare".',
+            param_hint="--purifier",
+        )
+    return model
+
+
 def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Purifier:
     """The purifier of ``--purifier``, ``--purifier-set`` and the options of its settings.
 

@@ -32,6 +32,9 @@ def run_compare(options: dict[str, Any]) -> None:
     attacks, protocol, out = attacks_of(options), settings_of(Protocol, options), options["out"]
     with ranks() as team:
         models, data = _models(options), data_of(options)
+        for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
+            if name not in options["only"]:
+                del attacks[name]
         with unit_progress(team) as progress:
             found = compare(
                 models,

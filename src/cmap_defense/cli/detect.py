@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import data_of, model_of, size_of, subset_of, threat_of, using_threads
+from cmap_defense.cli.build import data_of, size_of, subset_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import write_png
 from cmap_defense.cli.progress import Progress
@@ -38,7 +38,7 @@ def run_detect(options: dict[str, Any]) -> None:
     start = time.perf_counter()
     attack = PGD(threat_of(options), steps=options["steps"], seed=options["seed"])
     with using_threads(options["threads"]):
-        model = model_of(options)
+        model = cmap_model_of(options)
         found = _measured(model, _parts(options, model), attack, options)
     files, lacking = _written(found, options["out"])
     seconds = time.perf_counter() - start

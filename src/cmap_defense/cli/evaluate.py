@@ -14,6 +14,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import (
     attacks_of,
     class_names_of,
+    cmap_model_of,
     data_of,
     imported_models,
     model_of,
@@ -45,8 +46,11 @@ def run_evaluate(options: dict[str, Any]) -> None:
     out, as_json = options["out"], options["as_json"]
     attacks, protocol, data = attacks_of(options), settings_of(Protocol, options), data_of(options)
     with ranks() as team:
+        model = model_of(options)
+        left_out = [name for name, attack in attacks.items() if not attack.suits(model) and name not in options["only"]]
+        attacks = {name: attack for name, attack in attacks.items() if name not in left_out}
         evaluation = Evaluation(
-            model_of(options),
+            model,
             data,
             out,
             attacks=attacks,
@@ -60,6 +64,8 @@ def run_evaluate(options: dict[str, Any]) -> None:
         first = team.rank == 0
         if first and not as_json:
             click.echo(_summary(evaluation))
+            if left_out:
+                click.echo(f"Left out, since this purifier has no latents to attack: {', '.join(left_out)}.")
             click.echo(cost_text(evaluation.expected(), evaluation, team.world))
         if options["dry_run"]:
             if as_json:
@@ -153,7 +159,7 @@ def run_study(options: dict[str, Any]) -> None:
     attacks, threat, protocol = attacks_of(options), threat_of(options), settings_of(Protocol, options)
     out, as_json = options["out"], options["as_json"]
     with ranks() as team:
-        model, data = model_of(options), data_of(options)
+        model, data = cmap_model_of(options), data_of(options)
         chosen = make_study(options["name"], model, attacks, threat)
         if team.rank == 0 and not as_json:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")

@@ -16,9 +16,9 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli.build import (
     class_names_of,
+    cmap_model_of,
     data_of,
     imported_models,
-    model_of,
     subset_of,
     threat_of,
     using_threads,
@@ -50,7 +50,7 @@ def run_quality(context: click.Context, options: dict[str, Any]) -> None:
     attack = PGD(threat_of(options), steps=STEPS, seed=seed)
     name = options["classifier"].rpartition(":")[2]
     with using_threads(options["threads"]):
-        model, data = model_of(options), data_of(options)
+        model, data = cmap_model_of(options), data_of(options)
         subset = subset_of(options, data)
         run = QualityRun(
             model,

@@ -120,6 +120,8 @@ class Evaluation:
                 raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
             self._models[name] = _on_unit_images(other)
         chosen = _attacks_by_name(attacks, threat)
+        if isinstance(model, PurifiedClassifier):
+            chosen = _suitable(chosen, model, refuse=not isinstance(attacks, str))
         if baseline_attacks is None:
             size = next(iter(chosen.values())).threat if chosen else threat or ThreatModel()
             baseline_attacks = {"pgd": PGD(size, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
@@ -482,6 +484,17 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
             one_pass = model.purifier.network_pass(model.backbone, device)
             chunk = default_max_parallel(one_pass, model.image_shape, device, conditional=conditional)
         return model.variant(hooks=True, max_parallel=team.shared(chunk))
+
+
+def _suitable(attacks: dict[str, Attack], model: PurifiedClassifier, *, refuse: bool) -> dict[str, Attack]:
+    """The attacks that can be run on a model; of attacks of your own all, or an error."""
+    wrong = [name for name, attack in attacks.items() if not attack.suits(model)]
+    if wrong and refuse:
+        raise SettingsError(
+            f"{', '.join(wrong)}: attacks on latents, which {type(model.purifier).__name__} does not optimise. "
+            'Leave them out, or take a set by name, such as attacks="exact".'
+        )
+    return {name: attack for name, attack in attacks.items() if name not in wrong}
 
 
 def _attacks_by_name(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
