@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import data_of, size_of, subset_of, threat_of, using_threads
+from cmap_defense.cli.build import cmap_model_of, data_of, size_of, subset_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import write_png
 from cmap_defense.cli.progress import Progress
