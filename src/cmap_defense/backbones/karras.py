@@ -161,8 +161,8 @@ class ConsistencyBackbone(KarrasModel):
 class EDMDenoiser(KarrasModel):
     """A denoiser D(x, sigma): the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
 
-    For purifiers that add noise and denoise. It has no one-step generator, so CMAP refuses it. Its arguments are those
-    of ``KarrasModel``.
+    For purifiers that add noise and denoise. It has no one-step generator, so CMAP needs a level for it. Its arguments
+    are those of ``KarrasModel``.
     """
 
     kind = "denoiser"

@@ -17,6 +17,7 @@ from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import draw_latents
+from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers.base import Purifier, require_level
 from cmap_defense.results import PurificationResult
 
@@ -40,6 +41,10 @@ class CMAP(Purifier):
     }
 
     def __init__(self, settings: CMAPSettings | None = None) -> None:
+        if settings is not None and not isinstance(settings, CMAPSettings):
+            raise SettingsError(
+                f"CMAP is made from CMAPSettings, such as CMAP(CMAPSettings(n_latents=4)), but got {settings!r}."
+            )
         self.settings = settings or CMAPSettings()
 
     @property

@@ -80,7 +80,8 @@ def _use(source: str, shape: tuple[int, int, int]) -> str:
 
 def _denoiser_use(source: str) -> str:
     return (
-        "It denoises, and has no one-step generator, so CMAP refuses it.\n\n```python\n"
+        "It denoises, and has no one-step generator, so CMAP takes it only with `CMAPSettings(level=...)`.\n\n"
+        "```python\n"
         "from cmap_defense import load_backbone\n\n"
         f'denoiser = load_backbone("{source}")\nclean = denoiser.denoise(noisy, sigma)\n```\n'
     )
