@@ -1,4 +1,4 @@
-"""Files of a training's folder: text files that are whole or not there, and the folder for one training alone."""
+"""The folder of a training, for one job alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from cmap_defense.common.files import FolderLock
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError
 
-__all__ = ["locked", "write_whole"]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, then move it there."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+__all__ = ["locked"]
 
 
 @contextlib.contextmanager

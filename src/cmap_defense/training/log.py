@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmap_defense.common.files import write_text
 from cmap_defense.errors import TrainingError
-from cmap_defense.training.files import write_whole
 
 __all__ = ["LossLog"]
 
@@ -80,7 +80,7 @@ class LossLog:
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         rows = [old for old in rows if old["step"] <= begun]
         rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _read(self) -> None:
         if not self._unread:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cmap_defense.common.files import write_text
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
@@ -22,7 +23,6 @@ from cmap_defense.training.checkpoint import (
     settings_of,
 )
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
-from cmap_defense.training.files import write_whole
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.objectives import Model
 
@@ -99,7 +99,7 @@ def planned_images(
         )
     rate = config.batch_size / max(speed.step, 1e-9)
     plan = {"images": images, "minutes": minutes, "images_per_second": rate, "settings": _without_length(config, parts)}
-    team.by_first(functools.partial(write_whole, folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n"))
+    team.by_first(functools.partial(write_text, folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n"))
     return images
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import KarrasModel, NoiseRange
 from cmap_defense.backbones.networks import Network, refuse_other_network
+from cmap_defense.common.files import write_text
 from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import BackboneFileError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import check_data
-from cmap_defense.training.files import locked, write_whole
+from cmap_defense.training.files import locked
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.objectives import MODELS, Model, Objective
@@ -184,7 +185,7 @@ def _keep_findings(folder: Path, before: Any) -> None:
     record = read_record(folder)
     if before is not None and before.weights_sha256 == record.weights_sha256 and (before.figures or before.settings):
         kept = record.replace(figures=before.figures, settings=before.settings)
-        write_whole(folder / RECORD_FILE, kept.to_json(indent=2) + "\n")
+        write_text(folder / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
 
 def _fingerprint(images: Tensor, labels: Tensor | None) -> dict[str, Any]:
