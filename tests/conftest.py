@@ -19,10 +19,11 @@ torch.set_num_threads(1)  # two threads that wait for each other on a busy machi
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow, gpu and network tests run only when -m selects them, so that nothing is ever reported as skipped."""
+    """Tests with a marker run only when -m selects them, so that nothing is ever reported as skipped."""
     if config.option.markexpr:
         return
-    chosen = [item for item in items if not any(item.get_closest_marker(name) for name in ("slow", "gpu", "network"))]
+    markers = ("slow", "gpu", "network", "browser")
+    chosen = [item for item in items if not any(map(item.get_closest_marker, markers))]
     left = [item for item in items if item not in chosen]
     if left:
         config.hook.pytest_deselected(items=left)
