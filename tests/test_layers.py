@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
 LAYERS = {
     "cli": 7,
+    "adaptation": 6,
     "paper": 6,
     "detection": 5,
     "evaluation": 5,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cmap_defense.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cmap_defense import attacks, backbones, data, evaluation, gradients, purifiers, training
+    from cmap_defense import adaptation, attacks, backbones, data, evaluation, gradients, purifiers, training
+    from cmap_defense.adaptation.adapt import adapt, load_adapted
     from cmap_defense.backbones.load import load_backbone
     from cmap_defense.classifier.wrapper import PurifiedClassifier
     from cmap_defense.cmap.settings import CMAPSettings
@@ -34,12 +35,15 @@ __all__ = [
     "PurificationResult",
     "PurifiedClassifier",
     "ThreatModel",
+    "adapt",
+    "adaptation",
     "attacks",
     "backbones",
     "data",
     "evaluate",
     "evaluation",
     "gradients",
+    "load_adapted",
     "load_backbone",
     "purifiers",
     "training",
@@ -53,12 +57,15 @@ _MODULES = {
     "PurificationResult": "cmap_defense.results",
     "PurifiedClassifier": "cmap_defense.classifier.wrapper",
     "ThreatModel": "cmap_defense.threat",
+    "adapt": "cmap_defense.adaptation.adapt",
+    "adaptation": "cmap_defense.adaptation",
     "attacks": "cmap_defense.attacks",
     "backbones": "cmap_defense.backbones",
     "data": "cmap_defense.data",
     "evaluate": "cmap_defense.evaluation.evaluation",
     "evaluation": "cmap_defense.evaluation",
     "gradients": "cmap_defense.gradients",
+    "load_adapted": "cmap_defense.adaptation.adapt",
     "load_backbone": "cmap_defense.backbones.load",
     "purifiers": "cmap_defense.purifiers",
     "training": "cmap_defense.training",

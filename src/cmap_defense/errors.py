@@ -57,7 +57,8 @@ class ClassifierError(CmapError, ValueError):
 
 
 class ClassifierWarning(UserWarning):
-    """A classifier is in training mode where nothing is trained, or returns probabilities in place of logits."""
+    """A classifier is in training mode where nothing is trained, returns probabilities, or is adapted to another
+    purifier."""
 
 
 class BackboneError(CmapError, TypeError):

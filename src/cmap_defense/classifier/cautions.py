@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.common.describe import describe_module
 from cmap_defense.common.modules import module_behind, weights_of
 from cmap_defense.errors import ClassifierWarning
+from cmap_defense.purifiers.base import Purifier
 
-__all__ = ["warn_of_probabilities", "warn_of_training_mode"]
+__all__ = ["adapted_to", "warn_of_another_adaptation", "warn_of_probabilities", "warn_of_training_mode"]
 
 _WARNED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 """What was said about which classifier."""
@@ -62,6 +64,37 @@ def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:
             "without its softmax (of an nn.Sequential: classifier[:-1]), or the logarithm of its outputs: "
             "lambda images: classifier(images).clamp_min(1e-30).log().",
         )
+
+
+def adapted_to(backbone: nn.Module, purifier: Purifier) -> dict[str, Any]:
+    """What a classifier behind them is adapted to: the purifier without its number of versions, and the backbone."""
+    return {
+        "purifier": _without(purifier.to_dict(), "n_latents"),
+        "backbone": describe_module(purifier.member(backbone))["weights"],
+    }
+
+
+def warn_of_another_adaptation(classifier: object, backbone: nn.Module, purifier: Purifier) -> None:
+    """Warn of a classifier that ``cmap_defense.adapt`` has adapted to another purifier or backbone."""
+    known = getattr(module_behind(classifier), "adapted_to", None)
+    if not isinstance(known, dict) or purifier.passes == 0 or "adaptation" in _said(classifier):
+        return
+    here = adapted_to(backbone, purifier)
+    other = [name for name in ("purifier", "backbone") if known.get(name) != here[name]]
+    if other:
+        _warn(
+            classifier,
+            "adaptation",
+            f"The classifier was adapted to another {' and '.join(other)}: to {known.get('purifier')}, and is behind "
+            f"{here['purifier']}. Wrap it with what it was adapted to, or adapt it again.",
+        )
+
+
+def _without(value: Any, key: str) -> Any:
+    """JSON without the entries of this key, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(part, key) for name, part in value.items() if name != key}
+    return [_without(part, key) for part in value] if isinstance(value, list) else value
 
 
 def _said(classifier: object) -> set[str]:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from cmap_defense.backbones.base import check_backbone
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.classifier.access import LatentAccess
+from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
 from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
@@ -169,6 +170,7 @@ class PurifiedClassifier(LatentAccess):
             wanted = CMAP(_settings_of(wanted.member(self.backbone)))
             wanted.check(self.backbone)
         self.purifier = wanted
+        warn_of_another_adaptation(classifier, self.backbone, wanted)
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
 

@@ -14,7 +14,7 @@ __all__ = ["EMA", "Target"]
 
 
 class _Average:
-    """Averages of a module's parameters by name, ``weights``."""
+    """Averages of a module's parameters and floating-point buffers by name, ``weights``."""
 
     weights: dict[str, Tensor]
 
@@ -27,13 +27,15 @@ class _Average:
     @torch.no_grad()
     def _approach(self, module: nn.Module, share: float) -> None:
         """Move every average by ``share`` of its distance to the module's parameter, all in one call."""
-        found = {name: p.detach() for name, p in module.named_parameters()}
+        found = _floating(module)
         wide = [found[name].to(average.dtype) for name, average in self.weights.items()]
         torch._foreach_lerp_(list(self.weights.values()), wide, share)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class EMA(_Average):
-    """Exponential moving average of a module's parameters, in float32 (Karras et al. 2022, appendix F).
+    """Exponential moving average of a module's parameters and floating-point buffers, in float32.
+
+    (Karras et al. 2022, appendix F.)
 
     Args:
         module: its weights are the first averages.
@@ -42,7 +44,7 @@ class EMA(_Average):
 
     def __init__(self, module: nn.Module, half_life: int) -> None:
         self.half_life = half_life
-        self.weights = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.weights = {name: tensor.float().clone() for name, tensor in _floating(module).items()}
 
     def update(self, module: nn.Module, *, batch_size: int, images_seen: int) -> None:
         """Move towards the module's weights after a step on ``batch_size`` images, ``images_seen`` in all."""
@@ -51,9 +53,9 @@ class EMA(_Average):
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the averages into the module's parameters."""
-        for name, p in module.named_parameters():
-            p.copy_(self.weights[name])
+        """Write the averages into the module."""
+        for name, tensor in _floating(module).items():
+            tensor.copy_(self.weights[name])
 
 
 class Target(_Average):
@@ -73,9 +75,14 @@ class Target(_Average):
         self.weights: dict[str, Tensor] = {}
         if decay is not None:
             self.model = copy.deepcopy(trained).requires_grad_(False)
-            self.weights = {name: p.detach() for name, p in self.model.named_parameters()}
+            self.weights = _floating(self.model)
 
     def update(self, trained: Model, decay: float | None) -> None:
         """target <- decay target + (1 - decay) trained, after a step."""
         if self.weights:
             self._approach(trained, 1 - (decay or 0.0))
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor]:
+    """The floating-point tensors of a module's state by name; they share its memory."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}

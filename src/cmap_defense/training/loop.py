@@ -14,7 +14,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError
@@ -25,10 +28,10 @@ from cmap_defense.training.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
-from cmap_defense.training.learner import Learner
+from cmap_defense.training.ema import EMA
 from cmap_defense.training.log import LossLog
 
-__all__ = ["LOG_FILE", "TrainState", "countdown", "train"]
+__all__ = ["LOG_FILE", "TrainState", "Trainee", "countdown", "train"]
 
 LOG_FILE = "log.jsonl"
 
@@ -60,14 +63,31 @@ def countdown(minutes: float | None, clock: Callable[[], float] = time.monotonic
     return lambda: end - clock()
 
 
+class Trainee(Protocol):
+    """What ``train`` trains; ``Learner`` is one."""
+
+    config: Any
+    team: Ranks
+    device: torch.device
+    model: Any
+    averages: tuple[EMA, ...]
+
+    def step(self, number: int) -> Tensor: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
 def train(
-    learner: Learner,
+    learner: Trainee,
     folder: Path,
     *,
     parts: Mapping[str, Any] | None = None,
     seconds_left: Callable[[], float] | None = None,
     on_step: Callable[[TrainState], None] | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
+    ended: Callable[[], bool] | None = None,
 ) -> int:
     """Train a learner's model to the end of its training, or until the time is over.
 
@@ -83,6 +103,7 @@ def train(
         on_step: called after each step.
         on_checkpoint: called after each checkpoint with the number of steps done, while the model holds the averages
             of the first half-life.
+        ended: asked before each step; True ends the training early.
 
     Returns:
         The number of optimiser steps done.
@@ -102,7 +123,7 @@ def train(
         learner.load(checkpoint.tensors)
     log = LossLog(folder / LOG_FILE, learner.device)
     logged, late = step, False
-    while step < config.steps and not late:
+    while step < config.steps and not late and not (ended is not None and team.shared(ended())):
         loss = learner.step(step)
         step += 1
         log.add(loss)
@@ -137,7 +158,7 @@ def _agree(team: Ranks, folder: Path, settings: Mapping[str, Any]) -> None:
         raise CheckpointError(refusal)
 
 
-def _with_averages(learner: Learner, on_checkpoint: Callable[[int], None], step: int) -> None:
+def _with_averages(learner: Trainee, on_checkpoint: Callable[[int], None], step: int) -> None:
     """Call ``on_checkpoint`` with the averages in the model, in eval mode; its own weights are restored."""
     model = learner.model
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -23,7 +23,7 @@ from cmap_defense.training.checkpoint import (
     settings_of,
 )
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
-from cmap_defense.training.learner import Learner
+from cmap_defense.training.loop import Trainee
 from cmap_defense.training.objectives import Model
 
 __all__ = ["PLAN_FILE", "Speed", "as_before", "measure", "plan_images", "planned_images", "read_plan"]
@@ -66,7 +66,7 @@ def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], te
 
 
 def planned_images(
-    learner: Learner,
+    learner: Trainee,
     folder: Path,
     parts: Mapping[str, Any],
     seconds_left: Callable[[], float],
@@ -133,7 +133,7 @@ def read_plan(folder: Path, settings: Mapping[str, Any]) -> int | None:
 
 
 def measure(
-    learner: Learner,
+    learner: Trainee,
     folder: Path,
     seconds_left: Callable[[], float],
     beside: Callable[[Model], object] | None = None,

@@ -1,0 +1,16 @@
+"""Classifiers adapted to a purifier: fine-tuned on what it makes of training images, attacked ones included."""
+
+from typing import TYPE_CHECKING
+
+from cmap_defense.adaptation.config import AdaptationConfig
+from cmap_defense.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cmap_defense.adaptation.adapt import Adapted, adapt, load_adapted
+
+__all__ = ["AdaptationConfig", "Adapted", "adapt", "load_adapted"]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__, dict.fromkeys(("Adapted", "adapt", "load_adapted"), "cmap_defense.adaptation.adapt")
+    )

@@ -1,0 +1,225 @@
+"""Fine-tune a copy of a classifier on what a purifier makes of training images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from cmap_defense.adaptation.config import AdaptationConfig
+from cmap_defense.adaptation.learner import AdaptationLearner
+from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.cautions import adapted_to
+from cmap_defense.common.describe import describe, describe_module
+from cmap_defense.common.files import tensor_checksum, write_json
+from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.ranks import ranks
+from cmap_defense.data import LabelledImages
+from cmap_defense.errors import BackboneFileError, ClassifierError, DataError
+from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers import OneStep, Purifier
+from cmap_defense.threat import ThreatModel
+from cmap_defense.training.files import locked
+from cmap_defense.training.loop import TrainState, countdown, train
+from cmap_defense.training.plan import as_before, planned_images
+
+__all__ = ["RECORD_FILE", "WEIGHTS_FILE", "Adapted", "adapt", "load_adapted"]
+
+RECORD_FILE, WEIGHTS_FILE = "adaptation.json", "classifier.safetensors"
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Adapted:
+    """The result of ``adapt``.
+
+    Attributes:
+        classifier: the adapted copy, in eval mode; its attribute ``adapted_to`` says to what.
+        record: what ``adaptation.json`` holds: purifier, backbone, threat model, settings, scores on held-out images.
+        finished: whether the adaptation reached its end; otherwise the same call continues it.
+    """
+
+    classifier: nn.Module
+    record: Mapping[str, Any]
+    finished: bool
+
+    def __repr__(self) -> str:
+        scores = [round(score, 4) for score in self.record["held_out_scores"]]
+        listed = f"images_seen={self.record['images_seen']}, held_out_scores={scores}, finished={self.finished}"
+        return f"Adapted({type(self.classifier).__name__}, {listed})"
+
+
+def adapt(
+    classifier: nn.Module,
+    backbone: Any,
+    purifier: Purifier | None,
+    data: LabelledImages | tuple[Tensor, Tensor],
+    out: str | Path,
+    *,
+    adversarial: bool = False,
+    threat: ThreatModel | None = None,
+    held_out: LabelledImages | tuple[Tensor, Tensor] | None = None,
+    config: AdaptationConfig | None = None,
+    on_step: Callable[[TrainState], None] | None = None,
+    **options: Any,
+) -> Adapted:
+    """Fine-tune a copy of ``classifier`` on purified training images, and write it to ``out``.
+
+    Each image gets fresh noise whenever it is seen. With ``adversarial`` the images are attacked first, through the
+    exact gradient of the purifier, ``Unrolled()`` (Madry et al. 2018, arXiv 1706.06083, behind a purifier). The loss
+    is then ``clean_weight`` times that of clean images and the rest times that of attacked ones; their balance is the
+    subject of TRADES (Zhang et al. 2019, arXiv 1901.08573). With ``Identity()`` it is plain adversarial training.
+
+    Killed or stopped by ``config.minutes``, the same call continues from the last checkpoint, and ends with the same
+    weights. Under torchrun every process calls this.
+
+    Args:
+        classifier: a module from images [M, C, H, W] to logits [M, classes]. It is never changed. Parameters that
+            require no gradient stay as they are.
+        backbone: as ``PurifiedClassifier`` takes it.
+        purifier: what purifies; None for ``OneStep()``, whose gradient is one network pass. Versions are averaged in
+            the loss, and ``n_latents=1`` is enough.
+        data: images uint8 [N, C, H, W] with labels int64 [N], or float images in [0, 1].
+        out: the folder: ``classifier.safetensors``, ``adaptation.json``, ``log.jsonl`` and checkpoints.
+        adversarial: attack the training images.
+        threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
+        held_out: images that are not trained on. The weights that are best on them are the result; None for the last
+            weights.
+        config: settings; None for the defaults.
+        on_step: called after every step.
+        options: of ``PurifiedClassifier``, such as ``normalize=(mean, std)``; not ``gradient``.
+
+    Raises:
+        ClassifierError: the classifier is no module.
+        DataError: images or labels do not fit.
+        SettingsError: an option is out of its range, or nothing can be trained.
+        CheckpointError: the folder belongs to an adaptation with other settings, or another one is writing to it.
+        TrainingError: the loss is infinite or no number.
+    """
+    if not isinstance(classifier, nn.Module):
+        raise ClassifierError(
+            f"Only an nn.Module can be adapted, but the classifier is a {type(classifier).__name__}: give the module."
+        )
+    config, folder = config or AdaptationConfig(), Path(out)
+    seconds_left = None if config.minutes is None else countdown(config.minutes)
+    training, kept_back = _labelled("data", data), None if held_out is None else _labelled("held_out", held_out)
+    threat = (threat or ThreatModel()) if adversarial else None
+    model = copy.deepcopy(classifier).to(config.device)
+    purified = PurifiedClassifier(
+        model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **options
+    ).to(config.device)
+    target = adapted_to(purified.backbone, purified.purifier)
+    parts: dict[str, Any] = {
+        "classifier": describe_module(classifier),
+        **target,
+        "threat": None if threat is None else threat.to_dict(),
+        "data": _fingerprint(training),
+        "held_out": None if kept_back is None else _fingerprint(kept_back),
+    }
+    with ranks() as team, locked(folder, team):
+        config = cast(AdaptationConfig, as_before(config, folder, parts, team))
+        if config.precision == "auto":
+            native = team.shared(multiplies_bfloat16(config.device))
+            config = config.replace(precision="bfloat16" if native else "float32")
+        if config.images is None and seconds_left is not None:
+            trial = AdaptationLearner(purified, training, kept_back, threat, config, team)
+            config = config.replace(images=planned_images(trial, folder, parts, seconds_left))
+        config = config.replace(images=config.length)
+        learner = AdaptationLearner(purified, training, kept_back, threat, config, team)
+        step = train(
+            learner,
+            folder,
+            parts=parts,
+            seconds_left=seconds_left,
+            on_step=on_step,
+            ended=lambda: learner.exhausted,
+        )
+        finished = step >= config.steps or learner.exhausted
+        model.load_state_dict(learner.best if learner.scores else learner.averaged())
+        model.eval()
+        record = {
+            "format": 1,
+            **parts,
+            "adversarial": adversarial,
+            "options": {name: describe(value) for name, value in options.items()},
+            "train": config.reproducible(),
+            "images_seen": step * config.batch_size,
+            "held_out_scores": learner.scores if kept_back is not None else [],
+        }
+        team.by_first(functools.partial(_write, folder, model, record, config.weights))
+    return Adapted(_marked(model, target), record, finished)
+
+
+def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
+    """A copy of a classifier with the weights that ``adapt`` wrote, in eval mode.
+
+    Args:
+        folder: with ``adaptation.json`` and ``classifier.safetensors``.
+        classifier: a module of the adapted one's architecture; its own weights do not matter.
+
+    Raises:
+        BackboneFileError: a file is missing or damaged.
+        ClassifierError: the weights are of another architecture.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        checksum, target = record["weights_sha256"], {name: record[name] for name in ("purifier", "backbone")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneFileError(
+            f"{folder / RECORD_FILE} is no record of an adaptation ({error!r}). Give the folder that adapt wrote."
+        ) from error
+    check_sha256(folder / WEIGHTS_FILE, checksum)
+    model = copy.deepcopy(classifier)
+    try:
+        model.load_state_dict(read_safetensors(folder / WEIGHTS_FILE))
+    except RuntimeError as error:
+        raise ClassifierError(f"The weights in {folder} are of another architecture: {error}") from error
+    return _marked(model.eval(), target)
+
+
+def _marked(model: AnyModule, target: Mapping[str, Any]) -> AnyModule:
+    model.adapted_to = dict(target)  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def _write(folder: Path, model: nn.Module, record: dict[str, Any], precision: str) -> None:
+    """The weights and the record; ``record`` gets the checksum."""
+    dtype = getattr(torch, precision)
+    weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    write_safetensors({name: tensor.cpu() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    record["weights_sha256"] = sha256_of(folder / WEIGHTS_FILE)
+    write_json(folder / RECORD_FILE, record)
+
+
+def _labelled(name: str, data: Any) -> LabelledImages:
+    """Images as uint8 with their labels."""
+    images, labels = (data.images, data.labels) if isinstance(data, LabelledImages) else data
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
+        raise DataError(f"{name} must hold images [N, C, H, W], one at least, but they are {_shape(images)}.")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise DataError(f"{name} must hold labels int64 [{len(images)}], but they are {_shape(labels)}.")
+    if images.is_floating_point():
+        if not bool(((images >= 0) & (images <= 1)).all()):
+            raise DataError(f"The float images of {name} must be in [0, 1]; give uint8 images or divide by 255.")
+        images = (images * 255).round().to(torch.uint8)
+    if images.dtype != torch.uint8:
+        raise DataError(f"The images of {name} must be uint8, or float in [0, 1], but are {images.dtype}.")
+    return LabelledImages(images.cpu(), labels.cpu())
+
+
+def _shape(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _fingerprint(data: LabelledImages) -> dict[str, Any]:
+    return {"images": len(data), "sha256": tensor_checksum([("images", data.images), ("labels", data.labels)])}

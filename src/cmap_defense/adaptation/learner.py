@@ -1,0 +1,280 @@
+"""One optimiser step of an adaptation, and the evaluation on held-out images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmap_defense.adaptation.config import AdaptationConfig
+from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.modules import evaluating, multiplies_bfloat16
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.rng import derived_seeds, draw_uniform, generator_for, isolated
+from cmap_defense.data import LabelledImages
+from cmap_defense.errors import SettingsError
+from cmap_defense.threat import ThreatModel
+from cmap_defense.training.draws import image_indices
+from cmap_defense.training.ema import EMA
+from cmap_defense.training.learner import learning_rate
+
+__all__ = ["AdaptationLearner", "attacked_images"]
+
+ORDER, AUGMENTATION, NOISE, DROPOUT, HELD_OUT = range(5)
+"""Streams of the generators of a step."""
+
+
+class AdaptationLearner:
+    """A classifier behind a purifier in training; its interface is that of ``cmap_defense.training.Learner``.
+
+    Every draw is a function of (seed, step, position in the batch). Parameters that require no gradient stay as they
+    are, and so do the running statistics of the modules that hold nothing else.
+
+    Args:
+        purified: the classifier behind the purifier, with the gradient that the attack follows. Its classifier, a
+            module, is trained in place.
+        data: the training images.
+        held_out: images that the best weights are chosen on; None for the last weights.
+        threat: of the attack; None for purified clean images alone.
+        config: settings.
+        team: the processes that share a batch.
+
+    Raises:
+        SettingsError: the classifier has nothing to train, or there are more processes than images in a batch.
+    """
+
+    def __init__(
+        self,
+        purified: PurifiedClassifier,
+        data: LabelledImages,
+        held_out: LabelledImages | None,
+        threat: ThreatModel | None,
+        config: AdaptationConfig,
+        team: Ranks | None = None,
+    ) -> None:
+        self.team = team or Ranks()
+        model = purified.classifier
+        assert isinstance(model, nn.Module)
+        if config.batch_size < self.team.world:
+            raise SettingsError(
+                f"A batch of {config.batch_size} images cannot be shared by {self.team.world} processes: raise "
+                "batch_size, or start fewer."
+            )
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.weights:
+            raise SettingsError("The classifier has no parameter that requires a gradient, so nothing can be adapted.")
+        self.device = next(iter(self.weights.values())).device
+        if config.precision == "auto":
+            config = config.replace(precision="bfloat16" if multiplies_bfloat16(self.device) else "float32")
+        self.purified, self.model, self.data, self.held_out = purified, model, data, held_out
+        self.threat, self.config = threat, config
+        self.optimiser = torch.optim.AdamW(
+            self.weights.values(), betas=config.betas, weight_decay=config.weight_decay, lr=config.learning_rate
+        )
+        self.averages = tuple(EMA(model, half_life) for half_life in config.ema_half_life)
+        self.scores: list[float] = []
+        self.best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.trained = [part for part in model.modules() if _learns(part)]
+
+    def step(self, number: int) -> Tensor:
+        """Optimiser step ``number`` >= 0. Returns the mean loss [] of the whole batch."""
+        config, seen = self.config, number * self.config.batch_size
+        images, labels, seeds = self._batch(number)
+        size = config.micro_batch or len(images)
+        self.optimiser.zero_grad(set_to_none=True)
+        with isolated(config.seed, DROPOUT, number, self.team.rank):
+            parts = zip(images.split(size), labels.split(size), seeds.split(size), strict=True)
+            loss = torch.stack([self._backward(*part) for part in parts]).sum()
+        self.team.add_up([loss, *(p.grad for p in self.weights.values() if p.grad is not None)])
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), config.clip_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config, seen)
+        self.optimiser.step()
+        self._share_statistics()
+        for average in self.averages:
+            average.update(self.model, batch_size=config.batch_size, images_seen=seen + config.batch_size)
+        if (number + 1) % config.checkpoint_steps == 0 or number + 1 == config.steps:
+            self._evaluate()
+        return loss + 0 * norm
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the evaluations have not improved for as long as ``patience`` says."""
+        if self.config.patience is None or not self.scores:
+            return False
+        return len(self.scores) - 1 - self.scores.index(max(self.scores)) >= self.config.patience
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The state of the classifier with the averaged weights."""
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.averages[0].copy_to(self.model)
+        found = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(own)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint by name, not copied."""
+        found = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        found |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for average in self.averages:
+            found |= {f"ema-{average.half_life}/{name}": tensor for name, tensor in average.weights.items()}
+        for name, p in self.weights.items():
+            found |= {f"adam/{key}/{name}": tensor for key, tensor in self.optimiser.state[p].items()}
+        return found | {"scores": torch.tensor(self.scores, dtype=torch.float64)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from the result of ``tensors``. Raises KeyError or RuntimeError when something is missing."""
+        below: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition("/")
+            below.setdefault(head, {})[rest] = tensor
+        self.model.load_state_dict(below["weights"])
+        self.best = {name: tensor.to(self.best[name].device) for name, tensor in below["best"].items()}
+        for average in self.averages:
+            average.load(below[f"ema-{average.half_life}"])
+        for name, tensor in below["adam"].items():
+            key, _, parameter = name.partition("/")
+            weight = self.weights[parameter]
+            self.optimiser.state[weight][key] = tensor if key == "step" else torch.empty_like(weight).copy_(tensor)
+        self.scores = below["scores"][""].tolist()
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, C, H, W] in [0, 1], labels [B] and seeds [B] of this rank's rows of a step."""
+        config, rows = self.config, slice(self.team.rank, None, self.team.world)
+        chosen = image_indices(number, config.batch_size, len(self.data), config.seed)[rows]
+        found = self.data.select(chosen)
+        numbers = torch.arange(number * config.batch_size, (number + 1) * config.batch_size)[rows]
+        generator = generator_for(config.seed, AUGMENTATION, number)
+        images = found.unit
+        if config.flip:
+            mirrored = torch.rand(config.batch_size, generator=generator)[rows] < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if config.shift:
+            moves = torch.randint(0, 2 * config.shift + 1, (config.batch_size, 2), generator=generator)[rows]
+            images = _shifted(images, moves, config.shift)
+        seeds = derived_seeds(numbers, generator_for(config.seed, NOISE).initial_seed())
+        return images.to(self.device), found.labels.to(self.device), seeds
+
+    def _backward(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """Add to the gradients of the whole batch's mean loss; returns the share of these images in it, []."""
+        shares = [(images, 1.0)]
+        if self.threat is not None:
+            attacked = attacked_images(self.purified, images, labels, seeds, self.threat, self.config)
+            shares = [(images, self.config.clean_weight), (attacked, 1 - self.config.clean_weight)]
+        self._learning_mode()
+        total = torch.zeros((), device=self.device)
+        for shown, share in shares:
+            if share > 0:
+                total = total + share * self._loss(shown, labels, seeds)
+        loss = total / self.config.batch_size
+        loss.backward()
+        return loss.detach()
+
+    def _loss(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """Sum over the images of the mean cross entropy of their purified versions."""
+        with torch.no_grad(), evaluating(self.model):
+            purified = self.purified.purify(images, seeds=seeds).images
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            logits = self.purified.undefended(purified.flatten(0, 1), check=False)
+        versions = purified.shape[1]
+        return F.cross_entropy(logits.float(), labels.repeat_interleave(versions), reduction="sum") / versions
+
+    def _learning_mode(self) -> None:
+        """Training mode for the modules that learn; the others keep their statistics."""
+        self.model.eval()
+        for part in self.trained:
+            part.training = True
+
+    @torch.no_grad()
+    def _share_statistics(self) -> None:
+        """Running statistics are the means over the ranks."""
+        if self.team.world > 1:
+            buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+            self.team.add_up(buffers)
+            for buffer in buffers:
+                buffer.div_(self.team.world)
+
+    def _evaluate(self) -> None:
+        """Score the averaged weights on the held-out images, and keep the best ones."""
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        averaged = self.averaged()
+        self.model.load_state_dict(averaged)
+        score = self._score() if self.held_out is not None else float(len(self.scores))
+        self.model.load_state_dict(own)
+        if not self.scores or score > max(self.scores):
+            self.best = averaged
+        self.scores.append(score)
+
+    def _score(self) -> float:
+        """Accuracy on the held-out images; with attacks the mean of the clean and the attacked one."""
+        assert self.held_out is not None
+        right, size = 0.0, self.config.batch_size
+        with evaluating(self.model):
+            for start in range(0, len(self.held_out), size):
+                part = self.held_out[start : start + size]
+                images, labels = part.unit.to(self.device), part.labels.to(self.device)
+                seeds = derived_seeds(torch.arange(start, start + len(images)), HELD_OUT)
+                shown = [images]
+                if self.threat is not None:
+                    shown.append(attacked_images(self.purified, images, labels, seeds, self.threat, self.config))
+                for x in shown:
+                    with torch.no_grad():
+                        found = self.purified.purify(x, seeds=derived_seeds(seeds, 1)).labels
+                    assert found is not None
+                    right += (found == labels).sum().item() / len(shown)
+        return right / len(self.held_out)
+
+
+def attacked_images(
+    purified: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    seeds: Tensor,
+    threat: ThreatModel,
+    config: AdaptationConfig,
+) -> Tensor:
+    """PGD with few steps on cross entropy through the purifier, from a random start; new noise in each step.
+
+    Args:
+        purified: the defence, whose ``gradient`` is followed.
+        images: float [B, C, H, W] in [0, 1].
+        labels: int64 [B].
+        seeds: int64 [B], of the start and of the noise.
+        threat: which images are allowed.
+        config: number and size of the steps.
+
+    Returns:
+        [B, C, H, W], allowed by the threat model, without a graph.
+    """
+    size = config.attack_step_size or min(threat.eps, 2.5 * threat.eps / config.attack_steps)
+    start = 2 * draw_uniform(seeds, images.shape[1:]).to(images) - 1
+    if threat.norm == "l2":
+        start = start / start.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
+    x = threat.project(images + threat.eps * start, images)
+    with evaluating(purified.classifier), torch.enable_grad():
+        for step in range(config.attack_steps):
+            x = x.detach().requires_grad_()
+            logits = purified(x, seeds=derived_seeds(seeds, 2 + step))
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
+            if threat.norm == "l2":
+                move = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
+            else:
+                move = gradient.sign()
+            x = threat.project(x.detach() + size * move, images)
+    return x.detach()
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether a module has a parameter to learn, or none at all (Dropout, activations)."""
+    own = list(module.parameters())
+    return not own or any(p.requires_grad for p in own)
+
+
+def _shifted(images: Tensor, moves: Tensor, most: int) -> Tensor:
+    """Images [B, C, H, W] moved by ``moves`` [B, 2] - ``most`` pixels down and right, black where nothing is left."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (most, most, most, most))
+    rows = (torch.arange(height) + moves[:, :1])[:, None, :, None]
+    columns = (torch.arange(width) + moves[:, 1:])[:, None, None, :]
+    batch, channels = torch.arange(len(images))[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None]
+    return padded[batch, channels, rows, columns]

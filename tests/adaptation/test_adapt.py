@@ -1,0 +1,257 @@
+"""Adapting a classifier to a purifier."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmap_defense import PurifiedClassifier, ThreatModel, adapt, load_adapted
+from cmap_defense.adaptation import AdaptationConfig
+from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.data import LabelledImages
+from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, ClassifierWarning, DataError
+from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers import Identity, OneStep
+
+SHAPE = (1, 4, 6)
+
+
+class Shrinking(nn.Module):
+    """A denoiser in closed form: the posterior mean under a Gaussian prior of variance 1/4."""
+
+    kind = "denoiser"
+    image_shape = SHAPE
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        return noisy * (0.25 / (0.25 + torch.as_tensor(sigma).to(noisy) ** 2))
+
+
+class Net(nn.Module):
+    """Normalisation, dropout, a frozen layer and one to learn."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.frozen = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)).requires_grad_(False)
+        self.norm = nn.BatchNorm2d(2)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * 4 * 6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.norm(self.frozen(images).tanh()).flatten(1)))
+
+
+def data(count: int = 24, seed: int = 0) -> LabelledImages:
+    """Images whose brightest third is their class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.rand(count, *SHAPE, generator=generator)
+    for row, label in enumerate(labels.tolist()):
+        images[row, :, :, 2 * label : 2 * label + 2] += 0.5
+    return LabelledImages((255 * images).to(torch.uint8), labels)
+
+
+def net(dropout: float = 0.0) -> Net:
+    torch.manual_seed(0)
+    return Net(dropout).eval()
+
+
+SMALL = AdaptationConfig(
+    images=48,
+    batch_size=6,
+    checkpoint_every=12,
+    warmup_images=0,
+    learning_rate=0.01,
+    ema_half_life=(6,),
+    flip=False,
+    shift=1,
+)
+PURIFIER = OneStep(level=0.3, n_latents=2)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def accuracy(model: PurifiedClassifier, images: LabelledImages) -> float:
+    with torch.no_grad():
+        labels = model.purify(images.unit, seeds=torch.arange(len(images))).labels
+    assert labels is not None
+    return (labels == images.labels).float().mean().item()
+
+
+def test_it_learns_a_copy_and_leaves_the_original_alone(tmp_path: Path) -> None:
+    original = net(dropout=0.2)
+    before = copy.deepcopy(original)
+    result = adapt(original, Shrinking(), PURIFIER, data(), tmp_path, config=SMALL.replace(images=600))
+    assert same(original, before)
+    assert not original.training
+    assert result.finished
+    adapted = result.classifier
+    assert not adapted.training
+    models = [PurifiedClassifier(c, Shrinking(), purifier=PURIFIER) for c in (original, adapted)]
+    bare, better = (accuracy(model, data(30, 1)) for model in models)
+    assert better > max(0.9, bare)
+    assert same(adapted.get_submodule("frozen"), before.frozen), "frozen parts and their statistics stay"
+    assert not same(adapted.get_submodule("norm"), before.norm)
+
+
+def test_the_optimum_of_a_linear_classifier_is_found(tmp_path: Path) -> None:
+    """Least loss of one weight on purified images in closed form: here of logistic regression by Newton's method."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def forward(self, images: Tensor) -> Tensor:
+            half = images[..., :3].mean((1, 2, 3)) - images[..., 3:].mean((1, 2, 3))
+            return torch.stack([torch.zeros_like(half), self.weight[0] * 10 * half + self.weight[1]], 1)
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(16) % 2
+    images = torch.rand(16, *SHAPE, generator=generator) * 0.5
+    images[labels == 1, :, :, :3] += 0.05
+    kept = LabelledImages((255 * images).to(torch.uint8), labels)
+    changes = {"batch_size": 16, "learning_rate": 0.05, "ema_half_life": (400,), "weight_decay": 0.0, "shift": 0}
+    config = SMALL.replace(images=16 * 400, checkpoint_every=16 * 400, **changes)
+    found = adapt(Mean(), Shrinking(), Identity(), kept, tmp_path, config=config).classifier.get_parameter("weight")
+    best = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    half = 10 * (kept.unit[..., :3].mean((1, 2, 3)) - kept.unit[..., 3:].mean((1, 2, 3))).double()
+    for _ in range(30):
+        loss = F.binary_cross_entropy_with_logits(best[0] * half + best[1], labels.double())
+        (gradient,) = torch.autograd.grad(loss, best)
+        curve = torch.autograd.functional.hessian(
+            lambda w: F.binary_cross_entropy_with_logits(w[0] * half + w[1], labels.double()), best.detach()
+        )
+        best = (best.detach() - torch.linalg.solve(curve, gradient)).requires_grad_()
+    torch.testing.assert_close(found.detach().double(), best.detach(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_attack_climbs_the_exact_gradient(norm: str) -> None:
+    purified = PurifiedClassifier(net().double(), Shrinking(), purifier=PURIFIER, gradient=Unrolled())
+    images, labels, seeds = data(5).unit.double() * 0.5 + 0.2, data(5).labels, torch.arange(5)
+    threat = ThreatModel(norm=norm, eps=0.1)
+    config = SMALL.replace(attack_steps=2)
+    attacked = attacked_images(purified, images, labels, seeds, threat, config)
+    assert (threat.distance(attacked, images) <= 0.1 + 1e-9).all()
+    assert not attacked.requires_grad
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(purified(x, seeds=seeds), labels, reduction="sum")
+
+    probe = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(probe), probe)
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        slope = (loss(images + 1e-6 * direction) - loss(images - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
+    with torch.no_grad():
+        assert loss(attacked) > loss(images)
+
+
+def test_adversarial_training_lowers_the_loss_under_attack(tmp_path: Path) -> None:
+    threat = ThreatModel(eps=0.25)
+    config = SMALL.replace(images=600, batch_size=12, attack_steps=2, clean_weight=0.0)
+    test, seeds, losses = data(30, 1), torch.arange(30), []
+    for adversarial in (False, True):
+        keep = {"adversarial": adversarial, "threat": threat, "config": config}
+        found = adapt(net(), Shrinking(), PURIFIER, data(60), tmp_path / str(adversarial), **keep)
+        model = PurifiedClassifier(found.classifier, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
+        attacked = attacked_images(model, test.unit, test.labels, seeds, threat, config.replace(attack_steps=5))
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(attacked, seeds=seeds + 99), test.labels).item())
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> None:
+    keep = {"held_out": data(9, 2), "adversarial": True, "threat": ThreatModel(eps=0.05), "config": SMALL}
+    whole = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "whole", **keep)
+
+    def kill(state: object) -> None:
+        if state.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", on_step=kill, **keep)
+    continued = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", **keep)
+    assert same(whole.classifier, continued.classifier)
+    assert whole.record == continued.record
+    assert len(whole.record["held_out_scores"]) == 4
+    again = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", **keep)
+    assert same(again.classifier, whole.classifier)
+    with pytest.raises(CheckpointError, match="other settings"):
+        adapt(net(0.2), Shrinking(), PURIFIER.replace(level=0.4), data(), tmp_path / "killed", **keep)
+
+
+def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.8, 0.6, 0.7, 0.9])
+    monkeypatch.setattr(AdaptationLearner, "_score", lambda self: next(scores))
+    keep = {"held_out": data(6, 2), "config": SMALL.replace(images=600, patience=2)}
+    result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
+    assert result.record["held_out_scores"] == [0.5, 0.8, 0.6, 0.7]
+    assert result.record["images_seen"] == 4 * 12
+    assert result.finished
+    shorter = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
+    assert same(shorter.classifier, result.classifier), "what has ended does not go on"
+
+
+def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path: Path) -> None:
+    result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, config=SMALL)
+    read = load_adapted(tmp_path, net())
+    assert same(read, result.classifier)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PurifiedClassifier(read, Shrinking(), purifier=PURIFIER.replace(n_latents=8))
+        PurifiedClassifier(read, Shrinking(), purifier=Identity())
+    with pytest.warns(ClassifierWarning, match="adapted to another purifier"):
+        PurifiedClassifier(read, Shrinking(), purifier=PURIFIER.replace(level=0.5))
+    record = json.loads((tmp_path / "adaptation.json").read_text())
+    assert record["purifier"]["level"] == 0.3
+    assert "Net" in repr(result)
+    with pytest.raises(ClassifierError, match="another architecture"):
+        load_adapted(tmp_path, nn.Linear(2, 3))
+    with pytest.raises(BackboneFileError, match="no record of an adaptation"):
+        load_adapted(tmp_path / "nothing", net())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"classifier": lambda x: x}, ClassifierError, "nn.Module"),
+        ({"data": (torch.zeros(2, *SHAPE), torch.zeros(3, dtype=torch.int64))}, DataError, r"labels int64 \[2\]"),
+        ({"data": (2 * torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.int64))}, DataError, r"in \[0, 1\]"),
+        ({"data": (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))}, DataError, r"\[N, C, H, W\]"),
+        ({"classifier": net().requires_grad_(False)}, ValueError, "nothing can be adapted"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {"classifier": net(), "backbone": Shrinking(), "purifier": PURIFIER, "data": data()} | changes
+    with pytest.raises(error, match=message):
+        adapt(**arguments, out=tmp_path)
+
+
+def test_two_processes_share_the_gradient_of_one() -> None:
+    def gradients(team: Ranks) -> list[Tensor]:
+        model = net()
+        model.norm = nn.Identity()  # its statistics are those of a process's own rows
+        purified = PurifiedClassifier(model, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
+        learner = AdaptationLearner(purified, data(), None, ThreatModel(eps=0.1), SMALL, team)
+        learner._backward(*learner._batch(3))
+        return [p.grad for p in learner.weights.values() if p.grad is not None]
+
+    first, second = gradients(Ranks(0, 2)), gradients(Ranks(1, 2))
+    for a, b, whole in zip(first, second, gradients(Ranks()), strict=True):
+        torch.testing.assert_close(a + b, whole)
+        assert not torch.allclose(a, b)
