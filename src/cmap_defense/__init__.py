@@ -14,7 +14,7 @@ from cmap_defense.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense import adaptation, attacks, backbones, data, evaluation, gradients, purifiers, training
-    from cmap_defense.adaptation.adapt import adapt, load_adapted
+    from cmap_defense.adaptation.run import adapt, load_adapted
     from cmap_defense.backbones.load import load_backbone
     from cmap_defense.classifier.wrapper import PurifiedClassifier
     from cmap_defense.cmap.settings import CMAPSettings
@@ -57,7 +57,7 @@ _MODULES = {
     "PurificationResult": "cmap_defense.results",
     "PurifiedClassifier": "cmap_defense.classifier.wrapper",
     "ThreatModel": "cmap_defense.threat",
-    "adapt": "cmap_defense.adaptation.adapt",
+    "adapt": "cmap_defense.adaptation.run",
     "adaptation": "cmap_defense.adaptation",
     "attacks": "cmap_defense.attacks",
     "backbones": "cmap_defense.backbones",
@@ -65,7 +65,7 @@ _MODULES = {
     "evaluate": "cmap_defense.evaluation.evaluation",
     "evaluation": "cmap_defense.evaluation",
     "gradients": "cmap_defense.gradients",
-    "load_adapted": "cmap_defense.adaptation.adapt",
+    "load_adapted": "cmap_defense.adaptation.run",
     "load_backbone": "cmap_defense.backbones.load",
     "purifiers": "cmap_defense.purifiers",
     "training": "cmap_defense.training",

@@ -65,6 +65,7 @@ def documented() -> list[ModuleType]:
         "write-your-own-purifier.md",
         "evaluation.md",
         "detection.md",
+        "adapt.md",
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from cmap_defense.adaptation.config import AdaptationConfig
 from cmap_defense.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cmap_defense.adaptation.adapt import Adapted, adapt, load_adapted
+    from cmap_defense.adaptation.run import Adapted, adapt, load_adapted
 
 __all__ = ["AdaptationConfig", "Adapted", "adapt", "load_adapted"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
-        __name__, dict.fromkeys(("Adapted", "adapt", "load_adapted"), "cmap_defense.adaptation.adapt")
+        __name__, dict.fromkeys(("Adapted", "adapt", "load_adapted"), "cmap_defense.adaptation.run")
     )

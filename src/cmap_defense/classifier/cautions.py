@@ -69,7 +69,7 @@ def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:
 def adapted_to(backbone: nn.Module, purifier: Purifier) -> dict[str, Any]:
     """What a classifier behind them is adapted to: the purifier without its number of versions, and the backbone."""
     return {
-        "purifier": _without(purifier.to_dict(), "n_latents"),
+        "purifier": {"class": type(purifier).__name__, **_without(purifier.to_dict(), "n_latents")},
         "backbone": describe_module(purifier.member(backbone))["weights"],
     }
 

@@ -226,7 +226,9 @@ def imported_models(given: Iterable[str], options: Options, option: str, *taken:
     return found
 
 
-def imported_model(path: str, weights: Path | None, device: torch.device, option: str) -> Callable[[Tensor], Tensor]:
+def imported_model(
+    path: str, weights: Path | None, device: torch.device, option: str, *, trained: bool = False
+) -> Callable[[Tensor], Tensor]:
     """The model at an import path, in eval mode, on a device.
 
     Args:
@@ -237,6 +239,7 @@ def imported_model(path: str, weights: Path | None, device: torch.device, option
             it is.
         device: to put it on.
         option: that it was given by, for errors.
+        trained: whether it is to be trained, so that its weights go on requiring a gradient.
 
     Raises:
         click.BadParameter: there is no model, or the weights are those of another.
@@ -245,7 +248,9 @@ def imported_model(path: str, weights: Path | None, device: torch.device, option
     if weights is not None:
         _load(model, weights, "--weights" if option == "--classifier" else option)
     if isinstance(model, nn.Module):
-        model = model.to(device).eval().requires_grad_(False)
+        model = model.to(device).eval()
+        if not trained:
+            model.requires_grad_(False)
     return model
 
 

@@ -9,7 +9,7 @@ import warnings
 import click
 
 from cmap_defense.cli.command import Group
-from cmap_defense.cli.commands.backbones import backbones, quality, train
+from cmap_defense.cli.commands.backbones import adapt, backbones, quality, train
 from cmap_defense.cli.commands.evaluate import compare, detect, evaluate, report, study
 from cmap_defense.cli.commands.purify import demo, purify
 
@@ -25,7 +25,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, compare, detect, quality, train, backbones):
+for command in (demo, purify, evaluate, report, study, compare, detect, quality, train, adapt, backbones):
     cli.add_command(command)
 
 

@@ -297,7 +297,7 @@ backbone_option = MODEL(
     help='Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id.',
 )
 
-purifier_options = decorators(
+purifier_choice = decorators(
     PURIFICATION("--purifier", type=Choice(PURIFIERS), default="cmap", help="Method to purify by."),
     PURIFICATION(
         "--purifier-set",
@@ -305,6 +305,11 @@ purifier_options = decorators(
         multiple=True,
         help="Set one of the purifier's settings to this value, such as t=75. May be repeated.",
     ),
+)
+"""A purifier by name."""
+
+purifier_options = decorators(
+    purifier_choice,
     options_of(
         CMAPSettings, "Purification", "n_latents", "iterations", "learning_rate", unset="the backbone's, for cmap"
     ),

@@ -1,4 +1,4 @@
-"""``cmap-defense train``, ``quality`` and ``backbones``."""
+"""``cmap-defense train``, ``adapt``, ``quality`` and ``backbones``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cmap_defense.adaptation.config import AdaptationConfig
 from cmap_defense.cli.command import Command, Group, in_group
 from cmap_defense.cli.options import (
     DATA,
@@ -18,12 +19,17 @@ from cmap_defense.cli.options import (
     Numbers,
     Pair,
     PathType,
+    backbone_option,
+    classifier_options,
     data_options,
+    device_option,
     json_option,
     model_options,
     options_of,
     out_option,
+    purifier_choice,
     record_options,
+    resize_option,
     seed_option,
     threads_option,
     writable_folder,
@@ -38,6 +44,7 @@ PRESETS = ("small", "cifar10")
 OBJECTIVE = in_group("Objective")
 NETWORK = in_group("Network")
 
+ADAPTATION = [field.name for field in dataclasses.fields(AdaptationConfig) if field.metadata.get("help")]
 FIELDS = [field.name for field in dataclasses.fields(TrainingConfig) if field.metadata.get("help")]
 
 
@@ -135,6 +142,50 @@ def train(context: click.Context, **options: Any) -> None:
     from cmap_defense.cli.train import run_train
 
     run_train(context, options)
+
+
+ADVERSARIAL = in_group("Adversarial training")
+
+UNUSED = ("device", "compile", "channels_last", "hold_images", "weights")
+"""Fields of a training that are no options of an adaptation."""
+
+
+@click.command(cls=Command, context_settings={"default_map": {"purifier": "one-step"}, "show_default": True})
+@backbone_option
+@classifier_options
+@purifier_choice
+@resize_option
+@DATA(
+    "-d",
+    "--data",
+    required=True,
+    help=f"Labelled data set: a name ({', '.join(DATASETS)}), an .npz file, or a folder of class folders.",
+)
+@DATA(
+    "--hold-out",
+    type=click.IntRange(0),
+    default=0,
+    help="Number of images to choose the best weights by: the last ones, or of a folder a draw over all classes.",
+)
+@DATA("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels.")
+@DATA("--image-channels", type=click.IntRange(1), help="Channels in which the images of a folder are read.")
+@ADVERSARIAL("--adversarial", is_flag=True, help="Attack the training images through the exact gradient.")
+@options_of(ThreatModel, "Adversarial training")
+@options_of(AdaptationConfig, "Training", *(name for name in ADAPTATION if name not in UNUSED))
+@threads_option
+@device_option
+@out_option()
+@json_option
+def adapt(**options: Any) -> None:
+    """Fine-tune a copy of a classifier on purified training images; with --adversarial on attacked ones.
+
+    OUT/classifier.safetensors is for --weights of the other commands. Killed, interrupted or stopped by --minutes, the
+    same command continues from the last checkpoint, and ends with the same weights. Under torchrun
+    (torchrun -m cmap_defense adapt ...) all processes share each batch.
+    """
+    from cmap_defense.cli.adapt import run_adapt
+
+    run_adapt(options)
 
 
 SAMPLES = in_group("Samples")

@@ -188,7 +188,7 @@ def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
 
 
 def _marked(model: AnyModule, target: Mapping[str, Any]) -> AnyModule:
-    model.adapted_to = dict(target)  # pyright: ignore[reportAttributeAccessIssue]
+    vars(model)["adapted_to"] = dict(target)
     return model
 
 

@@ -1,0 +1,47 @@
+"""``cmap-defense adapt``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmap_defense import load_adapted
+from cmap_defense.embedded import load_classifier
+
+from .conftest import Run
+
+OPTIONS = ["--purifier-set", "n_latents=1", "--images", "32", "--batch-size", "8", "--checkpoint-every", "16"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    images = np.random.RandomState(0).randint(0, 256, (24, 28, 28, 1)).astype(np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(24) % 10)
+    return tmp_path / "data.npz"
+
+
+def test_it_writes_weights_for_the_other_commands(run: Run, data: Path, tmp_path: Path) -> None:
+    model = ["-b", "fashion-mnist-edm", "-c", "embedded", "-d", data]
+    attack = ["--adversarial", "--eps", "0.05", "--attack-steps", "1", "--hold-out", "8"]
+    out = tmp_path / "adapted"
+    printed = json.loads(run("adapt", *model, *attack, *OPTIONS, "-o", out, "--json"))
+    assert printed["finished"]
+    assert printed["purifier"] == {"class": "OneStep", "level": 0.5}
+    assert printed["threat"]["eps"] == 0.05
+    assert len(printed["held_out_scores"]) == 2
+    assert (out / "loss.png").is_file()
+    assert not load_adapted(out, load_classifier()).training
+    again = run("adapt", *model, *attack, *OPTIONS, "-o", out)
+    assert "8 held-out images" in again
+    assert "32 images seen" in again
+    assert "other settings" in run("adapt", *model, *OPTIONS, "-o", out, status=1)
+
+
+def test_wrong_usage(run: Run, data: Path, tmp_path: Path) -> None:
+    model = ["adapt", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, "-o", tmp_path / "adapted"]
+    assert "did you mean 8/255?" in run(*model, "--adversarial", "--eps", "8", status=2)
+    assert "has no setting" in run(*model, "--purifier-set", "sigma=1", status=2)
+    assert "leaves nothing" in run(*model, "--hold-out", "24", status=1)
