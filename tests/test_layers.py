@@ -21,6 +21,7 @@ LAYERS = {
     "quality": 5,
     "training": 5,
     "attacks": 4,
+    "certification": 4,
     "classifier": 3,
     "purifiers": 2,
     "gradients": 2,

@@ -13,9 +13,21 @@ from typing import TYPE_CHECKING, Any
 from cmap_defense.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cmap_defense import adaptation, attacks, backbones, data, evaluation, gradients, purifiers, training
+    from cmap_defense import (
+        adaptation,
+        attacks,
+        backbones,
+        certification,
+        data,
+        evaluation,
+        gradients,
+        purifiers,
+        training,
+    )
     from cmap_defense.adaptation.run import adapt, load_adapted
     from cmap_defense.backbones.load import load_backbone
+    from cmap_defense.certification.run import certify
+    from cmap_defense.certification.smoothed import SmoothedClassifier
     from cmap_defense.classifier.wrapper import PurifiedClassifier
     from cmap_defense.cmap.settings import CMAPSettings
     from cmap_defense.errors import CmapError
@@ -34,11 +46,14 @@ __all__ = [
     "History",
     "PurificationResult",
     "PurifiedClassifier",
+    "SmoothedClassifier",
     "ThreatModel",
     "adapt",
     "adaptation",
     "attacks",
     "backbones",
+    "certification",
+    "certify",
     "data",
     "evaluate",
     "evaluation",
@@ -56,11 +71,14 @@ _MODULES = {
     "History": "cmap_defense.results",
     "PurificationResult": "cmap_defense.results",
     "PurifiedClassifier": "cmap_defense.classifier.wrapper",
+    "SmoothedClassifier": "cmap_defense.certification.smoothed",
     "ThreatModel": "cmap_defense.threat",
     "adapt": "cmap_defense.adaptation.run",
     "adaptation": "cmap_defense.adaptation",
     "attacks": "cmap_defense.attacks",
     "backbones": "cmap_defense.backbones",
+    "certification": "cmap_defense.certification",
+    "certify": "cmap_defense.certification.run",
     "data": "cmap_defense.data",
     "evaluate": "cmap_defense.evaluation.evaluation",
     "evaluation": "cmap_defense.evaluation",

@@ -16,7 +16,13 @@ from cmap_defense.common.modules import module_behind, weights_of
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.purifiers.base import Purifier
 
-__all__ = ["adapted_to", "warn_of_another_adaptation", "warn_of_probabilities", "warn_of_training_mode"]
+__all__ = [
+    "adapted_to",
+    "part_in_training_mode",
+    "warn_of_another_adaptation",
+    "warn_of_probabilities",
+    "warn_of_training_mode",
+]
 
 _WARNED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 """What was said about which classifier."""
@@ -38,7 +44,7 @@ def warn_of_training_mode(classifier: object, images: Tensor) -> None:
     wanted = images.requires_grad or any(weight.requires_grad for weight in weights_of(module))
     if wanted and torch.is_grad_enabled():
         return
-    found = next((part for part in module.modules() if part.training and _depends_on_mode(part)), None)
+    found = part_in_training_mode(module)
     if found is not None:
         _warn(
             module,
@@ -46,6 +52,13 @@ def warn_of_training_mode(classifier: object, images: Tensor) -> None:
             f"The classifier is in training mode ({type(found).__name__}), so that its predictions may be random or "
             "depend on the batch, and its running statistics may change with each call. Call model.eval() first.",
         )
+
+
+def part_in_training_mode(classifier: object) -> nn.Module | None:
+    """The first part of a classifier that is in training mode and asks for it, as BatchNorm and Dropout do; or None."""
+    module = module_behind(classifier)
+    parts = () if module is None else module.modules()
+    return next((part for part in parts if part.training and _depends_on_mode(part)), None)
 
 
 def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:

@@ -1,0 +1,121 @@
+"""Certificates of images, and what they say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+
+import torch
+from torch import Tensor
+
+from cmap_defense.certification.bounds import ABSTAIN, certified_radii, lower_bounds
+from cmap_defense.certification.settings import CertificationSettings
+from cmap_defense.common.inputs import check_seeds
+from cmap_defense.common.statistics import Accuracy
+
+__all__ = ["COLUMNS", "RADII", "CertificationResult"]
+
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The l2 radii, for images in [0, 1], at which tables show certified accuracy, as publications do."""
+
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+"""Of the files that the analysis scripts of Cohen et al. read."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class CertificationResult:
+    """Certificates of B images. Each is wrong with probability alpha at most.
+
+    Attributes:
+        prediction: int64 [B], the smoothed classifier's class; -1 where it abstains.
+        radius: float64 [B], no change of the image that is smaller in l2 changes that class; 0 where it abstains.
+        lower_bound: float64 [B], of the probability that the base classifier gives the class chosen.
+        counts: int64 [B, classes], the classes of the n copies by which it is bounded.
+        abstained: bool [B], the lower bound is below 1/2.
+        passes: int64 [B], network passes of backbones.
+        seconds: float64 [B].
+        indices: int64 [B], which image of its data set each one is.
+        sigma: of the noise, for images in [0, 1].
+        settings: n0, n, alpha and the seed among them.
+    """
+
+    prediction: Tensor
+    radius: Tensor
+    lower_bound: Tensor
+    counts: Tensor
+    abstained: Tensor
+    passes: Tensor
+    seconds: Tensor
+    indices: Tensor
+    sigma: float
+    settings: CertificationSettings
+
+    @classmethod
+    def of(
+        cls, selection: Tensor, counts: Tensor, *, sigma: float, settings: CertificationSettings, **others: Tensor
+    ) -> CertificationResult:
+        """CERTIFY from counts.
+
+        Args:
+            selection: int64 [B, classes], of the n0 copies by which the class is chosen.
+            counts: int64 [B, classes], of the n fresh ones.
+            sigma: of the noise.
+            settings: n and alpha among them.
+            others: the fields that do not follow from the counts.
+        """
+        chosen = selection.argmax(dim=1)
+        bounds = lower_bounds(counts.gather(1, chosen[:, None])[:, 0], settings.n, settings.alpha)
+        abstained = bounds < 0.5
+        return cls(
+            prediction=torch.where(abstained, ABSTAIN, chosen),
+            radius=certified_radii(bounds, sigma),
+            lower_bound=bounds,
+            counts=counts,
+            abstained=abstained,
+            sigma=sigma,
+            settings=settings,
+            **others,
+        )
+
+    def accuracy(self, labels: Tensor, radius: float = 0.0) -> Accuracy:
+        """Certified accuracy: the share of images whose prediction is right and certified for ``radius`` at least.
+
+        Args:
+            labels: integers [B], the true classes.
+            radius: in l2, for images in [0, 1].
+
+        Raises:
+            InputTypeError, InputValueError: the labels are not integers, one per image.
+        """
+        right = self.prediction == check_seeds(labels, len(self.prediction), "labels")
+        return Accuracy.mean(right & (self.radius >= radius))
+
+    def to_tsv(self, labels: Tensor) -> str:
+        """A table with the columns ``COLUMNS`` and tabs between them, a line per image.
+
+        Args:
+            labels: integers [B], the true classes.
+
+        Raises:
+            InputTypeError, InputValueError: the labels are not integers, one per image.
+        """
+        true = check_seeds(labels, len(self.prediction), "labels").tolist()
+        fields = (self.indices, self.prediction, self.radius, self.seconds)
+        lines = ["\t".join(COLUMNS)]
+        for label, index, predicted, radius, seconds in zip(true, *(part.tolist() for part in fields), strict=True):
+            time = datetime.timedelta(seconds=seconds)
+            lines.append(f"{index}\t{label}\t{predicted}\t{radius:.6g}\t{int(predicted == label)}\t{time}")
+        return "\n".join(lines) + "\n"
+
+    def __repr__(self) -> str:
+        count, settings = len(self.radius), self.settings
+        shares = ", ".join(
+            f"{(self.radius >= radius).double().mean().item():.3f} at {radius:g}" for radius in RADII[1:]
+        )
+        return (
+            f"CertificationResult({count} images, sigma = {self.sigma:g}, n0 = {settings.n0:,}, n = {settings.n:,}, "
+            f"alpha = {settings.alpha:g}\n  abstained: {int(self.abstained.sum())}\n  l2 radius: median "
+            f"{self.radius.median().item():.4g}, largest {self.radius.max().item():.4g}\n"
+            f"  share of images that have a radius, right or wrong: {shares}\n"
+            "  of the smoothed classifier; .accuracy(labels, radius) is certified accuracy)"
+        )
