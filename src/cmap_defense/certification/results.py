@@ -52,30 +52,23 @@ class CertificationResult:
 
     @classmethod
     def of(
-        cls, selection: Tensor, counts: Tensor, *, sigma: float, settings: CertificationSettings, **others: Tensor
+        cls,
+        selection: Tensor,
+        counts: Tensor,
+        passes: Tensor,
+        seconds: Tensor,
+        indices: Tensor,
+        *,
+        sigma: float,
+        settings: CertificationSettings,
     ) -> CertificationResult:
-        """CERTIFY from counts.
-
-        Args:
-            selection: int64 [B, classes], of the n0 copies by which the class is chosen.
-            counts: int64 [B, classes], of the n fresh ones.
-            sigma: of the noise.
-            settings: n and alpha among them.
-            others: the fields that do not follow from the counts.
-        """
+        """CERTIFY from the counts [B, classes] of the n0 copies by which the class is chosen, and of the n fresh ones;
+        the other arguments are the fields of their names."""
         chosen = selection.argmax(dim=1)
         bounds = lower_bounds(counts.gather(1, chosen[:, None])[:, 0], settings.n, settings.alpha)
         abstained = bounds < 0.5
-        return cls(
-            prediction=torch.where(abstained, ABSTAIN, chosen),
-            radius=certified_radii(bounds, sigma),
-            lower_bound=bounds,
-            counts=counts,
-            abstained=abstained,
-            sigma=sigma,
-            settings=settings,
-            **others,
-        )
+        prediction, radius = torch.where(abstained, ABSTAIN, chosen), certified_radii(bounds, sigma)
+        return cls(prediction, radius, bounds, counts, abstained, passes, seconds, indices, sigma, settings)
 
     def accuracy(self, labels: Tensor, radius: float = 0.0) -> Accuracy:
         """Certified accuracy: the share of images whose prediction is right and certified for ``radius`` at least.

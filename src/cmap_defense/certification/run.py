@@ -20,7 +20,7 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
 from cmap_defense.common.files import FolderLock, refuse_other_settings, tensor_checksum, write_json
 from cmap_defense.common.passes import counting_passes
-from cmap_defense.common.ranks import Ranks, ranks
+from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
 
 __all__ = ["Cost", "certify", "expected_cost"]
@@ -168,7 +168,6 @@ class _Certification:
                 lock = FolderLock(self.folder, "certification", EvaluationError)
                 team.by_first(lambda: stack.enter_context(lock.held()))
                 team.by_first(functools.partial(self._agree, write=True))
-                self._together(team)
             found = [self._tally(row) for row in rows]
             missing = team.shared([row for row in rows if found[row].done < self.each])
             own = missing[team.rank :: team.world]
@@ -181,14 +180,14 @@ class _Certification:
             for row in rows:  # each is known to one rank, for the sum
                 if row not in own and (team.rank or row in missing):
                     found[row] = self._empty()
-            whole = [torch.stack([getattr(tally, name) for tally in found]) for name in ("selection", "counts")]
-            whole.append(torch.tensor([tally.passes for tally in found]))
+            selection, counts = (torch.stack([getattr(tally, n) for tally in found]) for n in ("selection", "counts"))
+            passes = torch.tensor([tally.passes for tally in found])
             seconds = torch.tensor([tally.seconds for tally in found], dtype=torch.float64)
-            team.add_up(whole)
+            team.add_up([selection, counts, passes])
             team.add_up([seconds])
-        selection, counts, passes = whole
-        others = {"passes": passes, "seconds": seconds, "indices": self.indices}
-        return CertificationResult.of(selection, counts, sigma=self.smoothed.sigma, settings=self.settings, **others)
+        return CertificationResult.of(
+            selection, counts, passes, seconds, self.indices, sigma=self.smoothed.sigma, settings=self.settings
+        )
 
     def _certify(self, row: int, tally: _Tally) -> Any:
         """Complete the counts of an image; yields after each batch the number of its copies."""
@@ -226,7 +225,8 @@ class _Certification:
         return _Tally(selection, counts, found["passes"], found["seconds"])
 
     def _empty(self) -> _Tally:
-        return _Tally(*(torch.zeros(self.classes, dtype=torch.int64) for _ in range(2)))
+        selection, counts = torch.zeros((2, self.classes), dtype=torch.int64)
+        return _Tally(selection, counts)
 
     def _path(self, row: int) -> Path:
         assert self.folder is not None
@@ -239,8 +239,7 @@ class _Certification:
         """The folder belongs to these settings. Raises ``EvaluationError`` where not."""
         if self.folder is None:
             return
-        path, settings = self.folder / "settings.json", self.settings.to_dict()
-        del settings["batch_size"]
+        path, settings = self.folder / "settings.json", self.settings.replace(batch_size=None).to_dict()
         now = {"format": FORMAT, "settings": settings, "model": self.smoothed.describe(self.images)}
         if not path.exists():
             if write:
@@ -255,27 +254,9 @@ class _Certification:
             "result would void alpha.)",
         )
 
-    def _together(self, team: Ranks) -> None:
-        """All ranks see the folder, with their own settings; all of them raise where not."""
-        other = None
-        if team.rank:
-            try:
-                self._agree(write=False)
-                assert self.folder is not None
-                if not (self.folder / "settings.json").exists():
-                    raise EvaluationError(f"{self.folder} is not the folder of the first: all must see the same disk.")
-            except EvaluationError as error:
-                other = f"Rank {team.rank}: {error}"
-        refusal = team.first_of(other)
-        if refusal is not None:
-            raise EvaluationError(refusal)
-
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EvaluationError(f"{path} is not what a certification writes: {error}") from error
-    if not isinstance(found, dict):
-        raise EvaluationError(f"{path} is not what a certification writes.")
-    return found

@@ -75,14 +75,16 @@ def run_evaluate(options: dict[str, Any]) -> None:
             evaluation.run(progress)
         if first:
             found = evaluation.report()
+            found = found if options["certified"] is None else found.with_certificates(options["certified"])
             files, lacking = write_report(found, out)
             _show(found, files, lacking, as_json=as_json)
         team.wait()
 
 
-def run_report(folder: Path, *, as_json: bool) -> None:
+def run_report(folder: Path, certified: Path | None, *, as_json: bool) -> None:
     """Carry out the command report."""
-    files, lacking = write_report(load_report(folder), folder)
+    found = load_report(folder)
+    files, lacking = write_report(found if certified is None else found.with_certificates(certified), folder)
     if as_json:
         print_json({"files": [str(file) for file in files], "lacking": lacking})
         return

@@ -10,6 +10,7 @@ import click
 
 from cmap_defense.cli.command import Group
 from cmap_defense.cli.commands.backbones import adapt, backbones, quality, train
+from cmap_defense.cli.commands.certify import certify
 from cmap_defense.cli.commands.evaluate import compare, detect, evaluate, report, study
 from cmap_defense.cli.commands.purify import demo, purify
 
@@ -25,7 +26,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, compare, detect, quality, train, adapt, backbones):
+for command in (demo, purify, evaluate, report, study, compare, certify, detect, quality, train, adapt, backbones):
     cli.add_command(command)
 
 

@@ -12,6 +12,7 @@ from cmap_defense.cli.options import (
     DATA,
     EMBEDDED,
     MODEL,
+    OUTPUT,
     PGD,
     PURIFICATION,
     RUNNING,
@@ -32,6 +33,12 @@ from cmap_defense.cli.options import (
 from cmap_defense.threat import ThreatModel
 
 STUDIES = ("beta", "eps", "latent-weight", "latents", "ssim-weight", "surrogate", "trajectory", "vote")
+
+certified_option = OUTPUT(
+    "--certified",
+    type=PathType(exists=True, file_okay=False),
+    help="Folder of cmap-defense certify, whose certified accuracy the report shows besides.",
+)
 
 PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"}
 """The paper's protocol, where other options do not say otherwise."""
@@ -55,6 +62,7 @@ PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"
 @protocol_options
 @check_options
 @RUNNING("--dry-run", is_flag=True, help="Print what the evaluation would cost, and stop.")
+@certified_option
 @out_option()
 @json_option
 @click.pass_context
@@ -75,12 +83,13 @@ def evaluate(context: click.Context, **options: Any) -> None:
 
 @click.command(cls=Command)
 @click.argument("folder", type=PathType(exists=True, file_okay=False))
+@certified_option
 @json_option
-def report(folder: Path, as_json: bool) -> None:
+def report(folder: Path, certified: Path | None, as_json: bool) -> None:
     """Write the report of an evaluation's FOLDER anew, from its report.json."""
     from cmap_defense.cli.evaluate import run_report
 
-    run_report(folder, as_json=as_json)
+    run_report(folder, certified, as_json=as_json)
 
 
 @click.command(cls=Command)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from typing_extensions import Self
 
 from cmap_defense.attacks import Attack
 from cmap_defense.attacks.oracle import Model
+from cmap_defense.certification.summary import read_summary
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError, UnknownNameError
@@ -45,6 +47,7 @@ class Report:
         missing: number of work units that are not done.
         settings: what the evaluation was made with.
         class_names: one per class, where they are known.
+        certified: what ``cmap-defense certify`` found, which ``with_certificates`` adds; None for nothing.
     """
 
     headline: WorstCase | None
@@ -59,6 +62,15 @@ class Report:
     missing: int
     settings: Mapping[str, Any]
     class_names: Sequence[str] | None
+    certified: Mapping[str, Any] | None = None
+
+    def with_certificates(self, folder: str | Path) -> Self:
+        """The report with the certified accuracy in a folder of ``cmap-defense certify`` besides.
+
+        Raises:
+            EvaluationError: there is none.
+        """
+        return dataclasses.replace(self, certified=read_summary(folder))
 
     def row(self, attack: str, model: str = DEFENDED) -> Row:
         """One row by name. Raises ``UnknownNameError`` where there is none."""

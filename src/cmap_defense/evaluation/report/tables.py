@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cmap_defense.certification.summary import MEANING, table
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_table
@@ -73,6 +74,7 @@ def sections(report: Report) -> list[Section]:
         _headline(report),
         _evaluated(report),
         _accuracy(report),
+        *_certified(report),
         *_chosen(report),
         _search(report),
         _checks(report),
@@ -240,6 +242,19 @@ def _chosen(report: Report) -> list[Section]:
     rows = [[name, f"{count:,}"] for name, count in chosen if count]
     text = ["Number of images, of all runs, on which each attack is the worst."]
     return [Section("chosen", "The worst attack on each image", text, ["attack", "images"], rows)]
+
+
+def _certified(report: Report) -> list[Section]:
+    if report.certified is None:
+        return []
+    same = report.certified["data"]["checksum"] == report.settings["data"]["checksum"]
+    text = [
+        f"{MEANING} In %, in square brackets 95 % Wilson intervals, for {'the same' if same else 'other'} images.",
+        "Accuracy under attacks, above, is an upper bound: of the model as it is, under the attacks that were tried. "
+        "The smoothed classifier is another model, so that neither bounds the other.",
+    ]
+    head, *rows = table(report.certified)
+    return [Section("certified", "Certified accuracy", text, head, rows)]
 
 
 def _search(report: Report) -> Section:

@@ -1,0 +1,149 @@
+"""``cmap-defense certify``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cmap_defense.backbones.load import load_backbone
+from cmap_defense.certification import CertificationResult, Cost, SmoothedClassifier, certify, expected_cost
+from cmap_defense.certification.results import RADII
+from cmap_defense.certification.settings import CertificationSettings
+from cmap_defense.certification.summary import FILE, MEANING, PUBLISHED, summary_of, table
+from cmap_defense.cli.build import (
+    data_of,
+    device_of,
+    imported_model,
+    settings_of,
+    subset_of,
+    usage_errors,
+    using_threads,
+)
+from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.progress import Progress
+from cmap_defense.common.files import tensor_checksum, write_json, write_text, written_whole
+from cmap_defense.common.ranks import ranks
+from cmap_defense.data.selection import SelectedImages, labelled_data
+from cmap_defense.errors import MissingExtraError
+from cmap_defense.plots.certification import certified_plot
+
+
+def run_certify(options: dict[str, Any]) -> None:
+    """Carry out the command with its options."""
+    settings, out = settings_of(CertificationSettings, options), options["out"]
+    with using_threads(options["threads"]), ranks() as team:
+        models = _models(options)
+        shapes: list[Any] = [getattr(model.backbone, "image_shape", (None,)) for _, model in models.values()]
+        data = labelled_data(data_of(options), shapes[0][0])
+        chosen, device = SelectedImages.of(data, subset_of(options, data)), device_of(options)
+        images = chosen.images.to(device)
+        given = {**settings.to_dict(), "indices": chosen.positions}
+        costs = team.by_first(
+            lambda: [expected_cost(model, images, out=out / name, **given) for name, (_, model) in models.items()]
+        )
+        first = team.rank == 0
+        if first and not (options["as_json"] and not options["dry_run"]):
+            _show_cost(costs, len(chosen), settings, team.world, as_json=options["as_json"])
+        if options["dry_run"]:
+            return
+        results: dict[str, tuple[str | None, CertificationResult]] = {}
+        with contextlib.ExitStack() as stack:
+            total, before = sum(cost.copies for cost in costs) // team.world, 0
+            shown = stack.enter_context(Progress(total, "certifying")) if first else None
+            for (name, (denoiser, model)), cost in zip(models.items(), costs, strict=True):
+
+                def progress(done: int, _: int, before: int = before, name: str = name) -> None:
+                    if shown is not None:
+                        shown.at(before + done, what=name)
+
+                results[name] = denoiser, certify(model, images, out=out / name, progress=progress, **given)
+                before += cost.copies // team.world
+        if first:
+            _write(results, chosen, options)
+        team.wait()
+
+
+def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClassifier]]:
+    """The name of the denoiser and the smoothed classifier, for each of them and each sigma."""
+    named = {Path(name).name: name for name in options["backbones"]}
+    if len(named) < len(options["backbones"]):
+        raise click.BadParameter("two backbones have one name.", param_hint="--backbone")
+    if not named and not options["undefended"]:
+        raise click.UsageError("There is nothing to certify: give --backbone NAME, --undefended, or both.")
+    if not options["sigma"]:
+        raise click.BadParameter("give one number at least, such as 0.25.", param_hint="--sigma")
+    if (options["mean"] is None) != (options["std"] is None):
+        raise click.UsageError("--mean and --std go together: give both, or neither.")
+    device = device_of(options)
+    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
+    normalize = None if options["mean"] is None else (options["mean"], options["std"])
+    backbones: dict[str | None, Any] = {name: load_backbone(source).to(device) for name, source in named.items()}
+    if options["undefended"]:
+        backbones[None] = None
+    with usage_errors():
+        return {
+            f"{name or 'undefended'}-{sigma:g}": (
+                name,
+                SmoothedClassifier(classifier, backbone, sigma, normalize=normalize),
+            )
+            for name, backbone in backbones.items()
+            for sigma in dict.fromkeys(options["sigma"])
+        }
+
+
+def _show_cost(costs: list[Cost], images: int, settings: CertificationSettings, world: int, *, as_json: bool) -> None:
+    copies, passes = sum(cost.copies for cost in costs), sum(cost.passes for cost in costs)
+    seconds = sum(cost.seconds for cost in costs) / world
+    if as_json:
+        print_json(dataclasses.asdict(Cost(copies, passes, seconds)))
+        return
+    click.echo(
+        f"{len(costs)} smoothed classifier{'' if len(costs) == 1 else 's'}, {images} images, {settings.n0:,} + "
+        f"{settings.n:,} noisy copies of each.\n{copies:,} copies and {passes:,} network passes to do, about "
+        f"{duration(seconds)} here."
+        if copies
+        else "All certificates are there."
+    )
+
+
+def _write(
+    results: Mapping[str, tuple[str | None, CertificationResult]], chosen: SelectedImages, options: dict[str, Any]
+) -> None:
+    """The files and what is printed."""
+    out, labels = options["out"], chosen.labels
+    published = PUBLISHED.get(options["data"], {})
+    content = [("images", chosen.images), ("labels", labels), ("positions", chosen.positions)]
+    summary = {
+        "data": {"name": options["data"], "count": len(chosen), "checksum": tensor_checksum(content)},
+        "certificates": summary_of(results, labels),
+        "published": published,
+    }
+    for name, (_, result) in results.items():
+        write_text(out / f"{name}.tsv", result.to_tsv(labels))
+    write_json(out / FILE, summary)
+    files, lacking = [out / FILE, *(out / f"{name}.tsv" for name in results)], None
+    curves = {
+        (denoiser or "no denoiser", result.sigma): result.radius[result.prediction == labels].tolist()
+        for denoiser, result in results.values()
+    }
+    points = {name: dict(zip(RADII[1:], [v / 100 for v in values], strict=True)) for name, values in published.items()}
+    try:
+        picture = certified_plot(curves, len(chosen), f"{len(chosen)} images of {options['data']}", points)
+    except MissingExtraError as error:
+        lacking = str(error)
+    else:
+        written_whole(out / "certified.svg", lambda path: path.write_bytes(picture))
+        files.insert(1, out / "certified.svg")
+    if options["as_json"]:
+        print_json({**summary, "files": [str(file) for file in files], "lacking": lacking})
+        return
+    click.echo(f"\nCertified accuracy in % at l2 radius r, with 95 % intervals; {len(chosen)} images:\n")
+    print_table(table(summary))
+    click.echo(f"\n{MEANING}\n\n{', '.join(map(str, files[:-1]))} and {files[-1]}")
+    if lacking is not None:
+        click.echo(f"No certified.svg: {lacking}", err=True)
