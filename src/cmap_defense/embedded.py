@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["CLASS_NAMES", "FashionCNN", "load_classifier", "load_test_images"]
-
 ASSETS = Path(__file__).parent / "assets" / "fashion-mnist"
 
 CLASS_NAMES = (

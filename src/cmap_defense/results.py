@@ -6,8 +6,6 @@ import dataclasses
 
 from torch import Tensor
 
-__all__ = ["History", "PurificationResult"]
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class History:

@@ -13,8 +13,6 @@ from cmap_defense.errors import SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ThreatModel", "require_linf_size"]
-
 
 def require_linf_size(
     owner: str, name: str, value: float, *, minimum: float | None = 0.0, above: float | None = None

@@ -23,8 +23,6 @@ from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
 
-__all__ = ["APGD"]
-
 START = 0xA96D
 """Number that gives the start noise of its own."""
 

@@ -24,8 +24,6 @@ from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
 
-__all__ = ["AutoAttack"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):

@@ -32,8 +32,6 @@ from cmap_defense.threat import ThreatModel
 if TYPE_CHECKING:
     from cmap_defense.attacks.pgd import PGD
 
-__all__ = ["Attack", "AttackResult", "Candidates"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:

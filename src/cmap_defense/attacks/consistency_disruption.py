@@ -18,8 +18,6 @@ from cmap_defense.cmap.objective import objective_terms
 from cmap_defense.common.settings import require_flag, require_integer, require_number
 from cmap_defense.errors import SettingsError
 
-__all__ = ["ConsistencyDisruption"]
-
 RELEASED_BETA = {"linf": 2e6, "l2": 1e9}
 """Beta of the released CIFAR-10 scripts, for L plus the mean cross-entropy over the K latents."""
 

@@ -15,8 +15,6 @@ from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.settings import require_integer
 
-__all__ = ["FrozenResidual"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrozenResidual(StepAttack):

@@ -13,8 +13,6 @@ from torch import Tensor
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import SettingsError
 
-__all__ = ["CrossEntropy", "Goal", "Loss", "Margin", "VoteMargin", "margin", "require_loss"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Goal:

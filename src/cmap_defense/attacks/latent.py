@@ -13,8 +13,6 @@ from cmap_defense.attacks.latents import LatentSearch, Searched, descend, excess
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.common.settings import require_number
 
-__all__ = ["LatentAttack"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:

@@ -15,8 +15,6 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.settings import require_choice, require_integer, require_number
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["LatentSearch", "Searched", "descend", "excess", "project_all"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSearch(Attack):

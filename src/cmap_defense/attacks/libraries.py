@@ -15,15 +15,6 @@ from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.common.rng import generator_for
 from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
 
-__all__ = [
-    "LOGGER",
-    "NORMS",
-    "LibraryModel",
-    "pyautoattack",
-    "seed_of",
-    "undisturbed",
-]
-
 NORMS = {"linf": "Linf", "l2": "L2"}
 """The library's names for ours."""
 

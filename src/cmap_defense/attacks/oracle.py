@@ -19,20 +19,6 @@ from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.errors import GradientError, InputValueError, SettingsError
 from cmap_defense.gradients import GradientMode
 
-__all__ = [
-    "Feedback",
-    "Model",
-    "Oracle",
-    "SeededModel",
-    "by_largest",
-    "differentiates_defence",
-    "gradient_length",
-    "gradient_to",
-    "require_gradient",
-    "unit",
-    "usable",
-]
-
 Model = Callable[[Tensor], Tensor]
 """Images [B, C, H, W] in [0, 1] to logits [B, classes]."""
 

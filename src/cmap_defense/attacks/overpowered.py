@@ -14,8 +14,6 @@ from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.settings import require_number
 
-__all__ = ["Overpowered"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overpowered(LatentSearch):

@@ -14,8 +14,6 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.gradients import GradientMode
 
-__all__ = ["PGD"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PGD(StepAttack):

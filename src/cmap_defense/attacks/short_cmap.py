@@ -16,8 +16,6 @@ from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.settings import require_integer
 from cmap_defense.gradients import GradientMode, Unrolled
 
-__all__ = ["ShortCMAP"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortCMAP(StepAttack):

@@ -16,8 +16,6 @@ from cmap_defense.common.rng import derived_seeds, draw_uniform
 from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.threat import require_linf_size
 
-__all__ = ["SPSA"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SPSA(StepAttack):

@@ -15,8 +15,6 @@ from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.errors import InputValueError
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["Square", "require_tiles"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square(Attack):

@@ -17,8 +17,6 @@ from cmap_defense.common.rng import draw_latents, draw_uniform
 from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
 from cmap_defense.threat import ThreatModel, require_linf_size
 
-__all__ = ["StepAttack"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepAttack(Attack):

@@ -25,8 +25,6 @@ from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["SUITES", "exact_suite", "full_suite", "paper_suite", "standard_suite", "suite"]
-
 
 def suite(name: str, threat: ThreatModel, **sizes: Any) -> dict[str, Attack]:
     """A set of attacks by its name in ``SUITES``.

@@ -17,8 +17,6 @@ from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
 
-__all__ = ["TargetSteer"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetSteer(StepAttack):

@@ -22,8 +22,6 @@ from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["NoiseAndDenoise", "Shortened", "Source", "Transfer", "Undefended"]
-
 
 class Source(NamedOptions, abc.ABC):
     """A model to attack in place of a purified classifier, made from its parts.

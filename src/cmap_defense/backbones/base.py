@@ -13,9 +13,6 @@ from cmap_defense.common.modules import dtype_of
 from cmap_defense.common.passes import count_passes
 from cmap_defense.errors import BackboneError
 
-__all__ = ["Backbone", "caster", "check_backbone", "kind_of"]
-
-
 _METHODS = {
     "generate": "generate(latents) -> images in [-1, 1]",
     "denoise": "denoise(noisy, sigma) -> images in [-1, 1]",

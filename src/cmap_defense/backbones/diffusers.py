@@ -31,19 +31,6 @@ from cmap_defense.backbones.weights import tensor_names, write_safetensors
 from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
 
-__all__ = [
-    "PIPELINE_FILES",
-    "WEIGHTS",
-    "DiffusersUNet",
-    "build_unet",
-    "configuration_of",
-    "describe_diffusers",
-    "fresh_unet",
-    "is_diffusers",
-    "read_unet",
-    "save_pipeline",
-]
-
 INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
 

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FIRDown", "FIRDownConv", "FIRUp"]
-
 
 class _FIR(nn.Module):
     """Holds K; it follows the module's device and precision and is not part of its state."""

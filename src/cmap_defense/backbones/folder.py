@@ -27,8 +27,6 @@ from cmap_defense.common.modules import building
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
 
-__all__ = ["RECORD_FILE", "read_backbone", "read_record", "write_backbone"]
-
 RECORD_FILE = "backbone.json"
 
 _NETWORKS: dict[str, tuple[type[Any], type[nn.Module]]] = {

@@ -21,8 +21,6 @@ from cmap_defense.common.modules import dtype_of
 from cmap_defense.common.settings import Settings, require_number
 from cmap_defense.errors import InputValueError
 
-__all__ = ["ConsistencyBackbone", "EDMDenoiser", "KarrasModel", "NoiseRange", "boundary_scalings", "karras_levels"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseRange(Settings):

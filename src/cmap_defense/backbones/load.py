@@ -22,8 +22,6 @@ from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import require_choice
 from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError, WrongKindError
 
-__all__ = ["entry_of", "load_backbone", "resolve_backbone", "with_remedy"]
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 

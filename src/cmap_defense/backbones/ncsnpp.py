@@ -21,8 +21,6 @@ from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
 from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number, require_numbers
 from cmap_defense.errors import SettingsError
 
-__all__ = ["NCSNpp", "NCSNppConfig"]
-
 GROUP_NORM_EPS = 1e-6
 
 

@@ -22,8 +22,6 @@ from cmap_defense.common.modules import building
 from cmap_defense.common.settings import Settings, near_matches, require_integer, require_number
 from cmap_defense.errors import SettingsError, UnknownNameError
 
-__all__ = ["NETWORKS", "PRESETS", "Network", "UNet64Config", "refuse_other_network"]
-
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "small": MappingProxyType({"channels": (32, 64), "attention": (False, True)}),

@@ -12,8 +12,6 @@ from cmap_defense.backbones.remote.hub import push_files
 from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["push_backbone"]
-
 CARD = "README.md"
 
 

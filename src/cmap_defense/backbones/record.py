@@ -8,8 +8,6 @@ from typing import Any
 from cmap_defense.common.settings import Settings, require_choice, require_integer
 from cmap_defense.errors import SettingsError
 
-__all__ = ["KINDS", "BackboneRecord", "require_image_shape"]
-
 KINDS = ("consistency", "denoiser")
 """A consistency model generates in one step and denoises; a denoiser has no one-step generator."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from cmap_defense.backbones.weights import read_pickle, read_safetensors, sha256_of
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["WEIGHTS", "describe_missing", "dtype_of_file", "read_weights", "sha256_of_weights", "weights_files"]
-
 _VARIANTS = {"": "float32", ".fp16": "float16", ".bf16": "bfloat16"}
 """Variants by their part of the file name, with the precision that they are saved in."""
 

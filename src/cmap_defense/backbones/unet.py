@@ -25,8 +25,6 @@ from cmap_defense.backbones.record import require_image_shape
 from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number
 from cmap_defense.errors import SettingsError
 
-__all__ = ["CompactUNet", "CompactUNetConfig"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompactUNetConfig(Settings):

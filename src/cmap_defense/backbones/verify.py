@@ -20,8 +20,6 @@ from cmap_defense.backbones.remote.fetch import fetch_entry
 from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["Verification", "verify_backbone"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:

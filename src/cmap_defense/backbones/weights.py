@@ -17,18 +17,6 @@ from torch import Tensor, nn
 
 from cmap_defense.errors import BackboneFileError
 
-__all__ = [
-    "DTYPES",
-    "check_sha256",
-    "first_difference",
-    "read_pickle",
-    "read_safetensors",
-    "read_state_dict",
-    "sha256_of",
-    "tensor_names",
-    "write_safetensors",
-]
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions of the weights in a file."""
 

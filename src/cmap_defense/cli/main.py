@@ -14,8 +14,6 @@ from cmap_defense.cli.commands.certify import certify
 from cmap_defense.cli.commands.evaluate import compare, detect, evaluate, report, study
 from cmap_defense.cli.commands.purify import demo, purify
 
-__all__ = ["cli", "format_warning", "main", "run"]
-
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """What OpenMP's threads do while they wait: sleep, in GNU's library (Linux) after some microseconds of spinning."""
 

@@ -16,8 +16,6 @@ from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.modules import dtype_of
 from cmap_defense.common.options import NamedOptions
 
-__all__ = ["describe", "describe_module", "description_text", "qualified_name"]
-
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 

@@ -22,17 +22,6 @@ from torch import Tensor
 
 from cmap_defense.errors import CmapError
 
-__all__ = [
-    "LOCK_FILE",
-    "FolderLock",
-    "differences",
-    "refuse_other_settings",
-    "tensor_checksum",
-    "write_json",
-    "write_text",
-    "written_whole",
-]
-
 LOCK_FILE = ".lock"
 
 CONTEXT = 30

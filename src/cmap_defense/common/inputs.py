@@ -13,24 +13,6 @@ from torch import Tensor
 
 from cmap_defense.errors import ClassifierError, DeviceError, InputTypeError, InputValueError
 
-__all__ = [
-    "RESIZE_MODES",
-    "check_class_labels",
-    "check_device",
-    "check_finite",
-    "check_images",
-    "check_logits",
-    "check_seeds",
-    "check_shape",
-    "check_unit_range",
-    "clamp_straight_through",
-    "conversion_line",
-    "eight_bit_hint",
-    "range_outside",
-    "range_text",
-    "resize_images",
-]
-
 RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
 
 TOLERANCE = 1e-4

@@ -10,16 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "building",
-    "device_of",
-    "dtype_of",
-    "evaluating",
-    "module_behind",
-    "multiplies_bfloat16",
-    "weights_of",
-]
-
 
 def weights_of(module: object) -> Iterator[Tensor]:
     """The parameters and then the buffers of a module with its parts; nothing for what is no module."""

@@ -7,8 +7,6 @@ from typing import Any
 
 from cmap_defense.errors import MissingExtraError
 
-__all__ = ["optional_import"]
-
 
 def optional_import(module: str, extra: str, purpose: str) -> Any:
     """An optional dependency.

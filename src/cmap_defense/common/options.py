@@ -13,8 +13,6 @@ from typing_extensions import Self
 
 from cmap_defense.errors import OptionError
 
-__all__ = ["NamedOptions", "near_matches", "unknown_option"]
-
 
 class NamedOptions:
     """Base of classes that are made from options by name.

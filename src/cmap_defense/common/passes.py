@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-__all__ = ["PassCounter", "count_passes", "counting_passes", "not_counting"]
-
 
 @dataclasses.dataclass(eq=False)
 class PassCounter:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from cmap_defense.errors import SettingsError
 
-__all__ = ["expanded", "home", "hub_folder"]
-
 
 def home(instead: str) -> Path:
     """The home folder.

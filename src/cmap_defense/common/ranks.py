@@ -18,8 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from cmap_defense.errors import CmapError
 
-__all__ = ["Ranks", "ranks"]
-
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(days=30)

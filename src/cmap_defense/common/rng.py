@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["derived_seeds", "draw_latents", "draw_uniform", "fresh_seeds", "generator_for", "isolated"]
-
 _WORD = 2**64
 
 

@@ -21,18 +21,6 @@ from typing_extensions import Self
 from cmap_defense.common.options import NamedOptions, near_matches
 from cmap_defense.errors import SettingsError
 
-__all__ = [
-    "Settings",
-    "near_matches",
-    "require_choice",
-    "require_flag",
-    "require_integer",
-    "require_number",
-    "require_numbers",
-    "setting",
-]
-
-
 BOUNDS = ("minimum", "above", "maximum", "below", "choices")
 """Keys of a field's metadata that its value is checked against."""
 

@@ -12,8 +12,6 @@ from typing_extensions import Self
 
 from cmap_defense.errors import InputValueError
 
-__all__ = ["AUROC", "Z95", "Accuracy", "interval_text", "standard_error", "wilson_interval"]
-
 Z95 = 1.959963984540054
 """The normal quantile of 95 % intervals."""
 

@@ -13,8 +13,6 @@ import torch
 from cmap_defense.data.images import LabelledImages
 from cmap_defense.errors import DataError
 
-__all__ = ["labelled", "npz_images", "read_npz"]
-
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays ``images`` and, where it is there, ``labels`` of an .npz file.

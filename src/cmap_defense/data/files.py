@@ -12,8 +12,6 @@ from torch import Tensor
 
 from cmap_defense.errors import DataError
 
-__all__ = ["read_image", "to_pil", "write_image"]
-
 
 def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     """An image file as float32 [C, H, W] in [0, 1], turned as its EXIF says; grey (1 channel) or RGB (3 channels).

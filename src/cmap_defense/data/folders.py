@@ -17,8 +17,6 @@ from cmap_defense.data.files import read_image
 from cmap_defense.data.images import LabelledImages, positions_of
 from cmap_defense.errors import DataError
 
-__all__ = ["FolderImages", "image_files"]
-
 _SPLITS = {"train": ("train",), "test": ("test", "val")}
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from cmap_defense.errors import DataError
 
-__all__ = ["ImageSource", "LabelledImages", "positions_of"]
-
 
 @runtime_checkable
 class ImageSource(Protocol):

@@ -18,8 +18,6 @@ from cmap_defense.data.arrays import labelled, read_npz
 from cmap_defense.data.images import LabelledImages
 from cmap_defense.errors import DataError, SettingsError
 
-__all__ = ["CIFAR10_CLASSES", "FASHION_MNIST_CLASSES", "KNOWN", "cifar10", "fashion_mnist"]
-
 FASHION_MNIST_CLASSES = (
     "T-shirt",
     "trouser",

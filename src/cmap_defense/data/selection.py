@@ -21,8 +21,6 @@ from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import DataError, InputTypeError, InputValueError
 
-__all__ = ["SelectedImages", "images_at", "labelled_data"]
-
 
 def labelled_data(data: Any, channels: int | None = None) -> Any:
     """A data set whose images have labels, opened where it is only named.

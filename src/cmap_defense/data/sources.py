@@ -13,8 +13,6 @@ from cmap_defense.data.images import ImageSource, LabelledImages
 from cmap_defense.data.known import KNOWN
 from cmap_defense.errors import DataError, UnknownNameError
 
-__all__ = ["DATASETS", "load_dataset", "open_dataset"]
-
 DATASETS = tuple(KNOWN)
 """Names that ``open_dataset`` and ``load_dataset`` know."""
 

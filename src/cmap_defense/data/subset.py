@@ -7,8 +7,6 @@ import dataclasses
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
-__all__ = ["Subset"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subset(Settings):

@@ -24,8 +24,6 @@ from cmap_defense.detection.mmd import Kernel, squared_distances
 from cmap_defense.errors import InputValueError
 from cmap_defense.threat import ThreatModel, require_linf_size
 
-__all__ = ["DeepKernel", "DeepKernelSettings", "deep_kernel", "mmd_ratio", "train_deep_kernel"]
-
 CLEAN, FGSM = 0x7C1EA, 0x7F65
 """Streams of the noise of training images and of their FGSM samples."""
 

@@ -28,8 +28,6 @@ from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, unbiased
 from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.plots.detection import distance_plot
 
-__all__ = ["KINDS", "Detection", "KindSummary", "detect"]
-
 KINDS = ("clean", "generated", "noise", "adversarial", "purified_adversarial", "purified_clean")
 """The kinds of images, in the order in which they are shown."""
 

@@ -27,8 +27,6 @@ from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.common.settings import Settings, require_integer, require_number
 from cmap_defense.errors import BackboneError, InputValueError, SettingsError
 
-__all__ = ["EPS", "vp_sigmas"]
-
 EPS_NOISE = 0xE95
 """Separates this noise from all other that an image's index gives."""
 

@@ -15,8 +15,6 @@ from typing_extensions import Self
 from cmap_defense.common.settings import Settings, require_integer, require_number
 from cmap_defense.errors import InputTypeError, InputValueError
 
-__all__ = ["Gaussian", "Kernel", "mmd_distances", "squared_distances", "unbiased_mmd2"]
-
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Samples [N, ...] and [M, ...] to their kernel values, float64 [N, M]: symmetric and positive definite."""
 

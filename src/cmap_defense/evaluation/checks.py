@@ -22,8 +22,6 @@ from cmap_defense.common.statistics import Accuracy, standard_error
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.evaluation.tasks import CLEAN, check_attack, fewer_steps, other_sizes
 
-__all__ = ["Check", "Sweep", "gradient_table", "make_checks", "make_sweeps"]
-
 TOLERANCE = 2.0
 """Standard errors."""
 

@@ -23,8 +23,6 @@ from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED, is_file_name
 from cmap_defense.plots.comparison import comparison_plot
 
-__all__ = ["Compared", "Comparison", "compare", "write_comparison"]
-
 FILES = ("comparison.json", "comparison.md", "comparison.svg")
 LONGEST_NAME = 150
 

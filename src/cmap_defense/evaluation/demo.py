@@ -20,8 +20,6 @@ from cmap_defense.common.statistics import Accuracy
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.threat import ThreatModel
 
-__all__ = ["Demonstration", "demonstrate", "over_margin"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:

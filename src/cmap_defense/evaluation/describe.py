@@ -13,8 +13,6 @@ from torch import Tensor
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe_module, qualified_name
 
-__all__ = ["describe_logits", "describe_model", "describe_software"]
-
 
 def describe_model(model: object) -> dict[str, Any]:
     """Its class, its weights' checksum, and of a purified classifier all that decides about its predictions."""

@@ -38,8 +38,6 @@ from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import Runs, WorstCase, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
 
-__all__ = ["Evaluation", "Expected", "Progress", "evaluate"]
-
 Progress = Callable[[WorkUnit, int, int], None]
 """Called before each work unit of this process: the unit, how many of its own are done, how many it has."""
 

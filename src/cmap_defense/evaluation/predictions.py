@@ -19,8 +19,6 @@ from cmap_defense.common.rng import isolated
 from cmap_defense.evaluation.protocol import prediction_seeds
 from cmap_defense.results import History
 
-__all__ = ["Predictions", "predict", "vote_iterations"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:

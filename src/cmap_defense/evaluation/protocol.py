@@ -12,8 +12,6 @@ from cmap_defense.errors import SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Protocol", "prediction_seeds", "run_indices"]
-
 RUN = 2**40
 """Distance between the noise indices of an image in two runs."""
 

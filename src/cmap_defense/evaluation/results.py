@@ -20,8 +20,6 @@ from torch import Tensor
 from cmap_defense.common.files import FolderLock, refuse_other_settings, write_text, written_whole
 from cmap_defense.errors import EvaluationError
 
-__all__ = ["ResultsFolder", "Timing", "WorkUnit"]
-
 FORMAT = 3
 
 

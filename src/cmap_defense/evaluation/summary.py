@@ -11,8 +11,6 @@ from torch import Tensor
 
 from cmap_defense.common.statistics import Accuracy
 
-__all__ = ["MEASURES", "Row", "Runs", "WorstCase", "make_row", "worst_case"]
-
 MEASURES = ("one_shot", "average", "worst_of", "vote", "reevaluated")
 """Accuracies of a row, see ``Row``."""
 

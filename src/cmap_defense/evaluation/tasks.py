@@ -21,22 +21,6 @@ from cmap_defense.evaluation.predictions import Predictions, predict
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.gradients import StraightThrough
 
-__all__ = [
-    "CHECKS",
-    "CLEAN",
-    "DEFENDED",
-    "UNDEFENDED",
-    "AttackTask",
-    "Batch",
-    "CleanTask",
-    "GradientTask",
-    "Task",
-    "check_attack",
-    "fewer_steps",
-    "make_tasks",
-    "other_sizes",
-]
-
 DEFENDED, UNDEFENDED = "defended", "undefended"
 """Names of the model that is evaluated, and of its classifier without the defence."""
 

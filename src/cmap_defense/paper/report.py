@@ -12,8 +12,6 @@ from cmap_defense.common.tables import markdown_table
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.plots.studies import study_plot
 
-__all__ = ["MEASURES", "study_markdown", "study_rows", "write_study"]
-
 MEASURES = {"average": "one prediction", "vote": "vote", "reevaluated": "re-evaluated"}
 """Accuracies that are shown, and the headings of their columns."""
 

@@ -24,8 +24,6 @@ from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import Report
 from cmap_defense.evaluation.tasks import DEFENDED
 
-__all__ = ["STUDIES", "Study", "StudyResult", "Variant", "make_study", "run_study"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:

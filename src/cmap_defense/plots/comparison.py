@@ -10,8 +10,6 @@ from cmap_defense.plots.figure import COLOURS, MARKERS, MUTED, draw, plain_axes,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["comparison_plot"]
-
 
 def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
     """An SVG: for each defence a line from its accuracy on clean images down to that under the worst attack.

@@ -13,8 +13,6 @@ from cmap_defense.plots.figure import COLOURS, GRID, INK, LOGARITHMIC, MUTED, dr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["distance_plot"]
-
 STYLES = {
     "clean": ("clean", "outlined in the rows below", COLOURS[0]),
     "generated": ("generated", "by the backbone, from noise", COLOURS[2]),

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_plot", "cosine_plot", "curve_plot", "sweep_plot"]
-
 PURPOSE = "The plots of a report are drawn with matplotlib"
 
 PANEL = (5.0, 3.2)

@@ -21,8 +21,6 @@ from cmap_defense.quality.frechet import frechet_distance, too_few
 from cmap_defense.quality.inception import INCEPTION_NUMBERS, inception_features, inception_file
 from cmap_defense.quality.samples import sample_images
 
-__all__ = ["SHOWN", "Frechet", "InceptionDistance", "SampleComparison", "SampleFigures"]
-
 SHOWN = 64
 """Samples that are kept for a picture, at most."""
 

@@ -15,8 +15,6 @@ from cmap_defense.common.modules import evaluating
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import ClassifierError, SettingsError
 
-__all__ = ["FeatureLayer", "find_features", "read_features"]
-
 NAMED = "Name a module whose input is a vector for each image."
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from cmap_defense.errors import InputTypeError, InputValueError
 
-__all__ = ["frechet_distance", "gaussian_distance", "too_few"]
-
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """d^2 of ``gaussian_distance`` between the Gaussians with the means and covariances of two sets.

@@ -22,8 +22,6 @@ from cmap_defense.common.optional import optional_import
 from cmap_defense.common.paths import home, hub_folder
 from cmap_defense.errors import DataError, InputValueError, MissingExtraError, SettingsError
 
-__all__ = ["INCEPTION_NUMBERS", "inception_features", "inception_file"]
-
 INCEPTION_NUMBERS = 2048
 """Length of the feature vectors that FID is made of."""
 

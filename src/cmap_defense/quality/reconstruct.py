@@ -18,8 +18,6 @@ from cmap_defense.common.rng import derived_seeds
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.selection import SelectedImages
 
-__all__ = ["SHOWN", "Accuracies", "Reconstructions", "reconstruct"]
-
 SHOWN = 8
 """Images that are kept for a picture."""
 

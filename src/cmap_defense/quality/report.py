@@ -10,8 +10,6 @@ from cmap_defense.common.files import write_json, write_text
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_table
 
-__all__ = ["accuracy_rows", "distance_rows", "notes", "quality_markdown", "write_quality"]
-
 KINDS = {
     "clean": "clean",
     "purified": "purified",

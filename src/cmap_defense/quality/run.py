@@ -24,8 +24,6 @@ from cmap_defense.errors import SettingsError
 from cmap_defense.quality.compare import SampleComparison, SampleFigures
 from cmap_defense.quality.reconstruct import Reconstructions, reconstruct
 
-__all__ = ["SAMPLES", "Quality", "QualityRun"]
-
 SAMPLES = 5000
 """Generated images, unless said otherwise. Distances of other numbers cannot be compared with these."""
 

@@ -11,8 +11,6 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.rng import derived_seeds, draw_latents
 
-__all__ = ["sample_images"]
-
 SAMPLES = 0x5A3B1E
 """Separates the latents of the samples from other noise of the same seed."""
 

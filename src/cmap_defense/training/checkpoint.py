@@ -29,16 +29,6 @@ from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha25
 from cmap_defense.common.files import refuse_other_settings as refuse_changes
 from cmap_defense.errors import BackboneFileError, CheckpointError
 
-__all__ = [
-    "Checkpoint",
-    "newest_checkpoint",
-    "newest_whole",
-    "read_checkpoint",
-    "refuse_other_settings",
-    "save_checkpoint",
-    "settings_of",
-]
-
 INDEX = "index.json"
 MEGABYTE = 10**6
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -9,8 +9,6 @@ from typing import Any
 from cmap_defense.common.settings import Settings, require_integer, require_numbers, setting
 from cmap_defense.errors import SettingsError
 
-__all__ = ["DEFAULT_IMAGES", "PRECISIONS", "WEIGHTS_DTYPES", "TrainingConfig"]
-
 PRECISIONS = ("auto", "bfloat16", "float32")
 WEIGHTS_DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,8 +13,6 @@ from cmap_defense.errors import DataError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.objectives import Batch, Model
 
-__all__ = ["Draws", "check_data", "fit_beside", "image_indices"]
-
 
 class Draws:
     """Batches of a training set, drawn for all processes together: rank r has rows r, r + world, ...

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from cmap_defense.training.objectives import Model
 
-__all__ = ["EMA", "Target"]
-
 
 class _Average:
     """Averages of a module's parameters and floating-point buffers by name, ``weights``."""

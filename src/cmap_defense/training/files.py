@@ -10,8 +10,6 @@ from cmap_defense.common.files import FolderLock
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError
 
-__all__ = ["locked"]
-
 
 @contextlib.contextmanager
 def locked(folder: Path, team: Ranks) -> Iterator[None]:

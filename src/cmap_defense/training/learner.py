@@ -17,8 +17,6 @@ from cmap_defense.training.draws import Draws, check_data
 from cmap_defense.training.ema import EMA, Target
 from cmap_defense.training.objectives import MODELS, Batch, Model, Objective
 
-__all__ = ["Learner", "learning_rate"]
-
 
 class Learner:
     """A model in training, with Adam's moments, averaged weights, and the target of the loss.

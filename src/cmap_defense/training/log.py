@@ -14,8 +14,6 @@ from torch import Tensor
 from cmap_defense.common.files import write_text
 from cmap_defense.errors import TrainingError
 
-__all__ = ["LossLog"]
-
 LINES = 20
 """Of a checkpoint, at most."""
 

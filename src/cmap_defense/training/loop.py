@@ -31,8 +31,6 @@ from cmap_defense.training.checkpoint import (
 from cmap_defense.training.ema import EMA
 from cmap_defense.training.log import LossLog
 
-__all__ = ["LOG_FILE", "TrainState", "Trainee", "countdown", "train"]
-
 LOG_FILE = "log.jsonl"
 
 

@@ -26,8 +26,6 @@ from cmap_defense.training.config import PRECISIONS, TrainingConfig
 from cmap_defense.training.loop import Trainee
 from cmap_defense.training.objectives import Model
 
-__all__ = ["PLAN_FILE", "Speed", "as_before", "measure", "plan_images", "planned_images", "read_plan"]
-
 PLAN_FILE = "plan.json"
 USED = 0.95
 """Fraction of the time that a plan fills; the rest is for what slows a machine down."""

@@ -28,8 +28,6 @@ from cmap_defense.training.objectives import MODELS, Model, Objective
 from cmap_defense.training.plan import as_before, planned_images
 from cmap_defense.training.samples import sample_grid
 
-__all__ = ["TrainedBackbone", "source_of", "train_backbone"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedBackbone:

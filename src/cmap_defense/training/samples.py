@@ -13,8 +13,6 @@ from cmap_defense.common.modules import device_of
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.training.objectives import Model, heun_step
 
-__all__ = ["SAMPLES", "sample_grid"]
-
 SAMPLES = 64
 LEVELS = 18
 """Noise levels of a denoiser's sampler (arXiv 2206.00364, Table 1, for CIFAR-10)."""

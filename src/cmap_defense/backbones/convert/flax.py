@@ -19,8 +19,6 @@ import numpy as np
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 
-__all__ = ["NotACheckpointError", "read_flax"]
-
 ARRAY_CODES = (1, 3)
 CHUNKED = "__msgpack_chunked_array__"
 LARGEST_FILE_BUFFER = 2**31 - 1

@@ -17,8 +17,6 @@ from cmap_defense.backbones.ncsnpp import Attention, NCSNpp, NCSNppConfig, Noise
 from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["convert_jcm", "jcm_slots"]
-
 FROM_HWIO, FROM_IO, AS_IT_IS = (3, 2, 0, 1), (1, 0), (0,)
 """Order of axes that turns an array of the file into a tensor of the network."""
 

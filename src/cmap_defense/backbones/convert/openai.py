@@ -21,8 +21,6 @@ from cmap_defense.common.modules import building
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import BackboneFileError, SettingsError
 
-__all__ = ["convert_openai"]
-
 State = dict[str, Tensor]
 
 _RESIDUAL = {

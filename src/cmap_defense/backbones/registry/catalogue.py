@@ -20,8 +20,6 @@ from cmap_defense.backbones.registry.entry import (
     Source,
 )
 
-__all__ = ["CIFAR10_CD_REPOSITORY", "EMBEDDED_BACKBONES", "catalogue"]
-
 CIFAR10_CD_REPOSITORY: HubRepository | None = None
 """This project's own converted cifar10-cd on the Hub, with its commit and checksum.
 

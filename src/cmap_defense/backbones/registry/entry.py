@@ -14,8 +14,6 @@ from cmap_defense.backbones.record import KINDS, require_image_shape
 from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 
-__all__ = ["HubRepository", "LocalFolder", "OfficialFile", "RegistryEntry", "Source"]
-
 _SHA256, _COMMIT = "[0-9a-f]{64}", "[0-9a-f]{40}"
 
 

@@ -9,8 +9,6 @@ from cmap_defense.backbones.registry.entry import RegistryEntry
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import SettingsError, UnknownNameError
 
-__all__ = ["backbone_names", "register", "registry_entry"]
-
 
 def backbone_names() -> list[str]:
     """All names, sorted."""

@@ -18,8 +18,6 @@ from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.common.paths import expanded, home
 from cmap_defense.errors import BackboneFileError, SettingsError
 
-__all__ = ["cache_folder", "locked", "pin", "pinned"]
-
 PINS_FILE = "verified.json"
 LONGEST_WAIT = 2 * 3600.0
 """Seconds after which a lock is not waited for any more."""

@@ -9,8 +9,6 @@ from typing import Any
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 
-__all__ = ["entry_card", "hub_card"]
-
 _HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
 """Licences that the Hub knows by these names."""
 

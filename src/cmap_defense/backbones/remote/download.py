@@ -27,8 +27,6 @@ from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.backbones.weights import sha256_of
 from cmap_defense.errors import BackboneFileError
 
-__all__ = ["download"]
-
 BLOCK = 2**20
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""

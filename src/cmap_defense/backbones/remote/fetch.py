@@ -24,8 +24,6 @@ from cmap_defense.backbones.shards import sha256_of_weights, weights_files
 from cmap_defense.backbones.weights import check_sha256, sha256_of
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
 
-__all__ = ["MIRROR", "fetch_entry", "fetch_repository"]
-
 MIRROR = "CMAP_DEFENSE_MIRROR"
 """The variable that names another server for the official files: it takes the place of the address up to the path."""
 

@@ -19,8 +19,6 @@ from huggingface_hub.errors import (
 from cmap_defense.common.paths import home
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 
-__all__ = ["fetch_folder", "push_files"]
-
 _CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OSError)
 """What the Hub's HTTP client raises for broken connections."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["announce"]
-
 
 def announce(message: str) -> None:
     """Print a line on standard error, where there is one: only around what takes long, such as a download."""

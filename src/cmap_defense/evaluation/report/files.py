@@ -12,8 +12,6 @@ from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.report.tables import markdown
 from cmap_defense.evaluation.results import ResultsFolder
 
-__all__ = ["load_report", "write_report"]
-
 
 def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
     """``report.json``, ``report.md`` and, where the extra ``[report]`` is installed, ``report.html``.

@@ -26,8 +26,6 @@ from cmap_defense.evaluation.results import ResultsFolder
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED
 from cmap_defense.plots.robustness import accuracy_plot, cosine_plot, curve_plot, sweep_plot
 
-__all__ = ["page"]
-
 FOLLOWED = 3
 """Number of attacks, the strongest, that are drawn over the iterations of the purification."""
 

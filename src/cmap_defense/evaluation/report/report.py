@@ -25,8 +25,6 @@ from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import MEASURES, Row, Runs, WorstCase, make_row, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, check_attack
 
-__all__ = ["Report", "build_report"]
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:

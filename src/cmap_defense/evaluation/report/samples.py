@@ -16,8 +16,6 @@ from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED
 
-__all__ = ["DIFFERENCE", "Picture", "Sample", "class_name", "picture", "samples"]
-
 DIFFERENCE = 10
 """Differences are shown this many times as large, around middle grey."""
 

@@ -15,8 +15,6 @@ from cmap_defense.evaluation.results import Timing
 from cmap_defense.evaluation.summary import MEASURES, Row
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED
 
-__all__ = ["HEADLINE", "Section", "attack_name", "markdown", "model_name", "sections", "strongest", "threats"]
-
 HEADLINE = (
     "of the predictions are right under all attacks: the accuracy under the worst attack on each image, or the lowest "
     "re-evaluated accuracy of one attack where that is lower."

@@ -13,8 +13,6 @@ from torch import Tensor
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
 from cmap_defense.common.settings import Settings
 
-__all__ = ["MODELS", "Batch", "Denoise", "Model", "Objective", "consistency_pair", "noisy_images"]
-
 Model = ConsistencyBackbone | EDMDenoiser
 
 MODELS: dict[str, type[ConsistencyBackbone] | type[EDMDenoiser]] = {

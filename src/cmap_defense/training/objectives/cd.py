@@ -17,8 +17,6 @@ from cmap_defense.training.objectives.base import Batch, Denoise, Objective, con
 from cmap_defense.training.objectives.distances import Distance, distance_named
 from cmap_defense.training.objectives.levels import adjacent_levels, uniform_index
 
-__all__ = ["CD", "cd_loss", "heun_step"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CD(Objective):

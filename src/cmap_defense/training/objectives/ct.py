@@ -15,8 +15,6 @@ from cmap_defense.training.objectives.base import Batch, Denoise, Objective, con
 from cmap_defense.training.objectives.distances import Distance, distance_named
 from cmap_defense.training.objectives.levels import adjacent_levels, uniform_index
 
-__all__ = ["CT", "ct_loss"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CT(Objective):

@@ -20,8 +20,6 @@ from cmap_defense.common.paths import hub_folder
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, SettingsError, UnknownNameError
 
-__all__ = ["LPIPS", "Distance", "distance_named", "l1", "pseudo_huber", "published_lpips", "squared_l2"]
-
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches of images [B, C, H, W] in [-1, 1] to distances [B], float32 or wider."""
 

@@ -16,8 +16,6 @@ from cmap_defense.training.objectives.base import Batch, Denoise, Objective
 from cmap_defense.training.objectives.ict import ict_loss
 from cmap_defense.training.objectives.levels import lognormal_levels
 
-__all__ = ["ECT"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ECT(Objective):

@@ -13,8 +13,6 @@ from cmap_defense.training.objectives.base import Batch, Denoise, Objective, noi
 from cmap_defense.training.objectives.distances import squared_l2
 from cmap_defense.training.objectives.levels import lognormal_levels
 
-__all__ = ["EDM", "edm_loss"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDM(Objective):

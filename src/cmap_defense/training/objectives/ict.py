@@ -14,8 +14,6 @@ from cmap_defense.training.objectives.base import Batch, Denoise, Objective, con
 from cmap_defense.training.objectives.distances import pseudo_huber
 from cmap_defense.training.objectives.levels import adjacent_levels, lognormal_index
 
-__all__ = ["ICT", "ict_loss"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ICT(Objective):

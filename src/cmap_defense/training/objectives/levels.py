@@ -10,8 +10,6 @@ from torch import Tensor
 from cmap_defense.backbones.karras import NoiseRange, karras_levels
 from cmap_defense.errors import SettingsError
 
-__all__ = ["adjacent_levels", "lognormal_index", "lognormal_levels", "uniform_index"]
-
 
 def lognormal_levels(uniform: Tensor, mean: float, std: float, noise: NoiseRange) -> Tensor:
     """Levels sigma with ln sigma ~ N(mean, std^2), clamped to the noise range (arXiv 2206.00364, Table 1).
