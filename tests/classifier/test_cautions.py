@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.cli.demo import demonstrate
 from cmap_defense.common.modules import evaluating
 from cmap_defense.detection import EPS, deep_kernel, detect
 from cmap_defense.detection.deep import DeepKernelSettings
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.evaluation import Protocol, Subset, evaluate
-from cmap_defense.evaluation.demo import demonstrate
 from cmap_defense.quality import QualityRun
 from toys import uniform
 

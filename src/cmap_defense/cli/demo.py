@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from cmap_defense.attacks import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import purifier_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import NEAREST, image_sheet, write_line_charts
 from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.voting import nearest_voter
+from cmap_defense.common.modules import evaluating
+from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
-from cmap_defense.evaluation.demo import Demonstration, demonstrate, over_margin
+from cmap_defense.results import History, PurificationResult
+from cmap_defense.threat import ThreatModel
 
 BACKBONE = "fashion-mnist-ct"
 NOTE = "the attacker did not know the defence"
@@ -77,6 +85,100 @@ def run_demo(options: dict[str, Any]) -> None:
     print_table([["accuracy", "clean", "attacked"], *rows])
     click.echo(f"\nNote: {NOTE}. This shows how it works, not how robust it is.")
     click.echo(f"{seconds:.0f} s in all, {each:.2f} s per purified image. Pictures: {', '.join(map(str, files))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """Images, their purified versions and the histories of the clean ones' latents with eq. 12 and without it.
+
+    The dicts have the entries "clean" and "attacked".
+    """
+
+    clean: Tensor
+    attacked: Tensor
+    labels: Tensor
+    purified_clean: PurificationResult
+    purified_attacked: PurificationResult
+    bare_labels: dict[str, Tensor]
+    bare_accuracy: dict[str, Accuracy]
+    purified_accuracy: dict[str, Accuracy]
+    constrained: History
+    unconstrained: History
+    seconds: float
+
+
+def over_margin(result: PurificationResult, labels: Tensor, count: int) -> Tensor:
+    """[count] int64, images of a purification to show: evenly over the margin of the vote, the largest first.
+
+    The margin is the lead of the true class over the best other one in shares of the votes, and among equal leads in
+    mean probability: the share of shown images that the vote gets right differs from the accuracy by one image at most.
+    """
+    assert result.logits is not None
+    assert result.votes is not None
+    own = labels[:, None]
+
+    def lead(values: Tensor) -> Tensor:
+        others = values.scatter(1, own, -torch.inf).amax(dim=1)
+        return values.gather(1, own)[:, 0] - others
+
+    keys = (lead(result.logits.double().softmax(dim=-1).mean(dim=1)), lead(result.votes.double()))
+    order = torch.arange(len(labels))
+    for key in (*keys, result.labels == labels):  # the last one counts most
+        order = order[key[order].double().argsort(descending=True, stable=True)]
+    return order[((torch.arange(count) + 0.5) * len(order) / count).long()]
+
+
+def demonstrate(
+    classifier: nn.Module,
+    defended: PurifiedClassifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    steps: int,
+    seed: int,
+    shown: int,
+    on_step: Callable[[str], None] | None = None,
+) -> Demonstration:
+    """Attack ``classifier`` with PGD, purify clean and attacked images, classify all four.
+
+    The attacker does not know the defence. ``on_step`` is called with the name of each part as it begins, and with ""
+    at each latent iteration; the first ``shown`` images are purified without eq. 12 too (Fig. 6 of the paper).
+    """
+    say = on_step or (lambda name: None)
+    say("attacking the bare classifier")
+    attacked = PGD(ThreatModel(norm="linf", eps=eps), steps=steps, seed=seed)(classifier, images, labels).images
+    seeds = torch.arange(len(images)) + 1_000_003 * seed
+    with torch.no_grad(), evaluating(classifier, defended), defended.register_latent_hook(lambda state: say("")):
+        bare = {"clean": classifier(images).argmax(1), "attacked": classifier(attacked).argmax(1)}
+        start = time.perf_counter()
+        say("purifying the clean images")
+        purified_clean = defended.purify(images, seeds=seeds)
+        say("purifying the attacked images")
+        purified_attacked = defended.purify(attacked, seeds=seeds)
+        seconds = time.perf_counter() - start
+        say("purifying without the latent constraint")
+        loose = PurifiedClassifier(classifier, defended.backbone, settings=defended.settings.replace(latent_weight=0.0))
+        with loose.register_latent_hook(lambda state: say("")):
+            unconstrained = loose.purify(images[:shown], seeds=seeds[:shown]).history
+    assert purified_clean.history is not None
+    assert unconstrained is not None
+    votes = {"clean": purified_clean.labels, "attacked": purified_attacked.labels}
+    return Demonstration(
+        clean=images,
+        attacked=attacked,
+        labels=labels,
+        purified_clean=purified_clean,
+        purified_attacked=purified_attacked,
+        bare_labels=bare,
+        bare_accuracy={name: Accuracy.of(predicted, labels) for name, predicted in bare.items()},
+        purified_accuracy={name: Accuracy.of(p, labels) for name, p in votes.items() if p is not None},
+        constrained=History(
+            *(getattr(purified_clean.history, field.name)[:, :shown] for field in dataclasses.fields(History))
+        ),
+        unconstrained=unconstrained,
+        seconds=seconds,
+    )
 
 
 def _sheet(found: Demonstration, eps: float) -> Image.Image:

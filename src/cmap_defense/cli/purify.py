@@ -58,7 +58,7 @@ def run_purify(options: dict[str, Any]) -> None:
                     class_labels=labels,
                     callback=lambda _: progress.step(),
                 )
-            progress.at(steps * (number + 1))
+            progress.at(steps * (number + 1), steps * len(groups))
             mismatch = _mismatch(result.images, batch, settings)
             mismatches += mismatch.amin(dim=1).tolist()
             best = mismatch.argmin(dim=1)

@@ -24,7 +24,7 @@ from cmap_defense.cli.build import (
     using_threads,
 )
 from cmap_defense.cli.options import command_text
-from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import NEAREST, image_sheet, sample_sheet
 from cmap_defense.cli.progress import Progress
 from cmap_defense.common.files import write_text
@@ -71,7 +71,7 @@ def run_quality(context: click.Context, options: dict[str, Any]) -> None:
     about = {"command": _command(context), "data": chosen}
     facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)
-    files.append(write_image(sample_sheet(found.samples.shown), out / "samples.png"))
+    files.append(write_image(sample_sheet(found.samples), out / "samples.png"))
     names = class_names_of(options) or run.images.class_names
     files.append(write_image(_sheet(found, names), out / "reconstructions.png"))
     if folder is not None:
@@ -98,11 +98,9 @@ def _recorded(backbone: str) -> Path:
 def _cost(run: QualityRun) -> str:
     """What it will cost, for people."""
     settings = run.model.settings
-    speed = run.measure_speed()
     return (
         f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
-        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes, "
-        f"about {duration(speed.seconds * run.passes)} here."
+        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
     )
 
 

@@ -9,20 +9,17 @@ from cmap_defense.evaluation.protocol import Protocol
 if TYPE_CHECKING:
     from cmap_defense.common.statistics import Accuracy, wilson_interval
     from cmap_defense.evaluation.comparison import Comparison, compare, write_comparison
-    from cmap_defense.evaluation.demo import Demonstration, demonstrate
     from cmap_defense.evaluation.evaluation import Evaluation, evaluate
     from cmap_defense.evaluation.report import Report
 
 __all__ = [
     "Accuracy",
     "Comparison",
-    "Demonstration",
     "Evaluation",
     "Protocol",
     "Report",
     "Subset",
     "compare",
-    "demonstrate",
     "evaluate",
     "wilson_interval",
     "write_comparison",
@@ -34,11 +31,9 @@ if not TYPE_CHECKING:
         {
             "Accuracy": "cmap_defense.common.statistics",
             "Comparison": "cmap_defense.evaluation.comparison",
-            "Demonstration": "cmap_defense.evaluation.demo",
             "Evaluation": "cmap_defense.evaluation.evaluation",
             "Report": "cmap_defense.evaluation.report",
             "compare": "cmap_defense.evaluation.comparison",
-            "demonstrate": "cmap_defense.evaluation.demo",
             "evaluate": "cmap_defense.evaluation.evaluation",
             "wilson_interval": "cmap_defense.common.statistics",
             "write_comparison": "cmap_defense.evaluation.comparison",

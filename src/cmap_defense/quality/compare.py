@@ -1,10 +1,9 @@
-"""Samples of a backbone beside real images: two distances between sets, each where it can be had."""
+"""Samples of a backbone, and two distances between them and real images, each where it can be had."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sized
-from pathlib import Path
+import functools
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -12,207 +11,136 @@ from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import device_of
-from cmap_defense.common.rng import derived_seeds
+from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.data.selection import images_at
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import ClassifierError, DataError, MissingExtraError, SettingsError
-from cmap_defense.quality.features import FeatureLayer, find_features, read_features
+from cmap_defense.quality.features import find_features, read_features
 from cmap_defense.quality.frechet import frechet_distance, too_few
 from cmap_defense.quality.inception import INCEPTION_NUMBERS, inception_features, inception_file
-from cmap_defense.quality.samples import sample_images
 
 SHOWN = 64
 """Samples that are kept for a picture, at most."""
 
-REAL = 0x4EA1
-"""Separates the draw of the real images from other draws of the same seed."""
+REAL, SAMPLES = 0x4EA1, 0x5A3B1E
+"""Separate the draw of the real images and the latents of the samples from other noise of the same seed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Frechet:
-    """Squared Frechet distances in the features of a classifier.
+def sample_images(
+    model: PurifiedClassifier, numbers: Tensor, *, seed: int = 0, size: Sequence[int] | None = None
+) -> Tensor:
+    """G of unit noise, each image a function of (seed, number) alone: [B, C, H, W] in [0, 1] on the model's device.
 
-    Attributes:
-        samples: between generated images and half of the real ones.
-        halves: between the two halves of the real ones: what chance and their number alone make of it.
-        images: number of images in each set.
-        layer: which features.
+    Args:
+        model: for its backbone; of one that is class-conditional sample i is of class i modulo their number.
+        numbers: int64 [B], which samples.
+        seed: of all of them.
+        size: (H, W) of the images, where the model resizes; None for the backbone's.
     """
-
-    samples: float
-    halves: float
-    images: int
-    layer: FeatureLayer
-
-
-@dataclasses.dataclass(frozen=True)
-class InceptionDistance:
-    """FID.
-
-    Attributes:
-        value: the distance.
-        samples: number of generated images.
-        real: number of real images.
-        source: whose features, with the version.
-    """
-
-    value: float
-    samples: int
-    real: int
-    source: str
+    device = device_of(model) or torch.device("cpu")
+    latents = draw_latents(derived_seeds(derived_seeds(numbers, SAMPLES), seed), 1, model.image_shape).to(device)
+    classes = getattr(model.backbone, "num_classes", None)
+    labels = None if classes is None else (numbers % classes).to(device)[:, None]
+    with torch.no_grad():
+        return model.generate(latents, class_labels=labels, size=size)[:, 0]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SampleFigures:
-    """Distances between samples and real images.
-
-    Attributes:
-        frechet: None where it is not available.
-        frechet_reason: why it is not.
-        fid: None where it is not available.
-        fid_reason: why it is not.
-        shown: [<= 64, C, H, W] in [0, 1], the first samples, on the CPU.
-    """
-
-    frechet: Frechet | None
-    frechet_reason: str | None
-    fid: InceptionDistance | None
-    fid_reason: str | None
-    shown: Tensor
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class SampleComparison:
-    """What will be compared; make it with ``of``, which does all checks, and call ``run``.
+    """What will be compared; arguments and errors are those of ``QualityRun``.
 
     Attributes:
-        model: the defended classifier.
-        data: the data set.
-        samples: number of generated images.
         real: int64 [R], positions of real images in the data, shuffled.
-        size: (H, W) of the images.
-        layer: whose features the Frechet distance is in; None where it is not available.
-        frechet_reason: why it is not.
-        inception: file of the weights of FID's network; None where FID is not available.
-        fid_reason: why it is not.
-        seed: of samples and real images.
-        group: images at a time.
+        reasons: by "frechet" and "fid", why a distance is not available, or None.
+        generated: how many samples are needed.
+        steps: how often ``on_step`` is called with "".
     """
 
-    model: PurifiedClassifier
-    data: Any
-    samples: int
-    real: Tensor
-    size: tuple[int, int]
-    layer: FeatureLayer | None
-    frechet_reason: str | None
-    inception: Path | None
-    fid_reason: str | None
-    seed: int
-    group: int
-
-    @classmethod
-    def of(
-        cls, model: PurifiedClassifier, data: Any, *, samples: int, features: str | None, seed: int, group: int
-    ) -> SampleComparison:
-        """Arguments and errors are those of ``QualityRun``."""
+    def __init__(
+        self, model: PurifiedClassifier, data: Any, *, samples: int, features: str | None, seed: int, group: int
+    ) -> None:
+        self.model, self.data, self.seed, self.group = model, data, seed, group
         total = len(data[0]) if isinstance(data, (tuple, list)) else len(cast(Sized, data))
         count = min(2 * samples, total)
         drawn = Subset(count=count, order="random", seed=int(derived_seeds(torch.tensor([seed]), REAL)) % 2**32)
-        real = torch.tensor(drawn.indices(total))
-        image = images_at(data, real[:1]).images.to(device_of(model))
+        self.real = torch.tensor(drawn.indices(total))
+        image = images_at(data, self.real[:1]).images.to(device_of(model))
         model.preprocessing.to_unit(image, device_of(model))
-        layer, frechet_reason = None, None
+        self._size = image.shape[2:] if model.preprocessing.resize else None
+        self.reasons: dict[str, str | None] = {}
         try:
-            layer = find_features(model, image, features)
-            frechet_reason = too_few(count // 2, layer.numbers)
+            self._module = find_features(model, image, features)
+            self._numbers = read_features(model, image, self._module).shape[1]
+            self.reasons["frechet"] = too_few(count // 2, self._numbers)
         except ClassifierError as error:
-            frechet_reason = str(error)
-        inception, fid_reason = None, None
+            self.reasons["frechet"] = str(error)
         try:
-            inception = inception_file()
-            fid_reason = too_few(min(samples, count), INCEPTION_NUMBERS)
+            self._inception = inception_file()
+            self.reasons["fid"] = too_few(min(samples, count), INCEPTION_NUMBERS)
             if image.shape[1] not in (1, 3):
-                fid_reason = f"FID is of images with 1 or 3 channels, but these have {image.shape[1]}."
+                self.reasons["fid"] = f"FID is of images with 1 or 3 channels, but these have {image.shape[1]}."
         except (DataError, MissingExtraError, SettingsError) as error:
-            fid_reason = str(error)
-        return cls(
-            model,
-            data,
-            samples,
-            real,
-            (image.shape[2], image.shape[3]),
-            layer if frechet_reason is None else None,
-            frechet_reason,
-            inception if fid_reason is None else None,
-            fid_reason,
-            seed,
-            group,
-        )
+            self.reasons["fid"] = str(error)
+        sizes = {"frechet": (count // 2, count // 2 * 2), "fid": (samples, count)}
+        self._sizes = {name: sizes[name] for name, reason in self.reasons.items() if reason is None}
+        self.generated = max([min(SHOWN, samples), *(size for size, _ in self._sizes.values())])
+        self.steps = len(self._groups(self.generated)) + len(self._groups(count if self._sizes else 0))
 
-    @property
-    def generated(self) -> int:
-        """How many samples are needed."""
-        half = len(self.real) // 2
-        return max(min(SHOWN, self.samples), half if self.layer else 0, self.samples if self.inception else 0)
-
-    @property
-    def steps(self) -> int:
-        """How often ``on_step`` is called with ""."""
-        read = len(self.real) if self.layer or self.inception else 0
-        return len(self._groups(self.generated)) + len(self._groups(read))
-
-    def run(self, on_step: Callable[[str], None]) -> SampleFigures:
+    def run(self, on_step: Callable[[str], None]) -> tuple[dict[str, Any], Tensor]:
         """Generate, read and compare.
 
         Args:
-            on_step: called with a word before each group of images.
-        """
-        half = len(self.real) // 2
-        device = device_of(self.model) or torch.device("cpu")
-        inception, source = (None, "") if self.inception is None else inception_features(self.inception, device)
-        sizes = {"samples": half, "real": 2 * half}
-        features_of: dict[str, list[Tensor]] = {"samples": [], "real": []}
-        inception_features_of: dict[str, list[Tensor]] = {"samples": [], "real": []}
+            on_step: called with a word before each part, and with "" for each group of images.
 
-        def read(kind: str, images: Tensor, before: int, wanted: int) -> None:
-            if self.layer is not None and before < sizes[kind]:
-                features_of[kind].append(read_features(self.model, images[: sizes[kind] - before], self.layer))
-            if inception is not None and before < wanted:
-                inception_features_of[kind].append(inception(images[: wanted - before]))
+        Returns:
+            The distances as JSON. "frechet" has "samples" (between samples and half of the real images), "halves"
+            (between the two halves of the real ones: what chance and their number alone make of it), "images" in each
+            set, and "module" and "numbers" of the features. "fid" has "value", "samples", "real" and "source". One
+            that is not available is None, and "frechet_reason" or "fid_reason" says why. And the first samples,
+            [<= 64, C, H, W] in [0, 1], on the CPU.
+        """
+        device = device_of(self.model) or torch.device("cpu")
+        readers: dict[str, Callable[[Tensor], Tensor]] = {}
+        source = ""
+        if "frechet" in self._sizes:
+            readers["frechet"] = functools.partial(read_features, self.model, module=self._module)
+        if "fid" in self._sizes:
+            readers["fid"], source = inception_features(self._inception, device)
+        found: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in readers}
+
+        def read(kind: int, images: Tensor, before: int) -> None:
+            for name, reader in readers.items():
+                wanted = self._sizes[name][kind] - before
+                if wanted > 0:
+                    found[name][kind].append(reader(images[:wanted]))
             on_step("")
 
         on_step("generating samples")
         shown: list[Tensor] = []
         for numbers in self._groups(self.generated):
-            size = self.size if self.model.preprocessing.resize else None
-            images = sample_images(self.model, numbers, seed=self.seed, size=size)
-            before = int(numbers[0])
-            shown.append(images[: max(0, SHOWN - before)].cpu())
-            read("samples", images, before, self.samples)
-        if self.layer is not None or inception is not None:
+            images = sample_images(self.model, numbers, seed=self.seed, size=self._size)
+            shown.append(images[: max(0, SHOWN - int(numbers[0]))].cpu())
+            read(0, images, int(numbers[0]))
+        if readers:
             on_step("reading real images")
             for numbers in self._groups(len(self.real)):
-                images = images_at(self.data, self.real[numbers]).images.to(device)
-                read("real", images, int(numbers[0]), len(self.real))
-        return SampleFigures(
-            None if self.layer is None else _frechet(features_of, half, self.layer),
-            self.frechet_reason,
-            None if inception is None else _fid(inception_features_of, source),
-            self.fid_reason,
-            torch.cat(shown),
-        )
+                read(1, images_at(self.data, self.real[numbers]).images.to(device), int(numbers[0]))
+        features = {name: tuple(torch.cat(parts) for parts in both) for name, both in found.items()}
+        distances: dict[str, Any] = {"frechet": None, "fid": None}
+        if "frechet" in features:
+            samples, real = features["frechet"]
+            first, second = real.chunk(2)
+            distances["frechet"] = {
+                "samples": frechet_distance(samples, first),
+                "halves": frechet_distance(second, first),
+                "images": len(samples),
+                "module": self._module,
+                "numbers": self._numbers,
+            }
+        if "fid" in features:
+            samples, real = features["fid"]
+            value = frechet_distance(samples, real)
+            distances["fid"] = {"value": value, "samples": len(samples), "real": len(real), "source": source}
+        return distances | {f"{name}_reason": reason for name, reason in self.reasons.items()}, torch.cat(shown)
 
     def _groups(self, count: int) -> tuple[Tensor, ...]:
         return torch.arange(count).split(self.group) if count else ()
-
-
-def _frechet(features_of: dict[str, list[Tensor]], half: int, layer: FeatureLayer) -> Frechet:
-    samples, real = (torch.cat(features_of[kind]) for kind in ("samples", "real"))
-    first, second = real.split(half)
-    return Frechet(frechet_distance(samples, first), frechet_distance(second, first), half, layer)
-
-
-def _fid(inception_features_of: dict[str, list[Tensor]], source: str) -> InceptionDistance:
-    samples, real = (torch.cat(inception_features_of[kind]) for kind in ("samples", "real"))
-    return InceptionDistance(frechet_distance(samples, real), len(samples), len(real), source)

@@ -44,7 +44,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
             f"frechet_distance compares vectors of one length, but these have {first.shape[1]} and {second.shape[1]} "
             "numbers."
         )
-    return gaussian_distance(*_moments(first), *_moments(second))
+    first, second = (part.detach().cpu().double() for part in (first, second))
+    return gaussian_distance(first.mean(0), _covariance(first), second.mean(0), _covariance(second))
 
 
 def gaussian_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
@@ -79,12 +80,9 @@ def too_few(count: int, numbers: int) -> str | None:
     )
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d], that with N - 1."""
-    wide = features.detach().cpu().double()
-    mean = wide.mean(dim=0)
-    centred = wide - mean
-    return mean, centred.mT @ centred / (len(wide) - 1)
+def _covariance(vectors: Tensor) -> Tensor:
+    """[d, d], that with N - 1."""
+    return torch.cov(vectors.mT).reshape(vectors.shape[1], -1)
 
 
 def _root(covariance: Tensor) -> Tensor:

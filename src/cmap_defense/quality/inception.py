@@ -7,7 +7,7 @@ checksum is the known one, since the library unpickles it.
 
 from __future__ import annotations
 
-import contextlib
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +19,8 @@ from torch import Tensor
 from cmap_defense.backbones.weights import sha256_of
 from cmap_defense.common.modules import building
 from cmap_defense.common.optional import optional_import
-from cmap_defense.common.paths import home, hub_folder
-from cmap_defense.errors import DataError, InputValueError, MissingExtraError, SettingsError
+from cmap_defense.common.paths import hub_folder
+from cmap_defense.errors import DataError, InputValueError, MissingExtraError
 
 INCEPTION_NUMBERS = 2048
 """Length of the feature vectors that FID is made of."""
@@ -38,16 +38,14 @@ def inception_file() -> Path:
         DataError: the file is not there, or is another one.
     """
     _library()
-    path = _place()
+    path, shown = _place()
     if not path.is_file():
         raise DataError(
             "The weights of torch-fidelity's Inception network are not there, and nothing is fetched. Put "
-            f"{ADDRESS} at {_shown(path)}."
+            f"{ADDRESS} at {shown}."
         )
     if sha256_of(path) != SHA256:
-        raise DataError(
-            f"{_shown(path)} is damaged or another file: its SHA-256 is not {SHA256}. Put {ADDRESS} in its place."
-        )
+        raise DataError(f"{shown} is damaged or another file: its SHA-256 is not {SHA256}. Put {ADDRESS} in its place.")
     return path
 
 
@@ -89,18 +87,11 @@ def _library() -> Any:
         except MissingExtraError as error:
             raise MissingExtraError(
                 "torch-fidelity is not installed: pip install 'cmap-defense[quality]'. The weights of its Inception "
-                f"network are not fetched either: put {ADDRESS} at {_shown(_place())}."
+                f"network are not fetched either: put {ADDRESS} at {_place()[1]}."
             ) from error
 
 
-def _place() -> Path:
-    """Where the library looks for the weights: below $TORCH_HOME."""
-    return hub_folder() / "checkpoints" / FILE
-
-
-def _shown(path: Path) -> str:
-    """For people, who may pass it on."""
-    with contextlib.suppress(SettingsError):
-        own = home("TORCH_HOME")
-        return f"~/{path.relative_to(own).as_posix()}" if path.is_relative_to(own) else str(path)
-    return str(path)
+def _place() -> tuple[Path, str]:
+    """Where the library looks for the weights, below $TORCH_HOME; the same for people, who may pass it on."""
+    path = hub_folder() / "checkpoints" / FILE
+    return path, str(path).replace(os.path.expanduser("~"), "~", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,27 +24,6 @@ PURIFIED = 0x9C05E
 """Separates the noise of the purifications from other noise of the same seed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Accuracies:
-    """Of one classifier.
-
-    Attributes:
-        clean: bare, on clean images.
-        purified: behind the defence, on clean images.
-        attacked: bare, on attacked images.
-        attacked_purified: behind the defence, on attacked images.
-    """
-
-    clean: Accuracy
-    purified: Accuracy
-    attacked: Accuracy
-    attacked_purified: Accuracy
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, each with its 95 % interval."""
-        return {name: accuracy.to_dict() for name, accuracy in vars(self).items()}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstructions:
     """Clean and attacked images beside their purified versions.
@@ -54,8 +32,8 @@ class Reconstructions:
         l1: mean absolute difference between clean images and their K purified versions, per pixel and channel, of
             images in [0, 1].
         ssim: mean SSIM of the same pairs.
-        images: number of clean images.
-        accuracies: by the classifiers' names.
+        accuracies: by the classifiers' names, of "clean" and "attacked" images by the bare classifier, and of
+            "purified" (clean ones) and "attacked_purified" by the defended one.
         shown: by "input", "purified", "attacked" and "attacked_purified", the first images [<= 8, C, H, W] in [0, 1] on
             the CPU, of the K purified ones the nearest in L1 among those that are classified as the vote says.
         labels: [<= 8], their true classes.
@@ -64,8 +42,7 @@ class Reconstructions:
 
     l1: float
     ssim: float
-    images: int
-    accuracies: Mapping[str, Accuracies]
+    accuracies: Mapping[str, Mapping[str, Accuracy]]
     shown: Mapping[str, Tensor]
     labels: Tensor
     predicted: Mapping[str, Tensor]
@@ -94,127 +71,61 @@ def reconstruct(
         group: images at a time. It changes memory, not the result beyond rounding.
         on_step: called with the name of each part as it begins, and once per latent iteration with "".
     """
-    work = _Work(next(iter(models.values())), images, seed, group, on_step)
-    on_step("purifying clean images")
-    clean = work.purified(next(iter(models.values())), images.images, list(models.values()), near=True)
-    accuracies, shown, predicted = {}, {}, {}
-    for name, model in models.items():
-        on_step(f"attacking {name}")
-        attacked = work.attacked(model, attack)
-        on_step(f"purifying attacked images for {name}")
-        recovered = work.purified(model, attacked, [model], near=False)
-        labels = {
-            "input": work.bare(model, images.images),
-            "purified": clean.predicted[len(accuracies)],
-            "attacked": work.bare(model, attacked),
-            "attacked_purified": recovered.predicted[0],
-        }
-        accuracies[name] = Accuracies(*(Accuracy.of(found, images.labels) for found in labels.values()))
-        if not shown:
-            pictures = (images.images, clean.kept, attacked, recovered.kept)
-            shown = {kind: found[:SHOWN].clone() for kind, found in zip(labels, pictures, strict=True)}
-            predicted = {kind: found[:SHOWN].clone() for kind, found in labels.items()}
-    return Reconstructions(
-        l1=clean.l1.mean().item(),
-        ssim=clean.ssim.mean().item(),
-        images=len(images),
-        accuracies=accuracies,
-        shown=shown,
-        labels=images.labels[:SHOWN].clone(),
-        predicted=predicted,
-    )
+    first = next(iter(models.values()))
+    device = device_of(first) or torch.device("cpu")
+    groups = torch.arange(len(images)).split(group)
+    seeds = derived_seeds(derived_seeds(images.positions, PURIFIED), seed)
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Purified:
-    """Of n images: predicted [n] by each classifier, kept [<= 8, C, H, W], l1 and ssim, float64 [n] each or empty."""
-
-    predicted: list[Tensor]
-    kept: Tensor
-    l1: Tensor
-    ssim: Tensor
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Work:
-    """Everything group by group, from the CPU to the device and back."""
-
-    first: PurifiedClassifier
-    images: SelectedImages
-    seed: int
-    group: int
-    on_step: Callable[[str], None]
-
-    def attacked(self, model: PurifiedClassifier, attack: Attack) -> Tensor:
-        """The images, attacked through the bare classifier."""
-        parts = []
-        for rows in self._rows():
-            images, labels = (part[rows].to(self._device) for part in (self.images.images, self.images.labels))
-            parts.append(attack(model.undefended, images, labels, indices=self.images.positions[rows]).images.cpu())
-        return torch.cat(parts)
-
-    def bare(self, model: PurifiedClassifier, images: Tensor) -> Tensor:
-        """[n], the classes that the classifier predicts for images that are not purified."""
+    def bare(model: PurifiedClassifier, given: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat(
-                [model.undefended(images[rows].to(self._device)).argmax(dim=1).cpu() for rows in self._rows()]
-            )
+            return torch.cat([model.undefended(given[rows].to(device)).argmax(dim=1).cpu() for rows in groups])
 
-    def purified(
-        self, model: PurifiedClassifier, images: Tensor, voters: list[PurifiedClassifier], *, near: bool
-    ) -> _Purified:
-        """Purify by one model and let the classifiers of several vote.
-
-        Args:
-            model: purifies.
-            images: [n, C, H, W] in [0, 1].
-            voters: classify; the first decides which purified images are kept.
-            near: measure how near the images stay.
-        """
-        seeds = derived_seeds(derived_seeds(self.images.positions, PURIFIED), self.seed)
-        predicted: list[list[Tensor]] = [[] for _ in voters]
-        kept, l1, ssim = [], [], []
-        with torch.no_grad(), model.register_latent_hook(lambda state: self.on_step("")):
-            for rows in self._rows():
-                part = images[rows].to(self._device)
+    def purified(model: PurifiedClassifier, given: Tensor, voters: list[PurifiedClassifier]) -> tuple[Tensor, ...]:
+        """Predictions [n] of each voter, the images to show, [n] each L1 and SSIM."""
+        found: list[tuple[Tensor, ...]] = []
+        with torch.no_grad(), model.register_latent_hook(lambda state: on_step("")):
+            for rows in groups:
+                part = given[rows].to(device)
                 versions = model.purify(part, seeds=seeds[rows] if model.seed is None else None).images
-                logits = [_logits(voter, versions) for voter in voters]
+                logits = [torch.stack([voter.undefended(v) for v in versions.unbind(1)], dim=1) for voter in voters]
                 votes = [
-                    vote_logits(found, lift=voter.vote == "label").argmax(dim=1)
-                    for found, voter in zip(logits, voters, strict=True)
+                    vote_logits(own, lift=voter.vote == "label").argmax(dim=1)
+                    for own, voter in zip(logits, voters, strict=True)
                 ]
-                for vote, labels in zip(votes, predicted, strict=True):
-                    labels.append(vote.cpu())
                 nearest = nearest_voter(part, versions, logits[0], votes[0])
-                chosen = versions[torch.arange(len(nearest), device=nearest.device), nearest]
-                kept.append(chosen[: max(0, SHOWN - int(rows[0]))].cpu())
-                if near:
-                    for found, distances in zip((l1, ssim), _nearness(part, versions), strict=True):
-                        found.append(distances.double().cpu())
-        none = torch.zeros(0, dtype=torch.float64)
-        return _Purified(
-            [torch.cat(labels) for labels in predicted],
-            torch.cat(kept),
-            torch.cat(l1) if near else none,
-            torch.cat(ssim) if near else none,
+                chosen = versions[torch.arange(len(nearest), device=device), nearest][: max(0, SHOWN - int(rows[0]))]
+                reference = SSIMReference.of(part)
+                ssim = torch.stack([reference.ssim_sum(v) for v in versions.unbind(1)], dim=1).mean(dim=1)
+                l1 = (versions - part[:, None]).abs().flatten(1).mean(dim=1)
+                found.append(tuple(t.cpu() for t in (*votes, chosen, l1.double(), ssim.double() / part[0].numel())))
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+
+    on_step("purifying clean images")
+    *votes, kept, l1, ssim = purified(first, images.images, list(models.values()))
+    accuracies, shown, predicted = {}, {}, {}
+    for vote, (name, model) in zip(votes, models.items(), strict=True):
+        on_step(f"attacking {name}")
+        attacked = torch.cat(
+            [
+                attack(
+                    model.undefended,
+                    images.images[rows].to(device),
+                    images.labels[rows].to(device),
+                    indices=images.positions[rows],
+                ).images.cpu()
+                for rows in groups
+            ]
         )
-
-    def _rows(self) -> tuple[Tensor, ...]:
-        return torch.arange(len(self.images)).split(self.group)
-
-    @property
-    def _device(self) -> torch.device:
-        return device_of(self.first) or torch.device("cpu")
-
-
-def _logits(model: PurifiedClassifier, versions: Tensor) -> Tensor:
-    """[B, K, classes], the classifier's logits of K versions of each image, [B, K, C, H, W]."""
-    return torch.stack([model.undefended(version) for version in versions.unbind(dim=1)], dim=1)
-
-
-def _nearness(images: Tensor, versions: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 per pixel and SSIM, [B] each, means over the K versions [B, K, C, H, W]."""
-    reference = SSIMReference.of(images)
-    ssim = torch.stack([reference.ssim_sum(version) for version in versions.unbind(dim=1)], dim=1)
-    l1 = (versions - images[:, None]).abs().flatten(1).mean(dim=1)
-    return l1, ssim.mean(dim=1) / images[0].numel()
+        on_step(f"purifying attacked images for {name}")
+        recovered, pictures, *_ = purified(model, attacked, [model])
+        labels = {"clean": bare(model, images.images), "purified": vote, "attacked": bare(model, attacked)}
+        labels["attacked_purified"] = recovered
+        accuracies[name] = {kind: Accuracy.of(found, images.labels) for kind, found in labels.items()}
+        if not shown:
+            kinds = ("input", "purified", "attacked", "attacked_purified")
+            together = zip(kinds, (images.images, kept, attacked, pictures), labels.values(), strict=True)
+            for kind, picture, found in together:
+                shown[kind], predicted[kind] = picture[:SHOWN].clone(), found[:SHOWN].clone()
+    return Reconstructions(
+        l1.mean().item(), ssim.mean().item(), accuracies, shown, images.labels[:SHOWN].clone(), predicted
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
+from cmap_defense.classifier.speed import bare_logits
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.modules import device_of, evaluating
@@ -21,7 +20,7 @@ from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
-from cmap_defense.quality.compare import SampleComparison, SampleFigures
+from cmap_defense.quality.compare import SampleComparison
 from cmap_defense.quality.reconstruct import Reconstructions, reconstruct
 
 SAMPLES = 5000
@@ -37,8 +36,10 @@ class Quality:
     Attributes:
         backbone: its name.
         classifier: its name.
-        samples: figures of the generated images.
-        reconstructions: figures of the purified ones.
+        distances: between samples and real images, what ``SampleComparison.run`` gives.
+        samples: the first of them, [<= 64, C, H, W] in [0, 1], on the CPU.
+        reconstructions: figures of the purified images.
+        images: number of clean images that were purified.
         settings: of CMAP.
         vote: of the defended classifier.
         attack: on the bare classifiers.
@@ -47,8 +48,10 @@ class Quality:
 
     backbone: str
     classifier: str
-    samples: SampleFigures
+    distances: Mapping[str, Any]
+    samples: Tensor
     reconstructions: Reconstructions
+    images: int
     settings: CMAPSettings
     vote: str
     attack: Attack
@@ -57,21 +60,16 @@ class Quality:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, each accuracy with its 95 % interval; "frechet" and "fid" are None where they are not
         available, and "frechet_reason" and "fid_reason" say why."""
-        frechet, fid = self.samples.frechet, self.samples.fid
-        plain = None
-        if frechet is not None:
-            plain = {name: getattr(frechet, name) for name in ("samples", "halves", "images")}
-            plain |= {"name": self.frechet_name, **dataclasses.asdict(frechet.layer)}
         near = self.reconstructions
         return {
             "backbone": self.backbone,
             "classifier": self.classifier,
-            "frechet": plain,
-            "frechet_reason": self.samples.frechet_reason,
-            "fid": None if fid is None else dataclasses.asdict(fid),
-            "fid_reason": self.samples.fid_reason,
-            "reconstructions": {"images": near.images, "l1": near.l1, "ssim": near.ssim},
-            "classifiers": {name: found.to_dict() for name, found in near.accuracies.items()},
+            **self.distances,
+            "reconstructions": {"images": self.images, "l1": near.l1, "ssim": near.ssim},
+            "classifiers": {
+                name: {kind: accuracy.to_dict() for kind, accuracy in found.items()}
+                for name, found in near.accuracies.items()
+            },
             "attack": self.attack_name,
             "attack_settings": description_text(self.attack.to_dict()),
             "attacker": ATTACKER,
@@ -82,17 +80,12 @@ class Quality:
         }
 
     def __repr__(self) -> str:
-        frechet, near = self.samples.frechet, self.reconstructions
-        distance = "none" if frechet is None else f"{frechet.samples:.4g} (halves {frechet.halves:.4g})"
-        shown = "; ".join(f"{name} {found.purified}" for name, found in near.accuracies.items())
+        frechet, near = self.distances["frechet"], self.reconstructions
+        distance = "none" if frechet is None else f"{frechet['samples']:.4g} (halves {frechet['halves']:.4g})"
+        shown = "; ".join(f"{name} {found['purified']}" for name, found in near.accuracies.items())
         return (
             f"Quality({self.backbone!r}, Frechet distance {distance}, SSIM {near.ssim:.3f}, purified accuracy: {shown})"
         )
-
-    @property
-    def frechet_name(self) -> str:
-        """What the distance is called: it is no FID."""
-        return f"Frechet distance in features of {self.classifier}"
 
     @property
     def attack_name(self) -> str:
@@ -106,34 +99,34 @@ class Quality:
         Args:
             about: what else should stand there, such as the command and the data.
         """
-        frechet, fid = self.samples.frechet, self.samples.fid
+        frechet, fid, near = self.distances["frechet"], self.distances["fid"], self.reconstructions
         found: dict[str, Any] = dict(about)
         if frechet is not None:
-            found[self.frechet_name] = {
-                "samples and real images": _short(frechet.samples),
-                "two halves of real images": _short(frechet.halves),
-                "images in each set": frechet.images,
+            found[frechet["name"]] = {
+                "samples and real images": _short(frechet["samples"]),
+                "two halves of real images": _short(frechet["halves"]),
+                "images in each set": frechet["images"],
             }
         if fid is not None:
-            found["FID"] = {
-                "value": _short(fid.value),
-                "samples": fid.samples,
-                "real images": fid.real,
-                "by": fid.source,
+            value = _short(fid["value"])
+            found["FID"] = {"value": value, "samples": fid["samples"], "real images": fid["real"], "by": fid["source"]}
+        return {
+            "measured": {
+                **found,
+                "reconstructions": {
+                    "images": self.images,
+                    "mean L1 per pixel": _short(near.l1),
+                    "mean SSIM": _short(near.ssim),
+                },
+                "accuracy": {
+                    name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in accuracies.items()}
+                    for name, accuracies in near.accuracies.items()
+                },
+                "attack": f"{self.attack_name}, on the bare classifier: {ATTACKER}",
+                "settings": {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations},
+                "seed": self.seed,
             }
-        found["reconstructions"] = {
-            "images": self.reconstructions.images,
-            "mean L1 per pixel": _short(self.reconstructions.l1),
-            "mean SSIM": _short(self.reconstructions.ssim),
         }
-        found["accuracy"] = {
-            name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in vars(accuracies).items()}
-            for name, accuracies in self.reconstructions.accuracies.items()
-        }
-        found["attack"] = f"{self.attack_name}, on the bare classifier: {ATTACKER}"
-        found["settings"] = {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations}
-        found["seed"] = self.seed
-        return {"measured": found}
 
 
 class QualityRun:
@@ -200,7 +193,7 @@ class QualityRun:
                 logits = bare_logits(model, self.images.images[:1].to(device_of(model)), other)
             self.images.check_classes(logits.shape[1], other)
         with evaluating(self.model):
-            self.comparison = SampleComparison.of(
+            self.comparison = SampleComparison(
                 self.model, data, samples=samples, features=features, seed=seed, group=group
             )
 
@@ -219,24 +212,6 @@ class QualityRun:
         groups = -(-len(self.images) // self.group)
         return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
 
-    def measure_speed(self, seconds: float = 2.0) -> Speed:
-        """Seconds per network pass, and memory, of a few iterations: on one image, then on four times as many again and
-        again, up to a group, since images are faster together.
-
-        Args:
-            seconds: how long it may take, about, or a hundredth of what everything would take at the speed measured so
-                far.
-        """
-        count, most = 1, min(self.group, len(self.images))
-        with evaluating(self.model):
-            while True:
-                begun = time.perf_counter()
-                found = measure_speed(self.model, self.images.images[:count].to(device_of(self.model)))
-                allowed = max(seconds, 0.01 * found.seconds * self.passes)
-                if count == most or 4 * (time.perf_counter() - begun) > allowed:
-                    return found
-                count = min(4 * count, most)
-
     def run(self, on_step: Callable[[str], None] | None = None) -> Quality:
         """Do it all.
 
@@ -248,15 +223,19 @@ class QualityRun:
         with contextlib.ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(evaluating(model))
-            samples = self.comparison.run(report)
+            distances, samples = self.comparison.run(report)
             found = reconstruct(
                 self.models, self.images, attack=self.attack, seed=self.seed, group=self.group, on_step=report
             )
+        if distances["frechet"] is not None:
+            distances["frechet"]["name"] = f"Frechet distance in features of {self.name}"
         return Quality(
             backbone=type(self.model.backbone).__name__ if record is None else record.name,
             classifier=self.name,
+            distances=distances,
             samples=samples,
             reconstructions=found,
+            images=len(self.images),
             settings=self.model.settings,
             vote=self.model.vote,
             attack=self.attack,
