@@ -27,19 +27,8 @@ from huggingface_hub.utils import disable_progress_bars
 
 from patience import HANGS
 
-__all__ = [
-    "ALWAYS",
-    "OTHER_TOKEN",
-    "TOKEN",
-    "Fault",
-    "HubServer",
-    "Repository",
-    "Request",
-    "Stored",
-    "connect_client",
-    "serving",
-]
-
+NOWHERE = "http://127.0.0.1:9"
+"""An address at which nobody listens."""
 ALWAYS = 10**9
 """Times of a :class:`Fault` that never ends."""
 TOKEN, OTHER_TOKEN = "hf_ofSomeone", "hf_ofAnother"

@@ -111,9 +111,6 @@ def close(found: Tensor, expected: Tensor, atol: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-# -------------------------------------------------------------------------------------------------------- agreement
-
-
 def test_converted_weights_are_those_of_the_librarys_own_conversion(converted: Path):
     assert checksum(load_file(converted / SAFETENSORS)) == OFFICIAL_WEIGHTS
 
@@ -134,12 +131,6 @@ def test_consistency_function_and_network_agree(recorded: dict[str, Tensor], bac
     close(backbone.denoise(noisy, 80.0, labels), recorded["f_unclipped"], 2e-5)
     level = recorded["sigma"].log().expand(4) / 4
     close(backbone.network(noisy / (80**2 + 0.25) ** 0.5, level, labels), recorded["F"], 2e-5)
-
-
-def test_network_agrees_at_other_noise_levels(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
-    x, sigma = recorded["x"], recorded["sigma_x"]
-    scaled = x / (sigma**2 + 0.25).sqrt()[:, None, None, None]
-    close(backbone.network(scaled, sigma.log() / 4, recorded["y"]), recorded["F_x"], 2e-5)
 
 
 def test_gradients_to_unit_latents_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
@@ -187,9 +178,6 @@ def test_labels_matter_and_are_required(recorded: dict[str, Tensor], backbone: C
         backbone.generate(latents, labels + 1)
 
 
-# --------------------------------------------------------------------------------------------------- what is read
-
-
 def test_bare_pipeline_is_described_from_its_configurations(converted: Path, backbone: ConsistencyBackbone):
     record = read_record(converted)
     assert record == backbone.record
@@ -210,42 +198,12 @@ def test_description_follows_the_configurations(folder: Path):
     assert record.num_classes is None
 
 
-def test_name_in_the_hubs_cache_is_the_repositorys(folder: Path):
-    place = folder.parent / "models--someone--some-model" / "snapshots" / "0123abcd"
-    shutil.copytree(folder, place)
-    assert read_record(place).name == "someone/some-model"
-
-
-def test_read_backbone_is_ready_for_use(folder: Path):
-    with torch.inference_mode():
-        backbone = read_backbone(folder)
-    assert backbone.noise == NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.25)
-    assert backbone.default_settings == {}
-    assert not any(module.training for module in backbone.modules())
-    assert not any(t.requires_grad or t.is_inference() for t in backbone.state_dict().values())
-    assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
-
-
 def test_bfloat16_is_near_float32(recorded: dict[str, Tensor], backbone: ConsistencyBackbone, converted: Path):
     narrow = read_backbone(converted, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     images = narrow.generate(recorded["latents"], recorded["class_labels"])
     assert images.dtype == torch.float32
     close(images, backbone.generate(recorded["latents"], recorded["class_labels"]), 0.05)
-
-
-def test_pickled_weights_are_read_alike(folder: Path):
-    expected = read_backbone(folder)
-    torch.save(load_file(folder / SAFETENSORS), folder / PICKLE)
-    (folder / SAFETENSORS).unlink()
-    found = read_backbone(folder)
-    assert found.record.weights_file == PICKLE
-    assert all(torch.equal(t, found.state_dict()[name]) for name, t in expected.state_dict().items())
-
-
-def test_safetensors_are_preferred_to_a_pickle(folder: Path):
-    (folder / PICKLE).write_bytes(b"never opened")
-    assert read_backbone(folder).record.weights_file == SAFETENSORS
 
 
 def resaved(folder: Path, **options: Any) -> None:
@@ -272,11 +230,6 @@ def test_shards_and_variants_are_read(folder: Path, variant: str | None, shard: 
     for name, tensor in found.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, expected[name], rtol=0 if variant is None else 1e-3, atol=1e-6)
-
-
-def test_full_precision_is_preferred_to_a_variant(folder: Path):
-    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never opened")
-    assert read_backbone(folder).record.weights_file == SAFETENSORS
 
 
 def test_checksum_of_shards_depends_on_each(folder: Path):
@@ -319,9 +272,6 @@ def test_weights_of_unknown_names_are_listed_with_what_to_do(folder: Path):
     check_refused(folder, "save_pretrained(folder")
 
 
-# --------------------------------------------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("kind", [DiffusersUNet, UnscaledUNet])
 def test_written_backbone_is_read_to_the_bit(tmp_path: Path, kind: type[Any]):
     ours = as_read(small_backbone(kind))
@@ -343,16 +293,6 @@ def test_written_backbone_is_read_to_the_bit(tmp_path: Path, kind: type[Any]):
         (tmp_path / RECORD_FILE).unlink(missing_ok=True)
 
 
-def test_half_precision_file_reads_as_float32_and_leaves_the_backbone(tmp_path: Path):
-    ours = small_backbone()
-    record = write_backbone(ours, tmp_path, dtype=torch.bfloat16, name="toy")
-    assert record.weights_dtype == "bfloat16"
-    assert {t.dtype for t in load_file(tmp_path / SAFETENSORS).values()} == {torch.bfloat16}
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    found = read_backbone(tmp_path).state_dict()
-    assert all(torch.equal(found[name], t.bfloat16().float()) for name, t in ours.state_dict().items())
-
-
 def test_denoiser_is_written_and_read(tmp_path: Path):
     made = small_backbone()
     ours = EDMDenoiser(made.network, made.image_shape, made.noise, made.num_classes)
@@ -361,9 +301,6 @@ def test_denoiser_is_written_and_read(tmp_path: Path):
     close(read_backbone(tmp_path).denoise(x, sigma, labels), ours.denoise(x, sigma, labels), 1e-5)
     with pytest.raises(WrongKindError, match="is a denoiser"):
         read_backbone(tmp_path, kind="consistency")
-
-
-# --------------------------------------------------------------------------------------- the community's own scalings
 
 
 @pytest.fixture
@@ -400,9 +337,6 @@ def test_unscaled_network_keeps_its_promise_at_sigma_min(unscaled: Path):
     x, labels = noise(4, 3, 8, 8, seed=2), torch.tensor([4, 0, 1, 1])
     error = (backbone.denoise(x, backbone.noise.sigma_min, labels) - x).abs().max().item()
     assert 0 < error < backbone.network.boundary_error
-
-
-# ----------------------------------------------------------------------------------------------------------- damage
 
 
 def missing(file: str) -> Callable[[Path], None]:
@@ -552,19 +486,6 @@ def test_hostile_pickle_is_refused_and_not_executed(folder: Path):
     assert not mark.exists()
 
 
-def test_folder_of_another_pipeline_is_refused(tmp_path: Path):
-    (tmp_path / INDEX).write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    check_refused(tmp_path, UNET)
-
-
-def test_folder_without_an_index_is_no_pipeline(folder: Path):
-    (folder / INDEX).unlink()
-    check_refused(folder, RECORD_FILE)
-
-
-# -------------------------------------------------------------------------------------------- without the library
-
-
 def test_without_the_library_the_error_names_the_extra(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
     made = small_backbone()
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -580,9 +501,6 @@ def test_without_the_library_the_error_names_the_extra(tmp_path: Path, folder: P
             attempt()
         assert isinstance(caught.value, ImportError)
     assert read_record(folder).network == "diffusers-unet2d"
-
-
-# -------------------------------------------------------------------------------------------------------- precision
 
 
 class Softmaxes(TorchDispatchMode):

@@ -44,9 +44,6 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-# -------------------------------------------------------------------------------------------------------- encodings
-
-
 @pytest.mark.parametrize(
     "dtype", ["float16", "float32", "float64", "bool", "uint8", "uint32", "int8", "int16", "int32", "int64"]
 )
@@ -64,14 +61,6 @@ def test_bfloat16_is_read_as_float32(file: Path):
     ((_, found),) = read(file, {"params_ema": {"a": raw_array(narrow.shape, "bfloat16", content)}})
     assert found.dtype == np.float32
     assert torch.equal(torch.tensor(found), narrow.float())
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 1, 3), (1, 2, 1, 3, 2)])
-def test_shapes_are_kept(file: Path, shape: tuple[int, ...]):
-    array = numbers(*shape)
-    ((_, found),) = read(file, {"params_ema": {"a": array}})
-    assert found.shape == shape
-    assert np.array_equal(found, array)
 
 
 @pytest.mark.parametrize(
@@ -99,38 +88,6 @@ def test_names_are_paths_below_the_entry_in_the_files_order(file: Path):
     assert all(np.array_equal(array, leaves[name]) for name, array in taken)
 
 
-@pytest.mark.parametrize("entries", [3, 40, 70_000])
-def test_maps_of_every_size_are_walked(file: Path, entries: int):
-    """Their headers differ: one, three and five bytes."""
-    taken = read(file, {"params_ema": {"a": {str(i): i for i in range(entries)}}})
-    assert len(taken) == entries
-    assert taken[-1][0] == f"a/{entries - 1}"
-
-
-def test_each_entry_has_its_own_arrays(file: Path):
-    tree = {name: {"a": numbers(2, 3, seed=seed)} for seed, name in enumerate(("params", "params_ema"))}
-    for seed, name in enumerate(tree):
-        ((_, found),) = read(file, tree, name)
-        assert np.array_equal(found, numbers(2, 3, seed=seed))
-
-
-def test_an_empty_entry_has_nothing(file: Path):
-    assert read(file, {"params_ema": {}, "model_state": {"a": 1}}) == []
-    assert read(file, {"params_ema": {"a": {}, "b": {"c": {}}}}) == []
-
-
-def test_arrays_outlive_the_file(file: Path):
-    taken = read(file, {"params_ema": {"a": numbers(300, 70)}})
-    file.write_bytes(b"\0" * file.stat().st_size)
-    file.unlink()
-    assert np.array_equal(taken[0][1], numbers(300, 70))
-
-
-def test_numbers_may_be_names_in_entries_that_are_not_wanted(file: Path):
-    tree = {"opt_state": {0: {1: numbers(2)}}, "params_ema": {"a": 1}, "rng_state": {2: 3}}
-    assert [name for name, _ in read(file, tree)] == ["a"]
-
-
 def test_memory_holds_the_wanted_entry_alone(file: Path):
     """The entries before and behind it are skipped, however large they are."""
     entry = {str(i): np.zeros(2**18, np.float32) for i in range(12)}
@@ -143,9 +100,6 @@ def test_memory_holds_the_wanted_entry_alone(file: Path):
         tracemalloc.stop()
     assert [array.nbytes for array in arrays.values()] == [2**20] * 12
     assert peak < 20 * 2**20
-
-
-# ----------------------------------------------------------------------------------------------------------- chunks
 
 
 def test_chunks_as_flax_writes_them(file: Path):
@@ -177,11 +131,6 @@ def test_chunks_stand_anywhere_among_arrays(file: Path, pieces: int, listed: Cal
     assert all(np.array_equal(array, expected[name]) for name, array in taken.items())
 
 
-def test_chunks_of_an_entry_that_is_not_wanted_are_skipped(file: Path):
-    tree = {"params": {"a": chunked(numbers(4, 3), 2)}, "params_ema": {"a": numbers(2)}}
-    assert [name for name, _ in read(file, tree)] == ["a"]
-
-
 BROKEN_CHUNKS = {
     "too few numbers": {"shape": [4, 4]},
     "too many numbers": {"shape": [2, 2]},
@@ -205,22 +154,12 @@ def test_chunks_that_do_not_make_the_array_are_refused(file: Path, changes: dict
         read(file, {"params_ema": {"a": values}})
 
 
-# ---------------------------------------------------------------------------------------------------- unknown entry
-
-
 def test_unknown_entry_names_the_near_match(file: Path):
     with pytest.raises(UnknownNameError, match=r"no 'param_ema'.*Did you mean 'params_ema' or 'params'\?") as caught:
         read(file, {"step": 1, "params": {}, "params_ema": {}, "opt_state": {}}, "param_ema")
     assert isinstance(caught.value, LookupError)
     assert str(file) in str(caught.value)
 
-
-def test_unknown_entry_without_a_near_match_lists_all(file: Path):
-    with pytest.raises(UnknownNameError, match="Known: 'opt_state', 'step'"):
-        read(file, {"step": 1, "opt_state": {"params_ema": {"a": 1}}})
-
-
-# ----------------------------------------------------------------------------------------------------------- damage
 
 LEAVES = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.arange(3, dtype=np.int32), "b/d": np.ones(())}
 

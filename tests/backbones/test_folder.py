@@ -47,9 +47,6 @@ def edit_record(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
 
-# ------------------------------------------------------------------------------------------------------- round trip
-
-
 def test_read_backbone_is_ready_for_use(folder: Path):
     backbone = read_backbone(folder)
     assert backbone.image_shape == CONFIG.image_shape
@@ -83,11 +80,6 @@ def test_record_is_returned_read_and_plain_json(tmp_path: Path):
     backbone = read_backbone(str(tmp_path))
     assert backbone.record == record
     assert backbone.default_settings == {"n_latents": 3}
-
-
-def test_writing_makes_the_folders_on_the_way(tmp_path: Path):
-    write_backbone(small_backbone(), tmp_path / "a" / "b", name="toy")
-    assert read_record(tmp_path / "a" / "b").name == "toy"
 
 
 def test_writing_again_replaces_the_backbone(folder: Path):
@@ -135,9 +127,6 @@ def test_failed_write_leaves_the_folder_as_it_was(folder: Path):
     with pytest.raises((TypeError, SettingsError)):
         write_backbone(small_backbone(seed=2), folder, name="another", no_such_field=1)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-# ------------------------------------------------------------------------------------------------------------ damage
 
 
 def writing(file: str, content: str | bytes | None) -> Callable[[Path], None]:
@@ -287,9 +276,3 @@ def test_weights_outside_the_folder_are_not_opened(folder: Path):
     (folder / WEIGHTS_FILE).rename(folder.parent / WEIGHTS_FILE)
     edit_record(folder, weights_file=f"../{WEIGHTS_FILE}")
     assert "weights_file" in check_refused(folder, RECORD_FILE)
-
-
-def test_weights_may_have_another_name_beside_the_record(folder: Path):
-    (folder / WEIGHTS_FILE).rename(folder / "ema.safetensors")
-    edit_record(folder, weights_file="ema.safetensors")
-    assert read_backbone(folder).image_shape == CONFIG.image_shape

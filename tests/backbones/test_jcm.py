@@ -19,7 +19,7 @@ from cmap_defense.backbones.convert.jcm import jcm_slots
 from cmap_defense.backbones.folder import read_backbone, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
-from cmap_defense.errors import BackboneFileError, UnknownNameError, WrongKindError
+from cmap_defense.errors import BackboneFileError
 from goldens import FOLDER, JCM, arrays, channels_first, flax_bytes, full_size_weights, jcm, jcm_names, nested
 from toys import noise
 
@@ -55,9 +55,6 @@ def gradient(backbone: ConsistencyBackbone, x: Tensor, sigma: Tensor, weight: Te
 
 def close(found: Tensor, expected: Tensor, atol: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-
-
-# -------------------------------------------------------------------------------------------------------- agreement
 
 
 def test_consistency_function_and_network_agree(recorded: JCM, backbone: ConsistencyBackbone):
@@ -103,9 +100,6 @@ def test_the_denoiser_of_the_same_network_agrees(
     close(x.double() + shift, recorded.arrays["D_edm_f64"], 1e-7)
 
 
-# ----------------------------------------------------------------------------------------------------- what is made
-
-
 def test_backbone_is_ready_for_use(recorded: JCM, backbone: ConsistencyBackbone):
     assert backbone.image_shape == (3, 32, 32)
     assert backbone.num_classes is None
@@ -114,40 +108,6 @@ def test_backbone_is_ready_for_use(recorded: JCM, backbone: ConsistencyBackbone)
     assert not any(p.requires_grad for p in backbone.parameters())
     assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
     assert not any(t.is_inference() for t in backbone.state_dict().values())
-
-
-def test_conversion_makes_ordinary_float32_weights_whatever_the_defaults_and_draws_no_random_numbers():
-    golden = jcm("tiny_c")
-    before = torch.random.get_rng_state()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.inference_mode():
-            made = convert_jcm(golden.checkpoint, golden.config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert not any(t.is_inference() for t in made.state_dict().values())
-    assert {t.dtype for t in made.state_dict().values()} == {torch.float32}
-
-
-def test_each_set_of_weights_can_be_had():
-    """The file's three sets differ, so do their images; the averaged one is the default."""
-    golden = jcm("tiny_c")
-    latents = noise(2, 3, 32, 32, seed=1)
-    made = [convert_jcm(str(golden.checkpoint), golden.config, which) for which in ("params", "target_params")]
-    averaged = convert_jcm(golden.checkpoint, golden.config)
-    images = [each.generate(latents) for each in (averaged, *made)]
-    for a in range(3):
-        for b in range(a):
-            assert (images[a] - images[b]).abs().max().item() > 0.01
-    again = convert_jcm(golden.checkpoint, golden.config, params="params_ema").state_dict()
-    assert all(torch.equal(t, again[name]) for name, t in averaged.state_dict().items())
-
-
-def test_unknown_set_of_weights_names_the_near_match():
-    golden = jcm("tiny_c")
-    with pytest.raises(UnknownNameError, match="'params_ema'"):
-        convert_jcm(golden.checkpoint, golden.config, params="params_em")
 
 
 def test_written_conversion_is_read_to_the_bit(tmp_path: Path, recorded: JCM, backbone: ConsistencyBackbone):
@@ -176,17 +136,6 @@ def test_written_in_bfloat16_the_frequencies_stay_exact(tmp_path: Path):
         assert torch.equal(network.embed.frequencies, frequencies)
         assert {p.dtype for p in network.parameters()} == {dtype}
 
-
-def test_the_teacher_is_written_and_read_as_a_denoiser(tmp_path: Path):
-    golden = jcm("tiny_c")
-    made = convert_jcm(golden.checkpoint, golden.config)
-    write_backbone(EDMDenoiser(made.network, made.image_shape), tmp_path, name="teacher")
-    close(read_backbone(tmp_path).denoise(golden.arrays["x"], golden.arrays["sigma"]), golden.arrays["D_edm"], 2e-5)
-    with pytest.raises(WrongKindError, match="'teacher' is a denoiser, and a consistency model is needed"):
-        read_backbone(tmp_path, kind="consistency")
-
-
-# ------------------------------------------------------------------------------------------------- files that differ
 
 TINY = NCSNppConfig(nf=4, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
 
@@ -297,20 +246,6 @@ def test_another_config_than_the_files_is_refused(tmp_path: Path, changes: dict[
     assert str(path) in str(caught.value)
     assert "config" in str(caught.value)
 
-
-def test_the_default_config_is_that_of_the_published_models():
-    with pytest.raises(BackboneFileError, match="nf=128"):
-        convert_jcm(jcm("tiny_c").checkpoint)
-
-
-def test_cut_checkpoint_is_refused(tmp_path: Path):
-    path = checkpoint(tmp_path, weights())
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(BackboneFileError, match="ends in the middle"):
-        convert_jcm(path, TINY)
-
-
-# -------------------------------------------------------------------------------------------------------- full size
 
 PEAK_MEMORY = """
 import sys

@@ -37,9 +37,6 @@ def folder(tmp_path: Path) -> Path:
     return write_toy(tmp_path / "model")
 
 
-# ---------------------------------------------------------------------------------------------------- local sources
-
-
 class Somewhere(os.PathLike):
     """A path of a kind of its own."""
 

@@ -32,9 +32,6 @@ def network_of(config: NCSNppConfig = SMALL, dtype: torch.dtype = torch.float32)
     return network
 
 
-# ------------------------------------------------------------------------------------------------- official layers
-
-
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Tensor]:
     """Results of the official layers."""
@@ -138,8 +135,6 @@ def test_every_tensor_has_one_place_in_a_checkpoint(config: NCSNppConfig):
     assert sorted(placed) == sorted(own)
 
 
-# -------------------------------------------------------------------------------------------------------- precision
-
 NARROWER = {
     "half": lambda network: network.half(),
     "bfloat16": lambda network: network.bfloat16(),
@@ -162,25 +157,6 @@ def test_frequencies_stay_in_float32(cast):
     assert len({p.dtype for p in network.parameters()}) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_everything_else_is_cast(dtype: torch.dtype):
-    network = network_of().to(dtype)
-    assert {p.dtype for p in network.parameters()} == {dtype}
-    x, level = noise(2, *SMALL.image_shape, seed=1), noise(2, seed=2)
-    assert network(x.to(dtype), level).dtype == dtype
-
-
-def test_frequencies_become_float64_and_come_back():
-    network = network_of()
-    before = network.embed.frequencies.clone()
-    network.double()
-    assert network.embed.frequencies.dtype == torch.float64
-    assert torch.equal(network.embed.frequencies, before.double())
-    network.float()
-    assert network.embed.frequencies.dtype == torch.float32
-    assert torch.equal(network.embed.frequencies, before)
-
-
 def test_frequencies_move_to_another_device():
     network = network_of().to("meta", torch.bfloat16)
     assert network.embed.frequencies.device.type == "meta"
@@ -200,9 +176,6 @@ def test_bfloat16_is_near_float32_where_the_noise_is_largest():
     error_of_rounded = (rounded.denoise(80 * latents, 80.0) - expected).abs().max().item()
     assert error < 0.05
     assert error < error_of_rounded / 3
-
-
-# --------------------------------------------------------------------------------------------------- configurations
 
 
 @pytest.mark.parametrize(("nf", "channels"), [(132, 132), (100, 200)])

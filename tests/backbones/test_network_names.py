@@ -163,12 +163,6 @@ def test_a_class_conditional_network_sees_its_classes(name: str, tmp_path: Path)
     torch.testing.assert_close(read_backbone(tmp_path).generate(x, labels), images, rtol=1e-5, atol=1e-6)
 
 
-def test_sides_and_channels_may_be_unequal() -> None:
-    for name, changes in (("compact", TINY["compact"]), ("imagenet64", TINY_UNET)):
-        network = built(Network.named(name, (1, 8, 12), changes))
-        assert network(noise(2, 1, 8, 12, seed=1), noise(2, seed=2)).shape == (2, 1, 8, 12)
-
-
 @pytest.mark.parametrize(
     ("name", "shape", "options", "said"),
     [
@@ -193,11 +187,6 @@ def test_a_network_that_cannot_be_is_refused(
         Network.named(name, shape, options)
 
 
-def test_ncsnpp_has_no_classes() -> None:
-    with pytest.raises(SettingsError, match="not class-conditional"):
-        Network.named("ncsnpp", (3, 8, 8), num_classes=10)
-
-
 def test_an_unknown_network_has_near_matches() -> None:
     with pytest.raises(UnknownNameError, match="'ncsnpp'"):
         Network.named("ncsn++", (3, 8, 8))
@@ -213,21 +202,6 @@ def test_a_configuration_without_classes_is_that_of_an_unconditional_network() -
     names = list(CompactUNet(config).state_dict())
     with_classes = list(CompactUNet(config.replace(num_classes=3)).state_dict())
     assert [name for name in with_classes if name != "classes.weight"] == names
-
-
-def test_classes_start_without_effect() -> None:
-    config = CompactUNetConfig.from_dict({"image_shape": [3, 8, 8], **TINY["compact"]})
-    plain, conditional = CompactUNet(config), CompactUNet(config.replace(num_classes=3))
-    with torch.no_grad():
-        for index, p in enumerate(plain.parameters()):
-            p.copy_(0.1 * noise(*p.shape, seed=index))
-    conditional.load_state_dict(plain.state_dict(), strict=False)
-    x, level = noise(2, 3, 8, 8, seed=1), noise(2, seed=2)
-    assert torch.equal(conditional(x, level, torch.tensor([0, 2])), plain(x, level))
-    conditional(x, level, torch.tensor([0, 2])).square().sum().backward()
-    assert conditional.classes is not None
-    moved = conditional.classes.weight.grad.abs().sum(dim=1)
-    assert (moved > 0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -151,9 +151,6 @@ def inputs_of(backbone: ConsistencyBackbone, batch: int, seed: int, dtype: torch
     return images, level.to(dtype), labels
 
 
-# ------------------------------------------------------------------------------------------------------------- laws
-
-
 @each_kind
 @settings(max_examples=6)
 @given(data=st.data(), batch=st.integers(2, 3), seed=SEEDS)
@@ -217,17 +214,6 @@ def test_first_and_second_derivatives_are_finite_differences(kind: Kind) -> None
 
 
 @each_kind
-def test_second_derivatives_pass_through_the_levels(kind: Kind) -> None:
-    backbone = kind.backbone(kind.small)
-    x, level, labels = inputs_of(backbone, 2, 5)
-    x.requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: backbone.network(x, level, *labels), x, fast_mode=True)
-    (first,) = torch.autograd.grad(backbone.network(x, level, *labels).square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), x)
-    assert second.abs().max().item() > 0
-
-
-@each_kind
 def test_every_parameter_takes_part(kind: Kind) -> None:
     """Only a bias of the keys cannot: it adds the same to everything that a softmax compares."""
     backbone = kind.backbone(kind.small)
@@ -258,8 +244,6 @@ def test_new_network_is_close_to_zero_and_learns(kind: Kind) -> None:
     output.sum().backward()
     assert network.leave.weight.grad.abs().max().item() > 0
 
-
-# ---------------------------------------------------------------------------------------------------- configurations
 
 NCSNPP_NONSENSE: list[tuple[str, dict[str, Any]]] = [
     (r"nf must be at least 1, but is 0", {"nf": 0}),

@@ -17,9 +17,9 @@ from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, boundary_scalings
 from cmap_defense.backbones.load import load_backbone, resolve_backbone
 from cmap_defense.backbones.ncsnpp import NCSNpp
-from cmap_defense.backbones.registry import LocalFolder, register, registry_entry
+from cmap_defense.backbones.registry import register, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
-from cmap_defense.errors import BackboneFileError, UnknownNameError
+from cmap_defense.errors import BackboneFileError
 from hubserver import Fault, HubServer
 from tiny import CONFIG, fingerprint, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file, tiny_folder
 
@@ -40,9 +40,6 @@ def named(hub: HubServer) -> HubServer:
 def notes(hub: HubServer, tmp_path: Path) -> Path:
     """The file with the notes, where there are some."""
     return tmp_path / "home" / "cmap-defense" / "verified.json"
-
-
-# ----------------------------------------------------------------------------------------------------- official files
 
 
 @pytest.mark.usefixtures("named")
@@ -75,33 +72,11 @@ def test_other_file_under_a_verified_name_is_refused(named: HubServer):
     assert fingerprint(load_backbone(NAME)) == MODEL
 
 
-def test_other_file_under_a_name_that_was_not_verified_is_taken(named: HubServer, notes: Path):
-    verify_backbone(NAME, remember=False)
-    assert not notes.exists()
-    named.put(PATH, tiny_checkpoint(1))
-    resolve_backbone(NAME, force=True)
-    assert fingerprint(load_backbone(NAME)) == OTHER_MODEL
-
-
 def test_note_is_of_an_address_and_means_no_other(named: HubServer):
     verify_backbone(NAME)
     register(tiny_entry(NAME, tiny_file(named.put("/elsewhere", tiny_checkpoint(1)))), replace=True)
     assert not pinned(registry_entry(NAME)).verified
     assert fingerprint(load_backbone(NAME)) == OTHER_MODEL
-
-
-def test_notes_of_several_names_stand_beside_each_other(named: HubServer, notes: Path):
-    register(tiny_entry("other", tiny_file(named.put("/other", tiny_checkpoint(1)))))
-    for name in (NAME, "other", NAME):
-        verify_backbone(name)
-    assert list(json.loads(notes.read_text())) == [NAME, "other"]
-
-
-def test_denoiser_has_no_boundary(named: HubServer):
-    register(tiny_entry(NAME, tiny_file(named.address + PATH), kind="denoiser"), replace=True)
-    found = verify_backbone(NAME)
-    assert found.boundary_error is None
-    assert found.pinned is not None
 
 
 @pytest.mark.parametrize(
@@ -128,9 +103,6 @@ def test_damaged_notes_are_an_error_that_names_the_file(named: HubServer, notes:
     assert verify_backbone(NAME).pinned
 
 
-# ------------------------------------------------------------------------------------------------------------- the Hub
-
-
 def test_name_on_the_hub_is_verified_with_its_commit_and_checksum(
     hub: HubServer, model_files: list[dict[str, bytes]], notes: Path
 ):
@@ -152,9 +124,6 @@ def test_name_on_the_hub_is_verified_with_its_commit_and_checksum(
         resolve_backbone(NAME, force=True)
     resolve_backbone(NAME, force=True)
     assert fingerprint(load_backbone(NAME)) == MODEL, "the name stands for its commit"
-
-
-# ------------------------------------------------------------------------------------------------------------- folders
 
 
 @pytest.mark.parametrize("given", [str, Path])
@@ -198,24 +167,3 @@ def test_model_that_breaks_the_boundary_condition_is_refused_unless_it_says_by_h
         verify_backbone(folder)
     monkeypatch.setattr(NCSNpp, "boundary_error", 0.1, raising=False)
     assert 0 < (verify_backbone(folder).boundary_error or 0) < 0.1
-
-
-def test_damaged_folder_is_refused(tmp_path: Path):
-    folder = tiny_folder(tmp_path / "model")
-    (folder / WEIGHTS).write_bytes((tiny_folder(tmp_path / "other", 1) / WEIGHTS).read_bytes())
-    with pytest.raises(BackboneFileError, match="SHA-256"):
-        verify_backbone(folder)
-
-
-@pytest.mark.usefixtures("hub")
-def test_unknown_name_cannot_be_verified():
-    with pytest.raises(UnknownNameError, match=NAME):
-        verify_backbone(NAME)
-
-
-@pytest.mark.usefixtures("hub")
-def test_folder_of_a_name_that_is_gone_is_an_error(tmp_path: Path):
-    register(tiny_entry(NAME, LocalFolder(folder=tmp_path / "gone")))
-    for use in (load_backbone, verify_backbone):
-        with pytest.raises(BackboneFileError, match=f"gone, where {NAME} should be"):
-            use(NAME)

@@ -19,9 +19,8 @@ from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.registry import backbone_names, register, registry_entry
 from cmap_defense.cli.backbones import _config
 from cmap_defense.cli.options import Pair
-from elsewhere import Answer, run_elsewhere
 from goldens import FOLDER
-from hubserver import ALWAYS, TOKEN, Fault, HubServer, serving
+from hubserver import TOKEN, HubServer, connect_client, serving
 from tiny import CONFIG, files_of, fingerprint, own_names, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file
 from tiny import tiny_folder as write_folder
 
@@ -79,8 +78,6 @@ def values(backbones: Run) -> Callable[..., Any]:
 
 Values = Callable[..., Any]
 
-# ------------------------------------------------------------------------------------------------------- list and info
-
 
 def test_list_shows_all_names_and_whether_they_are_verified(backbones: Run, values: Values):
     lines = backbones("list").splitlines()
@@ -103,20 +100,12 @@ def test_info_of_a_name_fetches_nothing(hub: HubServer, cache: Path, backbones: 
     assert expected | {f"  url: {hub.address}{PATH}"} <= set(lines)
 
 
-@pytest.mark.parametrize("name", backbone_names())
-def test_info_is_there_for_every_name(name: str, backbones: Run):
-    assert f"name: {name}" in backbones("info", name).splitlines()
-
-
 def test_info_of_a_folder_is_its_record(folder: str, backbones: Run, values: Values):
     record = json.loads(read_record(folder).to_json())
     assert values("info", folder) == record | {"folder": folder}
     assert {f"weights_sha256: {record['weights_sha256']}", "  n_latents: 2"} <= set(
         backbones("info", f"./{folder}").splitlines()
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- pull
 
 
 def test_pull_fetches_once_and_force_again(hub: HubServer, cache: Path, backbones: Run, values: Values):
@@ -137,9 +126,6 @@ def test_pull_fetches_once_and_force_again(hub: HubServer, cache: Path, backbone
     assert fingerprint(load_backbone(NAME)) == MODEL
 
 
-# -------------------------------------------------------------------------------------------------------- convert, jcm
-
-
 def test_convert_writes_a_folder_that_loads(checkpoint: str, backbones: Run):
     text = backbones("convert", checkpoint, "out/mine", "--from", "jcm", *TINY_OPTIONS)
     assert f"out/mine/{WEIGHTS}" in text
@@ -158,24 +144,13 @@ def test_convert_writes_a_folder_that_loads(checkpoint: str, backbones: Run):
     }
 
 
-def test_convert_writes_a_denoiser_with_a_description(checkpoint: str, values: Values):
+def test_convert_writes_a_denoiser_in_another_precision_with_a_description(checkpoint: str, values: Values):
     words = ["--name", "my model", "--description", "Of mine.", "--licence", "CC0-1.0", "--kind", "denoiser"]
-    found = values("convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, *words)
+    found = values("convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, *words, "--weights", "bfloat16")
     assert found == json.loads(read_record("out").to_json()) | {"folder": "out"}
     assert (found["name"], found["description"], found["licence"]) == ("my model", "Of mine.", "CC0-1.0")
-    assert found["kind"] == "denoiser"
+    assert (found["kind"], found["weights_dtype"]) == ("denoiser", "bfloat16")
     assert type(load_backbone("./out")) is EDMDenoiser
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_convert_writes_the_precision_of_the_option(checkpoint: str, values: Values, dtype: str):
-    arguments = ["convert", checkpoint, "out", "--from", "jcm", *TINY_OPTIONS, "--weights", dtype]
-    assert values(*arguments)["weights_dtype"] == dtype
-    assert (Path("out") / WEIGHTS).stat().st_size < 0.6 * sum(4 * p.numel() for p in tiny_backbone().parameters())
-    written, exact = load_backbone("./out").state_dict(), tiny_backbone().state_dict()
-    for name, tensor in exact.items():
-        kept = tensor if name == "network.embed.frequencies" else tensor.to(getattr(torch, dtype)).float()
-        torch.testing.assert_close(written[name], kept, rtol=0, atol=0)
 
 
 def config(*changes: str) -> NCSNppConfig:
@@ -239,9 +214,6 @@ def test_mistakes_in_convert_get_a_message_a_status_and_no_folder(backbones: Run
     assert not Path("out").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- convert, openai
-
-
 def test_convert_reads_openais_files(values: Values):
     (file,) = (FOLDER / "openai_tiny").glob("*.pt")
     options = ["--from", "openai", "--image-size", "32", "--head-channels", "16"]
@@ -254,9 +226,6 @@ def test_convert_reads_openais_files(values: Values):
     assert not torch.equal(images[0], images[1]), "the class matters"
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
-
-
 @pytest.mark.usefixtures("hub")
 def test_verify_notes_what_it_finds_and_list_and_info_show_it(cache: Path, backbones: Run, values: Values):
     text = backbones("verify", NAME).splitlines()
@@ -267,13 +236,6 @@ def test_verify_notes_what_it_finds_and_list_and_info_show_it(cache: Path, backb
     assert row[3] == "yes"
     assert values("info", NAME)["verified"] is True
     assert values("verify", NAME)["boundary_error"] == 0
-
-
-def test_verify_of_a_folder_notes_nothing(folder: str, cache: Path, values: Values):
-    found = values("verify", folder)
-    assert found["weights_sha256"] == read_record(folder).weights_sha256
-    assert found["pinned"] is None
-    assert not cache.exists()
 
 
 @pytest.mark.parametrize("command", ["verify", "info", "pull"])
@@ -293,102 +255,26 @@ def test_verify_names_the_damage_of_a_folder(folder: str, backbones: Run, damage
     assert word in backbones("verify", folder, status=1)
 
 
-def test_a_server_without_the_file_and_damaged_notes_are_errors(hub: HubServer, cache: Path, backbones: Run):
-    del hub.files[PATH]
-    assert f"Error: {hub.address}{PATH} could not be fetched: " in backbones("pull", NAME, status=1)
-    cache.mkdir(exist_ok=True)
-    (cache / "verified.json").write_text("{")
-    error = backbones("list", status=1)
-    assert "verified.json" in error
-    assert "Remove it" in error
-
-
-# ------------------------------------------------------------------------------------------------------------- the Hub
-
-Answers = dict[str, Answer]
-
-
-@pytest.fixture(scope="module")
-def org(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """A Hub with a model."""
-    with serving() as server:
-        server.repository("someone/model", files_of(write_folder(tmp_path_factory.mktemp("hub") / "model")))
-        server.repository("someone/described", files_of(write_folder(tmp_path_factory.mktemp("hub") / "model")))
-        server.script("/api/models/someone/broken*", Fault(status=500, times=ALWAYS))
-        yield server
-
-
-@pytest.fixture(scope="module")
-def answers(org: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What came of each command, in one process."""
-    place = tmp_path_factory.mktemp("commands")
-    folder = str(write_folder(place / "model", 1))
-    steps: dict[str, list[Any]] = {
-        "": ["hurry"],
-        "info": ["cli", "backbones", "info", "someone/described", "--json"],
-        "pull": ["cli", "backbones", "pull", "someone/model"],
-        "pull as json": ["cli", "backbones", "pull", "someone/model", "--json"],
-        "force": ["cli", "backbones", "pull", "someone/model", "--force"],
-        "verify": ["cli", "backbones", "verify", "someone/model", "--json"],
-        "missing": ["cli", "backbones", "pull", "someone/missing"],
-        "broken": ["cli", "backbones", "pull", "someone/broken"],
-        "no token": ["cli", "backbones", "push", folder, "someone/new"],
-        "token": ["environ", "HF_TOKEN", TOKEN],
-        "push": ["cli", "backbones", "push", folder, "someone/new", "--private", "--message", "My words"],
-        "push as json": ["cli", "backbones", "push", folder, "someone/newer", "--json"],
-        "no folder": ["cli", "backbones", "push", str(place / "nowhere"), "someone/nowhere"],
-        "no backbone": ["cli", "backbones", "push", str(place), "someone/nowhere"],
-        "no organisation": ["cli", "backbones", "push", folder, "nowhere/else"],
-    }
-    return dict(zip(steps, run_elsewhere(*steps.values(), home=place / "home", address=org.address), strict=True))
-
-
-def test_info_of_a_hub_id_fetches_the_record_alone(answers: Answers, org: HubServer):
-    assert answers["info"].value == 0
-    assert json.loads(answers["info"].out)["name"] == "tiny"
-    assert [request.path.split("/")[-1] for request in org.requests_for("/someone/described/resolve/*")] == [
-        RECORD_FILE
-    ]
-
-
-def test_pull_of_a_hub_id_says_where_it_is(answers: Answers, org: HubServer):
-    commit = org.repositories["someone/model"].refs["main"]
-    assert answers["pull"].value == answers["force"].value == 0
-    assert answers["pull"].out.startswith("someone/model is in ")
-    assert commit in answers["pull"].out
-    values = json.loads(answers["pull as json"].out)
-    assert Path(values["weights"]).stat().st_size == values["bytes"]
-    assert json.loads(answers["verify"].out)["revision"] == commit
-
-
-def test_push_says_how_to_load_what_was_published(answers: Answers, org: HubServer):
-    repository = org.repositories["someone/new"]
-    assert answers["push"].value == 0
-    assert answers["push"].out == f"Pushed. Load it with load_backbone('someone/new@{repository.refs['main']}').\n"
-    assert repository.private
-    assert repository.messages[-1] == "My words"
-    newer = org.repositories["someone/newer"]
-    assert json.loads(answers["push as json"].out) == {"backbone": f"someone/newer@{newer.refs['main']}"}
-    assert not newer.private
-    assert newer.messages[-1] == "Add the backbone"
-
-
-@pytest.mark.parametrize(
-    ("step", "status", "words"),
-    [
-        ("missing", 1, ["someone/missing", "HF_TOKEN"]),
-        ("broken", 1, ["someone/broken"]),
-        ("no token", 1, ["someone/new", "hf auth login"]),
-        ("no folder", 2, ["nowhere"]),
-        ("no backbone", 1, [RECORD_FILE]),
-        ("no organisation", 1, ["nowhere/else"]),
-    ],
-)
-def test_mistakes_with_the_hub_get_a_message_and_a_status(answers: Answers, step: str, status: int, words: list[str]):
-    answer = answers[step]
-    assert answer.value == status, answer
-    assert answer.out == ""
-    assert "Traceback" not in answer.err
-    error = answer.err[answer.err.index("Error: ") :]
-    for word in words:
-        assert word in error
+def test_commands_that_use_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, backbones: Run, values: Values
+):
+    with serving() as org:
+        connect_client(monkeypatch, org.address, tmp_path / "home")
+        org.repository("someone/model", files_of(Path(folder)))
+        commit = org.repositories["someone/model"].refs["main"]
+        assert values("info", "someone/model")["name"] == "tiny"
+        assert [request.path.split("/")[-1] for request in org.requests_for("*/resolve/*")] == [RECORD_FILE]
+        assert commit in backbones("pull", "someone/model")
+        found = values("pull", "someone/model")
+        assert Path(found["weights"]).stat().st_size == found["bytes"]
+        assert values("verify", "someone/model")["revision"] == commit
+        assert "hf auth login" in backbones("push", folder, "someone/new", status=1)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        backbones("push", folder, "someone/new", "--private", "--message", "My words")
+        new = org.repositories["someone/new"]
+        assert new.private
+        assert new.messages[-1] == "My words"
+        newer = values("push", folder, "someone/newer")
+        assert newer == {"backbone": f"someone/newer@{org.repositories['someone/newer'].refs['main']}"}
+        assert "HF_TOKEN" in backbones("pull", "someone/missing", status=1)
+        assert RECORD_FILE in backbones("push", str(tmp_path), "someone/nowhere", status=1)

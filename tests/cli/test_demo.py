@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cmap_defense.cli import demo
 from cmap_defense.cli.main import main
+from cmap_defense.cmap.voting import count_votes, majority_label
 from cmap_defense.data import files
-from cmap_defense.evaluation import demo as measurement
+from cmap_defense.results import PurificationResult
+from toys import noise
 
 from .conftest import Run
 
@@ -20,13 +25,13 @@ TINY = ["demo", "--images", "3", "--n-latents", "1", "--iterations", "2"]
 
 
 def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, run: Run) -> None:
-    found = json.loads(run("demo", "--images", 12, "--n-latents", 2, "--iterations", 25, "--json", "-o", tmp_path))
+    found = json.loads(run("demo", "--images", 8, "--n-latents", 2, "--iterations", 20, "--json", "-o", tmp_path))
     for kind in ("bare", "purified"):
         for state in ("clean", "attacked"):
             low, high = found["intervals"][kind][state]
             assert 0 <= low <= found[kind][state] <= high <= 1
     assert found["bare"]["attacked"] < 0.2 < found["purified"]["attacked"]
-    assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (2, 25)
+    assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (2, 20)
     assert found["note"] == "the attacker did not know the defence"
     assert [Path(path).name for path in found["files"]] == ["sheet.png", "latents.png"]
     for path in found["files"]:
@@ -54,6 +59,16 @@ def test_without_matplotlib_there_is_a_sheet(
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
+@given(count=st.integers(1, 30), n_latents=st.integers(1, 6), shown=st.integers(1, 8), seed=st.integers(0, 2**31))
+def test_what_is_shown_is_right_as_often_as_all_are(count: int, n_latents: int, shown: int, seed: int) -> None:
+    logits, labels = 2 * noise(count, n_latents, 3, seed=seed), torch.arange(count) % 3
+    votes = {"logits": logits, "votes": count_votes(logits), "labels": majority_label(logits)}
+    rows = demo.over_margin(PurificationResult(logits, logits, **votes), labels, min(shown, count))
+    assert len(set(rows.tolist())) == min(shown, count)
+    right = votes["labels"] == labels
+    assert abs(right[rows].double().mean() - right.double().mean()) <= 1 / min(shown, count) + 1e-9
+
+
 def interrupt(*arguments: object, **options: object) -> None:
     """Ctrl-C, of a file in the middle of its writing."""
     for path in arguments:
@@ -62,7 +77,7 @@ def interrupt(*arguments: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("owner", "name"), [(measurement, "PGD"), (files.Image.Image, "save"), (demo, "image_sheet")])
+@pytest.mark.parametrize(("owner", "name"), [(demo, "PGD"), (files.Image.Image, "save"), (demo, "image_sheet")])
 def test_ctrl_c_ends_with_130_and_no_half_written_file(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
 ) -> None:

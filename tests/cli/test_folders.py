@@ -39,9 +39,7 @@ def flat(tmp_path: Path, grey: Path) -> Path:
 
 BRIEF = ["--attacks", "none", "--predictions", "1", "--reevaluations", "1"]
 COMMANDS: dict[str, list[str]] = {
-    "evaluate": ["evaluate", "-n", "2", *BRIEF, "--sanity-images", "0", "--no-search-on-clean"],
     "quality": ["quality", "-n", "4", "--samples", "2"],
-    "detect": ["detect", "-n", "2", "--reference", "2", "--levels", "2", "--steps", "1", "--no-purify"],
     "study": ["study", "vote", "-n", "2", *BRIEF],
 }
 

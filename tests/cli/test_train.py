@@ -83,9 +83,6 @@ def save_folder(folder: Path, classes: str, count: int, shape: tuple[int, int] =
     return folder
 
 
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "data", "held_out"),
     [("fashion-mnist-ct", "fashion-mnist", "5000"), ("cifar10-ct-small", "cifar10", "2000")],
@@ -145,9 +142,6 @@ def test_the_recorded_command_makes_the_same_backbone(tmp_path: Path, data: Path
     assert (record.training["images"], record.training["images_seen"]) == (40, 32)
 
 
-# --- objectives, networks, other weights ------------------------------------------------------------------------------
-
-
 def test_a_denoiser_is_tuned_and_distilled(tmp_path: Path, data: Path, train: Run, run: Run) -> None:
     """EDM, then ECT from its weights, then CD of it as teacher, from its weights; the records name it."""
     options = ["--data", data, "--images", 16, *TINY]
@@ -196,29 +190,6 @@ def test_a_model_of_other_classes_is_refused(tmp_path: Path, train: Run, option:
     given = ["--data", second, *options, *others, option, tmp_path / "first" / "backbone"]
     assert "its classes are a, b, those of the data c, d" in train(*given, "-o", tmp_path / "second", status=2)
     assert not (tmp_path / "second").exists()
-
-
-def test_a_published_network_by_name(tmp_path: Path, data: Path, train: Run) -> None:
-    np.savez(data, images=np.random.RandomState(0).randint(0, 256, (20, 8, 8)).astype(np.uint8))
-    options = ["--network", "ncsnpp", "--set", "nf=8", "--set", "ch_mult=[1,2]", "--set", "num_res_blocks=1"]
-    options += ["--batch-size", 8, "--images", 8, "--precision", "float32", "-o", tmp_path / "run"]
-    train("--data", data, *options, "--set", "attn_resolutions=[4]")
-    record = read_record(tmp_path / "run" / "backbone")
-    assert (record.network, record.image_shape) == ("ncsnpp", (1, 8, 8))
-    assert record.network_config["ch_mult"] == [1, 2]
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_class_folders(tmp_path: Path, train: Run) -> None:
-    folder = save_folder(tmp_path / "pictures", "abc", 12, (20, 16))
-    given = ["--size", 8, "--image-channels", 1, "--class-conditional", "--images", 8]
-    train("--data", folder, *given, *TINY, "-o", tmp_path / "run")
-    record = read_record(tmp_path / "run" / "backbone")
-    assert (record.image_shape, record.num_classes) == ((1, 8, 8), 3)
-    assert record.training["class_names"] == ["a", "b", "c"]
-    assert "--size 8 --image-channels 1 --class-conditional" in record.training["command"]
 
 
 def test_what_is_held_out_of_a_folder_is_what_the_other_commands_take(
@@ -274,9 +245,6 @@ def test_a_mistake_is_named_before_a_folder_is_read(
     assert [len(indices) for indices in read] == [1, 4], "what is held out is not read"
 
 
-# --- stopped and continued --------------------------------------------------------------------------------------------
-
-
 def test_minutes_choose_a_length_that_is_kept(
     tmp_path: Path, data: Path, train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,21 +290,7 @@ def test_calls_that_stop_continue_to_the_same_weights(
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
 
 
-def test_other_settings_or_data_do_not_continue_a_training(tmp_path: Path, data: Path, train: Run) -> None:
-    arguments = ["--data", data, "--images", 16, *TINY, "-o", tmp_path / "run"]
-    train(*arguments)
-    assert "seed: 0 before, 1 now" in train(*arguments, "--seed", "1", status=1)
-    np.savez(data, images=np.zeros((40, 8, 12, 3), dtype=np.uint8))
-    assert "data.sha256" in train(*arguments, status=1)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rows", "places"),
-    [([(50_000, 3.0), (100_000, 1.0)], [25_000, 75_000]), ([(3, 3.0), (4, 1.0)], [1.5, 3.5]), ([(8, 5.0)], [4])],
-)
+@pytest.mark.parametrize(("rows", "places"), [([(50_000, 3.0), (100_000, 1.0)], [25_000, 75_000]), ([(8, 5.0)], [4])])
 def test_the_chart_shows_each_mean_over_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[tuple[int, float]], places: list[float]
 ) -> None:
@@ -347,9 +301,6 @@ def test_the_chart_shows_each_mean_over_its_images(
     write_loss_chart(log, tmp_path / "loss.png")
     (curves,) = shown.values()
     assert curves == {"mean loss": (places, [loss for _, loss in rows])}
-
-
-# --- what comes next --------------------------------------------------------------------------------------------------
 
 
 def test_a_training_ends_with_its_loss_its_time_its_pictures_and_the_next_command(
@@ -386,12 +337,3 @@ def test_what_comes_after_a_denoiser_is_its_distillation(tmp_path: Path) -> None
     parsed = train_command.make_context("train", shlex.split(line)[2:]).params
     assert (parsed["objective"], parsed["teacher"]) == ("cd", str(tmp_path / "run" / "backbone"))
     assert parsed["out"] == tmp_path / "run-distilled"
-
-
-@pytest.mark.parametrize(
-    ("data", "classifier"), [("fashion-mnist", "embedded"), ("images/", "my_models.py:classifier")]
-)
-def test_the_embedded_classifier_is_for_fashion_mnist(tmp_path: Path, data: str, classifier: str) -> None:
-    options = {"data": data, "size": 28, "objective": "ect", "out": tmp_path}
-    parsed = quality.make_context("quality", shlex.split(module.next_commands(options)[0])[2:]).params
-    assert (parsed["classifier"], parsed["data"], parsed["size"]) == (classifier, data, 28)

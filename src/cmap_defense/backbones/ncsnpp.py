@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
-from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number, require_numbers
+from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
 GROUP_NORM_EPS = 1e-6
@@ -47,33 +47,22 @@ class NCSNppConfig(Settings):
         SettingsError: a value is out of its range, or a level's channels do not divide into normalisation groups.
     """
 
-    nf: int = 128
-    ch_mult: tuple[int, ...] = (2, 2, 2)
-    num_res_blocks: int = 4
-    attn_resolutions: tuple[int, ...] = (16,)
-    image_size: int = 32
-    num_channels: int = 3
-    fir_kernel: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
-    fourier_scale: float = 16.0
-    skip_rescale: bool = True
-    dropout: float = 0.0
+    nf: int = setting(128, minimum=1)
+    ch_mult: tuple[int, ...] = setting((2, 2, 2), minimum=1)
+    num_res_blocks: int = setting(4, minimum=1)
+    attn_resolutions: tuple[int, ...] = setting((16,), minimum=1)
+    image_size: int = setting(32, minimum=1)
+    num_channels: int = setting(3, minimum=1)
+    fir_kernel: tuple[float, float, float, float] = setting((1.0, 3.0, 3.0, 1.0), minimum=0.0)
+    fourier_scale: float = setting(16.0, above=0.0)
+    skip_rescale: bool = setting(True)
+    dropout: float = setting(0.0, minimum=0.0, below=1.0)
 
     def __post_init__(self) -> None:
-        owner = "NCSNppConfig"
-        for name in ("nf", "num_res_blocks", "image_size", "num_channels"):
-            require_integer(owner, name, getattr(self, name), minimum=1)
-        for name in ("ch_mult", "attn_resolutions"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)):
-                raise SettingsError(f"{owner}.{name} must be a sequence, but is {values!r}.")
-            object.__setattr__(self, name, tuple(require_integer(owner, name, n, minimum=1) for n in values))
-        taps = require_numbers(owner, "fir_kernel", self.fir_kernel, length=4, minimum=0.0)
-        object.__setattr__(self, "fir_kernel", taps)
+        super().__post_init__()
+        owner, taps = "NCSNppConfig", self.fir_kernel
         if taps != taps[::-1] or sum(taps) <= 0:
             raise SettingsError(f"{owner}.fir_kernel must be symmetric and not zero, but is {taps}.")
-        require_number(owner, "fourier_scale", self.fourier_scale, above=0.0)
-        require_number(owner, "dropout", self.dropout, minimum=0.0, below=1.0)
-        require_flag(owner, "skip_rescale", self.skip_rescale)
         if not self.ch_mult:
             raise SettingsError(f"{owner}.ch_mult must name one level at least.")
         unit = 2 ** (len(self.ch_mult) - 1)

@@ -19,7 +19,7 @@ from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.common.files import refuse_other_settings
 from cmap_defense.common.modules import building
-from cmap_defense.common.settings import Settings, near_matches, require_integer, require_number
+from cmap_defense.common.settings import Settings, near_matches, setting
 from cmap_defense.errors import SettingsError, UnknownNameError
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -58,32 +58,18 @@ class UNet64Config(Settings):
         num_classes: number of classes; None for an unconditional network.
     """
 
-    image_shape: tuple[int, int, int] = (3, 64, 64)
-    channels: tuple[int, ...] = (192, 384, 576, 768)
-    blocks: int = 3
-    attention: tuple[bool, ...] = (False, True, True, True)
-    head_channels: int = 64
-    groups: int = 32
-    dropout: float = 0.0
-    num_classes: int | None = None
+    image_shape: tuple[int, int, int] = setting((3, 64, 64), minimum=1)
+    channels: tuple[int, ...] = setting((192, 384, 576, 768), minimum=1)
+    blocks: int = setting(3, minimum=1)
+    attention: tuple[bool, ...] = setting((False, True, True, True))
+    head_channels: int = setting(64, minimum=1)
+    groups: int = setting(32, minimum=1)
+    dropout: float = setting(0.0, minimum=0.0, below=1.0)
+    num_classes: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
-        for name in ("image_shape", "channels", "attention"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not value:
-                raise SettingsError(f"UNet64Config.{name} must be a sequence, but is {value!r}.")
-            object.__setattr__(self, name, tuple(value))
-        if len(self.image_shape) != 3:
-            raise SettingsError(f"UNet64Config.image_shape must be (C, H, W), but is {self.image_shape!r}.")
-        for name in ("image_shape", "channels"):
-            for size in getattr(self, name):
-                require_integer("UNet64Config", name, size, minimum=1)
-        for name in ("blocks", "head_channels", "groups"):
-            require_integer("UNet64Config", name, getattr(self, name), minimum=1)
-        require_number("UNet64Config", "dropout", self.dropout, minimum=0.0, below=1.0)
-        if self.num_classes is not None:
-            require_integer("UNet64Config", "num_classes", self.num_classes, minimum=1)
-        if len(self.attention) != len(self.channels) or not all(isinstance(flag, bool) for flag in self.attention):
+        super().__post_init__()
+        if len(self.attention) != len(self.channels) or not self.channels:
             raise SettingsError(
                 f"UNet64Config.attention must be one boolean per level, {len(self.channels)} in all, but is "
                 f"{self.attention!r}."

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmap_defense.backbones.record import require_image_shape
-from cmap_defense.common.settings import Settings, require_flag, require_integer, require_number
+from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
 
@@ -45,31 +44,19 @@ class CompactUNetConfig(Settings):
         SettingsError: a value is out of its range, or the values do not fit together.
     """
 
-    image_shape: tuple[int, int, int] = (3, 32, 32)
-    patch: int = 2
-    channels: tuple[int, ...] = (48, 96)
-    blocks: int = 2
-    attention: tuple[bool, ...] = (False, True)
-    head_channels: int = 32
-    embedding: int = 128
-    dropout: float = 0.0
-    num_classes: int | None = None
+    image_shape: tuple[int, int, int] = setting((3, 32, 32), minimum=1)
+    patch: int = setting(2, minimum=1)
+    channels: tuple[int, ...] = setting((48, 96), minimum=1)
+    blocks: int = setting(2, minimum=1)
+    attention: tuple[bool, ...] = setting((False, True))
+    head_channels: int = setting(32, minimum=1)
+    embedding: int = setting(128, minimum=4)
+    dropout: float = setting(0.0, minimum=0.0, below=1.0)
+    num_classes: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         owner = "CompactUNetConfig"
-        object.__setattr__(self, "image_shape", require_image_shape(owner, self.image_shape, self.num_classes))
-        for name, minimum in (("patch", 1), ("blocks", 1), ("head_channels", 1), ("embedding", 4)):
-            require_integer(owner, name, getattr(self, name), minimum=minimum)
-        require_number(owner, "dropout", self.dropout, minimum=0.0, below=1.0)
-        for name in ("channels", "attention"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)):
-                raise SettingsError(f"{owner}.{name} must be a sequence, but is {values!r}.")
-            object.__setattr__(self, name, tuple(values))
-        for channels in self.channels:
-            require_integer(owner, "channels", channels, minimum=1)
-        for flag in self.attention:
-            require_flag(owner, "attention", flag)
         if len(self.attention) != len(self.channels) or not self.channels:
             raise SettingsError(
                 f"{owner} needs one entry of attention per entry of channels, but has {len(self.attention)} and "

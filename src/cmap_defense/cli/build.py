@@ -41,16 +41,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 def settings_of(settings: type[SettingsType], options: Options, **others: Any) -> SettingsType:
-    """Settings from the options of their fields; options that are None or that the command lacks keep the defaults.
-
-    Args:
-        settings: their class.
-        options: values by name.
-        others: fields that are no options.
-
-    Raises:
-        click.UsageError: they do not fit each other.
-    """
+    """Settings from the options of their fields; None keeps a default. Settings that do not fit are wrong usage."""
     names = [field.name for field in dataclasses.fields(settings)]
     given = {name: options[name] for name in names if options.get(name) is not None}
     with usage_errors():
@@ -90,27 +81,30 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 def model_of(options: Options) -> PurifiedClassifier:
     """The model that the model options describe, in eval mode."""
-    device = device_of(options)
-    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
+    classifier = imported_model(options["classifier"], options["weights"], device_of(options), "--classifier")
+    return defended(classifier, options["backbone"], options)
+
+
+def defended(classifier: Any, backbone: Any, options: Options) -> PurifiedClassifier:
+    """A classifier behind the purifier of the options, in eval mode; CMAP starts from the backbone's record."""
     if (options["mean"] is None) != (options["std"] is None):
         raise click.UsageError("--mean and --std go together: give both, or neither.")
     named = purifier_of(options)
-    if isinstance(named, CMAP) and named.settings.level is None:
-        named = None  # it starts from the settings of the backbone's record
+    if isinstance(named, CMAP) and named.settings.level is None:  # at a level a record's settings do not fit
+        named = None
     model = PurifiedClassifier(
         classifier,
-        options["backbone"],
+        backbone,
         purifier=named,
         normalize=None if options["mean"] is None else (options["mean"], options["std"]),
         resize=options["resize"],
         vote=options["vote"],
         max_parallel=options["max_parallel"],
-    ).to(device)
+    ).to(device_of(options))
     if named is None:
         purifier = purifier_of(options, model.settings.to_dict())
-        if purifier != model.purifier:
-            assert isinstance(purifier, CMAP)
-            model = model.variant(settings=purifier.settings)
+        assert isinstance(purifier, CMAP)
+        model = model if purifier == model.purifier else model.variant(settings=purifier.settings)
     return model.eval()
 
 
@@ -126,12 +120,7 @@ def cmap_model_of(options: Options) -> PurifiedClassifier:
 
 
 def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Purifier:
-    """The purifier of ``--purifier``, ``--purifier-set`` and the options of its settings.
-
-    Args:
-        options: of a command.
-        start: settings that these change, such as those of a backbone's record; None for the purifier's defaults.
-    """
+    """The purifier of the purifier options, as changes to settings such as a backbone record's."""
     given = list(options.get("purifier_set", ()))
     given += [f"{name}={options[name]}" for name in PURIFIER_OPTIONS if options.get(name) is not None]
     names = {text.partition("=")[0].strip() for text in given}
@@ -176,12 +165,7 @@ def subset_of(options: Options, data: Any) -> Subset:
 
 
 def threat_of(options: Options, *, zero: bool = False) -> ThreatModel:
-    """Norm and eps, linf where the command has no other norm.
-
-    Args:
-        options: of the command.
-        zero: whether eps may be 0.
-    """
+    """Norm and eps, linf where the command has no other norm; wrong usage for a size of 0, unless that may be."""
     threat = settings_of(ThreatModel, options)
     if not zero and threat.eps == 0:
         instead = ", or --attacks none for no attack" if "attacks" in options else ""
@@ -203,14 +187,7 @@ def attacks_of(options: Options) -> dict[str, Attack]:
 
 
 def imported_models(given: Iterable[str], options: Options, option: str, *taken: str) -> dict[str, Any]:
-    """Models beside the classifier by name, which take images in [0, 1].
-
-    Args:
-        given: texts ``NAME=PATH`` or ``NAME=PATH@WEIGHTS``.
-        options: of the command.
-        option: that they were given by.
-        taken: names that others have.
-    """
+    """Models of texts ``NAME=PATH[@WEIGHTS]`` by name; they take images in [0, 1] and have no name that is taken."""
     found: dict[str, Any] = {}
     for text in given:
         name, _, rest = text.partition("=")
@@ -229,20 +206,11 @@ def imported_models(given: Iterable[str], options: Options, option: str, *taken:
 def imported_model(
     path: str, weights: Path | None, device: torch.device, option: str, *, trained: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """The model at an import path, in eval mode, on a device.
+    """The model at an import path, in eval mode, on a device; errors name the option that it was given by.
 
-    Args:
-        path: ``package.module:name`` or ``file.py:name``, where name is a function or class without arguments that
-            makes the model, or the model itself; or "embedded". The current folder is searched first.
-        weights: a file with its state dict, of safetensors or of ``torch.save``, of which nothing is executed; it may
-            be an entry "state_dict", "model_state_dict", "model" or "net" of what was saved. None leaves the model as
-            it is.
-        device: to put it on.
-        option: that it was given by, for errors.
-        trained: whether it is to be trained, so that its weights go on requiring a gradient.
-
-    Raises:
-        click.BadParameter: there is no model, or the weights are those of another.
+    The path is ``package.module:name`` or ``file.py:name``, where name is a model or makes one without arguments, or
+    "embedded". The weights are a state dict, or an entry of what ``torch.save`` wrote, of which nothing is executed.
+    They require a gradient only where the model is to be trained.
     """
     model = load_classifier() if path == EMBEDDED else _imported(path, option)
     if weights is not None:

@@ -11,9 +11,9 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import (
     attacks_of,
     data_of,
+    defended,
     device_of,
     imported_model,
-    purifier_of,
     settings_of,
     subset_of,
     usage_errors,
@@ -64,8 +64,6 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
     device = device_of(options)
     if len(options["backbones"]) > 2:
         raise click.BadParameter("give one backbone, or two of different kinds.", param_hint="--backbone")
-    if (options["mean"] is None) != (options["std"] is None):
-        raise click.UsageError("--mean and --std go together: give both, or neither.")
     classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
     loaded = [load_backbone(name).to(device) for name in options["backbones"]]
     backbone: Any = loaded[0] if len(loaded) == 1 else tuple(loaded)
@@ -78,21 +76,7 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
         if words[0] not in NAMES:
             hint = near_matches(words[0], NAMES)
             raise click.BadParameter(f"there is no purifier {words[0]!r}.{hint}", param_hint="--purifier")
-        found[name] = _model(words[0], words[1:], classifier, backbone, options).to(device).eval()
+        with usage_errors():
+            purifier = {"purifier": words[0], "purifier_set": words[1:]}
+            found[name] = defended(classifier, backbone, options | purifier)
     return found
-
-
-def _model(name: str, settings: list[str], classifier: Any, backbone: Any, options: dict[str, Any]) -> Any:
-    """A defence; the settings of CMAP that are not given are the backbone's."""
-    others: dict[str, Any] = {
-        "normalize": None if options["mean"] is None else (options["mean"], options["std"]),
-        "resize": options["resize"],
-        "vote": options["vote"],
-        "max_parallel": options["max_parallel"],
-    }
-    given = {"purifier": name, "purifier_set": settings}
-    with usage_errors():
-        purifier = purifier_of(given)
-        if name == "cmap" and purifier.kind is not None:  # at a level the settings of a record do not fit
-            purifier = purifier_of(given, PurifiedClassifier(classifier, backbone, **others).settings.to_dict())
-        return PurifiedClassifier(classifier, backbone, purifier=purifier, **others)

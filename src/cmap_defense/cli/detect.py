@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from cmap_defense.cli.build import cmap_model_of, data_of, size_of, subset_of, t
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import write_png
 from cmap_defense.cli.progress import Progress
-from cmap_defense.common.files import write_text
+from cmap_defense.common.files import write_json
 from cmap_defense.common.modules import device_of
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
@@ -40,7 +39,13 @@ def run_detect(options: dict[str, Any]) -> None:
     with using_threads(options["threads"]):
         model = cmap_model_of(options)
         found = _measured(model, _parts(options, model), attack, options)
-    files, lacking = _written(found, options["out"])
+    out, lacking = options["out"], None
+    files = [out / "detection.json"]
+    write_json(files[0], found.to_dict())
+    try:
+        files.append(write_png(found.plot(), out / "detection.png"))
+    except MissingExtraError as error:
+        lacking = str(error)
     seconds = time.perf_counter() - start
     if options["as_json"]:
         settings, names = model.settings.to_dict(), [str(path) for path in files]
@@ -95,17 +100,6 @@ def _measured(
             max_parallel=GROUP,
             on_step=progress.step,
         )
-
-
-def _written(found: Detection, out: Path) -> tuple[list[Path], str | None]:
-    """The files, and what is missing for the picture, if anything is."""
-    text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-    write_text(out / "detection.json", text)
-    try:
-        picture = found.plot()
-    except MissingExtraError as error:
-        return [out / "detection.json"], str(error)
-    return [out / "detection.json", write_png(picture, out / "detection.png")], None
 
 
 def _show(found: Detection, model: PurifiedClassifier, kernel: str, seconds: float, files: list[Path]) -> None:

@@ -115,11 +115,7 @@ def _value(text: str) -> Any:
 
 
 class PathType(click.Path):
-    """A path; a leading ``~`` is the home folder, also where the shell leaves it as it is (``--out=~/runs``).
-
-    Args:
-        options: those of ``click.Path``. The value is a ``Path``.
-    """
+    """A path; a leading ``~`` is the home folder, also where the shell leaves it as it is (``--out=~/runs``)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, path_type=Path)
@@ -209,13 +205,7 @@ def _text(number: float) -> str:
 
 
 def command_text(command: str, parameters: Sequence[click.Parameter], values: Mapping[str, Any]) -> str:
-    """A command line.
-
-    Args:
-        command: its name.
-        parameters: of the command.
-        values: of options by name. Those that are missing, None or empty are left out.
-    """
+    """A command line with options of these values; those that are missing, None or empty are left out."""
     words = ["cmap-defense", command]
     for option in parameters:
         value = values.get(option.name or "")
@@ -259,12 +249,7 @@ def seed_option(about: str) -> Decorator:
 
 
 def record_options(name: str | None, shown: bool | str = True) -> Decorator:
-    """What is written about a backbone.
-
-    Args:
-        name: its name where none is given.
-        shown: the same for the help.
-    """
+    """What is written about a backbone; ``shown`` is the name's default in the help."""
     record = in_group("Record and weights")
     return decorators(
         record("--name", default=name, show_default=shown, help="Name of the backbone in its record."),

@@ -67,16 +67,10 @@ def write_line_charts(
     *,
     targets: Mapping[str, tuple[str, float]] | None = None,
 ) -> Path | None:
-    """Line charts side by side as a PNG file; without matplotlib a message on standard error instead.
+    """Line charts side by side as a PNG file: heading -> curves: name -> (x, y).
 
-    Args:
-        path: of the file.
-        charts: heading -> its curves: name -> (x, y).
-        x_label: below each chart.
-        targets: heading -> (name, value), marked by a dashed line.
-
-    Returns:
-        The path, or None where there is no matplotlib.
+    ``targets``, heading -> (name, value), are marked by a dashed line. Without matplotlib a message on standard error
+    and None.
     """
 
     def fill(figure: Figure) -> None:

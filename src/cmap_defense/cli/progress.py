@@ -15,12 +15,7 @@ LINE = "{desc}{n_fmt} of {total_fmt}, about {remaining} left{postfix}\n"
 
 
 class Progress:
-    """Progress on standard error; a context manager, whose end removes the bar.
-
-    Args:
-        total: number of steps; 0 where the first call of ``at`` says it.
-        what: what is done, such as "training".
-    """
+    """Progress on standard error; its end removes the bar. A total of 0 is one that the first ``at`` says."""
 
     def __init__(self, total: int, what: str) -> None:
         options: dict[str, Any] = {"mininterval": EVERY, "delay": EVERY, "bar_format": LINE}

@@ -30,13 +30,7 @@ FREE = ("out", "as_json", "threads", "halvings", *COMPACT)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """Images of a data set, chosen before they are read: those of a folder may take minutes.
-
-    Attributes:
-        source: the data set.
-        positions: of the images in it.
-        shape: (C, H, W) of the first image.
-    """
+    """Images of a data set, chosen before they are read: those of a folder may take minutes."""
 
     source: ImageSource
     positions: Sequence[int]
@@ -62,14 +56,10 @@ class TrainingSet:
 
 
 def training_set(options: Mapping[str, Any], channels: int | None = None) -> TrainingSet:
-    """The images of ``--data``, ``--size``, ``--image-channels`` and ``--hold-out``.
+    """The images of ``--data``, ``--size``, ``--image-channels`` (or ``channels``, for a folder) and ``--hold-out``.
 
     All images but the last ones; or, of a folder, but the first of a random subset, which ``--split train -n`` of the
     other commands takes: its images come class by class, and the last ones would be a class.
-
-    Args:
-        options: of the command.
-        channels: of the images of a folder where the options do not say; None for 3.
     """
     where, hold_out = options["data"], options["hold_out"]
     source = open_dataset(where, size=options["size"], channels=options["image_channels"])
@@ -170,14 +160,7 @@ def check_class_names(model: KarrasModel | None, names: Sequence[str] | None, op
 
 
 def recorded_command(context: click.Context, config: TrainingConfig, network: Network, objective: Objective) -> str:
-    """The command line of a training in full, without where it runs and writes.
-
-    Args:
-        context: of the command.
-        config: the settings with the chosen length.
-        network: the network.
-        objective: the objective.
-    """
+    """The command line of a training in full, without where it runs and writes."""
     kept = config.reproducible()
     fields = {field.name for field in dataclasses.fields(config)}
     free = {*FREE, *(fields - kept.keys() - {"weights", "compile"})}

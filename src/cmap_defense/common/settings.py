@@ -37,7 +37,7 @@ class Settings(NamedOptions):
             kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             if "help" in field.metadata and not (value is None and type(None) in kinds):
                 bounds = {name: bound for name, bound in field.metadata.items() if name in BOUNDS}
-                _check(type(self).__name__, field.name, value, kinds, **bounds)
+                object.__setattr__(self, field.name, _checked(type(self).__name__, field.name, value, kinds, **bounds))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values (tuples become lists, nested settings become dicts)."""
@@ -84,22 +84,32 @@ def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:
     Args:
         default: of the field.
         phrase: the meaning of the option as a whole phrase, ``metadata["help"]``; empty for a field without an option.
-        metadata: bounds: ``minimum`` of an integer; ``minimum``, ``above``, ``maximum`` or ``below`` of a number;
+        metadata: bounds, of a sequence those of its items: ``minimum`` of an integer; ``minimum``, ``above``,
+            ``maximum`` or ``below`` of a number;
             ``choices`` of a text. For the help of a command: ``group``, the heading of the option; ``default_help``,
             the text for the default None.
     """
     return dataclasses.field(default=default, metadata={"help": phrase, **metadata})
 
 
-def _check(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: Any) -> None:
+def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: Any) -> Any:
+    """A value of one of these types within the bounds; a sequence as a tuple, whose items they are of."""
+    if typing.get_origin(kinds[0]) is tuple:
+        items, *more = typing.get_args(kinds[0])
+        length = None if more == [Ellipsis] else 1 + len(more)
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != (length or len(value)):
+            what = "a sequence" if length is None else f"{length} numbers"
+            raise SettingsError(f"{owner}.{name} must be {what}, but is {value!r}.")
+        return tuple(_checked(owner, f"{name}[{i}]", item, [items], **bounds) for i, item in enumerate(value))
     if "choices" in bounds:
         require_choice(owner, name, value, bounds["choices"])
     elif bool in kinds:
         require_flag(owner, name, value)
     elif int in kinds:
-        require_integer(owner, name, value, **bounds)
+        return require_integer(owner, name, value, **bounds)
     elif float in kinds:
         require_number(owner, name, value, **bounds)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -18,11 +18,11 @@ from cmap_defense.attacks.pgd import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import building, evaluating
 from cmap_defense.common.rng import derived_seeds, generator_for, isolated
-from cmap_defense.common.settings import Settings, require_integer, require_number
-from cmap_defense.detection.eps import EPS
+from cmap_defense.common.settings import Settings, setting
+from cmap_defense.detection.eps import EPS, model_scores
 from cmap_defense.detection.mmd import Kernel, squared_distances
 from cmap_defense.errors import InputValueError
-from cmap_defense.threat import ThreatModel, require_linf_size
+from cmap_defense.threat import ThreatModel
 
 CLEAN, FGSM = 0x7C1EA, 0x7F65
 """Streams of the noise of training images and of their FGSM samples."""
@@ -47,27 +47,15 @@ class DeepKernelSettings(Settings):
         SettingsError: a value is out of its range.
     """
 
-    width: int = 16
-    features: int = 32
-    mixing: float = 0.1
-    steps: int = 200
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    regulariser: float = 1e-8
-    fgsm_eps: float = 1 / 255
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        require_integer(name, "width", self.width, minimum=1)
-        require_integer(name, "features", self.features, minimum=1)
-        require_number(name, "mixing", self.mixing, above=0.0, below=1.0)
-        require_integer(name, "steps", self.steps, minimum=0)
-        require_integer(name, "batch_size", self.batch_size, minimum=2)
-        require_number(name, "learning_rate", self.learning_rate, above=0.0)
-        require_number(name, "regulariser", self.regulariser, above=0.0)
-        require_linf_size(name, "fgsm_eps", self.fgsm_eps, minimum=None, above=0.0)
-        require_integer(name, "seed", self.seed, minimum=0)
+    width: int = setting(16, minimum=1)
+    features: int = setting(32, minimum=1)
+    mixing: float = setting(0.1, above=0.0, below=1.0)
+    steps: int = setting(200, minimum=0)
+    batch_size: int = setting(64, minimum=2)
+    learning_rate: float = setting(1e-3, above=0.0)
+    regulariser: float = setting(1e-8, above=0.0)
+    fgsm_eps: float = setting(1 / 255, above=0.0, maximum=1.0)
+    seed: int = setting(0, minimum=0)
 
 
 class DeepKernel(nn.Module):
@@ -182,12 +170,24 @@ def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSetti
     shape: tuple[int, int, int] = tuple(clean.shape[1:])  # pyright: ignore[reportAssignmentType]
     with building(), isolated(settings.seed, 0), torch.enable_grad():
         kernel = DeepKernel(shape, scale, settings).to(clean.device)
-        _start_bandwidths(kernel, clean)
+        some = clean[:256]
+        pairs = torch.triu_indices(len(some), len(some), 1, device=some.device)
+        with torch.no_grad():
+            for place, values in enumerate((kernel.phi(some), some / kernel.scale)):
+                middle = squared_distances(values, values)[pairs[0], pairs[1]].median().sqrt()
+                if middle == 0:
+                    raise InputValueError("Half of the clean samples are the same: there is nothing to train on.")
+                kernel.log_bandwidths[place] = middle.log()
         optimiser = torch.optim.Adam(kernel.parameters(), settings.learning_rate)
         ratios = []
+        count = min(settings.batch_size, len(clean), len(attacked))
+
+        def drawn(part: Tensor) -> Tensor:
+            return part[torch.randperm(len(part), generator=generator)[:count].to(part.device)]
+
         for step in range(settings.steps):
             generator = generator_for(settings.seed, step + 1)
-            ratio = mmd_ratio(kernel, *_batch(clean, attacked, settings, generator), settings.regulariser)
+            ratio = mmd_ratio(kernel, drawn(clean), drawn(attacked), settings.regulariser)
             optimiser.zero_grad()
             (-ratio).backward()
             optimiser.step()
@@ -218,8 +218,7 @@ def deep_kernel(
         settings: None for the defaults.
         max_parallel: images at a time.
 
-    It raises the errors of ``EPS``, of the attack, and of
-    ``train_deep_kernel``.
+    It raises the errors of ``EPS``, of the attack, and of ``train_deep_kernel``.
     """
     eps, settings = eps or EPS(), settings or DeepKernelSettings()
     model = model if model.preprocessing.inputs == "unit" else model.variant(inputs="unit")
@@ -233,41 +232,8 @@ def deep_kernel(
                 for rows in index.split(max_parallel)
             ]
         )
-    scores = []
-    for stream, part in ((CLEAN, images), (FGSM, attacked)):
-        small = model.preprocessing.resized(part, model.image_shape[1:])
-        conditions = model.latent_class_labels(part)
-        scores.append(
-            eps(
-                model.backbone,
-                small,
-                indices=derived_seeds(index, stream),
-                class_labels=None if conditions is None else conditions[:, 0],
-                max_parallel=max_parallel,
-            )
-        )
+    scores = [
+        model_scores(model, eps, part, derived_seeds(index, stream), max_parallel)
+        for stream, part in ((CLEAN, images), (FGSM, attacked))
+    ]
     return train_deep_kernel(scores[0], scores[1], settings)
-
-
-def _start_bandwidths(kernel: DeepKernel, clean: Tensor) -> None:
-    """Both at the median distance of two of the first samples."""
-    some = clean[:256]
-    pairs = torch.triu_indices(len(some), len(some), 1, device=some.device)
-    with torch.no_grad():
-        features = kernel.phi(some)
-        for place, values in enumerate((features, some / kernel.scale)):
-            middle = squared_distances(values, values)[pairs[0], pairs[1]].median().sqrt()
-            if middle == 0:
-                raise InputValueError("Half of the clean samples are the same: there is nothing to train on.")
-            kernel.log_bandwidths[place] = middle.log()
-
-
-def _batch(
-    clean: Tensor, attacked: Tensor, settings: DeepKernelSettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """As many of each, drawn from either by itself without replacement."""
-    count = min(settings.batch_size, len(clean), len(attacked))
-    first, second = (
-        part[torch.randperm(len(part), generator=generator)[:count].to(part.device)] for part in (clean, attacked)
-    )
-    return first, second

@@ -21,9 +21,9 @@ from cmap_defense.common.describe import description_text
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
-from cmap_defense.common.settings import require_choice, require_flag, require_integer
+from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.common.statistics import AUROC, Accuracy
-from cmap_defense.detection.eps import EPS
+from cmap_defense.detection.eps import EPS, model_scores
 from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
 from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.plots.detection import distance_plot
@@ -144,8 +144,6 @@ def detect(
     *,
     reference: Tensor,
     attack: Attack | None = None,
-    victim: str = "bare",
-    adversarial: Tensor | None = None,
     eps: EPS | None = None,
     kernel: Kernel | None = None,
     purify: bool = True,
@@ -168,18 +166,15 @@ def detect(
     it (the first of the K); that of an attacked image may be the attacker's.
 
     Args:
-        model: the defended classifier, in eval mode. Images are in [0, 1] whatever its ``inputs``
-            say.
+        model: the defended classifier, in eval mode. Images are in [0, 1] whatever its ``inputs`` say.
         images: float [B, C, H, W] in [0, 1].
         labels: int64 [B].
         reference: float [n, C, H, W] in [0, 1], other clean images; the paper has 500.
-        attack: what makes the adversarial images; None for PGD with linf 8/255 and 20 steps.
-        victim: "bare", the classifier without its defence is attacked; "defended", the model as it is.
-        adversarial: [B, C, H, W] in [0, 1], attacked images that are there already, in place of the attack's.
+        attack: what makes the adversarial images, of the classifier without its defence; None for PGD with linf 8/255
+            and 20 steps.
         eps: the score; None for T = 20 levels with this seed.
-        kernel: None for a Gaussian one with the median heuristic on the references. Also
-            ``Gaussian`` with a bandwidth, and what
-            ``deep_kernel`` gives.
+        kernel: None for a Gaussian one with the median heuristic on the references. Also ``Gaussian`` with a bandwidth,
+            and what ``deep_kernel`` gives.
         purify: whether the purified kinds are wanted, which take most of the time.
         indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise depends on them.
         seed: of the generated images, the signs, the purifications, the attack and the score where none is given.
@@ -187,18 +182,16 @@ def detect(
         on_step: called with the name of each part as it begins, and once per latent iteration with "".
 
     Raises:
-        InputTypeError, InputValueError: images, references or adversarial images are not as above.
+        InputTypeError, InputValueError: images, references or labels are not as above.
         BackboneError: the backbone has no ``denoise``.
-        SettingsError: an option is out of its range, or the attack needs ``victim="defended"``.
+        SettingsError: an option is out of its range, or the attack needs the defence.
     """
-    require_choice("detect", "victim", victim, ("bare", "defended"))
     require_flag("detect", "purify", purify)
     require_integer("detect", "seed", seed, minimum=-(2**63))
     require_integer("detect", "max_parallel", max_parallel, minimum=1)
-    if attack is not None and not isinstance(attack, Attack):
+    attack = PGD(ThreatModel(), steps=20, seed=seed) if attack is None else attack
+    if not isinstance(attack, Attack):
         raise SettingsError(f"detect.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
-    if attack is not None and adversarial is not None:
-        raise SettingsError("Give detect an attack or adversarial images, not both.")
     if not hasattr(model.backbone, "denoise"):
         raise BackboneError(f"EPS needs backbone.denoise(noisy, sigma), but {type(model.backbone).__name__} has none.")
     _check(images, "images")
@@ -208,47 +201,56 @@ def detect(
     integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     if not integers or labels.shape != images.shape[:1]:
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
-    labels = labels.to(images.device)
     index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
-    if adversarial is not None:
-        _check(adversarial, "adversarial", like=images, count=len(images))
-    work = _Measurement(
-        model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit"),
-        index,
-        eps or EPS(seed=seed),
-        seed,
-        max_parallel,
-        on_step or (lambda name: None),
-    )
-    with torch.no_grad(), evaluating(model):
-        classes = bare_logits(work.model, images[:1], "defended").shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        low, high = (int(label) for label in labels.aminmax())
-        raise InputValueError(
-            f"labels must be from 0 to {classes - 1}, the classes of the classifier, but go from {low} to {high}."
-        )
-    attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
-    made_by = (
-        "given images"
-        if adversarial is not None
-        else f"{description_text(attack.to_dict())} on the {victim} classifier"
-    )
+    model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+    labels, eps, say = labels.to(images.device), eps or EPS(seed=seed), on_step or (lambda name: None)
+    groups = torch.arange(len(images)).split(max_parallel)
+
+    def seeds(stream: int) -> Tensor:
+        return derived_seeds(derived_seeds(index, stream), seed)
+
+    def right(given: Tensor) -> Tensor:
+        """[B], whether the bare classifier is right."""
+        return torch.cat([model.undefended(given[rows]).argmax(dim=1) for rows in groups]) == labels
+
+    def purified(given: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """The first of the K versions of each image, and [B], whether the vote is right."""
+        say(f"purifying {name} images")
+        own = derived_seeds(seeds(PURIFIED), STREAMS[name])
+        kept, correct = [], []
+        with model.register_latent_hook(lambda state: say("")):
+            for rows in groups:
+                result = model.purify(given[rows], seeds=own[rows] if model.seed is None else None)
+                assert result.labels is not None
+                kept.append(result.images[:, 0])
+                correct.append(result.labels == labels[rows])
+        return torch.cat(kept), torch.cat(correct)
+
     with evaluating(model):
-        if adversarial is None:
-            adversarial = work.attacked(attack, images, labels, defended=victim == "defended")
-        shown = {
-            "clean": images,
-            "generated": work.generated(images),
-            "noise": work.flipped(images, adversarial),
-            "adversarial": adversarial,
-        }
-        right = {name: work.bare_right(shown[name], labels) for name in ("clean", "noise", "adversarial")}
-        for name in ("adversarial", "clean") if purify else ():
-            shown[f"purified_{name}"], right[f"purified_{name}"] = work.purified(shown[name], labels, name)
-        work.say("measuring distances")
-        references = work.scored(reference, "reference", torch.arange(len(reference)))
-        kernel = kernel or Gaussian.median(references)
-        scores = {name: work.scored(shown[name], name, index) for name in KINDS if name in shown}
+        with torch.no_grad():
+            classes = bare_logits(model, images[:1], "defended").shape[1]
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            low, high = (int(label) for label in labels.aminmax())
+            raise InputValueError(
+                f"labels must be from 0 to {classes - 1}, the classes of the classifier, but go from {low} to {high}."
+            )
+        say("attacking")
+        attacks = [attack(model.undefended, images[rows], labels[rows], indices=index[rows]).images for rows in groups]
+        with torch.no_grad():
+            shown = {"clean": images, "generated": _generated(model, images, seeds(GENERATED), groups, say)}
+            shown |= {"noise": flipped(images, torch.cat(attacks), seeds(SIGNS)), "adversarial": torch.cat(attacks)}
+            correct = {name: right(shown[name]) for name in ("clean", "noise", "adversarial")}
+            for name in ("adversarial", "clean") if purify else ():
+                shown[f"purified_{name}"], correct[f"purified_{name}"] = purified(shown[name], name)
+            say("measuring distances")
+            order = {name: (shown[name], index) for name in KINDS if name in shown}
+            order["reference"] = (reference, torch.arange(len(reference)))
+            scores = {
+                name: model_scores(model, eps, given, derived_seeds(own, STREAMS[name]), max_parallel)
+                for name, (given, own) in order.items()
+            }
+    references = scores.pop("reference")
+    kernel = kernel or Gaussian.median(references)
     distances = {name: mmd_distances(kernel, score, references).cpu() for name, score in scores.items()}
     return Detection(
         distances=distances,
@@ -259,108 +261,40 @@ def detect(
                 quartiles=(found.quantile(0.25).item(), found.quantile(0.75).item()),
                 auroc=None if name == "clean" else AUROC.of(found, distances["clean"]),
                 mmd2=unbiased_mmd2(kernel, scores[name], references).item() if len(found) > 1 else None,
-                accuracy=Accuracy.mean(right[name]) if name in right else None,
+                accuracy=Accuracy.mean(correct[name]) if name in correct else None,
             )
             for name, found in distances.items()
         },
         references=len(reference),
-        eps=work.eps,
+        eps=eps,
         kernel=_described(kernel),
-        attack=made_by,
+        attack=f"{description_text(attack.to_dict())} on the bare classifier",
         seed=seed,
-        largest_change=(adversarial - images).abs().max().item(),
+        largest_change=(shown["adversarial"] - images).abs().max().item(),
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Measurement:
-    """Makes the kinds and scores them, ``max_parallel`` images at a time."""
-
-    model: PurifiedClassifier
-    index: Tensor
-    eps: EPS
-    seed: int
-    max_parallel: int
-    say: Callable[[str], None]
-
-    def attacked(self, attack: Attack, images: Tensor, labels: Tensor, *, defended: bool) -> Tensor:
-        self.say("attacking")
-        model = self.model if defended else self.model.undefended
-        parts = [
-            attack(model, images[rows], labels[rows], indices=self.index[rows]).images for rows in self._rows(images)
-        ]
-        return torch.cat(parts)
-
-    def generated(self, images: Tensor) -> Tensor:
-        self.say("generating")
-        latents = draw_latents(self._seeds(GENERATED), 1, self.model.image_shape).to(images.device)
-        with torch.no_grad():
-            parts = []
-            for rows in self._rows(images):
-                conditions = self.model.latent_class_labels(images[rows])
-                own = None if conditions is None else conditions[:, :1]
-                size = images.shape[2:] if self.model.preprocessing.resize else None
-                parts.append(self.model.generate(latents[rows], class_labels=own, size=size)[:, 0])
-        return torch.cat(parts)
-
-    def flipped(self, images: Tensor, adversarial: Tensor) -> Tensor:
-        """The perturbations with random signs, added to the images."""
-        signs = torch.where(draw_uniform(self._seeds(SIGNS), images.shape[1:]) < 0.5, -1.0, 1.0)
-        return (images + signs.to(images) * (adversarial - images)).clamp(0, 1)
-
-    def bare_right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """[B], whether the bare classifier is right."""
-        with torch.no_grad():
-            parts = [self.model.undefended(images[rows]).argmax(dim=1) for rows in self._rows(images)]
-        return torch.cat(parts) == labels
-
-    def purified(self, images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """The first of the K versions, and [B], whether the vote of all of them is right."""
-        self.say(f"purifying {name} images")
-        seeds = derived_seeds(self._seeds(PURIFIED), STREAMS[name])
-        kept, right = [], []
-
-        def tick(_: object) -> None:
-            self.say("")
-
-        with torch.no_grad(), self.model.register_latent_hook(tick):
-            for rows in self._rows(images):
-                own = seeds[rows] if self.model.seed is None else None
-                result = self.model.purify(images[rows], seeds=own)
-                assert result.labels is not None
-                kept.append(result.images[:, 0])
-                right.append(result.labels == labels[rows])
-        return torch.cat(kept), torch.cat(right)
-
-    def scored(self, images: Tensor, kind: str, index: Tensor) -> Tensor:
-        """EPS, with noise of this kind's own."""
-        seeds = derived_seeds(index, STREAMS[kind])
-        scores = []
-        for rows in torch.arange(len(images)).split(self.max_parallel):
-            part = images[rows].to(torch.promote_types(images.dtype, torch.float32))
-            with torch.no_grad():
-                conditions = self.model.latent_class_labels(part)
-                small = self.model.preprocessing.resized(part, self.model.image_shape[1:])
-            own = None if conditions is None else conditions[:, 0]
-            scores.append(
-                self.eps(
-                    self.model.backbone,
-                    small,
-                    indices=seeds[rows],
-                    class_labels=own,
-                    max_parallel=self.max_parallel,
-                )
-            )
-        return torch.cat(scores)
-
-    def _rows(self, images: Tensor) -> tuple[Tensor, ...]:
-        return torch.arange(len(images)).split(self.max_parallel)
-
-    def _seeds(self, stream: int) -> Tensor:
-        return derived_seeds(derived_seeds(self.index, stream), self.seed)
+def _generated(
+    model: PurifiedClassifier, images: Tensor, seeds: Tensor, groups: tuple[Tensor, ...], say: Callable[[str], None]
+) -> Tensor:
+    """As many images of the backbone's as there are images, of the same size and classes."""
+    say("generating")
+    latents = draw_latents(seeds, 1, model.image_shape).to(images.device)
+    size, parts = images.shape[2:] if model.preprocessing.resize else None, []
+    for rows in groups:
+        conditions = model.latent_class_labels(images[rows])
+        own = None if conditions is None else conditions[:, :1]
+        parts.append(model.generate(latents[rows], class_labels=own, size=size)[:, 0])
+    return torch.cat(parts)
 
 
-def _check(given: object, name: str, *, like: Tensor | None = None, count: int | None = None) -> None:
+def flipped(images: Tensor, adversarial: Tensor, seeds: Tensor) -> Tensor:
+    """The perturbations with random signs, added to the images."""
+    signs = torch.where(draw_uniform(seeds, images.shape[1:]) < 0.5, -1.0, 1.0)
+    return (images + signs.to(images) * (adversarial - images)).clamp(0, 1)
+
+
+def _check(given: object, name: str, *, like: Tensor | None = None) -> None:
     """Raises InputTypeError or InputValueError unless ``given`` are images in [0, 1], and fit those before them."""
     try:
         found = check_images(given)
@@ -372,8 +306,6 @@ def _check(given: object, name: str, *, like: Tensor | None = None, count: int |
         raise InputValueError(f"{name}: there must be one image at least.")
     if like is not None and found.shape[1:] != like.shape[1:]:
         raise InputValueError(f"{name} must be images of {list(like.shape[1:])}, but are {list(found.shape[1:])}.")
-    if count is not None and len(found) != count:
-        raise InputValueError(f"{name} must be {count}, one for each image, but are {len(found)}.")
 
 
 def _described(kernel: Kernel) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.inputs import (
     check_class_labels,
     check_finite,
@@ -106,8 +107,7 @@ class EPS(Settings):
 
         Args:
             backbone: with ``image_shape`` and ``denoise(noisy, sigma)`` in units of [-1, 1], such as a
-                ``ConsistencyBackbone`` or
-                ``EDMDenoiser``. It runs in eval mode.
+                ``ConsistencyBackbone`` or ``EDMDenoiser``. It runs in eval mode.
             images: float [B, C, H, W] in [0, 1], anywhere; they are brought to the backbone in chunks.
             indices: [B] integers, which image of the data set each one is; None for 0, 1, ... The noise depends on it.
             class_labels: [B] integers for a class-conditional backbone, None for another.
@@ -172,3 +172,24 @@ def _checked(denoised: Tensor, noisy: Tensor) -> Tensor:
     if not torch.isfinite(denoised).all():
         raise BackboneError("backbone.denoise returned NaN or infinite values: use it in bfloat16 or float32.")
     return denoised
+
+
+def model_scores(model: PurifiedClassifier, eps: EPS, images: Tensor, indices: Tensor, max_parallel: int) -> Tensor:
+    """EPS of images [B, C, H, W] in [0, 1] for a model's backbone, resized to it, under the classes the model chooses.
+
+    Args:
+        model: with the backbone.
+        eps: the score.
+        images: anywhere.
+        indices: int64 [B], on which the noise depends.
+        max_parallel: images at a time.
+    """
+    scores = []
+    for rows in torch.arange(len(images)).split(max_parallel):
+        part = images[rows].to(torch.promote_types(images.dtype, torch.float32))
+        with torch.no_grad():
+            conditions = model.latent_class_labels(part)
+            small = model.preprocessing.resized(part, model.image_shape[1:])
+        labels = None if conditions is None else conditions[:, 0]
+        scores.append(eps(model.backbone, small, indices=indices[rows], class_labels=labels, max_parallel=max_parallel))
+    return torch.cat(scores)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cmap_defense.common.settings import Settings, require_integer, setting
+from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Protocol(Settings):
 
     predictions: int = setting(10, "Number of predictions with independent noise for each final image (N).", minimum=1)
     reevaluations: int = setting(20, "Number of further such predictions (R), on which nothing is selected.", minimum=1)
-    seeds: tuple[int, ...] = setting((0,), "Seeds of the runs, one run for each.")
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the runs, one run for each.", minimum=0)
     group: int = setting(32, "Number of images that are attacked together.", minimum=1)
     search_on_clean: bool = setting(
         True,
@@ -70,12 +69,10 @@ class Protocol(Settings):
         name = type(self).__name__
         if self.gradient_samples % 2:
             raise SettingsError(f"{name}.gradient_samples must be even, but is {self.gradient_samples}.")
-        if isinstance(self.seeds, str) or not isinstance(self.seeds, Sequence) or not self.seeds:
-            raise SettingsError(f"{name}.seeds must be integers, one for each run, but is {self.seeds!r}.")
-        seeds = tuple(require_integer(name, "seeds", seed, minimum=0) for seed in self.seeds)
-        if len(set(seeds)) < len(seeds) or max(seeds) >= MOST_RUNS:
-            raise SettingsError(f"{name}.seeds must differ and be below {MOST_RUNS}, but are {list(seeds)}.")
-        object.__setattr__(self, "seeds", seeds)
+        if not self.seeds:
+            raise SettingsError(f"{name}.seeds must be integers, one for each run, but is ().")
+        if len(set(self.seeds)) < len(self.seeds) or max(self.seeds) >= MOST_RUNS:
+            raise SettingsError(f"{name}.seeds must differ and be below {MOST_RUNS}, but are {list(self.seeds)}.")
 
 
 def run_indices(indices: Tensor, seed: int) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-from cmap_defense.common.settings import Settings, require_integer, require_numbers, setting
+from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
 PRECISIONS = ("auto", "bfloat16", "float32")
@@ -57,43 +56,30 @@ class TrainingConfig(Settings):
     images: int | None = setting(
         None,
         "Length of the training in images, counted with repetition.",
-        group="Training",
         minimum=1,
         default_help=f"{DEFAULT_IMAGES}, or what --minutes allow",
     )
     minutes: float | None = setting(
-        None,
-        "Stop after this many minutes; the same command then continues.",
-        group="Training",
-        above=0.0,
-        default_help="no limit",
+        None, "Stop after this many minutes; the same command then continues.", above=0.0, default_help="no limit"
     )
-    batch_size: int = setting(128, "Images per optimiser step, over all processes.", group="Training", minimum=1)
-    learning_rate: float = setting(
-        8e-4, "Largest learning rate. It falls along a half cosine to 0.", group="Training", above=0.0
-    )
-    warmup_images: int = setting(20_000, "Images over which the learning rate warms up.", group="Training", minimum=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = setting(
-        1.0, "Largest norm of the gradient. Larger gradients are scaled down to it.", group="Training", above=0.0
-    )
+    batch_size: int = setting(128, "Images per optimiser step, over all processes.", minimum=1)
+    learning_rate: float = setting(8e-4, "Largest learning rate. It falls along a half cosine to 0.", above=0.0)
+    warmup_images: int = setting(20_000, "Images over which the learning rate warms up.", minimum=0)
+    betas: tuple[float, float] = setting((0.9, 0.99), minimum=0.0, below=1.0)
+    clip_norm: float = setting(1.0, "Largest norm of the gradient. Larger gradients are scaled down to it.", above=0.0)
     ema_half_life: tuple[int, ...] = setting(
         (30_000,),
         "Half-life of the averaged weights in images. Of several with commas the first one's average is the backbone.",
-        group="Training",
         minimum=1,
     )
     flip: bool = setting(True, "Mirror each image with a probability of one half.", group="Data")
     precision: str = setting(
         "auto",
         "Precision of the network's arithmetic; auto is bfloat16 where the device multiplies it natively.",
-        group="Training",
         choices=PRECISIONS,
     )
-    seed: int = setting(
-        0, "Seed of the initial weights, the order of the data and the noise.", group="Training", minimum=0
-    )
-    checkpoint_every: int = setting(50_000, "Number of images between checkpoints.", group="Training", minimum=1)
+    seed: int = setting(0, "Seed of the initial weights, the order of the data and the noise.", minimum=0)
+    checkpoint_every: int = setting(50_000, "Number of images between checkpoints.", minimum=1)
     device: str = setting("cpu", "Device to compute on, such as cuda.", group="Running")
     compile: bool = setting(False, "Run the network through torch.compile.", group="Running")
     channels_last: bool | None = setting(
@@ -125,9 +111,12 @@ class TrainingConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        betas = require_numbers("TrainingConfig", "betas", self.betas, length=2, minimum=0.0, below=1.0)
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "ema_half_life", _half_lives(self.ema_half_life))
+        lives = self.ema_half_life
+        if not lives or len(set(lives)) != len(lives):
+            raise SettingsError(
+                "TrainingConfig.ema_half_life must be one integer or several that differ from each other, but is "
+                f"{lives!r}."
+            )
 
     @property
     def length(self) -> int:
@@ -150,12 +139,3 @@ class TrainingConfig(Settings):
             f.name for f in dataclasses.fields(self) if f.metadata.get("group") == "Running"
         }
         return {name: value for name, value in self.to_dict().items() if name not in free}
-
-
-def _half_lives(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise SettingsError(f"TrainingConfig.ema_half_life must be one integer or several, but is {value!r}.")
-    found = tuple(require_integer("TrainingConfig", "ema_half_life", life, minimum=1) for life in value)
-    if len(set(found)) != len(found):
-        raise SettingsError(f"TrainingConfig.ema_half_life must differ from each other, but are {found}.")
-    return found

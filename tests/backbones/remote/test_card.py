@@ -44,9 +44,6 @@ def head_of(card: str) -> dict[str, Any]:
     return yaml.safe_load(head)
 
 
-# -------------------------------------------------------------------------------------------------------------- a name
-
-
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_page_of_a_name_says_what_it_is_and_where_it_comes_from(entry: RegistryEntry):
     card = entry_card(entry)
@@ -100,9 +97,6 @@ def test_settings_that_are_tuples_are_shown():
     )
     for card in cards:
         assert "`betas = (0.9, 0.99)`" in card
-
-
-# -------------------------------------------------------------------------------------------------------- a repository
 
 
 def test_card_of_a_repository_shows_the_record():

@@ -66,9 +66,6 @@ def check_error(kind: type[Exception], *words: str, source: str = REPO) -> None:
         assert word in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- found
-
-
 def test_newest_commit_is_meant_unless_another_is_named(
     hub: HubServer, repository: Repository, model_files: list[dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -145,9 +142,6 @@ def test_second_source_is_used_where_the_first_is_missing(hub: HubServer, capsys
     assert "trying the next source" in printed
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
-
-
 def test_missing_repository_and_revision_are_unknown_names(repository: Repository) -> None:
     check_error(UnknownNameError, "'someone/missing'", "HF_TOKEN", source="someone/missing")
     check_error(UnknownNameError, "'no-such-revision'", source=f"{REPO}@no-such-revision")
@@ -178,8 +172,6 @@ def test_repository_that_is_not_public_needs_the_owners_token(
     check_model()
     assert {request.token for request in hub.requests_for(WEIGHTS_PATH)} == {TOKEN}
 
-
-# -------------------------------------------------------------------------------------------------------------- broken
 
 BUSY = Fault(methods=("HEAD", "GET"), times=3, status=429, headers={"Retry-After": "1"})
 PASSING = {
@@ -267,9 +259,6 @@ def test_full_disk_is_named_and_does_no_harm(small_disk: Callable[[], None]) -> 
     check_model()
 
 
-# --------------------------------------------------------------------------------------------------------- wrong files
-
-
 def record_changed(files: dict[str, bytes], old: bytes, new: bytes) -> dict[str, bytes]:
     return files | {RECORD_FILE: files[RECORD_FILE].replace(old, new)}
 
@@ -317,9 +306,6 @@ def test_file_of_the_right_size_and_other_content_is_refused_and_not_kept(
     with pytest.raises(BackboneFileError, match="SHA-256"):
         load_backbone(REPO)
     check_model()
-
-
-# ----------------------------------------------------------------------------------------------------------- pipelines
 
 
 class RunsCode:
@@ -389,9 +375,6 @@ def test_pickle_that_wants_to_run_code_is_refused_and_does_not(
     with pytest.raises(BackboneFileError, match=r"refused.*Nothing of it was executed"):
         load_backbone(REPO)
     assert not (tmp_path / "executed").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------- offline
 
 
 def test_without_a_network_the_cache_serves_and_what_it_lacks_names_the_variable(

@@ -10,20 +10,17 @@ import errno
 import http.client
 import json
 import re
-import shutil
 import ssl
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.backbones.weights import sha256_of
 from cmap_defense.errors import BackboneFileError
 
@@ -32,9 +29,6 @@ TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 ATTEMPTS = 5
 """Failures in a row, without a byte gained, after which a download is given up."""
-LONGEST_WAIT = 60.0
-LARGE = 16 * 2**20
-"""Bytes of a file whose progress is logged where there is no terminal."""
 
 _REFUSALS = {
     401: "It needs a login.",
@@ -65,10 +59,8 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _PartialFile(url, path.with_name(f"{path.name}.partial"))
-    failures, restarts, longest = 0, 0, part.done
+    failures, longest = 0, part.done
     while part.total is None or part.done != part.total:
-        before = part.done
-        wait = 0.0
         try:
             if _request(part, size, known=size is not None or sha256 is not None):
                 break
@@ -76,24 +68,27 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
         except BackboneFileError:
             raise
         except urllib.error.HTTPError as error:
-            wait, reason = _wait_after(error, part), f"status {error.code}"
+            error.close()
+            if error.code == 416:  # the partial file is not a part of this one
+                part.remove()
+            elif error.code != 429 and error.code < 500:
+                hint = _REFUSALS.get(error.code, "")
+                raise BackboneFileError(f"{url} could not be fetched: status {error.code}. {hint}".rstrip()) from error
+            reason = f"status {error.code}"
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except ValueError as error:
             raise BackboneFileError(f"{url} is no web address ({error}) and cannot be fetched.") from error
-        restarts += part.done < before
         failures = 0 if part.done > longest else failures + 1
         longest = max(longest, part.done)
-        if max(failures, restarts) >= ATTEMPTS:
+        if failures >= ATTEMPTS:
             raise BackboneFileError(
-                f"{url} could not be fetched: {reason}, after {max(failures, restarts)} attempts. Check the network "
-                f"and its proxy. What there is ({part.done:,} bytes) is kept, and the next call continues it where the "
-                "server can."
+                f"{url} could not be fetched: {reason}, after {failures} attempts. Check the network and its proxy. "
+                f"What there is ({part.done:,} bytes) is kept, and the next call continues it where the server can."
             )
-        wait = max(wait, 2.0 ** (failures - 1) if failures else 0.0)
-        if wait:
-            time.sleep(wait)
-    _require_size(part, part.done, size)
+        if failures:
+            time.sleep(2.0 ** (failures - 1))
+    part.require_size(part.done, size)
     checksum = sha256_of(part.path)
     if sha256 is not None and checksum != sha256:
         part.remove()
@@ -109,9 +104,7 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
 class _PartialFile:
     """What there is of a file, and in a JSON file beside it its address, version and length; both survive the process.
 
-    Args:
-        url: of the file.
-        path: of the partial file. One that is there is removed unless it is of this address and names its version.
+    One that is there is removed unless it is of this address and names its version.
     """
 
     def __init__(self, url: str, path: Path) -> None:
@@ -141,6 +134,14 @@ class _PartialFile:
             self.path.touch()
             self.notes.write_text(json.dumps({"url": self.url, "version": version, "total": total}), encoding="utf-8")
 
+    def require_size(self, found: int, expected: int | None) -> None:
+        if expected is not None and found != expected:
+            self.remove()
+            raise BackboneFileError(
+                f"{self.url} has {found:,} bytes, but {expected:,} were expected: it is another file than the one that "
+                "was recorded. Do not use it; look where its authors publish it."
+            )
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Errors of the disk, in contrast to those of the network, which are of the same class."""
@@ -157,8 +158,7 @@ class _PartialFile:
 def _request(part: _PartialFile, size: int | None, *, known: bool) -> bool:
     """One request, from where the partial file ends; whether the file is whole afterwards.
 
-    Args:
-        known: whether a size or checksum will show if it is whole.
+    ``known`` says whether a size or checksum will show if it is whole.
     """
     headers = {"User-Agent": "cmap-defense", "Accept-Encoding": "identity"}
     if part.done and part.version:
@@ -168,13 +168,17 @@ def _request(part: _PartialFile, size: int | None, *, known: bool) -> bool:
     request = urllib.request.Request(part.url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT, context=_certificates(part.url)) as response:
         _require_file(part.url, response)
-        version, (start, total) = _version(response.headers), _extent(response)
+        tag = response.headers.get("ETag")  # a weak one does not identify the content
+        version = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
+        length = response.headers.get("Content-Length", "")
+        total = int(length) if length.isdigit() and not response.chunked else None
         if response.status == 206:
-            continues = version in (None, part.version) and start == part.done and part.total in (None, total)
-            if not continues or total is None:  # a part of another file, or another part
+            stated = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip())
+            same = version in (None, part.version) and stated and int(stated[1]) == part.done
+            if not stated or not same or part.total not in (None, int(stated[2])):  # of another file, or another part
                 part.remove()
                 return False
-            version = part.version
+            version, total = part.version, int(stated[2])
         else:
             part.remove()
         if total is None and not known and not response.chunked:
@@ -183,18 +187,19 @@ def _request(part: _PartialFile, size: int | None, *, known: bool) -> bool:
                 "Fetch it in another way, and convert it with `cmap-defense backbones convert`."
             )
         if total is not None:
-            _require_size(part, total, size)
+            part.require_size(total, size)
         part.begin(version, total)
-        _require_room(part, size or total)
         with part.writing():
             file = part.path.open("ab", buffering=0)
-        with file, _progress(part) as advance:
+        log = {} if sys.stderr is None or sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0, "ascii": True}
+        name = part.url.rpartition("/")[2]
+        with file, tqdm(total=total, initial=part.done, unit="B", unit_scale=True, desc=name, **log) as bar:
             while block := response.read1(BLOCK):
                 view = memoryview(block)
                 while view:  # an unbuffered file may take a part
                     with part.writing():
                         view = view[file.write(view) :]
-                advance(len(block))
+                bar.update(len(block))
     return part.total is None or part.done == part.total
 
 
@@ -209,70 +214,6 @@ def _require_file(url: str, response: Any) -> None:
         raise BackboneFileError(f"{url} is served compressed ({encoding}), perhaps by a proxy; fetch it without.")
     if url.startswith("https:") and not response.geturl().startswith("https:"):
         raise BackboneFileError(f"{url} leads to {response.geturl()}, which is not secure; it was not followed.")
-
-
-def _version(headers: Message) -> str | None:
-    """What identifies a file's content for If-Range: a strong ETag, or the date."""
-    tag = headers.get("ETag")
-    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
-
-
-def _extent(response: Any) -> tuple[int, int | None]:
-    """Where the bytes of a response start, and the length of the whole file; None when the server does not say."""
-    if response.status == 206:
-        stated = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip())
-        return (int(stated[1]), int(stated[2])) if stated else (-1, None)
-    length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdigit() and not response.chunked else None
-
-
-def _wait_after(error: urllib.error.HTTPError, part: _PartialFile) -> float:
-    """Seconds until a failed request is worth another try; those that are not raise."""
-    with error:
-        if error.code == 416:  # the partial file is not a part of this one
-            part.remove()
-            return 0.0
-        if error.code == 429 or error.code >= 500:
-            seconds = error.headers.get("Retry-After", "") if error.headers else ""
-            return min(float(seconds), LONGEST_WAIT) if seconds.isdigit() else 0.0
-    hint = _REFUSALS.get(error.code, "")
-    raise BackboneFileError(f"{part.url} could not be fetched: status {error.code}. {hint}".rstrip()) from error
-
-
-def _require_size(part: _PartialFile, found: int, expected: int | None) -> None:
-    if expected is not None and found != expected:
-        part.remove()
-        raise BackboneFileError(
-            f"{part.url} has {found:,} bytes, but {expected:,} were expected: it is another file than the one that was "
-            "recorded. Do not use it; look where its authors publish it."
-        )
-
-
-def _require_room(part: _PartialFile, total: int | None) -> None:
-    free = shutil.disk_usage(part.path.parent).free
-    if total is not None and total - part.done > free:
-        raise BackboneFileError(
-            f"{part.path.parent} has {free / 2**20:,.0f} MiB free, but {part.url} needs another "
-            f"{(total - part.done) / 2**20:,.0f} MiB. Make room, or set CMAP_DEFENSE_CACHE to a larger disk."
-        )
-
-
-@contextlib.contextmanager
-def _progress(part: _PartialFile) -> Iterator[Any]:
-    """A function that takes the count of further bytes: a bar on a terminal, elsewhere a line for each tenth."""
-    name, total, done = part.url.rpartition("/")[2], part.total, part.done
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name, disable=not terminal)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        tenth, done = 10 * done // (total or 1), done + count
-        bar.update(count)
-        if not terminal and (total or 0) > LARGE and 10 * done // (total or 1) > tenth:
-            announce(f"{name}: {done / 2**20:,.0f} of {(total or 0) / 2**20:,.0f} MiB")
-
-    with bar:
-        yield advance
 
 
 def _certificates(url: str) -> ssl.SSLContext | None:
