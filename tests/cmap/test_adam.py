@@ -16,19 +16,23 @@ SETTINGS = [
     CMAPSettings.preset("imagenet100"),
     CMAPSettings(learning_rate=0.3, betas=(0.0, 0.5), eps=1e-3),
     CMAPSettings(betas=(0.5, 0.0)),
+    CMAPSettings(schedule="cosine", iterations=12),
 ]
 
 
-@pytest.mark.parametrize("chosen", SETTINGS, ids=["cifar10", "imagenet100", "no-first-moment", "no-second-moment"])
+@pytest.mark.parametrize("chosen", SETTINGS, ids=["cifar10", "imagenet100", "no-first", "no-second", "cosine"])
 def test_steps_are_those_of_torch_adam(chosen: CMAPSettings):
     latents = noise(*SHAPE, seed=1, dtype=torch.float64)
     theirs = torch.nn.Parameter(latents.clone())
     optimiser = torch.optim.Adam([theirs], lr=chosen.learning_rate, betas=chosen.betas, eps=chosen.eps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=12) if chosen.schedule == "cosine" else None
     state = AdamState.start(latents)
     for step in range(12):
         gradient = 10 ** (step % 4 - 2) * noise(*SHAPE, seed=100 + step, dtype=torch.float64)
         theirs.grad = gradient.clone()
         optimiser.step()
+        if schedule is not None:
+            schedule.step()
         latents, state = adam_step(latents, gradient, state, chosen)
         torch.testing.assert_close(latents, theirs.detach(), rtol=0, atol=1e-12)
     assert state.step == 12

@@ -34,5 +34,5 @@ def adam_step(latents: Tensor, gradient: Tensor, state: AdamState, settings: CMA
     second = torch.addcmul(beta2 * state.second, gradient, gradient, value=1 - beta2)
     root = second.clamp_min(torch.finfo(second.dtype).tiny).sqrt()  # at 0 the derivative of the root does not exist
     scale = root / (1 - beta2**step) ** 0.5 + settings.eps
-    moved = torch.addcdiv(latents, first, scale, value=-settings.learning_rate / (1 - beta1**step))
+    moved = torch.addcdiv(latents, first, scale, value=-settings.rate_at(state.step) / (1 - beta1**step))
     return moved, AdamState(step, first, second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
@@ -24,6 +25,8 @@ class CMAPSettings(Settings):
             alone.
         iterations: N, the Adam steps, 1 at least; 0 too where there is a level, which is one-step purification then.
         learning_rate: of Adam on unit latents, above 0.
+        schedule: of the learning rate over the N iterations: "constant", the paper's, or "cosine", which is ours here:
+            step n has the rate learning_rate (1 + cos(pi n / N)) / 2 (Loshchilov and Hutter 2017, arXiv 1608.03983).
         betas: of Adam, each in [0, 1).
         eps: of Adam, on the gradient of K times eq. 9 with respect to unit latents, above 0.
         ssim_weight: weight of the SSIM sum in eq. 10, 0 at least.
@@ -42,6 +45,9 @@ class CMAPSettings(Settings):
     n_latents: int = setting(10, "Number of latents per image (K).", minimum=1)
     iterations: int = setting(200, "Number of iterations of the latent optimisation (N).", minimum=0)
     learning_rate: float = setting(0.025, "Learning rate of the latent optimisation.", above=0)
+    schedule: str = setting(
+        "constant", "Schedule of the learning rate over the iterations.", choices=("constant", "cosine")
+    )
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = setting(8e-7, above=0)
     ssim_weight: float = setting(2.0, "Weight of SSIM in the reconstruction loss (10).", minimum=0)
@@ -64,6 +70,12 @@ class CMAPSettings(Settings):
         require_integer("CMAPSettings", "iterations", self.iterations, minimum=1 if self.level is None else 0)
         betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0, below=1.0)
         object.__setattr__(self, "betas", betas)
+
+    def rate_at(self, iteration: int) -> float:
+        """The learning rate of step n = ``iteration``, from 0."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
 
     @classmethod
     def preset(cls, name: str) -> Self:
