@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class History:
-    """The optimisation, iteration by iteration; entry n is the state before step n. All [N, B].
+    """The optimisation, iteration by iteration; entry n is the state before step n.
+
+    All [N, B]; NaN once an image has stopped.
 
     Attributes:
         l1: the L1 distance of eq. 10, mean over the K latents.
@@ -48,6 +50,7 @@ class PurificationResult:
         margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
         passes: [B] int64, the network passes that each image took, where that depends on the image; None where it is
             what the purifier's ``passes`` says.
+        iterations: [B] int64 on the CPU, those that each image made; None from a purifier that has no such loop.
 
     Logits, votes, labels and margin are None when there was no classifier.
     """
@@ -62,6 +65,7 @@ class PurificationResult:
     labels: Tensor | None = None
     margin: Tensor | None = None
     passes: Tensor | None = None
+    iterations: Tensor | None = None
 
     def __repr__(self) -> str:
         return _shapes(self)

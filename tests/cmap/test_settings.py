@@ -164,6 +164,9 @@ def test_cifar10_preset_is_the_released_one_and_the_default():
         "ssim_weight": 2.0,
         "latent_weight": 3.2,
         "level": None,
+        "stop_decrease": None,
+        "stop_window": 10,
+        "stop_agreement": None,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("cifar10").to_dict() == expected
@@ -181,6 +184,9 @@ def test_imagenet100_preset_is_the_released_one():
         "ssim_weight": 0.5,
         "latent_weight": 1.28,
         "level": None,
+        "stop_decrease": None,
+        "stop_window": 10,
+        "stop_agreement": None,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("imagenet100").to_dict() == expected

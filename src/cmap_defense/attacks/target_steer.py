@@ -68,7 +68,9 @@ class TargetSteer(StepAttack):
         on_the_way: list[Tensor] = []
 
         def watch(state: Any) -> None:
-            on_the_way.append((state.generated - small).square().flatten(2).sum(dim=2).mean(dim=1) / 4)
+            running = state.image_indices.to(small.device)  # those that have not stopped early
+            distance = (state.generated - small[running]).square().flatten(2).sum(dim=2).mean(dim=1) / 4
+            on_the_way.append(distance.new_zeros(len(small)).index_add(0, running, distance))
 
         def feedback(images: Tensor) -> Feedback:
             on_the_way.clear()

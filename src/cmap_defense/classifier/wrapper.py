@@ -24,6 +24,7 @@ from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.common.modules import device_of, evaluating, weights_of
@@ -346,17 +347,19 @@ class PurifiedClassifier(LatentAccess):
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self.preprocessing.resized(unit, self.image_shape[1:])
         labels = self._labels(class_labels, unit, n_latents)
-        result = self.gradient.purify(self._purification(small, chosen, latents, labels))
+        extra = {"predict": self._predicting(small.device, unit.shape[2:])}
+        result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
         attached = result.images
         shown = self.preprocessing.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
         logits = self._classify(shown)
         return self._judged(dataclasses.replace(result, images=shown), logits)
 
     def _purification(
-        self, images: Tensor, seeds: Tensor, latents: Tensor | None, labels: Tensor | None
+        self, images: Tensor, seeds: Tensor, latents: Tensor | None, labels: Tensor | None, extra: Mapping[str, Any]
     ) -> Purification:
-        """What the gradient mode is given."""
+        """What the gradient mode is given; of ``extra`` the purifier gets what it names in ``call_options``."""
         options: dict[str, Any] = {
+            **{name: extra[name] for name in self.purifier.call_options},
             "seeds": seeds,
             "latents": latents,
             "class_labels": labels,
@@ -383,6 +386,16 @@ class PurifiedClassifier(LatentAccess):
             live_at,
         )
 
+    def _predicting(self, device: torch.device, size: Sequence[int]) -> Predict:
+        """The classifier for images [M, C, H, W] of the backbone's size, which it sees in the size of the input."""
+        enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+        def predict(images: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+                return self._predict(self.preprocessing.resized(images, size)).argmax(dim=1)
+
+        return predict
+
     def _judged(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
         votes = count_votes(logits.detach())
         return dataclasses.replace(
@@ -400,13 +413,14 @@ class PurifiedClassifier(LatentAccess):
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
         with torch.no_grad(), evaluating(self.classifier):
             logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
-        history = None
+        history = made = None
         if isinstance(self.purifier, CMAP):
             iterations = images.new_zeros((self.settings.iterations, 0))
             history = History(**{field.name: iterations for field in dataclasses.fields(History)})
+            made = torch.zeros(0, dtype=torch.int64)
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         return self._judged(
-            PurificationResult(shown, latents, history, seeds, self._no_labels(n_latents)),
+            PurificationResult(shown, latents, history, seeds, self._no_labels(n_latents), iterations=made),
             logits[:, None].expand(0, n_latents, logits.shape[1]),
         )
 

@@ -25,6 +25,10 @@ class AdamState:
         """The state before the first step."""
         return cls(0, torch.zeros_like(latents), torch.zeros_like(latents))
 
+    def take(self, rows: Tensor) -> AdamState:
+        """The state of some images."""
+        return AdamState(self.step, self.first[rows], self.second[rows])
+
 
 def adam_step(latents: Tensor, gradient: Tensor, state: AdamState, settings: CMAPSettings) -> tuple[Tensor, AdamState]:
     """The latents and the state after one step along ``gradient``; nothing is changed in place."""

@@ -83,6 +83,18 @@ class LatentObjective:
         owners = torch.arange(len(images), device=images.device).repeat_interleave(n_latents)
         self._chunks = [_Chunk(part, reference.take(part)) for part in owners.split(self.chunk)]
 
+    def take(self, rows: Tensor) -> LatentObjective:
+        """The objective of the images at positions ``rows``."""
+        labels = None if self.class_labels is None else self.class_labels[rows]
+        return LatentObjective(
+            self.generate,
+            self.images[rows],
+            self.shape[1],
+            self.settings,
+            class_labels=labels,
+            max_parallel=self.chunk,
+        )
+
     def gradient(self, latents: Tensor, *, keep_images: bool = False) -> tuple[ObjectiveTerms, Tensor, Tensor]:
         """The terms at latents [B, K, C, H, W], d(K L)/du, and G(u) where ``keep_images``; all without a graph.
 

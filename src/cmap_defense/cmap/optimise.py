@@ -2,12 +2,13 @@
 
 The loop knows a ``generate`` function, images and latents; no modules, devices or seeds. It minimises K L, the sum
 over the K latents, so that Adam's eps means the same for every K. Latents and losses keep the latents' precision;
-``generate`` may run in another.
+``generate`` may run in another. Images that stop early leave the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks
 from cmap_defense.cmap.settings import CMAPSettings
+from cmap_defense.cmap.stopping import Predict, Stopping
 from cmap_defense.errors import BackboneError, InputValueError
 from cmap_defense.results import History
 
@@ -41,7 +43,7 @@ class LatentState:
 
     Attributes:
         iteration: n, from 0.
-        latents: [B, K, C, H, W], unit.
+        latents: [B, K, C, H, W], unit, of the B images that have not stopped.
         generated: G(latents), [B, K, C, H, W] in [-1, 1].
         terms: the objective there.
         images: the inputs [B, C, H, W] in [0, 1].
@@ -70,6 +72,7 @@ def optimise_latents(
     class_labels: Tensor | None = None,
     callback: Callback | None = None,
     max_parallel: int | None = None,
+    predict: Predict | None = None,
 ) -> tuple[Tensor, History]:
     """Minimise eq. 9 over the latents of every image.
 
@@ -83,9 +86,11 @@ def optimise_latents(
         callback: see ``Callback``.
         max_parallel: latents per call of ``generate``; None for all B K at once. It changes memory, not the result
             beyond rounding.
+        predict: see ``Predict``; needed where the settings have ``stop_agreement``.
 
     Returns:
-        The latents after N steps, and the ``History`` of the N evaluations before each step.
+        The latents after N steps, or those after which an image stopped, and the ``History`` of the evaluations before
+        each step.
 
     Raises:
         InputValueError: images and latents do not fit each other.
@@ -106,33 +111,38 @@ def optimise_latents(
     objective = LatentObjective(
         generate, images, latents.shape[1], settings, class_labels=class_labels, max_parallel=max_parallel
     )
-    return minimise(objective, latents, callback=callback)
+    return minimise(objective, latents, callback=callback, predict=predict)
 
 
-def minimise(objective: LatentObjective, start: Tensor, *, callback: Callback | None = None) -> tuple[Tensor, History]:
-    """All N steps of an objective from ``start``; see ``optimise_latents``."""
-    rows: list[tuple[Tensor, ...]] = []
-    state = LoopState(start.detach(), AdamState.start(start))
-    latents = run_loop(objective, state, objective.settings.iterations, callback=callback, rows=rows).latents
-    return latents, history_of(rows, latents)
+def minimise(
+    objective: LatentObjective, start: Tensor, *, callback: Callback | None = None, predict: Predict | None = None
+) -> tuple[Tensor, History]:
+    """All steps of an objective from ``start``; see ``optimise_latents``."""
+    rows: list[HistoryRow] = []
+    state, settings = LoopState(start.detach(), AdamState.start(start)), objective.settings
+    stopping = Stopping(settings, start.shape, predict)
+    found = run_loop(objective, state, settings.iterations, stopping, callback=callback, rows=rows).latents
+    return found, history_of(rows, found, settings)
 
 
-def history_of(rows: list[tuple[Tensor, ...]], latents: Tensor) -> History:
-    """The history of rows that ``run_loop`` filled.
+def history_of(rows: list[HistoryRow], latents: Tensor, settings: CMAPSettings) -> History:
+    """The history of rows that ``run_loop`` filled: [N, B], NaN after an image's stop.
 
     Raises:
         BackboneError: the objective or the latents became NaN or infinite.
     """
-    columns = (
-        zip(*rows, strict=True) if rows else [[latents.new_empty(len(latents))]] * len(dataclasses.fields(History))
-    )
-    history = History(*(torch.stack(list(column))[: len(rows)] for column in columns))
-    if not (torch.isfinite(history.total).all() and torch.isfinite(latents).all()):
+    names = [field.name for field in dataclasses.fields(History)]
+    values = latents.new_full((len(names), settings.iterations, len(latents)), math.nan)
+    finite = torch.isfinite(latents).all()
+    for n, (going, row) in enumerate(rows):
+        values[:, n, slice(None) if going is None else going] = torch.stack(row)
+        finite &= torch.isfinite(row[names.index("total")]).all()
+    if not finite:
         raise BackboneError(
             "The backbone's images or their gradients became NaN or infinite during the optimisation. "
             "A backbone in float16 overflows easily: use bfloat16 or float32."
         )
-    return history
+    return History(*values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,40 +152,76 @@ class LoopState:
     latents: Tensor
     adam: AdamState
 
+    def take(self, rows: Tensor) -> LoopState:
+        """The state of some images."""
+        return LoopState(self.latents[rows], self.adam.take(rows))
+
+    def put(self, rows: Tensor, after: LoopState) -> LoopState:
+        """The state with that of some images replaced."""
+        first, second = put(self.adam.first, rows, after.adam.first), put(self.adam.second, rows, after.adam.second)
+        return LoopState(put(self.latents, rows, after.latents), AdamState(after.adam.step, first, second))
+
+
+HistoryRow = tuple["Tensor | None", tuple[Tensor, ...]]
+"""The images that made an iteration, None for all, and what ``History`` has of them."""
+
+
+def put(whole: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``whole`` with ``values`` at positions ``rows``; nothing is changed in place."""
+    copy = whole.clone()
+    copy[rows] = values
+    return copy
+
 
 def run_loop(
     objective: LatentObjective,
     state: LoopState,
     iterations: int,
+    stopping: Stopping,
     *,
     callback: Callback | None = None,
-    rows: list[tuple[Tensor, ...]] | None = None,
-    visit: Callable[[LoopState, Tensor, bool], None] | None = None,
+    rows: list[HistoryRow] | None = None,
+    visit: Callable[[LoopState, Tensor, bool, Tensor | None], None] | None = None,
 ) -> LoopState:
-    """Some iterations of the loop from ``state``.
+    """Some iterations of the loop from ``state``, as far as images have not stopped.
 
     Args:
+        objective: of the whole batch.
+        state: likewise.
+        iterations: at most.
+        stopping: which images make an iteration.
         callback: see ``Callback``.
         rows: gets one row of the history per iteration.
-        visit: called before each step with the state that it starts from, the gradient there, and whether a callback
-            replaced the latents.
+        visit: called before each step with the state that it starts from, the gradient there, whether a callback
+            replaced the latents, and the positions of the images that make the step, None for all.
+
+    Returns:
+        The state of the whole batch.
     """
-    settings = objective.settings
-    indices = torch.arange(len(objective.images), device="cpu")
-    for _ in range(iterations):
-        latents, adam = state.latents, state.adam
-        terms, gradient, generated = objective.gradient(latents, keep_images=callback is not None)
+    part, going = objective, None
+    for n in range(state.adam.step, state.adam.step + iterations):
+        now = stopping.rows(n)
+        if now is not None and (going is None or len(now) < len(going)):
+            going, part = now, objective.take(now)
+        if going is not None and not len(going):
+            break
+        at = state if going is None else state.take(going)
+        latents, adam, checked = at.latents, at.adam, stopping.checks_labels(n)
+        terms, gradient, generated = part.gradient(latents, keep_images=checked or callback is not None)
         replaced = None
         if callback is not None:
-            replaced = callback(LatentState(adam.step, latents, generated, terms, objective.images, indices))
+            indices = torch.arange(len(latents), device="cpu") if going is None else going
+            replaced = callback(LatentState(n, latents, generated, terms, part.images, indices))
             if replaced is not None:
                 latents = check_replaced(replaced, latents).detach()
-                terms, gradient, _ = objective.gradient(latents)
+                terms, gradient, generated = part.gradient(latents, keep_images=checked)
         if rows is not None:
-            rows.append(_history_row(terms, latents))
+            rows.append((going, _history_row(terms, latents)))
         if visit is not None:
-            visit(LoopState(latents, adam), gradient, replaced is not None)
-        state = LoopState(*adam_step(latents, gradient, adam, settings))
+            visit(LoopState(latents, adam), gradient, replaced is not None, going)
+        stopping.observe(n, going, terms, generated)
+        after = LoopState(*adam_step(latents, gradient, adam, objective.settings))
+        state = after if going is None else state.put(going, after)
     return state
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmap_defense.cmap.objective import LatentObjective, generate_in_chunks
 from cmap_defense.cmap.optimise import Callback, history_of, minimise
+from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
 from cmap_defense.errors import BackboneError
 from cmap_defense.results import History, PurificationResult
@@ -29,17 +30,19 @@ class LatentProblem:
         images: [B, C, H, W] in [0, 1], in the loop's precision, with the graph that they came with.
         start: [B, K, C, H, W], the initial latents.
         seeds: [B], what they were drawn from; None when they were given.
+        predict: images to labels, where an image stops by these.
     """
 
     objective: LatentObjective
     images: Tensor
     start: Tensor
     seeds: Tensor | None = None
+    predict: Predict | None = None
 
     def solve(self, callback: Callback | None = None) -> PurificationResult:
         """The loop as it is, without a graph."""
         with torch.autocast(self.start.device.type, enabled=False):  # the backbone alone gets the caller's autocast
-            found, history = minimise(self.objective, self.start, callback=callback)
+            found, history = minimise(self.objective, self.start, callback=callback, predict=self.predict)
             problem = self.objective
             generated = generate_in_chunks(problem.generate, found, problem.chunk, problem.class_labels, problem.inputs)
         return self.result(found, generated, history)
@@ -77,10 +80,12 @@ class LatentProblem:
                 live=live,
                 live_at=live_at,
                 rows=rows,
+                predict=self.predict,
             )
-            return self.result(latents, self.generate(latents), history_of(rows, latents.detach()))
+            history = history_of(rows, latents.detach(), objective.settings)
+            return self.result(latents, self.generate(latents), history)
 
-    def result(self, latents: Tensor, generated: Tensor, history: History | None) -> PurificationResult:
+    def result(self, latents: Tensor, generated: Tensor, history: History) -> PurificationResult:
         """The result for found latents and their images [B, K, C, H, W] in [-1, 1], with whatever graph they have.
 
         Raises:
@@ -92,4 +97,13 @@ class LatentProblem:
                 f"{generated.detach().abs().max().item():.4g}."
             )
         images = (generated.clamp(-1, 1) + 1) / 2
-        return PurificationResult(images, latents, history, self.seeds, self.objective.class_labels)
+        iterations = (~history.total.isnan()).sum(dim=0).cpu()
+        return PurificationResult(
+            images,
+            latents,
+            history,
+            self.seeds,
+            self.objective.class_labels,
+            iterations=iterations,
+            passes=latents.shape[1] * (iterations + 1) if self.objective.settings.stops else None,
+        )

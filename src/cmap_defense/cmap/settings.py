@@ -35,6 +35,13 @@ class CMAPSettings(Settings):
             those of the highest level, and their images G(u) do not depend on the input otherwise. With a number they
             live around the input x' = 2 x - 1: the images are clip(f(x' + s u, s), -1, 1), with f the backbone's
             ``denoise``. This family is ours, not the paper's.
+        stop_decrease: an image stops early where its objective fell by less than this share over the last
+            ``stop_window`` iterations, in (0, 1). The share is that of the distance from the lowest value that eq. 9
+            can have, -ssim_weight C H W. None, the paper's: no such stop.
+        stop_window: the iterations over which the decrease is taken, 1 at least.
+        stop_agreement: an image stops early where all its K images get one label, and the same at the check before; a
+            check is made every ``stop_agreement`` iterations and costs K passes of the classifier. None, the paper's:
+            no such stop.
         l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0,
             the method's own, has a sharp corner.
 
@@ -53,6 +60,13 @@ class CMAPSettings(Settings):
     ssim_weight: float = setting(2.0, "Weight of SSIM in the reconstruction loss (10).", minimum=0)
     latent_weight: float = setting(3.2, "Weight of the latent constraint (12) in the objective (9).", minimum=0)
     level: float | None = setting(None, above=0)
+    stop_decrease: float | None = setting(
+        None, "Stop an image whose objective fell by less than this share over the last iterations.", above=0, below=1
+    )
+    stop_window: int = setting(10, "Number of iterations over which the decrease is taken.", minimum=1)
+    stop_agreement: int | None = setting(
+        None, "Stop an image whose K labels agree, and agree again this many iterations later.", minimum=1
+    )
     l1_smoothing: float = setting(
         0.0, "Half-width of the smooth corner of L1, for images in [-1, 1]; 0 is the method's own.", minimum=0
     )
@@ -70,6 +84,11 @@ class CMAPSettings(Settings):
         require_integer("CMAPSettings", "iterations", self.iterations, minimum=1 if self.level is None else 0)
         betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0, below=1.0)
         object.__setattr__(self, "betas", betas)
+
+    @property
+    def stops(self) -> bool:
+        """Whether images may stop before N iterations."""
+        return self.stop_decrease is not None or self.stop_agreement is not None
 
     def rate_at(self, iteration: int) -> float:
         """The learning rate of step n = ``iteration``, from 0."""

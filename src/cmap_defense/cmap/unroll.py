@@ -3,7 +3,8 @@
 Reverse mode, step by step, by hand: the state before each step is enough to go back through it. With u' = A(u, g, m, v)
 and g = d(K L)/du at (u, x), a cotangent of the state after a step becomes one of the state before by A's own
 derivatives and two second-order products, H c and (d^2(K L)/du dx)^T c, c being the cotangent of g. No graph of the
-whole loop is ever kept: memory holds the states of some steps and the graph of one chunk of latents.
+whole loop is ever kept: memory holds the states of some steps and the graph of one chunk of latents. The iterations
+that an image made before it stopped are constants of the derivative.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks, latent_chunks, objective_terms
-from cmap_defense.cmap.optimise import Callback, LatentState, LoopState, check_replaced, run_loop
+from cmap_defense.cmap.optimise import Callback, HistoryRow, LatentState, LoopState, check_replaced, put, run_loop
+from cmap_defense.cmap.stopping import Predict, Stopping
 
 __all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
 
@@ -30,7 +32,7 @@ class Backward:
     """How the way back through the loop is taken.
 
     Attributes:
-        last: steps to go back through, from the end; None for all.
+        last: steps to go back through, from an image's last; None for all.
         l1_smoothing: d of L1 in the second derivatives.
         checkpoint: keep the states of about sqrt(N) steps and compute the others again, instead of keeping all N.
         max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many
@@ -52,9 +54,10 @@ def unrolled_latents(
     callback: Callback | None = None,
     live: Callback | None = None,
     live_at: Callable[[int], bool] = lambda iteration: True,
-    rows: list[tuple[Tensor, ...]] | None = None,
+    rows: list[HistoryRow] | None = None,
+    predict: Predict | None = None,
 ) -> Tensor:
-    """The latents after all N steps, as a differentiable function of the images.
+    """The latents after all steps, as a differentiable function of the images.
 
     Args:
         objective: of the images.
@@ -65,9 +68,12 @@ def unrolled_latents(
         live: sees states that are part of the graph, at the iterations that ``live_at`` says; latents that it returns
             stay part of it.
         rows: gets the history.
+        predict: see ``optimise_latents``.
     """
     total = objective.settings.iterations
-    tail = total if backward.last is None else min(backward.last, total)
+    stopping = Stopping(objective.settings, start.shape, predict)
+    whole = backward.last is None or objective.settings.stops  # where the last steps begin is known at the end
+    tail = total if whole else min(backward.last or total, total)
     head = total - tail
     stops = {n for n in range(total) if live is not None and live_at(n)}
     state = LoopState(start.detach(), AdamState.start(start))
@@ -76,23 +82,34 @@ def unrolled_latents(
     length = max(1, math.ceil(math.sqrt(tail)) if backward.checkpoint else tail)
     cuts = sorted({0, head, total} | stops | set(range(head, total, length)))
     for begin, end in itertools.pairwise(cuts):
+        if not bool((stopping.made > begin).any()):
+            break
         if begin in stops:
             assert live is not None
-            latents = _called(live, objective, images, latents, begin, backward.l1_smoothing)
+            latents = _called(live, objective, images, latents, begin, backward.l1_smoothing, stopping.rows(begin))
         if begin < head and not latents.requires_grad:
             state = LoopState(latents, AdamState(begin, first, second))
-            state = run_loop(objective, state, end - begin, callback=callback, rows=rows)
+            state = run_loop(objective, state, end - begin, stopping, callback=callback, rows=rows)
             latents, first, second = state.latents, state.adam.first, state.adam.second
         else:
-            plan = _Plan(objective, begin, end - begin, backward, bound, callback, rows)
+            plan = _Plan(objective, begin, end - begin, backward, bound, stopping, callback, rows)
             latents, first, second = _Segment.apply(latents, first, second, images, plan)
     return bound.watch(latents)
 
 
 def _called(
-    live: Callback, objective: LatentObjective, images: Tensor, latents: Tensor, iteration: int, smoothing: float
+    live: Callback,
+    objective: LatentObjective,
+    images: Tensor,
+    whole: Tensor,
+    iteration: int,
+    smoothing: float,
+    rows: Tensor | None,
 ) -> Tensor:
-    """The latents after a live hook: its own where it returned some."""
+    """The latents of the batch after a live hook: its own, of the images at ``rows``, where it returned some."""
+    latents, indices = whole, torch.arange(len(images), device="cpu")
+    if rows is not None:
+        objective, images, latents, indices = objective.take(rows), images[rows], whole[rows], rows
     with torch.enable_grad():
         inside = latents if latents.requires_grad else latents.detach().requires_grad_()
         generated = generate_with_gradient(
@@ -104,9 +121,11 @@ def _called(
         )
         smoothing = max(smoothing, objective.settings.l1_smoothing)
         terms = objective_terms(inside, generated, images, objective.settings, l1_smoothing=smoothing)
-        indices = torch.arange(len(images), device="cpu")
         replaced = live(LatentState(iteration, inside, generated, terms, images, indices))
-    return latents if replaced is None else check_replaced(replaced, latents)
+        if replaced is None:
+            return whole
+        replaced = check_replaced(replaced, latents)
+        return replaced if rows is None else put(whole, rows, replaced)
 
 
 def generate_with_gradient(
@@ -134,17 +153,35 @@ class _Plan:
     steps: int
     backward: Backward
     bound: _Bound
+    stopping: Stopping
     callback: Callback | None
-    rows: list[tuple[Tensor, ...]] | None
+    rows: list[HistoryRow] | None
+
+    def counts(self) -> bool:
+        """Whether the way back goes through a step of this segment."""
+        made, last = self.stopping.made, self.backward.last
+        if last is None or not self.stopping.settings.stops:
+            return True
+        return bool(((made - last < self.begin + self.steps) & (made > self.begin)).any())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Visited:
-    """The state before a step, the gradient there, and whether a callback put these latents in place."""
+    """The state before a step, the gradient there, whether a callback put these latents in place, and whose they are:
+    positions of images in the batch, None for all."""
 
     state: LoopState
     gradient: Tensor
     replaced: bool
+    rows: Tensor | None
+
+    def last(self, stopping: Stopping, count: int | None) -> _Visited:
+        """The same of the images that make this step among their last ``count``."""
+        if count is None or not stopping.settings.stops:
+            return self
+        rows = torch.arange(len(stopping.made), device="cpu") if self.rows is None else self.rows
+        kept = (stopping.made[rows] - count <= self.state.adam.step).nonzero().flatten()
+        return _Visited(self.state.take(kept), self.gradient[kept], self.replaced, rows[kept])
 
 
 class _Segment(torch.autograd.Function):
@@ -155,7 +192,13 @@ class _Segment(torch.autograd.Function):
         visited: list[_Visited] = []
         entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
         end = run_loop(
-            plan.objective, entry, plan.steps, callback=plan.callback, rows=plan.rows, visit=_collect(visited)
+            plan.objective,
+            entry,
+            plan.steps,
+            plan.stopping,
+            callback=plan.callback,
+            rows=plan.rows,
+            visit=_collect(visited),
         )
         ctx.plan = plan
         ctx.replaced = {v.state.adam.step: v.state.latents for v in visited if v.replaced}
@@ -172,22 +215,32 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, cotangents: tuple[Tensor, ...]) -> Any:
         plan: _Plan = ctx.plan
+        if not plan.counts():
+            return (*cotangents, None, None)
         visited = ctx.visited
         if visited is None:
             latents, first, second = ctx.saved_tensors
             visited = []
             entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
             again = _replay(ctx.replaced) if ctx.replaced else None
-            run_loop(plan.objective, entry, plan.steps, callback=again, visit=_collect(visited))
+            decided = plan.stopping.decided()
+            run_loop(plan.objective, entry, plan.steps, decided, callback=again, visit=_collect(visited))
         to_images = torch.zeros_like(plan.objective.images)
         for step in reversed(visited):
-            cotangents, mixed = _back(plan, step, cotangents)
-            to_images += mixed
+            cotangents = _back(plan, step.last(plan.stopping, plan.backward.last), cotangents, to_images)
         return (*cotangents, to_images, None)
 
 
-def _back(plan: _Plan, visited: _Visited, cotangents: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cotangents of the state after a step to those of the state before it, and the step's part for the images."""
+def _back(plan: _Plan, visited: _Visited, whole: tuple[Tensor, ...], to_images: Tensor) -> tuple[Tensor, ...]:
+    """Cotangents of the state after a step to those of the state before it; the step's part is added to ``to_images``.
+
+    Images that do not make the step keep their cotangents.
+    """
+    rows, cotangents, objective = visited.rows, whole, plan.objective
+    if rows is not None:
+        if not len(rows):
+            return whole
+        cotangents, objective = tuple(c[rows] for c in whole), objective.take(rows)
     with torch.enable_grad():
         leaves = [
             t.detach().requires_grad_()
@@ -199,11 +252,14 @@ def _back(plan: _Plan, visited: _Visited, cotangents: tuple[Tensor, ...]) -> tup
         to_latents, to_gradient, to_first, to_second = torch.autograd.grad(
             outputs, leaves, cotangents, materialize_grads=True
         )
-    product, mixed = plan.objective.products(
-        visited.state.latents, to_gradient, l1_smoothing=plan.backward.l1_smoothing
-    )
+    product, mixed = objective.products(visited.state.latents, to_gradient, l1_smoothing=plan.backward.l1_smoothing)
     to_latents = torch.zeros_like(product) if visited.replaced else to_latents + product
-    return plan.bound.limit((to_latents, to_first, to_second), plan.backward.max_growth), mixed
+    before = plan.bound.limit((to_latents, to_first, to_second), plan.backward.max_growth, rows)
+    if rows is None:
+        to_images += mixed
+        return before
+    to_images[rows] += mixed
+    return tuple(put(c, rows, new) for c, new in zip(whole, before, strict=True))
 
 
 class _Bound:
@@ -221,12 +277,13 @@ class _Bound:
     def _note(self, cotangent: Tensor) -> None:
         self.length = cotangent.detach().flatten(2).norm(dim=2)
 
-    def limit(self, cotangents: tuple[Tensor, ...], growth: float | None) -> tuple[Tensor, ...]:
-        """The cotangents of (u, m, v), all three scaled alike for each latent."""
+    def limit(self, cotangents: tuple[Tensor, ...], growth: float | None, rows: Tensor | None) -> tuple[Tensor, ...]:
+        """The cotangents of (u, m, v) of the images at ``rows``, all three scaled alike for each latent."""
         if growth is None or self.length is None:
             return cotangents
         now = cotangents[0].flatten(2).norm(dim=2)
-        scale = (growth * self.length / now.clamp_min(torch.finfo(now.dtype).tiny)).clamp_max(1)[:, :, None, None, None]
+        length = self.length if rows is None else self.length[rows]
+        scale = (growth * length / now.clamp_min(torch.finfo(now.dtype).tiny)).clamp_max(1)[:, :, None, None, None]
         return tuple(c * scale for c in cotangents)
 
 
@@ -257,9 +314,9 @@ class _Generate(torch.autograd.Function):
         return to_latents, to_inputs[0].sum(dim=1) if to_inputs else None, None, None, None
 
 
-def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool], None]:
-    def visit(state: LoopState, gradient: Tensor, replaced: bool) -> None:
-        visited.append(_Visited(state, gradient, replaced))
+def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool, Tensor | None], None]:
+    def visit(*seen: Any) -> None:
+        visited.append(_Visited(*seen))
 
     return visit
 

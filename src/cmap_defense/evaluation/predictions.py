@@ -124,4 +124,4 @@ class _VoteRecorder:
         predicted = vote_logits(logits, lift=self.model.vote == "label").argmax(dim=1).cpu()
         rows = state.image_indices
         for number in [n for n, iteration in enumerate(self.iterations) if iteration == state.iteration]:
-            self.right[number, rows] = predicted == self.labels[rows]
+            self.right[number:, rows] = predicted == self.labels[rows]  # for good, where an image stops early

@@ -65,6 +65,7 @@ class Implicit(GradientMode):
         with torch.autocast(problem.start.device.type, enabled=False):
             latents = implicit_latents(objective, problem.images, plain.latents, self.solve, self._report)
             generated = problem.generate(latents)
+        assert plain.history is not None
         return problem.result(latents, generated, plain.history)
 
     def _report(self, report: ImplicitReport) -> None:

@@ -77,6 +77,12 @@ class Purifier(abc.ABC):
             The purified images and the noise they came from. A classifier is not involved.
         """
 
+    @property
+    def call_options(self) -> frozenset[str]:
+        """Arguments that its call takes besides those above: "predict", a function from images [M, C, H, W] in [0, 1]
+        of the backbone's size to labels [M]. ``PurifiedClassifier`` gives those that are named."""
+        return frozenset()
+
     def differentiate(
         self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
     ) -> PurificationResult:

@@ -27,6 +27,9 @@ __all__ = ["Chain"]
 STREAM = 0xC4A1
 """Sets the noise of later purifiers apart from that of the first."""
 
+SHARED = ("callback", "max_parallel")
+"""Arguments that every purifier of a chain is given."""
+
 Apply = Callable[..., PurificationResult]
 """How one purifier of a chain is carried out: its call, or its call with a gradient."""
 
@@ -79,6 +82,10 @@ class Chain(Settings, Purifier):
     def passes(self) -> int:
         return sum(self._versions(n) * purifier.passes for n, purifier in enumerate(self.purifiers))
 
+    @property
+    def call_options(self) -> frozenset[str]:
+        return frozenset().union(*(purifier.call_options for purifier in self.purifiers))
+
     def member(self, backbone: nn.Module) -> nn.Module:
         """The backbone, or the pair: each purifier takes its own."""
         return backbone
@@ -99,22 +106,14 @@ class Chain(Settings, Purifier):
         first = next((purifier for purifier in self.purifiers if purifier.passes), self.purifiers[0])
         return first.network_pass(backbone, device)
 
-    def __call__(
-        self,
-        backbone: nn.Module,
-        images: Tensor,
-        *,
-        seeds: Tensor,
-        latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        callback: Callable[[Any], Any] | None = None,
-        max_parallel: int | None = None,
-    ) -> PurificationResult:
-        """Purify images; differentiable. Arguments as for ``Purifier``, and:
+    def __call__(self, backbone: nn.Module, images: Tensor, **options: Any) -> PurificationResult:
+        """Purify images; differentiable.
 
         Args:
-            latents: None; the noise of every purifier is drawn from the seeds.
-            callback: handed to every purifier.
+            backbone: as for ``Purifier``.
+            images: likewise.
+            options: likewise. ``latents`` must be None, since the noise of every purifier is drawn from the seeds;
+                ``callback`` is handed to every purifier.
 
         Returns:
             The result of the last purifier. Its history is there where it purified one image for each of the inputs.
@@ -122,13 +121,6 @@ class Chain(Settings, Purifier):
         Raises:
             InputValueError: latents were given.
         """
-        options = {
-            "seeds": seeds,
-            "latents": latents,
-            "class_labels": class_labels,
-            "callback": callback,
-            "max_parallel": max_parallel,
-        }
         if torch.is_grad_enabled() and images.requires_grad:
             return self.differentiate(backbone, images, backward=Backward(), **options)
         return self._run(backbone, images, lambda purifier, *given, **named: purifier(*given, **named), **options)
@@ -165,7 +157,8 @@ class Chain(Settings, Purifier):
             labels = self._labels(purifier, backbone, class_labels, n)
             first = n == 0 and not isinstance(purifier, Chain)  # which would derive the seeds of this chain again
             given = seeds if first else _seeds_of(seeds, n, self._versions(n))
-            results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **options))
+            own = {name: value for name, value in options.items() if name in {*SHARED, *purifier.call_options}}
+            results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **own))
         last, shape = results[-1], (count, self.n_latents)
         return dataclasses.replace(
             last,
@@ -175,6 +168,7 @@ class Chain(Settings, Purifier):
             seeds=seeds,
             class_labels=class_labels,
             passes=self._made(results, count),
+            iterations=last.iterations if len(last.images) == count else None,
         )
 
     def _made(self, results: list[PurificationResult], count: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
+from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import SettingsError
@@ -63,26 +64,22 @@ class CMAP(Purifier):
     def passes(self) -> int:
         return self.settings.n_latents * (self.settings.iterations + 1)
 
+    @property
+    def call_options(self) -> frozenset[str]:
+        return frozenset() if self.settings.stop_agreement is None else frozenset({"predict"})
+
     def __call__(
-        self,
-        backbone: nn.Module,
-        images: Tensor,
-        *,
-        seeds: Tensor,
-        latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        callback: Callback | None = None,
-        max_parallel: int | None = None,
+        self, backbone: nn.Module, images: Tensor, *, callback: Callback | None = None, **options: Any
     ) -> PurificationResult:
-        """Purify images: ``prepare``, then solve; without a graph.
+        """Purify images: ``prepare``, whose arguments are the others here, then solve; without a graph.
 
         Args:
-            callback: see ``Callback``.
+            backbone: as for ``prepare``.
+            images: likewise.
+            callback: see ``Callback``; None for none.
+            options: ``seeds`` and others of ``prepare``.
         """
-        problem = self.prepare(
-            backbone, images, seeds=seeds, latents=latents, class_labels=class_labels, max_parallel=max_parallel
-        )
-        return problem.solve(callback)
+        return self.prepare(backbone, images, **options).solve(callback)
 
     def differentiate(
         self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
@@ -100,6 +97,7 @@ class CMAP(Purifier):
         latents: Tensor | None = None,
         class_labels: Tensor | None = None,
         max_parallel: int | None = None,
+        predict: Predict | None = None,
     ) -> LatentProblem:
         """What there is to minimise for these images.
 
@@ -110,6 +108,7 @@ class CMAP(Purifier):
             latents: [B, K, C, H, W], a start in place of the noise.
             class_labels: [B, K] integers for a class-conditional backbone, None for another.
             max_parallel: latents at once; None for what fits.
+            predict: images to labels, needed where the settings have ``stop_agreement``.
 
         Returns:
             The problem, in float32 or the images' precision where that is higher.
@@ -136,7 +135,7 @@ class CMAP(Purifier):
                 class_labels=class_labels,
                 max_parallel=max_parallel,
             )
-        return LatentProblem(objective, images, start, None if latents is not None else seeds)
+        return LatentProblem(objective, images, start, None if latents is not None else seeds, predict)
 
     def _generator(self, backbone: nn.Module, images: Tensor) -> tuple[Generate, Generate]:
         """The generator, and the same of latents alone, by which its memory is measured."""

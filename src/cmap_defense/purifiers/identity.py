@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -36,10 +35,8 @@ class Identity(Settings, Purifier):
         images: Tensor,
         *,
         seeds: Tensor,
-        latents: Tensor | None = None,
         class_labels: Tensor | None = None,
-        callback: Callable[[Any], Any] | None = None,
-        max_parallel: int | None = None,
+        **options: Any,
     ) -> PurificationResult:
         """The images, float32 at least; there is no noise, so that ``latents`` of the result are 0."""
         same = images.to(torch.promote_types(images.dtype, torch.float32))[:, None]
