@@ -223,3 +223,22 @@ def loop_ssim(a: list, b: list, y: int, x: int) -> float:
     luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
     covariance = 2 * (product - mean_a * mean_b) + 0.03**2
     return luminance * covariance / (square_a - mean_a**2 + square_b - mean_b**2 + 0.03**2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=LATENT_SHAPES, seed=SEEDS, tolerance=st.floats(0.01, 2.5), smoothing=st.sampled_from([0.0, 0.1]))
+def test_differences_within_the_tolerance_cost_nothing_in_l1(
+    shape: tuple[int, ...], seed: int, tolerance: float, smoothing: float
+):
+    generated, images, _ = case((shape[0], 1, *shape[2:]), seed)
+    generated, reference = generated.flatten(0, 1), SSIMReference.of(images)
+    l1, ssim = perceptual_terms(generated.requires_grad_(), reference, smoothing, tolerance)
+    far = (generated - (2 * images - 1)).abs() > tolerance
+    (slope,) = torch.autograd.grad(l1.sum(), generated)
+    assert torch.equal(slope != 0, far)
+    plain, same = perceptual_terms(generated, reference, smoothing)
+    assert torch.equal(ssim, same)
+    assert ((plain - tolerance * math.prod(shape[2:]) <= l1 + 1e-9) & (l1 <= plain)).all()
+    if not smoothing:
+        expected = ((generated - (2 * images - 1)).abs() - tolerance)[far].sum()
+        torch.testing.assert_close(l1.sum(), expected, rtol=1e-9, atol=1e-9)

@@ -25,6 +25,7 @@ VALID = st.builds(
     eps=POSITIVE,
     ssim_weight=AT_LEAST_0,
     latent_weight=AT_LEAST_0,
+    tolerance=AT_LEAST_0,
 )
 
 WRONG = [
@@ -62,6 +63,7 @@ WRONG = [
     ("latent_weight", True),
     ("latent_weight", 1j),
     pytest.param("latent_weight", 10**400, id="latent_weight-beyond-float"),
+    ("tolerance", -0.1),
     ("betas", 0.9),
     ("betas", (0.9,)),
     ("betas", (0.9, 0.99, 0.999)),
@@ -167,6 +169,7 @@ def test_cifar10_preset_is_the_released_one_and_the_default():
         "stop_decrease": None,
         "stop_window": 10,
         "stop_agreement": None,
+        "tolerance": 0.0,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("cifar10").to_dict() == expected
@@ -187,6 +190,7 @@ def test_imagenet100_preset_is_the_released_one():
         "stop_decrease": None,
         "stop_window": 10,
         "stop_agreement": None,
+        "tolerance": 0.0,
         "l1_smoothing": 0.0,
     }
     assert CMAPSettings.preset("imagenet100").to_dict() == expected

@@ -36,7 +36,9 @@ class ObjectiveTerms:
     total: Tensor
 
 
-def perceptual_terms(generated: Tensor, reference: SSIMReference, l1_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def perceptual_terms(
+    generated: Tensor, reference: SSIMReference, l1_smoothing: float = 0.0, tolerance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The two distances of eq. 10 between generated images and their inputs.
 
     Args:
@@ -44,11 +46,13 @@ def perceptual_terms(generated: Tensor, reference: SSIMReference, l1_smoothing: 
         reference: of the M inputs in [0, 1], one per generated image.
         l1_smoothing: d in sqrt(r^2 + d^2) - d, which takes the place of |r| for each residual r; 0 is the method's L1,
             whose second derivative is zero where it exists.
+        tolerance: t of max(|r| - t, 0), which takes the place of |r|; 0 is the method's L1.
 
     Returns:
         l1 and ssim, [M] each: ||G - x'||_1 and S(G, x).
     """
     residual = generated - (2 * reference.images.to(generated.dtype) - 1)
+    residual = (residual.abs() - tolerance).clamp_min(0) if tolerance else residual
     size = (residual.square() + l1_smoothing**2).sqrt() - l1_smoothing if l1_smoothing else residual.abs()
     return size.flatten(1).sum(dim=1), reference.ssim_sum((generated + 1) / 2)
 

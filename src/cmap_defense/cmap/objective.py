@@ -107,7 +107,9 @@ class LatentObjective:
                 leaf = part.detach().requires_grad_()
                 inputs = self.images if self.settings.level is None else self.images[chunk.owners]
                 generated = self._generated(leaf, inputs, *labels)
-                l1, ssim = perceptual_terms(generated, chunk.reference, self.settings.l1_smoothing)
+                l1, ssim = perceptual_terms(
+                    generated, chunk.reference, self.settings.l1_smoothing, self.settings.tolerance
+                )
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
             if gradient is None:
@@ -149,7 +151,7 @@ class LatentObjective:
                 leaf = part.detach().requires_grad_()
                 images = self.images[chunk.owners].requires_grad_(mixed)
                 generated = self._generated(leaf, images, *labels)
-                l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing)
+                l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing, self.settings.tolerance)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
                 if gradient is None:
@@ -208,7 +210,8 @@ def objective_terms(
     """
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
-    l1, ssim = perceptual_terms(generated.flatten(0, 1), SSIMReference.of(images).take(owners), smoothing)
+    reference = SSIMReference.of(images).take(owners)
+    l1, ssim = perceptual_terms(generated.flatten(0, 1), reference, smoothing, settings.tolerance)
     shape = latents.shape[:2]
     return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
 

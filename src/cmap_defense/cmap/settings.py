@@ -42,6 +42,9 @@ class CMAPSettings(Settings):
         stop_agreement: an image stops early where all its K images get one label, and the same at the check before; a
             check is made every ``stop_agreement`` iterations and costs K passes of the classifier. None, the paper's:
             no such stop.
+        tolerance: t of a dead zone around the input in L1, in units of images in [-1, 1]: max(|r| - t, 0) in place of
+            |r|, so that differences up to t cost nothing there. An eps of images in [0, 1] is t = 2 eps. 0 is the
+            paper's.
         l1_smoothing: half-width d of the smooth corner of L1, in units of images in [-1, 1]: sqrt(r^2 + d^2) - d. 0,
             the method's own, has a sharp corner.
 
@@ -66,6 +69,9 @@ class CMAPSettings(Settings):
     stop_window: int = setting(10, "Number of iterations over which the decrease is taken.", minimum=1)
     stop_agreement: int | None = setting(
         None, "Stop an image whose K labels agree, and agree again this many iterations later.", minimum=1
+    )
+    tolerance: float = setting(
+        0.0, "Difference from the input that costs nothing in L1, for images in [-1, 1].", minimum=0
     )
     l1_smoothing: float = setting(
         0.0, "Half-width of the smooth corner of L1, for images in [-1, 1]; 0 is the method's own.", minimum=0
