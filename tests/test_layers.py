@@ -28,10 +28,10 @@ LAYERS = {
     "cmap": 1,
     "backbones": 1,
     "data": 1,
-    "plots": 1,
     "common": 0,
     "embedded": 0,
     "errors": 0,
+    "plots": 0,
     "results": 0,
     "threat": 0,
 }

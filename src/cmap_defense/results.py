@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
+
+from cmap_defense.plots.purification import as_html, as_picture, history_plot, version_grid
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -28,6 +33,15 @@ class History:
     total: Tensor
     latent_mean: Tensor
     latent_std: Tensor
+
+    def plot(self) -> Image.Image:
+        """The objective, its terms and the moments of the latents over the iterations, means over the images.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed (extra report).
+        """
+        curves = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Image.open(io.BytesIO(history_plot(curves)))
 
     def __repr__(self) -> str:
         return _shapes(self)
@@ -66,6 +80,38 @@ class PurificationResult:
     margin: Tensor | None = None
     passes: Tensor | None = None
     iterations: Tensor | None = None
+
+    def grid(self, inputs: Tensor | None = None, *, scale: int | None = None) -> Image.Image:
+        """The purified images as a picture: a row for each image, its K versions side by side.
+
+        Args:
+            inputs: images [B, C, H, W] in [0, 1] for a first column, such as what was purified.
+            scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
+        """
+        return version_grid(self.images, inputs, scale=scale)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write each purified image as ``<image>-<version>.png``, such as ``0003-0.png``.
+
+        Args:
+            folder: is made where it is not there.
+
+        Returns:
+            The files.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for number, versions in enumerate(self.images.detach().cpu().float()):
+            for version, image in enumerate(versions):
+                written.append(folder / f"{number:04d}-{version}.png")
+                as_picture(image).save(written[-1])
+        return written
+
+    def _repr_html_(self) -> str:
+        """The picture, for notebooks; of many images the first eight."""
+        labels = "" if self.labels is None else f"labels {self.labels[:8].tolist()}"
+        return as_html(version_grid(self.images[:8]), labels) if self.images.numel() else repr(self)
 
     def __repr__(self) -> str:
         return _shapes(self)

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cmap_defense.data.files import to_pil, write_image
+from cmap_defense.data.files import write_image
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.plots.figure import COLOURS, INK, MUTED, draw, plain_axes
+from cmap_defense.plots.purification import as_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +50,7 @@ def image_sheet(
         draw.text((left, top - 20), heading, INK, small)
         for row, image in enumerate(F.interpolate(images.float(), scale_factor=scale, mode="nearest")):
             place = top + row * cell_height
-            sheet.paste(to_pil(image), (left, place))
+            sheet.paste(as_picture(image), (left, place))
             draw.text((left, place + height + 3), captions[row][column], MUTED, small)
     return sheet
 

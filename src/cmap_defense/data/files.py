@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cmap_defense.errors import DataError
+from cmap_defense.plots.purification import as_picture
 
 
 def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
@@ -41,18 +42,12 @@ def _pixels(image: Image.Image, mode: str) -> np.ndarray:
     return np.asarray(image.convert(mode), dtype=np.float32) / 255
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """An image [C, H, W] in [0, 1] with 1 or 3 channels, rounded to 8 bits."""
-    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
 def write_image(image: Tensor | Image.Image, path: Path) -> Path:
     """Write a PNG beside its place, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        (to_pil(image) if isinstance(image, Tensor) else image).save(partial, format="PNG")
+        (as_picture(image) if isinstance(image, Tensor) else image).save(partial, format="PNG")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

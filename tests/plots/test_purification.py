@@ -1,0 +1,87 @@
+"""Pictures of a purification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmap_defense import CMAPSettings, PurifiedClassifier
+from cmap_defense.classifier import Trajectory
+from cmap_defense.data.files import read_image
+from cmap_defense.embedded import load_classifier, load_test_images
+from cmap_defense.errors import SettingsError
+from cmap_defense.results import PurificationResult
+
+QUICK = CMAPSettings(n_latents=2, iterations=3)
+
+
+@pytest.fixture(scope="module")
+def purified() -> tuple[torch.Tensor, PurificationResult, Trajectory]:
+    images = load_test_images()[0][:3]
+    model = PurifiedClassifier(load_classifier(), "fashion-mnist-ct", settings=QUICK)
+    trajectory = Trajectory(every=2)
+    with torch.no_grad(), model.register_latent_hook(trajectory):
+        result = model.purify(images, seeds=[1, 2, 3])
+    return images, result, trajectory
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_grid_has_a_row_for_each_image_and_the_input_first(channels: int) -> None:
+    images = torch.rand(2, 3, channels, 4, 6)
+    inputs = torch.zeros(2, channels, 4, 6)
+    result = PurificationResult(images, images)
+    assert result.grid(scale=2).size == (3 * 14 + 2, 2 * 10 + 2)
+    picture = np.asarray(result.grid(inputs, scale=1))
+    assert picture.shape == (2 * 6 + 2, 4 * 8 + 2, 3)
+    assert (picture[2:6, 2:8] == 0).all()
+    expected = (images[1, 0].permute(1, 2, 0).expand(-1, -1, 3) * 255).round().numpy()
+    np.testing.assert_allclose(picture[8:12, 10:16], expected, atol=1)
+
+
+def test_images_are_saved_and_shown(purified: tuple, tmp_path: Path) -> None:
+    _, result, _ = purified
+    files = result.save(tmp_path / "purified")
+    assert [file.name for file in files] == [f"{n:04d}-{k}.png" for n in range(3) for k in range(2)]
+    assert (read_image(files[3], 1) - result.images[1, 1]).abs().max() <= 0.51 / 255
+    html = result._repr_html_()
+    assert html.startswith('<img src="data:image/png;base64,')
+    assert str(result.labels.tolist()) in html
+
+
+def test_the_history_is_drawn(purified: tuple) -> None:
+    pytest.importorskip("matplotlib")
+    picture = purified[1].history.plot()
+    assert picture.format == "PNG"
+    assert picture.size == (900, 320)
+
+
+def test_a_trajectory_is_animated(purified: tuple, tmp_path: Path) -> None:
+    images, _, trajectory = purified
+    assert len(trajectory.frames) == 2
+    assert torch.equal(trajectory.inputs, images)
+    with Image.open(trajectory.animate(tmp_path / "a" / "course.gif")) as picture:
+        assert picture.n_frames == 2
+        assert picture.format == "GIF"
+    with pytest.raises(SettingsError, match="nothing to animate"):
+        Trajectory().animate(tmp_path / "none.gif")
+    with pytest.raises(SettingsError, match="every"):
+        Trajectory(every=0)
+
+
+def test_an_image_that_has_stopped_stays_in_the_trajectory() -> None:
+    class State:
+        images = torch.rand(2, 1, 4, 6)
+
+        def __init__(self, iteration: int, rows: list[int], value: float) -> None:
+            self.iteration, self.image_indices = iteration, torch.tensor(rows)
+            self.generated = torch.full((len(rows), 2, 1, 4, 6), value)
+
+    trajectory = Trajectory()
+    trajectory(State(0, [0, 1], -1.0))  # pyright: ignore[reportArgumentType]
+    trajectory(State(1, [1], 1.0))  # pyright: ignore[reportArgumentType]
+    assert trajectory.frames[1][0].max() == 0
+    assert trajectory.frames[1][1].min() == 1
