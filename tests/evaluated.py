@@ -1,8 +1,7 @@
-"""Evaluations that take a moment, the lines of some that never were, and evaluations in processes of their own.
+"""Evaluations that take a moment, the lines of some that never were, and evaluations in two processes.
 
-``python evaluated.py killed FOLDER SEED`` evaluates in FOLDER in one process after the other, each but the last killed
-by SIGKILL. ``torchrun --nproc-per-node=2 evaluated.py together FOLDER`` evaluates in folders in FOLDER as two ranks,
-and writes what happened to each of them to ``FOLDER/rank-<r>.json``.
+``torchrun --nproc-per-node=2 evaluated.py FOLDER`` evaluates in folders in FOLDER as two ranks, and writes what happened
+to each of them to ``FOLDER/rank-<r>.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import gc
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -105,9 +103,6 @@ class Shaky(SeededModel):
         return logits
 
 
-# --------------------------------------------------------------------------------------------- lines that were made up
-
-
 def lines_of(
     predictions: Tensor, again: Tensor, truth: Tensor, *, attack: str = "pgd", model: str = "defended", **more: Any
 ) -> list[dict[str, Any]]:
@@ -145,80 +140,6 @@ def runs_of(right: Tensor, again: Tensor, truth: Tensor | None = None, **more: A
     wrong = (truth + 2) % 3
     labels = [torch.where(part, truth[:, None], wrong[:, None]) for part in (right, again)]
     return Runs.of(lines_of(*labels, truth, **more))
-
-
-# ------------------------------------------------------------------------------------------------ killed and continued
-
-PLACES = [
-    ("settings.json", "half"),
-    ("settings.json", "whole"),
-    (".safetensors", "half"),
-    (".safetensors", "whole"),
-    (".jsonl", "half"),
-    (".jsonl", "whole"),
-]
-"""Where the first processes are killed: while a file has a passing name and half of its content, or right after it got
-its name."""
-
-AT_THE_END = [("results.jsonl", "half"), ("results.jsonl", "whole")]
-
-
-def die_at(name: str, state: str, after: int = 1) -> None:
-    """Let this process be killed when a file whose name ends so gets its name, the n-th one."""
-    replace, seen = Path.replace, [0]
-
-    def replacing(self: Path, target: Path) -> Path:
-        seen[0] += target.name.endswith(name)
-        if seen[0] < after:
-            return replace(self, target)
-        if state == "half":
-            os.truncate(self, self.stat().st_size // 2)
-        else:
-            replace(self, target)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-    Path.replace = replacing
-
-
-def in_a_process(folder: Path, prepare: Callable[[], None], seconds: float | None = None) -> bool:
-    """Evaluate in a process, killed after some time; whether it ended by itself."""
-    child = os.fork()
-    if not child:
-        prepare()
-        evaluation(folder, protocol=BRIEF).run()
-        os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        assert os.WEXITSTATUS(status) == 0, "a process failed"
-        return True
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    return False
-
-
-def killed(folder: Path, seed: int) -> None:
-    """Evaluate and be killed in every place, then at random moments, and in the end be left alone."""
-    moments = random.Random(seed)
-    for name, state in PLACES:
-        assert not in_a_process(folder, lambda name=name, state=state: die_at(name, state)), (name, state)
-    kills = len(PLACES)
-    for _ in range(3):
-        kills += not in_a_process(folder, lambda: None, moments.uniform(0.02, 0.3))
-    while not (folder / "results.jsonl").exists():
-        state, after = moments.choice(["half", "whole"]), moments.randint(2, 9)
-        kills += not in_a_process(folder, lambda state=state, after=after: die_at("", state, after))
-    (folder / "results.jsonl").unlink()
-    for name, state in AT_THE_END:
-        assert not in_a_process(folder, lambda name=name, state=state: die_at(name, state)), (name, state)
-        kills += 1
-    assert in_a_process(folder, lambda: None)
-    print(json.dumps({"kills": kills}))
-
-
-# ------------------------------------------------------------------------------------------------------------ two ranks
 
 
 def what_happened(do: Callable[[], Any]) -> dict[str, Any]:
@@ -278,14 +199,7 @@ def together(folder: Path) -> None:
         time.sleep(1.5 * rank)  # they need not arrive at once
 
 
-def main(what: str, folder: Path, *rest: str) -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.alarm(PATIENCE)
-    if what == "killed":
-        killed(folder, int(rest[0]))
-    else:
-        together(folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    together(Path(sys.argv[1]))

@@ -66,9 +66,6 @@ def jcm_names() -> list[str]:
     return ["tiny_c", *(name for name in ("tiny_a",) if (BESIDE / name).is_dir())]
 
 
-# ---------------------------------------------------------------------------------------------------- files as flax's
-
-
 def flax_array(array: Any) -> msgpack.ExtType:
     """An array as flax writes it: extension 1 around (shape, dtype name, bytes in C order)."""
     array = np.asarray(array)

@@ -365,9 +365,6 @@ def _file(stored: Stored, request: Request) -> Response:
     return Response(206, headers | part, stored.content[start:], stored.chunked, stored.endless)
 
 
-# ------------------------------------------------------------------------------------------------------------ sending
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = HANGS

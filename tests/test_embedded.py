@@ -5,13 +5,11 @@ import torch
 
 from cmap_defense import CMAPSettings, PurifiedClassifier, load_backbone
 from cmap_defense.attacks import PGD, ThreatModel
-from cmap_defense.backbones import ConsistencyBackbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.registry import registry_entry
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.embedded import ASSETS, CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.purifiers import CMAP
-from cmap_defense.training.objectives import ECT, Batch
 
 
 def test_images_and_classifier() -> None:
@@ -33,12 +31,6 @@ def test_the_attack_of_the_demo_takes_the_bare_classifier_below_20_percent() -> 
     assert result.success.float().mean() > 0.8
 
 
-def test_all_weights_together_stay_under_25_mb() -> None:
-    weights = list(ASSETS.parent.rglob("*.safetensors"))
-    assert len(weights) == 5
-    assert sum(path.stat().st_size for path in weights) < 25e6
-
-
 def test_all_assets_together_stay_under_15_mb() -> None:
     files = [path for path in ASSETS.parent.rglob("*") if path.is_file()]
     assert len(files) >= 5
@@ -57,24 +49,6 @@ def test_the_backbone_generates_clothes_rather_than_noise() -> None:
     assert abs(samples.std() - images.std()) < 0.1
     assert confidence > 0.7
     assert samples[:, :, 0, 0].mean() < 0.1, "the corner of a Fashion-MNIST image is black"
-
-
-def test_rounding_is_a_small_part_of_a_trained_models_loss_under_autocast() -> None:
-    """Consistency tuning at its smallest gap compares answers that differ by little: with all of the network in
-    bfloat16 their rounding adds more than half of the loss to it."""
-    images, backbone = load_test_images()[0][:64] * 2 - 1, load_backbone("fashion-mnist-ct")
-    rounded = load_backbone("fashion-mnist-ct", dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(images.shape, generator=generator)
-    batch = Batch(images, z, torch.rand(64, generator=generator, dtype=torch.float64), progress=0.9)
-
-    def loss(model: ConsistencyBackbone, *, autocast: bool = False) -> float:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return ECT().losses(model.denoise, batch, model.noise, model.denoise).mean().item()
-
-    exact = loss(backbone)
-    assert loss(backbone, autocast=True) == pytest.approx(exact, rel=0.15)
-    assert loss(rounded) > 1.5 * exact
 
 
 def test_the_cifar10_backbone_generates_the_colours_of_cifar10_and_smooth_images() -> None:

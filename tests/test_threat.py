@@ -84,16 +84,6 @@ def test_images_of_a_batch_are_projected_as_if_each_were_alone(model: ThreatMode
     torch.testing.assert_close(model.project(images, clean), torch.cat(alone), rtol=0, atol=TINY)
 
 
-@settings(deadline=None, max_examples=30)
-@given(model=MODELS, shape=SHAPES, seed=SEEDS, spread=SPREADS)
-def test_inputs_are_not_changed(model: ThreatModel, shape, seed: int, spread: float):
-    images, clean = pair(shape, seed, spread)
-    before = images.clone(), clean.clone()
-    model.project(images, clean)
-    assert torch.equal(images, before[0])
-    assert torch.equal(clean, before[1])
-
-
 def test_linf_clamps_every_element():
     clean = torch.full((2, 1, 1, 3), 0.5)
     images = torch.tensor([[0.45, 0.5, 0.9], [0.1, 0.52, 0.61]]).view(2, 1, 1, 3)
@@ -101,27 +91,10 @@ def test_linf_clamps_every_element():
     torch.testing.assert_close(ThreatModel(norm="linf", eps=0.1).project(images, clean), expected)
 
 
-def test_l2_shrinks_along_the_difference():
-    clean = torch.full((2, 1, 1, 2), 0.5)
-    delta = torch.tensor([[0.3, 0.4], [0.03, -0.04]]).view(2, 1, 1, 2)
-    expected = clean + torch.tensor([[0.06, 0.08], [0.03, -0.04]]).view(2, 1, 1, 2)
-    torch.testing.assert_close(ThreatModel(norm="l2", eps=0.1).project(clean + delta, clean), expected)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_radius_zero_leaves_the_clean_image_alone(norm: str):
     images, clean = pair((2, 3, 4, 5), 1, 1.0)
     assert torch.equal(ThreatModel(norm=norm, eps=0).project(images, clean), clean)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_clean_image_itself_projects_to_itself_with_a_finite_gradient(norm: str):
-    clean = uniform(2, 3, 4, 5, seed=2)
-    images = clean.clone().requires_grad_()
-    projected = ThreatModel(norm=norm, eps=0.1).project(images, clean)
-    (gradient,) = torch.autograd.grad(projected.sum(), images)
-    assert torch.equal(projected.detach(), clean)
-    assert torch.isfinite(gradient).all()
 
 
 @settings(deadline=None, max_examples=30)
@@ -157,10 +130,6 @@ def test_json_round_trip_is_exact(model: ThreatModel):
 def test_nonsense_is_refused_by_name(name: str, value: object):
     with pytest.raises(SettingsError, match=name):
         ThreatModel(**{name: value})
-
-
-def test_default_is_linf_8_255():
-    assert (ThreatModel().norm, ThreatModel().eps) == ("linf", 8 / 255)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from attack_toys import (
     labelled,
     linear,
     reevaluation_seeds,
-    search_seeds,
     suite,
     wrapped,
 )
@@ -47,9 +46,6 @@ def predictions(images: Tensor, seeds: Tensor) -> Tensor:
     """The wrapper's predictions under given noise."""
     with torch.no_grad():
         return wrapped()(images, seeds=seeds).argmax(dim=1)
-
-
-# ---------------------------------------------------------------------------------------------- what every attack gives
 
 
 @EVERY
@@ -127,11 +123,6 @@ def test_an_empty_batch_gives_an_empty_result(name: str, seed: int | None, known
     assert result.mean_success.shape == result.distance.shape == result.chosen.shape == (0,)
 
 
-def test_an_empty_batch_is_fine_for_a_model_that_takes_no_seeds_with_known_noise():
-    images, labels = labelled()
-    assert PGD(ThreatModel(), noise="known")(linear, images[:0], labels[:0]).images.shape == (0, *SHAPE)
-
-
 @NORMS
 def test_restarts_with_known_noise_start_elsewhere(norm: str):
     result = PGD(THREATS[norm], steps=1, noise="known", restarts=2)(wrapped(), *labelled())
@@ -149,30 +140,6 @@ def test_images_of_half_precision_are_attacked_and_given_back_in_single(name: st
     assert torch.equal(result.candidates, expected.candidates)
     assert torch.equal(THREATS["linf"].project(result.images, half.float()), result.images)
     assert (result.distance <= 0.1 * (1 + 1e-6)).all()
-
-
-@NORMS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_small_ball_around_images_of_half_precision_is_kept(norm: str, dtype: torch.dtype):
-    """An eps below the spacing of bfloat16 numbers near 1, which is 1/128."""
-    images, labels = labelled(6)
-    half, threat = (0.5 + images / 2).to(dtype), ThreatModel(norm=norm, eps=1e-3 if norm == "linf" else 1e-2)
-    result = PGD(threat, steps=3, seed=1)(linear, half, labels)
-    assert result.images.dtype == torch.float32
-    assert (threat.distance(result.images, half.float()) <= threat.eps * (1 + 1e-4)).all()
-    assert (result.distance > 0.5 * threat.eps).all()
-    assert (result.images.to(dtype) != result.images).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_labels_and_targets_of_any_integers(dtype: torch.dtype):
-    (images, labels), attack = labelled(), PGD(THREATS["linf"], steps=1)
-    for targets in (None, (labels + 1) % CLASSES):
-        expected = attack(linear, images, labels, targets=targets)
-        result = attack(linear, images, labels.to(dtype), targets=None if targets is None else targets.to(dtype))
-        assert torch.equal(result.images, expected.images)
-        assert result.labels.dtype == torch.int64
-        assert torch.equal(result.success, expected.success)
 
 
 @EVERY
@@ -200,9 +167,6 @@ def test_an_attack_that_leaves_its_ball_is_projected_before_it_is_reevaluated():
     assert not result.success.any()
 
 
-# ------------------------------------------------------------------------------------------------------------ the count
-
-
 @pytest.mark.parametrize(
     ("attack", "own", "others"),
     [
@@ -223,13 +187,6 @@ def test_queries_are_the_evaluations_of_the_model(attack: Any, own: int, others:
     assert result.queries == len(model.seen) + len(source.seen)
 
 
-def test_a_bar_counts_the_queries(capsys: pytest.CaptureFixture[str]):
-    result = PGD(ThreatModel(), steps=3)(linear, *labelled(), progress=True)
-    assert f"PGD: {result.queries}evaluation" in capsys.readouterr().err
-    PGD(ThreatModel(), steps=3)(linear, *labelled())
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(("known", "distinct"), [("fresh", 3 * 2 + 3), ("known", 1)])
 def test_every_evaluation_has_noise_of_its_own_unless_it_is_known(known: str, distinct: int):
     model = Noisy()
@@ -238,15 +195,6 @@ def test_every_evaluation_has_noise_of_its_own_unless_it_is_known(known: str, di
     for image in INDICES:
         assert len({seeds[image].item() for seeds in model.seen if seeds is not None}) == distinct
     assert len({seed for seeds in model.seen if seeds is not None for seed in seeds.tolist()}) == 3 * distinct
-
-
-def test_seeds_of_a_search_are_those_documented():
-    model, where = Noisy(), range(3, 6)
-    PGD(ThreatModel(), steps=1, eot=2, seed=8, restarts=2)(model, *labelled(), indices=[3, 4, 5])
-    expected = [search_seeds(where, 8, 1), search_seeds(where, 8, 2)]
-    expected += [search_seeds(where, 8, evaluation, restart=1) for evaluation in (3, 4)]
-    expected += [reevaluation_seeds(where, 8, evaluation) for evaluation in (1, 2, 3)]
-    assert [seeds.tolist() for seeds in model.seen if seeds is not None] == [seeds.tolist() for seeds in expected]
 
 
 def draws_globally(images: Tensor) -> Tensor:
@@ -266,9 +214,6 @@ def test_known_noise_is_the_same_in_search_and_reevaluation_and_fresh_noise_is_n
     assert torch.equal(known.predictions, known.predictions[:1].expand(3, -1))
     assert not torch.equal(fresh.history["reached"][-1].bool(), fresh.success)
     assert not torch.equal(fresh.predictions, fresh.predictions[:1].expand(3, -1))
-
-
-# ----------------------------------------------------------------------------------------------------------- the choice
 
 
 @settings(max_examples=25)
@@ -321,17 +266,6 @@ def test_success_is_that_of_a_reevaluation_and_not_of_the_prediction_it_was_chos
     assert (~result.any_candidate_success & result.success).any()
 
 
-def test_a_single_attempt_is_predicted_once():
-    images, labels = labelled()
-    model = Noisy()
-    result = Fixed(ThreatModel(), images[:, None])(model, images, labels, reevaluations=2)
-    assert len(model.seen) == result.queries == 2
-    assert torch.equal(result.candidate_predictions[:, 0], result.predictions[0])
-
-
-# --------------------------------------------------------------------------------------------- figures of the result
-
-
 def result_of(predicted: Tensor, goal: Goal, attempts: Tensor) -> AttackResult:
     nothing = torch.zeros(len(goal.labels))
     success = goal.reached(predicted[0])
@@ -379,9 +313,6 @@ def test_a_result_prints_counts_and_shares_in_one_line():
     assert repr(result).startswith("AttackResult(3 images, 4 attempts each, 2 re-evaluations: success ")
     assert f"mean_success {result.mean_success.mean():.3f}, vote_success" in repr(result)
     assert "tensor" not in repr(result)
-
-
-# ---------------------------------------------------------------------------------------------------- refused arguments
 
 
 def nan(images: Tensor) -> Tensor:

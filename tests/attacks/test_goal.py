@@ -102,30 +102,6 @@ def test_margin_does_not_go_flat_where_the_cross_entropy_does():
     torch.testing.assert_close(sure, steep)
 
 
-def test_a_lost_sample_counts_for_less_in_the_vote_than_one_about_to_turn():
-    logits = torch.tensor([[[-20.0, 0.0]], [[1.0, 0.0]]], dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(VoteMargin()(logits, Goal(torch.tensor([0]))).sum(), logits)
-    lost, turning = gradient.abs().flatten(1).sum(dim=1).tolist()
-    assert lost < 1e-6 < 0.1 < turning
-    (mean,) = torch.autograd.grad(Margin()(logits, Goal(torch.tensor([0]))).sum(), logits)
-    assert mean.abs().flatten(1).sum(dim=1).tolist() == [1, 1]
-
-
-def test_masked_classes_are_no_danger():
-    logits = torch.tensor([[[2.0, 1.0, -math.inf]], [[0.0, 1.0, -math.inf]]], dtype=torch.float64)
-    goal = Goal(torch.tensor([0]))
-    expected = math.log(1 / (1 + math.e) + math.e / (1 + math.e)) - math.log(math.e / (1 + math.e) + 1 / (1 + math.e))
-    assert Margin()(logits, goal).item() == pytest.approx(0.0)
-    assert VoteMargin()(logits, goal).item() == pytest.approx(expected)
-
-
-def test_goal_reaches_any_leading_axes():
-    goal, aimed = Goal(torch.tensor([0, 1])), Goal(torch.tensor([0, 1]), torch.tensor([2, 0]))
-    predictions = torch.tensor([[[0, 1], [1, 0]], [[2, 0], [0, 2]]])
-    assert goal.reached(predictions).tolist() == [[[False, False], [True, True]], [[True, True], [False, True]]]
-    assert aimed.reached(predictions).tolist() == [[[False, False], [False, True]], [[True, True], [False, False]]]
-
-
 @settings(max_examples=20)
 @given(seed=SEEDS, times=st.integers(1, 4), aimed=st.booleans())
 def test_repeated_goals_belong_to_flattened_attempts(seed: int, times: int, aimed: bool):

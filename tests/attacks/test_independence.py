@@ -45,17 +45,6 @@ def test_alone_in_a_batch_or_in_another_order(name: str, norm: str, options: dic
         agree(attacked(name, rows, norm, **options), whole, rows)
 
 
-@INDEPENDENT
-def test_without_indices_images_are_numbered(name: str):
-    images, labels = labelled(2, dtype=DOUBLE)
-    attack = suite(THREATS["linf"])[name]
-    numbered, other = (attack(precise(), images, labels, indices=given) for given in ([0, 1], [1, 0]))
-    plain = attack(precise(), images, labels)
-    assert torch.equal(plain.images, numbered.images)
-    assert torch.equal(plain.predictions, numbered.predictions)
-    assert (plain.candidates - other.candidates).abs().max() > 1e-6 or not torch.equal(plain.images, other.images)
-
-
 @pytest.mark.parametrize(
     "name", ["PGD", "LatentAttack", "ConsistencyDisruption", "Overpowered", "FrozenResidual", "TargetSteer"]
 )
@@ -85,14 +74,6 @@ def test_source_and_model_are_seeded_alike_in_any_batch():
     attack = Transfer(PGD(THREATS["l2"], steps=2), source=precise(vote="soft"))
     whole = attack(precise(), images, labels)
     agree(attack(precise(), images[1:2], labels[1:2], indices=[1]), whole, [1])
-
-
-@pytest.mark.parametrize("name", ["PGD", "LatentAttack", "ConsistencyDisruption"])
-def test_copies_of_an_image_have_one_outcome_only_with_one_index(name: str):
-    images, labels = (part.repeat_interleave(2, dim=0) for part in labelled(1, dtype=DOUBLE))
-    same, other = (suite(THREATS["linf"])[name](precise(), images, labels, indices=given) for given in ([7, 7], [7, 8]))
-    torch.testing.assert_close(same.images[0], same.images[1], **TOLERANCE)
-    assert (other.images[0] - other.images[1]).abs().max() > 1e-3
 
 
 def test_starts_depend_on_the_index_and_the_seed():

@@ -20,7 +20,6 @@ from cmap_defense.attacks.oracle import Oracle
 from toys import noise, uniform
 
 SEEDS = st.integers(0, 2**31)
-# ----------------------------------------------------------------------------------------------------- outside the ball
 
 
 def scene(seed: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -69,9 +68,6 @@ def test_excess_pulls_towards_the_ball_and_has_a_gradient_of_zero_in_its_middle(
     assert torch.equal(still, torch.zeros_like(still))
 
 
-# ---------------------------------------------------------------------------------------------------------- the descent
-
-
 @pytest.mark.parametrize("cuts", [[4], [1, 1, 2], [3, 1]])
 def test_descent_in_parts_is_adam_on_each_image(cuts: list[int]):
     begin = noise(4, 2, *SHAPE, seed=1, dtype=DOUBLE)
@@ -99,9 +95,6 @@ def test_descent_in_parts_is_adam_on_each_image(cuts: list[int]):
             ((1 + step) * (own - target[image]).pow(4).sum()).backward()
             optimiser.step()
         torch.testing.assert_close(found[image], own.detach())
-
-
-# ---------------------------------------------------------------------------------------------------- the latent attack
 
 
 @NORMS

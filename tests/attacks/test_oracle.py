@@ -31,9 +31,6 @@ def taken(model: Noisy) -> list[list[int]]:
     return [seeds.tolist() for seeds in model.seen if seeds is not None]
 
 
-# ------------------------------------------------------------------------------------------------------------ the noise
-
-
 def test_evaluations_are_numbered_and_each_number_has_its_noise():
     model = Noisy()
     oracle, images, _ = scene(model)
@@ -59,33 +56,6 @@ def test_restarts_and_the_reevaluation_have_noise_of_their_own_unless_it_is_know
     assert len({seed for seeds in taken(model) for seed in seeds}) == (3 if known else 15)
 
 
-def test_which_oracles_share_a_count():
-    ticks: list[int] = []
-    oracle, images, _ = scene(tick=lambda: ticks.append(1))
-    rows = torch.arange(3)
-    separate = oracle.rows(rows, separate_count=True)
-    for one in (oracle, oracle.of(linear), oracle.restarted(1), oracle.rows(rows), oracle.reevaluator(), separate):
-        one(images)
-    reevaluator = oracle.reevaluator()
-    reevaluator(images)
-    reevaluator(images)
-    assert (oracle.count, separate.count, reevaluator.count, len(ticks)) == (4, 1, 2, 8)
-
-
-@pytest.mark.parametrize("make", [lambda: Noisy(seed=3), lambda: wrapped(seed=3), lambda: linear])
-def test_models_that_take_no_seeds_get_none(make: Any):
-    """Those with a seed of their own, and functions of images alone; "again" makes no difference to them."""
-    model = make()
-    oracle, images, _ = scene(model)
-    with torch.no_grad():
-        first, again = oracle(images.float()), oracle(images.float(), again=True)
-        assert torch.equal(first, model(images.float()))
-    assert torch.equal(first, again)
-    assert oracle.next_noise() is oracle.own_seeds() is None
-    assert oracle.count == 3
-    assert not isinstance(model, Noisy) or model.seen == [None] * 3
-
-
 @pytest.mark.parametrize("known", [False, True])
 def test_again_is_the_noise_of_the_evaluation_before_and_one_more_evaluation(known: bool):
     model = Noisy()
@@ -96,15 +66,6 @@ def test_again_is_the_noise_of_the_evaluation_before_and_one_more_evaluation(kno
     third = SEEDS if known else derived_seeds(SEEDS, 3)
     assert taken(model)[1:] == [taken(model)[0], third.tolist()]
     assert oracle.count == 3
-
-
-def test_a_wrapper_gets_the_seeds():
-    oracle, images, _ = scene(wrapped())
-    with torch.no_grad():
-        first, again, other = oracle(images.float()), oracle(images.float(), again=True), oracle(images.float())
-        assert torch.equal(first, wrapped()(images.float(), seeds=derived_seeds(SEEDS, 1)))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 def test_a_part_of_the_batch_is_evaluated_without_the_seeds_of_the_others():
@@ -123,9 +84,6 @@ def test_wrapper_is_the_model_or_an_error_that_names_the_attack():
         Oracle(Linear(), SEEDS).wrapper(ShortCMAP(ThreatModel()))
     with pytest.raises(SettingsError, match=f"PGD {needs} function"):
         PGD(ThreatModel(), gradient=Unrolled())(linear, *labelled())
-
-
-# --------------------------------------------------------------------------------------------------------- the gradient
 
 
 @settings(max_examples=20)
@@ -254,24 +212,6 @@ def test_a_gradient_that_is_not_finite_is_zero_for_its_image_alone(broken: float
     found = gradient_to(leaf, (leaf * spoilt).sum())
     assert torch.equal(found[1], torch.zeros(SHAPE, dtype=DOUBLE))
     assert torch.equal(found[[0, 2]], factors[[0, 2]])
-
-
-@pytest.mark.parametrize("balanced", [False, True])
-def test_an_image_without_a_finite_gradient_is_left_alone_and_the_others_are_as_without_it(balanced: bool):
-    """The root of 0 has an infinite slope; the logits themselves are numbers."""
-
-    def model(images: Tensor) -> Tensor:
-        root = (images[1:2] - images[1:2].detach()).abs().sum(dim=(1, 2, 3)).sqrt()
-        return linear(images).index_add(0, torch.tensor([1]), root[:, None].expand(1, 4))
-
-    images, labels = labelled(3)
-    attack = PGD(THREATS["linf"], steps=3, random_start=False, balanced=balanced, momentum=0.5)
-    with pytest.warns(GradientWarning, match="1 of 3"):
-        result = attack(model, images, labels)
-    expected = attack(linear, images, labels)
-    assert torch.equal(result.images[1], images[1])
-    assert torch.equal(result.images[[0, 2]], expected.images[[0, 2]])
-    assert torch.isfinite(torch.stack(list(result.history.values()))).all()
 
 
 @pytest.mark.parametrize("samples", [1, 3])

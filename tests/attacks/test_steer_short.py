@@ -11,13 +11,10 @@ from torch import Tensor
 from attack_toys import (
     DOUBLE,
     NORMS,
-    QUICK,
     THREATS,
     Linear,
     base_seeds,
     labelled,
-    reachable,
-    reevaluation_seeds,
     search_seeds,
     wrapped,
 )
@@ -44,9 +41,6 @@ FIRST = LatentAttack(THREATS["l2"], steps=4, latents=2)
 
 def precise() -> PurifiedClassifier:
     return in_double(settings=SMOOTH)
-
-
-# ----------------------------------------------------------------------------------------------------------- short CMAP
 
 
 @pytest.mark.parametrize("refresh", [None, 1, 2])
@@ -94,30 +88,6 @@ def test_the_classifier_is_evaluated_once_per_purification(refresh: int | None, 
     result = attack(wrapped(classifier=classifier), *labelled())
     assert classifier.calls == 1 + whole + 5 + 1
     assert result.queries == whole + 5 + 1
-
-
-@NORMS
-def test_short_cmap_climbs_where_the_defence_was_right(norm: str):
-    model, images, labels = reachable(3)
-    threat = ThreatModel(norm=norm, eps=0.08 if norm == "linf" else 0.8)
-    result = ShortCMAP(threat, steps=10, iterations=6, random_start=False)(model, images, labels)
-    assert (result.history["loss"][0] < 0).all()
-    assert (result.history["loss"][-1] > 0.5).all()
-    assert result.history["reached"][0].sum() == 0
-    assert result.success.all()
-
-
-def test_the_models_own_gradient_mode_does_not_matter():
-    images, labels = labelled(2)
-    found = [
-        ShortCMAP(THREATS["linf"], steps=2, iterations=2)(wrapped(gradient=mode), images, labels).images
-        for mode in (None, Unrolled(), Implicit())
-    ]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
-# --------------------------------------------------------------------------------------------------------- target steer
 
 
 def target_of(model: PurifiedClassifier, images: Tensor, labels: Tensor, found: LatentAttack) -> Tensor:
@@ -223,26 +193,3 @@ def test_gradient_modes_without_watched_iterations(mode: GradientMode):
     )
     assert (moved.history["gradient_norm"] > 0).all()
     assert (moved.images - still.images).abs().max() > 1e-3
-
-
-def test_more_watched_than_there_are_iterations_is_all_of_them():
-    found = [
-        TargetSteer(THREATS["l2"], steps=2, target=FIRST, gradient=Unrolled(), watched=watched)(wrapped(), *labelled(2))
-        for watched in (QUICK.iterations, 50)
-    ]
-    assert torch.equal(found[0].images, found[1].images)
-
-
-def test_noise_of_the_search_goes_on_after_that_of_the_target(monkeypatch: pytest.MonkeyPatch):
-    """The target takes the first evaluation, the steps the following ones."""
-    model, seen = wrapped(), []
-    original = PurifiedClassifier._purify
-
-    def note(self: Any, images: Tensor, latents: Any, seeds: Any, class_labels: Any) -> Any:
-        seen.append(seeds.tolist())
-        return original(self, images, latents, seeds, class_labels)
-
-    monkeypatch.setattr(PurifiedClassifier, "_purify", note)
-    TargetSteer(THREATS["l2"], steps=3, target=FIRST, seed=4)(model, *labelled(2))
-    expected = [search_seeds(range(2), 4, number) for number in (1, 2, 3, 4)] + [reevaluation_seeds(range(2), 4, 1)]
-    assert seen == [seeds.tolist() for seeds in expected]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attack_toys import NORMS, SHAPE, THREATS, labelled, linear
-from cmap_defense.attacks import PGD, Attack, Goal, Margin, ThreatModel, Transfer
+from attack_toys import NORMS, SHAPE, THREATS, linear
+from cmap_defense.attacks import PGD, Goal, Margin, ThreatModel
 from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack, random_point
 from cmap_defense.errors import GradientWarning
@@ -59,9 +59,6 @@ def trail(attack: Climber, loss: Callable[[Tensor], Tensor] = slope, **options: 
     """The images at which the loss was evaluated, and the attempts."""
     result = attack.climbing(loss, **options)(linear, GREY, LABELS)
     return attack.visited, result.candidates
-
-
-# ---------------------------------------------------------------------------------------------------------------- steps
 
 
 def plain_loop(attack: Climber, sizes: list[float]) -> list[list[Tensor]]:
@@ -138,30 +135,6 @@ def test_no_gradient_is_no_step_and_a_warning_that_counts_the_images(norm: str, 
     assert len(record) == 1
 
 
-def test_a_gradient_that_is_zero_at_first_alone_is_no_reason_to_warn():
-    calls: list[int] = []
-
-    def late(images: Tensor) -> Tensor:
-        calls.append(1)
-        return (len(calls) > 1) * slope(images)
-
-    _, ends = trail(Climber(ThreatModel(eps=0.1), steps=2, random_start=False), late)
-    assert (ends[:, 0] != GREY).flatten(1).any(dim=1).all()
-
-
-@pytest.mark.parametrize("transferred", [False, True])
-def test_the_warning_points_at_the_call_of_the_attack(transferred: bool):
-    attack: Attack = Climber(ThreatModel(eps=0.1), steps=2, restarts=2).climbing(lambda images: 0 * slope(images))
-    if transferred:
-        attack = Transfer(attack, source=linear)
-    with pytest.warns(GradientWarning) as record:
-        attack(linear, GREY, LABELS)
-    assert [one.filename for one in record] == [__file__]
-
-
-# --------------------------------------------------------------------------------------------------------------- starts
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_linf_starts_are_uniform_in_the_ball(dtype: torch.dtype):
     """Mean, variance and both ends, within five standard errors of 28800 draws."""
@@ -216,9 +189,6 @@ def test_a_random_start_is_taken_and_a_start_that_is_known_wins(norm: str):
     torch.testing.assert_close(threat.distance(outside, GREY), torch.full((2,), threat.eps))
 
 
-# ----------------------------------------------------------------------------------------------------------------- kept
-
-
 @settings(max_examples=15)
 @given(seed=SEEDS, steps=st.integers(1, 8))
 def test_best_is_the_place_of_the_highest_loss_of_each_image(seed: int, steps: int):
@@ -239,29 +209,6 @@ def test_best_is_the_place_of_the_highest_loss_of_each_image(seed: int, steps: i
     assert torch.equal(only[:, 0], ends[:, 1])
     for here, there in zip(visited, visited_again, strict=True):
         assert torch.equal(here, there)
-
-
-def test_history_is_the_feedback():
-    attack = Climber(ThreatModel(eps=0.2), steps=5).climbing(hill)
-    result = attack(linear, GREY, LABELS)
-    visited: list[Tensor] = attack.visited
-    assert set(result.history) == {"loss", "gradient_norm", "reached"}
-    torch.testing.assert_close(result.history["loss"], torch.stack([hill(place) for place in visited]))
-    for step, place in enumerate(visited):
-        gradient = -2 * (place - 0.5 - 0.05 * SLOPE) * SLOPE.abs()
-        torch.testing.assert_close(result.history["gradient_norm"][step], gradient.flatten(1).norm(dim=1))
-
-
-def test_reached_is_the_share_of_misclassified_evaluations():
-    images, labels = labelled(20)
-    result = PGD(ThreatModel(eps=0.03), steps=8, random_start=False, eot=2)(linear, images, labels)
-    reached = result.history["reached"]
-    assert reached[0].sum() == 0
-    assert 0 < reached[-1].sum() < 20
-    assert set(reached.flatten().tolist()) == {0.0, 1.0}
-
-
-# ------------------------------------------------------------------------------------------------------------- strength
 
 
 @NORMS

@@ -15,7 +15,6 @@ from attack_toys import (
     Denoiser,
     labelled,
     linear,
-    reevaluation_seeds,
     search_seeds,
     suite,
     wrapped,
@@ -55,19 +54,6 @@ def test_the_search_is_the_inner_attacks_and_the_reevaluation_the_models():
     assert torch.equal(result.candidate_predictions, expected)
     assert not torch.equal(result.candidate_predictions, alone.candidate_predictions)
     assert result.queries == alone.queries == 2 * 3 + 4 + 1
-
-
-@pytest.mark.parametrize("aimed", [False, True])
-def test_undefended_is_the_bare_classifier(aimed: bool):
-    images, labels = labelled()
-    targets = (labels + 1) % 4 if aimed else None
-    expected = PLAIN(linear, images, labels, targets=targets)
-    result = Transfer(PLAIN)(wrapped(), images, labels, targets=targets)
-    torch.testing.assert_close(result.images, expected.images, rtol=0, atol=1e-6)
-    seeds = reevaluation_seeds(range(3), 4, 1)
-    with torch.no_grad():
-        assert torch.equal(result.predictions[0], wrapped()(result.images, seeds=seeds).argmax(dim=1))
-    torch.testing.assert_close(Undefended().of(wrapped())(images), linear(images))
 
 
 def test_shortened_is_the_same_defence_with_fewer_iterations():
@@ -118,24 +104,6 @@ def test_noise_and_denoise_straight_through_has_the_values_of_the_other_and_the_
     assert (gradients[0] - weight).abs().max() > 0.1
 
 
-def test_noise_and_denoise_belongs_to_the_seeds():
-    images, _ = labelled()
-    source: Any = NoiseAndDenoise().of(wrapped())
-    seeds = torch.tensor([1, 2, 3])
-    whole = source(images, seeds=seeds)
-    assert torch.equal(source(images, seeds=seeds), whole)
-    torch.testing.assert_close(source(images[1:2], seeds=seeds[1:2]), whole[1:2], rtol=1e-5, atol=1e-5)
-    assert (source(images, seeds=seeds + 3) - whole).abs().flatten(1).amax(dim=1).min() > 1e-3
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        first, second = source(images), source(images)
-        torch.manual_seed(0)
-        assert torch.equal(source(images), first)
-    assert not torch.equal(first, second)
-    seeded: Any = NoiseAndDenoise().of(wrapped(seed=2))
-    assert torch.equal(seeded(images), source(images, seeds=torch.tensor([2, 2, 2])))
-
-
 def test_noise_and_denoise_gets_the_noise_of_the_search():
     images, labels = labelled()
     model = wrapped()
@@ -156,14 +124,6 @@ def test_noise_and_denoise_needs_a_denoiser():
         Transfer(PLAIN, source=NoiseAndDenoise())(wrapped(backbone=ToyBackbone()), *labelled())
 
 
-def test_an_attack_on_latents_may_search_a_shorter_defence():
-    images, labels = labelled()
-    inner = LatentAttack(THREATS["linf"], steps=3, latents=2, seed=4)
-    expected = inner(wrapped(settings=QUICK.replace(iterations=1)), images, labels)
-    result = Transfer(inner, source=Shortened(1))(wrapped(), images, labels)
-    assert torch.equal(result.candidates, expected.candidates)
-
-
 def test_a_source_that_is_no_wrapper_cannot_be_searched_by_its_latents():
     for attack in (LatentAttack(THREATS["linf"]), suite(THREATS["linf"])["PGD unrolled"]):
         with pytest.raises(SettingsError, match="PurifiedClassifier"):
@@ -174,9 +134,3 @@ def test_a_source_that_is_no_wrapper_cannot_be_searched_by_its_latents():
 def test_sources_are_made_from_a_wrapper(source: Source):
     with pytest.raises(SettingsError, match="PurifiedClassifier"):
         Transfer(PLAIN, source=source)(linear, *labelled())
-
-
-def test_transfers_within_transfers():
-    images, labels = labelled()
-    twice = Transfer(Transfer(PLAIN, source=linear), source=two_classes)
-    assert torch.equal(twice(wrapped(), images, labels).images, PLAIN(linear, images, labels).images)

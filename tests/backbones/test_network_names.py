@@ -46,9 +46,6 @@ def built(network: Network, seed: int = 0) -> nn.Module:
         return network.build()
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_cifar10_preset_has_ten_million_parameters_and_a_file_of_twenty_megabytes(tmp_path: Path) -> None:
     network = Network.named("compact", (3, 32, 32), PRESETS["cifar10"])
     backbone = ConsistencyBackbone(built(network), network.image_shape)
@@ -98,9 +95,6 @@ def test_the_imagenet_network_is_the_recorded_pipelines() -> None:
     }
 
 
-# --- where they start -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fresh_network_is_zero_or_next_to_it_and_learns(name: str) -> None:
     network = built(Network.named(name, (3, 8, 8), TINY[name]))
@@ -132,9 +126,6 @@ def test_fresh_weights_depend_on_the_generator_alone_and_leave_it_alone(name: st
     again, other = built(network, 3).state_dict(), built(network, 4).state_dict()
     assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
     assert any(not torch.equal(other[key], tensor) for key, tensor in first.items())
-
-
-# --- how they are set -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -190,9 +181,6 @@ def test_a_network_that_cannot_be_is_refused(
 def test_an_unknown_network_has_near_matches() -> None:
     with pytest.raises(UnknownNameError, match="'ncsnpp'"):
         Network.named("ncsn++", (3, 8, 8))
-
-
-# --- files from before there were classes -----------------------------------------------------------------------------
 
 
 def test_a_configuration_without_classes_is_that_of_an_unconditional_network() -> None:

@@ -23,7 +23,6 @@ from .conftest import Run
 
 Measure = Callable[..., dict[str, Any]]
 
-ROOT = Path(__file__).parents[2]
 EMBEDDED = ["quality", "-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", "3"]
 TINY = [*EMBEDDED, "--n-latents", "2", "--iterations", "2", "--eps", "0.05"]
 FILES = ["quality.json", "quality.md", "reconstructions.png", "samples.png"]

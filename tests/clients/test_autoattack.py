@@ -1,6 +1,5 @@
 """AutoAttack as its documentation says to use it, and its automatic checks of the defence."""
 
-import logging
 import sys
 from collections.abc import Iterator
 
@@ -85,13 +84,3 @@ def test_its_checks_call_the_defence_random_without_a_seed_and_dynamic_always(
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == len(expected)
     assert all(any(word in line for line in said) for word in expected)
-
-
-def test_one_dynamic_model_makes_all_later_ones_dynamic(caplog: pytest.LogCaptureFixture) -> None:
-    images, labels = images_and_labels(2)
-    quick(bare(), "standard").run_standard_evaluation(images, labels)
-    assert not caplog.records
-    checks.check_dynamic(purified(), images, logger=logging.getLogger())
-    caplog.clear()
-    quick(bare(), "standard").run_standard_evaluation(images, labels)
-    assert [DYNAMIC in record.message for record in caplog.records] == [True]

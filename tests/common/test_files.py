@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.common.files import differences, refuse_other_settings, write_json, write_text
+from cmap_defense.common.files import differences, refuse_other_settings, write_text
 from cmap_defense.errors import EvaluationError
 
 LEAVES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-1, 1) | st.text("ab.", max_size=2)
@@ -119,9 +118,6 @@ def test_a_refusal_has_what_is_there_a_line_per_option_and_what_to_do() -> None:
     refuse_other_settings({"a": [1, 2]}, {"a": (1, 2)}, EvaluationError, what="", remedy="")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def failing(*_: Any, **__: Any) -> None:
     raise OSError("the disk is full")
 
@@ -138,17 +134,3 @@ def test_a_text_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     write_text(path, "later")
     assert path.read_text() == "later"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["text"]
-
-
-def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, seen = tmp_path / "text", []
-    monkeypatch.setattr("os.fsync", lambda number: seen.append(path.exists()))
-    write_text(path, "x")
-    assert seen == [False]
-
-
-def test_json_has_no_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "x.json", {"x": float("nan")})
-    write_json(tmp_path / "x.json", {"x": [1, None]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"x": [1, None]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmap_defense.backbones import load_backbone
-from cmap_defense.backbones.remote import cache, fetch, hub
+from cmap_defense.backbones.remote import cache, hub
 from cmap_defense.cli.main import main
 from cmap_defense.common.paths import expanded, home, hub_folder
 from cmap_defense.data import load_dataset
@@ -55,17 +55,6 @@ def test_the_cache_of_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         hub.fetch_folder("some/where", None, ["*.json"])
     monkeypatch.setenv("CMAP_DEFENSE_CACHE", str(tmp_path))
     assert cache.cache_folder() == tmp_path
-
-
-def test_what_needs_no_cache_works_without_a_home_folder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hugging_face: None
-) -> None:
-    assert load_backbone("fashion-mnist-ct").image_shape == (1, 28, 28)
-    assert main(["backbones", "list"]) == 0
-    assert "fashion-mnist-ct" in capsys.readouterr().out
-    monkeypatch.setattr(fetch, "fetch_folder", lambda *_, **__: pytest.fail("the Hub was asked"))
-    assert main(["purify", "some.png", "-b", "cifar10-cd", "-o", "out"]) == 1
-    assert "set the environment variable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["~/some.npz", "~no-such-user/some.npz"])

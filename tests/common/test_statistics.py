@@ -70,8 +70,6 @@ def test_json_and_back() -> None:
     assert str(Accuracy(0, 0)) == "no images"
 
 
-# --- AUROC ------------------------------------------------------------------------------------------------------------
-
 values = st.lists(st.integers(-3, 3), min_size=1, max_size=8).map(lambda drawn: torch.tensor(drawn).double())
 
 

@@ -65,16 +65,6 @@ def test_only_what_is_selected_is_read(
     assert read == [source.paths[2], source.paths[1]]
 
 
-def test_the_size_of_the_first_file_is_looked_up_once(
-    tmp_path: Path, picture_folders: Writer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture_folders(tmp_path, ant=[(7, 5)] * 3)
-    source = open_dataset(tmp_path)
-    first = source.select([1]).images
-    (tmp_path / "ant" / "0.png").unlink()
-    assert torch.equal(source.select([1]).images, first)
-
-
 def test_all_of_a_folder_fits_into_memory(tmp_path: Path, picture_folders: Writer) -> None:
     pixels = picture_folders(tmp_path, ant=[(7, 5)] * 2, bee=[(7, 5)])
     data = load_dataset(tmp_path)
@@ -113,28 +103,12 @@ def test_resizing_and_cropping_are_torchvisions(
     assert (images[0] - expected).abs().max() <= 1
 
 
-def test_the_centre_of_an_image_of_that_height_is_taken_as_it_is(tmp_path: Path, picture_folders: Writer) -> None:
-    pixels = picture_folders(tmp_path, ant=[(6, 10), (12, 6)])
-    images = load_dataset(tmp_path, size=6).images
-    wide, high = (torch.tensor(p).permute(2, 0, 1) for p in pixels.values())
-    assert torch.equal(images[0], wide[:, :, 2:8])
-    assert torch.equal(images[1], high[:, 3:9])
-
-
 def test_grey_when_asked_for(tmp_path: Path, picture_folders: Writer) -> None:
     pixels = picture_folders(tmp_path, ant=[(7, 5)] * 2)
     images = load_dataset(tmp_path, channels=1).images
     assert images.shape == (2, 1, 7, 5)
     for image, colours in zip(images, pixels.values(), strict=True):
         assert np.array_equal(image[0].numpy(), np.asarray(Image.fromarray(colours).convert("L")))
-
-
-def test_deeper_images_are_rounded_to_eight_bits(tmp_path: Path) -> None:
-    (tmp_path / "ant").mkdir()
-    for name in ("0.png", "1.png"):
-        Image.fromarray(np.array([[0, 120, 140], [65280, 65400, 65535]], dtype=np.uint16)).save(tmp_path / "ant" / name)
-    images = load_dataset(tmp_path, channels=1).images
-    assert images[0, 0].tolist() == images[1, 0].tolist() == [[0, 0, 1], [254, 254, 255]]
 
 
 def test_images_of_several_sizes_need_a_size(tmp_path: Path, picture_folders: Writer) -> None:
@@ -217,14 +191,6 @@ def test_folders_without_classes_and_classes_without_images(tmp_path: Path, pict
         FolderImages.of(tmp_path / "nowhere", "train")
 
 
-def test_a_folder_that_goes_away_is_named(tmp_path: Path, picture_folders: Writer) -> None:
-    picture_folders(tmp_path / "some", ant=[(7, 5)] * 2)
-    source = open_dataset(tmp_path / "some", size=4)
-    shutil.rmtree(tmp_path / "some")
-    with pytest.raises(DataError, match=r"ant/1\.png"):
-        source.select([1])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,14 +206,6 @@ def test_sizes_and_channels_that_cannot_be(
     picture_folders(tmp_path, ant=[(7, 5)])
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path, **options)
-
-
-def test_indices_are_checked(tmp_path: Path, picture_folders: Writer) -> None:
-    picture_folders(tmp_path, ant=[(7, 5)] * 2)
-    source = open_dataset(tmp_path)
-    assert source.select(torch.tensor([1, 0])).labels.tolist() == [0, 0]
-    with pytest.raises(DataError, match="no image 2: they go from 0 to 1"):
-        source.select([2])
 
 
 HIDDEN = [".ipynb_checkpoints", ".git", "__MACOSX", "$RECYCLE.BIN", "@eaDir", "System Volume Information"]
@@ -267,16 +225,6 @@ def test_hidden_folders_are_no_classes_no_splits_and_hold_no_images(
     assert source.class_names == ("ant", "bee")
     assert source.paths == tuple(pixels)
     assert source.labels.tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize("name", ["._0.png", ".hidden.png", "Thumbs.db", "desktop.ini", ".DS_Store"])
-def test_hidden_files_are_no_images(tmp_path: Path, picture_folders: Writer, name: str) -> None:
-    pixels = picture_folders(tmp_path, ant=[(7, 5)])
-    (tmp_path / "ant" / name).write_bytes(b"no image")
-    (tmp_path / name).write_bytes(b"no image")
-    source = open_dataset(tmp_path)
-    assert isinstance(source, FolderImages)
-    assert source.paths == tuple(pixels)
 
 
 def test_without_hidden_files_the_order_is_torchvisions(tmp_path: Path, picture_folders: Writer) -> None:
@@ -310,19 +258,3 @@ def test_images_beside_class_folders_are_refused(tmp_path: Path, picture_folders
     shutil.copy(next((tmp_path / "cat").iterdir()), tmp_path / "stray.png")
     with pytest.raises(DataError, match=r"class folders and 1 image beside them, such as stray\.png: put each"):
         FolderImages.of(tmp_path, "test")
-
-
-def test_splits_without_classes_are_no_classes(tmp_path: Path, picture_folders: Writer) -> None:
-    """A training on such a folder would be one on its test images too."""
-    picture_folders(tmp_path, train=[(7, 5)] * 2, test=[(7, 5)])
-    assert [len(open_dataset(tmp_path, split)) for split in ("train", "test")] == [2, 1]
-    assert open_dataset(tmp_path, "train").class_names is None
-
-
-def test_what_the_images_are_read_in_where_nobody_chose(tmp_path: Path, picture_folders: Writer) -> None:
-    picture_folders(tmp_path, ant=[(7, 5)])
-    source = open_dataset(tmp_path)
-    assert isinstance(source, FolderImages)
-    assert source.channels is None
-    assert source.select([0]).images.shape == (1, 3, 7, 5)
-    assert open_dataset(tmp_path, channels=1).select([0]).images.shape == (1, 1, 7, 5)

@@ -34,13 +34,6 @@ def test_images_in_memory_are_a_source() -> None:
     assert not isinstance(DATA.images, ImageSource)
 
 
-def test_class_names_are_unknown_unless_given() -> None:
-    bare = LabelledImages(DATA.images, DATA.labels)
-    assert bare.class_names is None
-    assert bare[1:3].class_names is None
-    assert bare.select([1, 3]).class_names is None
-
-
 @given(first=st.lists(st.integers(0, TOTAL - 1)), data=st.data())
 def test_a_selection_of_a_selection_is_the_selection_of_its_indices(first: list[int], data: st.DataObject) -> None:
     second = data.draw(st.lists(st.integers(0, len(first) - 1)) if first else st.just([]))
@@ -70,13 +63,6 @@ def test_a_selection_is_a_copy() -> None:
 def test_an_index_out_of_range_is_named_with_the_range(index: int) -> None:
     with pytest.raises(DataError, match=f"no image {index}: they go from 0 to 4"):
         DATA.select([0, index])
-
-
-def test_nothing_can_be_selected_from_nothing() -> None:
-    nothing = DATA.select(torch.tensor([], dtype=torch.int64))
-    assert nothing.images.shape == (0, 3, 7, 6)
-    with pytest.raises(DataError, match="no image 0: there are none"):
-        nothing.select([0])
 
 
 @pytest.mark.parametrize(

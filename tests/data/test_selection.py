@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import PurifiedClassifier
 from cmap_defense.classifier.speed import bare_logits
-from cmap_defense.data import FolderImages, SelectedImages, Subset, load_dataset, open_dataset
+from cmap_defense.data import SelectedImages, Subset, load_dataset, open_dataset
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.errors import (
@@ -111,14 +111,6 @@ def test_names_of_classes_are_kept_where_there_are_some() -> None:
     assert names == [None, None, ("zero", "one"), ("a", "b")]
 
 
-def test_the_callers_tensors_stay_what_they_are() -> None:
-    images = IMAGES.clone().requires_grad_()
-    found = SelectedImages.of((images, LABELS), Subset())
-    assert not found.images.requires_grad
-    assert images.requires_grad
-    assert torch.equal(images.detach(), IMAGES)
-
-
 WRONG: dict[str, tuple[Any, type[CmapError], str]] = {
     "arrays": ((IMAGES.numpy(), LABELS.numpy()), InputTypeError, "A pair must be two tensors"),
     "more labels": ((IMAGES, torch.arange(8)), InputTypeError, "There are 7 images, but 8 labels"),
@@ -192,13 +184,6 @@ def test_a_folder_is_read_in_the_channels_of_the_backbone(
     assert SelectedImages.of(labelled_data(data), Subset()).images.shape == (3, 3, 8, 6)
 
 
-def test_channels_that_were_chosen_stay(tmp_path: Path, grey_model: PurifiedClassifier) -> None:
-    grey_folder(tmp_path)
-    data = labelled_data(open_dataset(tmp_path, "test", channels=3), grey_model.image_shape[0])
-    assert isinstance(data, FolderImages)
-    assert data.channels == 3
-
-
 def test_what_the_command_line_takes_is_opened(tmp_path: Path) -> None:
     embedded = SelectedImages.of("embedded", Subset(count=3))
     assert torch.equal(embedded.images, load_test_images()[0][:3])
@@ -209,14 +194,6 @@ def test_what_the_command_line_takes_is_opened(tmp_path: Path) -> None:
     assert torch.equal(found.images, torch.full((2, 3, 4, 5), 0.2))
     with pytest.raises(UnknownNameError, match="no data set 'fashion-mnits'"):
         SelectedImages.of("fashion-mnits", Subset())
-
-
-def test_a_folder_without_classes_says_how_folders_look(tmp_path: Path) -> None:
-    """Before an image is read."""
-    (tmp_path / "0.png").write_bytes(b"damaged")
-    for data in (tmp_path, open_dataset(tmp_path, "test")):
-        with pytest.raises(DataError, match=r"no labels, which are needed.*one folder of images per class"):
-            SelectedImages.of(data, Subset())
 
 
 def test_a_classifier_that_does_not_take_the_images_is_named() -> None:

@@ -40,12 +40,6 @@ def test_what_is_in_memory_is_opened_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(opened.select([2, 0]).images, load_dataset(tmp_path / "some.npz").images[[2, 0]])
 
 
-def test_an_npz_file_may_have_another_ending(tmp_path: Path) -> None:
-    np.savez(tmp_path / "some.npz", images=IMAGES)
-    (tmp_path / "some.npz").rename(tmp_path / "some.arrays")
-    assert len(load_dataset(tmp_path / "some.arrays")) == 5
-
-
 def test_the_split_goes_to_the_data_sets_that_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DATASETS == ("cifar10", "fashion-mnist")
     images = torch.zeros(2, 1, 7, 6, dtype=torch.uint8)
@@ -84,11 +78,6 @@ def test_channels_other_than_those_of_the_images_are_refused(tmp_path: Path) -> 
         load_dataset(tmp_path / "some.npz", channels=1)
 
 
-def test_a_missing_npz_file_is_no_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.npz cannot be read"):
-        load_dataset(tmp_path / "nowhere.npz")
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -120,9 +109,3 @@ def test_pickles_inside_npz_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(CmapError, match=r"bad\.npz"):
         load_dataset(tmp_path / "bad.npz")
-
-
-@pytest.mark.parametrize("source", ["fashion-mnist", "cifar10", "some.npz", "."])
-def test_unknown_split(source: str) -> None:
-    with pytest.raises(CmapError, match="train"):
-        load_dataset(source, "validation")

@@ -13,10 +13,6 @@ from cmap_defense.data import Subset
 from cmap_defense.errors import SettingsError
 
 
-def test_the_defaults_are_those_of_the_documentation() -> None:
-    assert Subset().to_dict() == {"count": None, "order": "first", "seed": 0}
-
-
 def test_the_papers_subset_is_numpys_draw() -> None:
     drawn = Subset(count=500, order="random").indices(10_000)
     assert drawn == np.random.RandomState(0).choice(10_000, 500, replace=False).tolist()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_toys import Noisy, linear, wrapped
+from attack_toys import linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
 from cmap_defense.cli.commands.evaluate import evaluate
 from cmap_defense.evaluation.checks import Check, gradient_table, make_checks, make_sweeps
@@ -114,18 +114,11 @@ def test_labels_of_another_data_set() -> None:
     assert found[CLEAN].found.endswith("against 0.333 for the most frequent class")
 
 
-# --- what can be seen from the attacks themselves ---------------------------------------------------------------------
-
-
 def test_a_fixed_seed_is_no_fresh_noise() -> None:
     found = checks(model=wrapped(seed=5))
     assert failed(found) == [FRESH]
     assert found[FRESH].found == "the model has the fixed seed 5"
     assert failed(checks(model=wrapped())) == []
-
-
-def test_a_fixed_seed_of_a_seeded_model_is_no_fresh_noise() -> None:
-    assert failed(checks(model=Noisy(seed=5))) == [FRESH]
 
 
 def test_no_gradient_attack_on_the_defence() -> None:
@@ -174,13 +167,6 @@ def test_what_differentiates_the_defence(attack: Attack, model: Any, passes: boo
     assert (attack.noise == "fresh" and attack.differentiates_defence(model)) == passes
 
 
-def test_one_attack_that_starts_well_is_enough() -> None:
-    more = ATTACKS | {"weak": dataclasses.replace(REPEATED, random_start=False)}
-    found = checks(attacks=more, attacked={"weak": 0.2})
-    assert failed(found) == []
-    assert found[START].found == "1 of 2"
-
-
 def test_images_whose_gradient_is_zero_are_counted() -> None:
     still = runs(0.2, zero_gradient=lambda run, image: image in (3, 4))
     found = checks(attacked={"pgd": still})
@@ -193,9 +179,6 @@ def test_without_attacks_that_have_a_gradient_nothing_is_checked_of_it() -> None
     found = checks(attacked=none)
     assert states(found)[GRADIENTS] is None
     assert "0 attacks" in found[GRADIENTS].found
-
-
-# --- transfer ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_transfer_that_is_stronger_than_attacks_on_the_defence() -> None:
@@ -214,15 +197,6 @@ def test_transfer_has_a_tolerance_of_two_standard_errors(wins: int, passes: bool
     assert passes == (mean <= 2 * math.sqrt((1 - mean**2) / (IMAGES - 1)))
     found = checks(attacked={"pgd": mine, "transfer": 1 - mine, "clean": 1.0}, checked=dict.fromkeys(CHECKED, 0.0))
     assert found[TRANSFER].passed == passes
-
-
-def test_the_strongest_of_each_kind_are_compared() -> None:
-    attacks = ATTACKS | {"spsa": SPSA(LINF), "other-transfer": ATTACKS["transfer"]}
-    strong = {"transfer": 0.3, "spsa": 0.1, "other-transfer": 0.15}
-    assert failed(checks(attacks=attacks, attacked=strong)) == []
-    found = checks(attacks=attacks, attacked=strong | {"other-transfer": 0.0})
-    assert failed(found) == [TRANSFER]
-    assert found[TRANSFER].found == "spsa 0.100, other-transfer 0.000"
 
 
 def test_without_both_kinds_nothing_is_checked() -> None:
@@ -246,16 +220,6 @@ def test_a_plain_model_needs_no_transfer() -> None:
     found = checks(attacks={"pgd": REPEATED}, attacked={"transfer": None})
     assert TRANSFER not in found
     assert failed(found) == []
-
-
-def test_an_attack_in_steps_that_is_no_pgd_evaluates_the_defence_too() -> None:
-    attacks = {"transfer": ATTACKS["transfer"], "short": ShortCMAP(LINF)}
-    variants = {"attack": 0.2, "steps-5": 0.6, "steps-10": 0.4}
-    found = checks(attacks=attacks, attacked={"pgd": None, "short": 0.2}, checked=variants)
-    assert found[TRANSFER].passed
-
-
-# --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_sweeps() -> None:
@@ -342,9 +306,6 @@ def test_an_attack_that_does_nothing_makes_no_rise() -> None:
         assert len(set(sweep.accuracies)) == 1
 
 
-# --- every image, and directions --------------------------------------------------------------------------------------
-
-
 def test_something_is_left_although_every_image_is_allowed() -> None:
     """An image keeps its vote; a wrong one now and then is no matter."""
     kept = torch.zeros(IMAGES)
@@ -364,19 +325,6 @@ def test_the_direction_is_that_of_averages_of_the_attacks_size(eot: int, shown: 
     assert shown in checks(attacks=attacks)[DIRECTION].found
 
 
-def test_gradients_without_a_direction() -> None:
-    around_zero = [[0.0, 0.1, 0.0], [0.0, -0.1, 0.0], [0.0, 0.05, 0.0]]
-    assert failed(checks(cosines=around_zero)) == [DIRECTION]
-    assert failed(checks(cosines=[[0.0, 0.3, 0.0], [0.0, 0.2, 0.0], [0.0, 0.25, 0.0]])) == []
-    assert failed(checks(cosines=[[0.0, 0.0, 0.0]])) == [DIRECTION]
-
-
-def test_without_gradients_nothing_is_checked_of_them() -> None:
-    found = checks(cosines=[])
-    assert states(found) == dict.fromkeys(ALL, True) | {DIRECTION: None}
-    assert gradient_table([]) == []
-
-
 def test_the_table_of_gradients() -> None:
     given = lines(COSINES)
     given[0]["variances"] = [100.0, 50.0, 25.0]
@@ -393,9 +341,6 @@ def test_without_the_tasks_of_the_checks_only_the_attacks_are_vote_iterations() 
     assert [check.name for check in found] == ALL[:7]
     assert [check.passed for check in found] == [True] * 6 + [None]
     assert found[-1].found == "not measured"
-
-
-# --- what to do -------------------------------------------------------------------------------------------------------
 
 
 def options_named(text: str) -> set[str]:

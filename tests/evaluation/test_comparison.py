@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from attack_toys import Denoiser, Linear, labelled, wrapped
-from cmap_defense import PurificationResult, PurifiedClassifier
+from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, LatentAttack, ThreatModel, Transfer
 from cmap_defense.errors import EvaluationError, SettingsError
 from cmap_defense.evaluation import Comparison, Protocol, compare, evaluate, write_comparison
 from cmap_defense.gradients import Unrolled
-from cmap_defense.purifiers import Identity, OneStep, Purifier
+from cmap_defense.purifiers import Identity, OneStep
 
 THREAT = ThreatModel(eps=0.1)
 ATTACKS = {"transfer": Transfer(PGD(THREAT, steps=2)), "exact": PGD(THREAT, steps=2, gradient=Unrolled())}
@@ -111,25 +111,6 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="OneStep"):
         compare(given, labelled(2), tmp_path, attacks=latent, progress=lambda name, *_: started.append(name))
     assert started == []
-
-
-def test_another_setting_of_a_purifier_of_a_user_is_noticed(tmp_path: Path) -> None:
-    class Darker(Purifier):
-        n_latents, passes = 1, 0
-
-        def __init__(self, factor: float) -> None:
-            self.factor = factor
-
-        def __call__(self, backbone: Any, images: Any, *, seeds: Any, **_: Any) -> PurificationResult:
-            return PurificationResult((self.factor * images)[:, None], images[:, None], seeds=seeds)
-
-    def model(factor: float) -> dict[str, PurifiedClassifier]:
-        return {"darker": PurifiedClassifier(Linear(), Denoiser(), purifier=Darker(factor)).eval()}
-
-    options: dict[str, Any] = {"attacks": {"transfer": ATTACKS["transfer"]}, "protocol": PROTOCOL, "threads": 1}
-    compare(model(0.5), labelled(2), tmp_path, **options)
-    with pytest.raises(EvaluationError, match=r"factor: 0\.5 before, 0\.25 now"):
-        compare(model(0.25), labelled(2), tmp_path, **options)
 
 
 def test_something_else_is_no_comparison() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import evaluated
 from attack_toys import CLASSES, Linear, labelled, linear
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import PGD, SPSA, ShortCMAP, ThreatModel, standard_suite
+from cmap_defense.attacks import PGD, SPSA, ShortCMAP
 from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.errors import CmapError, EvaluationError, InputTypeError, InputValueError, SettingsError
-from cmap_defense.evaluation import Evaluation, Protocol, Subset
+from cmap_defense.evaluation import Evaluation, Subset
 from cmap_defense.evaluation.evaluation import Expected, fixed_chunk
-from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
+from cmap_defense.evaluation.results import ResultsFolder
 from evaluated import (
     BRIEF,
     IMAGES,
@@ -40,9 +37,6 @@ from evaluated import (
     options,
     results,
 )
-from patience import HANGS
-
-FILES = (".jsonl", ".safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +64,6 @@ def shaken(images: Tensor) -> Tensor:
     return linear(images + 0.3 * torch.randn_like(images))
 
 
-# --- work units and their files ---------------------------------------------------------------------------------------
-
-
 def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbed: Path) -> None:
     """In the order of tasks, runs and images; what belongs to the checks on some images in the first run."""
     found = [(line["model"], line["attack"], line["seed"], line["image"]) for line in lines(undisturbed)]
@@ -84,18 +75,6 @@ def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbe
     ]
     _, labels = labelled(IMAGES)
     assert all(line["label"] == labels[line["image"]] for line in lines(undisturbed))
-
-
-def test_each_work_unit_has_its_files(undisturbed: Path) -> None:
-    found = evaluation(undisturbed)
-    assert found.missing() == []
-    names = {"settings.json", "results.jsonl"}
-    for unit in found.units():
-        ends = FILES[:1] if unit.task == "checks/gradients" else FILES
-        names |= {f"units/{unit.task}/{unit.seed}-{unit.group:05d}{end}" for end in ends}
-    assert set(results(undisturbed)) == names
-    assert len(found.units()) == 5 * 2 * 2 + 7 * 1
-    assert found.units()[:2] == [WorkUnit("defended/clean", 0, group) for group in range(2)]
 
 
 def test_the_adversarial_images_are_kept(undisturbed: Path) -> None:
@@ -131,40 +110,6 @@ def test_the_settings_say_what_decides_about_the_results(undisturbed: Path) -> N
     assert list(found["tasks"]) == list(evaluation(undisturbed).tasks)
 
 
-def test_a_finished_evaluation_has_nothing_left_to_do(undisturbed: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")}
-    evaluation(undisturbed).run(lambda *given_to: pytest.fail(f"{given_to}"))
-    assert {path: path.stat().st_mtime_ns for path in (undisturbed / "units").rglob("*")} == before
-
-
-def test_progress_is_called_before_each_work_unit(tmp_path: Path) -> None:
-    units_seen = []
-
-    def progress(unit: WorkUnit, done: int, count: int) -> None:
-        units_seen.append((unit, done, count))
-        assert not ResultsFolder(tmp_path).done(unit)
-
-    found = evaluation(tmp_path, protocol=BRIEF)
-    found.run(progress)
-    assert units_seen == [(unit, number, len(found.units())) for number, unit in enumerate(found.units())]
-
-
-def test_a_subset_of_the_images(brief: Path, tmp_path: Path) -> None:
-    """By their positions in the data set, by which their noise goes as well: the lines are those of the whole."""
-    subset = Subset(count=2, order="random", seed=1)
-    evaluation(tmp_path, protocol=BRIEF, subset=subset).run()
-    kept = ("predictions", "reevaluated", "label", "search")
-    whole = {(line["model"], line["attack"], line["image"]): line for line in lines(brief)}
-    some = lines(tmp_path)
-    assert [line["image"] for line in some[:2]] == subset.indices(IMAGES) != [0, 1]
-    for line in some:
-        expected = whole[line["model"], line["attack"], line["image"]]
-        assert {name: line.get(name) for name in kept} == {name: expected.get(name) for name in kept}
-
-
-# --- interrupted, killed, continued -----------------------------------------------------------------------------------
-
-
 def test_an_interrupted_evaluation_goes_on_where_it_was(brief: Path, tmp_path: Path) -> None:
     first = evaluation(tmp_path, protocol=BRIEF)
     units = first.units()
@@ -178,12 +123,30 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(brief: Path, tmp_path: P
     assert results(tmp_path) == results(brief)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(brief: Path, tmp_path: Path) -> None:
-    """By SIGKILL, in each place of the writing and at random moments, again and again."""
-    command = [sys.executable, evaluated.__file__, "killed", str(tmp_path), "0"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout)["kills"] >= len(evaluated.PLACES) + len(evaluated.AT_THE_END)
+PLACES = [(name, half) for name in ("settings.json", ".safetensors", ".jsonl", "results.jsonl") for half in (1, 0)]
+"""Where it is killed: while a file has a passing name and half of its content, or right after it got its name."""
+
+
+def test_killed_in_any_place_it_ends_with_the_same_bytes(
+    brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+    for place, half in PLACES:
+
+        def die(self: Path, target: Path, place: str = place, half: int = half) -> Path:
+            if not target.name.endswith(place):
+                return replace(self, target)
+            if half:
+                os.truncate(self, self.stat().st_size // 2)
+            else:
+                replace(self, target)
+            raise Interrupted
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(Path, "replace", die)
+            patch.setattr(Path, "unlink", lambda *arguments, **options: None)  # a killed process clears nothing away
+            evaluation(tmp_path, protocol=BRIEF).run()
+    evaluation(tmp_path, protocol=BRIEF).run()
     assert results(tmp_path) == results(brief)
     assert not list(tmp_path.rglob("*.partial"))
     rows = [json.loads(line) for path in (tmp_path / "timings").iterdir() for line in path.read_text().splitlines()]
@@ -208,15 +171,6 @@ def test_no_results_depend_on_torchs_generators(model: Any, tmp_path: Path) -> N
         evaluation(tmp_path / str(seed), model, attacks=given, protocol=BRIEF.replace(sanity_images=1)).run()
         assert torch.equal(torch.get_rng_state(), before)
     assert results(tmp_path / "1") == results(tmp_path / "2")
-
-
-def test_describing_an_evaluation_leaves_torchs_generators_alone(tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    evaluation(tmp_path, shaken).settings()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-# --- changed settings -------------------------------------------------------------------------------------------------
 
 
 def scaled() -> PurifiedClassifier:
@@ -316,32 +270,10 @@ def test_threads_are_those_that_the_folder_was_begun_with(tmp_path: Path) -> Non
     assert evaluation(tmp_path / "new", threads=None).threads == torch.get_num_threads()
 
 
-def test_two_evaluations_of_one_folder_do_not_run_together(tmp_path: Path) -> None:
-    refused = []
-
-    def begin_another(*_: object) -> None:
-        with pytest.raises(EvaluationError, match="Another evaluation is writing to"):
-            evaluation(tmp_path, protocol=BRIEF).run(lambda *given_to: pytest.fail(f"{given_to}"))
-        refused.append(True)
-
-    evaluation(tmp_path, protocol=BRIEF).run(begin_another)
-    assert refused
-    evaluation(tmp_path, protocol=BRIEF).run()
-
-
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"half')
     with pytest.raises(EvaluationError, match="is not what an evaluation writes"):
         evaluation(tmp_path).run()
-
-
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(EvaluationError):
-        evaluation(tmp_path / "file").run()
-
-
-# --- the model stays as it was ----------------------------------------------------------------------------------------
 
 
 def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -408,37 +340,6 @@ def test_after_a_failure_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_callers_gradient_mode_is_no_matter(mode: Callable[[], Any], tmp_path: Path) -> None:
-    given = {"attacks": {"bpda-eot": PGD(THREAT, steps=2)}, "protocol": BRIEF.replace(sanity_images=1)}
-    evaluation(tmp_path / "outside", Shaky(), **given).run()
-    with mode():
-        evaluation(tmp_path / "inside", Shaky(), **given).run()
-    assert results(tmp_path / "inside") == results(tmp_path / "outside")
-
-
-def test_a_hook_that_watches_changes_nothing(brief: Path, tmp_path: Path) -> None:
-    model, seen = defended(), []
-    with model.register_latent_hook(lambda state: seen.append(state.iteration)):
-        evaluation(tmp_path, model, protocol=BRIEF).run()
-    assert seen
-    assert results(tmp_path) == results(brief)
-
-
-# --- what is evaluated ------------------------------------------------------------------------------------------------
-
-
-def test_a_wrapper_of_normalised_images_gives_the_same_lines(tmp_path: Path) -> None:
-    """It is given images in [0, 1] all the same, and still expects others when it is called."""
-    unit = defended(normalize=([0.4, 0.5, 0.6], 0.25))
-    normalised = unit.variant(inputs="normalized").eval()
-    given: dict[str, Any] = {"attacks": {"pgd": PGD(THREAT, steps=1)}, "baseline_attacks": {}, "protocol": BRIEF}
-    for name, model in (("unit", unit), ("normalised", normalised)):
-        evaluation(tmp_path / name, model, **given).run()
-    assert results(tmp_path / "unit") == results(tmp_path / "normalised")
-    assert normalised.preprocessing.inputs == "normalized"
-
-
 class Network(nn.Module):
     """A linear classifier without a defence."""
 
@@ -483,16 +384,6 @@ def test_the_undefended_classifier_and_baselines_stand_beside_the_defence(tmp_pa
     assert labels.tolist() == [line["label"] for line in by_name["trained/pgd"]]
 
 
-def test_sets_of_attacks_by_name(tmp_path: Path) -> None:
-    threat = ThreatModel(norm="l2", eps=0.5)
-    found = Evaluation(defended(), labelled(2), tmp_path, threat=threat)
-    assert found.attacks["defended"] == standard_suite(threat)
-    assert found.attacks["undefended"] == {"pgd": PGD(threat, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
-    assert (found.protocol, found.subset) == (Protocol(), Subset())
-    whole = Evaluation(defended(), labelled(2), tmp_path, attacks="full")
-    assert next(iter(whole.attacks["defended"].values())).threat == ThreatModel()
-
-
 WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "a label too many": (
         {"data": (labelled(2)[0], torch.tensor([0, 4]))},
@@ -529,9 +420,6 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(name: st
     assert not (tmp_path / "folder").exists()
 
 
-# --- its cost ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_expected_cost_is_declared_at_first_and_measured_then(tmp_path: Path) -> None:
     given = options(protocol=BRIEF.replace(search_on_clean=False), attacks={"bpda-eot": PGD(THREAT, steps=2)})
     found = Evaluation(defended(), out=tmp_path, undefended=False, **given)
@@ -565,13 +453,6 @@ def test_the_cost_of_an_attack_that_does_not_declare_it_is_not_known_before(tmp_
     assert expected.total_passes == expected.passes["defended/clean"]
 
 
-def test_a_defence_among_the_baselines_has_its_cost(tmp_path: Path) -> None:
-    given = evaluation(tmp_path, linear, attacks={}, baselines={"other": defended()}, protocol=BRIEF)
-    assert given.expected().total_passes > 0
-    given.run()
-    assert given.folder.timings()["other/clean"].passes > 0
-
-
 def test_making_an_evaluation_reads_nothing_and_runs_no_model(tmp_path: Path) -> None:
     def refuse(images: Tensor) -> Tensor:
         raise AssertionError
@@ -579,9 +460,6 @@ def test_making_an_evaluation_reads_nothing_and_runs_no_model(tmp_path: Path) ->
     (tmp_path / "settings.json").write_text("{")
     evaluation(tmp_path, refuse, data="nowhere.npz", baselines={"other": refuse})
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
-
-
-# --- what a description of classes and weights does not show ----------------------------------------------------------
 
 
 def test_another_function_behind_the_same_name_is_refused(tmp_path: Path) -> None:
@@ -594,13 +472,6 @@ def test_another_function_behind_the_same_name_is_refused(tmp_path: Path) -> Non
     with pytest.raises(EvaluationError, match="logits of defended on the first image: "):
         evaluation(tmp_path, scaled(0.5), attacks={}, protocol=BRIEF).run()
     evaluation(tmp_path, scaled(1.0 + 1e-6), attacks={}, protocol=BRIEF).run()
-
-
-def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation(tmp_path, attacks={}, protocol=BRIEF).run()
-    monkeypatch.setattr("cmap_defense.evaluation.describe._version", lambda package: "0.0.1")
-    with pytest.raises(EvaluationError, match=r"cmap-defense: [\d.]+ before, 0\.0\.1 now"):
-        evaluation(tmp_path, attacks={}, protocol=BRIEF).run()
 
 
 def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> None:
@@ -618,9 +489,3 @@ def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert fixed_chunk(model, {"max_parallel": 5}, cuda).max_parallel == 5
     assert fixed_chunk(defended(max_parallel=3), {"max_parallel": 5}, cuda).max_parallel == 3
     assert fixed_chunk(linear, None, cuda) is linear
-
-
-def test_a_folder_that_only_the_first_process_sees_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="all must see the same disk"):
-        ResultsFolder(tmp_path).begin({"a": 1}, first=False)
-    assert not (tmp_path / "settings.json").exists()

@@ -181,38 +181,11 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
     assert len(model._latent_hooks) == 0
 
 
-def test_those_tests_see_right_and_wrong_votes_vote_right() -> None:
-    images, labels = images_for("label")
-    vote_right = predict(wrapped(), images, labels, INDICES, NUMBERS).vote_right
-    assert vote_right is not None
-    assert 0 < vote_right.sum() < vote_right.numel()
-
-
 @pytest.mark.parametrize("name", ["seeded", "network", "function"])
 def test_another_model_has_labels_alone(name: str) -> None:
     images, labels = images_for(name)
     found = predict(MODELS[name](), images, labels, INDICES, NUMBERS)
     assert (found.one_latent, found.purified, found.vote_right, dict(found.loop)) == (None, None, None, {})
-
-
-def test_no_gradients_are_kept_and_none_are_needed() -> None:
-    modes = []
-
-    def watched(images: Tensor) -> Tensor:
-        modes.append(torch.is_grad_enabled())
-        return linear(images)
-
-    images, labels = images_for("function")
-    predict(watched, images.requires_grad_(), labels, INDICES, range(2))
-    assert modes == [False, False]
-
-
-def test_the_callers_hooks_are_called_too() -> None:
-    model, seen = wrapped(), []
-    images, labels = images_for("label")
-    with model.register_latent_hook(lambda state: seen.append(state.iteration)):
-        predict(model, images, labels, INDICES, range(2))
-    assert seen == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("logits", [torch.full((5, CLASSES), torch.nan), torch.zeros(4, CLASSES), torch.zeros(5)])

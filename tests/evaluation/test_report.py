@@ -54,9 +54,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     return folder, evaluate(defended(), **options(out=folder, class_names=("a", "b", "c", "d")))
 
 
-# --- the headline -----------------------------------------------------------------------------------------------------
-
-
 def test_where_all_checks_pass_there_is_a_headline(report: Report) -> None:
     assert report.refused == []
     assert len(report.checks) == 10
@@ -114,15 +111,6 @@ def test_where_one_does_not_there_is_none_and_the_reason_is_said(name: str) -> N
     assert [row.attack for row in found.rows] == ["clean", *changed.get("attacks", ATTACKS)]
 
 
-def test_a_fixed_seed_has_no_headline() -> None:
-    found = evaluate(defended(seed=1), **options(protocol=BRIEF))
-    assert found.headline is None
-    assert (
-        "the defence draws independent noise for each prediction: the model has the fixed seed 1. "
-        "Evaluate the model without a fixed seed: PurifiedClassifier(..., seed=None)."
-    ) in found.refused
-
-
 def test_an_unfinished_evaluation_has_no_headline_and_rows_of_what_is_whole(tmp_path: Path) -> None:
     found = evaluation(tmp_path, Shaky(0.3), attacks=ATTACKS)
     with pytest.raises(Interrupted):
@@ -134,9 +122,6 @@ def test_an_unfinished_evaluation_has_no_headline_and_rows_of_what_is_whole(tmp_
     assert [row.attack for row in report.rows] == ["clean", "transfer"]
     assert report.checks == []
     assert evaluation(tmp_path / "new", Shaky(0.3), attacks=ATTACKS).report().rows == []
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_are_what_the_lines_say(whole: tuple[Path, Report]) -> None:
@@ -177,17 +162,6 @@ def test_the_course_of_purifications_and_searches(whole: tuple[Path, Report]) ->
     searched = [given.folder.tensors(unit) for unit in given.units() if unit.task == "defended/bpda-eot"]
     loss = torch.cat([found["history.loss"] for found in searched], dim=1).double().mean(dim=1)
     assert report.searches["defended/bpda-eot"]["loss"] == pytest.approx(loss.tolist())
-
-
-def test_seconds_and_passes_are_those_that_were_noted(whole: tuple[Path, Report]) -> None:
-    folder, report = whole
-    timings = evaluation(folder).folder.timings()
-    assert dict(report.timings) == timings
-    assert report.timings["defended/clean"].passes > 0
-    assert report.timings["undefended/pgd"].passes == 0
-
-
-# --- the files --------------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_has_the_results_and_the_report(whole: tuple[Path, Report]) -> None:
@@ -243,18 +217,6 @@ def test_without_the_extra_of_the_page_the_rest_is_written(tmp_path: Path, monke
     names = {path.name for path in tmp_path.iterdir()}
     assert {"report.json", "report.md"} <= names
     assert "report.html" not in names
-
-
-def test_the_same_call_goes_on(tmp_path: Path) -> None:
-    given_to = []
-    given = {"attacks": {}, "protocol": BRIEF, "out": tmp_path}
-    with pytest.raises(Interrupted):
-        evaluated(**given, progress=interrupt(2))
-    found = evaluated(**given, progress=lambda unit, *_: given_to.append(unit.group))
-    assert given_to == list(range(2, COUNT // BRIEF.group))
-    assert found.to_dict() == evaluated(**given, progress=lambda *given_to: pytest.fail(f"{given_to}")).to_dict()
-    with pytest.raises(EvaluationError, match=r"predictions: 2 before, 3 now"):
-        evaluated(**(given | {"protocol": BRIEF.replace(predictions=3)}))
 
 
 def test_without_a_folder_only_the_report_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,6 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# --- work units -------------------------------------------------------------------------------------------------------
-
-
 def test_a_work_unit_comes_back_as_it_was_written(tmp_path: Path) -> None:
     store = ResultsFolder(tmp_path / "deep" / "folder")
     assert not store.done(UNIT)
@@ -36,14 +30,6 @@ def test_a_work_unit_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert files(store.path) == [f"units/defended/pgd/7-00012{end}" for end in (".jsonl", ".safetensors")]
-
-
-def test_work_units_do_not_meet(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    units = [WorkUnit(task, seed, group) for task in ("a/b", "a/c") for seed in (1, 11) for group in (1, 11, 100_001)]
-    for number, unit in enumerate(units):
-        store.write(unit, [{"number": number}], {})
-    assert [store.lines(unit) for unit in units] == [[{"number": number}] for number in range(len(units))]
 
 
 def test_a_work_unit_without_tensors_has_none(tmp_path: Path) -> None:
@@ -87,22 +73,6 @@ def test_a_failing_save_of_tensors_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert not any(name.endswith(".partial") for name in files(tmp_path))
 
 
-def test_a_failing_save_of_lines_leaves_a_work_unit_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ResultsFolder(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr("cmap_defense.evaluation.results.write_text", failing)
-        with pytest.raises(OSError, match="full"):
-            store.write(UNIT, LINES, TENSORS)
-    assert not store.done(UNIT)
-
-
-def test_lines_that_are_no_json_leave_a_work_unit_undone(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    with pytest.raises(ValueError, match="JSON compliant"):
-        store.write(UNIT, [*LINES, {"distance": float("nan")}], {})
-    assert not store.done(UNIT)
-
-
 def test_what_was_left_half_written_is_no_work_unit(tmp_path: Path) -> None:
     store, folder = ResultsFolder(tmp_path), tmp_path / "units/defended/pgd"
     folder.mkdir(parents=True)
@@ -112,63 +82,6 @@ def test_what_was_left_half_written_is_no_work_unit(tmp_path: Path) -> None:
     assert store.tensors(UNIT) == {}
     store.write(UNIT, LINES, TENSORS)
     assert store.lines(UNIT) == LINES
-
-
-# --- one job at a time ------------------------------------------------------------------------------------------------
-
-HOLD = (
-    "import sys, filelock\nwith filelock.FileLock(sys.argv[1], timeout=0): print('held', flush=True); sys.stdin.read()"
-)
-
-
-def test_a_folder_that_another_process_has_is_refused_until_it_is_gone(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path / "folder")
-    with store.locked():
-        pass
-    command = [sys.executable, "-c", HOLD, str(store.path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(EvaluationError, match=r"Another evaluation is writing to .*folder\. Wait for it"),
-            store.locked(),
-        ):
-            pytest.fail("it was not locked")  # fmt: skip
-        other.kill()
-    with store.locked():
-        pass
-
-
-def test_another_process_is_refused_what_this_one_has(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    with store.locked():
-        found = subprocess.run(
-            [sys.executable, "-c", HOLD, str(tmp_path / ".lock")],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert found.returncode != 0
-    assert "Timeout" in found.stderr
-
-
-def test_the_same_process_cannot_have_it_twice(tmp_path: Path) -> None:
-    with (
-        ResultsFolder(tmp_path).locked(),
-        pytest.raises(EvaluationError, match="Another evaluation"),
-        ResultsFolder(tmp_path).locked(),
-    ):
-        pytest.fail("it was not locked")
-    with ResultsFolder(tmp_path).locked():
-        pass
-
-
-def test_a_lock_is_given_back_after_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), ResultsFolder(tmp_path).locked():
-        raise KeyError
-    with ResultsFolder(tmp_path).locked():
-        pass
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -203,18 +116,6 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path)
     assert (tmp_path / "settings.json").read_bytes() == noted
 
 
-def test_of_many_differences_the_first_are_named(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    store.begin({"tasks": {f"t{n:02}": n for n in range(15)}})
-    with pytest.raises(EvaluationError) as caught:
-        store.begin({"tasks": {f"t{n:02}": -1 for n in range(15)}})
-    lines = str(caught.value).splitlines()
-    assert lines[1] == "  t00: 0 before, -1 now"
-    assert lines[12] == "  t11: 11 before, -1 now"
-    assert lines[13] == "  and 3 more"
-    assert len(lines) == 15
-
-
 @pytest.mark.parametrize("content", ['{"format": 1, "prot', "", "\x00" * 40])
 def test_damaged_settings_are_an_error_that_names_the_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "settings.json").write_text(content)
@@ -229,9 +130,6 @@ def test_settings_of_another_version_are_refused(tmp_path: Path, content: str) -
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(EvaluationError, match="was written by another version of this package"):
         ResultsFolder(tmp_path).begin(SETTINGS)
-
-
-# --- timings ----------------------------------------------------------------------------------------------------------
 
 
 def test_timings_are_sums_by_task_over_all_ranks(tmp_path: Path) -> None:
@@ -255,12 +153,3 @@ def test_a_half_written_timing_is_no_timing(tmp_path: Path) -> None:
         path.write_text(whole[:kept])
         one = len(whole.splitlines()[0])
         assert store.timings() == ({} if kept < one else {"a": Timing(3, 1.0, 10)}), kept
-
-
-def test_a_half_written_timing_takes_no_other_with_it(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    store.note_timing(WorkUnit("a", 0, 0), 0, Timing(3, 1.0, 10))
-    path = tmp_path / "timings" / "rank-0.jsonl"
-    path.write_text(path.read_text() + json.dumps({"task": "a", "seed": 0})[:-3])
-    store.note_timing(WorkUnit("a", 0, 1), 0, Timing(3, 2.0, 20))
-    assert store.timings() == {"a": Timing(6, 3.0, 30)}

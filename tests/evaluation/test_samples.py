@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from cmap_defense.evaluation.report.samples import DIFFERENCE, LARGEST, Picture, class_name, picture, samples
+from cmap_defense.evaluation.report.samples import DIFFERENCE, Picture, class_name, picture, samples
 from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
 from example_report import CIFAR, example_folder, example_report
 
@@ -41,11 +41,6 @@ def test_pictures_are_clamped_and_of_other_channels_the_mean() -> None:
     assert decoded(picture(torch.tensor([-1.0, 0.5, 2.0]).view(1, 1, 3), "")).flatten().tolist() == [0, 128, 255]
     four = torch.tensor([0.1, 0.3, 0.5, 0.7]).view(4, 1, 1).expand(4, 2, 3)
     assert decoded(picture(four, "")).unique().tolist() == [102]
-
-
-def test_large_pictures_are_reduced() -> None:
-    found = picture(torch.rand((3, 200, 400), generator=torch.Generator().manual_seed(0)), "")
-    assert (found.width, found.height) == (LARGEST, LARGEST // 2)
 
 
 def test_classes_without_names_have_numbers() -> None:
@@ -87,12 +82,6 @@ def test_clean_attacked_different_purified(tmp_path: Path, channels: int) -> Non
                 assert attack in what.alt or attack == "clean"
 
 
-def test_fewer_images_than_wanted(tmp_path: Path) -> None:
-    report = example_report(attacks=["pgd"], images=3)
-    found = samples(report, example_folder(tmp_path, report, count=3), ["pgd"])
-    assert len(found) == 3
-
-
 def test_what_the_folder_does_not_hold_is_left_out(tmp_path: Path) -> None:
     report = example_report(attacks=["pgd", "latent"])
     assert samples(report, ResultsFolder(tmp_path / "elsewhere"), ["pgd"]) == []
@@ -106,23 +95,3 @@ def test_what_the_folder_does_not_hold_is_left_out(tmp_path: Path) -> None:
     assert list(found[0].pictures) == ["clean"]
     shutil.rmtree(tmp_path / "units/defended/clean")
     assert samples(report, folder, ["latent"]) == []
-
-
-def test_a_model_that_does_not_purify(tmp_path: Path) -> None:
-    report = example_report(attacks=["pgd"])
-    folder = example_folder(tmp_path, report)
-    for attack in ("clean", "pgd"):
-        for group in range(2):
-            unit = WorkUnit(f"defended/{attack}", 0, group)
-            folder.write(unit, folder.lines(unit), {"images": folder.tensors(unit)["images"]})
-    found = samples(report, folder, ["pgd"])
-    assert {attack: list(pictures) for attack, pictures in found[0].pictures.items()} == {
-        "clean": ["image"],
-        "pgd": ["image", "difference"],
-    }
-
-
-def test_no_attack(tmp_path: Path) -> None:
-    report = example_report(attacks=[])
-    found = samples(report, example_folder(tmp_path, report), [])
-    assert list(found[0].pictures) == ["clean"]

@@ -57,9 +57,6 @@ def assert_accuracy(found: Accuracy | None, shares: np.ndarray) -> None:
     assert found.interval == pytest.approx(wilson_interval(shares.mean() * found.total, found.total), abs=1e-8)
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=50)
 @given(made=made_up())
 def test_a_row_is_what_counting_gives(
@@ -105,31 +102,6 @@ def test_what_else_a_row_has() -> None:
     assert row.queries == 17
 
 
-def test_runs_are_grouped_by_their_seeds() -> None:
-    lines = lines_of(torch.tensor([[[1], [0]], [[0], [0]]]), torch.tensor([[[1], [1]], [[1], [1]]]), torch.ones(2))
-    runs = Runs.of(iter(lines))
-    assert runs.right.tolist() == [[[True], [False]], [[False], [False]]]
-    first = runs.first(1)
-    assert first.right.tolist() == [[[True]]]
-    assert first.reevaluated.tolist() == [[[True]]]
-    assert first.lines == [[lines[0]]]
-    assert first.truth.tolist() == [1]
-
-
-def test_the_first_images_keep_the_shares_of_their_latents() -> None:
-    truth = torch.ones(3, dtype=torch.int64)
-    ones = torch.ones(2, 3, 1, dtype=torch.int64)
-    runs = Runs.of(lines_of(ones, ones, truth, one_latent=lambda run, image: float(10 * run + image)))
-    assert runs.one_latent is not None
-    assert runs.one_latent.tolist() == [[0, 1, 2], [10, 11, 12]]
-    first = runs.first(2).one_latent
-    assert first is not None
-    assert first.tolist() == [[0, 1]]
-
-
-# --- while searching --------------------------------------------------------------------------------------------------
-
-
 def test_accuracy_while_searching_and_by_chance() -> None:
     """As many predictions of the clean image as the search makes: three here, of N + R + search = 5."""
     truth = torch.tensor([1, 1, 1, 1])
@@ -166,9 +138,6 @@ def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
     attack = Runs.of(lines_of(ones, ones, torch.ones(4), search_predictions=None, search_succeeded=None))
     row = make_row(attack, Runs.of(lines_of(ones, ones, torch.ones(4), search=[1])))
     assert (row.search, row.search_on_clean, row.search_predictions) == (None, None, None)
-
-
-# --- the worst attack on each image -----------------------------------------------------------------------------------
 
 
 def worst_by_hand(
@@ -262,15 +231,6 @@ def test_the_order_of_the_attacks_changes_nothing(
     assert other.lowest == found.lowest
 
 
-def test_the_order_of_equally_strong_attacks_changes_nothing() -> None:
-    right = torch.zeros(1, 6, 2, dtype=torch.bool)
-    strong, weak = (
-        runs_of(right, torch.full((1, 6, 4), again), attack=name) for name, again in (("strong", False), ("weak", True))
-    )
-    one, other = worst_case([strong, weak], strong), worst_case([weak, strong], strong)
-    assert one.accuracy == other.accuracy
-
-
 @settings(max_examples=50)
 @given(made=made_up(attacks=2))
 def test_one_attack_is_its_own_worst_case(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> None:
@@ -312,9 +272,6 @@ def test_the_selection_effect_is_not_counted() -> None:
     assert min(found.chosen.values()) > 0
 
 
-# --- what chance alone would do ---------------------------------------------------------------------------------------
-
-
 def vote_is_won(share: float, predictions: int, *, ties: bool) -> float:
     """That most of N predictions are right, each with this probability; on ties the vote is won or not."""
     chances = [math.comb(predictions, n) * share**n * (1 - share) ** (predictions - n) for n in range(predictions + 1)]
@@ -339,13 +296,6 @@ def test_chance_is_the_binomials_where_all_images_are_alike(
     assert found == pytest.approx(expected, abs=4.5 * error + 1e-12)
 
 
-def test_one_vote_of_chance_is_the_vote() -> None:
-    """The N predictions suffice for it."""
-    right = draws(0.6, 2, 50, 3, seed=0)
-    clean = runs_of(right, right)
-    assert worst_case([clean], clean).lowest_by_chance == pytest.approx(make_row(clean).vote.value)
-
-
 def test_chance_is_the_mean_over_images_and_runs() -> None:
     right = torch.tensor([[[1, 1, 1], [1, 1, 0]], [[0, 0, 0], [1, 0, 0]]]).bool()
     clean = runs_of(right, right)
@@ -353,23 +303,3 @@ def test_chance_is_the_mean_over_images_and_runs() -> None:
     found = worst_case([clean] * 2, clean, 1000).lowest_by_chance
     assert found == pytest.approx(sum(shares) / 4, abs=0.02)
     assert worst_case([clean] * 2, clean, 1000).lowest_by_chance == found
-
-
-def test_chance_leaves_torchs_generators_alone() -> None:
-    clean = runs_of(draws(0.5, 1, 5, 3, seed=0), draws(0.5, 1, 5, 3, seed=1))
-    before = torch.get_rng_state()
-    worst_case([clean], clean)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_chance_is_what_attacks_do_that_do_nothing() -> None:
-    share, attacks, images, predictions, again = 0.7, 8, 2000, 3, 27
-    runs = [
-        runs_of(draws(share, 1, images, predictions, seed=m), draws(share, 1, images, again, seed=100 + m), search=[])
-        for m in range(attacks + 1)
-    ]
-    found = worst_case(runs[1:], runs[0], draws=20)
-    won = share**3 + 3 * share**2 * (1 - share)
-    error = math.sqrt(won**attacks / images)
-    assert found.lowest.value == pytest.approx(won**attacks, abs=4 * error)
-    assert found.lowest_by_chance == pytest.approx(won**attacks, abs=4 * error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -88,8 +87,6 @@ def column(output: Output, name: str) -> list[Any]:
     return [line[name] for line in output[0]]
 
 
-# --- attacks ----------------------------------------------------------------------------------------------------------
-
 HOW = {
     "PGD": PGD(LINF, steps=2, eot=2),
     "PGD, two attempts": PGD(LINF, steps=2, keep="best", seed=5),
@@ -140,21 +137,6 @@ def test_an_attacks_lines_and_tensors(name: str) -> None:
         assert json.loads(json.dumps(line, allow_nan=False)) == line
 
 
-def test_a_model_without_latents_has_no_figures_of_them() -> None:
-    output = attacked(linear, PGD(LINF, steps=2))
-    assert column(output, "one_latent") == column(output, "vote_right") == [None] * 3
-    assert set(output[1]) == {"images", "history.loss", "history.gradient_norm", "history.reached"}
-
-
-def test_another_run_has_other_noise() -> None:
-    model, given = wrapped(), batch()
-    runs = [
-        attacked(model, HOW["PGD"], dataclasses.replace(given, indices=run_indices(POSITIONS, run))) for run in (0, 3)
-    ]
-    assert not torch.equal(runs[0][1]["images"], runs[1][1]["images"])
-    assert column(runs[0], "predictions") != column(runs[1], "predictions")
-
-
 def test_a_gradient_of_zero_is_in_the_line_and_warns_nobody() -> None:
     """Of dark images; warnings are errors here."""
 
@@ -167,8 +149,6 @@ def test_a_gradient_of_zero_is_in_the_line_and_warns_nobody() -> None:
     output = attacked(blind, PGD(LINF, steps=2), batch(images, torch.tensor([0, 1, 2])))
     assert column(output, "zero_gradient") == [True, False, False]
 
-
-# --- while searching --------------------------------------------------------------------------------------------------
 
 SEARCHES = {
     **HOW,
@@ -199,13 +179,6 @@ def test_the_predictions_of_a_search_are_counted(name: str) -> None:
     assert column(output, "search_succeeded") == (found != given.labels).any(dim=0).tolist()
 
 
-def test_those_searches_see_right_and_wrong_predictions() -> None:
-    found = [attacked(Shaky(0.3), how) for name, how in SEARCHES.items() if name.startswith(("PGD", "SPSA"))]
-    searched = [line["search_succeeded"] for output in found for line in output[0]]
-    assert True in searched
-    assert False in searched
-
-
 def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
     names = {
         name: how.predictions_per_image() for name, how in suite(LINF).items() if not name.startswith(("PGD", "SPSA"))
@@ -217,9 +190,6 @@ def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
     assert column(attempts, "search_predictions") == [2] * 3
     result = HOW["LatentAttack"](wrapped(), batch().images, batch().labels, indices=batch().indices)
     assert column(attempts, "search_succeeded") == result.any_candidate_success.tolist()
-
-
-# --- clean images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [wrapped(), Noisy(), linear], ids=["purified", "seeded", "function"])
@@ -261,9 +231,6 @@ def test_the_lines_do_not_depend_on_the_batch() -> None:
                 if name in ("cosines", "variances"):
                     close = pytest.approx(value, rel=1e-3, abs=1e-5)
                 assert line[name] == close, name
-
-
-# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def drawn_gradients(model: Any, how: PGD, given: Batch, samples: int) -> np.ndarray:
@@ -316,19 +283,6 @@ def test_the_gradient_mode_of_the_attack_is_the_one_measured() -> None:
     assert gradient_task(wrapped(), PGD(LINF), 4).run(given)[0] != alone[0]
 
 
-def test_a_model_without_noise_has_one_direction_and_no_variance() -> None:
-    for line in gradient_task(linear, PGD(LINF), 4).run(batch())[0]:
-        assert line["cosines"] == pytest.approx([1.0, 1.0])
-        assert line["variances"] == pytest.approx([0.0, 0.0], abs=1e-12)
-
-
-def test_a_gradient_of_zero_has_no_direction() -> None:
-    for line in gradient_task(lambda images: linear(0 * images), PGD(LINF), 4).run(batch())[0]:
-        assert line["cosines"] == line["variances"] == [0.0, 0.0]
-
-
-# --- functions of the group alone -------------------------------------------------------------------------------------
-
 TASKS = {
     "attack": lambda: attack_task(shaken, PGD(LINF, steps=2)),
     "clean": lambda: clean_task(shaken, 2),
@@ -345,20 +299,6 @@ def test_torchs_generators_are_left_alone_and_have_no_say(name: str) -> None:
         found.append(TASKS[name]().run(batch())[0])
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_tasks_run_where_no_gradients_are_kept(mode: Any) -> None:
-    """As attacks do. The tensors of the group were made there too."""
-    model = Noisy()
-    tasks = [
-        attack_task(model, PGD(LINF, steps=2)),
-        clean_task(model, 2),
-        gradient_task(model, PGD(LINF), 4),
-    ]
-    outside = [task.run(batch())[0] for task in tasks]
-    with mode():
-        assert [task.run(batch())[0] for task in tasks] == outside
 
 
 def test_names_and_descriptions() -> None:
@@ -388,8 +328,6 @@ def test_passes_of_a_task_are_those_that_it_makes() -> None:
     assert clean_task(linear).passes_per_image() == 0
     assert attack_task(model, ShortCMAP(LINF)).passes_per_image() is None
 
-
-# --- which tasks there are --------------------------------------------------------------------------------------------
 
 SHAPE = (3, 8, 6)
 L2 = ThreatModel(norm="l2", eps=0.5)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.errors import BackboneFileError, CheckpointError
+from cmap_defense.errors import CheckpointError
 from cmap_defense.training import checkpoint as module
 from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    refuse_other_settings,
     save_checkpoint,
 )
 
@@ -49,9 +47,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor)
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, state(12))
     assert path == tmp_path / "checkpoint-00000012"
@@ -63,26 +58,11 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert_same(found.tensors, state(12).tensors)
 
 
-def test_an_empty_folder_holds_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path, SETTINGS) is None
-
-
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     for step in (5, 10, 100, 99):
         save_checkpoint(tmp_path, state(step))
     assert names(tmp_path) == ["checkpoint-00000099", "checkpoint-00000100"]
     assert newest_step(tmp_path) == 100
-
-
-def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state(3))
-    for name in ("checkpoint-best", "checkpoint-", "my-checkpoint-00000009", "checkpoint-best.partial"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-00000009.pt").write_bytes(b"of former versions")
-    assert newest_step(tmp_path) == 3
-    others = names(tmp_path)
-    save_checkpoint(tmp_path, state(4), keep=1)
-    assert names(tmp_path) == sorted({*others, "checkpoint-00000004"} - {"checkpoint-00000003"})
 
 
 def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path: Path) -> None:
@@ -124,26 +104,12 @@ def test_parts_are_small_enough_and_make_up_the_whole(
     assert_same(read_checkpoint(path).tensors, tensors)
 
 
-def test_a_megabyte_is_a_million_bytes(tmp_path: Path) -> None:
-    """Six of them in files of at most two: no more files than needed, but for the headers."""
-    tensors = {"a": torch.randn(900_000), "b": torch.randn(600, 1000)}
-    path = save_checkpoint(tmp_path, Checkpoint(1, {}, tensors), part_mb=2)
-    sizes = [file.stat().st_size for file in sorted(path.glob("part-*"))]
-    assert len(sizes) == 4
-    assert max(sizes) <= 2_000_000
-    assert all(size > 1_990_000 for size in sizes[:-1])
-    assert_same(read_checkpoint(path).tensors, tensors)
-
-
 def test_the_layout_of_a_tensor_does_not_show(tmp_path: Path) -> None:
     weight = torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last)
     path = save_checkpoint(tmp_path, Checkpoint(1, {}, {"w": weight, "t": weight.transpose(0, 1)}))
     found = read_checkpoint(path).tensors
     assert torch.equal(found["w"], weight)
     assert torch.equal(found["t"], weight.transpose(0, 1))
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["parts", "index"])
@@ -197,28 +163,6 @@ def test_a_damaged_newest_one_gives_way_to_the_one_before(
     assert newest_step(tmp_path) == 3
 
 
-def test_a_damaged_one_is_written_anew(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state(3))
-    cut(save_checkpoint(tmp_path, state(4)) / "part-000.safetensors")
-    save_checkpoint(tmp_path, state(4))
-    assert newest_step(tmp_path) == 4
-
-
-def test_files_may_arrive_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Carried to another machine, a checkpoint is none before its last file is there, whichever that is."""
-    monkeypatch.setattr(module, "MEGABYTE", 3000)
-    (tmp_path / "here").mkdir()
-    source = save_checkpoint(tmp_path / "here", state(4), part_mb=1)
-    for last in names(source):
-        place = tmp_path / f"last-{last}" / source.name
-        place.mkdir(parents=True)
-        for file in [name for name in names(source) if name != last]:
-            shutil.copyfile(source / file, place / file)
-            assert newest_checkpoint(place.parent, SETTINGS) is None
-        shutil.copyfile(source / last, place / last)
-        assert newest_step(place.parent) == 4
-
-
 def test_when_all_are_damaged_there_is_none(tmp_path: Path) -> None:
     for step in (3, 4):
         cut(save_checkpoint(tmp_path, state(step)) / "index.json")
@@ -231,16 +175,6 @@ def test_an_index_that_is_none_gives_way_to_the_one_before(tmp_path: Path, index
     newest = save_checkpoint(tmp_path, state(4))
     (newest / "index.json").write_text(index if isinstance(index, str) else json.dumps(index))
     assert newest_step(tmp_path) == 3
-
-
-def test_reading_a_damaged_one_is_an_error(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, state(3))
-    cut(path / "part-000.safetensors")
-    with pytest.raises(BackboneFileError, match="part-000"):
-        read_checkpoint(path)
-
-
-# --- other settings ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -258,14 +192,3 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, here: dict[str, Any]
         newest_checkpoint(tmp_path, SETTINGS | here)
     assert path.name in str(caught.value)
     assert "huber" not in str(caught.value)
-
-
-def test_a_part_that_is_missing_here_is_refused_too(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state(3))
-    with pytest.raises(CheckpointError, match=r"objective: given before, not given now"):
-        newest_checkpoint(tmp_path, {"train": SETTINGS["train"]})
-
-
-def test_settings_are_compared_as_json(tmp_path: Path) -> None:
-    """A tuple is a list there."""
-    refuse_other_settings(tmp_path, {"train": {"betas": [0.9, 0.99]}}, {"train": {"betas": (0.9, 0.99)}})

@@ -69,11 +69,6 @@ def test_it_is_its_plain_program() -> None:
     assert (batch.images.dtype, batch.z.dtype, batch.uniform.dtype) == (torch.float32, torch.float32, torch.float64)
 
 
-def test_without_flips_the_images_are_as_they_are() -> None:
-    batch = draws(flip=False)(2)
-    assert torch.equal(batch.images, IMAGES[image_indices(2, 10, 23, 0)].float() / 127.5 - 1)
-
-
 def test_numbers_are_uniform_and_noise_is_normal() -> None:
     batch = draws(batch_size=20_000)(0)
     low, high = batch.uniform.aminmax()
@@ -83,10 +78,6 @@ def test_numbers_are_uniform_and_noise_is_normal() -> None:
     assert batch.z.mean().item() == pytest.approx(0.0, abs=0.01)
     assert batch.z.std().item() == pytest.approx(1.0, abs=0.01)
     assert torch.corrcoef(torch.stack([batch.uniform, batch.z[:, 0, 0, 0].double()]))[0, 1].abs() < 0.03
-
-
-def test_without_labels_there_are_none() -> None:
-    assert draws(labels=None)(0).labels is None
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
@@ -107,8 +98,6 @@ def test_the_global_generator_and_the_images_are_left_alone() -> None:
     assert fit_beside(IMAGES, CPU)
     assert made.images.data_ptr() == IMAGES.data_ptr()
 
-
-# --- the order of the images ------------------------------------------------------------------------------------------
 
 LENGTHS, BATCHES, SEEDS = st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**63)
 
@@ -138,12 +127,6 @@ def test_a_batch_depends_on_seed_and_step_alone(length: int, size: int, seed: in
         assert (batch.shape, batch.dtype) == ((size,), torch.int64)
         assert batch.min() >= 0
         assert batch.max() < length
-
-
-def test_epochs_and_seeds_differ() -> None:
-    first, second, other = (image_indices(step, 1000, 1000, seed) for step, seed in ((0, 0), (1, 0), (0, 1)))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, other)
 
 
 @pytest.mark.gpu

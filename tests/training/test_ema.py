@@ -6,7 +6,7 @@ from torch import nn
 
 from cmap_defense.training.ema import EMA, Target
 from toys import noise
-from training.killed import fresh_backbone
+from training.trained import fresh_backbone
 
 LATE = 10**9
 """So many images seen that the start plays no part."""
@@ -66,16 +66,6 @@ def test_it_is_the_weighted_sum_of_all_weights_seen() -> None:
     torch.testing.assert_close(ema.weights["weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_averages_of_bfloat16_weights_are_float32() -> None:
-    """At a half-life of 10^4 images one step moves by 7e-5 of the distance, which bfloat16 would round away."""
-    linear = fill(nn.Linear(3, 2), 1.0).to(torch.bfloat16)
-    ema = EMA(linear, 10**4)
-    fill(linear, 0.0)
-    ema.update(linear, batch_size=1, images_seen=LATE)
-    assert ema.weights["weight"].dtype == torch.float32
-    assert_all(ema.weights.values(), 0.5**1e-4, rtol=1e-6, atol=0)
-
-
 def test_without_a_decay_the_target_is_the_model_itself() -> None:
     backbone = fresh_backbone()
     target = Target(backbone, None)
@@ -99,16 +89,3 @@ def test_with_a_decay_it_is_a_copy_that_follows() -> None:
     assert_all(target.model.parameters(), 1.5)
     target.update(backbone, 0.0)
     assert_all(target.model.parameters(), 3.0, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("make", [lambda model: EMA(model, 100), lambda model: Target(model, 0.9)])
-def test_saved_averages_are_copied_and_all_needed(make: object) -> None:
-    saved = {name: 2 * tensor.clone() for name, tensor in make(fresh_backbone(seed=1)).weights.items()}  # pyright: ignore
-    fresh = make(fresh_backbone(seed=2))  # pyright: ignore[reportCallIssue]
-    fresh.load(saved)
-    for name, average in fresh.weights.items():
-        assert torch.equal(average, saved[name])
-        assert average.data_ptr() != saved[name].data_ptr()
-    del saved[next(iter(saved))]
-    with pytest.raises(KeyError):
-        fresh.load(saved)

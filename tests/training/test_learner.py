@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.objectives import CD, CT, ECT, EDM, ICT, Objective
-from training.killed import NETWORK, RICH
-from training.killed import learner as learner_of
+from training.trained import NETWORK, RICH
+from training.trained import learner as learner_of
 
 
 def learner(objective: Objective, *, classes: int | None = 2, dropout: float = 0.0, **changes: Any) -> Learner:
@@ -68,11 +68,6 @@ def test_its_state_is_all_that_the_next_step_depends_on(objective: Objective) ->
     for name, tensor in other.tensors().items():
         assert torch.equal(tensor, expected[name]), name
     assert any(name.startswith("target/") for name in expected) is (objective.name == "ct")
-
-
-def test_a_fresh_state_is_no_state_to_go_on_from() -> None:
-    with pytest.raises(RuntimeError, match="Missing key"):
-        learner(ECT()).load({})
 
 
 def test_the_gradient_is_clipped() -> None:

@@ -59,14 +59,6 @@ def test_the_stretches_of_a_checkpoint_are_about_equal_and_hold_each_loss_once(t
         assert mean == pytest.approx((first + last - 1) / 2)
 
 
-def test_a_loss_keeps_no_graph(tmp_path: Path) -> None:
-    log = LossLog(tmp_path / "log.jsonl", torch.device("cuda"))
-    weight = torch.ones(3, requires_grad=True)
-    log.add(weight.sum())
-    log.add(weight.sum())
-    assert not log._unread[0].requires_grad
-
-
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_no_loss_is_an_error_when_it_is_read(tmp_path: Path, value: float, device: str) -> None:

@@ -1,10 +1,9 @@
 """The training loop: it learns, it can be killed anywhere and continued to the same bits, it refuses what misfits."""
 
+import os
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.backbones import ConsistencyBackbone
-from cmap_defense.errors import CheckpointError, DataError, SettingsError, TrainingError
+from cmap_defense.errors import DataError, TrainingError
 from cmap_defense.training import checkpoint
 from cmap_defense.training.checkpoint import read_checkpoint
 from cmap_defense.training.config import TrainingConfig
@@ -22,8 +20,7 @@ from cmap_defense.training.learner import Learner, learning_rate
 from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.objectives import CT, ECT, EDM, Objective
 from toys import noise
-from training import killed
-from training.killed import CONFIG, KILLED, NETWORK, PART, learner, run, training_labels
+from training.trained import CONFIG, NETWORK, PART, learner, run, training_labels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,37 +65,50 @@ def assert_as_straight(found: Learner, folder: Path, expected: tuple[Path, Learn
     assert files(folder) == files(expected[0])
 
 
-# --- killed and continued ---------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """The process is gone."""
 
 
-@pytest.fixture(scope="module")
-def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of trainings that were killed by SIGKILL within the second checkpoint or right after a part of it."""
-    folder = tmp_path_factory.mktemp("killed")
-    subprocess.run([sys.executable, killed.__file__, str(folder)], check=True)
-    return folder
+def kill_at(where: str, patch: pytest.MonkeyPatch) -> None:
+    """Let a training end at a place of its second checkpoint."""
+    owner, name = {"saved": (loop, "save_checkpoint"), "logged": (log.LossLog, "write")}.get(
+        where, (checkpoint, "write_safetensors")
+    )
+    function, calls = getattr(owner, name), []
+
+    def half(tensors: dict[str, Tensor], path: Path) -> None:
+        function(tensors, path)
+        if path.parent.name == "checkpoint-00000008.partial" and any("adam/step" in name for name in tensors):
+            os.truncate(path, path.stat().st_size // 2)
+            raise Killed
+
+    def second_call(*arguments: Any, **options: Any) -> Any:
+        calls.append(function(*arguments, **options))
+        if len(calls) == 2:
+            raise Killed
+        return calls[-1]
+
+    patch.setattr(owner, name, half if where == "part" else second_call)
+
+
+KILLED = {"part": "rich", "saved": "rich", "logged": "plain"}
+"""Place of the kill -> training: when half of a part of the second checkpoint is written, after the whole checkpoint,
+or after its lines of the log."""
 
 
 @pytest.mark.parametrize(("where", "what"), KILLED.items())
 def test_killed_and_continued_it_ends_with_the_same_bits(
-    straight: Straight, cut_off: Path, where: str, what: str
+    straight: Straight, tmp_path: Path, where: str, what: str
 ) -> None:
-    folder, steps = cut_off / where, []
+    folder, steps = tmp_path / where, []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(where, patch)
+        run(folder, what)
     newest = max(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]"))
     assert newest == (8 if where == "saved" else 4)
     found, _ = run(folder, what, on_step=lambda state: steps.append(state.step))
     assert steps == list(range(newest + 1, 13))
     assert_as_straight(found, folder, straight[what])
-
-
-def test_a_rich_training_has_all_that_changes_in_its_checkpoints(straight: Straight) -> None:
-    folder, made = straight["rich"]
-    saved = read_checkpoint(folder / "checkpoint-00000012")
-    names = {name for name, _ in made.model.named_parameters()}
-    kinds = {"weights", "ema-50", "ema-3", "target", "adam/step", "adam/exp_avg", "adam/exp_avg_sq"}
-    assert saved.tensors.keys() == {f"{kind}/{name}" for kind in kinds for name in names}
-    assert len(list((folder / "checkpoint-00000012").glob("part-*.safetensors"))) > 3
-    assert_same_bits(saved.tensors, made.tensors())
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_alone(straight: Straight, tmp_path: Path) -> None:
@@ -132,24 +142,6 @@ def test_how_it_is_carried_out_may_change_from_call_to_call(straight: Straight, 
     torch.testing.assert_close(images, others, rtol=1e-4, atol=1e-5)
 
 
-def test_the_global_generator_plays_no_part_and_is_left_alone(tmp_path: Path) -> None:
-    """Dropout is a function of seed and step too."""
-
-    def weights(folder: Path, seed: int) -> dict[str, Tensor]:
-        made = learner(config=CONFIG.replace(images=24), network=NETWORK.replace(dropout=0.5))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            before = torch.random.get_rng_state()
-            train(made, folder)
-            assert torch.equal(torch.random.get_rng_state(), before)
-        return made.tensors()
-
-    assert_same_bits(weights(tmp_path / "a", 1), weights(tmp_path / "b", 2))
-
-
-# --- a time limit -----------------------------------------------------------------------------------------------------
-
-
 def test_when_the_time_is_over_it_stops_with_a_checkpoint_and_the_next_call_continues(
     straight: Straight, tmp_path: Path
 ) -> None:
@@ -174,13 +166,6 @@ def test_when_the_time_is_over_it_stops_with_a_checkpoint_and_the_next_call_cont
     assert_same_bits(found.tensors(), straight["plain"][1].tensors())
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == steps, "up to 20 lines a checkpoint"
-
-
-def test_even_without_time_it_makes_a_step(tmp_path: Path) -> None:
-    assert run(tmp_path, seconds_left=lambda: -1.0)[1] == 1
-
-
-# --- what it does -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,18 +244,6 @@ def test_at_a_checkpoint_the_backbone_holds_the_first_averages_in_eval_mode(tmp_
     assert any(not torch.equal(second[name], first[name]) for name in first)
 
 
-def test_a_failing_checkpoint_hook_leaves_the_weights_of_the_training(tmp_path: Path) -> None:
-    made = learner()
-
-    def on_checkpoint(step: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(made, tmp_path, on_checkpoint=on_checkpoint)
-    assert_same_bits(made.tensors(), read_checkpoint(tmp_path / "checkpoint-00000004").tensors)
-    assert made.model.training
-
-
 def test_a_target_that_is_an_average_follows_the_model(tmp_path: Path) -> None:
     """By its recursion in float64, with the decay of each step; it has no gradients, and is in the same mode."""
     seen: list[tuple[Tensor, Tensor, float]] = []
@@ -308,33 +281,12 @@ def test_labels_reach_the_network_with_their_images(tmp_path: Path) -> None:
     assert made.model.network.classes.weight.abs().max() > 0
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_images_reach_the_objective_in_their_range_and_about_half_of_them_mirrored(tmp_path: Path, flip: bool) -> None:
-    """The first column counts the rows from 0 to 255, the others are dark; a mirrored image has it at the right."""
-    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    image[..., 0] = torch.tensor([0, 36, 73, 109, 146, 182, 219, 255], dtype=torch.uint8)
-    batches: list[Tensor] = []
-    objective = watching(lambda model, batch, *others: batches.append(batch.images))
-    train(learner(objective, CONFIG.replace(flip=flip, images=240, batch_size=60), images=image), tmp_path)
-    seen = torch.cat(batches)
-    assert seen.shape == (240, 1, 8, 8)
-    assert (seen.min().item(), seen.max().item()) == (-1.0, 1.0)
-    column = image[0, 0, :, 0] / 127.5 - 1
-    as_it_is = (seen[:, 0, :, 0] == column).all(dim=1)
-    mirrored = (seen[:, 0, :, 7] == column).all(dim=1)
-    assert (as_it_is ^ mirrored).all()
-    assert 90 < mirrored.sum() < 150 if flip else not mirrored.any()
-
-
 def test_the_learning_rate_rises_then_falls_along_a_half_cosine() -> None:
     config = TrainingConfig(images=100_000, batch_size=100, warmup_images=1000, learning_rate=0.5)
     expected = {0: 0.5 * 0.1, 400: 0.5 * 0.5, 50_000: 0.25, 100_000: 0.0}
     assert {seen: learning_rate(config, seen) for seen in expected} == pytest.approx(expected, rel=1e-4, abs=1e-12)
     rates = [learning_rate(config, seen) for seen in range(1000, 100_001, 100)]
     assert rates == sorted(rates, reverse=True)
-
-
-# --- what it refuses --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,13 +310,6 @@ def test_wrong_images_and_labels_are_refused(network: Any, data: dict[str, Any],
         learner(network=network, **data)
 
 
-def test_the_objective_of_another_kind_is_refused() -> None:
-    model = killed.fresh_backbone()
-    assert isinstance(model, ConsistencyBackbone)
-    with pytest.raises(SettingsError, match="'edm' trains a EDMDenoiser, but this is a ConsistencyBackbone"):
-        learner(EDM(), model=model)
-
-
 @pytest.mark.parametrize("spoilt", [lambda found: found * math.inf, lambda found: found + (0 * found).sqrt()])
 def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(
     tmp_path: Path, spoilt: Callable[[Tensor], Tensor]
@@ -379,11 +324,3 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(
     with pytest.raises(TrainingError, match="diverged"):
         losses_of(tmp_path, Diverging())
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-00000004"]
-
-
-def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    losses_of(tmp_path, config=CONFIG.replace(images=16))
-    before = files(tmp_path)
-    with pytest.raises(CheckpointError, match=r"batch_size: 8 before, 4 now"):
-        losses_of(tmp_path, config=CONFIG.replace(images=16, batch_size=4))
-    assert files(tmp_path) == before

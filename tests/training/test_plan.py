@@ -20,7 +20,7 @@ from cmap_defense.training.loop import countdown, train
 from cmap_defense.training.objectives import CT
 from cmap_defense.training.plan import Speed, as_before, measure, plan_images, planned_images, read_plan
 from training.clock import Clock
-from training.killed import CONFIG, NETWORK, learner
+from training.trained import CONFIG, NETWORK, learner
 
 STEP, SAVE = 12.0, 10.0
 PARTS = {"data": {"images": 50}}
@@ -44,15 +44,6 @@ def chosen(folder: Path, minutes: float, clock: Clock, parts: dict[str, Any] = P
         return config
     made = learner(CT(), config)
     return config.replace(images=planned_images(made, folder, parts, countdown(minutes, clock)))
-
-
-def test_a_countdown_goes_below_zero() -> None:
-    clock = Clock()
-    left = countdown(1.5, clock)
-    assert left() == 90.0
-    clock.now += 100
-    assert left() == -10.0
-    assert countdown(None)() == float("inf")
 
 
 @settings(deadline=None)
@@ -123,14 +114,6 @@ def test_measuring_leaves_the_weights_and_the_folder_as_they_were(tmp_path: Path
         assert torch.equal(tensor, before[name])
     assert all(p.grad is None for p in made.model.parameters())
     assert list((tmp_path / "new").iterdir()) == []
-
-
-@pytest.mark.parametrize(("minutes", "steps"), [(1.0, 3 + 5), (20.0, 3 + 5), (21.0, 3 + 10)])
-def test_measuring_takes_a_small_part_of_the_minutes(tmp_path: Path, clock: Clock, minutes: float, steps: int) -> None:
-    """Five per cent at most, or a few steps."""
-    begun = clock.now
-    measure(learner(config=OPEN.replace(minutes=minutes)), tmp_path, countdown(minutes, clock))
-    assert clock.now - begun == pytest.approx(steps * STEP + SAVE)
 
 
 def test_minutes_that_the_measurement_used_up_are_refused(tmp_path: Path, clock: Clock) -> None:

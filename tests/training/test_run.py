@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +13,17 @@ from backbones.test_network_names import TINY
 from cmap_defense import load_backbone
 from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, Network
 from cmap_defense.backbones.folder import read_record, write_backbone
-from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.networks import refuse_other_network
 from cmap_defense.common.files import LOCK_FILE
 from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.errors import CheckpointError, SettingsError
 from cmap_defense.training import run as module
 from cmap_defense.training.config import TrainingConfig
-from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, countdown
 from cmap_defense.training.objectives import CT, ECT, EDM
 from cmap_defense.training.plan import PLAN_FILE
 from cmap_defense.training.run import TrainedBackbone, train_backbone
-from training.clock import Clock
-from training.killed import CONFIG, training_images, training_labels
+from training.trained import CONFIG, training_images, training_labels
 
 NETWORK = Network.named("compact", (1, 8, 8), TINY["compact"])
 BRIEF = CONFIG.replace(images=24, checkpoint_every=16)
@@ -153,21 +147,6 @@ def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:
     assert trained(tmp_path).finished
 
 
-def test_a_folder_that_another_process_has_is_refused_until_it_is_gone(tmp_path: Path) -> None:
-    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(tmp_path / LOCK_FILE)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="Another training is writing to"):
-            trained(tmp_path)
-        other.kill()
-    assert trained(tmp_path).finished
-
-
-# --- a time limit -----------------------------------------------------------------------------------------------------
-
-
 def test_a_training_that_stops_has_a_backbone_as_it_is_then(tmp_path: Path) -> None:
     """By a clock that ticks with every reading, one after each step."""
 
@@ -184,26 +163,6 @@ def test_a_training_that_stops_has_a_backbone_as_it_is_then(tmp_path: Path) -> N
     assert (done.images_seen, done.finished) == (40, True)
     assert_same(done.model, trained(tmp_path.with_name(tmp_path.name + "-straight"), config=config).model)
 
-
-def test_a_planned_training_records_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the plan, the settings and the record; and continues by it when it is called again. A step takes six seconds,
-    and nothing else takes any time."""
-    clock = Clock()
-    monkeypatch.setattr(Learner, "step", clock.taking(6.0, Learner.step))
-    config = BRIEF.replace(images=None, minutes=1.0)
-    done = trained(tmp_path, config=config, seconds_left=countdown(1.0, clock))
-    images = 8 * int(0.95 * (60 - 6 * (3 + 5)) / 6)
-    assert json.loads((tmp_path / "plan.json").read_text())["images"] == images
-    assert done.config == config.replace(images=images)
-    assert done.finished
-    training = read_record(tmp_path / "backbone").training
-    assert (training["command"], training["train"]["images"]) == (f"--images {images}", images)
-    before = clock.now
-    again = trained(tmp_path, config=config.replace(minutes=9.0), seconds_left=countdown(9.0, clock))
-    assert (again.config.images, again.finished, clock.now) == (images, True, before)
-
-
-# --- precision --------------------------------------------------------------------------------------------------------
 
 AUTO = BRIEF.replace(images=8, precision="auto")
 
@@ -244,9 +203,6 @@ def test_a_processor_with_either_instruction_set_multiplies_bfloat16(
     assert not multiplies_bfloat16("meta")
 
 
-# --- other weights ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a denoiser that a training starts from."""
@@ -273,15 +229,6 @@ def test_a_training_starts_from_the_weights_of_another(denoiser: Path, tmp_path:
     assert recorded["training"]["command"] == "--images 8"
     with pytest.raises(CheckpointError, match=r"from: tiny before, not given now"):
         trained(tmp_path, config=config)
-
-
-def test_the_noise_levels_of_the_first_weights_are_kept(tmp_path: Path) -> None:
-    noise = NoiseRange(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4)
-    write_backbone(ConsistencyBackbone(NETWORK.build(), (1, 8, 8), noise), tmp_path / "start", name="other")
-    trained(tmp_path / "run", config=BRIEF.replace(images=8), start=load_backbone(tmp_path / "start"))
-    assert load_backbone(tmp_path / "run" / "backbone").noise == noise
-    start = read_record(tmp_path / "run" / "backbone").training["from"]
-    assert (start["name"], "training" in start) == ("other", False), "nothing is known of its training"
 
 
 @pytest.mark.parametrize(("name", "changes"), [("compact", {"dropout": 0.3}), ("imagenet64", {})])

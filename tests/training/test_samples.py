@@ -10,7 +10,7 @@ from cmap_defense.backbones import CompactUNetConfig, ConsistencyBackbone, EDMDe
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.training.samples import sample_grid
-from training.killed import NETWORK, fresh_backbone
+from training.trained import NETWORK, fresh_backbone
 
 MU, S = 0.2, 0.3
 

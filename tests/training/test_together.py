@@ -17,12 +17,11 @@ from torch import Tensor
 from cmap_defense import load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli.main import main as command
-from cmap_defense.common.ranks import Ranks
 from cmap_defense.training.loop import countdown
 from patience import HANGS
 from training import together
-from training.killed import fresh_backbone, run
 from training.together import ODD, commands
+from training.trained import run
 
 TESTS = Path(together.__file__).parent.parent
 
@@ -138,27 +137,3 @@ def test_ranks_exchange_values(met: Any) -> None:
     assert [rank["helpers"] for rank in found] == [
         {"said": "by 0", "done": done, "sums": sums, "failed": "no room"} for done in ([0], [])
     ]
-
-
-def test_a_process_alone_does_all_by_itself() -> None:
-    alone = Ranks()
-    tensor = torch.ones(3)
-    alone.add_up([tensor])
-    assert tensor.tolist() == [1.0, 1.0, 1.0]
-    assert alone.by_first(lambda: 7) == 7
-    with pytest.raises(ZeroDivisionError):
-        alone.by_first(lambda: 1 // 0)
-
-
-def test_biases_in_front_of_a_normalisation_have_no_effect() -> None:
-    """What :data:`NO_EFFECT` says: other values, the same images."""
-    backbone = fresh_backbone().eval()
-    with torch.no_grad():
-        for index, p in enumerate(backbone.parameters()):
-            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
-        noisy, sigma = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.5, 3.0])
-        before = backbone.denoise(noisy, sigma)
-        for name, p in backbone.named_parameters():
-            if name.endswith(NO_EFFECT):
-                p.add_(0.1)
-        torch.testing.assert_close(backbone.denoise(noisy, sigma), before, rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ from cmap_defense.training.loop import countdown
 from cmap_defense.training.objectives import ECT
 from cmap_defense.training.run import train_backbone
 from patience import HANGS
-from training.killed import CONFIG, NETWORK, run, training_images
+from training.trained import CONFIG, NETWORK, run, training_images
 
 PATIENCE = HANGS - 60
 """Seconds after which a process of this file ends, whatever it waits for."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.training.objectives import CT, LPIPS, Batch
+from cmap_defense.training.objectives import CT, Batch
 from cmap_defense.training.objectives.ct import ct_loss
 from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
 from toys import noise
@@ -30,9 +30,6 @@ SCHEDULES = st.builds(
     st.integers(0, 300),
     st.floats(0.01, 0.999),
 )
-
-
-# --- schedules --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,9 +61,6 @@ def test_the_decay_rises_from_its_start_and_stays_below_one(settings: CT, first:
     low, high = sorted((first, second))
     assert settings.decay_at(0.0) == pytest.approx(settings.decay_start, rel=1e-12)
     assert settings.decay_at(low) <= settings.decay_at(high) < 1
-
-
-# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def plain_l1(a: list[list[float]], b: list[list[float]]) -> list[float]:
@@ -113,33 +107,3 @@ def test_the_levels_are_neighbours_drawn_uniformly(progress: float, count: int) 
     index = [math.floor(u * (count - 1)) for u in uniform.tolist()]
     assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
     assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)
-
-
-@pytest.mark.parametrize(("name", "distance"), [("l2", squared_l2), ("l1", l1)])
-def test_the_distance_is_the_settings(name: str, distance: Distance) -> None:
-    assert CT(distance=name)._distance is distance
-
-
-def test_lpips_is_the_distance_between_the_images_of_the_pair() -> None:
-    class Mean(torch.nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return (a.mean(dim=(1, 2, 3)) - b.mean(dim=(1, 2, 3))).abs()
-
-    batch = Batch(gaussian_images(2, 1), noise(2, 1, 2, 3, seed=2), torch.tensor([0.2, 0.9], dtype=torch.float64), 0.1)
-
-    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return torch.zeros_like(noisy) + sigma[:, None, None, None]
-
-    seen: list[Tensor] = []
-
-    def target(noisy: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(sigma)
-        return torch.zeros_like(noisy)
-
-    objective = CT(distance="lpips", lpips=LPIPS(Mean()))
-    count = objective.level_count(0.1)
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    upper = [
-        (low + (math.floor(u * (count - 1)) + 1) / (count - 1) * (high - low)) ** 7 for u in batch.uniform.tolist()
-    ]
-    assert objective.losses(model, batch, NOISE, target).tolist() == pytest.approx(upper, rel=1e-5)

@@ -12,7 +12,6 @@ from cmap_defense.training.objectives import EDM, Batch
 from cmap_defense.training.objectives.edm import edm_loss
 from toys import noise
 from training.gaussian import (
-    NOISE,
     GaussianDenoiser,
     at_levels,
     gaussian_images,
@@ -72,10 +71,3 @@ def test_levels_are_lognormal_and_the_noise_ranges_sigma_data_counts() -> None:
     weights = [(s**2 + 0.64) / (0.8 * s) ** 2 for s in expected]
     squares = images.double().square().flatten(1).sum(dim=1).tolist()
     assert found.tolist() == pytest.approx([w * q for w, q in zip(weights, squares, strict=True)], rel=1e-5)
-
-
-def test_it_trains_a_denoiser_without_a_running_average() -> None:
-    assert EDM().kind == "denoiser"
-    assert EDM().decay_at(0.3) is None
-    assert EDM() == EDM(sigma_mean=-1.2, sigma_std=1.2)
-    assert NOISE.sigma_data == 0.5

@@ -1,4 +1,4 @@
-"""Trainings that take a moment; ``python killed.py FOLDER`` runs those of ``KILLED``, each until it kills itself.
+"""Trainings that take a moment.
 
 A training is "plain" (ECT, one average, an unconditional network) or "rich" (CT, whose target is a running average, two
 averages of the weights, classes, dropout, checkpoints in many parts).
@@ -6,9 +6,6 @@ averages of the weights, classes, dropout, checkpoints in many parts).
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from torch import Tensor
 
 from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone, EDMDenoiser
 from cmap_defense.common.ranks import ranks
-from cmap_defense.training import checkpoint, log, loop
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import train
@@ -41,10 +37,6 @@ PART = 20_000
 """Bytes of a part of a rich training's checkpoints, so that some tensors take several."""
 
 RICH = CONFIG.replace(ema_half_life=(50, 3), checkpoint_part_mb=1)
-
-KILLED = {"part": "rich", "saved": "rich", "logged": "plain"}
-"""Place of the kill -> training: when half of a part of the second checkpoint is written, after the whole checkpoint,
-or after its lines of the log."""
 
 
 def fresh_backbone(config: CompactUNetConfig = NETWORK, seed: int = 0) -> ConsistencyBackbone:
@@ -98,49 +90,3 @@ def run(
 def result(learner: Learner) -> dict[str, Tensor]:
     """All weights and averages, and the rest of a checkpoint."""
     return learner.tensors()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_at(where: str) -> None:
-    """Let this process kill itself at a place of its training."""
-    write, calls = checkpoint.write_safetensors, []
-    owner, name = {"saved": (loop, "save_checkpoint"), "logged": (log.LossLog, "write")}.get(
-        where, (checkpoint, "write_safetensors")
-    )
-    function = getattr(owner, name)
-
-    def half(tensors: dict[str, Tensor], path: Path) -> None:
-        write(tensors, path)
-        if path.parent.name == "checkpoint-00000008.partial" and any("adam/step" in name for name in tensors):
-            os.truncate(path, path.stat().st_size // 2)
-            die()
-
-    def second_call(*arguments: Any, **options: Any) -> Any:
-        calls.append(function(*arguments, **options))
-        if len(calls) == 2:
-            die()
-        return calls[-1]
-
-    setattr(owner, name, half if where == "part" else second_call)
-
-
-def main(folder: Path) -> None:
-    """One process for each, forked, since torch is slow to import."""
-    torch.set_num_threads(1)
-    checkpoint.MEGABYTE = PART
-    for where, what in KILLED.items():
-        child = os.fork()
-        if child == 0:
-            killed_at(where)
-            run(folder / where, what)
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"{where}: nobody killed this process"
-        assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
