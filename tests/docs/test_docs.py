@@ -100,7 +100,7 @@ def test_every_public_name_has_an_entry(name: str) -> None:
     if isinstance(wanted, ModuleType):
         assert any(f"{shown.__name__}.".startswith(f"{wanted.__name__}.") for shown in documented())
         return
-    assert any(vars(shown).get(public) is wanted for shown in documented() for public in getattr(shown, "__all__", ()))
+    assert wanted.__module__ in {shown.__name__ for shown in documented()}
 
 
 def test_every_page_is_in_the_navigation_or_linked_from_the_table_of_backbones() -> None:
