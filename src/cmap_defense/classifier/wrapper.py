@@ -21,6 +21,7 @@ from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
 from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
+from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
@@ -174,6 +175,7 @@ class PurifiedClassifier(LatentAccess):
         warn_of_another_adaptation(classifier, self.backbone, wanted)
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
+        self.calibration: Calibration | None = None
 
     def forward(
         self,
@@ -230,12 +232,63 @@ class PurifiedClassifier(LatentAccess):
 
         It raises the errors of ``forward``.
         """
+        return self._with_gradients_as_wanted(self._batch(images), latents, seeds, class_labels)
+
+    def predict(
+        self, images: Tensor | np.ndarray | Image.Image | Sequence[Any], *, seeds: Tensor | Sequence[int] | None = None
+    ) -> Prediction:
+        """Labels with their confidence and, after ``calibrate``, whether they are withheld.
+
+        An attacker who knows the thresholds can aim below them: a prediction that is not withheld is no proof.
+
+        Args:
+            images: as for ``purify``.
+            seeds: as for ``forward``.
+
+        Returns:
+            The prediction, without gradients. It raises the errors of ``forward``.
+        """
+        batch = self._batch(images)
+        with torch.no_grad():
+            result = self._with_gradients_as_wanted(batch, None, seeds, None)
+            unit = self.preprocessing.to_unit(batch, self._device())
+            return prediction_of(result, unit, self._logits(unit), self.calibration)
+
+    def calibrate(
+        self,
+        images: Tensor | np.ndarray | Sequence[Any],
+        *,
+        coverage: float = 0.95,
+        restored: float = 0.99,
+        score: str = "confidence",
+        seeds: Tensor | Sequence[int] | None = None,
+    ) -> Calibration:
+        """Choose the thresholds of ``predict`` on clean images, and keep them as ``self.calibration``.
+
+        Args:
+            images: clean images [B, C, H, W] that are used for nothing else, as for ``purify``; some hundreds.
+            coverage: share of clean images whose prediction is not withheld.
+            restored: share of clean images that count as restored.
+            score: "confidence" in the predicted label, or "agreement" with the label before purification.
+            seeds: as for ``forward``.
+
+        Raises:
+            SettingsError: a share is not above 0 and at most 1, or there is no such score.
+            InputValueError: there are no images.
+        """
+        self.calibration = None
+        clean = self.predict(images, seeds=seeds)
+        self.calibration = calibration_of(clean, coverage=coverage, restored=restored, score=score)
+        return self.calibration
+
+    def _batch(self, images: object) -> Any:
+        """What people give as images, as a batch for ``forward``."""
         batch, unit = to_batch(images, self.image_shape[0])
         if isinstance(batch, Tensor) and not isinstance(images, Tensor):
             batch = batch.to(self._device())
         if isinstance(batch, Tensor) and unit and self.preprocessing.inputs == "normalized":
             batch = self.preprocessing.to_classifier(batch)
-        return self._with_gradients_as_wanted(batch, latents, seeds, class_labels)
+        return batch
 
     def _with_gradients_as_wanted(
         self,
