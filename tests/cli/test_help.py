@@ -16,6 +16,7 @@ from cmap_defense import __version__
 from cmap_defense.attacks.suites import SUITES
 from cmap_defense.backbones.networks import NETWORKS, PRESETS
 from cmap_defense.backbones.weights import DTYPES
+from cmap_defense.certification import CertificationSettings
 from cmap_defense.cli import options
 from cmap_defense.cli.commands import backbones as backbone_commands
 from cmap_defense.cli.commands import evaluate as evaluation_commands
@@ -48,7 +49,7 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 
 COMMANDS = dict(commands())
-COMPUTING = [("demo",), ("purify",), ("evaluate",), ("study",), ("detect",), ("quality",), ("train",)]
+COMPUTING = [("demo",), ("purify",), ("evaluate",), ("study",), ("certify",), ("detect",), ("quality",), ("train",)]
 
 WITHOUT_TORCH = """
 import contextlib, io, sys
@@ -72,6 +73,7 @@ WRONG_USAGE = [
     "evaluate -b x -c x -d x -o x --eps oops",
     "evaluate -b x -c x -d x -o x --mean oops",
     "report not-there",
+    "certify -c x -d x -o x --sigma oops",
     "study oops",
     "detect --kernel oops",
     "quality",
@@ -110,6 +112,7 @@ def test_every_option_is_in_a_group_and_explained_in_whole_phrases(path: tuple[s
         ("evaluate", Protocol, set()),
         ("evaluate", ThreatModel, set()),
         ("evaluate", Subset, {"count", "order"}),
+        ("certify", CertificationSettings, {"batch_size"}),
         ("train", TrainingConfig, {"images", "minutes", "checkpoint_part_mb", "micro_batch"}),
     ],
 )

@@ -155,7 +155,9 @@ class _Certification:
     def expected(self) -> Cost:
         self._agree(write=False)
         copies = sum(self.each - self._tally(row).done for row in range(len(self.images)))
-        timed = min(TIMED, self.batch_size)
+        if not copies:
+            return Cost(0, 0, 0.0)
+        timed = min(TIMED, self.batch_size, copies)
         begun = time.perf_counter()
         with counting_passes() as passes:
             self.smoothed.count(self.images[0], 0, 0, timed, self.classes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import (
     attacks_of,
@@ -45,6 +46,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
     """Carry out the command with its options."""
     out, as_json = options["out"], options["as_json"]
     attacks, protocol, data = attacks_of(options), settings_of(Protocol, options), data_of(options)
+    certified = None if options["certified"] is None else read_summary(options["certified"])
     with ranks() as team:
         model = model_of(options)
         left_out = [name for name, attack in attacks.items() if not attack.suits(model) and name not in options["only"]]
@@ -74,8 +76,7 @@ def run_evaluate(options: dict[str, Any]) -> None:
         with unit_progress(team) as progress:
             evaluation.run(progress)
         if first:
-            found = evaluation.report()
-            found = found if options["certified"] is None else found.with_certificates(options["certified"])
+            found = dataclasses.replace(evaluation.report(), certified=certified)
             files, lacking = write_report(found, out)
             _show(found, files, lacking, as_json=as_json)
         team.wait()
