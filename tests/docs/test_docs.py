@@ -66,6 +66,7 @@ def documented() -> list[ModuleType]:
         "evaluation.md",
         "detection.md",
         "adapt.md",
+        "certify.md",
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
