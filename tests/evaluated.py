@@ -1,7 +1,7 @@
 """Evaluations that take a moment, the lines of some that never were, and evaluations in two processes.
 
-``torchrun --nproc-per-node=2 evaluated.py FOLDER`` evaluates in folders in FOLDER as two ranks, and writes what happened
-to each of them to ``FOLDER/rank-<r>.json``.
+``torchrun --nproc-per-node=2 evaluated.py FOLDER`` evaluates in folders in FOLDER as two ranks, and writes what
+happened to each of them to ``FOLDER/rank-<r>.json``.
 """
 
 from __future__ import annotations

@@ -142,10 +142,11 @@ def test_killed_in_any_place_it_ends_with_the_same_bytes(
                 replace(self, target)
             raise Interrupted
 
-        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", die)
             patch.setattr(Path, "unlink", lambda *arguments, **options: None)  # a killed process clears nothing away
-            evaluation(tmp_path, protocol=BRIEF).run()
+            with pytest.raises(Interrupted):
+                evaluation(tmp_path, protocol=BRIEF).run()
     evaluation(tmp_path, protocol=BRIEF).run()
     assert results(tmp_path) == results(brief)
     assert not list(tmp_path.rglob("*.partial"))

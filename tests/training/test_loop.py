@@ -1,9 +1,9 @@
 """The training loop: it learns, it can be killed anywhere and continued to the same bits, it refuses what misfits."""
 
-import os
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.errors import DataError, TrainingError
-from cmap_defense.training import checkpoint
+from cmap_defense.training import checkpoint, log, loop
 from cmap_defense.training.checkpoint import read_checkpoint
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner, learning_rate
@@ -101,9 +101,10 @@ def test_killed_and_continued_it_ends_with_the_same_bits(
     straight: Straight, tmp_path: Path, where: str, what: str
 ) -> None:
     folder, steps = tmp_path / where, []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         kill_at(where, patch)
-        run(folder, what)
+        with pytest.raises(Killed):
+            run(folder, what)
     newest = max(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]"))
     assert newest == (8 if where == "saved" else 4)
     found, _ = run(folder, what, on_step=lambda state: steps.append(state.step))

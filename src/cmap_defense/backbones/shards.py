@@ -34,11 +34,7 @@ def dtype_of_file(name: str) -> str:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The file itself, and after an index its shards.
-
-    Raises:
-        BackboneFileError: the index cannot be read, or names something that is no shard beside it.
-    """
+    """The file itself, and after an index its shards."""
     if path.suffix != ".json":
         return [path]
     try:
@@ -57,11 +53,7 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, or of the shards of an index.
-
-    Raises:
-        BackboneFileError: a file is missing, cut off, something else, or asks for code to be run.
-    """
+    """All tensors of a file, or of the shards of an index."""
     tensors: dict[str, Tensor] = {}
     for part in weights_files(path):
         if part.suffix != ".json":

@@ -34,16 +34,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def check_sha256(path: Path, expected: str, found: str | None = None) -> None:
-    """Compare the checksum of a file with the recorded one.
-
-    Args:
-        path: of the file.
-        expected: its recorded SHA-256.
-        found: its SHA-256 where it is known, or is that of several files; None to compute it.
-
-    Raises:
-        BackboneFileError: they differ.
-    """
+    """Compare the checksum of a file with the recorded one."""
     found = found or sha256_of(path)
     if found != expected:
         raise BackboneFileError(
@@ -99,11 +90,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict that ``torch.save`` wrote; nothing in the file is executed.
-
-    Raises:
-        BackboneFileError: the file is missing, cut off, no state dict, or would run code.
-    """
+    """The tensors of a state dict that ``torch.save`` wrote; nothing in the file is executed."""
     state = _unpickled(path)
     if not _is_state_dict(state):
         raise BackboneFileError(f"{path} is no state dict: it must map names to tensors.")
@@ -111,11 +98,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict of safetensors, or of ``torch.save``, where it may be an entry of a checkpoint.
-
-    Raises:
-        BackboneFileError: the file is missing, cut off, or holds no state dict.
-    """
+    """A state dict of safetensors, or of ``torch.save``, where it may be an entry of a checkpoint."""
     if path.suffix == ".safetensors" or _is_safetensors(path):
         return read_safetensors(path)
     saved = _unpickled(path)

@@ -137,16 +137,11 @@ def options_of(
     defaults: Mapping[str, Any] | None = None,
     unset: str | Mapping[str, str] | None = None,
 ) -> Decorator:
-    """The options of a settings class: name, default, range and help are those of its fields.
+    """The options of a settings class, all or some of its fields: name, default, range and help are those of the field.
 
-    Args:
-        settings: the class.
-        group: heading in the help of fields that have none of their own.
-        fields: their names; none for all that can be options.
-        short: other names of options, by field.
-        defaults: defaults in place of the class's own, by field.
-        unset: what is taken for an option that is not given, such as "the backbone's", for all fields or by field.
-            Such an option is None then. Without it, the default is the field's.
+    ``group`` is the heading of those without one of their own, ``short`` has further names and ``defaults`` other
+    defaults by field. ``unset`` says, for all fields or by field, what is taken for an option that is not given, such
+    as "the backbone's"; it is None then.
     """
     known = {field.name: field for field in dataclasses.fields(settings) if field.metadata.get("help")}
     hints = typing.get_type_hints(settings)

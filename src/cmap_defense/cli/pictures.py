@@ -28,14 +28,7 @@ NEAREST = "purified: of the K images the nearest that agrees with the vote"
 def image_sheet(
     columns: Mapping[str, Tensor], captions: Sequence[Sequence[str]], title: str, *, scale: int = 3
 ) -> Image.Image:
-    """A table of images: one column per entry, one row per image, a caption under each.
-
-    Args:
-        columns: heading -> images [R, C, H, W] in [0, 1], all of one shape.
-        captions: R rows of one caption per column.
-        title: above the table; its lines are kept.
-        scale: pixels of the sheet per pixel of an image.
-    """
+    """A table of images: one column per entry, one row per image, a caption under each."""
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     height, width = (scale * side for side in next(iter(columns.values())).shape[-2:])
     cell_width, cell_height = max(width, 84) + 12, height + 24

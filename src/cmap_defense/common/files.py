@@ -42,11 +42,8 @@ Place = tuple[str, ...]
 
 
 def written_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is whole or not there, and on the disk before it has its name.
-
-    Args:
-        path: the file; its folder is made where it is not there.
-        write: writes the content to the path that it is given, beside the file.
+    """Write a file, by what writes it beside its place, that is whole or not there, and on the disk before it has its
+    name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -83,11 +80,7 @@ class FolderLock:
         self._lock = FileLock(folder / LOCK_FILE)
 
     def take(self) -> None:
-        """Lock the folder.
-
-        Raises:
-            CmapError: of the kind given: another job has the folder, or nothing can be written there.
-        """
+        """Lock the folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -132,18 +125,9 @@ def refuse_other_settings(
     remedy: str,
     derived: Sequence[str] = (),
 ) -> None:
-    """Refuse to go on with results that were made with other settings.
+    """Refuse to go on with results that were made with other settings, by an error that names each difference.
 
-    Args:
-        before: settings of the earlier results, from JSON.
-        now: settings given now, anything that JSON can hold.
-        error: what is raised.
-        what: beginning of the message, which says what is there.
-        remedy: end of the message, which says what to do.
-        derived: as for ``differences``.
-
-    Raises:
-        CmapError: of that kind, unless both are the same.
+    ``what`` begins the message and ``remedy`` ends it.
     """
     lines = differences(before, json.loads(json.dumps(now, allow_nan=False)), derived=derived)
     if lines:
@@ -154,13 +138,8 @@ def refuse_other_settings(
 def differences(before: Any, now: Any, *, derived: Sequence[str] = ()) -> list[str]:
     """What differs between two JSON values: a line per option, such as "eps: 8/255 before, 4/255 now".
 
-    An option that changed alike in several places, such as the size of all attacks, has one line.
-
-    Args:
-        before: the earlier value.
-        now: the value given now.
-        derived: names of entries that follow from others, or how they begin up to a "/"; they are left out where others
-            differ.
+    An option that changed alike in several places, such as the size of all attacks, has one line. ``derived`` names
+    entries that follow from others, or how they begin up to a "/"; they are left out where others differ.
     """
     found = [(place, *_shown(old, new)) for place, old, new in _changes(before, now, ())]
     groups = tuple(name for name in derived if name.endswith("/"))

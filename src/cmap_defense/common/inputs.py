@@ -95,11 +95,7 @@ def _pil_conversion(name: str, image: Image.Image, channels: int | None) -> str:
 
 
 def _axes(shape: tuple[int, ...], channels: int | None, *, last_first: bool) -> tuple[str, int] | None:
-    """What brings the axes of images of this shape into order, and how many channels there are then.
-
-    Args:
-        last_first: take the last axis for the channels where the first would do as well, as in arrays.
-    """
+    """What brings the axes of images of this shape into order, and how many channels there are then."""
     if len(shape) == 2:
         return "[None, None]", 1
     if len(shape) not in (3, 4):

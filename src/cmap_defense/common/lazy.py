@@ -9,14 +9,9 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for the ``__init__`` of a package.
+    """``__getattr__`` and ``__dir__`` for the ``__init__`` of a package: public name -> the module that defines it.
 
-    Args:
-        package: its name, ``__name__`` there.
-        modules: public name -> the module that defines it; a module that has the name itself is that name's value.
-
-    Returns:
-        The two functions. After its first use a name is an ordinary attribute of the package.
+    A module that has the name itself is that name's value. After its first use a name is an ordinary attribute.
     """
 
     def resolve(name: str) -> Any:

@@ -9,16 +9,7 @@ from cmap_defense.errors import MissingExtraError
 
 
 def optional_import(module: str, extra: str, purpose: str) -> Any:
-    """An optional dependency.
-
-    Args:
-        module: dotted name to import, such as "matplotlib.style".
-        extra: name of the extra of this package that installs it.
-        purpose: what needs it, the beginning of the error, such as "The plots of a report".
-
-    Raises:
-        MissingExtraError: it cannot be imported.
-    """
+    """An optional dependency, or an error that begins with its purpose and names the extra that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

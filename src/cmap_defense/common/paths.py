@@ -9,14 +9,7 @@ from cmap_defense.errors import SettingsError
 
 
 def home(instead: str) -> Path:
-    """The home folder.
-
-    Args:
-        instead: the environment variable that spares the caller the home folder, for the error.
-
-    Raises:
-        SettingsError: the account has none.
-    """
+    """The home folder; an error names the variable that spares the caller one."""
     try:
         return Path.home()
     except RuntimeError as error:
@@ -26,11 +19,7 @@ def home(instead: str) -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home folder.
-
-    Raises:
-        SettingsError: there is no such user, or the account has no home folder.
-    """
+    """``path`` with a leading ``~`` or ``~user`` replaced by that home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -41,11 +30,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def hub_folder() -> Path:
-    """The folder of torch.hub's downloads, which ``TORCH_HOME`` moves.
-
-    Raises:
-        SettingsError: it would lie below the home folder, and the account has none.
-    """
+    """The folder of torch.hub's downloads, which ``TORCH_HOME`` moves."""
     import torch
 
     folder = torch.hub.get_dir()

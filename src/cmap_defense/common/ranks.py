@@ -55,11 +55,7 @@ class Ranks:
         return next((part for part in found if part is not None), None)
 
     def by_first(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns to the first rank, which alone carries it out while the others wait.
-
-        Raises:
-            CmapError, OSError: the action raised it; on all ranks.
-        """
+        """What ``action`` returns to the first rank, which alone carries it out while the others wait."""
         if self.world == 1:
             return action()
         outcome: Any = None

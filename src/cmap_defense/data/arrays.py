@@ -15,11 +15,7 @@ from cmap_defense.errors import DataError
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays ``images`` and, where it is there, ``labels`` of an .npz file.
-
-    Raises:
-        DataError: the file is missing, damaged, holds pickles, or has no images.
-    """
+    """The arrays ``images`` and, where it is there, ``labels`` of an .npz file."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file.files}
@@ -31,11 +27,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def npz_images(path: Path) -> LabelledImages:
-    """The images of an .npz file, uint8 [N, H, W, C] or [N, H, W]; without labels, all labels are 0.
-
-    Raises:
-        DataError: the file cannot be read or holds something else.
-    """
+    """The images of an .npz file, uint8 [N, H, W, C] or [N, H, W]; without labels, all labels are 0."""
     arrays = read_npz(path)
     images = arrays["images"]
     if images.ndim < 3:
@@ -50,17 +42,7 @@ def npz_images(path: Path) -> LabelledImages:
 def labelled(
     images: np.ndarray, labels: np.ndarray, where: str, class_names: tuple[str, ...] | None = None
 ) -> LabelledImages:
-    """Copies of images and labels as a data set.
-
-    Args:
-        images: uint8 [N, H, W, C].
-        labels: integers [N].
-        where: their name in errors.
-        class_names: one per class, where they are known.
-
-    Raises:
-        DataError: they are something else, or a label has no class name.
-    """
+    """Copies of images and labels as a data set."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
         raise DataError(
             f"{where}: images must be uint8 [N, H, W, C], but are {images.dtype} {list(images.shape)}."

@@ -48,15 +48,7 @@ def vote_iterations(iterations: int) -> list[int]:
 
 
 def predict(model: Model, images: Tensor, labels: Tensor, indices: Tensor, numbers: Iterable[int]) -> Predictions:
-    """Predict images, without gradients.
-
-    Args:
-        model: images in [0, 1] to logits.
-        images: float [B, C, H, W] in [0, 1], valid.
-        labels: [B], the true classes.
-        indices: [B] noise indices (see ``run_indices``).
-        numbers: of the predictions; each number has noise of its own, whatever the others are.
-    """
+    """Predict images, without gradients."""
     numbers = list(numbers)
     if not numbers:
         return Predictions(torch.zeros((0, len(images)), dtype=torch.int64))

@@ -68,20 +68,12 @@ class ResultsFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder for this job alone.
-
-        Raises:
-            EvaluationError: another job has it, or nothing can be written there.
-        """
+        """The folder for this job alone."""
         with FolderLock(self.path, "evaluation", EvaluationError).held():
             yield
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of the folder's results; None where there are none yet.
-
-        Raises:
-            EvaluationError: there is something else.
-        """
+        """The settings of the folder's results; None where there are none yet."""
         path = self.path / "settings.json"
         if not path.exists():
             return None
@@ -94,16 +86,7 @@ class ResultsFolder:
         return found
 
     def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
-        """Write the settings, or compare them with those that are there.
-
-        Args:
-            settings: what the results are made with.
-            first: whether this is the first process of the job; others only compare.
-
-        Raises:
-            EvaluationError: the settings differ; the message says where. Or the first process has written none, since
-                its folder is another.
-        """
+        """Write the settings, or compare them with those that are there."""
         if self.settings() is not None:
             self.compare(settings)
         elif first:
@@ -112,11 +95,7 @@ class ResultsFolder:
             raise EvaluationError(f"{self.path} is not the folder of the first process: all must see the same disk.")
 
     def compare(self, settings: Mapping[str, Any]) -> None:
-        """Compare the settings with those of the results that are there, if there are some. Nothing is written.
-
-        Raises:
-            EvaluationError: they differ; the message says where.
-        """
+        """Compare the settings with those of the results that are there, if there are some. Nothing is written."""
         before = self.settings()
         if before is not None:
             refuse_other_settings(
@@ -145,11 +124,7 @@ class ResultsFolder:
         return [json.loads(line) for line in text.splitlines()]
 
     def tensors(self, unit: WorkUnit) -> dict[str, Tensor]:
-        """The tensors of a finished work unit, by name; none where it has none.
-
-        Raises:
-            EvaluationError: they cannot be read.
-        """
+        """The tensors of a finished work unit, by name; none where it has none."""
         path = self._file(unit, ".safetensors")
         if not path.exists():
             return {}

@@ -239,17 +239,7 @@ def make_tasks(
     protocol: Protocol,
     image_shape: tuple[int, ...],
 ) -> list[Task]:
-    """All tasks of an evaluation, in the order in which they are done and shown.
-
-    Args:
-        models: by name, the one that is evaluated first.
-        attacks: by the name of the model and of the attack.
-        protocol: how often each image is attacked and predicted.
-        image_shape: (C, H, W).
-
-    Raises:
-        SettingsError: names clash, or are no names for files.
-    """
+    """All tasks of an evaluation, in the order in which they are done and shown."""
     tasks: list[Task] = []
     counts: dict[str, Any] = {"predictions": protocol.predictions, "reevaluations": protocol.reevaluations}
     for name, model in models.items():

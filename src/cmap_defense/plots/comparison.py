@@ -12,14 +12,7 @@ if TYPE_CHECKING:
 
 
 def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
-    """An SVG: for each defence a line from its accuracy on clean images down to that under the worst attack.
-
-    Args:
-        comparison: what ``Comparison.to_dict`` gives.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """An SVG: for each defence a line from its accuracy on clean images down to that under the worst attack."""
     rows = comparison["rows"]
 
     def fill(figure: Figure) -> None:

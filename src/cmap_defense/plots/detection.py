@@ -40,18 +40,8 @@ def distance_plot(
     kind has full height, and a dark line marks its median. The axis is logarithmic where the distances span more than
     a factor of 30.
 
-    Args:
-        distances: by kind of image.
-        areas: of distinguishing each kind from clean images; None for clean ones.
-        subtitle: what was measured.
-        picture: "png" (1600 pixels wide) or "svg".
-
     Returns:
         The bytes of the file.
-
-    Raises:
-        SettingsError: another kind of file.
-        MissingExtraError: matplotlib is not installed.
     """
     edges, logarithmic = _edges([value for values in distances.values() for value in values])
     heights = {name: _heights(values, edges) for name, values in distances.items()}

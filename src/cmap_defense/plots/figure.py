@@ -29,19 +29,7 @@ LOGARITHMIC = 30.0
 def draw(
     size: tuple[float, float], fill: Callable[[Figure], None], *, purpose: str, picture: str = "svg", dpi: int = 72
 ) -> bytes:
-    """A figure as the bytes of a file; the same content gives the same bytes.
-
-    Args:
-        size: width and height in inches.
-        fill: draws into the figure.
-        purpose: what is drawn, for the error.
-        picture: "svg" or "png".
-        dpi: pixels per inch of a PNG.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        SettingsError: another kind of file.
-    """
+    """A figure as the bytes of a file; the same content gives the same bytes."""
     require_choice("draw", "picture", picture, ("png", "svg"))
     style = optional_import("matplotlib.style", "report", purpose)
     figures = optional_import("matplotlib.figure", "report", purpose)

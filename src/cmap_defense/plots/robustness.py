@@ -20,12 +20,7 @@ PANEL = (5.0, 3.2)
 
 
 def accuracy_plot(rows: Sequence[tuple[str, Accuracy, Accuracy | None]], predictions: int) -> bytes:
-    """An SVG of the accuracy under each attack, with 95 % intervals.
-
-    Args:
-        rows: from top to bottom a name, the re-evaluated accuracy and the vote's (None for none).
-        predictions: N of the vote.
-    """
+    """An SVG of the accuracy under each attack, with 95 % intervals."""
 
     def fill(figure: Figure) -> None:
         axes = plain_axes(figure.subplots(), x_label="accuracy")
@@ -70,17 +65,7 @@ def sweep_plot(
     own: float | None,
     any_image: bool,
 ) -> bytes:
-    """An SVG of accuracy over the steps or the eps of an attack, with standard errors.
-
-    Args:
-        name: "eps" or "steps". The axis of eps is logarithmic between 0 and the size that allows every image.
-        values: of the setting, from the smallest up.
-        accuracies: at each.
-        errors: standard errors of each.
-        axis: label of the axis.
-        own: the value that the attack itself has, to be marked; None for none.
-        any_image: whether the last value is the size that allows every image.
-    """
+    """An SVG of accuracy over the steps or the eps of an attack, with standard errors."""
     sizes = name == "eps"
     inner = [value for value in values[: len(values) - any_image] if value > 0]
     whole = sizes and all(abs(value * 255 - round(value * 255)) < 1e-6 for value in inner)
@@ -106,11 +91,7 @@ def sweep_plot(
 
 
 def cosine_plot(table: Sequence[Mapping[str, float]]) -> bytes:
-    """An SVG of the cosine of two independent averages over the number of gradients in each, with standard errors.
-
-    Args:
-        table: "samples", "cosine" and "error" in each row.
-    """
+    """An SVG of the cosine of two independent averages over the number of gradients in each, with standard errors."""
     counts, cosines, errors = ([row[name] for row in table] for name in ("samples", "cosine", "error"))
 
     def fill(figure: Figure) -> None:
@@ -133,14 +114,7 @@ def curve_plot(
     share: bool = False,
     prior: float | None = None,
 ) -> bytes:
-    """An SVG of something over the iterations of a purification.
-
-    Args:
-        lines: by name, x and y; one at least.
-        label: what it is.
-        share: whether the axis is from 0 to 1.
-        prior: a value to be marked as the prior's; None for none.
-    """
+    """An SVG of something over the iterations of a purification."""
     values = [value for _, y in lines.values() for value in y] + ([] if prior is None else [prior])
 
     def fill(figure: Figure) -> None:

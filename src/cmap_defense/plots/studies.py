@@ -15,14 +15,7 @@ Study = Mapping[str, Any]
 
 
 def study_plot(study: Study) -> bytes:
-    """An SVG of a study.
-
-    Args:
-        study: what ``StudyResult.to_dict`` gives.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """An SVG of a study."""
     panels: dict[str, list[Callable[[Axes, Study], None]]] = {
         "trajectory": [_accuracy_along_attack, _moments_along_attack, _accuracy_after, _moments_after],
         "vote": [_votes],

@@ -53,17 +53,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
     """Write ``checkpoint-<step>`` and delete old ones.
 
-    Args:
-        folder: folder of the training.
-        checkpoint: the state to write.
-        part_mb: largest size of a part, in 10^6 bytes; None for one part.
-        keep: number of checkpoints to keep, at least 1.
-
     Returns:
         The folder of the checkpoint.
-
-    Raises:
-        BackboneFileError, OSError: the disk takes no more.
     """
     path = folder / f"checkpoint-{checkpoint.step:08d}"
     for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
@@ -85,11 +76,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored.
-
-    Raises:
-        CheckpointError: it was made with other settings; the message lists them.
-    """
+    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored."""
     path = newest_whole(folder)
     if path is not None:
         refuse_other_settings(path, settings_of(path), settings)
@@ -114,11 +101,7 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's step, settings and tensors.
-
-    Raises:
-        BackboneFileError: a file is missing or damaged.
-    """
+    """A checkpoint's step, settings and tensors."""
     index = _read_index(path)
     segments = {part["file"]: read_safetensors(path / part["file"]) for part in index["parts"]}
     tensors = {

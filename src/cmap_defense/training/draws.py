@@ -63,12 +63,6 @@ class Draws:
 def image_indices(step: int, batch_size: int, length: int, seed: int) -> Tensor:
     """The images of a step: epoch after epoch, each a permutation of its own; batches run over the epochs' borders.
 
-    Args:
-        step: number of the step, from 0.
-        batch_size: number of images.
-        length: number of images of the training set.
-        seed: of the training.
-
     Returns:
         int64 [batch_size].
     """
@@ -91,16 +85,7 @@ def fit_beside(images: Tensor, device: torch.device) -> bool:
 
 
 def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
-    """Check that a model can be trained on these images.
-
-    Args:
-        model: the model.
-        images: to be uint8 [N, C, H, W] in its shape.
-        labels: to be int64 [N] for a class-conditional model, and None for another.
-
-    Raises:
-        DataError: they do not fit; the message says what was expected.
-    """
+    """Check that a model can be trained on these images."""
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
         raise DataError(
             f"Training images must be uint8 [N, {', '.join(map(str, model.image_shape))}], "

@@ -13,11 +13,7 @@ from cmap_defense.errors import CheckpointError
 
 @contextlib.contextmanager
 def locked(folder: Path, team: Ranks) -> Iterator[None]:
-    """The folder for the processes of this job alone; it is made when it is not there.
-
-    Raises:
-        CheckpointError: another training has it, or nothing can be written there; on all ranks.
-    """
+    """The folder for the processes of this job alone; it is made when it is not there."""
     lock = FolderLock(folder, "training", CheckpointError)
     team.by_first(lock.take)
     try:

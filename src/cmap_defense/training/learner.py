@@ -28,10 +28,6 @@ class Learner:
         objective: losses per image.
         config: settings of the training.
         team: the processes that share a batch; each of them has a learner.
-
-    Raises:
-        DataError: images or labels do not fit the model.
-        SettingsError: the objective trains another kind of model, or there are more processes than images in a batch.
     """
 
     def __init__(

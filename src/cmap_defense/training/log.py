@@ -41,24 +41,13 @@ class LossLog:
         self._since: list[float] = []
 
     def add(self, loss: Tensor) -> None:
-        """Take the loss [] of a step, on the device.
-
-        Raises:
-            TrainingError: a loss is infinite or no number.
-        """
+        """Take the loss [] of a step, on the device."""
         self._unread.append(loss.detach())
         if len(self._unread) >= self.every or math.isnan(self.newest):
             self._read()
 
     def means(self, step: int) -> list[tuple[int, float]]:
-        """The losses since the last call, in stretches of about as many steps: last step and mean loss of each.
-
-        Args:
-            step: the last step.
-
-        Raises:
-            TrainingError: a loss is infinite or no number.
-        """
+        """The losses since the last call, in stretches of about as many steps: last step and mean loss of each."""
         self._read()
         since, self._since = self._since, []
         begun, parts = step - len(since), min(LINES, len(since))
@@ -68,13 +57,7 @@ class LossLog:
         ]
 
     def write(self, begun: int, means: Sequence[tuple[int, float]], batch_size: int) -> None:
-        """Append a line for each stretch, and drop the lines that a killed run left.
-
-        Args:
-            begun: the last step before the first stretch; lines of later steps are dropped.
-            means: from ``means``.
-            batch_size: images per step.
-        """
+        """Append a line for each stretch, and drop the lines that a killed run left."""
         rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         rows = [old for old in rows if old["step"] <= begun]
         rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]

@@ -44,17 +44,7 @@ class Speed:
 
 
 def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], team: Ranks) -> TrainingConfig:
-    """The settings with the length and the precision of the calls before, where they leave these open.
-
-    Args:
-        config: settings of this call.
-        folder: folder of the training.
-        parts: further settings by name.
-        team: the processes; all of them agree.
-
-    Raises:
-        CheckpointError: the plan in the folder is one of other settings, or damaged.
-    """
+    """The settings with the length and the precision of the calls before, where they leave these open."""
     if config.precision == "auto":
         precision = team.by_first(functools.partial(_precision_before, folder))
         config = config if precision is None else config.replace(precision=precision)
@@ -74,16 +64,6 @@ def planned_images(
 
     The speed is measured on the learner, whose weights are the same afterwards; make another one to train. Under
     torchrun all processes call this, and agree.
-
-    Args:
-        learner: fresh.
-        folder: folder of the training.
-        parts: further settings by name.
-        seconds_left: of the minutes.
-        beside: what else each checkpoint takes time for, such as samples; called with the model in eval mode.
-
-    Raises:
-        SettingsError: not one step fits into the seconds that are left; nothing is written then.
     """
     config, team = learner.config, learner.team
     minutes = config.minutes or 0.0
@@ -109,15 +89,7 @@ def plan_images(config: TrainingConfig, speed: Speed, seconds: float) -> int:
 
 
 def read_plan(folder: Path, settings: Mapping[str, Any]) -> int | None:
-    """The length in the plan of a training's folder, or None where there is no plan.
-
-    Args:
-        folder: folder of the training.
-        settings: other settings of the training, by part.
-
-    Raises:
-        CheckpointError: the plan belongs to a training with other settings, or is damaged.
-    """
+    """The length in the plan of a training's folder, or None where there is no plan."""
     path = folder / PLAN_FILE
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
@@ -136,14 +108,7 @@ def measure(
     seconds_left: Callable[[], float],
     beside: Callable[[Model], object] | None = None,
 ) -> Speed:
-    """Seconds of a step and of a checkpoint in ``folder``, from a few steps, whose effect is undone.
-
-    Args:
-        learner: fresh.
-        folder: folder of the training.
-        seconds_left: the clock.
-        beside: carried out with each checkpoint.
-    """
+    """Seconds of a step and of a checkpoint in ``folder``, from a few steps, whose effect is undone."""
     model, team, mode = learner.model, learner.team, learner.model.training
     for left_behind in folder.glob(".trial-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)

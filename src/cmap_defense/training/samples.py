@@ -24,10 +24,6 @@ def sample_grid(model: Model, seed: int = 0) -> Tensor:
 
     A consistency model makes them in one step, a denoiser in 18 steps of Heun's method (arXiv 2206.00364, Algorithm 1).
 
-    Args:
-        model: a consistency model or a denoiser.
-        seed: of the latents.
-
     Returns:
         [64, C, H, W] in [0, 1] on the model's device.
     """

@@ -45,16 +45,8 @@ class NotACheckpointError(BackboneFileError):
 def read_flax(path: str | os.PathLike[str], entry: str) -> dict[str, np.ndarray]:
     """All arrays below one entry of a checkpoint's map.
 
-    Args:
-        path: the msgpack file.
-        entry: of its map, such as "params_ema".
-
     Returns:
         Arrays by names such as "Dense_0/kernel", in the file's order and precision; bfloat16 becomes float32.
-
-    Raises:
-        BackboneFileError: the file cannot be read, is cut off, or is not such a checkpoint.
-        UnknownNameError: it has no such entry; the message lists those it has.
     """
     path = Path(path)
     names: list[str] = []

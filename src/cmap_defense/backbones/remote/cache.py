@@ -24,11 +24,7 @@ LONGEST_WAIT = 2 * 3600.0
 
 
 def cache_folder() -> Path:
-    """CMAP_DEFENSE_CACHE, or ``cmap-defense`` in HF_HOME (by default ~/.cache/huggingface).
-
-    Raises:
-        SettingsError: neither is set, and the account has no home folder.
-    """
+    """CMAP_DEFENSE_CACHE, or ``cmap-defense`` in HF_HOME (by default ~/.cache/huggingface)."""
     own = os.environ.get("CMAP_DEFENSE_CACHE")
     if own:
         return expanded(own)
@@ -39,11 +35,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """One process at a time; the others wait and print a line. Most systems free the lock of a process that dies.
-
-    Raises:
-        BackboneFileError: the lock cannot be made there, or is held for longer than anything takes.
-    """
+    """One process at a time; the others wait and print a line. Most systems free the lock of a process that dies."""
     lock = filelock.FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,13 +65,6 @@ def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntr
 
     A commit is noted when a name that has none is fetched for the first time, so that the name stands for the same
     model from then on; the checksum is noted by ``verify``.
-
-    Args:
-        entry: of the registry.
-        verified_only: leave out commits without a checksum.
-
-    Raises:
-        BackboneFileError: the notes cannot be read, or are no commits and checksums.
     """
     if all(isinstance(source, LocalFolder) for source in entry.sources):
         return entry

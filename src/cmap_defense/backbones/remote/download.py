@@ -44,18 +44,8 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
     next call continues its partial file, where the server names the file's version (ETag or Last-Modified). The caller
     makes sure that only one process does this.
 
-    Args:
-        url: http or https; proxies as the environment says.
-        path: where to; its folder is made.
-        size: expected bytes; None for what the server says.
-        sha256: expected; None for any.
-
     Returns:
         The file's SHA-256.
-
-    Raises:
-        BackboneFileError: it could not be fetched, is not the expected file, or the disk is full; the message says
-            which, and what to do. Nothing is left at ``path``; a partial file beside it is continued next time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _PartialFile(url, path.with_name(f"{path.name}.partial"))

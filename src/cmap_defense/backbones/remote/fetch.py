@@ -34,16 +34,7 @@ _CONVERSION = 1
 
 
 def fetch_entry(entry: RegistryEntry, *, force: bool = False) -> tuple[Path, Source]:
-    """The local folder of an entry, fetched first where it is not there yet, and the source that it came from.
-
-    Args:
-        entry: of the registry, with what is pinned on this machine.
-        force: fetch it anew even where it is there.
-
-    Raises:
-        BackboneFileError: no source can be fetched; the message is that of the last one.
-        UnknownNameError: the last source is a repository that does not exist or may not be read.
-    """
+    """The local folder of an entry, fetched first where it is not there yet, and the source that it came from."""
     for source in entry.sources[:-1]:
         try:
             return _fetch_source(entry, source, force), source
@@ -56,16 +47,6 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
     """The local copy of a repository: its record or configurations, and then the one weights file that they name.
 
     A commit that is in the cache whole is taken from there, without a request to the Hub.
-
-    Args:
-        repo_id: organisation/name.
-        revision: a commit, branch or tag; None for the newest.
-        weights: False for the record alone.
-        force: fetch the files even where they are in the cache.
-
-    Raises:
-        BackboneFileError: the Hub cannot be reached and the cache does not hold the files, or there is no backbone.
-        UnknownNameError: no such repository or revision, or no access to it.
     """
     described = [RECORD_FILE, *diffusers.PIPELINE_FILES]
     if not force and revision is not None and _COMMIT.fullmatch(revision):

@@ -26,20 +26,7 @@ _CLIENT_ERROR: type[Exception] = getattr(huggingface_hub.errors, "HTTPError", OS
 def fetch_folder(
     repo_id: str, revision: str | None, patterns: list[str], *, force: bool = False, offline: bool = False
 ) -> Path:
-    """The local copy of a Hub repository's files that match ``patterns``; from the cache when the Hub is out of reach.
-
-    Args:
-        repo_id: organisation/name.
-        revision: a commit, branch or tag; None for the newest.
-        patterns: names of files, with ``*`` for any text.
-        force: fetch them even where they are in the cache.
-        offline: look in the cache alone.
-
-    Raises:
-        UnknownNameError: no such repository or revision, or no access to it.
-        BackboneFileError: the Hub cannot be reached and the cache does not hold the files.
-        SettingsError: the cache would lie below the home folder, and the account has none.
-    """
+    """The local copy of a repository's files that match ``patterns``; from the cache when the Hub is out of reach."""
     if str(huggingface_hub.constants.HF_HUB_CACHE).startswith("~"):  # left so where there is no home folder
         home("HF_HOME")
     with _translated(repo_id, revision, "is not in the local cache and could not be fetched"):
@@ -53,18 +40,8 @@ def fetch_folder(
 def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
     """Make a repository where there is none, and commit files to it.
 
-    Args:
-        repo_id: organisation/name, where the token may write.
-        files: by their paths in the repository.
-        private: whether a repository that is made here is private.
-        message: of the commit.
-
     Returns:
         The commit.
-
-    Raises:
-        UnknownNameError: no such organisation, or no right to write there.
-        BackboneFileError: the Hub cannot be reached, or refuses the files.
     """
     hub = huggingface_hub.HfApi()
     with _translated(repo_id, None, "could not be pushed to"):

@@ -50,16 +50,7 @@ Plot = tuple[str, str]
 
 
 def page(report: Report, folder: ResultsFolder) -> str:
-    """The text of ``report.html``; the same for the same report and images.
-
-    Args:
-        report: of an evaluation.
-        folder: of the evaluation; where its images are gone, the page is without them.
-
-    Raises:
-        MissingExtraError: jinja2 or matplotlib is not installed.
-        EvaluationError: the images cannot be read.
-    """
+    """The text of ``report.html``; the same for the same report and images."""
     jinja2 = optional_import("jinja2", "report", "The page of a report is made with jinja2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

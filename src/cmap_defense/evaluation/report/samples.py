@@ -65,12 +65,6 @@ def samples(report: Report, folder: ResultsFolder, attacks: Sequence[str], count
     Pictures are "image", "difference" (from the clean image) and "purified" (where the model purifies). The prediction
     is the first one for that image: where the model purifies, its vote.
 
-    Args:
-        report: of the evaluation.
-        folder: of the evaluation.
-        attacks: on the defended model, by name.
-        count: of images, at most.
-
     Returns:
         None of them where the folder does not hold the images.
     """

@@ -14,12 +14,6 @@ from cmap_defense.errors import SettingsError
 def lognormal_levels(uniform: Tensor, mean: float, std: float, noise: NoiseRange) -> Tensor:
     """Levels sigma with ln sigma ~ N(mean, std^2), clamped to the noise range (arXiv 2206.00364, Table 1).
 
-    Args:
-        uniform: uniform numbers in (0, 1), [B].
-        mean: of ln sigma.
-        std: of ln sigma.
-        noise: the noise range.
-
     Returns:
         [B] in float32, slightly above sigma_min and at most sigma_max.
     """
@@ -37,33 +31,15 @@ def lognormal_index(uniform: Tensor, count: int, noise: NoiseRange, *, rho: floa
 
     p(i) ~ erf((ln sigma_i+1 - mean) / (sqrt 2 std)) - erf((ln sigma_i - mean) / (sqrt 2 std)).
 
-    Args:
-        uniform: uniform numbers in (0, 1), [B].
-        count: number of levels, at least 2.
-        noise: the noise range.
-        rho: exponent of the levels.
-        mean: of ln sigma.
-        std: of ln sigma.
-
     Returns:
         [B] integers from 0 to count - 2.
-
-    Raises:
-        SettingsError: no interval has any probability.
     """
     reached = _reached(count, noise, rho, mean, std, uniform.device)
     return torch.searchsorted(reached, uniform.double().contiguous(), right=True)
 
 
 def adjacent_levels(index: Tensor, count: int, noise: NoiseRange, rho: float) -> tuple[Tensor, Tensor]:
-    """t_n+1 and t_n, each [B] in float32, of ``count`` Karras levels t_1 = sigma_min to t_count = sigma_max.
-
-    Args:
-        index: n - 1, integers [B] from 0 to count - 2.
-        count: number of levels.
-        noise: the noise range.
-        rho: exponent of the levels.
-    """
+    """t_n+1 and t_n, each [B] in float32, of ``count`` Karras levels t_1 = sigma_min to t_count = sigma_max."""
     levels = _levels(count, noise, rho, index.device)
     return levels[index + 1], levels[index]
 
