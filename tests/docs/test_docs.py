@@ -65,6 +65,7 @@ def documented() -> list[ModuleType]:
         "write-your-own-purifier.md",
         "evaluation.md",
         "detection.md",
+        "abstain.md",
         "adapt.md",
         "certify.md",
     ],

@@ -46,12 +46,13 @@ class Trajectory:
             frame[state.image_indices] = images
             self.frames.append(frame)
 
-    def animate(self, path: str | Path, *, milliseconds: int = 100) -> Path:
+    def animate(self, path: str | Path, *, milliseconds: int = 100, scale: int | None = None) -> Path:
         """Write a GIF: a row for each image, the input first, then its K versions as they change.
 
         Args:
             path: of the file.
             milliseconds: of a frame.
+            scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
 
         Raises:
             SettingsError: no purification has been watched.
@@ -61,4 +62,5 @@ class Trajectory:
                 "There is nothing to animate: purify images while this hook is registered, "
                 "with model.register_latent_hook(trajectory)."
             )
-        return write_animation([version_grid(f, self.inputs) for f in self.frames], path, milliseconds=milliseconds)
+        pictures = [version_grid(frame, self.inputs, scale=scale) for frame in self.frames]
+        return write_animation(pictures, path, milliseconds=milliseconds)

@@ -47,7 +47,8 @@ def write_animation(frames: Sequence[Image.Image], path: str | Path, *, millisec
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     durations = [milliseconds] * (len(frames) - 1) + [1000]
-    frames[0].save(path, format="GIF", save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+    small = [frame.quantize(64) for frame in frames]
+    small[0].save(path, format="GIF", save_all=True, append_images=small[1:], duration=durations, loop=0)
     return path
 
 

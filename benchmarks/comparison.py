@@ -1,0 +1,188 @@
+"""The comparison of purifiers on the packaged models: choose levels on held-out images, then attack what was chosen.
+
+    python benchmarks/comparison.py levels --data fashion-mnist --out runs/fashion
+    python benchmarks/comparison.py exact --data fashion-mnist --out runs/fashion
+    python benchmarks/comparison.py paper --data fashion-mnist --out runs/fashion
+
+``levels`` measures every candidate on held-out images: clean, under PGD on the bare classifier, and under PGD through
+the exact gradient of one-step purification at 0.3 and 0.5. The images are attacked once, for all candidates. ``exact``
+runs the set of attacks "exact" on the chosen ones, and ``paper`` PGD on the bare classifier on the constants of the
+papers, both on test images. Everything takes K = 4 versions, and goes on where it was killed. For CIFAR-10 give
+``--weights cifar10_resnet56.safetensors``.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel, load_backbone
+from cmap_defense.attacks import PGD, NoiseAndDenoise, Transfer, Undefended, exact_suite
+from cmap_defense.data import load_dataset
+from cmap_defense.embedded import load_classifier, load_test_images
+from cmap_defense.evaluation import Protocol, compare, write_comparison
+from cmap_defense.purifiers import (
+    ADP,
+    GDMP,
+    GNSP,
+    Chain,
+    DiffPure,
+    Identity,
+    LikelihoodMaximisation,
+    OneStep,
+    Purifier,
+)
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from cifar_resnet import load_cifar_resnet
+from measuring import last
+
+K = 4
+EPS = {"fashion-mnist": 0.05, "cifar10": 8 / 255}
+BACKBONES = {
+    "fashion-mnist": ("fashion-mnist-ct", "fashion-mnist-edm"),
+    "cifar10": ("cifar10-ct-small", "cifar10-edm-small"),
+}
+
+
+def near(level: float | None, iterations: int) -> CMAP:
+    """CMAP with latents at a noise level."""
+    return CMAP(CMAPSettings(n_latents=K, iterations=iterations, learning_rate=0.1, level=level))
+
+
+def diffpure(t: int) -> DiffPure:
+    """DiffPure with ten times longer steps than the paper's: t / 10 of them."""
+    return DiffPure(t=t, step=0.01, n_latents=K)
+
+
+def candidates(eps: float) -> dict[str, list[Purifier]]:
+    """The settings to choose from by purifier, from the lowest level up."""
+    return {
+        "none": [Identity()],
+        "one-step": [OneStep(level=level, n_latents=K) for level in (0.2, 0.3, 0.4, 0.6, 0.8, 1.2)],
+        "diffpure": [diffpure(t) for t in (40, 60, 80, 110, 150, 200)],
+        "gdmp": [GDMP(t=t, rounds=2, eps=eps, n_latents=K) for t in (10, 20, 36)],
+        "adp": [ADP(noise=noise, n_latents=K) for noise in (0.1, 0.17, 0.25)],
+        "gnsp": [GNSP(rounds=rounds, n_latents=K) for rounds in ((8, 8, 16), (12, 12, 32), (20, 20, 50))],
+        "likelihood": [LikelihoodMaximisation(learning_rate=rate, n_latents=K) for rate in (0.03, 0.06, 0.1)],
+        "cmap-level": [
+            near(level, iterations)
+            for level, iterations in (
+                [(0.3, n) for n in (3, 6)]
+                + [(0.5, n) for n in (3, 6, 12)]
+                + [(level, n) for level in (1.0, 1.5, 2.0) for n in (6, 12)]
+                + [(4.0, 20)]
+            )
+        ],
+        "cmap": [near(None, 50)],
+        "diffpure, then cmap": [Chain(diffpure(t), near(0.5, 3)) for t in (40, 60, 80)],
+    }
+
+
+def setup(options: argparse.Namespace, held_out: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """The classifier, images in [0, 1] and labels."""
+    if options.data == "fashion-mnist":
+        classifier = load_classifier()
+        test = (part[: options.count] for part in load_test_images())
+    else:
+        classifier = load_cifar_resnet(options.weights, 56, unit=True)
+        chosen = load_dataset("cifar10", "test")[: options.count]
+        test = (chosen.unit, chosen.labels)
+    images, labels = last(load_dataset(options.data, "train"), options.count) if held_out else test
+    return classifier.eval(), images, labels
+
+
+def levels(options: argparse.Namespace) -> None:
+    """A line of JSON for each candidate."""
+    classifier, images, labels = setup(options, held_out=True)
+    backbones = tuple(load_backbone(name) for name in BACKBONES[options.data])
+    threat, results = ThreatModel(eps=EPS[options.data]), options.out / "levels.jsonl"
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = {line["settings"] for line in map(json.loads, results.open())} if results.exists() else set()
+    stored = options.out / "attacked.pt"
+    if not stored.exists():
+        bare = PurifiedClassifier(classifier, backbones, purifier=Identity()).eval()
+        attacked = {"clean": images}
+        attacked["bare"] = Transfer(PGD(threat, steps=20), source=Undefended())(bare, images, labels).images
+        for sigma in (0.3, 0.5):
+            attack = PGD(threat, steps=20, eot=8, momentum=0.75, schedule="cosine")
+            found = Transfer(attack, source=NoiseAndDenoise(sigma=sigma))(bare, images, labels)
+            attacked[f"one-step at {sigma}"] = found.images
+        torch.save(attacked, stored)
+    attacked = torch.load(stored)
+    for kind, purifiers in candidates(EPS[options.data]).items():
+        for purifier in purifiers:
+            if repr(purifier) in done or (options.only and kind not in options.only):
+                continue
+            model = PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
+            row: dict[str, object] = {"purifier": kind, "settings": repr(purifier), "passes": purifier.passes}
+            begun = time.perf_counter()
+            for name, x in attacked.items():
+                right = [
+                    model.purify(x, seeds=torch.arange(len(x)) + 10_000_019 * run).labels == labels for run in range(2)
+                ]
+                row[name] = round(torch.stack(right).float().mean().item(), 4)
+            row["seconds"] = round((time.perf_counter() - begun) / len(images) / 2 / len(attacked), 4)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+CHOSEN: dict[str, dict[str, Purifier]] = {"fashion-mnist": {}, "cifar10": {}}
+"""What ``levels`` chose: the highest sum of clean accuracy and the lowest of the three attacked ones."""
+
+
+def paper(eps: float) -> dict[str, Purifier]:
+    """The constants of the papers for CIFAR-10 in linf, with K = 4."""
+    presets = (OneStep(level=0.5), DiffPure(t=100), GDMP(eps=eps), ADP(), GNSP(), LikelihoodMaximisation())
+    found: dict[str, Purifier] = {type(preset).__name__: preset.replace(n_latents=K) for preset in presets}
+    return found | {"CMAP": CMAP(CMAPSettings(n_latents=K, iterations=200))}
+
+
+def attacked(options: argparse.Namespace) -> None:
+    """The comparison under attack, as ``cmap-defense compare`` makes it."""
+    classifier, images, labels = setup(options, held_out=False)
+    backbones = tuple(load_backbone(name) for name in BACKBONES[options.data])
+    threat = ThreatModel(eps=EPS[options.data])
+    if options.stage == "paper":
+        purifiers, names = paper(threat.eps), {"transfer"}
+    else:
+        purifiers, names = CHOSEN[options.data], None
+    attacks = exact_suite(threat, eot=options.eot)
+    comparison = compare(
+        {
+            name: PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
+            for name, purifier in purifiers.items()
+            if not options.only or name in options.only
+        },
+        (images, labels),
+        options.out / f"{options.stage}-{options.count}",
+        attacks={name: attack for name, attack in attacks.items() if names is None or name in names},
+        protocol=Protocol(predictions=2, reevaluations=4),
+        threads=1,
+        progress=lambda name, unit, done, total: print(f"{name}: {unit.task}, {done} of {total}", flush=True),
+    )
+    print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["levels", "exact", "paper"])
+    parser.add_argument("--data", choices=list(EPS), required=True)
+    parser.add_argument("--weights", type=Path, help="safetensors of a CIFAR ResNet-56")
+    parser.add_argument("--count", type=int, default=64, help="number of images")
+    parser.add_argument(
+        "--eot", type=int, default=2, help="predictions of K purifications that a gradient is averaged over"
+    )
+    parser.add_argument("--only", nargs="*", help="names of purifiers; all without")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    levels(options) if options.stage == "levels" else attacked(options)
+
+
+if __name__ == "__main__":
+    main()
