@@ -189,15 +189,3 @@ def test_what_is_surely_possible_is_found_and_stays_wrong_after_purification(nor
 def last(column: str, step: int = -1, **options: Any) -> Tensor:
     """[B], the history of an attack with two latents on a generator that reaches everything, at a step."""
     return LatentAttack(latents=2, **options)(*reachable(2, 20)).history[column][step]
-
-
-def test_options_do_what_they_say():
-    """No success in a tiny ball; a growing penalty ends nearer; confidence is a lead; purified starts are near."""
-    assert (last("margin", threat=ThreatModel(eps=1e-4), steps=30, penalty=50.0) < 0).all()
-    small: Any = {"threat": ThreatModel(eps=0.005), "steps": 40, "penalty": 0.01}
-    assert (last("excess", **small, growth=1000.0) < 0.6 * last("excess", **small, growth=1.0)).all()
-    wide: Any = {"threat": ThreatModel(eps=0.3), "steps": 60}
-    assert (last("margin", **wide, confidence=0.0) < 5).all()
-    assert (last("margin", **wide, confidence=20.0) > 15).all()
-    once: Any = {"threat": ThreatModel(eps=0.01), "steps": 1}
-    assert (last("excess", **once) < 0.2 * last("excess", **once, start="noise")).all()

@@ -68,14 +68,6 @@ def test_again_is_the_noise_of_the_evaluation_before_and_one_more_evaluation(kno
     assert oracle.count == 3
 
 
-def test_a_part_of_the_batch_is_evaluated_without_the_seeds_of_the_others():
-    model = Noisy()
-    oracle, images, _ = scene(model)
-    oracle(images[:2])
-    assert model.seen == [None]
-    assert Oracle(wrapped(), SEEDS)(images[:2].float()).shape == (2, 4)
-
-
 def test_wrapper_is_the_model_or_an_error_that_names_the_attack():
     model = wrapped()
     assert Oracle(model, SEEDS).wrapper(PGD(ThreatModel())) is model
@@ -131,20 +123,6 @@ def test_balanced_gradients_have_one_length_before_they_are_averaged(samples: in
     torch.testing.assert_close(plain.loss, feedback.loss)
     joint = [scene()[0].feedback(images, goal, VoteMargin(), samples, balanced=b).gradient for b in (False, True)]
     assert torch.equal(joint[0], joint[1])
-
-
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("blind", ["output", "input", "constant"])
-def test_logits_that_do_not_depend_on_the_images_are_an_error(blind: str, loss: Loss):
-    """The second is what a purifier under no_grad in front of a network with weights looks like."""
-    classifier = Linear()
-    models = {
-        "output": lambda x: linear(x).detach(),
-        "input": lambda x: classifier(x.detach()),
-        "constant": lambda x: torch.tensor([[0.0, 2.0, 0.0, 0.0]]).expand(len(x), 4),
-    }
-    with pytest.raises(GradientError, match="do not depend on the images"):
-        PGD(ThreatModel(), loss=loss)(models[blind], *labelled())
 
 
 def test_a_gradient_of_zeros_is_a_warning_and_no_step():

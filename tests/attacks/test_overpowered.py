@@ -74,21 +74,6 @@ def test_attempts_and_queries_and_no_pair_where_no_boundary_is(norm: str):
     assert not result.success.any()
 
 
-@NORMS
-def test_paired_is_counted_on_the_attempts(norm: str):
-    """The share in step n is that of the pairs after n steps."""
-    model, images, labels = reachable(3, 20)
-    threat = ThreatModel(norm=norm, eps=EPS[norm] / 4)
-    history = run(Overpowered(threat, steps=30, latents=4), Goal(labels), images, model)[0].history["paired"]
-    assert history.shape == (30, 3)
-    for steps in (1, 4, 9, 29):
-        _, right, wrong = run(Overpowered(threat, steps=steps, latents=4), Goal(labels), images, model)
-        both = (labels_of(model, right) == labels[:, None]) & (labels_of(model, wrong) != labels[:, None])
-        assert torch.equal(history[steps], both.float().mean(dim=1))
-    assert history.min() == 0
-    assert history.max() > 0
-
-
 def plainly_projected(norm: str, eps: float, image: Tensor, centre: Tensor) -> Tensor:
     """The nearest in the ball and the cube, of a single image."""
     delta = image - centre

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attack_toys import (
     CLASSES,
-    DOUBLE,
     EVERY,
     NAMES,
     QUICK,
@@ -25,7 +24,7 @@ from attack_toys import (
     wrapped,
 )
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import AttackResult, Goal, LatentAttack, Overpowered
+from cmap_defense.attacks import AttackResult, Goal
 from cmap_defense.attacks.oracle import Oracle
 from toys import ToyBackbone, noise
 
@@ -161,29 +160,6 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
     if name != "Transfer":  # the bare classifier knows of no class labels
         changed = suite(THREATS["linf"], seed=5)[name](other, images, labels)
         assert (changed.candidates - first.candidates).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("attack", [LatentAttack, Overpowered])
-def test_labels_per_latent_are_no_obstacle_to_another_number_of_latents(attack: Any):
-    """A function that returns [B, K] follows the documentation of the wrapper, whose own K it is."""
-    images, labels = labelled(2)
-    model = wrapped(backbone=Conditional(), class_labels=lambda images: torch.tensor([[0, 1]]).expand(len(images), -1))
-    attack(THREATS["linf"], steps=1, latents=3)(model, images, labels)
-
-
-@EVERY
-def test_choices_and_chunks_of_the_wrapper_work_in_every_attack(name: str):
-    """Chunks have the classes of their own latents."""
-    images, labels = labelled(2, dtype=DOUBLE)
-    attack = suite(THREATS["linf"], seed=5)[name]
-    for choice in ("predicted", "spread"):
-        whole, chunked = (
-            attack(wrapped(backbone=Conditional(), class_labels=choice, max_parallel=latents).double(), images, labels)
-            for latents in (None, 3)
-        )
-        torch.testing.assert_close(chunked.candidates, whole.candidates, rtol=0, atol=1e-9)
-        model = wrapped(backbone=Conditional(), class_labels=choice, max_parallel=3).double()
-        assert_reevaluated(model, chunked, chunked.images)
 
 
 class Frozen(Denoiser):

@@ -63,43 +63,12 @@ def test_bfloat16_is_read_as_float32(file: Path):
     assert torch.equal(torch.tensor(found), narrow.float())
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (3, 3),
-        (-2.5, -2.5),
-        (True, True),
-        (raw_array((), "float32", np.float32(0.7).tobytes(), code=3), np.float32(0.7)),
-        (raw_array((), "int64", np.int64(-9).tobytes(), code=3), -9),
-        (raw_array((), "bfloat16", b"\x80\x3f", code=3), 1.0),
-    ],
-)
-def test_scalars_are_arrays_without_axes(file: Path, value: Any, expected: float):
-    ((_, found),) = read(file, {"params_ema": {"step": value}})
-    assert found.shape == ()
-    assert found == expected
-
-
 def test_names_are_paths_below_the_entry_in_the_files_order(file: Path):
     names = ["Dense_0/kernel", "Dense_0/bias", "a", "Block_1/Conv_0/kernel", "Block_1/Conv_10/kernel", "z/y/x/w"]
     leaves = {name: numbers(2, index + 1) for index, name in enumerate(names)}
     taken = read(file, {"step": 7, "params_ema": nested(leaves), "opt_state": {"0": {"mu": nested(leaves)}}})
     assert [name for name, _ in taken] == names
     assert all(np.array_equal(array, leaves[name]) for name, array in taken)
-
-
-def test_memory_holds_the_wanted_entry_alone(file: Path):
-    """The entries before and behind it are skipped, however large they are."""
-    entry = {str(i): np.zeros(2**18, np.float32) for i in range(12)}
-    file.write_bytes(flax_bytes({"params": entry, "params_ema": entry, "opt_state": {"m": entry, "v": entry}}))
-    tracemalloc.start()
-    try:
-        arrays = read_flax(str(file), "params_ema")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert [array.nbytes for array in arrays.values()] == [2**20] * 12
-    assert peak < 20 * 2**20
 
 
 def test_chunks_as_flax_writes_them(file: Path):

@@ -106,15 +106,6 @@ def test_weights_are_cast_from_the_precision_of_the_file(tmp_path: Path, file_dt
     assert torch.isfinite(images).all()
 
 
-def test_writing_leaves_the_backbone_as_it_was(tmp_path: Path):
-    backbone = small_backbone().train()
-    before = {name: t.clone() for name, t in backbone.state_dict().items()}
-    write_backbone(backbone, tmp_path, dtype=torch.float16, name="toy")
-    assert backbone.training
-    assert all(p.requires_grad for p in backbone.parameters())
-    assert all(torch.equal(t, before[name]) for name, t in backbone.state_dict().items())
-
-
 def test_backbone_of_another_network_cannot_be_written(tmp_path: Path):
     unknown = ConsistencyBackbone(ToyBackbone(), (3, 8, 6))
     with pytest.raises(BackboneFileError, match="ToyBackbone"):

@@ -132,14 +132,6 @@ def test_images_of_a_batch_are_generated_as_if_each_were_alone(levels: NoiseRang
     torch.testing.assert_close(backbone.generate(latents), alone, rtol=1e-10, atol=1e-10)
 
 
-def test_one_sigma_for_all_is_that_sigma_for_each():
-    backbone = ConsistencyBackbone(Net(), SHAPE)
-    noisy = noise(3, *SHAPE, seed=5)
-    expected = backbone.denoise(noisy, torch.full((3,), 2.5))
-    assert torch.equal(backbone.denoise(noisy, 2.5), expected)
-    assert torch.equal(backbone.denoise(noisy, torch.tensor(2.5)), expected)
-
-
 @pytest.mark.parametrize("network_dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_outputs_have_the_inputs_precision_and_float32_at_least(dtype: torch.dtype, network_dtype: torch.dtype):

@@ -18,7 +18,7 @@ from cmap_defense.backbones.convert import convert_openai
 from cmap_defense.backbones.diffusers import DiffusersUNet, build_unet, configuration_of
 from cmap_defense.backbones.folder import read_backbone, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone
-from cmap_defense.errors import BackboneFileError, InputValueError, SettingsError
+from cmap_defense.errors import BackboneFileError, SettingsError
 from goldens import FOLDER, arrays
 from tiny import randomised
 from toys import noise
@@ -49,12 +49,6 @@ def test_consistency_function_and_network_agree(recorded: dict[str, Tensor], bac
     close(backbone.network(scaled, sigma.log() / 4, labels), recorded["F"], 2e-5)
 
 
-def test_one_step_images_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
-    assert recorded["sigma"][:2].tolist() == [80, 80]
-    images = backbone.generate(recorded["x"][:2] / 80, recorded["y"][:2])
-    close(images, recorded["onestep_clamped"], 2e-5)
-
-
 def test_input_gradients_agree(recorded: dict[str, Tensor], backbone: ConsistencyBackbone):
     x = recorded["x"][:2].requires_grad_()
     value = (backbone.denoise(x, recorded["sigma"][:2], recorded["y"][:2]) * recorded["w_grad"]).sum()
@@ -83,17 +77,6 @@ def test_published_config_has_the_published_tree():
     found = {name: list(tensor.shape) for name, tensor in network.unet.state_dict().items()}
     assert found == recorded["tree"]
     assert sum(tensor.numel() for tensor in network.parameters()) == recorded["n_params"] == 295_899_267
-
-
-def test_backbone_is_ready_for_use(backbone: ConsistencyBackbone):
-    assert backbone.image_shape == (3, 32, 32)
-    assert backbone.num_classes == 1000
-    assert backbone.noise.to_dict() == {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
-    assert not any(module.training for module in backbone.modules())
-    assert not any(p.requires_grad for p in backbone.parameters())
-    assert {(t.dtype, t.device.type) for t in backbone.state_dict().values()} == {(torch.float32, "cpu")}
-    with pytest.raises(InputValueError, match="class-conditional"):
-        backbone.generate(noise(2, 3, 32, 32, seed=1))
 
 
 def test_written_conversion_is_read_to_the_bit(
@@ -264,42 +247,11 @@ def test_head_channels_change_the_images(tmp_path: Path, lsun: dict[str, Tensor]
     assert (made[0].generate(latents) - made[1].generate(latents)).abs().max().item() > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("cd_imagenet64_l2.pt", 64),
-        ("ct_imagenet64.pt", 64),
-        ("cd_bedroom256_lpips.pt", 256),
-        ("ct_cat256.pt", 256),
-        ("mine-32-b1024.pt", 32),
-    ],
-)
-def test_image_size_is_in_the_files_name(tmp_path: Path, lsun: dict[str, Tensor], name: str, size: int):
-    backbone = convert_openai(save(lsun, tmp_path / name), head_channels=16)
-    assert backbone.image_shape == (3, size, size)
-    assert configuration_of(backbone.network)["sample_size"] == size
-
-
 @pytest.mark.parametrize("name", ["weights.pt", "step1256.pt", "v3.pt", "model_640.pt"])
 def test_unknown_image_size_is_an_error_that_names_the_option(tmp_path: Path, name: str):
     """Before the file is opened."""
     with pytest.raises(SettingsError, match=f"{name}.*image_size"):
         convert_openai(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("image_size", {"image_size": 0}),
-        ("image_size", {"image_size": 64.0}),
-        ("image_size", {"image_size": "64"}),
-        ("head_channels", {"head_channels": 0}),
-        ("head_channels", {"head_channels": True}),
-    ],
-)
-def test_nonsense_sizes_are_refused_by_name(name: str, values: dict[str, Any]):
-    with pytest.raises(SettingsError, match=f"convert_openai.{name}"):
-        convert_openai(OFFICIAL, **({"image_size": 32} | values))
 
 
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -308,36 +260,16 @@ def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 DAMAGE = {
     "nothing": ("", lambda state: {}),
-    "another network's": ("", lambda state: {"conv1.weight": torch.zeros(3, 3), "fc.bias": torch.zeros(3)}),
-    "under a prefix": ("", lambda state: {f"module.{name}": tensor for name, tensor in state.items()}),
     "a width of other groups": (
         "48",
         lambda state: state | {"input_blocks.1.0.in_layers.2.weight": torch.zeros(48, 32, 3, 3)},
     ),
-    "a number for a projection": ("", lambda state: state | {"middle_block.1.qkv.weight": torch.tensor(1.0)}),
     "blocks without numbers": ("ValueError", lambda state: state | {"input_blocks.a.0.weight": torch.zeros(2)}),
-    "names that end early": ("ValueError", lambda state: state | {"input_blocks.0": torch.zeros(2)}),
     "a block missing": ("KeyError", without("input_blocks.2.")),
     "the last block missing": ("ValueError", without("output_blocks.5.")),
-    "the middle missing": ("KeyError", without("middle_block.")),
-    "a tensor missing": ("KeyError", without("middle_block.1.qkv.bias")),
-    "the first layer missing": ("KeyError", without("input_blocks.0.")),
-    "the last layer missing": ("KeyError", without("out.")),
     "half an embedding": ("time_embedding.linear_1.bias", without("time_embed.0.bias")),
     "one too many": ("ema.weight", lambda state: state | {"ema.weight": torch.zeros(2)}),
-    "one too many in a block": (
-        "input_blocks.1.0.extra.weight",
-        lambda state: state | {"input_blocks.1.0.extra.weight": torch.zeros(2)},
-    ),
     "another shape": ("conv_out.bias", lambda state: state | {"out.2.bias": torch.zeros(5)}),
-    "another width in the middle": (
-        "mid_block.resnets.0.norm1.weight",
-        lambda state: state | {"middle_block.0.in_layers.0.weight": torch.zeros(7)},
-    ),
-    "a number for an array": (
-        "IndexError",
-        lambda state: state | {"input_blocks.1.0.emb_layers.1.weight": torch.tensor(1.0)},
-    ),
 }
 
 

@@ -110,9 +110,3 @@ def test_hub_that_refuses_is_an_error_of_this_package(owned: HubServer, folder: 
     owned.script(path, Fault(methods=("POST",), status=status, times=ALWAYS))
     with pytest.raises(CmapError, match=REPO):
         push_backbone(folder, REPO)
-
-
-def test_card_that_the_hub_refuses_is_named_with_the_reason(owned: HubServer, folder: Path):
-    (folder / "README.md").write_text("No head.\n")
-    with pytest.raises(BackboneFileError, match=rf'{REPO}.*README\.md.*"---" is missing'):
-        push_backbone(folder, REPO)

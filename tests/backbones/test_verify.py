@@ -72,13 +72,6 @@ def test_other_file_under_a_verified_name_is_refused(named: HubServer):
     assert fingerprint(load_backbone(NAME)) == MODEL
 
 
-def test_note_is_of_an_address_and_means_no_other(named: HubServer):
-    verify_backbone(NAME)
-    register(tiny_entry(NAME, tiny_file(named.put("/elsewhere", tiny_checkpoint(1)))), replace=True)
-    assert not pinned(registry_entry(NAME)).verified
-    assert fingerprint(load_backbone(NAME)) == OTHER_MODEL
-
-
 @pytest.mark.parametrize(
     "content",
     [

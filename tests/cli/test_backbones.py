@@ -255,6 +255,7 @@ def test_verify_names_the_damage_of_a_folder(folder: str, backbones: Run, damage
     assert word in backbones("verify", folder, status=1)
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of the client's own upload
 def test_commands_that_use_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, backbones: Run, values: Values
 ):

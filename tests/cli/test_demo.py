@@ -25,13 +25,13 @@ TINY = ["demo", "--images", "3", "--n-latents", "1", "--iterations", "2"]
 
 
 def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, run: Run) -> None:
-    found = json.loads(run("demo", "--images", 8, "--n-latents", 2, "--iterations", 20, "--json", "-o", tmp_path))
+    found = json.loads(run("demo", "--images", 6, "--n-latents", 1, "--iterations", 20, "--json", "-o", tmp_path))
     for kind in ("bare", "purified"):
         for state in ("clean", "attacked"):
             low, high = found["intervals"][kind][state]
             assert 0 <= low <= found[kind][state] <= high <= 1
     assert found["bare"]["attacked"] < 0.2 < found["purified"]["attacked"]
-    assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (2, 20)
+    assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (1, 20)
     assert found["note"] == "the attacker did not know the defence"
     assert [Path(path).name for path in found["files"]] == ["sheet.png", "latents.png"]
     for path in found["files"]:

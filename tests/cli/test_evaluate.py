@@ -10,12 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from cmap_defense.cli import evaluate as module
 from cmap_defense.cli.main import main
-from cmap_defense.embedded import load_classifier
 
 from .conftest import Run
 
@@ -77,15 +74,6 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path: Path, run: Run) -
     assert not out.exists()
 
 
-def test_the_report_is_drawn_anew_without_a_model(evaluated: Path, run: Run) -> None:
-    files = [evaluated / "report.html", evaluated / "report.md"]
-    before = [path.read_bytes() for path in files]
-    for path in files:
-        path.unlink()
-    run("report", evaluated)
-    assert [path.read_bytes() for path in files] == before
-
-
 @pytest.mark.parametrize("given", [{}, {"--seeds": "0,1", "-n": "3", "--attacks": "standard"}])
 def test_the_preset_is_the_papers_protocol_unless_options_say_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run, given: dict[str, str]
@@ -107,15 +95,6 @@ def test_other_purifiers_and_baselines(tmp_path: Path, run: Run) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     bare = {row["model"]: row["average"]["value"] for row in report["rows"] if row["attack"] == "clean"}
     assert bare["undefended"] == bare["same"] == 1.0
-
-
-def test_weights_of_another_model_are_named(tmp_path: Path, run: Run) -> None:
-    state = load_classifier().state_dict()
-    state["surplus"] = torch.zeros(1)
-    del state["head.bias"]
-    save_file(state, tmp_path / "weights.safetensors")
-    weights = ["--weights", tmp_path / "weights.safetensors", "--out", tmp_path / "out"]
-    assert "it does not hold head.bias; it holds besides surplus" in run(*TINY, *weights, status=2)
 
 
 def test_a_study_compares_its_variants(tmp_path: Path, run: Run) -> None:

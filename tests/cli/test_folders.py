@@ -66,18 +66,3 @@ def test_training_needs_no_classes(tmp_path: Path, flat: Path, run: Run) -> None
     run(*given, "-o", tmp_path / "run")
     assert read_record(tmp_path / "run" / "backbone").image_shape == (1, 28, 28)
     assert "no labels of several classes" in run(*given, "--class-conditional", "-o", tmp_path / "other", status=1)
-
-
-def test_a_training_that_starts_from_grey_weights_reads_grey_images(tmp_path: Path, grey: Path, run: Run) -> None:
-    given = ["train", "--data", grey, *TRAINING]
-    run(*given, "--image-channels", 1, "-o", tmp_path / "first")
-    run(*given, "--from", tmp_path / "first" / "backbone", "-o", tmp_path / "second")
-    assert read_record(tmp_path / "second" / "backbone").image_shape == (1, 28, 28)
-
-
-def test_hidden_folders_are_no_classes_of_a_training(tmp_path: Path, grey: Path, run: Run) -> None:
-    classes = sorted(path.name for path in grey.iterdir())
-    shutil.copytree(grey / classes[0], grey / ".ipynb_checkpoints")
-    run("train", "--data", grey, "--image-channels", 1, "--class-conditional", *TRAINING, "-o", tmp_path / "run")
-    record = read_record(tmp_path / "run" / "backbone")
-    assert (record.num_classes, record.training["class_names"]) == (len(classes), classes)

@@ -20,7 +20,7 @@ from cmap_defense.certification import CertificationSettings
 from cmap_defense.cli import options
 from cmap_defense.cli.commands import backbones as backbone_commands
 from cmap_defense.cli.commands import evaluate as evaluation_commands
-from cmap_defense.cli.main import WAITING, cli, format_warning, wait_passively
+from cmap_defense.cli.main import WAITING, cli, format_warning
 from cmap_defense.cmap import CMAPSettings
 from cmap_defense.common.inputs import RESIZE_MODES
 from cmap_defense.common.settings import Settings
@@ -49,8 +49,6 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 
 COMMANDS = dict(commands())
-COMPUTING = [("demo",), ("purify",), ("evaluate",), ("study",), ("certify",), ("detect",), ("quality",), ("train",)]
-
 WITHOUT_TORCH = """
 import contextlib, io, sys
 from cmap_defense.cli.main import main
@@ -176,18 +174,6 @@ def test_the_console_script_lets_waiting_threads_sleep_before_torch_is_imported(
     others = {name: value for name, value in os.environ.items() if name not in {*WAITING, "KMP_BLOCKTIME"}}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=others)
     assert done.stdout.split() == ["PASSIVE", "False"]
-
-
-@pytest.mark.parametrize("variable", [*WAITING, "KMP_BLOCKTIME"])
-def test_what_the_environment_says_about_waiting_stays(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {variable: "x"})
-    wait_passively()
-    assert os.environ == {variable: "x"}
-
-
-@pytest.mark.parametrize("path", COMPUTING, ids=" ".join)
-def test_commands_that_compute_take_a_number_of_threads(path: tuple[str, ...]) -> None:
-    assert any("--threads" in option.opts for option in COMMANDS[path].params)
 
 
 def test_warnings_are_sentences() -> None:

@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 from cmap_defense.backbones import load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.common.modules import building
-from cmap_defense.embedded import load_classifier
-from cmap_defense.evaluation import Accuracy
 from tiny import tiny_folder
 
 from .conftest import Run
@@ -113,22 +111,6 @@ def test_as_json(tmp_path: Path, measure: Measure) -> None:
     assert again["frechet"] == facts["frechet"]
     other = measure([*TINY, "--seed", "1"], "third")
     assert other["frechet"] != facts["frechet"]
-
-
-def test_other_classifiers_measure_too(tmp_path: Path, measure: Measure) -> None:
-    (tmp_path / "mine.py").write_text(
-        "from cmap_defense.embedded import FashionCNN, load_classifier as same\n", encoding="utf-8"
-    )
-    state = {name: -part if name.startswith("head") else part for name, part in load_classifier().state_dict().items()}
-    save_file(state, tmp_path / "mine.safetensors")
-    mine = str(tmp_path / "mine.py")
-    beside = ["--other", f"same={mine}:same", "--other", f"opposite={mine}:FashionCNN@{tmp_path / 'mine.safetensors'}"]
-    facts = measure([*TINY, *beside])
-    assert list(facts["classifiers"]) == ["embedded", "same", "opposite"]
-    assert facts["classifiers"]["same"] == facts["classifiers"]["embedded"]
-    assert facts["classifiers"]["opposite"]["clean"]["value"] == 0
-    assert facts["classifiers"]["opposite"]["clean"]["interval"] == list(Accuracy(0, 3).interval)
-    assert f"--other same={mine}:same --other opposite=" in facts["figures"]["measured"]["command"]
 
 
 def test_a_folder_gets_its_figures(tmp_path: Path, coloured: list[str], measure: Measure) -> None:

@@ -21,7 +21,6 @@ from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
 from cmap_defense.cli import train_options
 from cmap_defense.cli.commands.backbones import quality
-from cmap_defense.cli.commands.backbones import train as train_command
 from cmap_defense.cli.train import write_loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.data.subset import Subset
@@ -164,20 +163,6 @@ def test_a_denoiser_is_tuned_and_distilled(tmp_path: Path, data: Path, train: Ru
     Image.new("RGB", (12, 8)).save(tmp_path / "black.png")
     given = ["purify", tmp_path / "black.png", "-b", tmp_path / "ect" / "backbone", "-o", tmp_path / "out"]
     run(*given, "--n-latents", 1, "--iterations", 2)
-
-
-def test_a_class_conditional_denoiser_is_distilled_class_by_class(tmp_path: Path, data: Path, train: Run) -> None:
-    """Into a network that is class-conditional too, with as many classes."""
-    options = ["--data", data, "--images", 16, *TINY]
-    denoiser = tmp_path / "edm" / "backbone"
-    train(*options, "--class-conditional", "--objective", "edm", "-o", tmp_path / "edm")
-    distil = ["--objective", "cd", "--teacher", denoiser, "--objective-set", "levels=5"]
-    train(*options, "--class-conditional", *distil, "-o", tmp_path / "cd")
-    assert load_backbone(tmp_path / "cd" / "backbone").num_classes == 2
-    assert "add --class-conditional" in train(*options, *distil, "-o", tmp_path / "other", status=2)
-    np.savez(tmp_path / "three.npz", images=np.zeros((9, 8, 12, 3), dtype=np.uint8), labels=np.arange(9) % 3)
-    other = ["--data", tmp_path / "three.npz", "--class-conditional", *distil, "-o", tmp_path / "other"]
-    assert "its classes are 2, but those of the training 3" in train(*options, *other, status=2)
 
 
 @pytest.mark.parametrize(("option", "objective"), [("--teacher", "edm"), ("--from", "ect")])
@@ -329,11 +314,3 @@ def test_a_training_ends_with_its_loss_its_time_its_pictures_and_the_next_comman
     assert (found["loss"], found["next"]) == (loss, [shlex.join(words), line.strip()])
     assert found["seconds"] > 0
     assert found["loss_chart"] == str(out / "loss.png")
-
-
-def test_what_comes_after_a_denoiser_is_its_distillation(tmp_path: Path) -> None:
-    options = {"data": "cifar10", "size": None, "objective": "edm", "out": tmp_path / "run"}
-    (line,) = module.next_commands(options)
-    parsed = train_command.make_context("train", shlex.split(line)[2:]).params
-    assert (parsed["objective"], parsed["teacher"]) == ("cd", str(tmp_path / "run" / "backbone"))
-    assert parsed["out"] == tmp_path / "run-distilled"

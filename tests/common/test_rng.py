@@ -199,20 +199,3 @@ def test_isolated_draws_do_not_depend_on_the_state_around():
     with isolated(4):
         assert torch.equal(torch.rand(4), inner)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_isolated_leaves_no_trace_after_a_failure():
-    before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), isolated(1, 2):
-        torch.rand(int(1 / 0))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_isolated_queues_no_seed_for_devices_that_are_not_in_use_yet(monkeypatch: pytest.MonkeyPatch):
-    """Such a seed would be the state of the device's generator once it starts, in place of the caller's."""
-    queued: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", queued.append)
-    with isolated(5):
-        torch.rand(2)
-    assert queued == []

@@ -33,11 +33,6 @@ def test_the_interval_holds_the_share_and_solves_wilsons_equation(total: int, da
             assert abs(share - bound) == pytest.approx(error, abs=1e-9)
 
 
-def test_no_images_say_nothing() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert math.isnan(Accuracy(0, 0).value)
-
-
 def test_counting() -> None:
     accuracy = Accuracy.of(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 3, 4]))
     assert (accuracy.correct, accuracy.total, accuracy.value) == (3, 4, 0.75)

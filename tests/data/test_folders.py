@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from cmap_defense.data import FolderImages, ImageSource, LabelledImages, folders, load_dataset, open_dataset, read_image
+from cmap_defense.data import FolderImages, ImageSource, folders, load_dataset, open_dataset, read_image
 from cmap_defense.errors import DataError
 
 Writer = Callable[..., dict[Path, np.ndarray]]
@@ -63,15 +63,6 @@ def test_only_what_is_selected_is_read(
     assert read == []
     source.select([2, 1])
     assert read == [source.paths[2], source.paths[1]]
-
-
-def test_all_of_a_folder_fits_into_memory(tmp_path: Path, picture_folders: Writer) -> None:
-    pixels = picture_folders(tmp_path, ant=[(7, 5)] * 2, bee=[(7, 5)])
-    data = load_dataset(tmp_path)
-    assert isinstance(data, LabelledImages)
-    assert torch.equal(data.images, channels_first(list(pixels.values())))
-    assert data.labels.tolist() == [0, 0, 1]
-    assert data.class_names == ("ant", "bee")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -251,10 +242,3 @@ def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path, pictur
     data = load_dataset(tmp_path / "images")
     assert torch.equal(data.images, channels_first(list(pixels.values())))
     assert (data.labels.tolist(), data.class_names, data.labels_known) == ([0] * 3, None, False)
-
-
-def test_images_beside_class_folders_are_refused(tmp_path: Path, picture_folders: Writer) -> None:
-    picture_folders(tmp_path, cat=[(7, 5)] * 2, dog=[(7, 5)] * 2)
-    shutil.copy(next((tmp_path / "cat").iterdir()), tmp_path / "stray.png")
-    with pytest.raises(DataError, match=r"class folders and 1 image beside them, such as stray\.png: put each"):
-        FolderImages.of(tmp_path, "test")

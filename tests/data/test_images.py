@@ -40,11 +40,6 @@ def test_a_selection_of_a_selection_is_the_selection_of_its_indices(first: list[
     assert same(DATA.select(first).select(second), DATA.select([first[i] for i in second]))
 
 
-@given(start=st.integers(0, TOTAL), stop=st.integers(0, TOTAL), step=st.integers(1, 3))
-def test_a_slice_is_the_selection_of_its_range(start: int, stop: int, step: int) -> None:
-    assert same(DATA[start:stop:step], DATA.select(range(start, stop, step)))
-
-
 @pytest.mark.parametrize("indices", [[4, 0, 4], (4, 0, 4), np.array([4, 0, 4]), torch.tensor([4, 0, 4])])
 def test_indices_come_as_any_sequence_of_integers(indices: Any) -> None:
     chosen = DATA.select(indices)

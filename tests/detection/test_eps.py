@@ -139,18 +139,6 @@ def test_levels_that_are_none(sigmas: Any) -> None:
         EPS(sigmas=sigmas)
 
 
-@pytest.mark.parametrize(
-    "options", [{"levels": 0}, {"levels": 5, "total": 4}, {"beta_first": 0.0}, {"beta_last": 1.0}, {"levels": 2.0}]
-)
-def test_bad_levels_of_a_ddpm(options: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError):
-        vp_sigmas(**options)
-
-
-def test_settings_survive_json() -> None:
-    assert EPS.from_json(FEW.to_json()) == FEW
-
-
 class Broken(Normal):
     def __init__(self, output: Tensor) -> None:
         super().__init__()

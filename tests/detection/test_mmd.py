@@ -66,14 +66,6 @@ def test_the_mean_over_all_samples_is_that_of_the_populations_which_is_not_negat
     assert expected >= -1e-15
 
 
-@given(n=counts)
-def test_of_a_sample_and_itself(n: int) -> None:
-    """The diagonal is left out within the samples and not between them: -2 (1 - mean of the others) / n."""
-    own = samples(n, 1)
-    others = (WIDE(own, own).sum() - n) / (n * (n - 1))
-    assert unbiased_mmd2(WIDE, own, own).item() == pytest.approx(-2 * (1 - others.item()) / n, abs=1e-12)
-
-
 @given(count=st.integers(0, 5), n=st.integers(1, 6), shift=st.floats(-3, 3), chunk=st.integers(1, 6))
 def test_distances_of_single_samples(count: int, n: int, shift: float, chunk: int) -> None:
     """Not negative, the formula, and no dependence on the order of the references, the batch or the chunks."""

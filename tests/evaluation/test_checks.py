@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attack_toys import linear, wrapped
-from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, Shortened, ThreatModel, Transfer
+from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, ThreatModel, Transfer
 from cmap_defense.cli.commands.evaluate import evaluate
 from cmap_defense.evaluation.checks import Check, gradient_table, make_checks, make_sweeps
 from cmap_defense.evaluation.summary import Runs
@@ -199,23 +199,6 @@ def test_transfer_has_a_tolerance_of_two_standard_errors(wins: int, passes: bool
     assert found[TRANSFER].passed == passes
 
 
-def test_without_both_kinds_nothing_is_checked() -> None:
-    for left in ("transfer", "pgd"):
-        attacks = {left: ATTACKS[left]}
-        variants = {} if left == "pgd" else {"attack": 0.2, "steps-5": 0.6, "steps-10": 0.4}
-        attacked = {name: None for name in ATTACKS if name != left}
-        found = checks(model=wrapped(), attacks=attacks, attacked=attacked, checked=variants)
-        assert states(found)[TRANSFER] is None
-
-
-def test_a_transfer_from_a_short_loop_evaluates_the_defence() -> None:
-    short = Transfer(PGD(LINF), source=Shortened(5))
-    attacks = ATTACKS | {"short": short, "latent": LatentAttack(LINF)}
-    found = checks(attacks=attacks, attacked={"short": 0.1, "latent": 0.3, "transfer": 0.2})
-    assert failed(found) == []
-    assert found[TRANSFER].found == "short 0.100, transfer 0.200"
-
-
 def test_a_plain_model_needs_no_transfer() -> None:
     found = checks(attacks={"pgd": REPEATED}, attacked={"transfer": None})
     assert TRANSFER not in found
@@ -238,16 +221,6 @@ def test_the_errors_of_a_sweep_are_those_of_a_mean_over_images() -> None:
     attacked, checked = ({name: runs(shares, name) for name in part} for part in (ATTACKED, CHECKED))
     steps, _ = make_sweeps("pgd", REPEATED, SHAPE, attacked, checked)
     assert steps.errors == pytest.approx([math.sqrt(12 / 11 * 0.25 / 12)] * 4)
-
-
-def test_a_sweep_is_over_the_images_of_the_checks_in_the_first_run() -> None:
-    """What the attack found on others is left out."""
-    right = torch.zeros(2, IMAGES, PREDICTIONS, dtype=torch.bool)
-    right[0, :4] = True
-    whole = {name: runs_of(right, right, attack=name) for name in ATTACKED}
-    some = {name: runs(1.0, name).first(4) for name in CHECKED}
-    for sweep in make_sweeps("pgd", REPEATED, SHAPE, whole, some):
-        assert sweep.accuracies == [1.0] * len(sweep.values)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 
-from cmap_defense.attacks import ThreatModel
-from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation import Report
 from cmap_defense.evaluation.report.page import page
@@ -215,25 +213,6 @@ def rows_of(report: Report, name: str) -> list[Any]:
     return next(list(section.rows) for section in sections(report) if section.id == name)
 
 
-def test_the_headline_says_how_it_was_counted(report: Report, tree: Element) -> None:
-    found, (section,) = report.headline, [s for s in tree.all("section") if "headline" in s.attributes.get("class", "")]
-    assert found is not None
-    assert f"34.7 % {HEADLINE}" in section.text
-    for text in (section.text, markdown(report).replace("**", "")):
-        assert f"{found.accuracy} {HEADLINE}" in text
-        assert (
-            f"by 10 predictions and counted by 20 others it is {found.by_image}; no single attack leaves less." in text
-        )
-        assert f"Standard deviation over the runs: {found.spread:.3f}." in text
-        assert f"chance would leave between {found.clean.value:.3f}, the vote on clean images" in text
-        assert f"and {found.lowest_by_chance:.3f}, as many votes on them by unrelated noise" in text
-        assert "All 9 checks of the attacks passed" in text
-        assert "No headline" not in text
-    beside = {term.text: value.text for term, value in zip(section.all("dt"), section.all("dd"), strict=True)}
-    assert beside["defended model, clean images"] == str(report.row("clean").reevaluated)
-    assert beside["without the defence, pgd"] == str(report.row("pgd", "undefended").reevaluated)
-
-
 @pytest.mark.parametrize(
     ("single", "said"), [("pgd", "pgd alone leaves less, "), ("clean", "the clean images have less, ")]
 )
@@ -351,20 +330,6 @@ def test_parts_may_be_missing(small: Report, nothing: ResultsFolder, part: str) 
     assert not any(heading.startswith("Accuracy over") for heading in headings)
     assert markdown(found).startswith("# Robustness report\n")
     assert not nothing.path.exists()
-
-
-def test_a_model_without_latents_and_an_accuracy_of_no_images(nothing: ResultsFolder) -> None:
-    report = example_report(attacks=["pgd"], threat=ThreatModel(norm="l2", eps=0.5))
-    plain = {"class": "robust.Net", "weights": "ab", "precision": "torch.float32"}
-    settings = {**report.settings, "models": {"defended": plain}}
-    rows = [dataclasses.replace(row, one_latent=None, reevaluated=Accuracy(0, 0)) for row in report.rows]
-    found = dataclasses.replace(report, settings=settings, rows=rows, curves={}, sweeps=[], gradients=[])
-    tree = check_structure(page(found, nothing))
-    assert dict(rows_of(found, "evaluated"))["Model"] == "Net"
-    assert "Backbone" not in dict(rows_of(found, "evaluated"))
-    assert all(cells[8] == "" for cells in rows_of(found, "accuracy"))
-    assert "l2, eps = 0.5;" in tree.text
-    assert "no images" in tree.text
 
 
 def test_names_are_text(tmp_path: Path) -> None:

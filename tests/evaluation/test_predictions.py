@@ -181,13 +181,6 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
     assert len(model._latent_hooks) == 0
 
 
-@pytest.mark.parametrize("name", ["seeded", "network", "function"])
-def test_another_model_has_labels_alone(name: str) -> None:
-    images, labels = images_for(name)
-    found = predict(MODELS[name](), images, labels, INDICES, NUMBERS)
-    assert (found.one_latent, found.purified, found.vote_right, dict(found.loop)) == (None, None, None, {})
-
-
 @pytest.mark.parametrize("logits", [torch.full((5, CLASSES), torch.nan), torch.zeros(4, CLASSES), torch.zeros(5)])
 def test_predictions_that_are_no_logits_are_refused(logits: Tensor) -> None:
     images, labels = images_for("function")

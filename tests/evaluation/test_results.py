@@ -32,13 +32,6 @@ def test_a_work_unit_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert files(store.path) == [f"units/defended/pgd/7-00012{end}" for end in (".jsonl", ".safetensors")]
 
 
-def test_a_work_unit_without_tensors_has_none(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    store.write(UNIT, LINES, {})
-    assert store.tensors(UNIT) == {}
-    assert files(tmp_path) == ["units/defended/pgd/7-00012.jsonl"]
-
-
 def test_tensors_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path) -> None:
     store = ResultsFolder(tmp_path)
     store.write(UNIT, LINES, TENSORS)
@@ -141,15 +134,3 @@ def test_timings_are_sums_by_task_over_all_ranks(tmp_path: Path) -> None:
     assert store.timings() == {"a": Timing(6, 3.0, 30), "b": Timing(3, 4.0, 40)}
     store.note_timing(WorkUnit("a", 0, 1), 1, Timing(3, 5.0, 21))
     assert store.timings()["a"] == Timing(6, 6.0, 31)
-
-
-def test_a_half_written_timing_is_no_timing(tmp_path: Path) -> None:
-    store = ResultsFolder(tmp_path)
-    for group in range(2):
-        store.note_timing(WorkUnit("a", 0, group), 0, Timing(3, 1.0, 10))
-    path = tmp_path / "timings" / "rank-0.jsonl"
-    whole = path.read_text()
-    for kept in range(len(whole) - 1):
-        path.write_text(whole[:kept])
-        one = len(whole.splitlines()[0])
-        assert store.timings() == ({} if kept < one else {"a": Timing(3, 1.0, 10)}), kept

@@ -125,21 +125,6 @@ def test_accuracy_while_searching_and_by_chance() -> None:
     assert (alone.search, alone.search_on_clean, alone.search_predictions) == (row.search, None, 3)
 
 
-def test_chance_needs_as_many_predictions_as_the_search_made() -> None:
-    truth, ones = torch.ones(4), torch.ones(1, 4, 1)
-    attack = Runs.of(lines_of(ones, ones, truth, search_predictions=4, search_succeeded=False))
-    clean = Runs.of(lines_of(ones, ones, truth, search=[1]))
-    assert make_row(attack, clean).search_on_clean is None
-    assert make_row(attack, Runs.of(lines_of(ones, ones, truth, search=[1, 0]))).search_on_clean == Accuracy(0, 4)
-
-
-def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
-    ones = torch.ones(1, 4, 1)
-    attack = Runs.of(lines_of(ones, ones, torch.ones(4), search_predictions=None, search_succeeded=None))
-    row = make_row(attack, Runs.of(lines_of(ones, ones, torch.ones(4), search=[1])))
-    assert (row.search, row.search_on_clean, row.search_predictions) == (None, None, None)
-
-
 def worst_by_hand(
     predictions: list[np.ndarray], again: list[np.ndarray], truth: np.ndarray
 ) -> tuple[np.ndarray, Counter]:

@@ -74,12 +74,6 @@ def test_accuracies_and_names_can_be_read_and_distinguished_without_colour() -> 
     assert len(markers) >= 2
 
 
-def test_an_accuracy_of_no_images_is_left_out() -> None:
-    found = words(accuracy_plot([("empty", Accuracy(0, 0), None)], 3))
-    assert "empty" in found
-    assert not any(re.fullmatch(r"0\.\d{3}", word) for word in found)
-
-
 STRANGE = [
     "<script>alert(1)</script>",
     "a$b$c",
@@ -98,12 +92,6 @@ def test_any_name_can_be_drawn() -> None:
     curve_plot({name: (range(2), [1.0, 2.0]) for name in STRANGE}, "loss")
 
 
-def test_names_are_cut() -> None:
-    assert printable("short", 5) == "short"
-    assert printable("longer", 5) == "long…"
-    assert printable("a\x00b\n", 5) == "a�b�"
-
-
 def test_eps_is_in_255ths_where_it_is_a_whole_number_of_them() -> None:
     found = " ".join(words(sizes()))
     for word in ("0", "2", "8", "as attacked", "any", "eps (linf), in 255ths", "0.900", "0.600", "0.300", "0.000"):
@@ -112,13 +100,6 @@ def test_eps_is_in_255ths_where_it_is_a_whole_number_of_them() -> None:
     assert "0.0125" in found
     assert "255ths" not in found
     assert "as attacked" not in found
-
-
-@pytest.mark.parametrize(
-    ("values", "any_image"), [([0.0, 1.0], True), ([0.05], False), ([0.0, 0.05], False), ([0.05, 1.0], True)]
-)
-def test_short_sweeps(values: list[float], any_image: bool) -> None:
-    assert words(sizes(values, any_image=any_image, own=None))
 
 
 def test_cosines_are_over_powers_of_two_and_may_be_negative() -> None:

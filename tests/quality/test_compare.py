@@ -74,14 +74,6 @@ def test_with_fewer_real_images_both_sets_shrink() -> None:
     assert work.generated == len(shown) == 64
 
 
-@pytest.mark.parametrize("samples", [16, 63, 64, 65])
-def test_no_more_samples_are_made_than_are_wanted(samples: int) -> None:
-    """Not for the picture either."""
-    work = compared(wrapped(classifier=classifier()), real(21), samples=samples, group=32)
-    assert work.generated == min(64, samples)
-    assert len(work.run(quiet)[1]) == min(64, samples)
-
-
 def test_groups_and_the_kind_of_data_change_nothing() -> None:
     model, (images, labels) = wrapped(classifier=classifier()), real(40)
     pixels = (images * 255).round().to(torch.uint8)
@@ -91,15 +83,6 @@ def test_groups_and_the_kind_of_data_change_nothing() -> None:
     for other in found[1:]:
         for name in ("samples", "halves"):
             assert other[name] == pytest.approx(found[0][name], rel=1e-4)
-
-
-def test_the_seed_rules_samples_and_real_images() -> None:
-    model, data = wrapped(classifier=classifier()), real(60)
-    first, again, other = (compared(model, data, seed=seed).run(quiet) for seed in (1, 1, 2))
-    assert first[0] == again[0]
-    assert torch.equal(first[1], again[1])
-    assert first[0]["frechet"] != other[0]["frechet"]
-    assert not torch.equal(first[1], other[1])
 
 
 def test_samples_that_are_real_images_lie_no_further_than_halves_do() -> None:

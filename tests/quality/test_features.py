@@ -87,14 +87,6 @@ def test_maps_are_averaged(heads: PurifiedClassifier) -> None:
     torch.testing.assert_close(read_features(heads, IMAGES, layer), IMAGES.mean(dim=(2, 3)))
 
 
-def test_features_are_float32_at_least() -> None:
-    with building():
-        classifier = nn.Sequential(nn.Flatten(), nn.Linear(144, 4)).bfloat16()
-    model = wrapped(classifier=classifier)
-    layer = find_features(model, IMAGES)
-    assert read_features(model, IMAGES, layer).dtype == torch.float32
-
-
 class Strange(nn.Module):
     """Gives its linear layer what is no vector."""
 

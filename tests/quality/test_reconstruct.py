@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch_msssim import ssim
 from torch import Tensor
 
-from attack_toys import QUICK, SHAPE, THREATS, Denoiser, Linear, labelled, linear, wrapped
+from attack_toys import QUICK, SHAPE, THREATS, Linear, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD
 from cmap_defense.cmap.voting import majority_label, nearest_voter
@@ -17,7 +17,7 @@ from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data import SelectedImages, Subset
 from cmap_defense.quality import Reconstructions, reconstruct
 from cmap_defense.quality.reconstruct import PURIFIED
-from toys import LinearBackbone, uniform
+from toys import LinearBackbone
 
 ATTACK = PGD(THREATS["linf"], steps=3, seed=2)
 SEED = 4
@@ -130,33 +130,6 @@ def test_the_seed_rules_the_noise() -> None:
     assert torch.equal(first.shown["purified"], again.shown["purified"])
     assert not torch.equal(first.shown["purified"], other.shown["purified"])
     assert torch.equal(first.shown["attacked"], other.shown["attacked"]), "the attack has a seed of its own"
-
-
-def test_the_soft_vote_and_a_seed_of_the_models() -> None:
-    model, images = wrapped(vote="soft", seed=3).eval(), images_of()
-    found = found_of({"own": model}, images)
-    with torch.no_grad():
-        said = model(images.images).argmax(dim=1)
-    assert found.predicted["purified"].tolist() == said.tolist()
-
-
-def test_a_class_conditional_backbone() -> None:
-    class Conditional(Denoiser):
-        num_classes = 4
-
-        def generate(self, latents: Tensor, labels: Tensor) -> Tensor:
-            return super().generate(latents + 0.3 * labels[:, None, None, None])
-
-    model = wrapped(backbone=Conditional()).eval()
-    found = found_of({"own": model, "other": wrapped(backbone=model.backbone, classifier=Linear(-1.0)).eval()})
-    assert found.accuracies["own"]["clean"].value == 1.0
-
-
-def test_images_of_another_size() -> None:
-    model = wrapped(resize="bilinear").eval()
-    images, labels = uniform(3, 3, 11, 9, seed=5), torch.zeros(3, dtype=torch.int64)
-    found = found_of({"own": model}, SelectedImages.of((images, labels), Subset()))
-    assert found.shown["purified"].shape == images.shape
 
 
 def test_each_step_is_reported_and_leaves_nothing_behind() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attack_toys import QUICK, THREATS, Linear, linear, wrapped
@@ -16,7 +16,7 @@ from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.common.modules import building
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
-from cmap_defense.evaluation import Accuracy, Subset
+from cmap_defense.evaluation import Subset
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, quality_markdown, write_quality
 from toys import uniform
@@ -140,14 +140,6 @@ def test_images_are_unit_whatever_the_model_takes() -> None:
     assert run_of(model=unit).run().to_dict() == run_of(model=normalized).run().to_dict()
 
 
-def test_what_it_is_by_default() -> None:
-    run = QualityRun(wrapped().eval(), (uniform(600, 3, 8, 6, seed=0), torch.zeros(600, dtype=torch.int64)))
-    assert len(run.images) == 512
-    assert len(run.comparison.real) == 600
-    assert isinstance(run.attack, PGD)
-    assert (run.attack.steps, run.attack.threat.norm, run.attack.threat.eps) == (20, "linf", 8 / 255)
-
-
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
@@ -159,13 +151,6 @@ def test_what_it_is_by_default() -> None:
 def test_data_that_cannot_be_used_are_refused_at_once(data: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run_of(data=data)
-
-
-def test_wrong_predictions_are_counted() -> None:
-    labels = (linear(DATA[0]).argmax(dim=1) + 1) % 3
-    found = run_of(model=wrapped().eval(), data=(DATA[0], labels)).run()
-    assert found.reconstructions.accuracies["own"]["clean"] == Accuracy(0, 3)
-    assert found.distances["frechet"] is None
 
 
 @pytest.mark.parametrize(
@@ -186,14 +171,6 @@ def test_wrong_predictions_are_counted() -> None:
 def test_mistakes(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run_of(**changes)
-
-
-def test_labels_are_the_classifiers_classes() -> None:
-    def few(images: Tensor) -> Tensor:
-        return linear(images)[:, :2]
-
-    with pytest.raises(InputValueError, match="from 0 to 1, the classes of the model"):
-        run_of(model=wrapped(classifier=few).eval()).run()
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmap_defense.errors import DataError, TrainingError
 from cmap_defense.training import checkpoint, log, loop
@@ -199,22 +199,6 @@ def watching(watch: Callable[..., None], **settings: Any) -> Watching:
     objective = Watching(**settings)
     object.__setattr__(objective, "watch", watch)
     return objective
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_the_network_alone_runs_in_the_precision(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
-    """Weights, gradients, averages and losses stay in float32, and so does what is added up along the network."""
-    seen: dict[str, set[torch.dtype]] = {"branches": set(), "sums": set(), "losses": set()}
-    objective = watching(lambda *arguments: seen["losses"].add(arguments[-1].dtype))
-    made = learner(objective, CONFIG.replace(images=16, precision=precision))
-    for name, module in made.model.network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            role = "sums" if name in ("enter", "leave") or name.endswith("skip") else "branches"
-            module.register_forward_hook(lambda _, inputs, output, role=role: seen[role].add(output.dtype))
-    train(made, tmp_path)
-    assert seen == {"branches": {dtype}, "sums": {torch.float32}, "losses": {torch.float32}}
-    gradients = [p.grad for p in made.model.parameters() if p.grad is not None]
-    assert {tensor.dtype for tensor in [*made.tensors().values(), *gradients]} == {torch.float32}
 
 
 def test_hooks_and_the_log_have_every_step_and_every_checkpoint(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from backbones.test_network_names import TINY
 from cmap_defense import load_backbone
-from cmap_defense.backbones import ConsistencyBackbone, EDMDenoiser, Network
+from cmap_defense.backbones import ConsistencyBackbone, Network
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.networks import refuse_other_network
 from cmap_defense.common.files import LOCK_FILE
-from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.errors import CheckpointError, SettingsError
 from cmap_defense.training import run as module
 from cmap_defense.training.config import TrainingConfig
@@ -72,19 +71,6 @@ def test_a_training_leaves_a_backbone_checkpoints_and_a_log(tmp_path: Path) -> N
         "images": 50,
         "images_seen": 24,
     }
-
-
-def test_a_denoiser_is_written_as_one_under_the_name_of_its_folder(tmp_path: Path) -> None:
-    sheets: list[Tensor] = []
-    config = BRIEF.replace(images=8, weights="float16")
-    done = trained(tmp_path / "mine", objective=EDM(), config=config, on_samples=sheets.append, record=None)
-    assert isinstance(done.model, EDMDenoiser)
-    torch.testing.assert_close(
-        load_backbone(tmp_path / "mine" / "backbone").state_dict(), done.model.half().float().state_dict()
-    )
-    assert sheets[0].shape == (64, 1, 8, 8)
-    record = read_record(tmp_path / "mine" / "backbone")
-    assert (record.kind, record.name) == ("denoiser", "mine")
 
 
 def test_every_half_life_has_its_folder_at_the_end(tmp_path: Path) -> None:
@@ -189,18 +175,6 @@ def test_auto_is_the_precision_of_the_plan_or_what_the_device_multiplies_nativel
     assert read_record(tmp_path / "backbone").training["train"]["precision"] == precision
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: not native)
     assert trained(tmp_path, config=AUTO).config.precision == precision
-
-
-@pytest.mark.parametrize("feature", ["amx_tile", "avx512_bf16"])
-def test_a_processor_with_either_instruction_set_multiplies_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, feature: str
-) -> None:
-    for name in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda: False, raising=False)
-    assert not multiplies_bfloat16("cpu")
-    monkeypatch.setattr(f"torch.cpu._is_{feature}_supported", lambda: True, raising=False)
-    assert multiplies_bfloat16("cpu")
-    assert not multiplies_bfloat16("meta")
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,9 @@ class UNet64Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.attention) != len(self.channels) or not self.channels:
+        if not self.channels:
+            raise SettingsError("UNet64Config.channels must name one level at least.")
+        if len(self.attention) != len(self.channels):
             raise SettingsError(
                 f"UNet64Config.attention must be one boolean per level, {len(self.channels)} in all, but is "
                 f"{self.attention!r}."

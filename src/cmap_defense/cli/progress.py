@@ -18,10 +18,11 @@ class Progress:
     """Progress on standard error; its end removes the bar. A total of 0 is one that the first ``at`` says."""
 
     def __init__(self, total: int, what: str) -> None:
-        options: dict[str, Any] = {"mininterval": EVERY, "delay": EVERY, "bar_format": LINE}
+        options: dict[str, Any] = {"mininterval": EVERY, "miniters": 1, "delay": EVERY, "bar_format": LINE}
         if sys.stderr is None or sys.stderr.isatty():
             options = {"dynamic_ncols": True}
-        self._bar = tqdm(total=total, desc=what, file=sys.stderr, leave=False, disable=sys.stderr is None, **options)
+        desc = f"{what}: "
+        self._bar = tqdm(total=total, desc=desc, file=sys.stderr, leave=False, disable=sys.stderr is None, **options)
 
     def __enter__(self) -> Self:
         return self

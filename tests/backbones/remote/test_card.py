@@ -89,16 +89,6 @@ def test_what_is_verified_is_shown():
     assert "not verified" not in card
 
 
-def test_settings_that_are_tuples_are_shown():
-    settings = {"betas": (0.9, 0.99)}
-    cards = (
-        entry_card(tiny_entry("mine", tiny_file("https://example.org/f"), settings=settings)),
-        hub_card(RECORD.replace(settings=settings), "someone/tiny"),
-    )
-    for card in cards:
-        assert "`betas = (0.9, 0.99)`" in card
-
-
 def test_card_of_a_repository_shows_the_record():
     card = hub_card(RECORD, "someone/tiny")
     assert "# tiny\n\nA tiny model.\n" in card

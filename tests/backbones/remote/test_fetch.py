@@ -22,7 +22,7 @@ from cmap_defense.backbones.registry import register, registry_entry
 from cmap_defense.backbones.remote import download as module
 from cmap_defense.backbones.remote.cache import cache_folder, locked
 from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
-from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError, WrongKindError
+from cmap_defense.errors import BackboneFileError, UnknownNameError, WrongKindError
 from hubserver import HubServer, serving
 from tiny import CONFIG, fingerprint, own_names, tiny_backbone, tiny_checkpoint, tiny_entry, tiny_file
 from toys import noise
@@ -112,17 +112,6 @@ def test_second_load_needs_no_request_and_prints_nothing(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("named")
-def test_offline_without_the_cache_the_error_names_the_switch_and_the_command(
-    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneFileError, match=rf"HF_HUB_OFFLINE.*backbones pull {NAME}"):
-        load_backbone(NAME)
-    assert hub.requests == []
-    assert cached_files(cache) == []
-
-
 def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: HubServer, named: Callable[..., None]):
     first = resolve_backbone(NAME)
     named(kind="denoiser")
@@ -182,15 +171,6 @@ def test_mirror_takes_the_place_of_the_address_up_to_the_path(
     monkeypatch.delenv(MIRROR)
     assert fingerprint(load_backbone(NAME)) == MODEL, "it is the same model, wherever it was fetched from"
     assert len(hub.requests) == 1
-
-
-@pytest.mark.parametrize("mirror", ["mirror.example.org", "ftp://mirror.example.org", "/srv/mirror"])
-@pytest.mark.usefixtures("named")
-def test_mirror_that_is_no_address_is_an_error(hub: HubServer, monkeypatch: pytest.MonkeyPatch, mirror: str):
-    monkeypatch.setenv(MIRROR, mirror)
-    with pytest.raises(SettingsError, match=MIRROR):
-        load_backbone(NAME)
-    assert hub.requests == []
 
 
 def test_next_source_is_tried_with_the_reason_and_the_last_error_is_raised(

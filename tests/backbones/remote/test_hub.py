@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -216,14 +215,6 @@ def test_trouble_that_stays_is_a_file_error_that_gives_the_reason_and_the_next_l
 
 
 @pytest.mark.usefixtures("repository")
-def test_connection_that_is_reset_does_no_harm_whether_the_client_tries_again_or_not(hub: HubServer) -> None:
-    hub.script(WEIGHTS_PATH, Fault(cut=100_000, reset=True))
-    with contextlib.suppress(BackboneFileError):
-        load_backbone(REPO)
-    check_model()
-
-
-@pytest.mark.usefixtures("repository")
 def test_address_that_is_barred_is_a_refusal(hub: HubServer) -> None:
     hub.script(f"{API_PATH}*", Fault(status=403, headers={"X-Error-Message": "not from here"}))
     check_error(UnknownNameError, "403", "not from here", "HF_TOKEN")
@@ -358,13 +349,6 @@ def test_pipeline_is_fetched_in_its_best_form_and_without_what_it_does_not_need(
     assert sorted(names[:3]) == sorted(described)
     assert sorted(names[3:]) == sorted(expected)
     assert names[3] == expected[0], "the index comes before its shards"
-
-
-def test_shard_that_a_repository_lacks_is_named(hub: HubServer, pipeline_files: dict[str, bytes]) -> None:
-    shards = in_shards(safetensors.torch.load(pipeline_files[UNET]))
-    configurations = {name: content for name, content in pipeline_files.items() if name != UNET}
-    hub.repository(REPO, configurations | dict(list(shards.items())[:-1]))
-    check_error(BackboneFileError, "00002-of-00002.safetensors")
 
 
 def test_pickle_that_wants_to_run_code_is_refused_and_does_not(
