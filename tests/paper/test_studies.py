@@ -49,7 +49,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 def results_of(name: str, folder: Path) -> dict[str, Any]:
     study = make_study(name, toy(), ATTACKS, THREAT)
-    return run_study(study, toy(), data(), folder / name, protocol=PROTOCOL).to_dict()
+    return run_study(study, toy(), data(), folder / name, protocol=PROTOCOL)
 
 
 @pytest.fixture(scope="module")

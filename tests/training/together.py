@@ -17,9 +17,9 @@ import torch
 
 from cmap_defense.backbones.networks import Network
 from cmap_defense.cli.main import main as command
+from cmap_defense.common.files import locked
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.errors import CheckpointError, CmapError
-from cmap_defense.training.files import locked
 from cmap_defense.training.loop import countdown
 from cmap_defense.training.objectives import ECT
 from cmap_defense.training.run import train_backbone
@@ -57,8 +57,8 @@ def planned(folder: Path, team: Ranks) -> dict[str, Any]:
 
 def in_use(folder: Path, team: Ranks) -> None:
     """A training in a folder that another job has locked."""
-    holding = locked(folder, Ranks()) if team.rank == 0 else contextlib.nullcontext()
-    with holding, locked(folder, team):
+    holding = locked(folder, "training", CheckpointError) if team.rank == 0 else contextlib.nullcontext()
+    with holding, locked(folder, "training", CheckpointError, team):
         raise AssertionError("nobody was refused")
 
 

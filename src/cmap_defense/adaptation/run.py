@@ -19,15 +19,14 @@ from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha25
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
-from cmap_defense.common.files import tensor_checksum, write_json
+from cmap_defense.common.files import locked, tensor_checksum, write_json
 from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import LabelledImages
-from cmap_defense.errors import BackboneFileError, ClassifierError, DataError
+from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, DataError
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import OneStep, Purifier
 from cmap_defense.threat import ThreatModel
-from cmap_defense.training.files import locked
 from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.plan import as_before, planned_images
 
@@ -125,7 +124,7 @@ def adapt(
         "data": _fingerprint(training),
         "held_out": None if kept_back is None else _fingerprint(kept_back),
     }
-    with ranks() as team, locked(folder, team):
+    with ranks() as team, locked(folder, "training", CheckpointError, team):
         config = cast(AdaptationConfig, as_before(config, folder, parts, team))
         if config.precision == "auto":
             native = team.shared(multiplies_bfloat16(config.device))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.common.optional import optional_import
 from cmap_defense.common.rng import generator_for
-from cmap_defense.errors import GradientError, MissingExtraError, SettingsError
+from cmap_defense.errors import GradientError, SettingsError
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 """The library's names for ours."""
@@ -23,19 +24,8 @@ LOGGER = logging.getLogger("auto-attack")
 
 
 def pyautoattack() -> Any:
-    """The library.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import pyautoattack
-    except ImportError as error:
-        raise MissingExtraError(
-            f"This attack is one of the pyautoattack library, which cannot be imported ({error}): "
-            "pip install 'cmap-defense[attacks]'."
-        ) from error
-    return pyautoattack
+    """The library. Raises ``MissingExtraError`` where it is not installed."""
+    return optional_import("pyautoattack", "attacks", "This attack is one of the pyautoattack library")
 
 
 class LibraryModel:

@@ -29,7 +29,8 @@ from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.shards import WEIGHTS, describe_missing, dtype_of_file, read_weights
 from cmap_defense.backbones.weights import tensor_names, write_safetensors
 from cmap_defense.common.modules import building
-from cmap_defense.errors import BackboneFileError, MissingExtraError, SettingsError
+from cmap_defense.common.optional import optional_import
+from cmap_defense.errors import BackboneFileError, SettingsError
 
 INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
@@ -286,20 +287,9 @@ def configuration_of(network: PipelineUNet) -> dict[str, Any]:
 
 
 def _library() -> Any:
-    try:
-        import diffusers
-        import diffusers.models.attention_processor
-    except ImportError as error:
-        if error.name not in (None, "diffusers"):
-            raise MissingExtraError(
-                f"The diffusers library is installed, but cannot be imported ({error}): its version and those of its "
-                "own dependencies do not go together. pip install -U 'cmap-defense[diffusers]'."
-            ) from error
-        raise MissingExtraError(
-            "This backbone is in the format of the diffusers library, which is not installed: "
-            "pip install 'cmap-defense[diffusers]'."
-        ) from error
-    return diffusers
+    purpose = "This backbone is in the format of the diffusers library"
+    optional_import("diffusers.models.attention_processor", "diffusers", purpose)
+    return optional_import("diffusers", "diffusers", purpose)
 
 
 def _require_class(folder: Path, values: dict[str, Any], expected: str) -> None:

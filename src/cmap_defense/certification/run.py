@@ -18,7 +18,7 @@ from cmap_defense.certification.bounds import statistics
 from cmap_defense.certification.results import CertificationResult
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
-from cmap_defense.common.files import FolderLock, refuse_other_settings, tensor_checksum, write_json
+from cmap_defense.common.files import locked, refuse_other_settings, tensor_checksum, write_json
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
@@ -167,8 +167,7 @@ class _Certification:
         rows = range(len(self.images))
         with ranks() as team, contextlib.ExitStack() as stack:
             if self.folder is not None:
-                lock = FolderLock(self.folder, "certification", EvaluationError)
-                team.by_first(lambda: stack.enter_context(lock.held()))
+                stack.enter_context(locked(self.folder, "certification", EvaluationError, team))
                 team.by_first(functools.partial(self._agree, write=True))
             found = [self._tally(row) for row in rows]
             missing = team.shared([row for row in rows if found[row].done < self.each])

@@ -167,7 +167,7 @@ def run_study(options: dict[str, Any]) -> None:
         if team.rank == 0 and not as_json:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
         with unit_progress(team) as progress:
-            result = run_variants(
+            study = run_variants(
                 chosen,
                 model,
                 data,
@@ -178,7 +178,6 @@ def run_study(options: dict[str, Any]) -> None:
                 progress=progress,
             )
         if team.rank == 0:
-            study = result.to_dict()
             files, lacking = write_study(study, out)
             if as_json:
                 print_json(study)

@@ -36,13 +36,13 @@ class Progress:
             self._bar.set_description(name, refresh=False)
         self._bar.update(not name)
 
-    def at(self, done: int, total: int, *, what: str | None = None, remark: str = "") -> None:
-        """So many steps of all are done."""
+    def at(self, done: int, total: int | None = None, *, what: str | None = None, remark: str = "") -> None:
+        """So many steps of all are done; None leaves their number as it was."""
         if self._bar.disable:
             return
         if not self._bar.total:  # what was done before counts for no time
             self._bar.initial = self._bar.n = done
-        self._bar.total = total
+        self._bar.total = self._bar.total if total is None else total
         self._bar.set_description(what or self._bar.desc.removesuffix(": "), refresh=False)
         self._bar.set_postfix_str(remark, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -20,7 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from cmap_defense.errors import CmapError
+from cmap_defense.common.ranks import Ranks
+from cmap_defense.errors import CmapError, MissingExtraError
 
 LOCK_FILE = ".lock"
 
@@ -66,44 +67,48 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-class FolderLock:
-    """A lock on a folder, which the system releases when its process dies.
+def write_findings(
+    folder: Path, name: str, values: Any, text: str, drawn: Callable[[], str | bytes], file: str
+) -> tuple[list[Path], str | None]:
+    """``name.json``, ``name.md``, and what is drawn where its extra is installed: the files, and what is missing."""
+    written = [folder / f"{name}.json", folder / f"{name}.md"]
+    write_json(written[0], values)
+    write_text(written[1], text)
+    try:
+        picture = drawn()
+    except MissingExtraError as error:
+        return written, str(error)
+    write_text(folder / file, picture if isinstance(picture, str) else picture.decode("utf-8"))
+    return [*written, folder / file], None
 
-    Args:
-        folder: made when it is not there.
-        what: who has it, for messages, such as "training".
-        error: what is raised.
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, error: type[CmapError], team: Ranks | None = None) -> Iterator[None]:
+    """A folder for the processes of this job, such as a training, alone; the system unlocks it when its process dies.
+
+    It is made when it is not there. Where another job has it, or nothing can be written there, all ranks raise
+    ``error``.
     """
+    lock, team = FileLock(folder / LOCK_FILE), team or Ranks()
 
-    def __init__(self, folder: Path, what: str, error: type[CmapError]) -> None:
-        self.folder, self.what, self.error = folder, what, error
-        self._lock = FileLock(folder / LOCK_FILE)
-
-    def take(self) -> None:
-        """Lock the folder."""
+    def take() -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise self.error(
-                f"Another {self.what} is writing to {self.folder}. Wait for it, or give another folder. (If there is "
-                f"none, remove {self.folder / LOCK_FILE}.)"
-            ) from error
-        except (OSError, NotImplementedError) as error:
-            raise self.error(f"{self.folder} cannot be written to and locked: {error}") from error
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as problem:
+            raise error(
+                f"Another {what} is writing to {folder}. Wait for it, or give another folder. (If there is none, "
+                f"remove {folder / LOCK_FILE}.)"
+            ) from problem
+        except (OSError, NotImplementedError) as problem:
+            raise error(f"{folder} cannot be written to and locked: {problem}") from problem
 
-    def release(self) -> None:
-        """Release the folder."""
-        self._lock.release()
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """The folder locked in a ``with`` block. Raises as ``take``."""
-        self.take()
-        try:
-            yield
-        finally:
-            self.release()
+    team.by_first(take)
+    try:
+        yield
+    finally:
+        if team.rank == 0:
+            lock.release()
 
 
 def tensor_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self
-
 from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.files import write_json, write_text
+from cmap_defense.common.files import write_findings
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.errors import EvaluationError, MissingExtraError, SettingsError
+from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.evaluation import Evaluation
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.results import WorkUnit
@@ -86,25 +85,6 @@ class Comparison:
             for row in self.rows
         ]
         return {"rows": rows, "settings": dict(self.settings)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From what ``to_dict`` gives. Raises ``EvaluationError`` for something else."""
-        try:
-            rows = [
-                Compared(
-                    **{
-                        **row,
-                        "clean": Accuracy.from_dict(row["clean"]),
-                        "worst": Accuracy.from_dict(row["worst"]),
-                        "attacked": {name: Accuracy.from_dict(share) for name, share in row["attacked"].items()},
-                    }
-                )
-                for row in values["rows"]
-            ]
-            return cls(rows, values["settings"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EvaluationError(f"This is no comparison: {error!r}. Give what to_dict returned.") from error
 
     def __repr__(self) -> str:
         lines = [f"  {row.name}: clean {row.clean}, worst {row.worst}, {row.passes:,} passes" for row in self.rows]
@@ -181,7 +161,7 @@ def compare(
             task.passes_per_image()
     rows, settings = [], {}
     for name, evaluation in evaluations.items():
-        evaluation.run(None if progress is None else _named(progress, name))
+        evaluation.run(None if progress is None else functools.partial(progress, name))
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
     return Comparison(rows, settings)
@@ -197,27 +177,14 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
     Returns:
         The files written, and what is missing for the plot, if anything is.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "comparison.json", folder / "comparison.md"]
-    values = comparison.to_dict()
-    write_json(written[0], values)
-    head, *rows = comparison.table()
+    values, (head, *rows) = comparison.to_dict(), comparison.table()
     text = (
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
-    write_text(written[1], f"# Comparison of defences\n\n{text}\n\n{markdown_table(head, rows)}\n")
-    try:
-        drawn = comparison_plot(values)
-    except MissingExtraError as error:
-        return written, str(error)
-    write_text(folder / "comparison.svg", drawn.decode("utf-8"))
-    return [*written, folder / "comparison.svg"], None
-
-
-def _named(progress: Callable[[str, WorkUnit, int, int], None], name: str) -> Callable[[WorkUnit, int, int], None]:
-    return lambda unit, done, total: progress(name, unit, done, total)
+    text = f"# Comparison of defences\n\n{text}\n\n{markdown_table(head, rows)}\n"
+    drawn = functools.partial(comparison_plot, values)
+    return write_findings(Path(folder), "comparison", values, text, drawn, "comparison.svg")
 
 
 def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:

@@ -21,7 +21,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.common.files import tensor_checksum, write_text
+from cmap_defense.common.files import locked, tensor_checksum, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.passes import counting_passes
@@ -248,7 +248,7 @@ class Evaluation:
                 fit the models.
         """
         settings = self.settings()
-        with ranks() as team, self._locked(team), _threads(self.threads):
+        with ranks() as team, locked(self.folder.path, "evaluation", EvaluationError, team), _threads(self.threads):
             self._agree(team, settings)
             missing = team.shared(self.missing())
             own = missing[team.rank :: team.world]
@@ -344,13 +344,6 @@ class Evaluation:
             self.images.check_classes(logits.shape[1], name)
             found[name] = describe_logits(logits)
         return found
-
-    @contextlib.contextmanager
-    def _locked(self, team: Ranks) -> Iterator[None]:
-        """The folder locked by the first rank; all ranks raise where it cannot be."""
-        with contextlib.ExitStack() as stack:
-            team.by_first(lambda: stack.enter_context(self.folder.locked()))
-            yield
 
     def _agree(self, team: Ranks, settings: dict[str, Any]) -> None:
         """The folder belongs to these settings, and all ranks to each other; all of them raise where not."""

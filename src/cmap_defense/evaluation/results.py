@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cmap_defense.common.files import FolderLock, refuse_other_settings, write_text, written_whole
+from cmap_defense.common.files import refuse_other_settings, write_text, written_whole
 from cmap_defense.errors import EvaluationError
 
 FORMAT = 3
@@ -65,12 +65,6 @@ class ResultsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """The folder for this job alone."""
-        with FolderLock(self.path, "evaluation", EvaluationError).held():
-            yield
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the folder's results; None where there are none yet."""

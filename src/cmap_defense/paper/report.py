@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cmap_defense.common.files import write_json, write_text
+from cmap_defense.common.files import write_findings
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_table
-from cmap_defense.errors import MissingExtraError
 from cmap_defense.plots.studies import study_plot
 
 MEASURES = {"average": "one prediction", "vote": "vote", "reevaluated": "re-evaluated"}
@@ -17,7 +17,7 @@ MEASURES = {"average": "one prediction", "vote": "vote", "reevaluated": "re-eval
 
 
 def study_rows(study: Mapping[str, Any]) -> list[list[str]]:
-    """Headings, and a row for each variant and attack, from what ``StudyResult.to_dict`` gives."""
+    """Headings, and a row for each variant and attack, from what ``run_study`` gives."""
     rows = [[study["axis"], "attack", *MEASURES.values(), "one latent"]]
     for entry in study["rows"]:
         shown = [str(Accuracy.from_dict(entry["row"][name])) for name in MEASURES]
@@ -28,7 +28,7 @@ def study_rows(study: Mapping[str, Any]) -> list[list[str]]:
 
 
 def study_markdown(study: Mapping[str, Any]) -> str:
-    """The text of ``study.md`` from what ``StudyResult.to_dict`` gives."""
+    """The text of ``study.md`` from what ``run_study`` gives."""
     head, *rows = study_rows(study)
     first = next(iter(study["settings"].values()))
     protocol, loop = first["protocol"], first["models"]["defended"]["settings"]
@@ -46,12 +46,5 @@ def write_study(study: Mapping[str, Any], folder: Path) -> tuple[list[Path], str
     Returns:
         The files written, and what is missing for the plot, if anything is.
     """
-    written = [folder / "study.json", folder / "study.md"]
-    write_json(written[0], study)
-    write_text(written[1], study_markdown(study))
-    try:
-        drawn = study_plot(study)
-    except MissingExtraError as error:
-        return written, str(error)
-    write_text(folder / "study.svg", drawn.decode("utf-8"))
-    return [*written, folder / "study.svg"], None
+    drawn = functools.partial(study_plot, study)
+    return write_findings(folder, "study", study, study_markdown(study), drawn, "study.svg")

@@ -21,7 +21,6 @@ from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.evaluation import Evaluation, Progress
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.evaluation.report import Report
 from cmap_defense.evaluation.tasks import DEFENDED
 
 
@@ -57,34 +56,6 @@ class Study:
     title: str
     axis: str
     variants: Sequence[Variant]
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyResult:
-    """The reports of a study's variants.
-
-    Attributes:
-        study: what was varied.
-        reports: of the variants, in their order.
-    """
-
-    study: Study
-    reports: Sequence[Report]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON: "rows" with "variant", "value", "attack" and the row of the report; and by variant the
-        course of purifications and searches, and the settings."""
-        whole = {v.name: report.to_dict() for v, report in zip(self.study.variants, self.reports, strict=True)}
-        rows = [
-            {"variant": variant.name, "value": variant.value, "attack": row["attack"], "row": row}
-            for variant in self.study.variants
-            for row in whole[variant.name]["rows"]
-            if row["model"] == DEFENDED
-        ]
-        parts = {
-            part: {name: found[part] for name, found in whole.items()} for part in ("curves", "searches", "settings")
-        }
-        return {"name": self.study.name, "title": self.study.title, "axis": self.study.axis, "rows": rows, **parts}
 
 
 Maker = Callable[[PurifiedClassifier, Mapping[str, Attack], ThreatModel], Study]
@@ -198,7 +169,7 @@ def run_study(
     subset: Subset | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> StudyResult:
+) -> dict[str, Any]:
     """Evaluate each variant in ``out/<variant>``; what is done already is not done again.
 
     Args:
@@ -211,12 +182,16 @@ def run_study(
         threads: of the CPU.
         progress: called before each work unit.
 
+    Returns:
+        Everything as JSON: "rows" with "variant", "value", "attack" and the row of the report; and by variant the
+        course of purifications and searches, and the settings.
+
     Raises:
         EvaluationError: a folder is in use, or holds results of other settings.
     """
     without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
     data = labelled_data(data, model.image_shape[0])
-    reports = []
+    whole = {}
     for variant in study.variants:
         changed = model.variant(settings=model.settings.replace(**variant.changes)) if variant.changes else model
         evaluation = Evaluation(
@@ -230,5 +205,12 @@ def run_study(
             threads=threads,
         )
         evaluation.run(progress)
-        reports.append(evaluation.report())
-    return StudyResult(study, reports)
+        whole[variant.name] = evaluation.report().to_dict()
+    rows = [
+        {"variant": variant.name, "value": variant.value, "attack": row["attack"], "row": row}
+        for variant in study.variants
+        for row in whole[variant.name]["rows"]
+        if row["model"] == DEFENDED
+    ]
+    parts = {part: {name: found[part] for name, found in whole.items()} for part in ("curves", "searches", "settings")}
+    return {"name": study.name, "title": study.title, "axis": study.axis, "rows": rows, **parts}

@@ -15,13 +15,12 @@ from torch import Tensor
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import KarrasModel, NoiseRange
 from cmap_defense.backbones.networks import Network, refuse_other_network
-from cmap_defense.common.files import write_text
+from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.common.ranks import ranks
-from cmap_defense.errors import BackboneFileError
+from cmap_defense.errors import BackboneFileError, CheckpointError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import check_data
-from cmap_defense.training.files import locked
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.objectives import MODELS, Model, Objective
@@ -98,7 +97,7 @@ def train_backbone(
         "data": _fingerprint(images, labels),
         **sources,
     }
-    with ranks() as team, locked(folder, team):
+    with ranks() as team, locked(folder, "training", CheckpointError, team):
         config = as_before(config, folder, parts, team)
         if config.precision == "auto":
             native = team.shared(multiplies_bfloat16(config.device))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ import filelock
 from huggingface_hub import constants
 
 from cmap_defense.backbones.registry.entry import LocalFolder, OfficialFile, RegistryEntry, Source
-from cmap_defense.backbones.remote.messages import announce
+from cmap_defense.common.files import write_json
 from cmap_defense.common.paths import expanded, home
 from cmap_defense.errors import BackboneFileError, SettingsError
 
 PINS_FILE = "verified.json"
 LONGEST_WAIT = 2 * 3600.0
 """Seconds after which a lock is not waited for any more."""
+
+
+def announce(message: str) -> None:
+    """Print a line on standard error, where there is one: only around what takes long, such as a download."""
+    if sys.stderr is not None:
+        print(f"cmap-defense: {message}", file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:
@@ -86,9 +93,7 @@ def pin(name: str, source: Source, **found: str) -> Path:
         pins = _read_pins()
         noted = pins.setdefault(name, {}).setdefault(source.address, {})
         noted |= found
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(pins, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, pins)
     return path
 
 

@@ -16,10 +16,9 @@ from cmap_defense.backbones.convert.jcm import convert_jcm
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
-from cmap_defense.backbones.remote.cache import cache_folder, locked, pin
+from cmap_defense.backbones.remote.cache import announce, cache_folder, locked, pin
 from cmap_defense.backbones.remote.download import download
 from cmap_defense.backbones.remote.hub import fetch_folder
-from cmap_defense.backbones.remote.messages import announce
 from cmap_defense.backbones.shards import sha256_of_weights, weights_files
 from cmap_defense.backbones.weights import check_sha256, sha256_of
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError

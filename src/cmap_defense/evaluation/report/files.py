@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
-from cmap_defense.common.files import write_json, write_text
-from cmap_defense.errors import EvaluationError, MissingExtraError
+from cmap_defense.common.files import write_findings
+from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation.report.page import page
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.report.tables import markdown
@@ -23,15 +24,8 @@ def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
     Returns:
         The files written, and what is missing for the page, if anything is.
     """
-    written = [folder / "report.json", folder / "report.md"]
-    write_json(written[0], report.to_dict())
-    write_text(written[1], markdown(report))
-    try:
-        text = page(report, ResultsFolder(folder))
-    except MissingExtraError as error:
-        return written, str(error)
-    write_text(folder / "report.html", text)
-    return [*written, folder / "report.html"], None
+    page_of = functools.partial(page, report, ResultsFolder(folder))
+    return write_findings(folder, "report", report.to_dict(), markdown(report), page_of, "report.html")
 
 
 def load_report(folder: Path) -> Report:
