@@ -19,7 +19,7 @@ from cmap_defense.attacks.libraries import (
 from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.common.rng import derived_seeds
-from cmap_defense.common.settings import require_choice, require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
 
@@ -53,16 +53,13 @@ class APGD(Attack):
         MissingExtraError: pyautoattack is not installed.
     """
 
-    steps: int = 100
-    eot: int = 1
-    loss: str = "ce"
+    steps: int = setting(100, minimum=1)
+    eot: int = setting(1, minimum=1)
+    loss: str = setting("ce", choices=("ce", "dlr"))
     gradient: GradientMode | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("APGD", "steps", self.steps, minimum=1)
-        require_integer("APGD", "eot", self.eot, minimum=1)
-        require_choice("APGD", "loss", self.loss, ("ce", "dlr"))
         require_gradient("APGD", self.gradient)
 
     def differentiates_defence(self, model: Model) -> bool:

@@ -20,7 +20,7 @@ from cmap_defense.attacks.libraries import (
 )
 from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.square import require_tiles
-from cmap_defense.common.settings import require_choice, require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
 
@@ -64,24 +64,18 @@ class AutoAttack(Attack):
         MissingExtraError: pyautoattack is not installed.
     """
 
-    version: str = "rand"
-    eot: int | None = None
-    steps: int | None = None
-    queries: int | None = None
+    version: str = setting("rand", choices=("rand", "standard", "plus"))
+    eot: int | None = setting(None, minimum=1)
+    steps: int | None = setting(None, minimum=1)
+    queries: int | None = setting(None, minimum=1)
     gradient: GradientMode | None = None
-    rounds: int = 3
-    confirmations: int = 3
-    batch_size: int | None = None
+    rounds: int = setting(3, minimum=1)
+    confirmations: int = setting(3, minimum=1)
+    batch_size: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("AutoAttack", "version", self.version, ("rand", "standard", "plus"))
-        for name in ("eot", "steps", "queries", "batch_size"):
-            if getattr(self, name) is not None:
-                require_integer("AutoAttack", name, getattr(self, name), minimum=1)
         require_gradient("AutoAttack", self.gradient)
-        require_integer("AutoAttack", "rounds", self.rounds, minimum=1)
-        require_integer("AutoAttack", "confirmations", self.confirmations, minimum=1)
 
     def differentiates_defence(self, model: Model) -> bool:
         return differentiates_defence(self.gradient, model)

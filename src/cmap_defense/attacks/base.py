@@ -25,7 +25,7 @@ from cmap_defense.common.inputs import check_finite, check_images, check_seeds, 
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import derived_seeds, isolated
-from cmap_defense.common.settings import require_choice, require_integer
+from cmap_defense.common.settings import check_fields, require_integer, setting
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
 from cmap_defense.threat import ThreatModel
 
@@ -124,9 +124,9 @@ class Attack(NamedOptions, abc.ABC):
 
     threat: ThreatModel
     _: dataclasses.KW_ONLY
-    restarts: int = 1
-    seed: int = 0
-    noise: str = "fresh"
+    restarts: int = setting(1, minimum=1)
+    seed: int = setting(0, minimum=-(2**63))
+    noise: str = setting("fresh", choices=("fresh", "known"))
 
     needs_latents: ClassVar[bool] = False
     """Whether the attack works on the latents that a purifier optimises."""
@@ -151,9 +151,7 @@ class Attack(NamedOptions, abc.ABC):
             raise SettingsError(
                 f"{name}.threat must be a ThreatModel such as ThreatModel(eps=8 / 255), but is {self.threat!r}."
             )
-        require_integer(name, "restarts", self.restarts, minimum=1)
-        object.__setattr__(self, "seed", require_integer(name, "seed", self.seed, minimum=-(2**63)))
-        require_choice(name, "noise", self.noise, ("fresh", "known"))
+        check_fields(self)
 
     def __call__(
         self,

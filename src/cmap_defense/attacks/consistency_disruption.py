@@ -15,7 +15,7 @@ from cmap_defense.attacks.latents import Searched, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.objective import objective_terms
-from cmap_defense.common.settings import require_flag, require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 
 RELEASED_BETA = {"linf": 2e6, "l2": 1e9}
@@ -55,18 +55,10 @@ class ConsistencyDisruption(Attack):
 
     needs_latents: ClassVar[bool] = True
 
-    steps: int = 1000
-    beta: float | None = None
-    penalty: float = 0.03
-    released: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_integer("ConsistencyDisruption", "steps", self.steps, minimum=1)
-        if self.beta is not None:
-            require_number("ConsistencyDisruption", "beta", self.beta, minimum=0.0)
-        require_number("ConsistencyDisruption", "penalty", self.penalty, minimum=0.0)
-        require_flag("ConsistencyDisruption", "released", self.released)
+    steps: int = setting(1000, minimum=1)
+    beta: float | None = setting(None, minimum=0.0)
+    penalty: float = setting(0.03, minimum=0.0)
+    released: bool = setting(False)
 
     def passes_per_image(self, model: PurifiedClassifier) -> int:
         return self.restarts * model.purifier.n_latents * (self.steps + 1)

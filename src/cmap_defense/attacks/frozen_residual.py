@@ -13,7 +13,7 @@ from cmap_defense.attacks.goal import Goal, Loss, VoteMargin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.settings import require_integer
+from cmap_defense.common.settings import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,13 @@ class FrozenResidual(StepAttack):
     """
 
     steps: int = 100
-    every: int = 10
-    purifications: int = 4
-    memory: int | None = None
+    every: int = setting(10, minimum=1)
+    purifications: int = setting(4, minimum=1)
+    memory: int | None = setting(None, minimum=1)
     loss: Loss = dataclasses.field(default_factory=VoteMargin)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("FrozenResidual", "every", self.every, minimum=1)
-        require_integer("FrozenResidual", "purifications", self.purifications, minimum=1)
-        if self.memory is not None:
-            require_integer("FrozenResidual", "memory", self.memory, minimum=1)
         require_loss("FrozenResidual", self.loss)
 
     def differentiates_defence(self, model: Model) -> bool:

@@ -27,30 +27,15 @@ class Goal:
     targets: Tensor | None = None
 
     def reached(self, predictions: Tensor) -> Tensor:
-        """Whether predictions are what the attack aims at.
-
-        Args:
-            predictions: [..., B], predicted classes.
-
-        Returns:
-            [..., B] bool.
-        """
+        """[..., B] bool, whether predicted classes [..., B] are what the attack aims at."""
         return predictions != self.labels if self.targets is None else predictions == self.targets
 
     def rows(self, index: Tensor | slice) -> Goal:
-        """The goal of some of the images.
-
-        Args:
-            index: their positions in the batch.
-        """
+        """The goal of the images at these positions in the batch."""
         return Goal(self.labels[index], None if self.targets is None else self.targets[index])
 
     def repeated(self, times: int) -> Goal:
-        """The goals of images each of which comes several times in a row.
-
-        Args:
-            times: how often; the goal is of [B times] images.
-        """
+        """The goal of [B times] images, each of which comes several times in a row."""
         targets = None if self.targets is None else self.targets.repeat_interleave(times)
         return Goal(self.labels.repeat_interleave(times), targets)
 
@@ -98,16 +83,7 @@ class Loss(NamedOptions, abc.ABC):
 
 
 def require_loss(owner: str, loss: object, *, joint: bool = True) -> None:
-    """Check an attack's loss.
-
-    Args:
-        owner: the attack's class, for the error.
-        loss: the setting.
-        joint: whether a joint loss is allowed.
-
-    Raises:
-        SettingsError: it is no such loss.
-    """
+    """Raises ``SettingsError`` unless an attack's setting is a loss, and a joint one only where that is allowed."""
     if not isinstance(loss, Loss) or (loss.joint and not joint):
         choices = "CrossEntropy(), Margin() or VoteMargin()" if joint else "CrossEntropy() or Margin()"
         raise SettingsError(f"{owner}.loss must be an object: {choices}, but is {loss!r}.")

@@ -11,7 +11,7 @@ from cmap_defense.attacks.base import Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, Searched, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
-from cmap_defense.common.settings import require_number
+from cmap_defense.common.settings import setting
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,28 +52,16 @@ class LatentAttack(LatentSearch):
         confidence: the margin in logits beyond which the loss does not fall.
     """
 
-    penalty: float = 0.3
-    growth: float = 10.0
-    confidence: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("LatentAttack", "penalty", self.penalty, above=0.0)
-        require_number("LatentAttack", "growth", self.growth, minimum=1.0)
-        require_number("LatentAttack", "confidence", self.confidence, minimum=0.0)
+    penalty: float = setting(0.3, above=0.0)
+    growth: float = setting(10.0, minimum=1.0)
+    confidence: float = setting(10.0, minimum=0.0)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         found = self.search(oracle, clean, goal)
         return Candidates(found.images, found.history)
 
     def search(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Found:
-        """Search, for attacks that use the attempts.
-
-        Args:
-            oracle: a purified classifier.
-            clean: images [B, C, H, W] in [0, 1].
-            goal: the true classes, and the targets of a targeted attack.
-        """
+        """Search, for attacks that use the attempts; arguments are those of ``run``."""
         searched = self._searched(oracle, clean)
         pairs = searched.begin.shape[:2]
         best = clean[:, None].repeat(1, self.latents, 1, 1, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmap_defense.attacks.base import Attack
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.settings import require_choice, require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.threat import ThreatModel
 
 
@@ -32,18 +32,10 @@ class LatentSearch(Attack):
 
     needs_latents: ClassVar[bool] = True
 
-    steps: int = 200
-    learning_rate: float = 0.05
-    latents: int = 4
-    start: str = "purified"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = type(self).__name__
-        require_integer(name, "steps", self.steps, minimum=1)
-        require_number(name, "learning_rate", self.learning_rate, above=0.0)
-        require_integer(name, "latents", self.latents, minimum=1)
-        require_choice(name, "start", self.start, ("purified", "noise"))
+    steps: int = setting(200, minimum=1)
+    learning_rate: float = setting(0.05, above=0.0)
+    latents: int = setting(4, minimum=1)
+    start: str = setting("purified", choices=("purified", "noise"))
 
     def passes_per_image(self, model: PurifiedClassifier) -> int:
         purified = model.settings.iterations + 1 if self.start == "purified" else 0

@@ -65,17 +65,9 @@ class Feedback:
 
 
 def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
-    """The gradient of a loss with respect to images; 0 for an image for which it is not finite.
+    """The gradient [B, C, H, W] of a scalar loss with respect to images; 0 for an image for which it is not finite.
 
-    Args:
-        images: [B, C, H, W], a leaf.
-        loss: a scalar.
-
-    Returns:
-        [B, C, H, W].
-
-    Raises:
-        GradientError: the loss does not depend on the images for autograd.
+    Raises ``GradientError`` where the loss does not depend on the images for autograd.
     """
     found = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if found is None:
@@ -104,28 +96,14 @@ def by_largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
-    """Whether the gradient of a model goes through its own defence.
-
-    Args:
-        gradient: the gradient mode; None for the model's own.
-        model: a purified classifier or any other model.
-    """
+    """Whether the gradient of a model in this mode, or in its own, goes through its own defence."""
     if gradient is None and isinstance(model, PurifiedClassifier):
         gradient = model.gradient
     return gradient is None or gradient.differentiates_defence
 
 
 def require_gradient(owner: str, gradient: object, *, needed: bool = False) -> None:
-    """Check an attack's gradient mode.
-
-    Args:
-        owner: the attack's class, for the error.
-        gradient: the setting.
-        needed: refuse None, which stands for the model's own mode.
-
-    Raises:
-        SettingsError: it is no gradient mode.
-    """
+    """Raises ``SettingsError`` unless an attack's setting is a gradient mode, or None where none is needed."""
     if not isinstance(gradient, GradientMode) and (needed or gradient is not None):
         raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
 
@@ -205,33 +183,12 @@ class Oracle:
         return checked
 
     def check_classes(self, wrapper: PurifiedClassifier, clean: Tensor) -> None:
-        """Check the number of classes of the bare classifier on one image, for attacks that work on it.
-
-        Args:
-            wrapper: whose classifier it is.
-            clean: images [B, C, H, W] in [0, 1].
-
-        Raises:
-            ClassifierError: its outputs are not logits.
-            InputValueError: there are labels for which it has no class.
-        """
+        """Check the number of classes of the bare classifier on one image, for attacks that work on it."""
         with torch.no_grad():
             self.checked(wrapper.undefended(clean[:1]), len(clean[:1]))
 
     def checked(self, logits: Tensor, count: int) -> Tensor:
-        """Logits that were checked.
-
-        Args:
-            logits: outputs of a model.
-            count: the number of images.
-
-        Returns:
-            Logits [count, classes].
-
-        Raises:
-            ClassifierError: they are not logits of that many images.
-            InputValueError: there are labels for which they have no class.
-        """
+        """Logits [count, classes] of so many images, or an error that says what they are or which classes they lack."""
         logits = check_logits(logits, count)
         if logits.shape[1] < self.needed:
             raise InputValueError(
@@ -240,10 +197,7 @@ class Oracle:
         return logits
 
     def next_noise(self, *, again: bool = False) -> Tensor | None:
-        """Count an evaluation.
-
-        Args:
-            again: keep the noise of the previous evaluation.
+        """Count an evaluation, with the noise of the one before where it is made ``again``.
 
         Returns:
             The seeds [B] of the evaluation; None where the model has a seed of its own or takes none.
@@ -276,11 +230,8 @@ class Oracle:
         return self._like(self.model, seeds, seeds, [0, 0])
 
     def rows(self, index: Tensor, *, separate_count: bool = False) -> Oracle:
-        """The oracle for some of the images, each with its own noise.
-
-        Args:
-            index: their positions in the batch.
-            separate_count: count evaluations separately from this oracle.
+        """The oracle for some of the images, by their positions, each with its own noise; it counts with this one or
+        not.
         """
         index = index.cpu()
         return self._like(
@@ -291,15 +242,7 @@ class Oracle:
         )
 
     def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
-        """The same noise and count with the model in another gradient mode.
-
-        Args:
-            gradient: the mode; None for the model's own.
-            attack: the attack that needs it, for the error.
-
-        Raises:
-            SettingsError: a mode is given, but the model is not a purified classifier.
-        """
+        """The same noise and count in a gradient mode; None is the model's own. Others need a purified classifier."""
         return self if gradient is None else self.of(self.wrapper(attack).variant(hooks=True, gradient=gradient))
 
     def counted(self, evaluations: int) -> None:
@@ -326,14 +269,7 @@ class Oracle:
         )
 
     def wrapper(self, attack: object) -> PurifiedClassifier:
-        """The model, for an attack that needs its latents or gradient modes.
-
-        Args:
-            attack: the attack, for the error.
-
-        Raises:
-            SettingsError: the model is not a purified classifier.
-        """
+        """The model, for an attack that needs its latents or gradient modes. Raises ``SettingsError`` for any other."""
         if isinstance(self.model, PurifiedClassifier):
             return self.model
         raise SettingsError(

@@ -12,7 +12,7 @@ from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.latents import LatentSearch, descend, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.settings import require_number
+from cmap_defense.common.settings import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,8 @@ class Overpowered(LatentSearch):
         confidence: the margin in logits on either side beyond which the loss does not fall.
     """
 
-    penalty: float = 1.0
-    confidence: float = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("Overpowered", "penalty", self.penalty, above=0.0)
-        require_number("Overpowered", "confidence", self.confidence, minimum=0.0)
+    penalty: float = setting(1.0, above=0.0)
+    confidence: float = setting(5.0, minimum=0.0)
 
     def passes_per_image(self, model: PurifiedClassifier) -> int:
         own = super().passes_per_image(model)

@@ -11,7 +11,7 @@ from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, differentiates_defence, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.settings import require_flag, require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.gradients import GradientMode
 
 
@@ -36,15 +36,13 @@ class PGD(StepAttack):
         SettingsError: a value is out of its range.
     """
 
-    eot: int = 1
-    balanced: bool = False
+    eot: int = setting(1, minimum=1)
+    balanced: bool = setting(False)
     loss: Loss = dataclasses.field(default_factory=CrossEntropy)
     gradient: GradientMode | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("PGD", "eot", self.eot, minimum=1)
-        require_flag("PGD", "balanced", self.balanced)
         require_loss("PGD", self.loss)
         require_gradient("PGD", self.gradient)
 

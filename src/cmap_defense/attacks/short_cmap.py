@@ -13,7 +13,7 @@ from cmap_defense.attacks.goal import Goal, Loss, Margin, require_loss
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.cmap.voting import log_mean_probability
-from cmap_defense.common.settings import require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.gradients import GradientMode, Unrolled
 
 
@@ -37,16 +37,13 @@ class ShortCMAP(StepAttack):
 
     needs_latents: ClassVar[bool] = True
 
-    iterations: int = 10
+    iterations: int = setting(10, minimum=1)
     gradient: GradientMode = dataclasses.field(default_factory=Unrolled)
     loss: Loss = dataclasses.field(default_factory=Margin)
-    refresh: int | None = None
+    refresh: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("ShortCMAP", "iterations", self.iterations, minimum=1)
-        if self.refresh is not None:
-            require_integer("ShortCMAP", "refresh", self.refresh, minimum=1)
         require_gradient("ShortCMAP", self.gradient, needed=True)
         require_loss("ShortCMAP", self.loss)
 

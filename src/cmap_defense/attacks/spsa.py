@@ -13,7 +13,7 @@ from cmap_defense.attacks.oracle import Feedback, Oracle
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.rng import derived_seeds, draw_uniform
-from cmap_defense.common.settings import require_flag, require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.threat import require_linf_size
 
 
@@ -37,15 +37,13 @@ class SPSA(StepAttack):
         SettingsError: a value is out of its range.
     """
 
-    pairs: int = 32
-    common_noise: bool = True
+    pairs: int = setting(32, minimum=1)
+    common_noise: bool = setting(True)
     delta: float = 0.01
     loss: Loss = dataclasses.field(default_factory=Margin)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("SPSA", "pairs", self.pairs, minimum=1)
-        require_flag("SPSA", "common_noise", self.common_noise)
         require_linf_size("SPSA", "delta", self.delta, minimum=None, above=0.0)
         require_loss("SPSA", self.loss, joint=False)
 

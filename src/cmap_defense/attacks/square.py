@@ -11,7 +11,7 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.libraries import NORMS, LibraryModel, pyautoattack
 from cmap_defense.attacks.oracle import Oracle
-from cmap_defense.common.settings import require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import InputValueError
 from cmap_defense.threat import ThreatModel
 
@@ -44,18 +44,10 @@ class Square(Attack):
         MissingExtraError: pyautoattack is not installed.
     """
 
-    queries: int = 1000
-    samples: int = 4
-    p_init: float = 0.8
-    confidence: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_integer("Square", "queries", self.queries, minimum=1)
-        require_integer("Square", "samples", self.samples, minimum=1)
-        require_number("Square", "p_init", self.p_init, above=0.0, maximum=1.0)
-        if self.confidence is not None:
-            require_number("Square", "confidence", self.confidence, minimum=0.0)
+    queries: int = setting(1000, minimum=1)
+    samples: int = setting(4, minimum=1)
+    p_init: float = setting(0.8, above=0.0, maximum=1.0)
+    confidence: float | None = setting(None, minimum=0.0)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         require_tiles(self.threat, clean)

@@ -14,7 +14,7 @@ from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Feedback, Oracle, by_largest, gradient_length, unit
 from cmap_defense.common.rng import draw_latents, draw_uniform
-from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
+from cmap_defense.common.settings import require_number, setting
 from cmap_defense.threat import ThreatModel, require_linf_size
 
 
@@ -38,28 +38,22 @@ class StepAttack(Attack):
     warns (``GradientWarning``) of images whose gradient was zero at every step.
     """
 
-    steps: int = 20
+    steps: int = setting(20, minimum=1)
     step_size: float | None = None
-    schedule: str = "constant"
-    random_start: bool = True
-    momentum: float = 0.0
-    sign_steps: bool = False
-    keep: str = "last"
+    schedule: str = setting("constant", choices=("constant", "cosine"))
+    random_start: bool = setting(True)
+    momentum: float = setting(0.0, minimum=0.0)
+    sign_steps: bool = setting(False)
+    keep: str = setting("last", choices=("last", "best"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        require_integer(name, "steps", self.steps, minimum=1)
         if self.step_size is not None:
             if self.threat.norm == "linf":
                 require_linf_size(name, "step_size", self.step_size)
             else:
                 require_number(name, "step_size", self.step_size, minimum=0.0)
-        require_choice(name, "schedule", self.schedule, ("constant", "cosine"))
-        require_number(name, "momentum", self.momentum, minimum=0.0)
-        require_choice(name, "keep", self.keep, ("last", "best"))
-        require_flag(name, "random_start", self.random_start)
-        require_flag(name, "sign_steps", self.sign_steps)
 
     def under(self, threat: ThreatModel) -> StepAttack:
         size = self.step_size
@@ -122,10 +116,7 @@ class StepAttack(Attack):
 def random_point(threat: ThreatModel, seeds: Tensor, clean: Tensor) -> Tensor:
     """A random image of the threat model: uniform in the ball (linf), or at distance eps in a uniform direction (l2).
 
-    Args:
-        threat: the threat model.
-        seeds: [B] int64 on the CPU.
-        clean: images [B, C, H, W] in [0, 1].
+    ``seeds`` are [B] int64 on the CPU, the clean images [B, C, H, W] in [0, 1].
     """
     if threat.norm == "linf":
         noise = 2 * draw_uniform(seeds, clean.shape[1:]) - 1

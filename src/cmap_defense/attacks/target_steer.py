@@ -13,7 +13,7 @@ from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.latent import LatentAttack
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
 from cmap_defense.attacks.steps import StepAttack
-from cmap_defense.common.settings import require_integer
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
 
@@ -43,14 +43,13 @@ class TargetSteer(StepAttack):
 
     target: LatentAttack | None = None
     gradient: GradientMode = dataclasses.field(default_factory=lambda: Unrolled(last=5))
-    watched: int = 0
+    watched: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target is not None and not isinstance(self.target, LatentAttack):
             raise SettingsError(f"TargetSteer.target must be a LatentAttack, but is {self.target!r}.")
         require_gradient("TargetSteer", self.gradient, needed=True)
-        require_integer("TargetSteer", "watched", self.watched, minimum=0)
         if self.watched and not isinstance(self.gradient, Unrolled):
             raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
 

@@ -17,7 +17,7 @@ from cmap_defense.common.inputs import signed_word
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
-from cmap_defense.common.settings import require_flag, require_integer, require_number
+from cmap_defense.common.settings import check_fields, setting
 from cmap_defense.errors import GradientError, SettingsError
 from cmap_defense.gradients.surrogate import surrogate_images
 from cmap_defense.threat import ThreatModel
@@ -36,14 +36,7 @@ class Source(NamedOptions, abc.ABC):
 
     @abc.abstractmethod
     def of(self, wrapper: PurifiedClassifier) -> Model:
-        """The model.
-
-        Args:
-            wrapper: the purified classifier.
-
-        Returns:
-            A function from images [B, C, H, W] in [0, 1] to logits [B, classes].
-        """
+        """The model, images [B, C, H, W] in [0, 1] to logits [B, classes], made from a purified classifier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +60,10 @@ class Shortened(Source):
 
     has_defence = True
     needs_latents = True
-    iterations: int = 10
+    iterations: int = setting(10, minimum=1)
 
     def __post_init__(self) -> None:
-        require_integer("Shortened", "iterations", self.iterations, minimum=1)
+        check_fields(self)
 
     def of(self, wrapper: PurifiedClassifier) -> Model:
         return wrapper.variant(hooks=True, settings=wrapper.settings.replace(iterations=self.iterations))
@@ -91,14 +84,12 @@ class NoiseAndDenoise(Source):
         SettingsError: a value is out of its range.
     """
 
-    sigma: float = 0.1395
-    steps: int = 1
-    straight_through: bool = False
+    sigma: float = setting(0.1395, above=0.0)
+    steps: int = setting(1, minimum=1)
+    straight_through: bool = setting(False)
 
     def __post_init__(self) -> None:
-        require_number("NoiseAndDenoise", "sigma", self.sigma, above=0.0)
-        require_integer("NoiseAndDenoise", "steps", self.steps, minimum=1)
-        require_flag("NoiseAndDenoise", "straight_through", self.straight_through)
+        check_fields(self)
 
     def of(self, wrapper: PurifiedClassifier) -> Model:
         if wrapper.denoiser() is None:

@@ -8,9 +8,12 @@ tuples there.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,13 +34,7 @@ class Settings(NamedOptions):
 
     def __post_init__(self) -> None:
         """Check the fields that ``setting`` made."""
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            if "help" in field.metadata and not (value is None and type(None) in kinds):
-                bounds = {name: bound for name, bound in field.metadata.items() if name in BOUNDS}
-                object.__setattr__(self, field.name, _checked(type(self).__name__, field.name, value, kinds, **bounds))
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values (tuples become lists, nested settings become dicts)."""
@@ -76,6 +73,26 @@ class Settings(NamedOptions):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again. Raises ``SettingsError``."""
         return self.from_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | changes)
+
+
+def check_fields(made: Any) -> None:
+    """Check the fields of a frozen dataclass that ``setting`` made; lists become tuples."""
+    for field in dataclasses.fields(made):
+        value, bounds = getattr(made, field.name), {k: b for k, b in field.metadata.items() if k in BOUNDS}
+        if "help" in field.metadata:
+            kinds = _kinds(type(made), field.name)
+            if value is not None or type(None) not in kinds:
+                checked = _checked(type(made).__name__, field.name, value, kinds, **bounds)
+                object.__setattr__(made, field.name, checked)
+
+
+@functools.cache
+def _kinds(owner: type, name: str) -> tuple[Any, ...]:
+    """The types of a field, from the class that declares it: other hints of a user's subclass need not be known."""
+    home = next(base for base in owner.__mro__ if name in inspect.get_annotations(base))
+    hint = inspect.get_annotations(home)[name]
+    hint = eval(hint, vars(sys.modules[home.__module__])) if isinstance(hint, str) else hint
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:

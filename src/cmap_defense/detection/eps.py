@@ -25,7 +25,7 @@ from cmap_defense.common.inputs import (
 )
 from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.common.settings import Settings, require_integer, require_number
+from cmap_defense.common.settings import Settings, require_integer, require_number, setting
 from cmap_defense.errors import BackboneError, InputValueError, SettingsError
 
 EPS_NOISE = 0xE95
@@ -78,16 +78,13 @@ class EPS(Settings):
         SettingsError: there is no level, or one that is not a positive number.
     """
 
-    sigmas: tuple[float, ...] = vp_sigmas()
-    seed: int = 0
+    sigmas: tuple[float, ...] = setting(vp_sigmas(), above=0.0)
+    seed: int = setting(0, minimum=-(2**63))
 
     def __post_init__(self) -> None:
-        sigmas = self.sigmas
-        if isinstance(sigmas, str) or not isinstance(sigmas, Sequence) or not sigmas:
-            raise SettingsError(f"EPS.sigmas must be one or more positive numbers, but is {sigmas!r}.")
-        levels = tuple(require_number("EPS", f"sigmas[{i}]", sigma, above=0.0) for i, sigma in enumerate(sigmas))
-        object.__setattr__(self, "sigmas", levels)
-        require_integer("EPS", "seed", self.seed, minimum=-(2**63))
+        super().__post_init__()
+        if not self.sigmas:
+            raise SettingsError("EPS.sigmas must be one or more positive numbers, but is ().")
 
     def noise(self, indices: Tensor, image_shape: Sequence[int]) -> Tensor:
         """n_t of images with these indices, int64 [B]: float32 [B, T, C, H, W] on the CPU."""
