@@ -68,16 +68,10 @@ def test_a_terminal_gets_a_progress_bar_that_is_removed(monkeypatch: pytest.Monk
     assert shown.endswith("\r")
 
 
-MODEL = ["-b", "fashion-mnist-ct", "-c", "embedded", "-d", "embedded", "-n", "2"]
 SMALL = ["--n-latents", "1", "--iterations", "2", "-o", "out"]
-ATTACKED = ["--only", "transfer", "--steps", "1", "--predictions", "1", "--reevaluations", "1"]
 TINY_NETWORK = ["--batch-size", "8", "--channels", "8,8", "--blocks", "1", "--attention", "none"]
 COMMANDS = {
-    "demo": ["--images", "2", *SMALL],
     "purify": ["image.png", "-b", "fashion-mnist-ct", *SMALL],
-    "evaluate": [*MODEL, *ATTACKED, "--sanity-images", "0", "--no-search-on-clean", *SMALL],
-    "detect": ["-n", "2", "--reference", "2", "--levels", "1", "--steps", "1", *SMALL],
-    "quality": [*MODEL, "--samples", "2", *SMALL],
     "train": ["--data", "data.npz", "--images", "16", *TINY_NETWORK, "-o", "out"],
 }
 

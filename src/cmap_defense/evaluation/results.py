@@ -25,13 +25,7 @@ FORMAT = 3
 
 @dataclasses.dataclass(frozen=True, order=True)
 class WorkUnit:
-    """What is done at once, by one process.
-
-    Attributes:
-        task: name of the task.
-        seed: of the run.
-        group: number of the group of images.
-    """
+    """What is done at once, by one process: a group of images in the run of a seed, for a task."""
 
     task: str
     seed: int
@@ -40,13 +34,7 @@ class WorkUnit:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What the finished work units of a task cost.
-
-    Attributes:
-        images: number of them, all runs together.
-        seconds: all together.
-        passes: network passes of backbones.
-    """
+    """What the finished work units of a task cost: images of all runs, seconds, and network passes of backbones."""
 
     images: int = 0
     seconds: float = 0.0

@@ -38,13 +38,8 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """The images of a group in a run.
-
-    Attributes:
-        images: [B, C, H, W] in [0, 1], on the model's device.
-        labels: [B], on the model's device.
-        positions: [B] in the data set, on the CPU.
-        indices: [B], the noise indices of the run, on the CPU.
+    """The images of a group in a run, [B, C, H, W] in [0, 1], and their labels, on the model's device; and on the CPU
+    their positions in the data set and the noise indices of the run.
     """
 
     images: Tensor
@@ -60,14 +55,9 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Task(abc.ABC):
-    """One thing that is done with every group of images.
+    """One thing that is done with every group of images, or with the first ``limit``, in each run or once.
 
-    Attributes:
-        model_name: name of the model in the tables, or "checks".
-        row: name of the attack in the tables.
-        model: images in [0, 1] to logits.
-        limit: number of images, the first ones; None for all.
-        once: in the first run only.
+    ``model_name`` and ``row`` are its names in the tables.
     """
 
     model_name: str

@@ -37,13 +37,7 @@ _PARTIAL = ".partial"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state of a training.
-
-    Attributes:
-        step: optimiser steps done.
-        settings: settings of the training, by part.
-        tensors: tensors by name.
-    """
+    """The state of a training: steps done, settings by part, tensors by name."""
 
     step: int
     settings: dict[str, Any]

@@ -25,14 +25,7 @@ LARGEST = 128
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image in the page.
-
-    Attributes:
-        source: a data URI.
-        alt: in words.
-        width: in pixels.
-        height: in pixels.
-    """
+    """An image in the page: a data URI, what it shows in words, and its size in pixels."""
 
     source: str
     alt: str
@@ -42,14 +35,8 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image of the data set, clean and attacked.
-
-    Attributes:
-        position: in the data set.
-        label: name of the true class.
-        pictures: by attack, the clean image first, and by what they show (see ``samples``).
-        predicted: by attack, the name of the predicted class.
-        right: by attack, whether that is the true one.
+    """One image of the data set: by attack, the clean image first, its pictures by what they show (see ``samples``),
+    the name of the predicted class and whether it is right.
     """
 
     position: int

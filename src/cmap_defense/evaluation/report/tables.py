@@ -35,16 +35,7 @@ COMPARING = (
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of a report.
-
-    Attributes:
-        id: a word.
-        title: its heading.
-        text: paragraphs.
-        head: headings of the table; empty for no table.
-        rows: cells of the table.
-        points: a list, below the text.
-    """
+    """A part of a report: paragraphs, then a list of points, then a table, each of which may be empty."""
 
     id: str
     title: str
