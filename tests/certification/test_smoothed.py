@@ -21,6 +21,7 @@ from cmap_defense.errors import (
     ClassifierWarning,
     InputTypeError,
     InputValueError,
+    OptionError,
     SettingsError,
 )
 from cmap_defense.purifiers import OneStep
@@ -193,6 +194,11 @@ def test_sigma_is_positive_and_at_most_half_of_the_strongest_noise() -> None:
     for sigma, message in ((0.0, "above 0"), (41.0, "at most 40"), ("big", "a number")):
         with pytest.raises(SettingsError, match=f"SmoothedClassifier.sigma must be.*{message}"):
             SmoothedClassifier(load_classifier(), "fashion-mnist-edm", sigma)  # pyright: ignore[reportArgumentType]
+
+
+def test_names_of_other_libraries_lead_to_the_own_ones() -> None:
+    with pytest.raises(OptionError, match="It is called 'sigma'"):
+        SmoothedClassifier(HalfSpace(), None, scale=0.5)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_backbone_that_returns_nan_and_a_classifier_of_probabilities_are_noticed() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class SmoothedClassifier(NamedOptions):
         BackboneError: the backbone has no ``denoise``, or is class-conditional.
         UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
     """
+
+    _synonyms: ClassVar[Mapping[str, str]] = {"denoiser": "backbone", "model": "classifier", "scale": "sigma"}
 
     def __init__(
         self,
