@@ -11,6 +11,7 @@ __all__ = [
     "ClassifierError",
     "ClassifierWarning",
     "CmapError",
+    "CompileWarning",
     "DataError",
     "DeviceError",
     "EvaluationError",
@@ -79,6 +80,10 @@ class MissingExtraError(CmapError, ImportError):
 
 class UnknownNameError(CmapError, LookupError):
     """A name is in no registry; the message lists near matches."""
+
+
+class CompileWarning(UserWarning):
+    """torch.compile failed, and the loop runs without it."""
 
 
 class GradientError(CmapError, RuntimeError):

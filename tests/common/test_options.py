@@ -81,7 +81,6 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "mean", r"normalize=\(mean, std\)"),
         (PurifiedClassifier, "std", r"normalize=\(mean, std\)"),
         (PurifiedClassifier, "device", r"\.to\(device\)"),
-        (PurifiedClassifier, "dtype", r"\.to\(dtype\).*load_backbone\(name, dtype=dtype\)"),
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
         (PurifiedClassifier, "xyzzy", "Known: 'backbone'"),

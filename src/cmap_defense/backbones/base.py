@@ -109,12 +109,19 @@ def _refuse_wrapped(backbone: nn.Module) -> None:
         )
 
 
-def caster(backbone: nn.Module, device: torch.device, method: str = "generate") -> Callable[..., Tensor]:
+def caster(
+    backbone: nn.Module,
+    device: torch.device,
+    method: str = "generate",
+    through: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
+) -> Callable[..., Tensor]:
     """A method of a backbone under the autocast state of this moment, its input cast to the backbone's own precision.
 
     It takes the method's arguments: latents, or noisy images and a noise level, and labels besides where the backbone
-    is class-conditional. Backbones with ``accepts_any_float`` cast inside and get their input as it is.
+    is class-conditional. Backbones with ``accepts_any_float`` cast inside and get their input as it is. What is called
+    is ``through(method)`` where ``through`` is given.
     """
+    own = None if through is None else through(getattr(backbone, method))
     dtype = None
     if not getattr(backbone, "accepts_any_float", False):
         dtype = dtype_of(backbone)
@@ -125,6 +132,6 @@ def caster(backbone: nn.Module, device: torch.device, method: str = "generate") 
         count_passes(len(images))
         cast = images if dtype is None else images.to(dtype)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast):
-            return getattr(backbone, method)(cast, *others)
+            return (own or getattr(backbone, method))(cast, *others)
 
     return call

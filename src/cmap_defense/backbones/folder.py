@@ -23,7 +23,7 @@ from cmap_defense.backbones.weights import (
     sha256_of,
     write_safetensors,
 )
-from cmap_defense.common.modules import building
+from cmap_defense.common.modules import building, in_fastest_layout
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
 
@@ -185,9 +185,7 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
         raise BackboneFileError(f"{folder / RECORD_FILE}: {error}") from error
     with building():
         model = _MODELS[record.kind](network, record.image_shape, noise, record.num_classes)
-        model = model.to(dtype).eval().requires_grad_(False)
-        if dtype == torch.float32:  # see docs/performance.md
-            model = model.to(memory_format=torch.channels_last)
+        model = in_fastest_layout(model.to(dtype).eval().requires_grad_(False))
     model.record = record
     return model
 

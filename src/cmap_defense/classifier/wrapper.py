@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import numbers
 import os
@@ -28,9 +29,18 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
-from cmap_defense.common.modules import device_of, evaluating, weights_of
+from cmap_defense.common.compiling import StepCompiler
+from cmap_defense.common.modules import (
+    building,
+    device_of,
+    dtype_of,
+    evaluating,
+    in_fastest_layout,
+    multiplies_bfloat16,
+    weights_of,
+)
 from cmap_defense.common.options import unknown_option
-from cmap_defense.common.settings import require_choice, require_integer
+from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import (
     BackboneFileError,
     ClassifierError,
@@ -84,6 +94,14 @@ class PurifiedClassifier(LatentAccess):
             function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K]. The predicted label of an attacked
             image is the attacker's: the purification then draws towards it. An unconditional backbone has no such
             weakness.
+        dtype: precision of the backbone's weights and passes; latents, losses and the classifier stay as they are.
+            None leaves the backbone as it is, which is float32 where it is loaded by name: the default, since figures
+            then do not depend on the processor. "auto" is bfloat16 where the device on which the backbone is now
+            multiplies it natively (CPUs with AMX or AVX-512 BF16, CUDA devices from compute capability 8), and None
+            elsewhere. A module of yours is copied rather than changed.
+        compile: whether the backbone runs through torch.compile in the loop of CMAP, for one batch size: the last chunk
+            is padded to it. The first call of each size compiles, which takes up to minutes. Where it fails, the loop
+            runs without it, after one ``CompileWarning``.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256. Methods that take latents run all of them at once for None.
         out_of_range: what is done with values more than 1e-4 outside [0, 1], which some attacks make on their way.
@@ -109,8 +127,6 @@ class PurifiedClassifier(LatentAccess):
     _advice: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("mean", "std"), "Give both together: PurifiedClassifier(..., normalize=(mean, std))."),
         "device": "Move the model: PurifiedClassifier(...).to(device). A backbone given by name joins the classifier.",
-        "dtype": "Convert the model, PurifiedClassifier(...).to(dtype), or its backbone, "
-        "load_backbone(name, dtype=dtype).",
         "eps": "The eps of an attack is an option of ThreatModel, that of Adam one of CMAPSettings: "
         "PurifiedClassifier(..., settings=CMAPSettings(eps=...)).",
         "seeds": "Seeds of single images are given to the call: model(images, seeds=...).",
@@ -130,6 +146,8 @@ class PurifiedClassifier(LatentAccess):
         seed: int | None = None,
         gradient: GradientMode | None = None,
         class_labels: ClassLabels = "predicted",
+        dtype: torch.dtype | str | None = None,
+        compile: bool = False,  # noqa: A002 - as in torch's name for it
         max_parallel: int | None = None,
         out_of_range: str = "auto",
     ) -> None:
@@ -165,7 +183,7 @@ class PurifiedClassifier(LatentAccess):
                 "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
             )
         wanted = CMAP(settings) if purifier is None else purifier
-        self.backbone: nn.Module = _backbone_of(backbone, wanted, device_of(classifier))
+        self.backbone: nn.Module = _in_precision(_backbone_of(backbone, wanted, device_of(classifier)), dtype)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
         if purifier is None and settings is None:
@@ -173,6 +191,11 @@ class PurifiedClassifier(LatentAccess):
             wanted.check(self.backbone)
         self.purifier = wanted
         warn_of_another_adaptation(classifier, self.backbone, wanted)
+        if require_flag("PurifiedClassifier", "compile", compile) and "compiler" not in wanted.call_options:
+            raise SettingsError(
+                f"compile=True compiles the loop of CMAP, which {type(wanted).__name__} has not: leave it out."
+            )
+        self._compiler = StepCompiler() if compile else None
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
         self.calibration: Calibration | None = None
@@ -321,6 +344,8 @@ class PurifiedClassifier(LatentAccess):
             "seed": self.seed,
             "gradient": self.gradient,
             "class_labels": self.class_labels,
+            "dtype": None,
+            "compile": self._compiler is not None,
             "max_parallel": self.max_parallel,
             "out_of_range": self.preprocessing.out_of_range,
         }
@@ -336,6 +361,8 @@ class PurifiedClassifier(LatentAccess):
             options["purifier"] = None
         other = PurifiedClassifier(self.classifier, self.backbone, **(options | changes))
         other.training = self.training
+        if other._compiler is not None and other.backbone is self.backbone:
+            other._compiler = self._compiler or other._compiler  # what is compiled is kept
         if hooks and other.purifier.optimises_latents:
             other._latent_hooks = self._latent_hooks
         return other
@@ -400,7 +427,7 @@ class PurifiedClassifier(LatentAccess):
             return self._empty(unit, n_latents, chosen if latents is None else None)
         small = self.preprocessing.resized(unit, self.image_shape[1:])
         labels = self._labels(class_labels, unit, n_latents)
-        extra = {"predict": self._predicting(small.device, unit.shape[2:])}
+        extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
         result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
         attached = result.images
         shown = self.preprocessing.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
@@ -491,6 +518,23 @@ def _backbone_of(given: Any, purifier: Purifier, device: torch.device | None) ->
         backbone = _loaded(given, purifier.kind, device)
     purifier.check(backbone)
     return backbone
+
+
+def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.Module:
+    """The backbone, or a copy of it in another precision and in the layout that is fastest there."""
+    if wanted == "auto":
+        wanted = torch.bfloat16 if multiplies_bfloat16(device_of(backbone) or "cpu") else None
+    if wanted is None:
+        return backbone
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise SettingsError(
+            'PurifiedClassifier.dtype must be "auto", None or a floating-point torch.dtype such as torch.bfloat16, but '
+            f"is {wanted!r}."
+        )
+    if dtype_of(backbone) in (wanted, None):
+        return backbone
+    with building():
+        return in_fastest_layout(copy.deepcopy(backbone).to(wanted))
 
 
 def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:

@@ -54,6 +54,7 @@ class LatentObjective:
         class_labels: [B, K] integers, each handed to ``generate`` along with its latent; None for none.
         max_parallel: latents per call of ``generate``; None for all B K at once. It changes memory, not the result
             beyond rounding.
+        fast: the same generator for first derivatives alone, such as a compiled one; None for ``generate``.
 
     Raises:
         InputValueError: the labels do not fit.
@@ -68,8 +69,9 @@ class LatentObjective:
         *,
         class_labels: Tensor | None = None,
         max_parallel: int | None = None,
+        fast: Generate | None = None,
     ) -> None:
-        self.generate = generate
+        self.generate, self.fast = generate, fast
         self.images = images.detach()
         self.settings = settings
         self.shape = (len(images), n_latents)
@@ -93,6 +95,7 @@ class LatentObjective:
             self.settings,
             class_labels=labels,
             max_parallel=self.chunk,
+            fast=self.fast,
         )
 
     def gradient(self, latents: Tensor, *, keep_images: bool = False) -> tuple[ObjectiveTerms, Tensor, Tensor]:
@@ -106,7 +109,7 @@ class LatentObjective:
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 inputs = self.images if self.settings.level is None else self.images[chunk.owners]
-                generated = self._generated(leaf, inputs, *labels)
+                generated = self._generated(self.fast or self.generate, leaf, inputs, *labels)
                 l1, ssim = perceptual_terms(
                     generated, chunk.reference, self.settings.l1_smoothing, self.settings.tolerance
                 )
@@ -150,7 +153,7 @@ class LatentObjective:
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 images = self.images[chunk.owners].requires_grad_(mixed)
-                generated = self._generated(leaf, images, *labels)
+                generated = self._generated(self.generate, leaf, images, *labels)
                 l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing, self.settings.tolerance)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
@@ -179,10 +182,10 @@ class LatentObjective:
         """The images, where those of latents depend on them; None without a level."""
         return None if self.settings.level is None else self.images
 
-    def _generated(self, latents: Tensor, images: Tensor, *labels: Tensor) -> Tensor:
+    def _generated(self, generate: Generate, latents: Tensor, images: Tensor, *labels: Tensor) -> Tensor:
         """The images of latents in their precision, or a ``BackboneError``."""
         given = labels if self.settings.level is None else (images, *labels)
-        generated = self.generate(latents, *given)
+        generated = generate(latents, *given)
         if not isinstance(generated, Tensor) or generated.shape != latents.shape:
             came = list(generated.shape) if isinstance(generated, Tensor) else type(generated).__name__
             raise BackboneError(f"The backbone must return images shaped {list(latents.shape)}, but returned {came}.")

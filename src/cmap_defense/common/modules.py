@@ -6,10 +6,12 @@ import contextlib
 import functools
 import types
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
 def weights_of(module: object) -> Iterator[Tensor]:
     """The parameters and then the buffers of a module with its parts; nothing for what is no module."""
@@ -44,6 +46,16 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
         checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
         return any(check() for check in checks if check is not None)
     return False
+
+
+def in_fastest_layout(module: Module) -> Module:
+    """A module with its weights in the memory layout in which its convolutions are fastest, see docs/performance.md.
+
+    That is channels last in float32, and on CUDA devices in every precision.
+    """
+    device = device_of(module)
+    last = dtype_of(module) == torch.float32 or (device is not None and device.type == "cuda")
+    return module.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # pyright: ignore[reportCallIssue] - not in torch's signature
 
 
 @contextlib.contextmanager

@@ -79,8 +79,9 @@ class Purifier(abc.ABC):
 
     @property
     def call_options(self) -> frozenset[str]:
-        """Arguments that its call takes besides those above: "predict", a function from images [M, C, H, W] in [0, 1]
-        of the backbone's size to labels [M]. ``PurifiedClassifier`` gives those that are named."""
+        """Arguments that its call takes besides those above, and that ``PurifiedClassifier`` gives: "predict", a
+        function from images [M, C, H, W] in [0, 1] of the backbone's size to labels [M]; "compiler", a ``StepCompiler``
+        or None."""
         return frozenset()
 
     def differentiate(

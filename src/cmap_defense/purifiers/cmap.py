@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.common.compiling import StepCompiler
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers.base import Purifier, require_level
@@ -66,7 +68,7 @@ class CMAP(Purifier):
 
     @property
     def call_options(self) -> frozenset[str]:
-        return frozenset() if self.settings.stop_agreement is None else frozenset({"predict"})
+        return frozenset({"compiler"} if self.settings.stop_agreement is None else {"compiler", "predict"})
 
     def __call__(
         self, backbone: nn.Module, images: Tensor, *, callback: Callback | None = None, **options: Any
@@ -98,6 +100,7 @@ class CMAP(Purifier):
         class_labels: Tensor | None = None,
         max_parallel: int | None = None,
         predict: Predict | None = None,
+        compiler: StepCompiler | None = None,
     ) -> LatentProblem:
         """What there is to minimise for these images.
 
@@ -109,6 +112,7 @@ class CMAP(Purifier):
             class_labels: [B, K] integers for a class-conditional backbone, None for another.
             max_parallel: latents at once; None for what fits.
             predict: images to labels, needed where the settings have ``stop_agreement``.
+            compiler: compiles the backbone for the loop; second derivatives and the images at its end go without it.
 
         Returns:
             The problem, in float32 or the images' precision where that is higher.
@@ -127,6 +131,9 @@ class CMAP(Purifier):
                 max_parallel = default_max_parallel(
                     one_latent, images.shape[1:], images.device, conditional=conditional
                 )
+            size = max(1, start.shape[0] * start.shape[1])
+            through = None if compiler is None else functools.partial(compiler, size=min(max_parallel or size, size))
+            fast = None if through is None else self._generator(self.member(backbone), images, through)[0]
             objective = LatentObjective(
                 generate,
                 images.detach(),
@@ -134,17 +141,18 @@ class CMAP(Purifier):
                 self.settings,
                 class_labels=class_labels,
                 max_parallel=max_parallel,
+                fast=fast,
             )
         return LatentProblem(objective, images, start, None if latents is not None else seeds, predict)
 
-    def _generator(self, backbone: nn.Module, images: Tensor) -> tuple[Generate, Generate]:
+    def _generator(self, backbone: nn.Module, images: Tensor, through: Any = None) -> tuple[Generate, Generate]:
         """The generator, and the same of latents alone, by which its memory is measured."""
         level = self.settings.level
         if level is None:
-            generate = caster(backbone, images.device)
+            generate = caster(backbone, images.device, through=through)
             return generate, generate
         require_level(backbone, "CMAPSettings", level)
-        denoise = caster(backbone, images.device, "denoise")
+        denoise = caster(backbone, images.device, "denoise", through)
         return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
 
     @classmethod

@@ -1,0 +1,200 @@
+"""dtype= and compile=: the same labels up to rounding, shapes that stay, the way back, and the fallback."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmap_defense import CMAPSettings, PurifiedClassifier
+from cmap_defense.classifier import wrapper
+from cmap_defense.common.modules import dtype_of
+from cmap_defense.errors import CompileWarning, SettingsError
+from cmap_defense.gradients import Implicit, StraightThrough, Unrolled
+from cmap_defense.purifiers import CMAP, Chain, OneStep
+from toys import ToyBackbone, noise, uniform
+
+SHAPE = (3, 8, 6)
+QUICK = CMAPSettings(n_latents=3, iterations=4, learning_rate=0.05)
+IMAGES = uniform(4, *SHAPE, seed=1)
+
+
+class Restoring(ToyBackbone):
+    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
+        return self.generate(noisy / (1 + sigma))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(noise(4, 3 * 8 * 6, seed=7))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight.mT
+
+
+def wrapped(backbone: nn.Module | None = None, **options: Any) -> PurifiedClassifier:
+    chosen = {"seed": 3, "settings": QUICK} | options
+    return PurifiedClassifier(Linear(), backbone or Restoring(SHAPE).requires_grad_(False), **chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------- dtype
+
+
+@pytest.mark.parametrize("level", [None, 0.5])
+def test_labels_in_bfloat16_are_those_of_float32(level: float | None) -> None:
+    own = Restoring(SHAPE).requires_grad_(False)
+    settings = QUICK.replace(level=level)
+    model = wrapped(own, settings=settings, dtype=torch.bfloat16)
+    assert dtype_of(own) == torch.float32  # a copy was cast
+    assert dtype_of(model.backbone) == torch.bfloat16
+    assert dtype_of(model.classifier) == torch.float32
+    result, exact = model.purify(IMAGES), wrapped(own, settings=settings).purify(IMAGES)
+    assert result.images.dtype == result.latents.dtype == torch.float32
+    assert torch.equal(result.labels, exact.labels)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(result.images, exact.images, rtol=0, atol=0.05)
+    assert not torch.equal(result.images, exact.images)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_it_is_native(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(wrapper, "multiplies_bfloat16", lambda device: native)
+    own = Restoring(SHAPE)
+    model = wrapped(own, dtype="auto")
+    assert dtype_of(model.backbone) == expected
+    assert (model.backbone is own) == (not native)
+    assert model.variant(vote="soft").backbone is model.backbone
+    assert dtype_of(wrapped("fashion-mnist-ct", settings=None, dtype="auto").backbone) == expected
+
+
+def test_the_default_leaves_the_backbone_as_it_is() -> None:
+    own = Restoring(SHAPE).bfloat16()
+    assert wrapped(own).backbone is own
+    assert dtype_of(wrapped(own).variant(dtype=torch.float64).backbone) == torch.float64
+    assert wrapped(own, dtype=torch.bfloat16).backbone is own
+
+
+@pytest.mark.parametrize("wrong", ["bfloat16", torch.int64, 16])
+def test_another_dtype_is_refused(wrong: Any) -> None:
+    with pytest.raises(SettingsError, match='dtype must be "auto", None or'):
+        wrapped(dtype=wrong)
+
+
+# --------------------------------------------------------------------------------------------------------- compile
+
+
+class Counting:
+    """A compiler that compiles nothing and notes the batch sizes of the latents that it is given."""
+
+    def __init__(self) -> None:
+        self.graphs, self.sizes = 0, []
+
+    def __call__(self, graph: Any, example: Any) -> Any:
+        self.graphs += 1
+
+        def run(*inputs: Tensor) -> Any:
+            self.sizes.append(next(len(tensor) for tensor in inputs if tuple(tensor.shape[1:]) == SHAPE))
+            return graph(*inputs)
+
+        return run
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    torch.compiler.reset()
+    backend = Counting()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler; the fallback's are looked for where it falls back
+        warnings.simplefilter("error", CompileWarning)
+        yield backend
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("level", [None, 0.5])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_the_loop_is_compiled_for_one_size(counting: Counting, level: float | None, chunk: int | None) -> None:
+    settings = QUICK.replace(level=level, stop_decrease=0.5, stop_window=1)
+    model = wrapped(settings=settings, compile=True, max_parallel=chunk)
+    result, plain = model.purify(IMAGES), wrapped(settings=settings).purify(IMAGES)
+    torch.testing.assert_close(result.images, plain.images, rtol=1e-4, atol=1e-4)
+    assert torch.equal(result.labels, plain.labels)  # pyright: ignore[reportArgumentType]
+    assert set(counting.sizes) == {chunk or 12}
+    assert len(counting.sizes) > 1
+    graphs = counting.graphs
+    model.purify(1 - IMAGES)
+    model.variant(vote="soft", gradient=Unrolled()).purify(IMAGES)
+    assert counting.graphs == graphs  # nothing is compiled again
+
+
+@pytest.mark.parametrize("mode", [StraightThrough(), Unrolled(), Implicit(damping=30.0)], ids=repr)
+def test_gradients_are_those_of_the_loop_that_is_not_compiled(counting: Counting, mode: Any) -> None:
+    gradients = []
+    for compiled in (True, False):
+        leaf = IMAGES.clone().requires_grad_()
+        loss = wrapped(compile=compiled, gradient=mode, max_parallel=5)(leaf).square().sum()
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert counting.graphs > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_chain_compiles_its_loop(counting: Counting) -> None:
+    chain = Chain(OneStep(level=0.3, n_latents=2), CMAP(QUICK), handed_on="mean")
+    options = {"settings": None, "purifier": chain}
+    expected = wrapped(**options).purify(IMAGES).images
+    torch.testing.assert_close(wrapped(**options, compile=True).purify(IMAGES).images, expected, rtol=1e-4, atol=1e-4)
+    assert counting.graphs > 0
+
+
+def test_what_cannot_be_compiled_runs_without_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, example: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    model = wrapped(compile=True)
+    with pytest.warns(CompileWarning, match="torch.compile failed, so that the loop runs without it"):
+        result = model.purify(IMAGES)
+    model.purify(IMAGES[:2])  # warnings are errors
+    model.variant(vote="soft").purify(IMAGES)
+    assert torch.equal(result.images, wrapped().purify(IMAGES).images)
+    torch.compiler.reset()
+
+
+def test_compile_needs_a_loop_and_copies_start_anew() -> None:
+    with pytest.raises(SettingsError, match="compile=True compiles the loop of CMAP, which OneStep has not"):
+        wrapped(settings=None, purifier=OneStep(), compile=True)
+    with pytest.raises(SettingsError, match="compile must be True or False"):
+        wrapped(compile="yes")
+    model = wrapped(compile=True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._compiler is not None
+        assert other._compiler is not model._compiler
+    assert model.variant(compile=False)._compiler is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"dtype": "auto"}, {"compile": True}, {"dtype": "auto", "compile": True}])
+def test_on_a_gpu_labels_are_those_of_float32(options: Any) -> None:
+    device = "cuda"
+    torch.compiler.reset()
+    model = PurifiedClassifier(
+        Linear().to(device), Restoring(SHAPE).requires_grad_(False).to(device), settings=QUICK, seed=3, **options
+    )
+    exact = wrapped(gradient=Unrolled()).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", CompileWarning)
+        result, plain = model.purify(IMAGES.to(device)), exact.purify(IMAGES.to(device))
+    assert torch.equal(result.labels, plain.labels)  # pyright: ignore[reportArgumentType]
+    if torch.cuda.get_device_capability()[0] >= 8 and "dtype" in options:
+        assert dtype_of(model.backbone) == torch.bfloat16
