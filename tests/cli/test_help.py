@@ -15,6 +15,7 @@ import pytest
 from cmap_defense import __version__
 from cmap_defense.attacks.suites import SUITES
 from cmap_defense.backbones.networks import NETWORKS, PRESETS
+from cmap_defense.backbones.record import PRESETS as RECORDED
 from cmap_defense.backbones.weights import DTYPES
 from cmap_defense.certification import CertificationSettings
 from cmap_defense.cli import options
@@ -188,6 +189,7 @@ def test_choices_and_defaults_are_those_of_the_package() -> None:
     assert options.DATASETS == DATASETS
     assert tuple(NAMES) == options.PURIFIERS
     assert options.RESIZE_MODES == RESIZE_MODES
+    assert options.PRESETS == RECORDED
     assert samples.default == SAMPLES
     assert tuple(sorted(STUDIES)) == evaluation_commands.STUDIES
     assert backbone_commands.NETWORKS == NETWORKS

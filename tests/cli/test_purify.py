@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmap_defense.backbones.registry import registry_entry
 from cmap_defense.data import read_image
 from cmap_defense.embedded import load_test_images
 
@@ -52,6 +54,20 @@ def test_settings_of_the_purifier(tmp_path: Path, run: Run) -> None:
     found = json.loads(run("purify", image, "-b", "fashion-mnist-ct", *TINY, *given, "-o", tmp_path / "out"))
     expected = {"n_latents": 2, "iterations": 3, "latent_weight": 0.5, "betas": [0.8, 0.9], "learning_rate": 0.05}
     assert expected.items() <= found["settings"].items()
+
+
+def test_the_preset_of_a_record(tmp_path: Path, run: Run) -> None:
+    """Of the commands that have a classifier as well."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(registry_entry("fashion-mnist-ct").sources[0].folder, folder)  # pyright: ignore[reportAttributeAccessIssue]
+    place = folder / "backbone.json"
+    record = json.loads(place.read_text()) | {"presets": {"fast": {"purifier": "one-step", "n_latents": 3}}}
+    place.write_text(json.dumps(record))
+    given = ["-b", folder, "--purifier-preset", "fast", "--json", "-o", tmp_path / "out"]
+    found = json.loads(run("purify", save(0, tmp_path / "boot.png"), *given))
+    assert (found["purifier"], found["settings"]["n_latents"]) == ("one-step", 3)
+    expected = run("evaluate", "-c", "embedded", "-d", "embedded", "-n", 2, "--attacks", "none", "--dry-run", *given)
+    assert json.loads(expected)["passes"]["defended/clean"] == 2 * 3 * 30  # images, K, predictions
 
 
 def test_folders(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,9 +169,10 @@ def test_a_level_needs_denoise_of_that_level() -> None:
         PurifiedClassifier(classify, ToyBackbone(SHAPE), settings=SETTINGS)
     limited = Restoring(SHAPE)
     limited.noise = NoiseRange(sigma_max=0.5)
-    model = PurifiedClassifier(classify, limited, settings=SETTINGS)
-    with pytest.raises(SettingsError, match=r"level must be at most 0\.5"):
-        model(IMAGES.float())
+    with pytest.raises(SettingsError, match=r"CMAP\.level is 0\.7, but the backbone was trained for levels up to 0\.5"):
+        PurifiedClassifier(classify, limited, settings=SETTINGS)
+    with pytest.raises(SettingsError, match="choose a lower level"):
+        CMAP(SETTINGS)(limited, IMAGES.float(), seeds=torch.arange(B))
 
 
 def test_settings_round_trip_and_the_default_is_the_method_of_the_paper() -> None:

@@ -140,5 +140,6 @@ def _describe(model: KarrasModel, entry: RegistryEntry) -> None:
         licence=record.licence or entry.licence,
         paper=record.paper or entry.paper,
         settings=record.settings or dict(entry.settings),
+        presets=record.presets or dict(entry.presets),
         figures=record.figures or dict(entry.quality),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from cmap_defense.common.settings import Settings, require_choice, require_integer
@@ -10,6 +11,21 @@ from cmap_defense.errors import SettingsError
 
 KINDS = ("consistency", "denoiser")
 """A consistency model generates in one step and denoises; a denoiser has no one-step generator."""
+
+PRESETS = ("paper", "balanced", "fast")
+"""Purifiers by name; "paper" is CMAP as published, the others are what a backbone's record names."""
+
+
+def require_presets(owner: str, presets: Any) -> None:
+    """Raises ``SettingsError`` unless presets are purifiers by name, each {"purifier": name, **settings}."""
+    if not isinstance(presets, Mapping) or set(presets) - set(PRESETS[1:]):
+        raise SettingsError(f"{owner}.presets must be an object with {' and '.join(PRESETS[1:])}, but is {presets!r}.")
+    for name, values in presets.items():
+        if not isinstance(values, Mapping) or not isinstance(values.get("purifier"), str):
+            raise SettingsError(
+                f'{owner}.presets[{name!r}] must be a purifier with its settings, such as {{"purifier": "one-step", '
+                f'"level": 0.5}}, but is {values!r}.'
+            )
 
 
 def require_image_shape(owner: str, shape: Any, num_classes: Any = None) -> tuple[int, int, int]:
@@ -41,6 +57,7 @@ class BackboneRecord(Settings):
         weights_dtype: their precision in the file.
         weights_sha256: of the weights file; empty where nobody recorded it.
         settings: the CMAP settings to use with it, as changes to the defaults.
+        presets: purifiers to use with it by name, "balanced" and "fast", each {"purifier": name, **settings}.
         source: where the weights were taken from: address, checksum, converter.
         training: data, command and settings it was trained with.
         figures: what was measured, with the commands.
@@ -62,6 +79,7 @@ class BackboneRecord(Settings):
     weights_dtype: str = "float32"
     weights_sha256: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    presets: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -85,6 +103,7 @@ class BackboneRecord(Settings):
         shape = require_image_shape("BackboneRecord", self.image_shape, self.num_classes)
         object.__setattr__(self, "image_shape", shape)
         require_choice("BackboneRecord", "kind", self.kind, KINDS)
+        require_presets("BackboneRecord", self.presets)
         parts = self.weights_file.split("/")
         if set(self.weights_file) & set("\\:*?[]") or any(part in ("", ".", "..") for part in parts):
             raise SettingsError(

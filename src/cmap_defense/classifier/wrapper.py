@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from cmap_defense.backbones.base import check_backbone
 from cmap_defense.backbones.load import load_backbone
+from cmap_defense.backbones.record import PRESETS
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
@@ -42,7 +43,6 @@ from cmap_defense.common.modules import (
 from cmap_defense.common.options import unknown_option
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import (
-    BackboneFileError,
     ClassifierError,
     SettingsError,
     WrongKindError,
@@ -51,6 +51,7 @@ from cmap_defense.gradients import GradientMode, Purification, StraightThrough, 
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
+from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
 from cmap_defense.results import History, PurificationResult
 
 __all__ = ["PurifiedClassifier"]
@@ -79,6 +80,8 @@ class PurifiedClassifier(LatentAccess):
             short form of ``purifier=CMAP(settings)``.
         purifier: what purifies, an object of ``cmap_defense.purifiers`` such as ``DiffPure(t=100)``, or one of
             yours; None for CMAP.
+        preset: in place of settings and purifier, one that goes with the backbone: "paper", CMAP as published, on any
+            consistency model; "balanced" or "fast" where the backbone's record names them. None for none.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
             ``Normalize(mean, std)``; applied after purification.
         inputs: "unit" for images in [0, 1]; "normalized" or "normalised" for images that went through ``normalize``
@@ -111,9 +114,11 @@ class PurifiedClassifier(LatentAccess):
             values further out are an error. NaN and infinite values are always an error.
 
     Raises:
-        SettingsError: an option is out of its range, or there are both settings and a purifier.
+        SettingsError: an option is out of its range, there is more than one of settings, purifier and preset, or the
+            backbone was not trained for the purifier's noise level.
         BackboneError: the backbone does not have what the purifier needs.
-        UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
+        UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded, or its record has no such
+            preset.
     """
 
     _synonyms: ClassVar[Mapping[str, str]] = {
@@ -139,6 +144,7 @@ class PurifiedClassifier(LatentAccess):
         *,
         settings: CMAPSettings | None = None,
         purifier: Purifier | None = None,
+        preset: str | None = None,
         normalize: tuple[Sequence[float] | float, Sequence[float] | float] | nn.Module | None = None,
         inputs: str = "unit",
         resize: str | bool | None = None,
@@ -173,6 +179,10 @@ class PurifiedClassifier(LatentAccess):
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
 
+        if isinstance(purifier, type) and issubclass(purifier, Purifier):
+            raise SettingsError(
+                f"PurifiedClassifier.purifier is an object, not a class: write purifier={purifier.__name__}()."
+            )
         if purifier is not None and not isinstance(purifier, Purifier):
             raise SettingsError(
                 "PurifiedClassifier.purifier must be an object such as CMAP() or OneStep(level=0.5) from "
@@ -182,13 +192,19 @@ class PurifiedClassifier(LatentAccess):
             raise SettingsError(
                 "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
             )
+        if preset is not None and (purifier is not None or settings is not None):
+            raise SettingsError("Give preset, settings or purifier, one of them: a preset is a purifier with settings.")
         wanted = CMAP(settings) if purifier is None else purifier
-        self.backbone: nn.Module = _in_precision(_backbone_of(backbone, wanted, device_of(classifier)), dtype)
+        kind = wanted.kind if preset in (None, PRESETS[0]) else None
+        loaded = _backbone_of(backbone, kind, device_of(classifier))
+        if preset is not None:
+            wanted = preset_purifier(loaded, preset)
+        elif purifier is None and settings is None:
+            wanted = CMAP(recorded_settings(wanted.member(loaded)))
+        wanted.check(loaded)
+        self.backbone: nn.Module = _in_precision(loaded, dtype)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
-        if purifier is None and settings is None:
-            wanted = CMAP(_settings_of(wanted.member(self.backbone)))
-            wanted.check(self.backbone)
         self.purifier = wanted
         warn_of_another_adaptation(classifier, self.backbone, wanted)
         if require_flag("PurifiedClassifier", "compile", compile) and "compiler" not in wanted.call_options:
@@ -337,6 +353,7 @@ class PurifiedClassifier(LatentAccess):
         options: dict[str, Any] = {
             "settings": None,
             "purifier": self.purifier,
+            "preset": None,
             "normalize": None if normalisation is None else (normalisation.mean, normalisation.std),
             "inputs": self.preprocessing.inputs,
             "resize": self.preprocessing.resize,
@@ -357,7 +374,7 @@ class PurifiedClassifier(LatentAccess):
                 )
             if name not in options:
                 raise SettingsError(unknown_option(PurifiedClassifier, name, changes[name]))
-        if "settings" in changes:
+        if "settings" in changes or changes.get("preset") is not None:
             options["purifier"] = None
         other = PurifiedClassifier(self.classifier, self.backbone, **(options | changes))
         other.training = self.training
@@ -510,14 +527,11 @@ class PurifiedClassifier(LatentAccess):
         return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
 
 
-def _backbone_of(given: Any, purifier: Purifier, device: torch.device | None) -> nn.Module:
-    """The backbone, or pair of them, that was given, checked; what is loaded here is on ``device``."""
+def _backbone_of(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
+    """The backbone, or pair of them, that was given; what is loaded here is on ``device``."""
     if isinstance(given, (tuple, list)):
-        backbone = BackbonePair.of([_loaded(one, None, device) for one in given])
-    else:
-        backbone = _loaded(given, purifier.kind, device)
-    purifier.check(backbone)
-    return backbone
+        return BackbonePair.of([_loaded(one, None, device) for one in given])
+    return _loaded(given, kind, device)
 
 
 def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.Module:
@@ -547,14 +561,6 @@ def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Mod
             f"{error} With this one, take a purifier that denoises, such as purifier=OneStep()."
         ) from error
     return loaded if device is None else loaded.to(device)
-
-
-def _settings_of(backbone: nn.Module) -> CMAPSettings:
-    """The settings that a backbone's record names, as changes to the defaults."""
-    try:
-        return CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
-    except SettingsError as error:
-        raise BackboneFileError(f"The settings in the backbone's record are not valid: {error}") from error
 
 
 def _any_integer(name: str, value: object) -> int:

@@ -89,19 +89,21 @@ def defended(classifier: Any, backbone: Any, options: Options) -> PurifiedClassi
     """A classifier behind the purifier of the options, in eval mode; CMAP starts from the backbone's record."""
     if (options["mean"] is None) != (options["std"] is None):
         raise click.UsageError("--mean and --std go together: give both, or neither.")
-    named = purifier_of(options)
+    preset = preset_of(options)
+    named = None if preset else purifier_of(options)
     if isinstance(named, CMAP) and named.settings.level is None:  # at a level a record's settings do not fit
         named = None
     model = PurifiedClassifier(
         classifier,
         backbone,
         purifier=named,
+        preset=preset,
         normalize=None if options["mean"] is None else (options["mean"], options["std"]),
         resize=options["resize"],
         vote=options["vote"],
         max_parallel=options["max_parallel"],
     ).to(device_of(options))
-    if named is None:
+    if named is None and preset is None:
         purifier = purifier_of(options, model.settings.to_dict())
         assert isinstance(purifier, CMAP)
         model = model if purifier == model.purifier else model.variant(settings=purifier.settings)
@@ -117,6 +119,15 @@ def cmap_model_of(options: Options) -> PurifiedClassifier:
             param_hint="--purifier",
         )
     return model
+
+
+def preset_of(options: Options) -> str | None:
+    """The preset of ``--purifier-preset``; wrong usage beside other options of the purifier."""
+    preset = options.get("purifier_preset")
+    others = [name for name in PURIFIER_OPTIONS if options.get(name) is not None]
+    if preset and (others or options["purifier_set"] or options["purifier"] != "cmap"):
+        raise click.UsageError("--purifier-preset names a purifier with its settings: leave other options of it out.")
+    return preset
 
 
 def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Purifier:

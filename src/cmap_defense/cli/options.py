@@ -51,6 +51,7 @@ PURIFIERS = (
     "chain",
     "identity",
 )
+PRESETS = ("paper", "balanced", "fast")
 RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
 
 
@@ -279,6 +280,11 @@ backbone_option = MODEL(
 
 purifier_choice = decorators(
     PURIFICATION("--purifier", type=Choice(PURIFIERS), default="cmap", help="Method to purify by."),
+    PURIFICATION(
+        "--purifier-preset",
+        type=Choice(PRESETS),
+        help="Purify as the backbone's record names it, in place of the other options of the purifier.",
+    ),
     PURIFICATION(
         "--purifier-set",
         metavar="KEY=VALUE",

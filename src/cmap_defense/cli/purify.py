@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
-from cmap_defense.cli.build import device_of, purifier_of, using_threads
+from cmap_defense.backbones.record import PRESETS
+from cmap_defense.cli.build import device_of, preset_of, purifier_of, using_threads
 from cmap_defense.cli.output import print_json
 from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.losses import perceptual_terms
@@ -22,6 +23,8 @@ from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.purifiers import CMAP
+from cmap_defense.purifiers.names import name_of
+from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
 
 GROUP = 64
 """Images at a time."""
@@ -30,9 +33,14 @@ GROUP = 64
 def run_purify(options: dict[str, Any]) -> None:
     """Carry out the command with its options."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
-    backbone = load_backbone(options["backbone"], kind=purifier_of(options).kind).to(device)
-    recorded = CMAPSettings.from_dict(getattr(backbone, "default_settings", None) or {})
-    purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
+    preset = preset_of(options)
+    kind = purifier_of(options).kind if preset in (None, PRESETS[0]) else None
+    backbone = load_backbone(options["backbone"], kind=kind).to(device)
+    recorded = recorded_settings(backbone)
+    if preset:
+        purifier = preset_purifier(backbone, preset)
+    else:
+        purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
     purifier.check(backbone)
     settings = purifier.settings if isinstance(purifier, CMAP) else recorded
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
@@ -73,7 +81,7 @@ def run_purify(options: dict[str, Any]) -> None:
             {
                 "files": [str(path) for path in written],
                 "mismatch": mismatches,
-                "purifier": options["purifier"],
+                "purifier": name_of(purifier),
                 "settings": purifier.to_dict(),
                 "backbone": options["backbone"],
                 "seed": seed,

@@ -91,6 +91,11 @@ class CMAPSettings(Settings):
         betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0, below=1.0)
         object.__setattr__(self, "betas", betas)
 
+    def as_published(self) -> Self:
+        """These settings without what is ours; the defaults where they are of a noise level."""
+        published = ("n_latents", "iterations", "learning_rate", "betas", "eps", "ssim_weight", "latent_weight")
+        return type(self)() if self.level else type(self)(**{name: getattr(self, name) for name in published})
+
     @property
     def stops(self) -> bool:
         """Whether images may stop before N iterations."""

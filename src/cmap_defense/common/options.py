@@ -28,8 +28,11 @@ class NamedOptions:
     _advice: ClassVar[Mapping[str, str]] = {}
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
+        known = list(inspect.signature(cls.__init__).parameters.values())[1:] if args or options else []
+        if args and all(parameter.kind is parameter.KEYWORD_ONLY for parameter in known):
+            shown = ", ".join(f"{parameter.name}={value!r}" for parameter, value in zip(known, args, strict=False))
+            raise OptionError(f"{cls.__name__} takes its options by name, such as {cls.__name__}({shown or ''}).")
         if options:
-            known = inspect.signature(cls.__init__).parameters.values()
             names = {parameter.name for parameter in known}
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
                 for name, value in options.items():

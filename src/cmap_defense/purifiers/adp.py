@@ -44,6 +44,7 @@ class ADP(MultiStepPurifier):
         SettingsError: a value is out of its range.
     """
 
+    _sets_level: ClassVar[str] = "noise"
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-low-noise": {"noise": 0.1}}
 
     noise: float = 0.25

@@ -14,14 +14,15 @@ from cmap_defense.backbones.base import caster, check_backbone, kind_of
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
+from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Purifier", "require_level"]
+__all__ = ["Purifier"]
 
 
-class Purifier(abc.ABC):
+class Purifier(NamedOptions, abc.ABC):
     """Images in, K purified versions of each out: frozen settings plus a call; it owns no weights.
 
     A subclass writes ``n_latents``, ``passes`` and the call.
@@ -37,6 +38,8 @@ class Purifier(abc.ABC):
     needs: ClassVar[str | None] = "denoise"
     kind: ClassVar[str | None] = None
     optimises_latents: ClassVar[bool] = False
+    _sets_level: ClassVar[str] = "level"
+    """The setting that decides about ``level``, the strongest noise, where there is one."""
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
@@ -110,6 +113,7 @@ class Purifier(abc.ABC):
         Raises:
             WrongKindError: it is of another kind.
             BackboneError: it does not have the method that ``needs`` names.
+            SettingsError: it was not trained for noise as strong as ``level``.
         """
         used = check_backbone(self.member(backbone), None)
         usable = any(callable(getattr(used, method, None)) for method in ("generate", "denoise"))
@@ -121,6 +125,15 @@ class Purifier(abc.ABC):
                 f'yours with kind = "{self.kind}".'
             )
         check_backbone(used, self.needs)
+        level, strongest = getattr(self, "level", None), getattr(used, "noise", None)
+        if level is not None and strongest is not None and level > strongest.sigma_max:
+            setting = self._sets_level
+            meaning = "" if setting == "level" else f", noise of level {level:g}"
+            value = level if setting == "level" else getattr(self, setting)
+            raise SettingsError(
+                f"{type(self).__name__}.{setting} is {value}{meaning}, but the backbone was trained for levels up to "
+                f"{strongest.sigma_max:g}: choose a lower {setting}."
+            )
 
     def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
         """One pass of the network, on which memory is measured.
@@ -164,22 +177,6 @@ class Purifier(abc.ABC):
         """The settings as JSON-ready values; by default the class and the attributes by name."""
         attributes = {name: describe(value) for name, value in vars(self).items()}
         return {"class": qualified_name(self), **attributes}
-
-
-def require_level(backbone: nn.Module, owner: str, level: float) -> None:
-    """Raises ``SettingsError`` where a noise level is above what a backbone was trained for.
-
-    Args:
-        backbone: it says ``noise``, or nothing is refused.
-        owner: the class whose ``level`` it is.
-        level: in units of images in [-1, 1].
-    """
-    strongest = getattr(backbone, "noise", None)
-    if strongest is not None and level > strongest.sigma_max:
-        raise SettingsError(
-            f"{owner}.level must be at most {strongest.sigma_max:g}, the strongest noise of the backbone, but is "
-            f"{level:g}."
-        )
 
 
 _CALLED = {"consistency": "a consistency model", "denoiser": "a denoiser"}

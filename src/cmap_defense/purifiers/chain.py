@@ -200,19 +200,14 @@ class Chain(Settings, Purifier):
         Raises:
             SettingsError: they do not fit. UnknownNameError: there is no purifier of a name.
         """
-        from cmap_defense.purifiers.names import by_name
+        from cmap_defense.purifiers.names import purifier_from_dict
 
         if not isinstance(values, Mapping) or set(values) - {"purifiers", "handed_on"}:
             raise SettingsError(f'A Chain is made from "purifiers" and "handed_on", but got {values!r}.')
         given = values.get("purifiers", ())
         parts = given.split(",") if isinstance(given, str) else given
-        made = []
-        for part in parts:
-            if isinstance(part, Mapping):
-                settings = dict(part)
-                made.append(by_name(settings.pop("purifier", None)).from_dict(settings))
-            else:
-                made.append(by_name(part).from_dict({}) if isinstance(part, str) else part)
+        named = [{"purifier": part} if isinstance(part, str) else part for part in parts]
+        made = [purifier_from_dict(part) if isinstance(part, Mapping) else part for part in named]
         return cls(*made, **({"handed_on": values["handed_on"]} if "handed_on" in values else {}))
 
     def to_json(self, *, indent: int | None = None) -> str:

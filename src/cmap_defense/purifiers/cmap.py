@@ -21,7 +21,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.compiling import StepCompiler
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import SettingsError
-from cmap_defense.purifiers.base import Purifier, require_level
+from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
 
 __all__ = ["CMAP"]
@@ -61,6 +61,11 @@ class CMAP(Purifier):
     @property
     def n_latents(self) -> int:
         return self.settings.n_latents
+
+    @property
+    def level(self) -> float | None:
+        """The noise level of the latents; None for the highest."""
+        return self.settings.level
 
     @property
     def passes(self) -> int:
@@ -151,7 +156,6 @@ class CMAP(Purifier):
         if level is None:
             generate = caster(backbone, images.device, through=through)
             return generate, generate
-        require_level(backbone, "CMAPSettings", level)
         denoise = caster(backbone, images.device, "denoise", through)
         return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
 

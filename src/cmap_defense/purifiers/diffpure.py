@@ -46,6 +46,7 @@ class DiffPure(MultiStepPurifier):
         SettingsError: a value is out of its range.
     """
 
+    _sets_level: ClassVar[str] = "t"
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {"t": 100},
         "cifar10-l2": {"t": 75},

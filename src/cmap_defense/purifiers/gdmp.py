@@ -54,6 +54,7 @@ class GDMP(MultiStepPurifier):
         SettingsError: a value is out of its range.
     """
 
+    _sets_level: ClassVar[str] = "t"
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {},
         "cifar10-bpda": {"t": 60, "rounds": 2, "guide": "ssim", "strength": 10.0},

@@ -33,6 +33,7 @@ class GNSP(MultiStepPurifier):
         SettingsError: a value is out of its range.
     """
 
+    _sets_level: ClassVar[str] = "rounds"
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {},
         "cifar10-l2": {},

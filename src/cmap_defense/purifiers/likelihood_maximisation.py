@@ -41,6 +41,7 @@ class LikelihoodMaximisation(MultiStepPurifier):
         SettingsError: a value is out of its range.
     """
 
+    _sets_level: ClassVar[str] = "sigmas"
     _graphs: ClassVar[int] = 3
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-l2": {}}
 

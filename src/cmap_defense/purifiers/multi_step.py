@@ -18,7 +18,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import Settings, require_integer
 from cmap_defense.errors import BackboneError
-from cmap_defense.purifiers.base import Purifier, require_level
+from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
@@ -215,7 +215,6 @@ class MultiStepPurifier(Settings, Purifier):
         """
         backbone = self.member(backbone)
         self.check(backbone)
-        require_level(backbone, type(self).__name__, self.level)
         dtype = torch.promote_types(images.dtype, torch.float32)
         images = images.to(dtype)
         first = draw_latents(seeds, self.n_latents, images.shape[1:]) if latents is None else latents.detach()

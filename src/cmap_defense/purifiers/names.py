@@ -23,7 +23,7 @@ from cmap_defense.purifiers.identity import Identity
 from cmap_defense.purifiers.likelihood_maximisation import LikelihoodMaximisation
 from cmap_defense.purifiers.one_step import OneStep
 
-__all__ = ["NAMES", "by_name", "from_texts", "name_of"]
+__all__ = ["NAMES", "by_name", "from_texts", "name_of", "purifier_from_dict"]
 
 NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
     {
@@ -41,7 +41,7 @@ NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
 """The purifiers of the package by name."""
 
 
-def by_name(name: str) -> type[Purifier]:
+def by_name(name: Any) -> type[Purifier]:
     """The class of a name of ``NAMES``, such as "diffpure".
 
     Args:
@@ -53,6 +53,17 @@ def by_name(name: str) -> type[Purifier]:
     if not isinstance(name, str) or name not in NAMES:
         raise UnknownNameError(f"There is no purifier {name!r}.{near_matches(str(name), NAMES)}")
     return NAMES[name]
+
+
+def purifier_from_dict(values: Mapping[str, Any]) -> Purifier:
+    """The purifier of ``{"purifier": name, **settings}``, as in JSON.
+
+    Raises:
+        UnknownNameError: there is no purifier of that name.
+        SettingsError: the settings do not fit.
+    """
+    settings = dict(values)
+    return by_name(settings.pop("purifier", None)).from_dict(settings)
 
 
 def name_of(purifier: Purifier) -> str:

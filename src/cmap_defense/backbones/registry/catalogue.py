@@ -59,6 +59,7 @@ def _embedded(name: str) -> RegistryEntry:
         licence=record.licence,
         paper=record.paper,
         settings=record.settings,
+        presets=record.presets,
         quality=record.figures,
         notes="In the package: needs no network.",
     )

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
-from cmap_defense.backbones.record import KINDS, require_image_shape
+from cmap_defense.backbones.record import KINDS, require_image_shape, require_presets
 from cmap_defense.common.settings import require_choice, require_integer
 from cmap_defense.errors import SettingsError
 
@@ -133,6 +133,7 @@ class RegistryEntry:
         licence: of the weights.
         paper: where the model comes from.
         settings: the CMAP settings to use with it, as changes to the defaults.
+        presets: purifiers to use with it, as in ``BackboneRecord``.
         quality: measured or cited figures, each with where it comes from.
         notes: what a user should know before choosing it.
 
@@ -149,6 +150,7 @@ class RegistryEntry:
     licence: str = ""
     paper: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quality: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: str = ""
 
@@ -165,7 +167,8 @@ class RegistryEntry:
         shape = require_image_shape("RegistryEntry", self.image_shape, self.num_classes)
         object.__setattr__(self, "image_shape", shape)
         require_choice("RegistryEntry", "kind", self.kind, KINDS)
-        for name in ("settings", "quality"):
+        require_presets("RegistryEntry", self.presets)
+        for name in ("settings", "presets", "quality"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property

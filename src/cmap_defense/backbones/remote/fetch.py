@@ -215,6 +215,7 @@ def _convert(
         name=entry.name,
         description=entry.description,
         settings=dict(entry.settings),
+        presets=dict(entry.presets),
         figures=dict(entry.quality),
         licence=entry.licence,
         paper=entry.paper,
