@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
+
 def weights_of(module: object) -> Iterator[Tensor]:
     """The parameters and then the buffers of a module with its parts; nothing for what is no module."""
     if isinstance(module, nn.Module):
