@@ -71,12 +71,7 @@ def candidates(eps: float) -> dict[str, list[Purifier]]:
         "likelihood": [LikelihoodMaximisation(learning_rate=rate, n_latents=K) for rate in (0.03, 0.06, 0.1)],
         "cmap-level": [
             near(level, iterations)
-            for level, iterations in (
-                [(0.3, n) for n in (3, 6)]
-                + [(0.5, n) for n in (3, 6, 12)]
-                + [(level, n) for level in (1.0, 1.5, 2.0) for n in (6, 12)]
-                + [(4.0, 20)]
-            )
+            for level, iterations in ((0.5, 3), (0.5, 6), (1.0, 6), (1.0, 12), (2.0, 6), (2.0, 12), (4.0, 20))
         ],
         "cmap": [near(None, 50)],
         "diffpure, then cmap": [Chain(diffpure(t), near(0.5, 3)) for t in (40, 60, 80)],
