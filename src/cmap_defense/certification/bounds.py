@@ -21,16 +21,13 @@ def statistics() -> Any:
 
 
 def lower_bounds(counts: Tensor, n: int, alpha: float) -> Tensor:
-    """One-sided lower bounds of probabilities (Clopper and Pearson 1934): each is too high with probability alpha at
-    most.
+    """One-sided lower bounds of probabilities (Clopper and Pearson 1934), each too high with probability alpha at most:
+    the alpha-quantiles of Beta(count, n - count + 1), float64 [B]; 0 where the count is 0.
 
     Args:
         counts: integers [B], successes.
         n: of so many trials.
         alpha: in (0, 1).
-
-    Returns:
-        float64 [B]: the alpha-quantile of Beta(count, n - count + 1), and 0 where the count is 0.
     """
     found = counts.double()
     quantiles = statistics().beta.ppf(alpha, found.clamp_min(1).numpy(), (n - found.clamp_min(1) + 1).numpy())
@@ -44,15 +41,8 @@ def certified_radii(bounds: Tensor, sigma: float) -> Tensor:
 
 
 def differing(counts: Tensor, alpha: float) -> Tensor:
-    """Whether the most frequent class is the most probable one, except with probability alpha (PREDICT of the paper).
-
-    Args:
-        counts: integers [B, classes].
-        alpha: in (0, 1).
-
-    Returns:
-        bool [B]: the two-sided binomial test rejects that the first two classes are equally probable.
-    """
+    """Whether the two-sided binomial test rejects at ``alpha`` that the first two classes of counts [B, classes] are
+    equally probable: bool [B]."""
     test = statistics().binomtest
     pairs = counts.topk(2, dim=1).values.tolist()
     return torch.tensor([first > 0 and test(first, first + second).pvalue <= alpha for first, second in pairs])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 
-import torch
 from torch import Tensor
 
-from cmap_defense.certification.bounds import ABSTAIN, certified_radii, lower_bounds
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.common.inputs import check_seeds
 from cmap_defense.common.statistics import Accuracy
@@ -50,26 +48,6 @@ class CertificationResult:
     sigma: float
     settings: CertificationSettings
 
-    @classmethod
-    def of(
-        cls,
-        selection: Tensor,
-        counts: Tensor,
-        passes: Tensor,
-        seconds: Tensor,
-        indices: Tensor,
-        *,
-        sigma: float,
-        settings: CertificationSettings,
-    ) -> CertificationResult:
-        """CERTIFY from the counts [B, classes] of the n0 copies by which the class is chosen, and of the n fresh ones;
-        the other arguments are the fields of their names."""
-        chosen = selection.argmax(dim=1)
-        bounds = lower_bounds(counts.gather(1, chosen[:, None])[:, 0], settings.n, settings.alpha)
-        abstained = bounds < 0.5
-        prediction, radius = torch.where(abstained, ABSTAIN, chosen), certified_radii(bounds, sigma)
-        return cls(prediction, radius, bounds, counts, abstained, passes, seconds, indices, sigma, settings)
-
     def accuracy(self, labels: Tensor, radius: float = 0.0) -> Accuracy:
         """Certified accuracy: the share of images whose prediction is right and certified for ``radius`` at least.
 
@@ -84,14 +62,7 @@ class CertificationResult:
         return Accuracy.mean(right & (self.radius >= radius))
 
     def to_tsv(self, labels: Tensor) -> str:
-        """A table with the columns ``COLUMNS`` and tabs between them, a line per image.
-
-        Args:
-            labels: integers [B], the true classes.
-
-        Raises:
-            InputTypeError, InputValueError: the labels are not integers, one per image.
-        """
+        """A line per image with the columns ``COLUMNS``, tabs between them; labels and errors as for ``accuracy``."""
         true = check_seeds(labels, len(self.prediction), "labels").tolist()
         fields = (self.indices, self.prediction, self.radius, self.seconds)
         lines = ["\t".join(COLUMNS)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.certification.bounds import statistics
+from cmap_defense.certification.bounds import ABSTAIN, certified_radii, lower_bounds, statistics
 from cmap_defense.certification.results import CertificationResult
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
@@ -106,15 +106,8 @@ def expected_cost(
     out: str | Path | None = None,
     **settings: Any,
 ) -> Cost:
-    """What ``certify`` with the same arguments would cost; one small batch is timed. Nothing is written.
-
-    Args:
-        smoothed: as for ``certify``, and it raises the same errors.
-        images: likewise.
-        indices: likewise.
-        out: likewise.
-        settings: n0, n, alpha, batch_size and seed.
-    """
+    """What ``certify`` with the same arguments would cost; it raises the same errors. One small batch is timed, and
+    nothing is written."""
     return _Certification(smoothed, images, CertificationSettings(**settings), indices, out).expected()
 
 
@@ -186,8 +179,12 @@ class _Certification:
             seconds = torch.tensor([tally.seconds for tally in found], dtype=torch.float64)
             team.add_up([selection, counts, passes])
             team.add_up([seconds])
-        return CertificationResult.of(
-            selection, counts, passes, seconds, self.indices, sigma=self.smoothed.sigma, settings=self.settings
+        settings, sigma, chosen = self.settings, self.smoothed.sigma, selection.argmax(dim=1)
+        bounds = lower_bounds(counts.gather(1, chosen[:, None])[:, 0], settings.n, settings.alpha)
+        abstained = bounds < 0.5
+        prediction, radius = torch.where(abstained, ABSTAIN, chosen), certified_radii(bounds, sigma)
+        return CertificationResult(
+            prediction, radius, bounds, counts, abstained, passes, seconds, self.indices, sigma, settings
         )
 
     def _certify(self, row: int, tally: _Tally) -> Any:

@@ -108,18 +108,15 @@ class SmoothedClassifier(NamedOptions):
         return f"SmoothedClassifier({names[0]}, {'None' if self.backbone is None else names[1]}, sigma={self.sigma:g})"
 
     def base_logits(self, noisy: Tensor, *, seeds: Tensor | None = None) -> Tensor:
-        """The base classifier: logits of images that have noise of standard deviation sigma already, differentiable.
+        """The base classifier: logits [M, classes] of images that have their noise already, differentiable.
 
         Args:
             noisy: float [M, C, H, W], images in [0, 1] plus noise, not clipped.
             seeds: [M] int64, of a ``PurifiedClassifier``; None for fresh ones.
 
-        Returns:
-            [M, classes], float32 at least.
-
         Raises:
-            BackboneError: the backbone returned NaN or another shape. ClassifierError: the classifier returned no
-            logits.
+            BackboneError: the backbone returned NaN or another shape.
+            ClassifierError: the classifier returned no logits.
         """
         shown = noisy
         if self.backbone is not None:
@@ -131,7 +128,7 @@ class SmoothedClassifier(NamedOptions):
                 )
             shown = (clean.clamp(-1, 1) + 1) / 2
         if self.normalize is not None:
-            shown = Normalisation.of(self.normalize, noisy.shape[1]).apply(shown)
+            shown = self._normalisation(noisy).apply(shown)
         if isinstance(self.classifier, PurifiedClassifier):
             return self.classifier(shown, seeds=seeds)
         dtype = dtype_of(self.classifier)
@@ -150,21 +147,16 @@ class SmoothedClassifier(NamedOptions):
         seed: int = 0,
         indices: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """The smoothed classifier's prediction (PREDICT of arXiv 1902.02918).
+        """The smoothed classifier's prediction (PREDICT of arXiv 1902.02918), int64 [B] on the CPU; -1 where n copies
+        cannot tell the first two classes apart.
 
         Args:
-            images: float [B, C, H, W] in [0, 1], on the model's device.
+            images: as for ``certify``, whose errors it raises.
             n: noisy copies of each image.
             alpha: the probability, at most, of a class that is not the smoothed classifier's.
-            batch_size: copies at the same time; None for what fits, 256 at most.
-            seed: of the noise.
-            indices: [B] integers, which image of its data set each one is; None for 0, 1, ... The noise depends on
-                them.
-
-        Returns:
-            int64 [B] on the CPU; -1 where the first two classes cannot be told apart by n copies.
-
-        It raises the errors of ``certify``.
+            batch_size: as for ``certify``.
+            seed: likewise.
+            indices: likewise.
         """
         settings = CertificationSettings(n=n, alpha=alpha, batch_size=batch_size, seed=seed)
         keys = self.keys(self.check(images, indices), seed, PREDICTION)
@@ -177,13 +169,7 @@ class SmoothedClassifier(NamedOptions):
         return torch.where(differing(found, settings.alpha), found.argmax(dim=1), ABSTAIN)
 
     def check(self, images: object, indices: Tensor | Sequence[int] | None) -> Tensor:
-        """The indices of images, int64 [B] on the CPU, where the images and the classifier are what they should be.
-
-        Raises:
-            InputTypeError, InputValueError, DeviceError: the images are no float [B, C, H, W] in [0, 1] of the
-                backbone's size on the model's device, or there are none.
-            ClassifierError: the classifier is in training mode.
-        """
+        """The indices of images, int64 [B] on the CPU, where the images and the classifier are what they should be."""
         shape = None if self.backbone is None else tuple(self.backbone.image_shape)  # pyright: ignore[reportArgumentType]
         images = check_images(images, None if shape is None else shape[0])
         for part in (self.backbone, self.classifier):
@@ -225,11 +211,7 @@ class SmoothedClassifier(NamedOptions):
 
     @torch.no_grad()
     def count_classes(self, images: Tensor, batch_size: int) -> int:
-        """The number of classes, where no image of a batch influences another.
-
-        Raises:
-            ClassifierError: the logits of an image depend on the other image of its batch.
-        """
+        """The number of classes. Raises ``ClassifierError`` where an image of a batch influences another."""
         image = images[0].to(torch.promote_types(images.dtype, torch.float32))
         noisy = image + self.sigma * self.noise(0, 0, 2, image.shape).to(image)
         found = []
@@ -246,7 +228,7 @@ class SmoothedClassifier(NamedOptions):
         return len(found[0])
 
     def batch_size(self, images: Tensor, wanted: int | None) -> int:
-        """How many copies are computed at the same time: so many as are wanted; None for what fits, 256 at most."""
+        """How many copies are computed at the same time."""
         if wanted is not None or self.backbone is None:
             return wanted or LARGEST
         call = caster(self.backbone, images.device, "denoise")
@@ -258,7 +240,7 @@ class SmoothedClassifier(NamedOptions):
         """What decides about the counts, as JSON: the parts by their weights, and the logits of a grey image."""
         with isolated(0):
             logits = self.base_logits(torch.full_like(images[:1], 0.5).float(), seeds=torch.zeros(1, dtype=torch.int64))
-        normalisation = None if self.normalize is None else Normalisation.of(self.normalize, images.shape[1])
+        normalisation = None if self.normalize is None else self._normalisation(images)
         return {
             "classifier": describe_module(self.classifier),
             "backbone": None if self.backbone is None else describe_module(self.backbone),
@@ -266,6 +248,9 @@ class SmoothedClassifier(NamedOptions):
             "normalize": None if normalisation is None else [normalisation.mean, normalisation.std],
             "logits": [float(f"{value:.4g}") for value in logits[0].double().tolist()],
         }
+
+    def _normalisation(self, images: Tensor) -> Normalisation:
+        return Normalisation.of(self.normalize, images.shape[1], owner="SmoothedClassifier")
 
 
 def _checked(backbone: Any) -> nn.Module:

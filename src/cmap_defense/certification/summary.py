@@ -34,12 +34,7 @@ best sigma, with other classifiers."""
 
 
 def summary_of(results: Mapping[str, tuple[str | None, CertificationResult]], labels: Tensor) -> list[dict[str, Any]]:
-    """Results as JSON.
-
-    Args:
-        results: name -> the denoiser's name, None for none, and the certificates.
-        labels: integers [B], the true classes.
-    """
+    """Results as JSON: by name, the denoiser's name (None for none) and the certificates; with the true labels [B]."""
     return [
         {
             "name": name,

@@ -30,7 +30,7 @@ class Normalisation:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, normalize: Any, channels: int) -> Self:
+    def of(cls, normalize: Any, channels: int, owner: str = "PurifiedClassifier") -> Self:
         """From (mean, std), numbers or one number per channel each, or a transform with both, such as torchvision's.
 
         Raises:
@@ -48,8 +48,8 @@ class Normalisation:
         mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
         mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
         return cls(
-            require_numbers("PurifiedClassifier", "normalize mean", mean, length=channels),
-            require_numbers("PurifiedClassifier", "normalize std", std, length=channels, above=0.0),
+            require_numbers(owner, "normalize mean", mean, length=channels),
+            require_numbers(owner, "normalize std", std, length=channels, above=0.0),
         )
 
     def apply(self, images: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def run_certify(options: dict[str, Any]) -> None:
 
                 def progress(done: int, _: int, before: int = before, name: str = name) -> None:
                     if shown is not None:
-                        shown.at(before + done, what=name)
+                        shown.at(before + done, total, what=name)
 
                 results[name] = denoiser, certify(model, images, out=out / name, progress=progress, **given)
                 before += cost.copies // team.world

@@ -19,21 +19,10 @@ def certified_plot(
     subtitle: str,
     published: Mapping[str, Mapping[float, float]],
 ) -> bytes:
-    """An SVG: the share of images that are right and certified for at least each radius; a colour for each sigma, a
-    dash for each denoiser.
-
-    Args:
-        curves: (denoiser, sigma) -> the radii of the images whose class is right.
-        count: number of all images.
-        subtitle: what was measured.
-        published: name -> radius -> certified accuracy, which are marked.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """An SVG: of (denoiser, sigma), a dash and a colour, the radii of the images that are right become the share of
+    all ``count`` images that have at least each radius. ``published`` accuracies by name and radius are marked."""
     sigmas, names = sorted({sigma for _, sigma in curves}), list(dict.fromkeys(name for name, _ in curves))
-    most = max([*(radius for radii in curves.values() for radius in radii), 0.1])
-    most = max([most, *(radius for points in published.values() for radius in points)])
+    most = max([0.1, *(radius for radii in (*curves.values(), *published.values()) for radius in radii)])
 
     def fill(figure: Figure) -> None:
         axes = plain_axes(figure.subplots(), subtitle, "l2 radius, for images in [0, 1]", "certified accuracy")
