@@ -151,6 +151,23 @@ def test_the_loss_is_the_distance_at_the_end_and_at_the_watched_iterations(watch
     assert torch.equal(result.history["reached"][0], (purified.labels != labels).float())
 
 
+def test_images_that_stop_early_are_watched_until_then() -> None:
+    images, labels = labelled(2)
+    images = torch.cat([images[:1], 0.5 + 0 * images[1:]])
+    attack = TargetSteer(THREATS["l2"], steps=1, step_size=0.0, target=FIRST, watched=6, gradient=Unrolled())
+    model = wrapped(settings=SMOOTH.replace(stop_decrease=0.077, stop_window=1))
+    target, seen = attack(model, images, labels).images, list[LatentState]()
+    with model.register_latent_hook(seen.append):
+        purified = model.purify(target, seeds=search_seeds(range(2), 0, 2))
+    distance = (purified.images - target[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
+    assert {len(state.image_indices) for state in seen} == {1, 2}
+    for state in seen:
+        apart = (state.generated + 1) / 2 - target[state.image_indices][:, None]
+        distance[state.image_indices] += apart.square().sum(dim=(2, 3, 4)).mean(dim=1)
+    found = attack(model, images, labels).history["loss"][0]
+    torch.testing.assert_close(found, -distance, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("watched", [0, 2])
 def test_a_step_is_along_the_gradient_of_that_distance(watched: int):
     """Against finite differences of the loss, whose noise is known."""

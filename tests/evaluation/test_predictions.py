@@ -196,3 +196,19 @@ def test_the_vote_is_vote_iterations_from_beginning_to_end(iterations: int) -> N
     assert len(found) == min(iterations, 10) + 1
     gaps = {later - earlier for earlier, later in itertools.pairwise(found)}
     assert max(gaps) <= min(gaps) + 2
+
+
+def test_an_image_that_stops_early_keeps_its_last_values_and_vote() -> None:
+    images, labels = labelled(2)
+    images = torch.cat([images[:1], 0.5 + 0 * images[1:]])
+    full = QUICK.replace(iterations=12, learning_rate=0.05)
+    early = full.replace(stop_decrease=0.07, stop_window=1)
+    model = wrapped(settings=early)
+    result = model.purify(images, seeds=prediction_seeds(torch.arange(2), 0))
+    assert result.iterations is not None
+    assert len(result.iterations.unique()) == 2
+    found = predict(model, images, labels, torch.arange(2), range(1))
+    for b, made in enumerate(result.iterations.tolist()):
+        loop = predict(wrapped(settings=full), images, labels, torch.arange(2), range(1)).loop["total"][:, b]
+        torch.testing.assert_close(found.loop["total"][:made, b], loop[:made], rtol=1e-5, atol=1e-5)
+        assert (found.loop["total"][made:, b] == found.loop["total"][made - 1, b]).all()

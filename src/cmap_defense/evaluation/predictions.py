@@ -85,7 +85,7 @@ def _predict_purified(
             nearest = result.images[torch.arange(len(voter), device=voter.device), voter]
             purified = (nearest * 255).round().to(torch.uint8).cpu()
         for field in dataclasses.fields(History) if result.history is not None else ():
-            values = getattr(result.history, field.name).double().cpu()
+            values = _held(getattr(result.history, field.name).double().cpu())
             sums[field.name] = sums.get(field.name, 0) + values / len(numbers)
     found = torch.stack(predicted).cpu()
     return Predictions(
@@ -95,6 +95,12 @@ def _predict_purified(
         {name: values.float() for name, values in sums.items()},
         torch.cat([recorder.right, found[:1] == labels.cpu()]) if recorder.iterations else None,
     )
+
+
+def _held(values: Tensor) -> Tensor:
+    """[N, B] of a history, an image's last value in place of NaN after its stop."""
+    made = (~values.isnan()).sum(dim=0)
+    return values.gather(0, torch.minimum(torch.arange(len(values))[:, None], made - 1))
 
 
 class _VoteRecorder:
