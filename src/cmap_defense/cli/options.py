@@ -19,6 +19,7 @@ from cmap_defense.cli.command import Decorator, decorators, in_group
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import Settings, near_matches
+from cmap_defense.common.tables import in_255ths
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol
@@ -162,7 +163,7 @@ def options_of(
         elif isinstance(default, tuple):
             default = ",".join(map(str, default))
         elif kind is float:
-            default = _text(default)
+            default = in_255ths(default) or f"{default:g}"
         made.append(
             in_group(field.metadata.get("group", group))(
                 *names,
@@ -192,12 +193,6 @@ def _parameter_type(kind: Any, metadata: Mapping[str, Any]) -> click.ParamType[A
     if typing.get_origin(kind) is tuple:
         return Numbers(typing.get_args(kind)[0])
     return Choice(metadata["choices"]) if "choices" in metadata else click.STRING
-
-
-def _text(number: float) -> str:
-    """A number, as a fraction of 255 where it is one."""
-    steps = round(255 * number)
-    return f"{steps}/255" if 0 < steps < 255 and abs(255 * number - steps) < 1e-9 else f"{number:g}"
 
 
 def command_text(command: str, parameters: Sequence[click.Parameter], values: Mapping[str, Any]) -> str:

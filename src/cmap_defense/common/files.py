@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.tables import in_255ths
 from cmap_defense.errors import CmapError, MissingExtraError
 
 LOCK_FILE = ".lock"
@@ -201,8 +202,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("name") or value.get("class") or "given")
     if isinstance(value, float) and len(repr(value)) > 6:
-        steps = round(value * 255)
-        return f"{steps}/255" if 0 < steps < 255 and abs(value * 255 - steps) < 1e-9 else repr(value)
+        return in_255ths(value) or repr(value)
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"{value[:12]}..."
     return value if isinstance(value, str) and value.strip() == value != "" else repr(value)

@@ -9,7 +9,7 @@ from typing import Any
 from cmap_defense.certification.summary import MEANING, table
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.statistics import Accuracy
-from cmap_defense.common.tables import markdown_table
+from cmap_defense.common.tables import in_255ths, markdown_table
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import Timing
 from cmap_defense.evaluation.summary import MEASURES, Row
@@ -361,8 +361,8 @@ def _share(row: Row) -> float:
 
 def _size(eps: float) -> str:
     """A size, and in 255ths where it is a whole number of them."""
-    steps = round(eps * 255)
-    return f"{eps:.4g} ({steps}/255)" if abs(eps * 255 - steps) < 1e-6 and 0 < steps < 255 else f"{eps:.4g}"
+    steps = in_255ths(eps)
+    return f"{eps:.4g} ({steps})" if steps else f"{eps:.4g}"
 
 
 def _last(name: str) -> str:
