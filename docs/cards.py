@@ -8,8 +8,16 @@ are in the package have pages that are written by hand.
 
 from pathlib import Path
 
-from cmap_defense.backbones import LocalFolder, backbone_names, registry_entry
-from cmap_defense.backbones.remote.card import entry_card
+from cmap_defense.backbones import (
+    HubRepository,
+    LocalFolder,
+    OfficialFile,
+    RegistryEntry,
+    backbone_names,
+    registry_entry,
+)
+from cmap_defense.backbones.registry.entry import Source
+from cmap_defense.backbones.remote.card import denoiser_use, figure_lines, settings_lines, table, use
 
 FOLDER = Path(__file__).parent / "backbones"
 
@@ -36,6 +44,52 @@ def cards() -> dict[str, str]:
         rows.append(f"| {' | '.join(cells)} | {entry.description} |")
     published = {f"{e.name}.md": entry_card(e) for e in entries if not isinstance(e.sources[0], LocalFolder)}
     return published | {"all.md": TABLE + "\n".join(rows) + "\n\n</div>\n"}
+
+
+def entry_card(entry: RegistryEntry) -> str:
+    """The page of a name, in Markdown."""
+    lines = [f"# {entry.name}", "", entry.description, ""]
+    if entry.notes:
+        lines += [entry.notes, ""]
+    lines += table(entry, entry.licence, entry.paper)
+    lines += [f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |", ""]
+    lines += ["## Where it comes from", ""]
+    lines += [line for source in entry.sources for line in (*_source_lines(source), "")]
+    if entry.kind == "consistency":
+        lines += ["## Use", "", use(entry.name, entry.image_shape)]
+        if entry.num_classes is not None:
+            lines += [
+                "The backbone is class-conditional. By default each image is purified under the classifier's top label "
+                "on the input; for an attacked image that is the attacker's label. "
+                "`PurifiedClassifier(..., class_labels=...)` has the other choices, and the result says which labels "
+                "were used.",
+                "",
+            ]
+    else:
+        lines += ["## Use", "", denoiser_use(entry.name)]
+    lines += settings_lines(entry.settings, entry.kind)
+    return "\n".join([*lines, *figure_lines(entry.quality)]).rstrip() + "\n"
+
+
+def _source_lines(source: Source) -> list[str]:
+    if isinstance(source, LocalFolder):
+        return ["- A folder: one that comes with the package, or one on this machine."]
+    if isinstance(source, HubRepository):
+        revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"
+        return [
+            f"- The Hub's [{source.repo_id}](https://huggingface.co/{source.repo_id}), {revision}.",
+            f"- SHA-256 of the weights: {_known(source.sha256)}.",
+        ]
+    assert isinstance(source, OfficialFile)
+    size = f"{source.size:,} bytes" if source.size else f"about {source.about.partition(',')[0]}"
+    return [
+        f"- The authors' own file, `{source.url}` ({size}), converted once on this machine (`{source.params}`).",
+        f"- SHA-256 of the file: {_known(source.sha256)}.",
+    ]
+
+
+def _known(checksum: str | None) -> str:
+    return f"`{checksum}`" if checksum else "**not verified**; `cmap-defense backbones verify` fills it in"
 
 
 if __name__ == "__main__":

@@ -212,8 +212,8 @@ def _shortened(before: str, now: str) -> tuple[str, str]:
     """Two long texts, cut down to where they differ and a few words around it."""
     if max(len(before), len(now)) <= 4 * CONTEXT:
         return before, now
-    same = _common(before, now)
-    rest = _common(before[same:][::-1], now[same:][::-1])
+    same = len(os.path.commonprefix([before, now]))  # noqa: RUF071 - texts, not paths
+    rest = len(os.path.commonprefix([before[same:][::-1], now[same:][::-1]]))  # noqa: RUF071
     begin = max(0, same - CONTEXT)
     ends = [len(text) - max(0, rest - CONTEXT) for text in (before, now)]
     shown = [
@@ -221,9 +221,3 @@ def _shortened(before: str, now: str) -> tuple[str, str]:
         for text, end in zip((before, now), ends, strict=True)
     ]
     return shown[0], shown[1]
-
-
-def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -7,43 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
+from cmap_defense.backbones.registry.entry import RegistryEntry
 
 _HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0")
 """Licences that the Hub knows by these names."""
 
-_USE = """```python
+USE = """```python
 from cmap_defense import PurifiedClassifier
 
 model = PurifiedClassifier(my_classifier, backbone="{source}")
 logits = model(images)  # [B, {channels}, {height}, {width}] in [0, 1]
 ```
 """
-
-
-def entry_card(entry: RegistryEntry) -> str:
-    """The page of a name, in Markdown."""
-    lines = [f"# {entry.name}", "", entry.description, ""]
-    if entry.notes:
-        lines += [entry.notes, ""]
-    lines += _table(entry, entry.licence, entry.paper)
-    lines += [f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |", ""]
-    lines += ["## Where it comes from", ""]
-    lines += [line for source in entry.sources for line in (*_source_lines(source), "")]
-    if entry.kind == "consistency":
-        lines += ["## Use", "", _use(entry.name, entry.image_shape)]
-        if entry.num_classes is not None:
-            lines += [
-                "The backbone is class-conditional. By default each image is purified under the classifier's top label "
-                "on the input; for an attacked image that is the attacker's label. "
-                "`PurifiedClassifier(..., class_labels=...)` has the other choices, and the result says which labels "
-                "were used.",
-                "",
-            ]
-    else:
-        lines += ["## Use", "", _denoiser_use(entry.name)]
-    lines += _settings_lines(entry.settings, entry.kind)
-    return "\n".join([*lines, *_figure_lines(entry.quality)]).rstrip() + "\n"
 
 
 def hub_card(record: BackboneRecord, repo_id: str) -> str:
@@ -58,25 +33,25 @@ def hub_card(record: BackboneRecord, repo_id: str) -> str:
         head += ["license: other", f"license_name: {re.sub(r'[^a-z0-9.]+', '-', record.licence.lower()).strip('-')}"]
     lines = [*head, "---", "", f"# {record.name}", ""]
     lines += [record.description, ""] if record.description else []
-    lines += [*_table(record, record.licence, record.paper)]
+    lines += [*table(record, record.licence, record.paper)]
     lines += [f"| network | {record.network} |", f"| weights | {record.weights_file}, {record.weights_dtype} |"]
     lines += [f"| SHA-256 | `{record.weights_sha256}` |", "", "## Use", ""]
-    lines += [_use(repo_id, record.image_shape) if record.kind == "consistency" else _denoiser_use(repo_id)]
-    lines += _settings_lines(record.settings, record.kind)
+    lines += [use(repo_id, record.image_shape) if record.kind == "consistency" else denoiser_use(repo_id)]
+    lines += settings_lines(record.settings, record.kind)
     for title, values in (("Where the weights come from", record.source), ("Training", record.training)):
         if values:
             lines += [f"## {title}", "", *_bullets(values), ""]
-    return "\n".join([*lines, *_figure_lines(record.figures)]).rstrip() + "\n"
+    return "\n".join([*lines, *figure_lines(record.figures)]).rstrip() + "\n"
 
 
 _KINDS = {"consistency": "consistency model", "denoiser": "denoiser"}
 
 
-def _use(source: str, shape: tuple[int, int, int]) -> str:
-    return _USE.format(source=source, channels=shape[0], height=shape[1], width=shape[2])
+def use(source: str, shape: tuple[int, int, int]) -> str:
+    return USE.format(source=source, channels=shape[0], height=shape[1], width=shape[2])
 
 
-def _denoiser_use(source: str) -> str:
+def denoiser_use(source: str) -> str:
     return (
         "It denoises, and has no one-step generator, so CMAP takes it only with `CMAPSettings(level=...)`.\n\n"
         "```python\n"
@@ -85,7 +60,7 @@ def _denoiser_use(source: str) -> str:
     )
 
 
-def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list[str]:
+def table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list[str]:
     classes = "unconditional" if of.num_classes is None else f"class-conditional, {of.num_classes} classes"
     return [
         "| | |",
@@ -97,28 +72,7 @@ def _table(of: RegistryEntry | BackboneRecord, licence: str, paper: str) -> list
     ]
 
 
-def _source_lines(source: Source) -> list[str]:
-    if isinstance(source, LocalFolder):
-        return ["- A folder: one that comes with the package, or one on this machine."]
-    if isinstance(source, HubRepository):
-        revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"
-        return [
-            f"- The Hub's [{source.repo_id}](https://huggingface.co/{source.repo_id}), {revision}.",
-            f"- SHA-256 of the weights: {_known(source.sha256)}.",
-        ]
-    assert isinstance(source, OfficialFile)
-    size = f"{source.size:,} bytes" if source.size else f"about {source.about.partition(',')[0]}"
-    return [
-        f"- The authors' own file, `{source.url}` ({size}), converted once on this machine (`{source.params}`).",
-        f"- SHA-256 of the file: {_known(source.sha256)}.",
-    ]
-
-
-def _known(checksum: str | None) -> str:
-    return f"`{checksum}`" if checksum else "**not verified**; `cmap-defense backbones verify` fills it in"
-
-
-def _settings_lines(settings: Mapping[str, Any], kind: str) -> list[str]:
+def settings_lines(settings: Mapping[str, Any], kind: str) -> list[str]:
     if kind != "consistency":
         return []
     shown = ", ".join(f"`{name} = {_number(value)}`" for name, value in settings.items())
@@ -129,7 +83,7 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _figure_lines(figures: Mapping[str, Any]) -> list[str]:
+def figure_lines(figures: Mapping[str, Any]) -> list[str]:
     if not figures:
         return ["## Quality", "", "No figure is measured or cited here.", ""]
     return ["## Quality", "", *_bullets(figures), ""]
