@@ -127,7 +127,14 @@ def levels(options: argparse.Namespace) -> None:
             print(json.dumps(row), flush=True)
 
 
-CHOSEN: dict[str, dict[str, Purifier]] = {"fashion-mnist": {}, "cifar10": {}}
+CHOSEN: dict[str, dict[str, Purifier]] = {
+    "fashion-mnist": {
+        "none": Identity(),
+        "one-step": OneStep(level=0.8, n_latents=K),
+        "diffpure": diffpure(80),
+    },
+    "cifar10": {},
+}
 """What ``levels`` chose: the highest sum of clean accuracy and the lowest of the three attacked ones."""
 
 
