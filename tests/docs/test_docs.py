@@ -53,7 +53,6 @@ def documented() -> list[ModuleType]:
 @pytest.mark.parametrize(
     "name",
     [
-        "index.md",
         "getting-started.md",
         "backbones/index.md",
         "gradients.md",
@@ -71,17 +70,32 @@ def documented() -> list[ModuleType]:
     ],
 )
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
-    script = tmp_path / "page.py"
+    run_page(name, tmp_path)
+
+
+def test_the_first_example_prints_what_the_page_shows(tmp_path: Path) -> None:
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    shown = page.split("```python")[1].split("```text\n")[1].split("```")[0]
+    lines = [run_page("index.md", tmp_path), shown]
+    (found, found_counts), (expected, counts) = ((re.sub(r"\d+", "#", t), re.findall(r"\d+", t)) for t in lines)
+    assert found == expected
+    assert all(abs(int(a) - int(b)) <= 1 for a, b in zip(found_counts, counts, strict=True)), "of another rounding"
+
+
+def run_page(name: str, folder: Path) -> str:
+    """What the Python blocks of a page print as one script, in which warnings are errors."""
+    script = folder / "page.py"
     script.write_text(python_of(DOCS / name), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
