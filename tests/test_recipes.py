@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         (programs / name).write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' {name} \"$@\" . >> '{calls}'\n")
         (programs / name).chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    settings = {"PATH": path, "TORCHDYNAMO_DISABLE": "1", "CMAP_DATA": str(tmp_path), "DEVICE": "cpu"}
+    settings = {"PATH": path, "TORCHDYNAMO_DISABLE": "1", "CMAP_DEFENSE_DATA": str(tmp_path), "DEVICE": "cpu"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)

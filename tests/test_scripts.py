@@ -77,7 +77,7 @@ def test_a_cifar10_backbone_is_measured_with_somebody_elses_classifier(tmp_path:
     arguments = ["--on", on, "--count", "3", "--latents", "2", "--iterations", "1", "2"]
     arguments += ["--classifier", str(classifier), "--depth", "20"]
     script = str(ROOT / "examples" / "measure_cifar10.py")
-    lines = run(tmp_path, script, *arguments, CMAP_DATA=str(tmp_path)).splitlines()
+    lines = run(tmp_path, script, *arguments, CMAP_DEFENSE_DATA=str(tmp_path)).splitlines()
     rows = [json.loads(line) for line in lines]
     assert (rows[0]["images"], rows[0]["eps"]) == (3, 8 / 255)
     assert [row["iterations"] for row in rows[1:]] == [1, 2]
@@ -93,7 +93,7 @@ def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
         (folder / f"{stem}-images-idx3-ubyte").write_bytes(images)
         (folder / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
     script = str(ROOT / "examples" / "train_fashion_classifier.py")
-    run(tmp_path, script, "--out", "assets", "--epochs", "1", "--batch-size", "32", CMAP_DATA=str(tmp_path))
+    run(tmp_path, script, "--out", "assets", "--epochs", "1", "--batch-size", "32", CMAP_DEFENSE_DATA=str(tmp_path))
     assert "head.weight" in load_file(tmp_path / "assets" / "classifier.safetensors")
     with np.load(tmp_path / "assets" / "test256.npz") as file:
         assert file["images"].shape == (256, 28, 28)

@@ -21,7 +21,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("CMAP_DATA", raising=False)
+    monkeypatch.delenv("CMAP_DEFENSE_DATA", raising=False)
     monkeypatch.setattr(known, "_SYSTEM_FOLDERS", ())
 
     def download(self: object) -> None:

@@ -44,7 +44,7 @@ def test_fashion_mnist_is_found_by_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: bool
 ) -> None:
     images = write_fashion(tmp_path / "fashion-mnist", compress=compress)
-    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
+    monkeypatch.setenv("CMAP_DEFENSE_DATA", str(tmp_path))
     data = load_dataset("fashion-mnist", "test")
     assert np.array_equal(data.images[:, 0].numpy(), images)
     assert data.labels.tolist() == [3, 1, 9]
@@ -80,7 +80,7 @@ def test_a_failed_download_says_what_to_do(
         raise error
 
     monkeypatch.setattr(cls, "download", download)
-    with pytest.raises(DataError, match=r"is not here and cannot be downloaded \(.*no route.*CMAP_DATA"):
+    with pytest.raises(DataError, match=r"is not here and cannot be downloaded \(.*no route.*CMAP_DEFENSE_DATA"):
         load_dataset(name)
 
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path: Path, monkeypatch: p
     write_fashion(tmp_path / "fashion-mnist")
     path = tmp_path / "fashion-mnist" / name
     path.write_bytes(path.read_bytes()[:-2])
-    monkeypatch.setenv("CMAP_DATA", str(tmp_path))
+    monkeypatch.setenv("CMAP_DEFENSE_DATA", str(tmp_path))
     with pytest.raises(CmapError, match=name):
         load_dataset("fashion-mnist", "test")
 
@@ -107,7 +107,7 @@ PLACES = ["given", "given/cifar10", "home/.cache/cmap-data", "home/.cache/cmap-d
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a home and a folder that the environment names in it, both empty."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CMAP_DATA", str(tmp_path / "given"))
+    monkeypatch.setenv("CMAP_DEFENSE_DATA", str(tmp_path / "given"))
     return tmp_path
 
 
@@ -183,5 +183,5 @@ def test_arrays_that_are_not_cifar10_are_refused(machine: Path, changes: dict[st
 
 @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
 def test_without_a_home_folder_and_data_the_error_names_the_variable(homeless: None, name: str) -> None:
-    with pytest.raises(SettingsError, match="no home folder: set the environment variable CMAP_DATA"):
+    with pytest.raises(SettingsError, match="no home folder: set the environment variable CMAP_DEFENSE_DATA"):
         load_dataset(name, "test")

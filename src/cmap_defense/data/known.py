@@ -39,7 +39,7 @@ _SYSTEM_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"),)  # where Debian's
 def fashion_mnist(split: str) -> LabelledImages:
     """Fashion-MNIST: 60000 images for "train", 10000 for "test", 1 x 28 x 28, in their published order.
 
-    Looked for in ``$CMAP_DATA/fashion-mnist``, where Debian's package dataset-fashion-mnist puts it, and in
+    Looked for in ``$CMAP_DEFENSE_DATA/fashion-mnist``, where Debian's package dataset-fashion-mnist puts it, and in
     torchvision's layout in ``~/.cache/cmap-defense``, to which torchvision downloads it when it is nowhere.
 
     Raises:
@@ -55,14 +55,14 @@ def fashion_mnist(split: str) -> LabelledImages:
 def cifar10(split: str) -> LabelledImages:
     """CIFAR-10: 50000 images for "train", 10000 for "test", 3 x 32 x 32, in their published order.
 
-    Looked for in ``$CMAP_DATA`` and ``$CMAP_DATA/cifar10``, then in ``~/.cache/cmap-data``, its folder cifar10 and
+    Looked for in ``$CMAP_DEFENSE_DATA`` and its folder cifar10, then in ``~/.cache/cmap-data``, its folder cifar10 and
     ``~/.cache/cmap-defense``: as ``cifar10_train.npz`` and ``cifar10_test.npz`` (images uint8 [N, 32, 32, 3], labels
     integers [N]), or as torchvision's folder cifar-10-batches-py. When it is nowhere, torchvision downloads it to
     ``~/.cache/cmap-defense``.
 
     Raises:
         DataError: a file is damaged or holds something else, or the download failed.
-        SettingsError: it is not in ``$CMAP_DATA``, and the account has no home folder.
+        SettingsError: it is not in ``$CMAP_DEFENSE_DATA``, and the account has no home folder.
     """
     found = _cifar10_in(_named_folders("cifar10"), split)
     if found is None:
@@ -76,7 +76,8 @@ def cifar10(split: str) -> LabelledImages:
         raise DataError(
             f"CIFAR-10 is not here and cannot be downloaded ({error}). "
             "Put cifar10_train.npz and cifar10_test.npz (images uint8 [N, 32, 32, 3], labels integers [N]), or "
-            "torchvision's folder cifar-10-batches-py, into a folder and name it in the environment variable CMAP_DATA."
+            "torchvision's folder cifar-10-batches-py, into a folder and name it in the environment variable "
+            "CMAP_DEFENSE_DATA."
         ) from error
 
 
@@ -86,7 +87,7 @@ KNOWN: Mapping[str, Callable[[str], LabelledImages]] = {"cifar10": cifar10, "fas
 
 def _named_folders(name: str) -> list[Path]:
     """The folder that the environment names, and that of the data set in it; none where it names none."""
-    given = os.environ.get("CMAP_DATA")
+    given = os.environ.get("CMAP_DEFENSE_DATA")
     return [expanded(given), expanded(given) / name] if given else []
 
 
@@ -94,14 +95,14 @@ def _account_folders() -> list[Path]:
     """Folders of the account that may hold CIFAR-10."""
     cache = _cache()
     with contextlib.suppress(SettingsError):
-        fetched = home("CMAP_DATA") / ".cache" / "cmap-data"
+        fetched = home("CMAP_DEFENSE_DATA") / ".cache" / "cmap-data"
         return [fetched, fetched / "cifar10", cache]
     return [cache]
 
 
 def _cache() -> Path:
     """Where torchvision downloads to."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or home("CMAP_DATA") / ".cache", "cmap-defense")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home("CMAP_DEFENSE_DATA") / ".cache", "cmap-defense")
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def _fashion_folder() -> Path:
         raise DataError(
             f"Fashion-MNIST is not here and cannot be downloaded ({error}). "
             "Install Debian's package dataset-fashion-mnist, or put its four files into a folder fashion-mnist and "
-            "name the folder above it in the environment variable CMAP_DATA."
+            "name the folder above it in the environment variable CMAP_DEFENSE_DATA."
         ) from error
     return downloaded
 
