@@ -24,6 +24,10 @@ class Unrolled(GradientMode):
     the exact derivative does not see the input through L1 at all, since the derivative of a sign is zero: it is correct
     almost everywhere, and blind.
 
+    Where images stop early (``CMAPSettings.stop_decrease``, ``stop_agreement``) it goes through the iterations that
+    each made, whose number is a constant of the derivative: that is exact almost everywhere, and does not see the jumps
+    where an input moves its stop. ``last`` counts from each image's own end.
+
     A long latent loop is a chaotic map, and its exact derivative can be large and useless. ``last`` and ``max_growth``
     trade exactness for a direction that points somewhere.
 
