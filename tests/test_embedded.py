@@ -73,7 +73,7 @@ def test_a_packaged_backbone_finds_its_own_images_again(name: str) -> None:
     latents = torch.randn(4, *backbone.image_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         images = ((backbone.generate(latents) + 1) / 2).clamp(0, 1)
-        purify = CMAP(CMAPSettings(n_latents=2, iterations=30, learning_rate=0.1))
+        purify = CMAP(CMAPSettings(n_latents=2, iterations=50, learning_rate=0.1))
         found = purify(backbone, images, seeds=torch.arange(4)).images
         first = (backbone.generate(draw_latents(torch.arange(4), 2, backbone.image_shape)[:, 0]) + 1) / 2
     before = (first - images).abs().mean()

@@ -105,7 +105,8 @@ def test_the_commands_of_packaged_backbones_still_mean_what_they_meant(
     settings = {key: value for key, value in record.training["objective"].items() if key != "name"}
     assert captured["objective"] == ECT.from_dict(settings)
     trained = dict(record.training["train"])
-    half_lives = trained.pop("ema_half_lives", None) or [trained.pop("ema_half_life")]
+    half_lives = trained.pop("ema_half_lives", None) or trained.pop("ema_half_life")
+    half_lives = half_lives if isinstance(half_lives, list) else [half_lives]
     expected = TrainingConfig(**trained, ema_half_life=half_lives, compile=True, weights="float16")
     assert captured["config"] == expected
     assert captured["seconds_left"] is None
