@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cmap_defense.cli import progress
 from cmap_defense.cli.main import main
+from cmap_defense.common import progress
 
 Run = Callable[..., str]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,6 +22,7 @@ from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
 from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import LabelledImages
 from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, DataError
@@ -68,6 +70,7 @@ def adapt(
     threat: ThreatModel | None = None,
     held_out: LabelledImages | tuple[Tensor, Tensor] | None = None,
     config: AdaptationConfig | None = None,
+    progress: bool = False,
     on_step: Callable[[TrainState], None] | None = None,
     **options: Any,
 ) -> Adapted:
@@ -94,6 +97,7 @@ def adapt(
         held_out: images that are not trained on. The weights that are best on them are the result; None for the last
             weights.
         config: settings; None for the defaults.
+        progress: show a bar on standard error.
         on_step: called after every step.
         options: of ``PurifiedClassifier``, such as ``normalize=(mean, std)``; not ``gradient``.
 
@@ -134,14 +138,23 @@ def adapt(
             config = config.replace(images=planned_images(trial, folder, parts, seconds_left))
         config = config.replace(images=config.length)
         learner = AdaptationLearner(purified, training, kept_back, threat, config, team)
-        step = train(
-            learner,
-            folder,
-            parts=parts,
-            seconds_left=seconds_left,
-            on_step=on_step,
-            ended=lambda: learner.exhausted,
-        )
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(Progress(config.steps, "adaptation")) if progress and team.rank == 0 else None
+
+            def stepped(state: TrainState) -> None:
+                if bar is not None:
+                    bar.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
+                if on_step is not None:
+                    on_step(state)
+
+            step = train(
+                learner,
+                folder,
+                parts=parts,
+                seconds_left=seconds_left,
+                on_step=stepped,
+                ended=lambda: learner.exhausted,
+            )
         finished = step >= config.steps or learner.exhausted
         model.load_state_dict(learner.best if learner.scores else learner.averaged())
         model.eval()

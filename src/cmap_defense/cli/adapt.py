@@ -11,12 +11,11 @@ from cmap_defense.adaptation import AdaptationConfig, adapt
 from cmap_defense.adaptation.run import RECORD_FILE, WEIGHTS_FILE
 from cmap_defense.cli.build import device_of, imported_model, purifier_of, settings_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json
-from cmap_defense.cli.progress import Progress
 from cmap_defense.cli.train import write_loss_chart
 from cmap_defense.cli.train_options import training_set
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import FolderImages
-from cmap_defense.training.loop import LOG_FILE, TrainState
+from cmap_defense.training.loop import LOG_FILE
 
 
 def run_adapt(options: dict[str, Any]) -> None:
@@ -33,12 +32,7 @@ def run_adapt(options: dict[str, Any]) -> None:
     else:
         left = range(len(chosen.positions), len(chosen.source))
     held_out = chosen.source.select(torch.tensor(list(left))) if options["hold_out"] else None
-    with using_threads(options["threads"]), ranks() as team, Progress(config.steps, "adaptation") as progress:
-
-        def on_step(state: TrainState) -> None:
-            if team.rank == 0:
-                progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
-
+    with using_threads(options["threads"]), ranks() as team:
         done = adapt(
             classifier,
             options["backbone"],
@@ -49,7 +43,7 @@ def run_adapt(options: dict[str, Any]) -> None:
             threat=threat_of(options) if options["adversarial"] else None,
             held_out=held_out,
             config=config,
-            on_step=on_step,
+            progress=True,
             normalize=None if options["mean"] is None else (options["mean"], options["std"]),
             resize=options["resize"],
         )

@@ -25,8 +25,8 @@ from cmap_defense.cli.build import (
     using_threads,
 )
 from cmap_defense.cli.output import duration, print_json, print_table
-from cmap_defense.cli.progress import Progress
 from cmap_defense.common.files import tensor_checksum, write_json, write_text, written_whole
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.errors import MissingExtraError

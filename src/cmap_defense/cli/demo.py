@@ -18,9 +18,9 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import purifier_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import NEAREST, image_sheet, write_line_charts
-from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.common.modules import evaluating
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images

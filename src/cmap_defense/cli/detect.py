@@ -15,9 +15,9 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import cmap_model_of, data_of, size_of, subset_of, threat_of, using_threads
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import write_png
-from cmap_defense.cli.progress import Progress
 from cmap_defense.common.files import write_json
 from cmap_defense.common.modules import device_of
+from cmap_defense.common.progress import Progress
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 from cmap_defense.errors import MissingExtraError

@@ -24,10 +24,9 @@ from cmap_defense.cli.build import (
     threat_of,
 )
 from cmap_defense.cli.output import duration, print_json, print_table
-from cmap_defense.cli.progress import Progress
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
-from cmap_defense.evaluation.evaluation import Evaluation, Expected
-from cmap_defense.evaluation.evaluation import Progress as OnUnit
+from cmap_defense.evaluation.evaluation import Evaluation, Expected, OnUnit
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import Report, load_report, write_report
 from cmap_defense.evaluation.report.tables import HEADLINE

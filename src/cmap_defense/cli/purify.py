@@ -14,11 +14,11 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.record import PRESETS
 from cmap_defense.cli.build import device_of, preset_of, purifier_of, using_threads
 from cmap_defense.cli.output import print_json
-from cmap_defense.cli.progress import Progress
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.common.inputs import check_shape, resize_images
+from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError

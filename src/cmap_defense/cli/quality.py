@@ -26,8 +26,8 @@ from cmap_defense.cli.build import (
 from cmap_defense.cli.options import command_text
 from cmap_defense.cli.output import print_json, print_table
 from cmap_defense.cli.pictures import NEAREST, image_sheet, sample_sheet
-from cmap_defense.cli.progress import Progress
 from cmap_defense.common.files import write_text
+from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import write_image
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality

@@ -19,7 +19,6 @@ from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.cli.build import device_of, settings_of, using_threads
 from cmap_defense.cli.output import duration, print_json
 from cmap_defense.cli.pictures import sample_sheet, write_line_charts
-from cmap_defense.cli.progress import Progress
 from cmap_defense.cli.train_options import (
     check_class_names,
     check_teacher,
@@ -29,6 +28,7 @@ from cmap_defense.cli.train_options import (
     teacher_of,
     training_set,
 )
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.data import write_image
 from cmap_defense.training.config import TrainingConfig

@@ -86,6 +86,11 @@ class Comparison:
         ]
         return {"rows": rows, "settings": dict(self.settings)}
 
+    def _repr_markdown_(self) -> str:
+        """The table, which notebooks show formatted."""
+        head, *rows = self.table()
+        return markdown_table(head, rows)
+
     def __repr__(self) -> str:
         lines = [f"  {row.name}: clean {row.clean}, worst {row.worst}, {row.passes:,} passes" for row in self.rows]
         return "Comparison(\n" + "\n".join(lines) + "\n)"
@@ -101,7 +106,7 @@ def compare(
     protocol: Protocol | None = None,
     subset: Subset | None = None,
     threads: int | None = None,
-    progress: Callable[[str, WorkUnit, int, int], None] | None = None,
+    progress: Callable[[str, WorkUnit, int, int], None] | bool | None = None,
 ) -> Comparison:
     """Evaluate each defence in ``out/<name>``; what is done already is not done again.
 
@@ -118,7 +123,8 @@ def compare(
         protocol: how often each image is attacked and predicted.
         subset: which images; None for all.
         threads: of the CPU.
-        progress: called before each work unit with the name of the defence and what ``Progress`` gets.
+        progress: True for a bar on standard error; or called before each work unit with the name of the defence, the
+            unit, how many are done, and how many there are.
 
     Returns:
         The comparison; ``write_comparison`` writes it.
@@ -161,7 +167,7 @@ def compare(
             task.passes_per_image()
     rows, settings = [], {}
     for name, evaluation in evaluations.items():
-        evaluation.run(None if progress is None else functools.partial(progress, name))
+        evaluation.run(functools.partial(progress, name) if callable(progress) else progress)
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
     return Comparison(rows, settings)

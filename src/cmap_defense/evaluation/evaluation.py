@@ -25,6 +25,7 @@ from cmap_defense.common.files import locked, tensor_checksum, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.rng import isolated
 from cmap_defense.common.settings import require_integer
@@ -38,7 +39,7 @@ from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import Runs, WorstCase, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
 
-Progress = Callable[[WorkUnit, int, int], None]
+OnUnit = Callable[[WorkUnit, int, int], None]
 """Called before each work unit of this process: the unit, how many of its own are done, how many it has."""
 
 
@@ -233,14 +234,15 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------------ doing it
 
-    def run(self, progress: Progress | None = None) -> None:
+    def run(self, progress: OnUnit | bool | None = None) -> None:
         """Do what is missing, and write ``results.jsonl`` when all is there.
 
         Under torchrun the work units are dealt out to the ranks, and each of them calls this; the folder is one that
         all of them see. Killed at any moment and called again, it goes on, and ends with the same lines.
 
         Args:
-            progress: called before each work unit.
+            progress: True for a bar on standard error; or called before each work unit with the unit, how many are
+                done, and how many there are for this rank.
 
         Raises:
             EvaluationError: another job has the folder, or it holds results of other settings.
@@ -253,11 +255,12 @@ class Evaluation:
             missing = team.shared(self.missing())
             own = missing[team.rank :: team.world]
             with contextlib.ExitStack() as stack:
+                show = stack.enter_context(_bar()) if progress is True and team.rank == 0 else progress
                 for model in self.models.values():
                     stack.enter_context(evaluating(_module(model)))
                 for number, unit in enumerate(own):
-                    if progress is not None:
-                        progress(unit, number, len(own))
+                    if callable(show):
+                        show(unit, number, len(own))
                     self._do(unit, team)
             team.wait()
             if team.rank == 0:
@@ -359,6 +362,12 @@ class Evaluation:
             raise EvaluationError(refusal)
 
 
+@contextlib.contextmanager
+def _bar() -> Iterator[OnUnit]:
+    with Progress(0, "evaluating") as bar:
+        yield lambda unit, done, total: bar.at(done, total, what=f"{unit.task}, run {unit.seed}")
+
+
 def evaluate(
     model: Model,
     data: Any,
@@ -372,7 +381,7 @@ def evaluate(
     threads: int | None = None,
     class_names: Sequence[str] | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: OnUnit | bool | None = None,
 ) -> Report:
     """Attack a model, re-evaluate it with independent noise, check the attacks, report.
 
@@ -392,7 +401,7 @@ def evaluate(
         class_names: for the report.
         out: the folder of the results; the same call goes on there after a kill. None for none: only the report is
             left.
-        progress: called before each work unit.
+        progress: True for a bar on standard error, or a function; see ``Evaluation.run``.
 
     Returns:
         The report, which is written to the folder too: ``report.json``, ``report.md``, ``report.html``.

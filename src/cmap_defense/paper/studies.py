@@ -19,7 +19,7 @@ from cmap_defense.common.settings import near_matches
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
-from cmap_defense.evaluation.evaluation import Evaluation, Progress
+from cmap_defense.evaluation.evaluation import Evaluation, OnUnit
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.tasks import DEFENDED
 
@@ -168,7 +168,7 @@ def run_study(
     protocol: Protocol | None = None,
     subset: Subset | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: OnUnit | None = None,
 ) -> dict[str, Any]:
     """Evaluate each variant in ``out/<variant>``; what is done already is not done again.
 

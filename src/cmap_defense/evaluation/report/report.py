@@ -106,6 +106,16 @@ class Report:
                 "again: what is done is not done again, and the report is written anew."
             ) from error
 
+    def show(self) -> None:
+        """Print the whole report as Markdown, as it stands in ``report.md``."""
+        print(self._repr_markdown_())
+
+    def _repr_markdown_(self) -> str:
+        """The whole report, which notebooks show formatted."""
+        from cmap_defense.evaluation.report.tables import markdown
+
+        return markdown(self)
+
     def __repr__(self) -> str:
         """One screen: the headline or why there is none, and the accuracies."""
         head = f"headline {self.headline.accuracy}" if self.headline else "no headline"

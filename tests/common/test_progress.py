@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cmap_defense.cli import progress as module
 from cmap_defense.cli.main import main
-from cmap_defense.cli.progress import Progress
+from cmap_defense.common import progress as module
+from cmap_defense.common.progress import Progress
 
 
 @pytest.fixture(autouse=True)
