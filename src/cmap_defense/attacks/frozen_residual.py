@@ -36,7 +36,7 @@ class FrozenResidual(StepAttack):
         SettingsError: a value is out of its range, or the model is something else.
     """
 
-    steps: int = 100
+    steps: int = setting(100, minimum=1)
     every: int = setting(10, minimum=1)
     purifications: int = setting(4, minimum=1)
     memory: int | None = setting(None, minimum=1)

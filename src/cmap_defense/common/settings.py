@@ -78,21 +78,25 @@ class Settings(NamedOptions):
 def check_fields(made: Any) -> None:
     """Check the fields of a frozen dataclass that ``setting`` made; lists become tuples."""
     for field in dataclasses.fields(made):
-        value, bounds = getattr(made, field.name), {k: b for k, b in field.metadata.items() if k in BOUNDS}
-        if "help" in field.metadata:
-            kinds = _kinds(type(made), field.name)
-            if value is not None or type(None) not in kinds:
-                checked = _checked(type(made).__name__, field.name, value, kinds, **bounds)
-                object.__setattr__(made, field.name, checked)
+        value, (kinds, bounds) = getattr(made, field.name), _declared(type(made), field.name)
+        if kinds and not (value is None and type(None) in kinds):
+            object.__setattr__(made, field.name, _checked(type(made).__name__, field.name, value, kinds, **bounds))
 
 
 @functools.cache
-def _kinds(owner: type, name: str) -> tuple[Any, ...]:
-    """The types of a field, from the class that declares it: other hints of a user's subclass need not be known."""
-    home = next(base for base in owner.__mro__ if name in inspect.get_annotations(base))
-    hint = inspect.get_annotations(home)[name]
-    hint = eval(hint, vars(sys.modules[home.__module__])) if isinstance(hint, str) else hint
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _declared(owner: type, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Types and bounds of a field, by the nearest class that made it by ``setting``: a subclass may change its default.
+
+    Nothing for other fields, whose hints need not be known.
+    """
+    for base in owner.__mro__:
+        field = getattr(base, "__dataclass_fields__", {}).get(name)
+        if field is not None and "help" in field.metadata and name in inspect.get_annotations(base):
+            hint = inspect.get_annotations(base)[name]
+            hint = eval(hint, vars(sys.modules[base.__module__])) if isinstance(hint, str) else hint
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            return kinds, {key: bound for key, bound in field.metadata.items() if key in BOUNDS}
+    return (), {}
 
 
 def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:
