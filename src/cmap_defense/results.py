@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.errors import InputValueError
 from cmap_defense.plots.purification import as_html, as_picture, history_plot, version_grid
 
 
@@ -87,7 +88,15 @@ class PurificationResult:
         Args:
             inputs: images [B, C, H, W] in [0, 1] for a first column, such as what was purified.
             scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
+
+        Raises:
+            InputValueError: the inputs are not as many, or not of that shape.
         """
+        if inputs is not None and inputs.shape != (self.images.shape[0], *self.images.shape[2:]):
+            raise InputValueError(
+                f"inputs must be {[self.images.shape[0], *self.images.shape[2:]]}, one for each image, but are "
+                f"{list(inputs.shape)}."
+            )
         return version_grid(self.images, inputs, scale=scale)
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -98,8 +107,15 @@ class PurificationResult:
 
         Returns:
             The files.
+
+        Raises:
+            InputValueError: it is the name of a picture.
         """
         folder = Path(folder)
+        if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
+            raise InputValueError(
+                f"{folder} is the name of a file, but a folder is needed; grid().save(...) writes one."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for number, versions in enumerate(self.images.detach().cpu().float()):

@@ -11,13 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import PurifiedClassifier, ThreatModel, adapt, load_adapted
 from cmap_defense.adaptation import AdaptationConfig
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.data import LabelledImages
-from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, ClassifierWarning, DataError
+from cmap_defense.errors import (
+    BackboneFileError,
+    CheckpointError,
+    ClassifierError,
+    ClassifierWarning,
+    CmapError,
+    OptionError,
+    SettingsError,
+)
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import Identity, OneStep
 
@@ -161,10 +170,12 @@ def test_the_attack_climbs_the_exact_gradient(norm: str) -> None:
 
 def test_adversarial_training_lowers_the_loss_under_attack(tmp_path: Path) -> None:
     threat = ThreatModel(eps=0.25)
-    config = SMALL.replace(images=600, batch_size=12, attack_steps=2, clean_weight=0.0)
+    plain = SMALL.replace(images=600, batch_size=12)
+    config = plain.replace(attack_steps=2, clean_weight=0.0)
     test, seeds, losses = data(30, 1), torch.arange(30), []
     for adversarial in (False, True):
-        keep = {"adversarial": adversarial, "threat": threat, "config": config}
+        attack = {"threat": threat, "config": config} if adversarial else {"config": plain}
+        keep = {"adversarial": adversarial, **attack}
         found = adapt(net(), Shrinking(), PURIFIER, data(60), tmp_path / str(adversarial), **keep)
         model = PurifiedClassifier(found.classifier, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
         attacked = attacked_images(model, test.unit, test.labels, seeds, threat, config.replace(attack_steps=5))
@@ -226,20 +237,41 @@ def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path:
         load_adapted(tmp_path / "nothing", net())
 
 
+LABELS = torch.zeros(2, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"classifier": lambda x: x}, ClassifierError, "nn.Module"),
-        ({"data": (torch.zeros(2, *SHAPE), torch.zeros(3, dtype=torch.int64))}, DataError, r"labels int64 \[2\]"),
-        ({"data": (2 * torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.int64))}, DataError, r"in \[0, 1\]"),
-        ({"data": (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))}, DataError, r"\[N, C, H, W\]"),
-        ({"classifier": net().requires_grad_(False)}, ValueError, "nothing can be adapted"),
+        (
+            {"classifier": PurifiedClassifier(net(), Shrinking(), purifier=PURIFIER)},
+            ClassifierError,
+            "purifies already",
+        ),
+        ({"classifier": net().requires_grad_(False)}, SettingsError, "nothing can be adapted"),
+        ({"data": (torch.zeros(2, *SHAPE), LABELS[:1])}, CmapError, "label"),
+        ({"data": (2 * torch.ones(2, *SHAPE), LABELS)}, CmapError, r"\[0, 1\]"),
+        ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, CmapError, "from 0 to 2"),
+        ({"data": DataLoader(TensorDataset(torch.zeros(2, *SHAPE), LABELS))}, CmapError, "loader.dataset"),
+        ({"threat": ThreatModel()}, SettingsError, "adversarial=True"),
+        ({"config": SMALL.replace(attack_steps=9)}, SettingsError, "adversarial=True"),
+        ({"epochs": 2}, OptionError, r"AdaptationConfig\(images"),
+        ({"eps": 0.1}, OptionError, "ThreatModel"),
+        ({"normalise": 0.1}, OptionError, "normalize"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, changes: dict, error: type[Exception], message: str) -> None:
     arguments = {"classifier": net(), "backbone": Shrinking(), "purifier": PURIFIER, "data": data()} | changes
     with pytest.raises(error, match=message):
         adapt(**arguments, out=tmp_path)
+
+
+def test_a_data_set_is_read_as_evaluate_reads_it(tmp_path: Path) -> None:
+    pairs = TensorDataset(data().unit, data().labels)
+    first = adapt(net(), Shrinking(), PURIFIER, pairs, tmp_path / "pairs", config=SMALL)
+    second = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / "images", config=SMALL)
+    assert same(first.classifier, second.classifier)
 
 
 def test_two_processes_share_the_gradient_of_one() -> None:

@@ -13,7 +13,7 @@ from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.classifier import Trajectory
 from cmap_defense.data.files import read_image
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.errors import SettingsError
+from cmap_defense.errors import InputValueError, SettingsError
 from cmap_defense.results import PurificationResult
 
 QUICK = CMAPSettings(n_latents=2, iterations=3)
@@ -85,3 +85,11 @@ def test_an_image_that_has_stopped_stays_in_the_trajectory() -> None:
     trajectory(State(1, [1], 1.0))  # pyright: ignore[reportArgumentType]
     assert trajectory.frames[1][0].max() == 0
     assert trajectory.frames[1][1].min() == 1
+
+
+def test_wrong_inputs_and_the_name_of_a_picture_are_refused(tmp_path: Path) -> None:
+    result = PurificationResult(torch.rand(2, 3, 1, 4, 6), torch.rand(2, 3, 1, 4, 6))
+    with pytest.raises(InputValueError, match="one for each image"):
+        result.grid(torch.rand(1, 1, 4, 6))
+    with pytest.raises(InputValueError, match="a folder is needed"):
+        result.save(tmp_path / "result.png")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmap_defense.adaptation.config import AdaptationConfig
 from cmap_defense.adaptation.learner import AdaptationLearner
@@ -21,11 +21,14 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
-from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.modules import evaluating, multiplies_bfloat16, weights_of
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
+from cmap_defense.common.settings import near_matches
 from cmap_defense.data import LabelledImages
-from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, DataError
+from cmap_defense.data.selection import SelectedImages, labelled_data
+from cmap_defense.data.subset import Subset
+from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, OptionError, SettingsError
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import OneStep, Purifier
 from cmap_defense.threat import ThreatModel
@@ -33,6 +36,9 @@ from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.plan import as_before, planned_images
 
 __all__ = ["RECORD_FILE", "WEIGHTS_FILE", "Adapted", "adapt", "load_adapted"]
+
+WRAPPER = ("normalize", "inputs", "resize", "vote", "class_labels", "max_parallel", "out_of_range")
+"""Options of ``PurifiedClassifier`` that ``adapt`` takes too."""
 
 RECORD_FILE, WEIGHTS_FILE = "adaptation.json", "classifier.safetensors"
 
@@ -63,12 +69,12 @@ def adapt(
     classifier: nn.Module,
     backbone: Any,
     purifier: Purifier | None,
-    data: LabelledImages | tuple[Tensor, Tensor],
+    data: Any,
     out: str | Path,
     *,
     adversarial: bool = False,
     threat: ThreatModel | None = None,
-    held_out: LabelledImages | tuple[Tensor, Tensor] | None = None,
+    held_out: Any = None,
     config: AdaptationConfig | None = None,
     progress: bool = False,
     on_step: Callable[[TrainState], None] | None = None,
@@ -90,7 +96,8 @@ def adapt(
         backbone: as ``PurifiedClassifier`` takes it.
         purifier: what purifies; None for ``OneStep()``, whose gradient is one network pass. Versions are averaged in
             the loss, and ``n_latents=1`` is enough.
-        data: images uint8 [N, C, H, W] with labels int64 [N], or float images in [0, 1].
+        data: training images as ``evaluate`` takes them, read into memory as 8-bit images: a pair of images
+            [N, C, H, W] in [0, 1] and labels int64 [N], a ``Dataset``, or what ``load_dataset`` returns.
         out: the folder: ``classifier.safetensors``, ``adaptation.json``, ``log.jsonl`` and checkpoints.
         adversarial: attack the training images.
         threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
@@ -102,8 +109,9 @@ def adapt(
         options: of ``PurifiedClassifier``, such as ``normalize=(mean, std)``; not ``gradient``.
 
     Raises:
-        ClassifierError: the classifier is no module.
-        DataError: images or labels do not fit.
+        ClassifierError: the classifier is no module, or purifies already.
+        DataError, InputTypeError, InputValueError: images or labels do not fit.
+        OptionError: there is no such option.
         SettingsError: an option is out of its range, or nothing can be trained.
         CheckpointError: the folder belongs to an adaptation with other settings, or another one is writing to it.
         TrainingError: the loss is infinite or no number.
@@ -112,14 +120,23 @@ def adapt(
         raise ClassifierError(
             f"Only an nn.Module can be adapted, but the classifier is a {type(classifier).__name__}: give the module."
         )
+    if isinstance(classifier, PurifiedClassifier):
+        raise ClassifierError("This classifier purifies already: give the one inside it, model.classifier.")
+    _check_options(options)
     config, folder = config or AdaptationConfig(), Path(out)
+    attack = {name: getattr(AdaptationConfig(), name) for name in ("attack_steps", "attack_step_size", "clean_weight")}
+    if not adversarial and (threat is not None or any(getattr(config, name) != attack[name] for name in attack)):
+        raise SettingsError(
+            "A threat model and settings of the attack are given, but nothing is attacked: give adversarial=True "
+            "(--adversarial), or leave them out."
+        )
     seconds_left = None if config.minutes is None else countdown(config.minutes)
-    training, kept_back = _labelled("data", data), None if held_out is None else _labelled("held_out", held_out)
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
     purified = PurifiedClassifier(
         model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **options
     ).to(config.device)
+    training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {
         "classifier": describe_module(classifier),
@@ -213,24 +230,34 @@ def _write(folder: Path, model: nn.Module, record: dict[str, Any], precision: st
     write_json(folder / RECORD_FILE, record)
 
 
-def _labelled(name: str, data: Any) -> LabelledImages:
-    """Images as uint8 with their labels."""
-    images, labels = (data.images, data.labels) if isinstance(data, LabelledImages) else data
-    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
-        raise DataError(f"{name} must hold images [N, C, H, W], one at least, but they are {_shape(images)}.")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise DataError(f"{name} must hold labels int64 [{len(images)}], but they are {_shape(labels)}.")
-    if images.is_floating_point():
-        if not bool(((images >= 0) & (images <= 1)).all()):
-            raise DataError(f"The float images of {name} must be in [0, 1]; give uint8 images or divide by 255.")
-        images = (images * 255).round().to(torch.uint8)
-    if images.dtype != torch.uint8:
-        raise DataError(f"The images of {name} must be uint8, or float in [0, 1], but are {images.dtype}.")
-    return LabelledImages(images.cpu(), labels.cpu())
+def _labelled(data: Any, model: PurifiedClassifier) -> LabelledImages:
+    """The images of a data set as uint8 with their labels, all in memory."""
+    data = labelled_data(data, model.image_shape[0])
+    if isinstance(data, LabelledImages):
+        chosen = data
+    else:
+        found = SelectedImages.of(data, Subset())
+        chosen = LabelledImages((found.images * 255).round().to(torch.uint8), found.labels)
+    with torch.no_grad(), evaluating(model.classifier):
+        first = chosen.images[:1].to(next(iter(weights_of(model.classifier)))) / 255
+        classes = model.undefended(first, check=False).shape[1]
+    SelectedImages(chosen.images, chosen.labels, torch.arange(len(chosen))).check_classes(classes, "classifier")
+    return chosen
 
 
-def _shape(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises ``OptionError`` for what is no option of ``adapt`` or of the wrapper."""
+    fields = [field.name for field in dataclasses.fields(AdaptationConfig)]
+    for name in options:
+        if name in WRAPPER:
+            continue
+        named = {"epochs": "images", "lr": "learning_rate", "steps": "attack_steps", "eps": "eps"}.get(name, name)
+        hint = near_matches(name, [*WRAPPER, *fields])
+        if named == "eps":
+            hint = " It belongs to the threat model: threat=ThreatModel(eps=...)."
+        elif named in fields:
+            hint = f" It belongs to the settings: config=AdaptationConfig({named}=...)."
+        raise OptionError(f"adapt has no option {name!r}.{hint}")
 
 
 def _fingerprint(data: LabelledImages) -> dict[str, Any]:

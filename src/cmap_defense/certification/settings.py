@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from cmap_defense.common.settings import Settings, setting
+from cmap_defense.errors import SettingsError
 
 __all__ = ["CertificationSettings"]
 
@@ -37,3 +39,12 @@ class CertificationSettings(Settings):
         default_help="what fits, 256 at most",
     )
     seed: int = setting(0, "Seed of the noise.", minimum=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = math.floor(math.log(self.alpha) / math.log(0.5)) + 1
+        if self.n < least:
+            raise SettingsError(
+                f"CertificationSettings.n must be at least {least} with alpha = {self.alpha:g}, but is {self.n}: with "
+                "fewer copies nothing can be certified, even if all of them agree."
+            )

@@ -47,10 +47,14 @@ class Normalisation:
             )
         mean, std = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in normalize)
         mean, std = ([v] * channels if isinstance(v, numbers.Real) else v for v in (mean, std))
-        return cls(
-            require_numbers(owner, "normalize mean", mean, length=channels),
-            require_numbers(owner, "normalize std", std, length=channels, above=0.0),
-        )
+        mean = require_numbers(owner, "normalize mean", mean, length=channels)
+        std = require_numbers(owner, "normalize std", std, length=channels, above=0.0)
+        if max(mean) > 2:
+            raise SettingsError(
+                f"{owner}.normalize is for images in [0, 1], but its mean {mean} looks like that of images from 0 to "
+                "255: divide mean and std by 255."
+            )
+        return cls(mean, std)
 
     def apply(self, images: Tensor) -> Tensor:
         """(images - mean) / std, [B, C, H, W]."""

@@ -170,9 +170,10 @@ class PurifiedClassifier(LatentAccess):
             else require_integer("PurifiedClassifier", "max_parallel", max_parallel, minimum=1)
         )
         if gradient is not None and not isinstance(gradient, GradientMode):
+            what = f"not a class: write {gradient.__name__}()" if isinstance(gradient, type) else f"but is {gradient!r}"
             raise SettingsError(
                 "PurifiedClassifier.gradient must be an object such as StraightThrough() from cmap_defense.gradients, "
-                f"but is {gradient!r}."
+                f"{what}."
             )
         self.gradient = gradient or StraightThrough()
         self.class_labels = require_class_labels(class_labels)
@@ -540,6 +541,8 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
         wanted = torch.bfloat16 if multiplies_bfloat16(device_of(backbone) or "cpu") else None
     if wanted is None:
         return backbone
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise SettingsError(
             'PurifiedClassifier.dtype must be "auto", None or a floating-point torch.dtype such as torch.bfloat16, but '

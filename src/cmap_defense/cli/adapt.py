@@ -15,6 +15,7 @@ from cmap_defense.cli.train import write_loss_chart
 from cmap_defense.cli.train_options import training_set
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import FolderImages
+from cmap_defense.threat import ThreatModel
 from cmap_defense.training.loop import LOG_FILE
 
 
@@ -40,7 +41,7 @@ def run_adapt(options: dict[str, Any]) -> None:
             chosen.loaded(),
             out,
             adversarial=options["adversarial"],
-            threat=threat_of(options) if options["adversarial"] else None,
+            threat=threat_of(options) if options["adversarial"] or threat_of(options) != ThreatModel() else None,
             held_out=held_out,
             config=config,
             progress=True,
