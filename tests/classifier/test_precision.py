@@ -76,6 +76,13 @@ def test_auto_is_bfloat16_where_it_is_native(
     assert dtype_of(wrapped("fashion-mnist-ct", settings=None, dtype="auto").backbone) == expected
 
 
+def test_both_backbones_of_a_pair_get_the_precision() -> None:
+    pair = Restoring(SHAPE).to(torch.bfloat16), Restoring(SHAPE)
+    pair[1].kind = "denoiser"
+    model = wrapped(pair, settings=None, purifier=Chain(OneStep(level=0.2), CMAP(QUICK)), dtype=torch.bfloat16)  # type: ignore[arg-type]
+    assert {weight.dtype for weight in model.backbone.parameters()} == {torch.bfloat16}
+
+
 def test_the_default_leaves_the_backbone_as_it_is() -> None:
     own = Restoring(SHAPE).bfloat16()
     assert wrapped(own).backbone is own

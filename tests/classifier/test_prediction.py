@@ -54,6 +54,32 @@ def test_a_prediction_says_what_purify_and_the_bare_classifier_say() -> None:
     assert "5 images" in repr(found)
 
 
+def test_the_bare_classifier_is_called_as_elsewhere() -> None:
+    """In chunks of ``max_parallel``, and never with an empty batch."""
+    sizes: list[int] = []
+    inner = model().classifier
+
+    def classifier(shown: Tensor) -> Tensor:
+        sizes.append(len(shown))
+        return inner(shown)
+
+    defended = PurifiedClassifier(classifier, Blur(), purifier=OneStep(level=0.2, n_latents=2), max_parallel=2)
+    assert len(defended.predict(images(5)).labels) == 5
+    assert defended.predict(images(0)).agreement.shape == (0,)
+    assert set(sizes) == {1, 2}
+
+
+def test_a_refused_calibration_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    defended = model(seed=0)
+    before = defended.calibrate(images(8))
+    with pytest.raises(InputValueError):
+        defended.calibrate(images(0))
+    monkeypatch.setattr(defended, "predict", None)
+    with pytest.raises(SettingsError, match="coverage"):
+        defended.calibrate(images(8), coverage=2.0)
+    assert defended.calibration is before
+
+
 def test_normalised_inputs_and_other_images_are_predicted_alike() -> None:
     x = images(2)
     normalised = model(normalize=(0.4, 0.2), inputs="normalized")

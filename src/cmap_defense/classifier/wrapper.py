@@ -23,7 +23,7 @@ from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
 from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
-from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, prediction_of
+from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
@@ -34,7 +34,6 @@ from cmap_defense.common.compiling import StepCompiler
 from cmap_defense.common.modules import (
     building,
     device_of,
-    dtype_of,
     evaluating,
     in_fastest_layout,
     multiplies_bfloat16,
@@ -292,7 +291,9 @@ class PurifiedClassifier(LatentAccess):
         with torch.no_grad():
             result = self._with_gradients_as_wanted(batch, None, seeds, None)
             unit = self.preprocessing.to_unit(batch, self._device())
-            return prediction_of(result, unit, self._logits(unit), self.calibration)
+            undefended = self._classify(unit[:, None]) if len(unit) else result.logits
+            assert undefended is not None
+            return prediction_of(result, unit, undefended[:, 0], self.calibration)
 
     def calibrate(
         self,
@@ -316,7 +317,7 @@ class PurifiedClassifier(LatentAccess):
             SettingsError: a share is not above 0 and at most 1, or there is no such score.
             InputValueError: there are no images.
         """
-        self.calibration = None
+        check_calibration(coverage, restored, score)
         clean = self.predict(images, seeds=seeds)
         self.calibration = calibration_of(clean, coverage=coverage, restored=restored, score=score)
         return self.calibration
@@ -548,7 +549,7 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
             'PurifiedClassifier.dtype must be "auto", None or a floating-point torch.dtype such as torch.bfloat16, but '
             f"is {wanted!r}."
         )
-    if dtype_of(backbone) in (wanted, None):
+    if all(weight.dtype == wanted for weight in weights_of(backbone) if weight.is_floating_point()):
         return backbone
     with building():
         return in_fastest_layout(copy.deepcopy(backbone).to(wanted))
