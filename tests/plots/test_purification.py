@@ -81,10 +81,13 @@ def test_an_image_that_has_stopped_stays_in_the_trajectory() -> None:
             self.generated = torch.full((len(rows), 2, 1, 4, 6), value)
 
     trajectory = Trajectory()
-    trajectory(State(0, [0, 1], -1.0))  # pyright: ignore[reportArgumentType]
-    trajectory(State(1, [1], 1.0))  # pyright: ignore[reportArgumentType]
-    assert trajectory.frames[1][0].max() == 0
-    assert trajectory.frames[1][1].min() == 1
+    for _ in range(2):  # each purification begins anew, also where the hook is called from a later iteration on
+        trajectory(State(3, [0, 1], -1.0))  # pyright: ignore[reportArgumentType]
+        trajectory(State(4, [1], 1.0))  # pyright: ignore[reportArgumentType]
+        assert len(trajectory.frames) == 2
+        assert torch.equal(trajectory.inputs, State.images)
+        assert trajectory.frames[1][0].max() == 0
+        assert trajectory.frames[1][1].min() == 1
 
 
 def test_wrong_inputs_and_the_name_of_a_picture_are_refused(tmp_path: Path) -> None:

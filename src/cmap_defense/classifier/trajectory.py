@@ -36,10 +36,12 @@ class Trajectory:
         self.every = require_integer("Trajectory", "every", every, minimum=1)
         self.frames: list[Tensor] = []
         self.inputs: Tensor | None = None
+        self._last = -1
 
     def __call__(self, state: LatentState) -> None:
-        if state.iteration == 0:
+        if not self.frames or state.iteration <= self._last:  # another purification
             self.frames, self.inputs = [], state.images.detach().cpu()
+        self._last = state.iteration
         if state.iteration % self.every == 0:
             images = (state.generated.detach().cpu().float() + 1) / 2
             frame = torch.empty_like(images) if not self.frames else self.frames[-1].clone()
