@@ -237,6 +237,41 @@ def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path:
         load_adapted(tmp_path / "nothing", net())
 
 
+def test_the_training_images_are_never_taken_for_normalised_ones(tmp_path: Path) -> None:
+    keep = {"config": SMALL.replace(images=12), "normalize": (0.3, 0.2)}
+    found = [
+        adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / inputs, inputs=inputs, **keep).classifier
+        for inputs in ("unit", "normalized")
+    ]
+    assert same(*found)
+
+
+def test_a_classifier_may_be_adapted_again(tmp_path: Path) -> None:
+    config = SMALL.replace(images=12)
+    first = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / "first", config=config).classifier
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = adapt(first, Shrinking(), OneStep(level=0.5), data(), tmp_path / "again", config=config).classifier
+    assert (first.adapted_to["purifier"]["level"], again.adapted_to["purifier"]["level"]) == (0.3, 0.5)
+
+
+def test_a_length_in_minutes_leaves_time_for_the_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation belongs to a checkpoint: it is in the measured cost of one, and leaves nothing behind."""
+    given, evaluated = [], []
+    monkeypatch.setattr(AdaptationLearner, "evaluate", lambda self: evaluated.append(None))
+
+    def planned(learner: AdaptationLearner, *_: object) -> int:
+        given.append(_[-1])
+        return 12
+
+    monkeypatch.setattr("cmap_defense.adaptation.run.planned_images", planned)
+    config = SMALL.replace(images=None, minutes=5.0, checkpoint_every=60)
+    adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, held_out=data(6, 2), config=config)
+    assert len(evaluated) == 1
+    given[0](None)
+    assert len(evaluated) == 2
+
+
 LABELS = torch.zeros(2, dtype=torch.int64)
 
 

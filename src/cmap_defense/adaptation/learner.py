@@ -94,7 +94,7 @@ class AdaptationLearner:
         for average in self.averages:
             average.update(self.model, batch_size=config.batch_size, images_seen=seen + config.batch_size)
         if (number + 1) % config.checkpoint_steps == 0 or number + 1 == config.steps:
-            self._evaluate()
+            self.evaluate()
         return loss + 0 * norm
 
     @property
@@ -194,7 +194,7 @@ class AdaptationLearner:
             for buffer in buffers:
                 buffer.div_(self.team.world)
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Score the averaged weights on the held-out images, and keep the best ones."""
         own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         averaged = self.averaged()

@@ -133,8 +133,10 @@ def adapt(
     seconds_left = None if config.minutes is None else countdown(config.minutes)
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
+    vars(model).pop("adapted_to", None)  # of an adaptation before this one
+    unit = options | {"inputs": "unit"}  # as the training images are, whatever the classifier is used with later
     purified = PurifiedClassifier(
-        model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **options
+        model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **unit
     ).to(config.device)
     training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
@@ -152,7 +154,9 @@ def adapt(
             config = config.replace(precision="bfloat16" if native else "float32")
         if config.images is None and seconds_left is not None:
             trial = AdaptationLearner(purified, training, kept_back, threat, config, team)
-            config = config.replace(images=planned_images(trial, folder, parts, seconds_left))
+            config = config.replace(
+                images=planned_images(trial, folder, parts, seconds_left, lambda _: trial.evaluate())
+            )
         config = config.replace(images=config.length)
         learner = AdaptationLearner(purified, training, kept_back, threat, config, team)
         with contextlib.ExitStack() as stack:
