@@ -17,6 +17,7 @@ from cmap_defense import PurifiedClassifier, ThreatModel, adapt, load_adapted
 from cmap_defense.adaptation import AdaptationConfig
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.data import LabelledImages
 from cmap_defense.errors import (
     BackboneFileError,
@@ -166,6 +167,16 @@ def test_the_attack_climbs_the_exact_gradient(norm: str) -> None:
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
     with torch.no_grad():
         assert loss(attacked) > loss(images)
+
+
+def test_the_start_of_the_attack_is_independent_of_the_noise_of_the_loss() -> None:
+    """Both are drawn from the image's seed, and one key for both would give them the same random words."""
+    seeds, grey = torch.arange(400), torch.full((400, *SHAPE), 0.5)
+    purified = PurifiedClassifier(net(), Shrinking(), purifier=PURIFIER, gradient=Unrolled())
+    config = SMALL.replace(attack_steps=1, attack_step_size=1e-9)
+    attacked = attacked_images(purified, grey, seeds % 3, seeds, ThreatModel(eps=0.1), config) - grey
+    noise = draw_latents(seeds, 1, SHAPE).abs()
+    assert torch.corrcoef(torch.stack([attacked.flatten(), noise.flatten()]))[0, 1].abs() < 0.05
 
 
 def test_adversarial_training_lowers_the_loss_under_attack(tmp_path: Path) -> None:

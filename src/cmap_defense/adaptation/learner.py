@@ -20,8 +20,8 @@ from cmap_defense.training.learner import learning_rate
 
 __all__ = ["AdaptationLearner", "attacked_images"]
 
-ORDER, AUGMENTATION, NOISE, DROPOUT, HELD_OUT = range(5)
-"""Streams of the generators of a step."""
+AUGMENTATION, ORDER, NOISE, DROPOUT, HELD_OUT = range(5)
+"""Streams of the generators of a step; ORDER is that of ``image_indices``."""
 
 
 class AdaptationLearner:
@@ -247,7 +247,7 @@ def attacked_images(
         [B, C, H, W], allowed by the threat model, without a graph.
     """
     size = config.attack_step_size or min(threat.eps, 2.5 * threat.eps / config.attack_steps)
-    start = 2 * draw_uniform(seeds, images.shape[1:]).to(images) - 1
+    start = 2 * draw_uniform(derived_seeds(seeds, 0), images.shape[1:]).to(images) - 1
     if threat.norm == "l2":
         start = start / start.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
     x = threat.project(images + threat.eps * start, images)
