@@ -211,8 +211,16 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
     assert len(whole.record["held_out_scores"]) == 4
     again = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", **keep)
     assert same(again.classifier, whole.classifier)
-    with pytest.raises(CheckpointError, match="other settings"):
-        adapt(net(0.2), Shrinking(), PURIFIER.replace(level=0.4), data(), tmp_path / "killed", **keep)
+    adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", max_parallel=5, normalize=None, **keep)
+    frozen = net(0.2)
+    frozen.norm.requires_grad_(False)
+    for model, purifier, options in (
+        (net(0.2), PURIFIER.replace(level=0.4), {}),
+        (net(0.2), PURIFIER, {"normalize": (0.3, 0.2)}),
+        (frozen, PURIFIER, {}),
+    ):
+        with pytest.raises(CheckpointError, match="other settings"):
+            adapt(model, Shrinking(), purifier, data(), tmp_path / "killed", **options, **keep)
 
 
 def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(

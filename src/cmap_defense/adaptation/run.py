@@ -42,6 +42,9 @@ WRAPPER = ("normalize", "inputs", "resize", "vote", "class_labels", "max_paralle
 
 RECORD_FILE, WEIGHTS_FILE = "adaptation.json", "classifier.safetensors"
 
+FREE = ("compile", "max_parallel")
+"""Options of ``PurifiedClassifier`` that may change when an adaptation is continued."""
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -142,7 +145,11 @@ def adapt(
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {
         "classifier": describe_module(classifier),
+        "trained_weights": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         **target,
+        "options": {
+            name: describe(option) for name, option in options.items() if name not in FREE and option is not None
+        },
         "threat": None if threat is None else threat.to_dict(),
         "data": _fingerprint(training),
         "held_out": None if kept_back is None else _fingerprint(kept_back),
@@ -183,7 +190,6 @@ def adapt(
             "format": 1,
             **parts,
             "adversarial": adversarial,
-            "options": {name: describe(value) for name, value in options.items()},
             "train": config.reproducible(),
             "images_seen": step * config.batch_size,
             "held_out_scores": learner.scores if kept_back is not None else [],
