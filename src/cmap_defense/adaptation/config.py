@@ -41,7 +41,7 @@ class AdaptationConfig(TrainingConfig):
         1e-3, "Largest learning rate. It falls along a half cosine to 0.", group="Training", above=0.0
     )
     warmup_images: int = setting(5_000, "Images over which the learning rate warms up.", group="Training", minimum=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), minimum=0.0, below=1.0)
+    betas: tuple[float, float] = (0.9, 0.999)
     ema_half_life: tuple[int, ...] = setting(
         (3_000,), "Half-life of the averaged weights, which are the result, in images.", group="Training", minimum=1
     )

@@ -137,7 +137,9 @@ def adapt(
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
     vars(model).pop("adapted_to", None)  # of an adaptation before this one
-    unit = options | {"inputs": "unit"}  # as the training images are, whatever the classifier is used with later
+    unit: dict[str, Any] = options | {
+        "inputs": "unit"
+    }  # as the training images are, whatever the classifier is used with later
     purified = PurifiedClassifier(
         model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **unit
     ).to(config.device)
