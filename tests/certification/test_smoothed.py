@@ -209,4 +209,4 @@ def test_a_backbone_that_returns_nan_and_a_classifier_of_probabilities_are_notic
     with pytest.raises(BackboneError, match="NaN"):
         SmoothedClassifier(HalfSpace(), Broken(SHAPE)).predict(images_of())
     with pytest.warns(ClassifierWarning, match="sum to 1"):
-        SmoothedClassifier(nn.Sequential(HalfSpace(), nn.Softmax(1)), None).predict(images_of(), n=5)
+        SmoothedClassifier(nn.Sequential(HalfSpace(), nn.Softmax(1)), None).predict(images_of(), n=12)

@@ -88,9 +88,10 @@ def test_the_default_leaves_the_backbone_as_it_is() -> None:
     assert wrapped(own).backbone is own
     assert dtype_of(wrapped(own).variant(dtype=torch.float64).backbone) == torch.float64
     assert wrapped(own, dtype=torch.bfloat16).backbone is own
+    assert wrapped(own, dtype="bfloat16").backbone is own
 
 
-@pytest.mark.parametrize("wrong", ["bfloat16", torch.int64, 16])
+@pytest.mark.parametrize("wrong", ["bf16", "int64", torch.int64, 16])
 def test_another_dtype_is_refused(wrong: Any) -> None:
     with pytest.raises(SettingsError, match='dtype must be "auto", None or'):
         wrapped(dtype=wrong)

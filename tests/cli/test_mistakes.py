@@ -101,7 +101,7 @@ MISTAKES = [
     ("train --data data.npz -o out --channels 8,8 --attention 2", 2, "no level 2 of 2"),
     ("train --data data.npz -o out --preset cifar10 --attention 3", 2, "no level 3 of 3"),
     ("train --data data.npz -o out --minutes 0", 2, "--minutes"),
-    ("train --data data.npz -o out --ema-half-life 5,5", 2, "--ema-half-life must differ"),
+    ("train --data data.npz -o out --ema-half-life 5,5", 2, "that differ from each other"),
     ("train --data data.npz -o out --size 16", 1, "only images of a folder are resized"),
     ("train --data data.npz -o out --hold-out 40", 1, "leaves nothing of the 40 images: give a smaller number"),
     ("train --data data.npz -o out --from fashion-mnist-ct", 1, "another network"),

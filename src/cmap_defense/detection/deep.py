@@ -22,7 +22,7 @@ from cmap_defense.common.settings import Settings, setting
 from cmap_defense.detection.eps import EPS, model_scores
 from cmap_defense.detection.mmd import Kernel, squared_distances
 from cmap_defense.errors import InputValueError
-from cmap_defense.threat import ThreatModel
+from cmap_defense.threat import ThreatModel, require_linf_size
 
 CLEAN, FGSM = 0x7C1EA, 0x7F65
 """Streams of the noise of training images and of their FGSM samples."""
@@ -54,8 +54,12 @@ class DeepKernelSettings(Settings):
     batch_size: int = setting(64, minimum=2)
     learning_rate: float = setting(1e-3, above=0.0)
     regulariser: float = setting(1e-8, above=0.0)
-    fgsm_eps: float = setting(1 / 255, above=0.0, maximum=1.0)
+    fgsm_eps: float = setting(1 / 255, above=0.0)
     seed: int = setting(0, minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_linf_size(type(self).__name__, "fgsm_eps", self.fgsm_eps)
 
 
 class DeepKernel(nn.Module):
