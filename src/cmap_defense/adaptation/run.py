@@ -96,7 +96,7 @@ def adapt(
     Args:
         classifier: a module from images [M, C, H, W] to logits [M, classes]. It is never changed. Parameters that
             require no gradient stay as they are.
-        backbone: as ``PurifiedClassifier`` takes it.
+        backbone: as ``PurifiedClassifier`` takes it; a module is moved to ``config.device``.
         purifier: what purifies; None for ``OneStep()``, whose gradient is one network pass. Versions are averaged in
             the loss, and ``n_latents=1`` is enough.
         data: training images as ``evaluate`` takes them, read into memory as 8-bit images: a pair of images
@@ -106,7 +106,7 @@ def adapt(
         threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
         held_out: images that are not trained on. The weights that are best on them are the result; None for the last
             weights.
-        config: settings; None for the defaults.
+        config: settings; None for the defaults. ``compile``, ``channels_last`` and ``hold_images`` have no effect here.
         progress: show a bar on standard error.
         on_step: called after every step.
         options: of ``PurifiedClassifier``, such as ``normalize=(mean, std)``; not ``gradient``.

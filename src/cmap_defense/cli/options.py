@@ -141,8 +141,8 @@ def options_of(
 ) -> Decorator:
     """The options of a settings class, all or some of its fields: name, default, range and help are those of the field.
 
-    ``group`` is the heading of those without one of their own, ``short`` has further names and ``defaults`` other
-    defaults by field. ``unset`` says, for all fields or by field, what is taken for an option that is not given, such
+    ``group`` is the heading of those without one of their own, ``short`` has further names (one with two hyphens
+    takes the place of the field's) and ``defaults`` other defaults by field. ``unset`` says, for all fields or by field, what is taken for an option that is not given, such
     as "the backbone's"; it is None then.
     """
     known = {field.name: field for field in dataclasses.fields(settings) if field.metadata.get("help")}
@@ -151,7 +151,8 @@ def options_of(
     for name in fields or known:
         field, flag = known[name], "--" + name.replace("_", "-")
         kind = next((kind for kind in _members(hints[name]) if kind is not type(None)), str)
-        names = [*filter(None, [(short or {}).get(name)]), flag, name]
+        other = (short or {}).get(name, "")
+        names = [other, name] if other.startswith("--") else [*filter(None, [other]), flag, name]
         default = (defaults or {}).get(name, field.default)
         if kind is bool and default is not False:
             names[-2] += f"/--no-{flag[2:]}"
@@ -284,7 +285,8 @@ purifier_choice = decorators(
         "--purifier-set",
         metavar="KEY=VALUE",
         multiple=True,
-        help="Set one of the purifier's settings to this value, such as t=75. May be repeated.",
+        help="Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
+        "preset=cifar10-linf. May be repeated.",
     ),
 )
 """A purifier by name."""
