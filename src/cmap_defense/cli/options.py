@@ -141,9 +141,9 @@ def options_of(
 ) -> Decorator:
     """The options of a settings class, all or some of its fields: name, default, range and help are those of the field.
 
-    ``group`` is the heading of those without one of their own, ``short`` has further names (one with two hyphens
-    takes the place of the field's) and ``defaults`` other defaults by field. ``unset`` says, for all fields or by field, what is taken for an option that is not given, such
-    as "the backbone's"; it is None then.
+    ``group`` is the heading of those without one of their own. ``short`` has further names by field; one with two
+    hyphens takes the place of the field's. ``defaults`` has other defaults by field. ``unset`` says, for all fields or
+    by field, what is taken for an option that is not given, such as "the backbone's"; it is None then.
     """
     known = {field.name: field for field in dataclasses.fields(settings) if field.metadata.get("help")}
     hints = typing.get_type_hints(settings)
