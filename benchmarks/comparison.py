@@ -102,9 +102,9 @@ def levels(options: argparse.Namespace) -> None:
     if not stored.exists():
         bare = PurifiedClassifier(classifier, backbones, purifier=Identity()).eval()
         attacked = {"clean": images}
-        attacked["bare"] = Transfer(PGD(threat, steps=20), source=Undefended())(bare, images, labels).images
+        attacked["bare"] = Transfer(PGD(threat, steps=options.steps), source=Undefended())(bare, images, labels).images
         for sigma in (0.3, 0.5):
-            attack = PGD(threat, steps=20, eot=8, momentum=0.75, schedule="cosine")
+            attack = PGD(threat, steps=options.steps, eot=8, momentum=0.75, schedule="cosine")
             found = Transfer(attack, source=NoiseAndDenoise(sigma=sigma))(bare, images, labels)
             attacked[f"one-step at {sigma}"] = found.images
         torch.save(attacked, stored)
@@ -154,7 +154,7 @@ def attacked(options: argparse.Namespace) -> None:
         purifiers, names = paper(threat.eps), {"transfer"}
     else:
         purifiers, names = CHOSEN[options.data], None
-    attacks = exact_suite(threat, eot=options.eot)
+    attacks = exact_suite(threat, steps=options.steps, eot=options.eot)
     comparison = compare(
         {
             name: PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--data", choices=list(EPS), required=True)
     parser.add_argument("--weights", type=Path, help="safetensors of a CIFAR ResNet-56")
     parser.add_argument("--count", type=int, default=64, help="number of images")
+    parser.add_argument("--steps", type=int, default=20, help="of the attacks")
     parser.add_argument(
         "--eot", type=int, default=2, help="predictions of K purifications that a gradient is averaged over"
     )

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.8)
     parser.add_argument("--coverage", type=float, nargs="+", default=[1.0, 0.95, 0.9, 0.8])
     parser.add_argument("--score", choices=["confidence", "agreement"], default="confidence")
+    parser.add_argument("--steps", type=int, default=20, help="of PGD")
     parser.add_argument("--eot", type=int, default=4, help="predictions that a gradient is averaged over")
     options = parser.parse_args()
 
@@ -35,8 +36,8 @@ def main() -> None:
     threat = ThreatModel(eps=0.05)
     shown = {
         "clean": images,
-        "PGD on the bare classifier": PGD(threat, steps=20)(model.classifier, images, labels).images,
-        "PGD through the defence": PGD(threat, steps=20, eot=options.eot)(
+        "PGD on the bare classifier": PGD(threat, steps=options.steps)(model.classifier, images, labels).images,
+        "PGD through the defence": PGD(threat, steps=options.steps, eot=options.eot)(
             model.variant(purifier=purifier.replace(n_latents=2)), images, labels
         ).images,
     }

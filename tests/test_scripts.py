@@ -83,15 +83,38 @@ def test_a_cifar10_backbone_is_measured_with_somebody_elses_classifier(tmp_path:
     assert [row["iterations"] for row in rows[1:]] == [1, 2]
 
 
-def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
-    folder = tmp_path / "fashion-mnist"
-    folder.mkdir()
+def made_up_fashion_mnist(folder: Path) -> None:
+    """Noise in the format of Fashion-MNIST, with more training images than are held out."""
+    (folder / "fashion-mnist").mkdir()
     rng = np.random.RandomState(0)
     for stem, count in (("train", 5064), ("t10k", 300)):
         images = np.array([2051, count, 28, 28], dtype=">i4").tobytes() + rng.bytes(count * 784)
         labels = np.array([2049, count], dtype=">i4").tobytes() + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{stem}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
+        (folder / "fashion-mnist" / f"{stem}-images-idx3-ubyte").write_bytes(images)
+        (folder / "fashion-mnist" / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_a_purification_is_animated(tmp_path: Path) -> None:
+    arguments = ["--images", "0", "3", "--every", "25", "--out", "course.gif"]
+    printed = run(tmp_path, str(ROOT / "examples" / "animate.py"), *arguments)
+    assert printed.startswith("ankle boot: attacked ")
+    with Image.open(tmp_path / "course.gif") as picture:
+        assert picture.n_frames == 2
+
+
+def test_levels_are_chosen_and_accuracy_is_set_against_coverage(tmp_path: Path) -> None:
+    made_up_fashion_mnist(tmp_path)
+    levels = ["levels", "--data", "fashion-mnist", "--count", "2", "--only", "none", "--steps", "1", "--out", "runs"]
+    run(tmp_path, str(ROOT / "benchmarks" / "comparison.py"), *levels, CMAP_DEFENSE_DATA=str(tmp_path))
+    (row,) = map(json.loads, (tmp_path / "runs" / "levels.jsonl").read_text().splitlines())
+    assert (row["purifier"], row["passes"]) == ("none", 0)
+    sizes = ["--count", "4", "--steps", "1", "--eot", "1", "--coverage", "1", "0.5"]
+    printed = run(tmp_path, str(ROOT / "examples" / "abstain.py"), *sizes, CMAP_DEFENSE_DATA=str(tmp_path))
+    assert [line.split(" ")[1] for line in printed.splitlines()[2:]] == ["1", "0.5"]
+
+
+def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
+    made_up_fashion_mnist(tmp_path)
     script = str(ROOT / "examples" / "train_fashion_classifier.py")
     run(tmp_path, script, "--out", "assets", "--epochs", "1", "--batch-size", "32", CMAP_DEFENSE_DATA=str(tmp_path))
     assert "head.weight" in load_file(tmp_path / "assets" / "classifier.safetensors")
