@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from typing_extensions import Self
 
-from cmap_defense.common.settings import Settings, near_matches, require_integer, require_numbers, setting
+from cmap_defense.common.settings import Settings, near_matches, require_integer, setting
 from cmap_defense.errors import UnknownNameError
 
 __all__ = ["PRESETS", "CMAPSettings"]
@@ -58,7 +58,7 @@ class CMAPSettings(Settings):
     schedule: str = setting(
         "constant", "Schedule of the learning rate over the iterations.", choices=("constant", "cosine")
     )
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = setting((0.9, 0.99), minimum=0, below=1)
     eps: float = setting(8e-7, above=0)
     ssim_weight: float = setting(2.0, "Weight of SSIM in the reconstruction loss (10).", minimum=0)
     latent_weight: float = setting(3.2, "Weight of the latent constraint (12) in the objective (9).", minimum=0)
@@ -88,8 +88,6 @@ class CMAPSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer("CMAPSettings", "iterations", self.iterations, minimum=1 if self.level is None else 0)
-        betas = require_numbers("CMAPSettings", "betas", self.betas, length=2, minimum=0, below=1.0)
-        object.__setattr__(self, "betas", betas)
 
     def as_published(self) -> Self:
         """These settings without what is ours; the defaults where they are of a noise level."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cmap_defense.common.settings import require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 
 __all__ = ["ADP", "adaptive_step"]
@@ -47,16 +47,10 @@ class ADP(MultiStepPurifier):
     _sets_level: ClassVar[str] = "noise"
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-low-noise": {"noise": 0.1}}
 
-    noise: float = 0.25
-    iterations: int = 10
-    rate: float = 0.05
-    n_latents: int = 10  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("ADP", "noise", self.noise, above=0.0)
-        require_integer("ADP", "iterations", self.iterations, minimum=0)
-        require_number("ADP", "rate", self.rate, above=0.0)
+    noise: float = setting(0.25, above=0)
+    iterations: int = setting(10, minimum=0)
+    rate: float = setting(0.05, above=0)
+    n_latents: int = setting(10, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     @property
     def level(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import VARIANCES, ddpm_step
 from cmap_defense.purifiers.vp import TOTAL, vp_beta, vp_scale, vp_sigma, vp_sigma_at, vp_time
@@ -54,20 +54,12 @@ class DiffPure(MultiStepPurifier):
         "imagenet-linf": {"t": 150},
     }
 
-    t: int = 100
-    solver: str = "sde"
-    step: float = 1e-3
-    variance: str = "fixedlarge"
-    clip_denoised: bool = True
-    n_latents: int = 1  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_integer("DiffPure", "t", self.t, minimum=0, below=TOTAL + 1)
-        require_choice("DiffPure", "solver", self.solver, ("sde", "ode", "ddpm"))
-        require_number("DiffPure", "step", self.step, above=0.0, maximum=1.0)
-        require_choice("DiffPure", "variance", self.variance, VARIANCES)
-        require_flag("DiffPure", "clip_denoised", self.clip_denoised)
+    t: int = setting(100, minimum=0, below=TOTAL + 1)
+    solver: str = setting("sde", choices=("sde", "ode", "ddpm"))
+    step: float = setting(1e-3, above=0, maximum=1)
+    variance: str = setting("fixedlarge", choices=VARIANCES)
+    clip_denoised: bool = setting(True)
+    n_latents: int = setting(1, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     @property
     def level(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.cmap.ssim import SSIMReference
-from cmap_defense.common.settings import require_choice, require_flag, require_integer, require_number
+from cmap_defense.common.settings import require_integer, setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import ddpm_step
 from cmap_defense.purifiers.vp import TOTAL, vp_scale, vp_sigma
@@ -71,24 +71,18 @@ class GDMP(MultiStepPurifier):
         },
     }
 
-    t: int = 36
-    rounds: int = 4
-    guide: str = "mse"
-    strength: float = 600.0
-    eps: float = 8 / 255
-    noise_target: bool = True
-    levels: int = TOTAL
-    n_latents: int = 10  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    t: int = setting(36, minimum=0)
+    rounds: int = setting(4, minimum=0)
+    guide: str = setting("mse", choices=("mse", "ssim", "none"))
+    strength: float = setting(600.0, minimum=0)
+    eps: float = setting(8 / 255, above=0)
+    noise_target: bool = setting(True)
+    levels: int = setting(TOTAL, minimum=2, below=TOTAL + 1)
+    n_latents: int = setting(10, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_integer("GDMP", "levels", self.levels, minimum=2, below=TOTAL + 1)
         require_integer("GDMP", "t", self.t, minimum=0, below=self.levels + 1)
-        require_integer("GDMP", "rounds", self.rounds, minimum=0)
-        require_choice("GDMP", "guide", self.guide, ("mse", "ssim", "none"))
-        require_number("GDMP", "strength", self.strength, minimum=0.0)
-        require_number("GDMP", "eps", self.eps, above=0.0)
-        require_flag("GDMP", "noise_target", self.noise_target)
 
     @property
     def sigmas(self) -> tuple[float, ...]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from cmap_defense.common.settings import require_integer, require_number
-from cmap_defense.errors import SettingsError
+from cmap_defense.common.settings import setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import ddim_step
 from cmap_defense.purifiers.vp import TOTAL, vp_sigma
@@ -41,17 +40,9 @@ class GNSP(MultiStepPurifier):
         "imagenet-linf": {"rounds": (30, 30, 30, 30, 50, 50, 200, 200)},
     }
 
-    rounds: tuple[int, ...] = (30, 30, 30, 30, 50, 50, 125, 125)
-    eta: float = 1.0
-    n_latents: int = 10  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.rounds, str) or not isinstance(self.rounds, Sequence):
-            raise SettingsError(f"GNSP.rounds must be levels such as (30, 30, 50), but is {self.rounds!r}.")
-        levels = [require_integer("GNSP", "rounds", t, minimum=1, below=TOTAL + 1) for t in self.rounds]
-        object.__setattr__(self, "rounds", tuple(levels))
-        require_number("GNSP", "eta", self.eta, minimum=0.0, maximum=1.0)
+    rounds: tuple[int, ...] = setting((30, 30, 30, 30, 50, 50, 125, 125), minimum=1, below=TOTAL + 1)
+    eta: float = setting(1.0, minimum=0, maximum=1)
+    n_latents: int = setting(10, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     @property
     def level(self) -> float:

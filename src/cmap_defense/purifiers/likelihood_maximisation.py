@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.settings import CMAPSettings
-from cmap_defense.common.settings import require_integer, require_number, require_numbers
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 
@@ -45,20 +45,15 @@ class LikelihoodMaximisation(MultiStepPurifier):
     _graphs: ClassVar[int] = 3
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-l2": {}}
 
-    iterations: int = 5
-    learning_rate: float = 0.1
-    sigmas: tuple[float, float] = (0.4, 0.6)
-    n_latents: int = 1  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    iterations: int = setting(5, minimum=0)
+    learning_rate: float = setting(0.1, above=0)
+    sigmas: tuple[float, float] = setting((0.4, 0.6), above=0)
+    n_latents: int = setting(1, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
-        require_integer(name, "iterations", self.iterations, minimum=0)
-        require_number(name, "learning_rate", self.learning_rate, above=0.0)
-        low, high = require_numbers(name, "sigmas", self.sigmas, length=2, above=0.0)
-        if low > high:
-            raise SettingsError(f"{name}.sigmas must be the lower one first, but is {self.sigmas!r}.")
-        object.__setattr__(self, "sigmas", (low, high))
+        if self.sigmas[0] > self.sigmas[1]:
+            raise SettingsError(f"{type(self).__name__}.sigmas must be the lower one first, but is {self.sigmas!r}.")
 
     @property
     def level(self) -> float:

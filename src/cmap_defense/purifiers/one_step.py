@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cmap_defense.common.settings import require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 
 __all__ = ["OneStep"]
@@ -31,12 +31,8 @@ class OneStep(MultiStepPurifier):
 
     kind: ClassVar[str | None] = None
 
-    level: float = 0.5  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-    n_latents: int = 4  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("OneStep", "level", self.level, minimum=0.0)
+    level: float = setting(0.5, minimum=0)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+    n_latents: int = setting(4, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     @property
     def steps(self) -> int:
