@@ -26,6 +26,20 @@ def robustbench_gowal2021() -> nn.Module:
     return load_model("Gowal2021Improving_28_10_ddpm_100m", dataset="cifar10", threat_model="Linf")
 
 
+def pyautoattack_resnet18() -> nn.Module:
+    """An adversarially trained CIFAR-10 ResNet-18, in the wheel of pyautoattack: the extra [attacks] has it."""
+    from pathlib import Path
+
+    import pyautoattack
+    import torch
+    from pyautoattack.examples.resnet import ResNet18
+
+    model = ResNet18()
+    folder = Path(pyautoattack.__file__).parent / "examples"
+    model.load_state_dict(torch.load(folder / "model_test.pt", map_location="cpu", weights_only=True))
+    return model.eval()
+
+
 class LogitsOnly(nn.Module):
     """A model of the transformers library as one from images to logits."""
 
