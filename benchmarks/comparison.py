@@ -56,9 +56,9 @@ GRID = {0.3: (3,), 0.5: (3, 6), 0.8: (3, 6), 1.2: (3, 6, 12), 2.0: (6, 12), 4.0:
 """Levels and numbers of iterations of CMAP; without an iteration it is one-step purification."""
 
 
-def near(level: float | None, iterations: int) -> CMAP:
+def near(level: float | None, iterations: int, **changes: float) -> CMAP:
     """CMAP with latents at a noise level."""
-    return CMAP(CMAPSettings(n_latents=K, iterations=iterations, learning_rate=0.1, level=level))
+    return CMAP(CMAPSettings(n_latents=K, iterations=iterations, learning_rate=0.1, level=level, **changes))
 
 
 def diffpure(t: int) -> DiffPure:
@@ -78,6 +78,12 @@ def candidates(eps: float) -> dict[str, list[Purifier]]:
         "likelihood": [LikelihoodMaximisation(learning_rate=rate, n_latents=K) for rate in (0.03, 0.06, 0.1)],
         "cmap-level": [near(level, n) for level, counts in GRID.items() for n in counts],
         "cmap": [near(None, 50)],
+        "cmap that fits less": [
+            near(0.5, 6, tolerance=2 * eps),
+            near(0.5, 6, latent_weight=12.8),
+            near(0.5, 6, ssim_weight=8.0),
+            Chain(OneStep(level=0.8, n_latents=K), near(0.5, 6), handed_on="mean"),
+        ],
         "diffpure, then cmap": [Chain(diffpure(t), near(0.5, 3)) for t in (40, 60, 80)],
     }
 
