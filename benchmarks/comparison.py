@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel, load_backbone
+from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel
 from cmap_defense.attacks import PGD, NoiseAndDenoise, Transfer, Undefended, exact_suite
 from cmap_defense.data import load_dataset
 from cmap_defense.embedded import load_classifier, load_test_images
@@ -51,6 +51,8 @@ BACKBONES = {
     "fashion-mnist": ("fashion-mnist-ct", "fashion-mnist-edm"),
     "cifar10": ("cifar10-ct-small", "cifar10-edm-small"),
 }
+CONSISTENT = ("one-step-ct", "cmap")
+"""What runs on the consistency model where it could run on the denoiser: names that begin so."""
 
 GRID = {0.3: (3,), 0.5: (3, 6), 0.8: (3, 6), 1.2: (3, 6, 12), 2.0: (6, 12), 4.0: (12, 20), 80.0: (20, 50)}
 """Levels and numbers of iterations of CMAP; without an iteration it is one-step purification."""
@@ -59,6 +61,11 @@ GRID = {0.3: (3,), 0.5: (3, 6), 0.8: (3, 6), 1.2: (3, 6, 12), 2.0: (6, 12), 4.0:
 def near(level: float | None, iterations: int, **changes: float) -> CMAP:
     """CMAP with latents at a noise level."""
     return CMAP(CMAPSettings(n_latents=K, iterations=iterations, learning_rate=0.1, level=level, **changes))
+
+
+def backbones_for(name: str, data: str) -> tuple[str, ...] | str:
+    """The backbone of a purifier by its name here, or the pair of them."""
+    return BACKBONES[data][0] if name.startswith(CONSISTENT) else BACKBONES[data]
 
 
 def diffpure(t: int) -> DiffPure:
@@ -71,6 +78,7 @@ def candidates(eps: float) -> dict[str, list[Purifier]]:
     return {
         "none": [Identity()],
         "one-step": [OneStep(level=level, n_latents=K) for level in (0.2, 0.3, 0.4, 0.6, 0.8, 1.2)],
+        "one-step-ct": [OneStep(level=level, n_latents=K) for level in (0.3, 0.4, 0.6, 0.8, 1.2, 2.0)],
         "diffpure": [diffpure(t) for t in (40, 60, 80, 110, 150, 200)],
         "gdmp": [GDMP(t=t, rounds=2, eps=eps, n_latents=K) for t in (10, 20, 36)],
         "adp": [ADP(noise=noise, n_latents=K) for noise in (0.1, 0.17, 0.25)],
@@ -78,11 +86,11 @@ def candidates(eps: float) -> dict[str, list[Purifier]]:
         "likelihood": [LikelihoodMaximisation(learning_rate=rate, n_latents=K) for rate in (0.03, 0.06, 0.1)],
         "cmap-level": [near(level, n) for level, counts in GRID.items() for n in counts],
         "cmap": [near(None, 50)],
-        "cmap that fits less": [
-            near(0.5, 6, tolerance=2 * eps),
-            near(0.5, 6, latent_weight=12.8),
-            near(0.5, 6, ssim_weight=8.0),
-            Chain(OneStep(level=0.8, n_latents=K), near(0.5, 6), handed_on="mean"),
+        "cmap-fits-less": [
+            near(1.2, 6, tolerance=2 * eps),
+            near(1.2, 6, latent_weight=12.8),
+            near(1.2, 6, ssim_weight=8.0),
+            Chain(OneStep(level=1.2, n_latents=K), near(1.2, 6), handed_on="mean"),
         ],
         "diffpure, then cmap": [Chain(diffpure(t), near(0.5, 3)) for t in (40, 60, 80)],
     }
@@ -104,13 +112,13 @@ def setup(options: argparse.Namespace, held_out: bool) -> tuple[nn.Module, Tenso
 def levels(options: argparse.Namespace) -> None:
     """A line of JSON for each candidate."""
     classifier, images, labels = setup(options, held_out=True)
-    backbones = tuple(load_backbone(name) for name in BACKBONES[options.data])
     threat, results = ThreatModel(eps=EPS[options.data]), options.out / "levels.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
-    done = {line["settings"] for line in map(json.loads, results.open())} if results.exists() else set()
+    lines = map(json.loads, results.open()) if results.exists() else ()
+    done = {(line["purifier"], line["settings"]) for line in lines}
     stored = options.out / "attacked.pt"
     if not stored.exists():
-        bare = PurifiedClassifier(classifier, backbones, purifier=Identity()).eval()
+        bare = PurifiedClassifier(classifier, BACKBONES[options.data], purifier=Identity()).eval()
         attacked = {"clean": images}
         attacked["bare"] = Transfer(PGD(threat, steps=options.steps), source=Undefended())(bare, images, labels).images
         for sigma in (0.3, 0.5):
@@ -121,9 +129,10 @@ def levels(options: argparse.Namespace) -> None:
     attacked = torch.load(stored)
     for kind, purifiers in candidates(EPS[options.data]).items():
         for purifier in purifiers:
-            if repr(purifier) in done or (options.only and kind not in options.only):
+            if (kind, repr(purifier)) in done or (options.only and kind not in options.only):
                 continue
-            model = PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
+            backbone = backbones_for(kind, options.data)
+            model = PurifiedClassifier(classifier, backbone, purifier=purifier).eval()
             row: dict[str, object] = {"purifier": kind, "settings": repr(purifier), "passes": purifier.passes}
             begun = time.perf_counter()
             for name, x in attacked.items():
@@ -152,6 +161,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
     "fashion-mnist": {
         "one-step-0.8": OneStep(level=0.8, n_latents=K),
         "one-step-1.2": OneStep(level=1.2, n_latents=K),
+        "one-step-ct-0.8": OneStep(level=0.8, n_latents=K),
         "diffpure-80": diffpure(80),
         "cmap-0.5-3": near(0.5, 3),
         "cmap-1.2-3": near(1.2, 3),
@@ -174,7 +184,6 @@ def paper(eps: float) -> dict[str, Purifier]:
 def attacked(options: argparse.Namespace) -> None:
     """The comparison under attack, as ``cmap-defense compare`` makes it."""
     classifier, images, labels = setup(options, held_out=options.stage == "frontier")
-    backbones = tuple(load_backbone(name) for name in BACKBONES[options.data])
     threat = ThreatModel(eps=EPS[options.data])
     attacks = exact_suite(threat, steps=options.steps, eot=options.eot)
     if options.stage == "paper":
@@ -186,7 +195,7 @@ def attacked(options: argparse.Namespace) -> None:
         purifiers = CHOSEN[options.data]
     comparison = compare(
         {
-            name: PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
+            name: PurifiedClassifier(classifier, backbones_for(name, options.data), purifier=purifier).eval()
             for name, purifier in purifiers.items()
             if not options.only or name in options.only
         },
