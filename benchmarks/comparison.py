@@ -54,7 +54,7 @@ BACKBONES = {
 CONSISTENT = ("one-step-ct", "cmap")
 """What runs on the consistency model where it could run on the denoiser: names that begin so."""
 
-GRID = {0.3: (3,), 0.5: (3, 6), 0.8: (3, 6), 1.2: (3, 6, 12), 2.0: (6, 12), 4.0: (12, 20), 80.0: (20, 50)}
+GRID = {0.5: (3, 6), 0.8: (3, 6), 1.2: (3, 6, 12), 2.0: (6, 12), 4.0: (12,), 80.0: (20,)}
 """Levels and numbers of iterations of CMAP; without an iteration it is one-step purification."""
 
 
