@@ -161,12 +161,12 @@ def test_against_a_plain_loop(norm: str, aimed: bool, start: str):
         margins, outside = torch.tensor(histories, dtype=DOUBLE).mean(dim=0)
         torch.testing.assert_close(result.history["margin"][:, image].double(), margins, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(result.history["excess"][:, image].double(), outside, rtol=1e-6, atol=1e-5)
-    found = attack.search(Oracle(model, torch.arange(2)), images, Goal(labels))
+    searched, tried, margins, _ = attack.search(Oracle(model, torch.arange(2)), images, Goal(labels))
     for place in range(3):
-        expected = margin(model.undefended(found.images[:, place]).detach(), Goal(labels))
-        torch.testing.assert_close(found.margins[:, place].double(), expected, rtol=1e-4, atol=1e-4)
-    assert found.searched.begin.shape == (2, 3, *SHAPE)
-    assert found.searched.wrapper.settings == QUICK.replace(n_latents=3)
+        expected = margin(model.undefended(tried[:, place]).detach(), Goal(labels))
+        torch.testing.assert_close(margins[:, place].double(), expected, rtol=1e-4, atol=1e-4)
+    assert searched.begin.shape == (2, 3, *SHAPE)
+    assert searched.wrapper.settings == QUICK.replace(n_latents=3)
     assert model.settings == QUICK
 
 

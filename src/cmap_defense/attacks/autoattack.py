@@ -11,15 +11,9 @@ from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import Goal
-from cmap_defense.attacks.libraries import (
-    NORMS,
-    LibraryModel,
-    pyautoattack,
-    seed_of,
-    undisturbed,
-)
+from cmap_defense.attacks.libraries import NORMS, LibraryModel, pyautoattack, require_tiles, undisturbed
 from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
-from cmap_defense.attacks.square import require_tiles
+from cmap_defense.common.rng import generator_for
 from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode
@@ -127,7 +121,7 @@ class AutoAttack(Attack):
                 model,
                 norm=NORMS[self.threat.norm],
                 eps=self.threat.eps,
-                seed=seed_of(oracle),
+                seed=generator_for(oracle.count, *oracle.draws.tolist()).initial_seed(),
                 version=self.version,
                 device=images.device,
             )

@@ -30,7 +30,7 @@ from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError
 from cmap_defense.threat import ThreatModel
 
 if TYPE_CHECKING:
-    from cmap_defense.attacks.pgd import PGD
+    from cmap_defense.attacks.steps import PGD
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,24 +132,23 @@ class Attack(NamedOptions, abc.ABC):
     """Whether the attack works on the latents that a purifier optimises."""
 
     _synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("iterations", "num_steps", "n_steps"), "steps"),
         "epsilon": "eps",
-        "iterations": "steps",
-        "num_steps": "steps",
-        "n_steps": "steps",
         "alpha": "step_size",
         "random_state": "seed",
     }
     _advice: ClassVar[Mapping[str, str]] = {
-        "targeted": "Targets are given to the call: attack(model, images, labels, targets=...).",
-        "targets": "Targets are given to the call: attack(model, images, labels, targets=...).",
+        **dict.fromkeys(
+            ("targeted", "targets"), "Targets are given to the call: attack(model, images, labels, targets=...)."
+        ),
         "model": "The model is given to the call: attack(model, images, labels).",
     }
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
         if not isinstance(self.threat, ThreatModel):
             raise SettingsError(
-                f"{name}.threat must be a ThreatModel such as ThreatModel(eps=8 / 255), but is {self.threat!r}."
+                f"{type(self).__name__}.threat must be a ThreatModel such as ThreatModel(eps=8 / 255), but is "
+                f"{self.threat!r}."
             )
         check_fields(self)
 
@@ -205,13 +204,14 @@ class Attack(NamedOptions, abc.ABC):
             stack.enter_context(evaluating(model))
             bar = stack.enter_context(tqdm(desc=name, unit="evaluation", disable=not progress))
             clean = usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
-            goal = Goal(usable(labels), None if targets is None else usable(targets))
+            wanted = [usable(part) for part in (labels, targets) if part is not None]
+            goal = Goal(*wanted)
             oracle = Oracle(
                 model,
                 derived_seeds(index, self.seed),
                 known=self.noise == "known",
-                tick=lambda: _advance(bar),
-                needed=_needed(labels, targets),
+                tick=bar.update,
+                needed=max((int(part.max()) + 1 for part in wanted if part.numel()), default=0),
             )
             found = self._attempts(oracle, clean, goal)
             still = found.history.get("gradient_norm", torch.ones(1, 0)).eq(0).all(dim=0).sum()
@@ -226,20 +226,19 @@ class Attack(NamedOptions, abc.ABC):
                 return self._reevaluated(oracle, clean, goal, found, reevaluations)
 
     def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """The attempts of all restarts, one after the other."""
+        """The attempts of all restarts, one after the other; norms of the oracle's gradients join a history without."""
         if not len(clean):
             return Candidates(clean[:, None])
-        runs = [self._restart(oracle.restarted(restart), clean, goal) for restart in range(self.restarts)]
+        runs = []
+        for restart in range(self.restarts):
+            own = oracle.restarted(restart)
+            found = self.run(own, clean, goal)
+            history = dict(found.history)
+            if own.gradient_norms:
+                history.setdefault("gradient_norm", torch.stack(own.gradient_norms))
+            runs.append(Candidates(found.images, history))
         history = {name: torch.cat([run.history[name] for run in runs]) for name in runs[0].history}
         return Candidates(torch.cat([run.images.detach() for run in runs], dim=1), history)
-
-    def _restart(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        """One search; the norms of the oracle's gradients are added to a history that has none."""
-        found = self.run(oracle, clean, goal)
-        if "gradient_norm" in found.history or not oracle.gradient_norms:
-            return found
-        norms = torch.stack(oracle.gradient_norms)
-        return dataclasses.replace(found, history={**found.history, "gradient_norm": norms})
 
     def _reevaluated(
         self, oracle: Oracle, clean: Tensor, goal: Goal, found: Candidates, reevaluations: int
@@ -285,10 +284,7 @@ class Attack(NamedOptions, abc.ABC):
     def suits(self, model: Model) -> bool:
         """Whether the attack can be run on a model. A set of attacks by name leaves those out that cannot.
 
-        The default is True, or for a subclass with ``needs_latents`` whether the model's purifier optimises latents.
-
-        Args:
-            model: that would be attacked.
+        By default all can, those with ``needs_latents`` where the model's purifier optimises latents.
         """
         return not self.needs_latents or (isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents)
 
@@ -297,9 +293,6 @@ class Attack(NamedOptions, abc.ABC):
 
         It is False for the gradient of a surrogate or of another model, and by default. An evaluation gives no headline
         without such an attack.
-
-        Args:
-            model: the model that is attacked.
         """
         return False
 
@@ -308,10 +301,8 @@ class Attack(NamedOptions, abc.ABC):
         return True
 
     def first_step(self) -> float | None:
-        """The size of the first step from a random start, in the threat model's norm.
-
-        It is None, the default, for a search that starts elsewhere or takes no steps on the image.
-        """
+        """The size of the first step from a random start, in the threat model's norm; by default None, as for a search
+        that starts elsewhere or takes no steps on the image."""
         return None
 
     def predictions_per_image(self) -> int:
@@ -329,27 +320,19 @@ class Attack(NamedOptions, abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """The attack as JSON values: its class, and its settings by name.
 
-        Settings that are objects, such as the threat model, a loss or another attack, are dictionaries of the same
-        form. A network is described by its class and a checksum of its weights, a function by its name.
+        Objects among them are dictionaries of the same form, a network by a checksum of its weights.
         """
         found = describe(self)
         return found if isinstance(found, dict) else {"class": qualified_name(self), "described": found}
 
     def under(self, threat: ThreatModel) -> Attack:
-        """The same attack under another threat model.
-
-        Args:
-            threat: of the same norm.
-        """
+        """The same attack under another threat model of the same norm."""
         return dataclasses.replace(self, threat=threat)
 
     def passes_per_image(self, model: PurifiedClassifier) -> int | None:
         """How many network passes the search takes for each image, by which an evaluation estimates its duration
         before it starts. Those of a gradient that goes back through the purification are not included. None, the
         default, where that is not known: the evaluation then measures it in the first work unit.
-
-        Args:
-            model: the model that is attacked.
         """
         return None
 
@@ -363,12 +346,3 @@ def _classes(name: str, given: Any, images: Tensor) -> Tensor:
     if given.numel() and given.min() < 0:
         raise InputValueError(f"{name} must be classes, 0 at least, but go down to {int(given.min())}.")
     return given.detach().to(images.device, torch.int64, copy=True)
-
-
-def _needed(labels: Tensor, targets: Tensor | None) -> int:
-    """The number of classes that a model must have for these labels."""
-    return max((int(part.max()) + 1 for part in (labels, targets) if part is not None and part.numel()), default=0)
-
-
-def _advance(bar: tqdm) -> None:
-    bar.update()

@@ -41,17 +41,10 @@ class Goal:
 
 
 def margin(logits: Tensor, goal: Goal) -> Tensor:
-    """The margin of an attack (Carlini and Wagner 2017, arXiv 1608.04644, f6, unclipped): positive where it succeeds.
+    """The margin [M] of an attack (Carlini and Wagner 2017, arXiv 1608.04644, f6, unclipped), above 0 on success.
 
     Untargeted it is the largest other logit less that of the true class; targeted, the logit of the target less the
-    largest other one.
-
-    Args:
-        logits: [M, classes].
-        goal: of the M images.
-
-    Returns:
-        [M].
+    largest other one. ``logits`` are [M, classes].
     """
     classes = goal.labels if goal.targets is None else goal.targets
     own = logits.gather(1, classes[:, None])[:, 0]
@@ -71,15 +64,7 @@ class Loss(NamedOptions, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
-        """The loss of each image.
-
-        Args:
-            logits: [S, B, classes], of S evaluations with independent noise.
-            goal: of the B images.
-
-        Returns:
-            [B].
-        """
+        """The loss [B] of each image, from logits [S, B, classes] of S evaluations with independent noise."""
 
 
 def require_loss(owner: str, loss: object, *, joint: bool = True) -> None:

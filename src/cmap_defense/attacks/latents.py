@@ -1,4 +1,4 @@
-"""Shared by attacks on latents: initial latents, their optimisation, and the images that they generate."""
+"""Attacks on latents: their optimisation, and two attacks that look for images on the generator's manifold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack
+from cmap_defense.attacks.base import Attack, Candidates
+from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.settings import setting
@@ -23,7 +24,7 @@ class LatentSearch(Attack):
     The model must be a purified classifier. Further arguments are those of ``Attack``.
 
     Args:
-        steps: steps of Adam, at least 1.
+        steps: steps of Adam.
         learning_rate: of Adam.
         latents: M, latents per image, each of which gives an attempt.
         start: "purified" for the latents that the defence finds for the clean image, at the cost of a purification, or
@@ -57,6 +58,124 @@ class LatentSearch(Attack):
         return Searched(wrapper, begin, labels, clean)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentAttack(LatentSearch):
+    """An attack of this package: a misclassified image G(u) near the clean image x, found in the latents u
+
+        min_u  penalty excess(G(u), x) + max(confidence - margin(C(G(u))), 0)
+
+    with the distance outside the ball of ``excess`` and the margin of ``margin``, whose hinge is that of Carlini and
+    Wagner 2017 (arXiv 1608.04644, f6). The attempt of each latent is the projected image of the highest margin under
+    the bare classifier. An image that needed no projection is on the manifold, so that a purification has no reason to
+    change it. The latent loop is not differentiated.
+
+    Its history holds "margin", of the bare classifier on the projected images, and "excess", means over the M latents.
+    Further arguments are those of ``LatentSearch``.
+
+    Args:
+        penalty: weight of the excess in the first step.
+        growth: factor by which the penalty grows from the first step to the last.
+        confidence: the margin in logits beyond which the loss does not fall.
+    """
+
+    penalty: float = setting(0.3, above=0.0)
+    growth: float = setting(10.0, minimum=1.0)
+    confidence: float = setting(10.0, minimum=0.0)
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        _, images, _, history = self.search(oracle, clean, goal)
+        return Candidates(images, history)
+
+    def search(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Searched, Tensor, Tensor, dict[str, Tensor]]:
+        """Search, for attacks that use the attempts; arguments are those of ``run``.
+
+        Returns:
+            The initial latents with their purified classifier; the attempts [B, M, C, H, W], projected; the bare
+            classifier's margins [B, M] on them; the history.
+        """
+        searched = self._searched(oracle, clean)
+        pairs = searched.begin.shape[:2]
+        best = clean[:, None].repeat(1, self.latents, 1, 1, 1)
+        highest = torch.full(pairs, -torch.inf, device=clean.device)
+        margins, outside = torch.zeros((2, self.steps, *pairs), device=clean.device)
+
+        def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
+            own, wanted = clean[rows], goal.rows(rows).repeated(self.latents)
+            generated = searched.generate(latents, rows, own)
+            with torch.no_grad():
+                legal = project_all(self.threat, generated, own)
+                now = margin(searched.classify(legal), wanted).view(generated.shape[:2])
+                better = now > highest[rows]
+                best[rows] = torch.where(better[:, :, None, None, None], legal.to(best), best[rows])
+                highest[rows] = torch.where(better, now.to(highest), highest[rows])
+            lead = margin(searched.classify(generated), wanted).view(generated.shape[:2])
+            far = excess(self.threat, generated, own)
+            margins[step, rows], outside[step, rows] = now.to(margins), far.detach().to(margins)
+            weight = self.penalty * self.growth ** (step / max(1, self.steps - 1))
+            return weight * far + (self.confidence - lead).clamp_min(0)
+
+        descend(searched.begin, searched.parts, loss, self.steps, lr=self.learning_rate)
+        return searched, best, highest, {"margin": margins.mean(dim=2), "excess": outside.mean(dim=2)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overpowered(LatentSearch):
+    """The overpowered attack (Jalal et al. 2017, arXiv 1712.09196), within the ball around an image x
+
+        min_{u, u'}  penalty [ excess(G(u), x) + excess(G(u'), x) + excess(G(u), G(u')) ]
+                     + max(confidence - lead(G(u)), 0) + max(confidence - margin(G(u')), 0)
+
+    It searches pairs of latents whose images are in the ball and within eps of each other, one of them classified
+    correctly and the other as the attack aims at. Where there is such a pair, no projection onto the manifold is right
+    for both. The attempts are the misclassified image of each pair and the middle of the pair.
+
+    Its history holds "paired", the share of the M pairs that meet these conditions after projection. Further arguments
+    are those of ``LatentSearch``.
+
+    Args:
+        penalty: weight of the excess.
+        confidence: the margin in logits on either side beyond which the loss does not fall.
+    """
+
+    penalty: float = setting(1.0, above=0.0)
+    confidence: float = setting(5.0, minimum=0.0)
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return super().passes_per_image(model) + self.restarts * self.latents * (self.steps + 2)
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        searched = self._searched(oracle, clean).doubled()
+        paired = torch.zeros((self.steps, len(clean)), device=clean.device)
+
+        def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
+            own, wanted = clean[rows], goal.rows(rows).repeated(self.latents)
+            generated = searched.generate(latents, rows, own)
+            right, wrong = generated.split(self.latents, dim=1)
+            gap = excess(self.threat, wrong.flatten(0, 1)[:, None], right.flatten(0, 1)).view(right.shape[:2])
+            far = excess(self.threat, right, own) + excess(self.threat, wrong, own) + gap
+            lead = -margin(searched.classify(right), Goal(wanted.labels)).view(right.shape[:2])
+            gain = margin(searched.classify(wrong), wanted).view(right.shape[:2])
+            with torch.no_grad():
+                sides = [searched.classify(side).argmax(dim=1) for side in self._legal(right, wrong, own)]
+                both = (sides[0] == wanted.labels) & wanted.reached(sides[1])
+                paired[step, rows] = both.view(right.shape[:2]).float().mean(dim=1).to(paired)
+            hinges = (self.confidence - lead).clamp_min(0) + (self.confidence - gain).clamp_min(0)
+            return self.penalty * far + hinges
+
+        latents = descend(searched.begin, searched.parts, loss, self.steps, lr=self.learning_rate)
+        with torch.no_grad():
+            generated = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
+        right, wrong = generated.split(self.latents, dim=1)
+        right, wrong = self._legal(right, wrong, clean)
+        return Candidates(torch.cat([wrong, (right + wrong) / 2], dim=1), {"paired": paired})
+
+    def _legal(self, right: Tensor, wrong: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides [b, M, C, H, W] projected onto the ball around the clean image and within eps of each other."""
+        right = project_all(self.threat, right, clean)
+        near = self.threat.project(wrong.flatten(0, 1), right.flatten(0, 1)).view_as(wrong)
+        return right, project_all(self.threat, near, clean)  # no farther from the right one
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Searched:
     """A search over the latents of a batch of images.
@@ -79,16 +198,8 @@ class Searched:
         return Searched(self.wrapper, self.begin.repeat(1, 2, 1, 1, 1), labels, self.clean)
 
     def generate(self, latents: Tensor, rows: slice, like: Tensor | None) -> Tensor:
-        """Generate the images of latents.
-
-        Args:
-            latents: [b, M, C, H, W], of some images.
-            rows: positions of these images in the batch.
-            like: images [..., C, H, W] whose size the generated ones get; None for the backbone's size.
-
-        Returns:
-            [b, M, C, H, W] in [0, 1].
-        """
+        """Images [b, M, C, H, W] in [0, 1] of the latents of some images, at positions ``rows`` of the batch, of the
+        size of the images ``like``; None for the backbone's size."""
         labels = None if self.class_labels is None else self.class_labels[rows]
         size = None if like is None else like.shape[2:]
         return self.wrapper.generate(latents, self.clean[rows], class_labels=labels, size=size)
@@ -135,18 +246,10 @@ def descend(
 
 
 def excess(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:
-    """How far images are outside the ball, with a gradient back into it.
+    """How far images [b, M, C, H, W] are outside the ball around clean ones [b, C, H, W], with a gradient back: [b, M].
 
     In linf it is the sum over pixels of the excess over eps. In l2 it is the excess of the norm over eps, times the
     square root of the number of pixels, so that the gradient per pixel is about the same.
-
-    Args:
-        threat: the threat model.
-        images: [b, M, C, H, W], M images for each clean one.
-        clean: [b, C, H, W].
-
-    Returns:
-        [b, M].
     """
     delta = (images - clean[:, None]).flatten(2)
     if threat.norm == "linf":
@@ -155,14 +258,5 @@ def excess(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:
 
 
 def project_all(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:
-    """Project images onto the threat model.
-
-    Args:
-        threat: the threat model.
-        images: [B, M, C, H, W], M images for each clean one.
-        clean: [B, C, H, W].
-
-    Returns:
-        [B, M, C, H, W].
-    """
+    """Images [B, M, C, H, W] projected onto the threat model around clean ones [B, C, H, W]."""
     return torch.stack([threat.project(part, clean) for part in images.unbind(dim=1)], dim=1)

@@ -34,14 +34,11 @@ class SeededModel(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
-        """Predict.
+        """Logits [B, classes] of images [B, C, H, W] in [0, 1].
 
         Args:
-            images: [B, C, H, W] in [0, 1].
+            images: as above.
             seeds: [B] int64 on the CPU; None for those of ``seed``, or fresh ones.
-
-        Returns:
-            Logits [B, classes].
         """
 
 
@@ -82,17 +79,21 @@ def usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def unit(gradient: Tensor) -> Tensor:
-    """Gradients [B, C, H, W] divided by their l2 norms, which may be tiny or huge; 0 stays 0."""
-    scaled, _ = by_largest(gradient)
-    tiny = torch.finfo(gradient.dtype).tiny
-    return scaled / scaled.flatten(1).norm(dim=1).clamp_min(tiny)[:, None, None, None]
+def wide(values: Tensor) -> Tensor:
+    """Numbers [B] as [B, 1, 1, 1]."""
+    return values[:, None, None, None]
 
 
 def by_largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients [B, C, H, W] divided by their largest absolute values, and these, [B]."""
     largest = gradient.abs().flatten(1).amax(dim=1)
-    return gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)[:, None, None, None], largest
+    return gradient / wide(largest.clamp_min(torch.finfo(gradient.dtype).tiny)), largest
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Gradients [B, C, H, W] divided by their l2 norms, which may be tiny or huge; 0 stays 0."""
+    scaled, _ = by_largest(gradient)
+    return scaled / wide(scaled.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny))
 
 
 def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
@@ -114,6 +115,7 @@ def gradient_length(gradient: Tensor) -> Tensor:
     return largest * scaled.flatten(1).norm(dim=1)
 
 
+@dataclasses.dataclass(eq=False)
 class Oracle:
     """A model on a batch of images, with independent noise in each evaluation.
 
@@ -126,36 +128,30 @@ class Oracle:
         seeds: [B] int64 on the CPU, one per image.
         known: use the same noise in each evaluation, as for an attacker who knows it.
         tick: called in each evaluation.
-        draws: [B] int64 on the CPU, seeds of the attack's own noise, such as a random start; None for ``seeds``.
-        evaluations: [number of evaluations, number of the one that the noise belongs to], shared between oracles; None
-            for [0, 0].
-        gradient_norms: the l2 norms [B] of the gradients of ``feedback``, shared between oracles; None for none
-            yet.
+        draws: [B] int64 on the CPU, seeds of the attack's own noise, such as a random start; by default ``seeds``.
+        evaluations: [number of evaluations, number of the one that the noise belongs to], shared between oracles.
+        gradient_norms: the l2 norms [B] of the gradients of ``feedback``, shared between oracles.
         needed: the number of classes that the labels need.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        seeds: Tensor,
-        *,
-        known: bool = False,
-        tick: Callable[[], None] = lambda: None,
-        draws: Tensor | None = None,
-        evaluations: list[int] | None = None,
-        gradient_norms: list[Tensor] | None = None,
-        needed: int = 0,
-    ) -> None:
-        self.gradient_norms = [] if gradient_norms is None else gradient_norms
-        self.needed = needed
-        self.draws = seeds if draws is None else draws
-        self.model, self.seeds, self.known, self.tick = model, seeds, known, tick
-        self._evaluations = [0, 0] if evaluations is None else evaluations
+    model: Model
+    seeds: Tensor
+    _: dataclasses.KW_ONLY
+    known: bool = False
+    tick: Callable[[], object] = lambda: None
+    draws: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    evaluations: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
+    gradient_norms: list[Tensor] = dataclasses.field(default_factory=list)
+    needed: int = 0
+
+    def __post_init__(self) -> None:
+        if not len(self.draws):
+            self.draws = self.seeds
 
     @property
     def count(self) -> int:
         """Evaluations so far, those of oracles from ``of``, ``restarted`` and ``rows`` included."""
-        return self._evaluations[0]
+        return self.evaluations[0]
 
     def __call__(self, images: Tensor, *, again: bool = False) -> Tensor:
         """Evaluate the model.
@@ -202,9 +198,9 @@ class Oracle:
         Returns:
             The seeds [B] of the evaluation; None where the model has a seed of its own or takes none.
         """
-        self._evaluations[0] += 1
+        self.evaluations[0] += 1
         if not again:
-            self._evaluations[1] = self._evaluations[0]
+            self.evaluations[1] = self.evaluations[0]
         self.tick()
         return self.own_seeds()
 
@@ -212,33 +208,29 @@ class Oracle:
         """The seeds [B] of the latest evaluation; None where the model has a seed of its own or takes none."""
         if not isinstance(self.model, (PurifiedClassifier, SeededModel)) or self.model.seed is not None:
             return None
-        return self.seeds if self.known else derived_seeds(self.seeds, self._evaluations[1])
+        return self.seeds if self.known else derived_seeds(self.seeds, self.evaluations[1])
 
     def of(self, model: Model) -> Oracle:
         """The same noise and count with another model."""
-        return self._like(model, self.seeds, self.draws, self._evaluations, self.gradient_norms)
+        return dataclasses.replace(self, model=model)
 
     def restarted(self, restart: int) -> Oracle:
         """The same model and count with the noise of a restart; known noise stays what it is."""
         draws = derived_seeds(self.seeds, RESTART + restart)
-        seeds = self.seeds if self.known else draws
-        return self._like(self.model, seeds, draws, self._evaluations)
+        return dataclasses.replace(self, seeds=self.seeds if self.known else draws, draws=draws, gradient_norms=[])
 
     def reevaluator(self) -> Oracle:
         """The same model with the noise of the re-evaluation, independent of the search unless known; own count."""
         seeds = self.seeds if self.known else derived_seeds(self.seeds, REEVALUATION)
-        return self._like(self.model, seeds, seeds, [0, 0])
+        return dataclasses.replace(self, seeds=seeds, draws=seeds, evaluations=[0, 0], gradient_norms=[])
 
     def rows(self, index: Tensor, *, separate_count: bool = False) -> Oracle:
-        """The oracle for some of the images, by their positions, each with its own noise; it counts with this one or
-        not.
-        """
+        """The oracle for some of the images, by their positions, each with its own noise; it counts with this one, or
+        from here on by itself."""
         index = index.cpu()
-        return self._like(
-            self.model,
-            self.seeds[index],
-            self.draws[index],
-            [*self._evaluations] if separate_count else self._evaluations,
+        counts = [*self.evaluations] if separate_count else self.evaluations
+        return dataclasses.replace(
+            self, seeds=self.seeds[index], draws=self.draws[index], evaluations=counts, gradient_norms=[]
         )
 
     def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
@@ -247,26 +239,7 @@ class Oracle:
 
     def counted(self, evaluations: int) -> None:
         """Set the count, after parts of the batch were counted separately."""
-        self._evaluations[:] = [evaluations, evaluations]
-
-    def _like(
-        self,
-        model: Model,
-        seeds: Tensor,
-        draws: Tensor,
-        evaluations: list[int],
-        gradient_norms: list[Tensor] | None = None,
-    ) -> Oracle:
-        return Oracle(
-            model,
-            seeds,
-            known=self.known,
-            tick=self.tick,
-            draws=draws,
-            evaluations=evaluations,
-            gradient_norms=gradient_norms,
-            needed=self.needed,
-        )
+        self.evaluations[:] = [evaluations, evaluations]
 
     def wrapper(self, attack: object) -> PurifiedClassifier:
         """The model, for an attack that needs its latents or gradient modes. Raises ``SettingsError`` for any other."""

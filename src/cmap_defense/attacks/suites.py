@@ -1,4 +1,4 @@
-"""Sets of attacks by name."""
+"""Sets of attacks by name. Arguments of each: norm and eps; steps on the image; evaluations per gradient; the seed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cmap_defense.attacks.apgd import APGD
 from cmap_defense.attacks.autoattack import AutoAttack
 from cmap_defense.attacks.base import Attack
 from cmap_defense.attacks.consistency_disruption import ConsistencyDisruption
-from cmap_defense.attacks.frozen_residual import FrozenResidual
+from cmap_defense.attacks.defended import FrozenResidual, ShortCMAP, TargetSteer
 from cmap_defense.attacks.goal import Margin, VoteMargin
-from cmap_defense.attacks.latent import LatentAttack
-from cmap_defense.attacks.overpowered import Overpowered
-from cmap_defense.attacks.pgd import PGD
-from cmap_defense.attacks.short_cmap import ShortCMAP
-from cmap_defense.attacks.spsa import SPSA
-from cmap_defense.attacks.square import Square
-from cmap_defense.attacks.target_steer import TargetSteer
+from cmap_defense.attacks.latents import LatentAttack, Overpowered
+from cmap_defense.attacks.libraries import APGD, Square
+from cmap_defense.attacks.steps import PGD, SPSA
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Transfer, Undefended
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import SettingsError
@@ -68,18 +63,16 @@ def paper_suite(
         released: whether consistency disruption searches as the released code does.
         seed: of all attacks.
     """
-    step: dict[str, Any] = {"steps": steps, "step_size": threat.eps / steps, "eot": eot}
-    step |= {"random_start": False, "sign_steps": True}
-    surrogate = NoiseAndDenoise()
-    eot = eot if threat.norm == "linf" else 1
-    autoattack = AutoAttack(threat, seed=seed, version="standard", rounds=1, eot=eot)
+    step: dict[str, Any] = {"steps": steps, "step_size": threat.eps / steps, "eot": eot, "seed": seed}
+    pgd = PGD(threat, random_start=False, sign_steps=True, **step)
+    library_eot = eot if threat.norm == "linf" else 1
+    autoattack = AutoAttack(threat, seed=seed, version="standard", rounds=1, eot=library_eot)
+    search: dict[str, Any] = {"steps": disruption_steps, "beta": beta, "released": released}
     return {
-        "paper-pgd": Transfer(PGD(threat, seed=seed, **step), source=surrogate),
-        "paper-bpda": Transfer(PGD(threat, seed=seed, **step), source=NoiseAndDenoise(straight_through=True)),
-        "paper-autoattack": Transfer(autoattack, source=surrogate),
-        "consistency-disruption": ConsistencyDisruption(
-            threat, seed=seed, steps=disruption_steps, beta=beta, released=released
-        ),
+        "paper-pgd": Transfer(pgd, source=NoiseAndDenoise()),
+        "paper-bpda": Transfer(pgd, source=NoiseAndDenoise(straight_through=True)),
+        "paper-autoattack": Transfer(autoattack, source=NoiseAndDenoise()),
+        "consistency-disruption": ConsistencyDisruption(threat, seed=seed, **search),
     }
 
 
@@ -87,19 +80,10 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
     """One adaptive attack of each kind, at sizes for a first look.
 
     Use more steps, restarts and EOT for published figures; the variance of the gradient flattens near 64 evaluations.
-
-    Args:
-        threat: norm and eps.
-        steps: on the image.
-        eot: evaluations per gradient.
-        seed: of all attacks.
     """
-    image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
     return {
-        "transfer": Transfer(PGD(threat, steps=steps, seed=seed), source=Undefended()),
-        "bpda-eot": PGD(threat, gradient=StraightThrough(), **image),
-        "surrogate-eot": PGD(threat, gradient=Surrogate(), **image),
-        "unrolled-last": PGD(threat, gradient=Unrolled(last=3, l1_smoothing=0.3), balanced=True, **image),
+        **_common(threat, steps, eot, seed),
+        "unrolled-last": _pgd(threat, Unrolled(last=3, l1_smoothing=0.3), steps, eot, seed, balanced=True),
         "frozen-residual": FrozenResidual(threat, steps=5 * steps, every=5, seed=seed, schedule="cosine"),
         "latent": LatentAttack(threat, seed=seed),
         "consistency-disruption": ConsistencyDisruption(threat, seed=seed, beta=100.0),
@@ -109,55 +93,58 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
 def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int = 0) -> dict[str, Attack]:
     """Attacks that purifiers of all kinds can be compared under.
 
-    The first does not know the defence. The second attacks one-step purification, which any denoising defence shares
-    much with. The third takes the purification as the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420), and the
-    fourth its derivative as that of one denoising step. The last two differentiate the purification: every step of a
-    purifier that denoises, and the last five of an optimisation over latents, whose exact gradient through many steps
-    points nowhere. Two of them need a backbone with ``denoise``.
-
-    Args:
-        threat: norm and eps.
-        steps: on the image.
-        eot: evaluations per gradient.
-        seed: of all attacks.
+    "transfer" does not know the defence. "one-step-transfer" attacks one-step purification, which any denoising defence
+    shares much with. "bpda-eot" takes the purification as the identity (BPDA, Athalye et al. 2018, arXiv 1802.00420),
+    and "surrogate-eot" its derivative as that of one denoising step. The others differentiate the purification: every
+    step of a purifier that denoises, and the last five of an optimisation over latents, whose exact gradient through
+    many steps points nowhere. Two of them need a backbone with ``denoise``.
     """
-    image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
-    one_step, exact = NoiseAndDenoise(sigma=0.5), Unrolled(last=5, l1_smoothing=0.3)
+    exact = Unrolled(last=5, l1_smoothing=0.3)
+    found = _common(threat, steps, eot, seed)
+    one_step = Transfer(_pgd(threat, None, steps, eot, seed), source=NoiseAndDenoise(sigma=0.5))
     return {
-        "transfer": Transfer(PGD(threat, steps=steps, seed=seed), source=Undefended()),
-        "one-step-transfer": Transfer(PGD(threat, **image), source=one_step),
-        "bpda-eot": PGD(threat, gradient=StraightThrough(), **image),
-        "surrogate-eot": PGD(threat, gradient=Surrogate(), **image),
-        "exact-eot": PGD(threat, gradient=exact, balanced=True, **image),
+        "transfer": found.pop("transfer"),
+        "one-step-transfer": one_step,
+        **found,
+        "exact-eot": _pgd(threat, exact, steps, eot, seed, balanced=True),
         "apgd-eot": APGD(threat, gradient=exact, steps=steps, eot=eot, seed=seed),
     }
 
 
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """``standard_suite`` and all other attacks, those with queries included. It takes hours rather than minutes.
-
-    Args:
-        threat: norm and eps.
-        steps: on the image.
-        eot: evaluations per gradient.
-        seed: of all attacks.
-    """
-    image: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed, "momentum": 0.75, "schedule": "cosine"}
+    """``standard_suite`` and all other attacks, those with queries included. It takes hours rather than minutes."""
+    found = standard_suite(threat, steps=steps, eot=eot, seed=seed)
+    sizes: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed}
     whole = Unrolled(l1_smoothing=0.3, max_growth=1.0)
-    last = PGD(threat, gradient=Unrolled(last=3, l1_smoothing=0.3), balanced=True, **image)
-    return standard_suite(threat, steps=steps, eot=eot, seed=seed) | {
-        "unrolled": PGD(threat, gradient=whole, balanced=True, **image),
-        "implicit": PGD(threat, gradient=Implicit(damping=1.0, l1_smoothing=0.3, iterations=8), balanced=True, **image),
-        "vote-aware": PGD(threat, gradient=Surrogate(), loss=VoteMargin(), **image),
-        "margin": PGD(threat, gradient=Surrogate(), loss=Margin(), **image),
+    implicit = Implicit(damping=1.0, l1_smoothing=0.3, iterations=8)
+    known: dict[str, Any] = {"noise": "known", "keep": "best", "steps": steps * eot, "eot": 1}
+    return {
+        **found,
+        "unrolled": _pgd(threat, whole, **sizes, balanced=True),
+        "implicit": _pgd(threat, implicit, **sizes, balanced=True),
+        "vote-aware": _pgd(threat, Surrogate(), **sizes, loss=VoteMargin()),
+        "margin": _pgd(threat, Surrogate(), **sizes, loss=Margin()),
         "short-cmap": ShortCMAP(threat, steps=steps, seed=seed, momentum=0.75, refresh=5),
         "target-steer": TargetSteer(threat, steps=steps, seed=seed, momentum=0.75),
         "overpowered": Overpowered(threat, seed=seed),
-        "transfer-short": Transfer(PGD(threat, gradient=Surrogate(), **image), source=Shortened(5)),
-        "fixed-seed": dataclasses.replace(last, noise="known", keep="best", steps=steps * eot, eot=1),
-        "autoattack": AutoAttack(threat, seed=seed, eot=eot, steps=steps),
+        "transfer-short": Transfer(_pgd(threat, Surrogate(), **sizes), source=Shortened(5)),
+        "fixed-seed": dataclasses.replace(found["unrolled-last"], **known),
+        "autoattack": AutoAttack(threat, **sizes),
         "square": Square(threat, seed=seed),
         "spsa": SPSA(threat, steps=steps, seed=seed, momentum=0.75),
+    }
+
+
+def _pgd(threat: ThreatModel, gradient: Any, steps: int, eot: int, seed: int, **others: Any) -> PGD:
+    sizes: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed}
+    return PGD(threat, gradient=gradient, momentum=0.75, schedule="cosine", **sizes, **others)
+
+
+def _common(threat: ThreatModel, steps: int, eot: int, seed: int) -> dict[str, Attack]:
+    return {
+        "transfer": Transfer(PGD(threat, steps=steps, seed=seed), source=Undefended()),
+        "bpda-eot": _pgd(threat, StraightThrough(), steps, eot, seed),
+        "surrogate-eot": _pgd(threat, Surrogate(), steps, eot, seed),
     }
 
 

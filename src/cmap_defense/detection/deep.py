@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmap_defense.attacks.pgd import PGD
+from cmap_defense.attacks.steps import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import building, evaluating
 from cmap_defense.common.rng import derived_seeds, generator_for, isolated
