@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,6 @@ from cmap_defense.common.rng import draw_latents, fresh_seeds
 from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
-
-__all__ = ["LatentAccess"]
 
 CLASSIFIER_CHUNK = 256
 """Images in one call of the classifier where ``max_parallel`` does not say."""
@@ -70,11 +69,7 @@ class LatentAccess(NamedOptions, nn.Module):
     def initial_latents(self, images: Tensor, *, seeds: Tensor | Sequence[int] | None = None) -> Tensor:
         """The unit latents [B, K, C, H, W] that a purification of these images starts from.
 
-        Args:
-            images: as for ``forward``.
-            seeds: likewise; without any, and without ``seed``, they are fresh ones.
-
-        It raises the errors of ``forward``.
+        Arguments and errors are those of ``forward``; without seeds, and without ``seed``, there are fresh ones.
         """
         unit = self.preprocessing.to_unit(images, self._device())
         drawn = draw_latents(self._seeds(seeds, None, len(unit)), self.purifier.n_latents, self.image_shape)
@@ -123,19 +118,12 @@ class LatentAccess(NamedOptions, nn.Module):
         generated = self._generated(latents, class_labels, unit)
         return objective_terms(latents, generated, small, self.settings)
 
-    def classify_latents(
-        self,
-        latents: Tensor,
-        images: Tensor | None = None,
-        *,
-        class_labels: Tensor | None = None,
-        size: Sequence[int] | None = None,
-    ) -> Tensor:
+    def classify_latents(self, latents: Tensor, images: Tensor | None = None, **others: Any) -> Tensor:
         """The classifier's logits [B, K, classes] on the images of latents [B, K, C, H, W], differentiable.
 
         The arguments are those of ``generate``.
         """
-        return self._classify(self.generate(latents, images, class_labels=class_labels, size=size))
+        return self._classify(self.generate(latents, images, **others))
 
     def undefended(self, images: Tensor, *, check: bool = True) -> Tensor:
         """The bare classifier's logits [B, classes] on images as ``forward`` takes them, not purified.
@@ -163,33 +151,18 @@ class LatentAccess(NamedOptions, nn.Module):
         return denoised
 
     def latent_class_labels(self, images: Tensor) -> Tensor | None:
-        """The class [B, K] that each latent of these images is generated under, chosen as ``class_labels`` says.
-
-        None where the backbone is not class-conditional.
-        """
+        """The class [B, K] of each latent of these images; None where the backbone is not class-conditional."""
         return self._labels(None, self.preprocessing.to_unit(images, self._device()), self.purifier.n_latents)
 
-    def forward_from_latents(
-        self,
-        latents: Tensor,
-        images: Tensor | None = None,
-        *,
-        class_labels: Tensor | None = None,
-        size: Sequence[int] | None = None,
-    ) -> Tensor:
+    def forward_from_latents(self, latents: Tensor, images: Tensor | None = None, **others: Any) -> Tensor:
         """What ``forward`` returns when a purification ends at these latents: [B, classes], differentiable.
 
         The arguments are those of ``generate``.
         """
-        logits = self.classify_latents(latents, images, class_labels=class_labels, size=size)
-        return vote_logits(logits, lift=self.vote == "label")
+        return vote_logits(self.classify_latents(latents, images, **others), lift=self.vote == "label")
 
     def _generated(self, latents: Tensor, class_labels: Tensor | None, images: Tensor | None) -> Tensor:
-        """The images [B, K, C, H, W] in [-1, 1] of latents, in chunks, with an ordinary graph; checked.
-
-        Args:
-            images: the inputs [B, C, H, W] in [0, 1], of any size, or None.
-        """
+        """The images [B, K, C, H, W] in [-1, 1] of latents, around the inputs [B, C, H, W] where there is a level."""
         if not isinstance(latents, Tensor) or latents.ndim != 5 or tuple(latents.shape[2:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             came = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
@@ -198,11 +171,10 @@ class LatentAccess(NamedOptions, nn.Module):
             self._cmap("generate")
         backbone = self.purifier.member(self.backbone)
         classes = getattr(backbone, "num_classes", None)
-        if classes is None and backbone is not self.backbone:
+        if class_labels is not None and classes is None and backbone is not self.backbone:
             class_labels = None  # those of the other backbone of a pair
-        labels = check_class_labels(
-            None if class_labels is None else class_labels.reshape(-1), latents.shape[0] * latents.shape[1], classes
-        )
+        flat = None if class_labels is None else class_labels.reshape(-1)
+        labels = check_class_labels(flat, latents.shape[0] * latents.shape[1], classes)
         labels = None if labels is None else labels.reshape(latents.shape[:2])
         level = self.purifier.settings.level if isinstance(self.purifier, CMAP) else None
         inputs = None
@@ -277,4 +249,4 @@ class LatentAccess(NamedOptions, nn.Module):
     def _predict(self, images: Tensor) -> Tensor:
         """The classifier's logits [B, classes] on unit images that were not purified, in eval mode."""
         with evaluating(self.classifier):
-            return torch.cat([self._logits(piece) for piece in images.split(self.max_parallel or CLASSIFIER_CHUNK)])
+            return self._classify(images[:, None])[:, 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 import weakref
 from typing import Any
@@ -16,27 +15,13 @@ from cmap_defense.common.modules import module_behind, weights_of
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.purifiers.base import Purifier
 
-__all__ = [
-    "adapted_to",
-    "part_in_training_mode",
-    "warn_of_another_adaptation",
-    "warn_of_probabilities",
-    "warn_of_training_mode",
-]
-
 _WARNED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 """What was said about which classifier."""
 
 
 def warn_of_training_mode(classifier: object, images: Tensor) -> None:
-    """Warn of a classifier in training mode that is called where nothing can be trained.
-
-    Nothing can be trained where gradients are off, or where neither the images nor a weight of the classifier requires
-    one. Only modules count whose code asks for the mode, such as BatchNorm and Dropout.
-
-    Args:
-        classifier: an ``nn.Module`` or a callable.
-        images: what it is given.
+    """Warn of a classifier in training mode that is called where nothing can be trained: gradients are off, or neither
+    the images nor a weight requires one. Only modules count whose code asks for the mode, as BatchNorm and Dropout do.
     """
     module = module_behind(classifier)
     if module is None or "training" in _said(module):
@@ -125,10 +110,15 @@ def _said(classifier: object) -> set[str]:
 def _warn(classifier: object, topic: str, text: str) -> None:
     """Warn at the line outside of this package and of torch that led here."""
     _said(classifier).add(topic)
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("cmap_defense", "torch"):
+    warnings.warn(text, ClassifierWarning, stacklevel=level_of_caller())
+
+
+def level_of_caller() -> int:
+    """The ``stacklevel`` at which a warning names the code that called this package or torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cmap_defense", "torch"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, ClassifierWarning, stacklevel=level)
+    return level
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

@@ -16,8 +16,6 @@ from torch import Tensor
 from cmap_defense.common.inputs import check_class_labels
 from cmap_defense.errors import ClassifierError, InputTypeError, InputValueError, SettingsError
 
-__all__ = ["ClassLabels", "choose_class_labels", "require_class_labels"]
-
 ClassLabels = str | Callable[[Tensor], Tensor]
 """How to choose: "predicted", "spread", or a function of the images."""
 
@@ -64,7 +62,7 @@ def choose_class_labels(
         return None
     if given is None and callable(choice):
         with torch.no_grad():
-            return _one_per_latent(choice(images.detach()), images, n_latents, num_classes)
+            given = choice(images.detach())
     if given is not None:
         return _one_per_latent(given, images, n_latents, num_classes)
     with torch.no_grad():

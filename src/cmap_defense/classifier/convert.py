@@ -13,8 +13,6 @@ from torch import Tensor
 from cmap_defense.common.inputs import conversion_line
 from cmap_defense.errors import InputTypeError, InputValueError
 
-__all__ = ["to_batch"]
-
 
 def to_batch(images: object, channels: int) -> tuple[object, bool]:
     """Images in the form that the rest of the package takes, and whether they had to be in [0, 1] before.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
-from typing_extensions import Self
+from torch.utils.hooks import RemovableHandle
 
 from cmap_defense.errors import InputValueError
-
-__all__ = ["HookHandle", "LatentHook", "LatentHooks", "together"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,46 +31,25 @@ class LatentHook:
         return self.iterations is None or iteration in self.iterations
 
 
-class HookHandle:
-    """Removes its hook: by ``remove``, or at the end of a ``with`` block, also on an exception."""
-
-    def __init__(self, hooks: dict[int, Any], key: int) -> None:
-        self._hooks, self._key = hooks, key
-
-    def remove(self) -> None:
-        """Take the hook out; a second call does nothing."""
-        self._hooks.pop(self._key, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
 class LatentHooks:
     """An ordered set of hooks that belongs to one object: copies and pickles of it start empty."""
 
     def __init__(self) -> None:
-        self._hooks: dict[int, LatentHook] = {}
-        self._keys = itertools.count()
+        self._hooks: OrderedDict[int, LatentHook] = OrderedDict()
 
     def register(
         self, function: Callable[[Any], Any], iterations: Container[int] | None = None, live: bool = False
-    ) -> HookHandle:
-        """Add a hook behind the others."""
-        key = next(self._keys)
-        self._hooks[key] = LatentHook(function, iterations, live)
-        return HookHandle(self._hooks, key)
+    ) -> RemovableHandle:
+        """Add a hook behind the others. The handle removes it, also at the end of a ``with`` block."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = LatentHook(function, iterations, live)
+        return handle
 
     def __iter__(self) -> Iterator[LatentHook]:
         return iter(tuple(self._hooks.values()))
 
     def __len__(self) -> int:
         return len(self._hooks)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LatentHooks:
-        return LatentHooks()
 
     def __reduce__(self) -> tuple[type[LatentHooks], tuple[()]]:
         return (LatentHooks, ())

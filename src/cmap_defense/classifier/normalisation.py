@@ -14,8 +14,6 @@ from typing_extensions import Self
 from cmap_defense.common.settings import require_numbers
 from cmap_defense.errors import SettingsError
 
-__all__ = ["Normalisation"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:

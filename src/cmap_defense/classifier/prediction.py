@@ -76,14 +76,8 @@ class Prediction:
 def prediction_of(
     result: PurificationResult, images: Tensor, undefended: Tensor, calibration: Calibration | None
 ) -> Prediction:
-    """The prediction of purified images.
-
-    Args:
-        result: of ``purify``.
-        images: [B, C, H, W] in [0, 1], what was purified.
-        undefended: logits [B, classes] of the bare classifier on them.
-        calibration: thresholds; None for none.
-    """
+    """The prediction of images [B, C, H, W] in [0, 1] that were purified, ``undefended`` being the bare classifier's
+    logits [B, classes] on them."""
     assert result.logits is not None
     assert result.labels is not None
     assert result.votes is not None
@@ -105,19 +99,12 @@ def prediction_of(
     )
 
 
-def check_calibration(coverage: float, restored: float, score: str) -> None:
-    """Raises ``SettingsError`` where a share is not above 0 and at most 1, or the score has no such name."""
+def calibration_of(clean: Prediction, *, coverage: float, restored: float, score: str) -> Calibration:
+    """Thresholds such that these shares of clean predictions are kept. Raises SettingsError for a share that is not
+    above 0 and at most 1 and for another score, InputValueError where there are no images."""
     require_choice("calibrate", "score", score, SCORES)
     for name, share in (("coverage", coverage), ("restored", restored)):
         require_number("calibrate", name, share, above=0.0, maximum=1.0)
-
-
-def calibration_of(clean: Prediction, *, coverage: float, restored: float, score: str) -> Calibration:
-    """Thresholds such that these shares of clean predictions are kept.
-
-    Raises:
-        InputValueError: there are no images.
-    """
     if not len(clean.labels):
         raise InputValueError("There are no images to calibrate on: give clean ones that are not used elsewhere.")
     scores = clean.score(score).double()

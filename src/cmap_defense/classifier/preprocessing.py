@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from cmap_defense.classifier.cautions import level_of_caller
 from cmap_defense.classifier.normalisation import Normalisation
 from cmap_defense.common.inputs import (
     RESIZE_MODES,
@@ -27,8 +27,6 @@ from cmap_defense.common.inputs import (
 )
 from cmap_defense.common.settings import require_choice
 from cmap_defense.errors import InputRangeWarning, InputValueError, SettingsError
-
-__all__ = ["Preprocessing"]
 
 OUT_OF_RANGE = ("auto", "clamp", "raise")
 
@@ -110,34 +108,23 @@ class Preprocessing:
 
     def _range_message(self, found: tuple[float, float], done: str) -> str:
         """What is wrong with values in this range, what was done, and what to do."""
-        if self.inputs == "normalized":
-            hint = "After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
-        else:
-            normalised = (
-                'If they are normalised, use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
-            )
-            hint = eight_bit_hint(found) or normalised
+        hint = "After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
+        if self.inputs != "normalized":
+            normalised = 'use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
+            hint = eight_bit_hint(found) or f"If they are normalised, {normalised}"
         return (
             f"Images must lie in [0, 1], but lie in {range_text(found)}{done} {hint} "
             'For an attack that leaves [0, 1] on its way, use PurifiedClassifier(..., out_of_range="clamp")'
         )
 
     def _warn_once(self, found: tuple[float, float]) -> None:
-        if self._warned:
-            return
-        self._warned.append(True)
-        warnings.warn(
-            self._range_message(found, ", and were clamped.") + ", which does the same without this warning.",
-            InputRangeWarning,
-            stacklevel=_level_of_caller(),
-        )
+        if not self._warned:
+            self._warned.append(True)
+            text = self._range_message(found, ", and were clamped.") + ", which does the same without this warning."
+            warnings.warn(text, InputRangeWarning, stacklevel=level_of_caller())
 
     def resized(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Images [M, C, H, W] in [0, 1] at another size, where images are resized at all.
-
-        Raises:
-            InputValueError: it does not, and the size is another one.
-        """
+        """Images [M, C, H, W] in [0, 1] at another size; raises InputValueError where images are not resized."""
         if self.resize is None and tuple(size) != tuple(images.shape[2:]):
             raise InputValueError(
                 f"Images of {images.shape[2]} x {images.shape[3]} are wanted at {size[0]} x {size[1]}, "
@@ -148,11 +135,3 @@ class Preprocessing:
     def to_classifier(self, images: Tensor) -> Tensor:
         """Unit images as the classifier expects them."""
         return images if self.normalisation is None else self.normalisation.apply(images)
-
-
-def _level_of_caller() -> int:
-    """The ``stacklevel`` at which a warning names the code that called this package or torch."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cmap_defense", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -14,8 +14,6 @@ from cmap_defense.classifier.wrapper import PurifiedClassifier
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.errors import ClassifierError, CmapError
 
-__all__ = ["Speed", "bare_logits", "measure_speed"]
-
 TIMED = 3
 """Iterations that are timed."""
 
@@ -34,12 +32,7 @@ class Speed:
 
 
 def measure_speed(model: PurifiedClassifier, images: Tensor) -> Speed:
-    """Time and memory of a purification of few iterations.
-
-    Args:
-        model: the defended classifier.
-        images: [B, C, H, W], on the model's device; they are purified together.
-    """
+    """Time and memory of a purification of few iterations of images [B, C, H, W] on the model's device, together."""
     short = model
     if model.purifier.optimises_latents:
         short = model.variant(settings=model.settings.replace(iterations=TIMED))
@@ -62,15 +55,11 @@ def measure_speed(model: PurifiedClassifier, images: Tensor) -> Speed:
 
 
 def bare_logits(model: Any, image: Tensor, name: str) -> Any:
-    """The outputs of a model, without its defence, for one image: whether the classifier takes such images at all.
-
-    Args:
-        model: a purified classifier, or images in [0, 1] to logits.
-        image: [1, C, H, W] in [0, 1], on the model's device.
-        name: of the model, for the error.
+    """The outputs of a model, without its defence, for one image [1, C, H, W] in [0, 1] on the model's device.
 
     Raises:
-        ClassifierError: the classifier's own code raised, for instance since it expects other channels or another size.
+        ClassifierError: the classifier's own code raised, for instance since it expects other channels or another size;
+            it is called ``name`` there.
     """
     try:
         return model.undefended(image) if isinstance(model, PurifiedClassifier) else model(image)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import numbers
+import math
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from cmap_defense.backbones.base import check_backbone
@@ -22,8 +23,8 @@ from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
-from cmap_defense.classifier.hooks import HookHandle, LatentHooks, together
-from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
+from cmap_defense.classifier.hooks import LatentHooks, together
+from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
@@ -41,11 +42,7 @@ from cmap_defense.common.modules import (
 )
 from cmap_defense.common.options import unknown_option
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
-from cmap_defense.errors import (
-    ClassifierError,
-    SettingsError,
-    WrongKindError,
-)
+from cmap_defense.errors import ClassifierError, SettingsError, WrongKindError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
@@ -54,6 +51,9 @@ from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
 from cmap_defense.results import History, PurificationResult
 
 __all__ = ["PurifiedClassifier"]
+
+ANY: Any = -math.inf
+"""No lower bound."""
 
 
 class PurifiedClassifier(LatentAccess):
@@ -66,51 +66,43 @@ class PurifiedClassifier(LatentAccess):
     unchanged, and it is an approximation. ``cmap_defense.gradients`` has the others.
 
     Args:
-        classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least. It is
-            used in the mode it is in. A ``ClassifierWarning``, once for each classifier, says
-            that it is in training mode where nothing can be trained, or that it returns probabilities.
-        backbone: a name, a Hub id, a local folder (see ``load_backbone``), or any
-            ``nn.Module`` with ``image_shape`` and ``generate``, or ``denoise`` for purifiers that denoise. A backbone
-            that is loaded here joins the classifier's device; a module is used as it is, in eval mode. Two of them,
-            ``("cifar10-ct-small", "cifar10-edm-small")``, are a consistency model and a denoiser for a chain of
-            purifiers; each takes the one that it needs.
-        settings: of CMAP, all of them; None for the ones that the backbone's record names, or else the defaults. To
-            change one of the record's: ``settings=PurifiedClassifier(...).settings.replace(n_latents=8)``. It is the
-            short form of ``purifier=CMAP(settings)``.
+        classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least, used
+            in the mode it is in. A ``ClassifierWarning`` says that it is in training mode where nothing can be trained,
+            or that it returns probabilities.
+        backbone: a name, a Hub id, a local folder (see ``load_backbone``), or any ``nn.Module`` with ``image_shape``
+            and ``generate``, or ``denoise`` for purifiers that denoise. One that is loaded here joins the classifier's
+            device; a module is used as it is, in eval mode. Two of them, ``("cifar10-ct-small", "cifar10-edm-small")``,
+            are a consistency model and a denoiser for a chain of purifiers.
+        settings: of CMAP, all of them: the short form of ``purifier=CMAP(settings)``. None for the ones that the
+            backbone's record names, or else the defaults.
         purifier: what purifies, an object of ``cmap_defense.purifiers`` such as ``DiffPure(t=100)``, or one of
             yours; None for CMAP.
         preset: in place of settings and purifier, one that goes with the backbone: "paper", CMAP as published, on any
-            consistency model; "balanced" or "fast" where the backbone's record names them. None for none.
+            consistency model; "balanced" or "fast" where the backbone's record names them.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
             ``Normalize(mean, std)``; applied after purification.
-        inputs: "unit" for images in [0, 1]; "normalized" or "normalised" for images that went through ``normalize``
-            already.
+        inputs: "unit" for images in [0, 1]; "normalized" or "normalised" for images that went through ``normalize``.
         resize: how to resize images of another size to the backbone's and back: "bilinear", "bicubic", "area" or
             "nearest-exact" (True means "bilinear"); None refuses them.
-        vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability (the
-            result of ``purify`` counts votes either way).
+        vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
-            "predicted", the classifier's top label on the input; "spread", its K most likely ones, one per latent; or a
-            function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K]. The predicted label of an attacked
-            image is the attacker's: the purification then draws towards it. An unconditional backbone has no such
-            weakness.
-        dtype: precision of the backbone's weights and passes; latents, losses and the classifier stay as they are.
-            None leaves the backbone as it is, which is float32 where it is loaded by name: the default, since figures
-            then do not depend on the processor. "auto" is bfloat16 where the device on which the backbone is now
-            multiplies it natively (CPUs with AMX or AVX-512 BF16, CUDA devices from compute capability 8), and None
-            elsewhere. A module of yours is copied rather than changed.
-        compile: whether the backbone runs through torch.compile in the loop of CMAP, for one batch size: the last chunk
-            is padded to it. The first call of each size compiles, which takes up to minutes. Where it fails, the loop
-            runs without it, after one ``CompileWarning``.
+            "predicted", the classifier's top label on the input, which on an attacked image is the attacker's;
+            "spread", its K most likely ones, one per latent; or a function from images [B, C, H, W] in [0, 1] to labels
+            [B] or [B, K].
+        dtype: precision of the backbone's weights and passes alone; a module of yours is copied. None leaves it as it
+            is: float32 where it is loaded by name, so that figures do not depend on the processor. "auto" is bfloat16
+            where the backbone's device multiplies it natively (CPUs with AMX or AVX-512 BF16, CUDA devices from compute
+            capability 8), and None elsewhere.
+        compile: whether the backbone runs through torch.compile in the loop of CMAP, for one batch size. The first call
+            compiles, which takes up to minutes. Where it fails, the loop runs without, after one ``CompileWarning``.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256. Methods that take latents run all of them at once for None.
-        out_of_range: what is done with values more than 1e-4 outside [0, 1], which some attacks make on their way.
-            "clamp": they are clamped, and the gradient to the input passes as if they were not. "raise": they are an
-            error. "auto": they are clamped while a gradient to the images is wanted. Otherwise those within 0.5 of
-            [0, 1] are clamped with one warning (``InputRangeWarning``) for each model, and
-            values further out are an error. NaN and infinite values are always an error.
+        out_of_range: what is done with values more than 1e-4 outside [0, 1]. "clamp": they are clamped, and the
+            gradient to the input passes as if they were not. "raise": they are an error. "auto": they are clamped while
+            a gradient to the images is wanted. Otherwise those within 0.5 of [0, 1] are clamped with one
+            ``InputRangeWarning`` for each model, and values further out are an error, as NaN always is.
 
     Raises:
         SettingsError: an option is out of its range, there is more than one of settings, purifier and preset, or the
@@ -161,42 +153,24 @@ class PurifiedClassifier(LatentAccess):
             raise ClassifierError(f"The classifier must be an nn.Module or a callable instance, but is {classifier!r}.")
         if any(weight.is_inference() for weight in weights_of(classifier)):
             raise ClassifierError("The classifier's weights were made under torch.inference_mode: load it outside.")
-        self.vote = require_choice("PurifiedClassifier", "vote", vote, ("label", "soft"))
-        self.seed = None if seed is None else _any_integer("seed", seed)
-        self.max_parallel = (
-            None
-            if max_parallel is None
-            else require_integer("PurifiedClassifier", "max_parallel", max_parallel, minimum=1)
-        )
-        if gradient is not None and not isinstance(gradient, GradientMode):
-            what = f"not a class: write {gradient.__name__}()" if isinstance(gradient, type) else f"but is {gradient!r}"
-            raise SettingsError(
-                "PurifiedClassifier.gradient must be an object such as StraightThrough() from cmap_defense.gradients, "
-                f"{what}."
-            )
-        self.gradient = gradient or StraightThrough()
+        name = "PurifiedClassifier"
+        self.vote = require_choice(name, "vote", vote, ("label", "soft"))
+        self.seed = None if seed is None else require_integer(name, "seed", seed, minimum=ANY)
+        if max_parallel is not None:
+            max_parallel = require_integer(name, "max_parallel", max_parallel, minimum=1)
+        self.max_parallel = max_parallel
+        self.gradient = _made(gradient, "gradient", GradientMode, "StraightThrough()", "gradients") or StraightThrough()
         self.class_labels = require_class_labels(class_labels)
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
-
-        if isinstance(purifier, type) and issubclass(purifier, Purifier):
+        _made(purifier, "purifier", Purifier, "CMAP() or OneStep(level=0.5)", "purifiers")
+        if sum(given is not None for given in (settings, purifier, preset)) > 1:
             raise SettingsError(
-                f"PurifiedClassifier.purifier is an object, not a class: write purifier={purifier.__name__}()."
+                "Give settings, purifier or preset, one of them: settings=... is the short form of "
+                "purifier=CMAP(settings), and a preset is a purifier with settings."
             )
-        if purifier is not None and not isinstance(purifier, Purifier):
-            raise SettingsError(
-                "PurifiedClassifier.purifier must be an object such as CMAP() or OneStep(level=0.5) from "
-                f"cmap_defense.purifiers, but is {purifier!r}."
-            )
-        if purifier is not None and settings is not None:
-            raise SettingsError(
-                "Give settings or purifier, not both: settings=... is the short form of purifier=CMAP(settings)."
-            )
-        if preset is not None and (purifier is not None or settings is not None):
-            raise SettingsError("Give preset, settings or purifier, one of them: a preset is a purifier with settings.")
         wanted = CMAP(settings) if purifier is None else purifier
-        kind = wanted.kind if preset in (None, PRESETS[0]) else None
-        loaded = _backbone_of(backbone, kind, device_of(classifier))
+        loaded = _loaded(backbone, wanted.kind if preset in (None, PRESETS[0]) else None, device_of(classifier))
         if preset is not None:
             wanted = preset_purifier(loaded, preset)
         elif purifier is None and settings is None:
@@ -207,7 +181,7 @@ class PurifiedClassifier(LatentAccess):
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
         self.purifier = wanted
         warn_of_another_adaptation(classifier, self.backbone, wanted)
-        if require_flag("PurifiedClassifier", "compile", compile) and "compiler" not in wanted.call_options:
+        if require_flag(name, "compile", compile) and "compiler" not in wanted.call_options:
             raise SettingsError(
                 f"compile=True compiles the loop of CMAP, which {type(wanted).__name__} has not: leave it out."
             )
@@ -241,7 +215,7 @@ class PurifiedClassifier(LatentAccess):
             ClassifierError: the classifier did not return finite logits [M, classes].
             BackboneError: the backbone broke its promise.
         """
-        logits = self._with_gradients_as_wanted(images, None, seeds, class_labels).logits
+        logits = self._purify(images, None, seeds, class_labels).logits
         assert logits is not None
         return vote_logits(logits, lift=self.vote == "label")
 
@@ -259,8 +233,7 @@ class PurifiedClassifier(LatentAccess):
             images: as for ``forward``, or a single image [C, H, W], for which B is 1; also uint8. Or a numpy array
                 [B, H, W, C], [H, W, C] or, of one channel, [H, W], uint8 or floating-point; a PIL image, which becomes
                 grey or RGB as the backbone's are; or a list of single images of one size. 8-bit and PIL images are
-                taken for what ``normalize`` has not been applied to, whatever ``inputs`` says. What is no tensor is
-                moved to the model's device.
+                not normalised, whatever ``inputs`` says. What is no tensor is moved to the model's device.
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for ``forward``; not together with ``latents``.
             class_labels: as for ``forward``; the labels in use are in the result.
@@ -271,7 +244,7 @@ class PurifiedClassifier(LatentAccess):
 
         It raises the errors of ``forward``.
         """
-        return self._with_gradients_as_wanted(self._batch(images), latents, seeds, class_labels)
+        return self._purify(self._batch(images), latents, seeds, class_labels)
 
     def predict(
         self, images: Tensor | np.ndarray | Image.Image | Sequence[Any], *, seeds: Tensor | Sequence[int] | None = None
@@ -289,7 +262,7 @@ class PurifiedClassifier(LatentAccess):
         """
         batch = self._batch(images)
         with torch.no_grad():
-            result = self._with_gradients_as_wanted(batch, None, seeds, None)
+            result = self._purify(batch, None, seeds, None)
             unit = self.preprocessing.to_unit(batch, self._device())
             undefended = self._classify(unit[:, None]) if len(unit) else result.logits
             assert undefended is not None
@@ -317,7 +290,6 @@ class PurifiedClassifier(LatentAccess):
             SettingsError: a share is not above 0 and at most 1, or there is no such score.
             InputValueError: there are no images.
         """
-        check_calibration(coverage, restored, score)
         clean = self.predict(images, seeds=seeds)
         self.calibration = calibration_of(clean, coverage=coverage, restored=restored, score=score)
         return self.calibration
@@ -330,18 +302,6 @@ class PurifiedClassifier(LatentAccess):
         if isinstance(batch, Tensor) and unit and self.preprocessing.inputs == "normalized":
             batch = self.preprocessing.to_classifier(batch)
         return batch
-
-    def _with_gradients_as_wanted(
-        self,
-        images: object,
-        latents: Tensor | None,
-        seeds: Tensor | Sequence[int] | None,
-        class_labels: Tensor | Sequence[int] | None,
-    ) -> PurificationResult:
-        """A purification outside of inference mode, with gradients where the caller has them on."""
-        wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            return self._purify(images, latents, seeds, class_labels)
 
     def variant(self, *, hooks: bool = False, **changes: Any) -> PurifiedClassifier:
         """Another wrapper around the same classifier and backbone, with some of the options changed.
@@ -388,7 +348,7 @@ class PurifiedClassifier(LatentAccess):
 
     def register_latent_hook(
         self, hook: Callback, *, iterations: Container[int] | None = None, live: bool = False
-    ) -> HookHandle:
+    ) -> RemovableHandle:
         """Call ``hook`` with a ``LatentState`` before latent steps.
 
         Latents that it returns take the place of the state's; only one hook may do so in an iteration. Hooks run in
@@ -435,23 +395,25 @@ class PurifiedClassifier(LatentAccess):
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
     ) -> PurificationResult:
-        unit = self.preprocessing.to_unit(images, self._device())
-        chosen = self._seeds(seeds, latents, len(unit))
-        if latents is not None:
-            latents = self._check_latents(latents, unit)
-        n_latents = self.purifier.n_latents if latents is None else latents.shape[1]
-        if len(unit) == 0:
-            if class_labels is not None:
-                self._labels(class_labels, unit, n_latents)
-            return self._empty(unit, n_latents, chosen if latents is None else None)
-        small = self.preprocessing.resized(unit, self.image_shape[1:])
-        labels = self._labels(class_labels, unit, n_latents)
-        extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
-        result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
-        attached = result.images
-        shown = self.preprocessing.resized(attached.flatten(0, 1), unit.shape[2:]).unflatten(0, attached.shape[:2])
-        logits = self._classify(shown)
-        return self._judged(dataclasses.replace(result, images=shown), logits)
+        """A purification outside of inference mode, with gradients where the caller has them on."""
+        wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            unit = self.preprocessing.to_unit(images, self._device())
+            chosen = self._seeds(seeds, latents, len(unit))
+            if latents is not None:
+                latents = self._check_latents(latents, unit)
+            n_latents = self.purifier.n_latents if latents is None else latents.shape[1]
+            if len(unit) == 0:
+                if class_labels is not None:
+                    self._labels(class_labels, unit, n_latents)
+                return self._empty(unit, n_latents, chosen if latents is None else None)
+            small = self.preprocessing.resized(unit, self.image_shape[1:])
+            labels = self._labels(class_labels, unit, n_latents)
+            extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
+            result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
+            flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
+            shown = flat.unflatten(0, result.images.shape[:2])
+            return self._judged(dataclasses.replace(result, images=shown), self._classify(shown))
 
     def _purification(
         self, images: Tensor, seeds: Tensor, latents: Tensor | None, labels: Tensor | None, extra: Mapping[str, Any]
@@ -464,8 +426,11 @@ class PurifiedClassifier(LatentAccess):
             "class_labels": labels,
             "max_parallel": self.max_parallel,
         }
-        every, plain, live, live_at = self._callbacks()
-        prepare: Any = getattr(self.purifier, "prepare", None) if self.purifier.optimises_latents else None
+        hooks = tuple(self._latent_hooks)
+        live = [hook for hook in hooks if hook.live]
+        every, prepare = together(hooks), None
+        if self.purifier.optimises_latents:
+            prepare = getattr(self.purifier, "prepare", None)
 
         def run() -> PurificationResult:
             with torch.no_grad():
@@ -480,9 +445,9 @@ class PurifiedClassifier(LatentAccess):
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
             None if prepare is not None else differentiate,
             self.denoiser(labels),
-            plain,
-            live,
-            live_at,
+            together([hook for hook in hooks if not hook.live]),
+            together(live),
+            lambda iteration: any(hook.at(iteration) for hook in live),
         )
 
     def _predicting(self, device: torch.device, size: Sequence[int]) -> Predict:
@@ -501,13 +466,6 @@ class PurifiedClassifier(LatentAccess):
             result, logits=logits, votes=votes, labels=majority_label(logits.detach()), margin=vote_margin(votes)
         )
 
-    def _callbacks(self) -> tuple[Callback | None, Callback | None, Callback | None, Callable[[int], bool]]:
-        """All hooks as one callback, those on detached states, those on live ones, and when the last are called."""
-        hooks = tuple(self._latent_hooks)
-        live = tuple(hook for hook in hooks if hook.live)
-        plain = tuple(hook for hook in hooks if not hook.live)
-        return together(hooks), together(plain), together(live), lambda n: any(hook.at(n) for hook in live)
-
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
         with torch.no_grad(), evaluating(self.classifier):
@@ -518,22 +476,22 @@ class PurifiedClassifier(LatentAccess):
             history = History(**{field.name: iterations for field in dataclasses.fields(History)})
             made = torch.zeros(0, dtype=torch.int64)
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
+        conditional = getattr(self.backbone, "num_classes", None) is not None
+        labels = torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
         return self._judged(
-            PurificationResult(shown, latents, history, seeds, self._no_labels(n_latents), iterations=made),
+            PurificationResult(shown, latents, history, seeds, labels, iterations=made),
             logits[:, None].expand(0, n_latents, logits.shape[1]),
         )
 
-    def _no_labels(self, n_latents: int) -> Tensor | None:
-        """Class labels for no images."""
-        conditional = getattr(self.backbone, "num_classes", None) is not None
-        return torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
 
-
-def _backbone_of(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
-    """The backbone, or pair of them, that was given; what is loaded here is on ``device``."""
-    if isinstance(given, (tuple, list)):
-        return BackbonePair.of([_loaded(one, None, device) for one in given])
-    return _loaded(given, kind, device)
+def _made(given: Any, option: str, kind: type[Any], examples: str, package: str) -> Any:
+    """What was given for an option, an object of a kind or None; raises ``SettingsError``."""
+    if given is None or isinstance(given, kind):
+        return given
+    what = f"not a class: write {given.__name__}()" if isinstance(given, type) else f"but is {given!r}"
+    raise SettingsError(
+        f"PurifiedClassifier.{option} must be an object such as {examples} from cmap_defense.{package}, {what}."
+    )
 
 
 def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.Module:
@@ -556,6 +514,9 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
 
 
 def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
+    """The backbone, or pair of them, that was given; what is loaded here is on ``device``."""
+    if isinstance(given, (tuple, list)):
+        return BackbonePair.of([_loaded(one, None, device) for one in given])
     if not isinstance(given, (str, os.PathLike)):
         return check_backbone(given, None)
     try:
@@ -565,9 +526,3 @@ def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Mod
             f"{error} With this one, take a purifier that denoises, such as purifier=OneStep()."
         ) from error
     return loaded if device is None else loaded.to(device)
-
-
-def _any_integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise SettingsError(f"PurifiedClassifier.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
-    return int(value)
