@@ -60,11 +60,10 @@ def choose_class_labels(
     if num_classes is None:
         check_class_labels(given, len(images), None)
         return None
-    if given is None and callable(choice):
+    if given is not None or callable(choice):
         with torch.no_grad():
-            given = choice(images.detach())
-    if given is not None:
-        return _one_per_latent(given, images, n_latents, num_classes)
+            labels = choice(images.detach()) if given is None and callable(choice) else given
+        return _one_per_latent(labels, images, n_latents, num_classes)
     with torch.no_grad():
         logits = classify(images.detach())
     if logits.shape[1] != num_classes:

@@ -118,9 +118,7 @@ class Evaluation:
             if name in (DEFENDED, UNDEFENDED, CHECKS):
                 raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
             self._models[name] = _on_unit_images(other)
-        chosen = _attacks_by_name(attacks, threat)
-        if isinstance(model, PurifiedClassifier):
-            chosen = _suitable(chosen, model, refuse=not isinstance(attacks, str))
+        chosen = _attacks_by_name(attacks, threat, model)
         if baseline_attacks is None:
             size = next(iter(chosen.values())).threat if chosen else threat or ThreatModel()
             baseline_attacks = {"pgd": PGD(size, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
@@ -136,9 +134,14 @@ class Evaluation:
         return SelectedImages.of(labelled_data(self._data, channels), self.subset)
 
     @functools.cached_property
+    def _recorded(self) -> dict[str, Any]:
+        """The settings that the folder was begun with."""
+        return self.folder.settings() or {}
+
+    @functools.cached_property
     def models(self) -> dict[str, Model]:
         """By name: the model and its baselines, with the chunk sizes of the folder's results."""
-        recorded = (self.folder.settings() or {}).get("models", {})
+        recorded = self._recorded.get("models", {})
         return {name: fixed_chunk(model, recorded.get(name)) for name, model in self._models.items()}
 
     @functools.cached_property
@@ -152,8 +155,7 @@ class Evaluation:
     @functools.cached_property
     def threads(self) -> int:
         """Threads of the CPU."""
-        recorded = (self.folder.settings() or {}).get("computation", {})
-        return self._threads or recorded.get("threads") or torch.get_num_threads()
+        return self._threads or self._recorded.get("computation", {}).get("threads") or torch.get_num_threads()
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -203,11 +205,7 @@ class Evaluation:
         return [unit for unit in self.units() if not self.folder.done(unit)]
 
     def check_folder(self) -> None:
-        """See whether the results in the folder, if there are some, are of these settings. Nothing is written.
-
-        Raises:
-            EvaluationError: they are of other settings; the message has a line for each that differs.
-        """
+        """Raises ``EvaluationError`` where the folder's results are of other settings, each of which it names."""
         self.folder.compare(self.settings())
 
     def expected(self) -> Expected:
@@ -245,12 +243,15 @@ class Evaluation:
                 done, and how many there are for this rank.
 
         Raises:
-            EvaluationError: another job has the folder, or it holds results of other settings.
-            SettingsError, InputTypeError, InputValueError, DataError, ClassifierError: the images are none, or do not
-                fit the models.
+            EvaluationError: another job has the folder, or it holds results of other settings. Images that are none or
+                do not fit the models raise the errors of ``images`` and ``settings``.
         """
         settings = self.settings()
-        with ranks() as team, locked(self.folder.path, "evaluation", EvaluationError, team), _threads(self.threads):
+        with (
+            ranks() as team,
+            locked(self.folder.path, "evaluation", EvaluationError, team),
+            using_threads(self.threads),
+        ):
             self._agree(team, settings)
             missing = team.shared(self.missing())
             own = missing[team.rank :: team.world]
@@ -276,18 +277,15 @@ class Evaluation:
         return build_report(self.folder, self.units(), settings, model, attacks, shape, self.class_names)
 
     def worst_case(self) -> WorstCase | None:
-        """Accuracy under the worst attack on each image, without the checks that a headline needs.
-
-        None where a work unit of the model is missing, or there are no attacks.
-        """
+        """Accuracy under the worst attack on each image, without the checks that a headline needs; None where a work
+        unit of the model is missing, or there are no attacks."""
         names = [DEFENDED + "/" + name for name in (CLEAN, *self.attacks[DEFENDED])]
         units = [unit for unit in self.units() if unit.task in names]
         if len(names) == 1 or not all(self.folder.done(unit) for unit in units):
             return None
-        runs = [
-            Runs.of(line for unit in units if unit.task == name for line in self.folder.lines(unit)) for name in names
-        ]
-        return worst_case(runs[1:], runs[0])
+        lines = {name: [line for u in units if u.task == name for line in self.folder.lines(u)] for name in names}
+        clean, *attacked = map(Runs.of, lines.values())
+        return worst_case(attacked, clean)
 
     def _do(self, unit: WorkUnit, team: Ranks) -> None:
         task, batch = self.tasks[unit.task], self._batch(unit)
@@ -320,18 +318,12 @@ class Evaluation:
         images, labels = chosen.images[where].to(device), chosen.labels[where].to(device)
         return Batch(images, labels, positions, run_indices(positions, unit.seed))
 
+    @functools.cache  # noqa: B019 - as long as the evaluation, which measures each model once
     def _speed(self, name: str) -> Speed:
-        """Of a purified classifier, measured once."""
-        if name not in self._speeds:
-            model = self.models[name]
-            assert isinstance(model, PurifiedClassifier)
-            with _threads(self.threads), evaluating(model):
-                self._speeds[name] = measure_speed(model, self.images.images[: self.protocol.group].to(_device(model)))
-        return self._speeds[name]
-
-    @functools.cached_property
-    def _speeds(self) -> dict[str, Speed]:
-        return {}
+        model = self.models[name]
+        assert isinstance(model, PurifiedClassifier)
+        with using_threads(self.threads), evaluating(model):
+            return measure_speed(model, self.images.images[: self.protocol.group].to(_device(model)))
 
     @functools.cached_property
     def _first_logits(self) -> dict[str, list[float]]:
@@ -388,27 +380,24 @@ def evaluate(
         report = evaluate(model, load_dataset("cifar10", "test"), subset=Subset(count=512), out="runs/robustness")
         print(report.headline or report.refused)
 
+    Arguments and errors are those of ``Evaluation`` and of its ``run``, but for the folder.
+
     Args:
-        model: see ``Evaluation``, as for all but the last two.
+        model: what is evaluated.
         data: the images and their labels.
         attacks: "standard", "paper", "exact", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name.
         protocol: how often each image is attacked and predicted.
-        subset: which images; None for all.
+        subset: which images.
         baselines: other models by name.
         baseline_attacks: attacks on each of them.
         threads: of the CPU.
         class_names: for the report.
-        out: the folder of the results; the same call goes on there after a kill. None for none: only the report is
-            left.
-        progress: True for a bar on standard error, or a function; see ``Evaluation.run``.
+        out: the folder of the results, where the same call goes on after a kill; None for none.
+        progress: True for a bar on standard error, or a function.
 
     Returns:
         The report, which is written to the folder too: ``report.json``, ``report.md``, ``report.html``.
-
-    Raises:
-        EvaluationError: another job has the folder, or it holds results of other settings.
-        SettingsError, InputTypeError, InputValueError, DataError: an argument is out of its range.
     """
     with ranks() as team, contextlib.ExitStack() as stack:
         folder = Path(out) if out is not None else None
@@ -467,13 +456,8 @@ def _on_unit_images(model: Model) -> Model:
 
 
 def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:
-    """The model, on a CUDA device with a chunk size that stays: what fits there depends on what else is in its memory.
-
-    Args:
-        model: any.
-        recorded: its description in the folder, whose chunk size is taken again.
-        device: None for the model's own.
-    """
+    """The model, on a CUDA device with a chunk size that stays, that of its recorded description where there is one:
+    what fits there depends on what else is in its memory."""
     device = device or _device(model)
     if not isinstance(model, PurifiedClassifier) or model.max_parallel is not None or device.type != "cuda":
         return model
@@ -486,20 +470,13 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
         return model.variant(hooks=True, max_parallel=team.shared(chunk))
 
 
-def _suitable(attacks: dict[str, Attack], model: PurifiedClassifier, *, refuse: bool) -> dict[str, Attack]:
-    """The attacks that can be run on a model; of attacks of your own all, or an error."""
-    wrong = [name for name, attack in attacks.items() if not attack.suits(model)]
-    if wrong and refuse:
-        raise SettingsError(
-            f"{', '.join(wrong)}: attacks on latents, which {type(model.purifier).__name__} does not optimise. "
-            'Leave them out, or take a set by name, such as attacks="exact".'
-        )
-    return {name: attack for name, attack in attacks.items() if name not in wrong}
-
-
-def _attacks_by_name(attacks: str | Mapping[str, Attack], threat: ThreatModel | None) -> dict[str, Attack]:
+def _attacks_by_name(
+    attacks: str | Mapping[str, Attack], threat: ThreatModel | None, model: Model
+) -> dict[str, Attack]:
+    """Those of a set that suit the model; of attacks of your own all, or an error."""
     if isinstance(attacks, str):
-        return suite(attacks, threat or ThreatModel())
+        chosen = suite(attacks, threat or ThreatModel())
+        return {name: attack for name, attack in chosen.items() if attack.suits(model)}
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
     if not isinstance(attacks, Mapping):
@@ -512,13 +489,20 @@ def _attacks_by_name(attacks: str | Mapping[str, Attack], threat: ThreatModel | 
             raise SettingsError(f"attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}.")
         if name == CLEAN:
             raise SettingsError(f'"{CLEAN}" is the name of the clean images: give the attack another.')
+    wrong = [name for name, attack in attacks.items() if not attack.suits(model)]
+    if wrong and isinstance(model, PurifiedClassifier):
+        raise SettingsError(
+            f"{', '.join(wrong)}: attacks on latents, which {type(model.purifier).__name__} does not optimise. "
+            'Leave them out, or take a set by name, such as attacks="exact".'
+        )
     return dict(attacks)
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many threads of the CPU inside; None leaves their number to torch."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

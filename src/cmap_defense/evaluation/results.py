@@ -45,11 +45,7 @@ class Timing:
 
 
 class ResultsFolder:
-    """An evaluation's folder.
-
-    Args:
-        path: of the folder, which is made when it is needed.
-    """
+    """An evaluation's folder, which is made when it is needed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -47,10 +47,7 @@ class Runs:
         by_seed: dict[int, list[Mapping[str, Any]]] = {}
         for line in lines:
             by_seed.setdefault(line["seed"], []).append(line)
-        return cls._of(list(by_seed.values()))
-
-    @classmethod
-    def _of(cls, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Runs:
+        runs = list(by_seed.values())
         truth = torch.tensor([line["label"] for line in runs[0]])
         labels = torch.tensor([[line["predictions"] for line in run] for run in runs])
         reevaluated = torch.tensor([[line["reevaluated"] for line in run] for run in runs])
@@ -72,7 +69,7 @@ class Runs:
 
     def first(self, count: int) -> Runs:
         """Of the first images and the first run."""
-        return self._of([self.lines[0][:count]])
+        return Runs.of(self.lines[0][:count])
 
     def shares(self, count: int | None = None) -> Tensor:
         """[B], the share of all predictions that are right, or of the first ``count`` for each image and run."""
@@ -165,12 +162,7 @@ class WorstCase:
 
 
 def make_row(runs: Runs, clean: Runs | None = None) -> Row:
-    """The row of a task.
-
-    Args:
-        runs: the predictions of the task.
-        clean: those of the same model for clean images, which show what chance does.
-    """
+    """The row of a task; ``clean``, the same model's predictions for clean images, shows what chance does."""
     right = {
         "one_shot": runs.right[:, :, 0].double(),
         "average": runs.right.double().mean(dim=2),
@@ -209,13 +201,7 @@ def make_row(runs: Runs, clean: Runs | None = None) -> Row:
 
 
 def worst_case(attacks: Sequence[Runs], clean: Runs, draws: int = CHANCE_DRAWS) -> WorstCase:
-    """The worst case over attacks.
-
-    Args:
-        attacks: on the same images in the same runs.
-        clean: the clean images.
-        draws: of what chance does.
-    """
+    """The worst case over attacks on the same images in the same runs, and clean images."""
     chosen_by = torch.stack([runs.right.sum(dim=2) for runs in attacks])  # [M, S, B]
     counted_by = torch.stack([runs.reevaluated.double().mean(dim=2) for runs in attacks])
     strength = chosen_by.sum(dim=(1, 2))[:, None, None].expand_as(chosen_by)
