@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import pytest
 
 from cmap_defense.cli import evaluate as module
@@ -79,9 +80,14 @@ def test_the_preset_is_the_papers_protocol_unless_options_say_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run, given: dict[str, str]
 ) -> None:
     found: dict[str, Any] = {}
-    monkeypatch.setattr(module, "run_evaluate", found.update)
+
+    def attacks_of(options: dict[str, Any]) -> None:
+        found.update(options)
+        raise click.exceptions.Abort
+
+    monkeypatch.setattr(module, "attacks_of", attacks_of)
     words = [word for pair in given.items() for word in pair]
-    run("evaluate", *MODEL, "--preset", "paper", *words, "--out", tmp_path)
+    run("evaluate", *MODEL, "--preset", "paper", *words, "--out", tmp_path, status=130)
     assert (found["count"], found["attacks"]) == ((3, "standard") if given else (500, "paper"))
     assert (found["seeds"], found["order"]) == ((0, 1) if given else (0, 1, 2), "random")
 

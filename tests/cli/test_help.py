@@ -19,8 +19,7 @@ from cmap_defense.backbones.record import PRESETS as RECORDED
 from cmap_defense.backbones.weights import DTYPES
 from cmap_defense.certification import CertificationSettings
 from cmap_defense.cli import options
-from cmap_defense.cli.commands import backbones as backbone_commands
-from cmap_defense.cli.commands import evaluate as evaluation_commands
+from cmap_defense.cli.commands import quality
 from cmap_defense.cli.main import WAITING, cli, format_warning
 from cmap_defense.cmap import CMAPSettings
 from cmap_defense.common.inputs import RESIZE_MODES
@@ -185,15 +184,15 @@ def test_warnings_are_sentences() -> None:
 
 
 def test_choices_and_defaults_are_those_of_the_package() -> None:
-    (samples,) = [option for option in backbone_commands.quality.params if option.name == "samples"]
+    (samples,) = [option for option in quality.params if option.name == "samples"]
     assert tuple(SUITES) == options.ATTACK_SETS
     assert options.DATASETS == DATASETS
     assert tuple(NAMES) == options.PURIFIERS
     assert options.RESIZE_MODES == RESIZE_MODES
     assert options.PRESETS == RECORDED
     assert samples.default == SAMPLES
-    assert tuple(sorted(STUDIES)) == evaluation_commands.STUDIES
-    assert backbone_commands.NETWORKS == NETWORKS
-    assert tuple(OBJECTIVES) == backbone_commands.OBJECTIVES
-    assert tuple(PRESETS) == backbone_commands.PRESETS
+    assert tuple(sorted(STUDIES)) == options.STUDIES
+    assert options.NETWORKS == NETWORKS
+    assert tuple(OBJECTIVES) == options.OBJECTIVES
+    assert tuple(PRESETS) == options.NETWORK_PRESETS
     assert tuple(DTYPES) == WEIGHTS_DTYPES

@@ -19,8 +19,7 @@ from cmap_defense import PurifiedClassifier, load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.unet import CompactUNetConfig
 from cmap_defense.cli import train as module
-from cmap_defense.cli import train_options
-from cmap_defense.cli.commands.backbones import quality
+from cmap_defense.cli.commands import quality
 from cmap_defense.cli.train import write_loss_chart
 from cmap_defense.data import FolderImages, LabelledImages, open_dataset
 from cmap_defense.data.subset import Subset
@@ -68,7 +67,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return LabelledImages(images, torch.arange(60) % 3)
 
     monkeypatch.setattr(module, "train_backbone", train_backbone)
-    monkeypatch.setattr(train_options, "open_dataset", opened)
+    monkeypatch.setattr(module, "open_dataset", opened)
     return found
 
 
@@ -182,7 +181,7 @@ def test_what_is_held_out_of_a_folder_is_what_the_other_commands_take(
     tmp_path: Path, captured: dict[str, Any], monkeypatch: pytest.MonkeyPatch, train: Run
 ) -> None:
     """And not the last class."""
-    monkeypatch.setattr(train_options, "open_dataset", open_dataset)
+    monkeypatch.setattr(module, "open_dataset", open_dataset)
     folder = save_folder(tmp_path / "images", "ab", 40, mode="L")
     train("--data", folder, "--image-channels", 1, "--hold-out", 10, "-o", tmp_path / "out", status=130)
     kept = captured["images"][:, 0, 0, 0].tolist()
@@ -198,7 +197,7 @@ def test_what_is_held_out_of_other_data_is_their_last_images(
     """Of a name's too, where a folder is called like it."""
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 8, 8)
     data = LabelledImages(images.clone(), torch.arange(40) // 20)
-    monkeypatch.setattr(train_options, "open_dataset", lambda source, **options: data)
+    monkeypatch.setattr(module, "open_dataset", lambda source, **options: data)
     (tmp_path / "cifar10").mkdir()
     monkeypatch.chdir(tmp_path)
     train("--data", where, "--hold-out", 10, "-o", tmp_path / "out", status=130)

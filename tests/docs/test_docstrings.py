@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "cmap_defense"
-MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.parent.name != "commands")  # there they are help texts
+MODULES = sorted(SOURCE.rglob("*.py"))
 SECTION = re.compile(r" *(Args|Attributes|Returns|Raises|Yields|Warns|Examples?):$")
 FIELD = re.compile(r"[a-z_]\w*(, [a-z_]\w*)*: \S")
 ROLE = re.compile(r":(class|data|func|meth|mod|attr|exc):`")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attack_toys import linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, ThreatModel, Transfer
-from cmap_defense.cli.commands.evaluate import evaluate
+from cmap_defense.cli.commands import evaluate
 from cmap_defense.evaluation.checks import Check, gradient_table, make_checks, make_sweeps
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.gradients import Surrogate, Unrolled

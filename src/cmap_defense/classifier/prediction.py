@@ -99,12 +99,15 @@ def prediction_of(
     )
 
 
-def calibration_of(clean: Prediction, *, coverage: float, restored: float, score: str) -> Calibration:
-    """Thresholds such that these shares of clean predictions are kept. Raises SettingsError for a share that is not
-    above 0 and at most 1 and for another score, InputValueError where there are no images."""
+def check_calibration(coverage: float, restored: float, score: str) -> None:
+    """Raises ``SettingsError`` where a share is not above 0 and at most 1, or the score has no such name."""
     require_choice("calibrate", "score", score, SCORES)
     for name, share in (("coverage", coverage), ("restored", restored)):
         require_number("calibrate", name, share, above=0.0, maximum=1.0)
+
+
+def calibration_of(clean: Prediction, *, coverage: float, restored: float, score: str) -> Calibration:
+    """Thresholds such that these shares of clean predictions are kept. Raises InputValueError without images."""
     if not len(clean.labels):
         raise InputValueError("There are no images to calibrate on: give clean ones that are not used elsewhere.")
     scores = clean.score(score).double()

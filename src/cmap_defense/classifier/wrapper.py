@@ -24,7 +24,7 @@ from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
 from cmap_defense.classifier.convert import to_batch
 from cmap_defense.classifier.hooks import LatentHooks, together
-from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, prediction_of
+from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
@@ -290,6 +290,7 @@ class PurifiedClassifier(LatentAccess):
             SettingsError: a share is not above 0 and at most 1, or there is no such score.
             InputValueError: there are no images.
         """
+        check_calibration(coverage, restored, score)
         clean = self.predict(images, seeds=seeds)
         self.calibration = calibration_of(clean, coverage=coverage, restored=restored, score=score)
         return self.calibration

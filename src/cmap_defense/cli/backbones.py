@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,60 +18,46 @@ from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.shards import weights_files
 from cmap_defense.backbones.verify import verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of
-from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.build import Printed
+from cmap_defense.cli.output import table_lines
 from cmap_defense.errors import SettingsError
 
 
-def list_backbones(*, as_json: bool) -> None:
+def list_backbones(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones list."""
     entries = [pinned(registry_entry(name)) for name in backbone_names()]
-    if as_json:
-        print_json([entry.to_dict() for entry in entries])
-        return
     rows = [["name", "image", "classes", "verified", "what it is"]]
-    rows += [
-        [
-            entry.name,
-            "x".join(map(str, entry.image_shape)),
-            "-" if entry.num_classes is None else str(entry.num_classes),
-            "yes" if entry.verified else "no",
-            entry.description,
-        ]
-        for entry in entries
-    ]
-    print_table(rows)
-    click.echo("\nverified: its commit and checksum are known. `cmap-defense backbones verify NAME` fills them in.")
+    for entry in entries:
+        classes = "-" if entry.num_classes is None else str(entry.num_classes)
+        shape = "x".join(map(str, entry.image_shape))
+        rows.append([entry.name, shape, classes, "yes" if entry.verified else "no", entry.description])
+    note = "\nverified: its commit and checksum are known. `cmap-defense backbones verify NAME` fills them in."
+    return [entry.to_dict() for entry in entries], [*table_lines(rows), note]
 
 
-def show_backbone(backbone: str, *, as_json: bool) -> None:
+def show_backbone(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones info."""
-    entry = entry_of(backbone)
+    entry = entry_of(options["backbone"])
     if entry is not None:
         values = pinned(entry).to_dict()
     else:
-        folder = resolve_backbone(backbone, weights=False)
+        folder = resolve_backbone(options["backbone"], weights=False)
         values = read_record(folder).to_dict() | {"folder": str(folder)}
-    if as_json:
-        print_json(values)
-        return
-    for name, value in values.items():
-        _show(name, value, indent=0)
+    return values, [line for name, value in values.items() for line in _shown(name, value)]
 
 
-def pull_backbone(backbone: str, *, force: bool, as_json: bool) -> None:
+def pull_backbone(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones pull."""
-    folder = resolve_backbone(backbone, force=force)
-    record = read_record(folder)
-    weights = folder / record.weights_file
+    backbone = options["backbone"]
+    folder = resolve_backbone(backbone, force=options["force"])
+    weights = folder / read_record(folder).weights_file
     size = sum(file.stat().st_size for file in weights_files(weights))
-    if as_json:
-        print_json({"backbone": backbone, "folder": str(folder), "weights": str(weights), "bytes": size})
-        return
-    click.echo(f"{backbone} is in {folder} ({size / 2**20:,.1f} MiB of weights).")
+    values = {"backbone": backbone, "folder": str(folder), "weights": str(weights), "bytes": size}
+    return values, [f"{backbone} is in {folder} ({size / 2**20:,.1f} MiB of weights)."]
 
 
-def convert_checkpoint(options: dict[str, Any]) -> None:
-    """Carry out the command backbones convert with its options."""
+def convert_checkpoint(options: dict[str, Any]) -> Printed:
+    """Carry out the command backbones convert."""
     checkpoint, out, image_size = options["checkpoint"], options["out"], options["image_size"]
     source: dict[str, Any] = {"file": checkpoint.name, "converter": options["format_"]}
     if options["format_"] == "jcm":
@@ -98,31 +83,21 @@ def convert_checkpoint(options: dict[str, Any]) -> None:
         licence=options["licence"],
         source=source,
     )
-    if options["as_json"]:
-        print_json(record.to_dict() | {"folder": str(out)})
-        return
-    click.echo(f"Wrote {out / record.weights_file} and {out / RECORD_FILE}. Load it with load_backbone({str(out)!r}).")
+    said = f"Wrote {out / record.weights_file} and {out / RECORD_FILE}. Load it with load_backbone({str(out)!r})."
+    return record.to_dict() | {"folder": str(out)}, [said]
 
 
-def verify_and_show(backbone: str, *, as_json: bool) -> None:
+def verify_and_show(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones verify."""
-    found = verify_backbone(backbone)
-    if as_json:
-        print_json(found.to_dict())
-        return
-    for name, value in found.to_dict().items():
-        if value is not None:
-            _show(name, value, indent=0)
-    click.echo(f"{backbone} is whole and works.")
+    found = verify_backbone(options["backbone"]).to_dict()
+    lines = [line for name, value in found.items() if value is not None for line in _shown(name, value)]
+    return found, [*lines, f"{options['backbone']} is whole and works."]
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool, message: str, as_json: bool) -> None:
+def push_folder(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones push."""
-    pushed = push_backbone(folder, repo_id, private=private, message=message)
-    if as_json:
-        print_json({"backbone": pushed})
-        return
-    click.echo(f"Pushed. Load it with load_backbone({pushed!r}).")
+    pushed = push_backbone(**{name: options[name] for name in ("folder", "repo_id", "private", "message")})
+    return {"backbone": pushed}, [f"Pushed. Load it with load_backbone({pushed!r})."]
 
 
 def _config(changes: Iterable[tuple[str, Any]]) -> NCSNppConfig:
@@ -137,21 +112,13 @@ def _config(changes: Iterable[tuple[str, Any]]) -> NCSNppConfig:
         raise click.BadParameter(str(error), param_hint="--config") from error
 
 
-def _show(name: str, value: object, *, indent: int) -> None:
+def _shown(name: str, value: object, space: str = "") -> list[str]:
     """One line per value, nested objects indented below their name."""
-    space = "  " * indent
     if isinstance(value, dict):
-        click.echo(f"{space}{name}:")
-        for inner, content in value.items():
-            _show(str(inner), content, indent=indent + 1)
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for number, item in enumerate(value, start=1):
-            _show(f"{name} {number}", item, indent=indent)
-    else:
-        click.echo(f"{space}{name}: {_words(value)}")
-
-
-def _words(value: object) -> str:
+        return [f"{space}{name}:", *(line for part in value.items() for line in _shown(*part, space + "  "))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [line for number, item in enumerate(value, 1) for line in _shown(f"{name} {number}", item, space)]
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "yes" if value is True else "no" if value is False else "-" if value in (None, "") else str(value)
+        return [f"{space}{name}: {', '.join(map(str, value))}"]
+    words = "yes" if value is True else "no" if value is False else "-" if value in (None, "") else value
+    return [f"{space}{name}: {words}"]

@@ -37,6 +37,10 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before the names in a state dict: DataParallel, torch.compile, Lightning."""
 
 Options = Mapping[str, Any]
+
+Printed = tuple[Any, list[str]] | None
+"""What a command prints: with ``--json`` the first, else the lines; None for nothing."""
+
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
@@ -68,27 +72,26 @@ def device_of(options: Options) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """So many threads of the CPU inside; None leaves their number to torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def model_of(options: Options) -> PurifiedClassifier:
     """The model that the model options describe, in eval mode."""
-    classifier = imported_model(options["classifier"], options["weights"], device_of(options), "--classifier")
-    return defended(classifier, options["backbone"], options)
+    return defended(classifier_of(options), options["backbone"], options)
+
+
+def classifier_of(options: Options, *, trained: bool = False) -> Any:
+    """The bare classifier that the options describe; see ``imported_model``."""
+    given = options["classifier"], options["weights"]
+    return imported_model(*given, device_of(options), "--classifier", trained=trained)
+
+
+def normalize_of(options: Options) -> Any:
+    """``--mean`` and ``--std`` as the wrapper takes them."""
+    if (options["mean"] is None) != (options["std"] is None):
+        raise click.UsageError("--mean and --std go together: give both, or neither.")
+    return None if options["mean"] is None else (options["mean"], options["std"])
 
 
 def defended(classifier: Any, backbone: Any, options: Options) -> PurifiedClassifier:
     """A classifier behind the purifier of the options, in eval mode; CMAP starts from the backbone's record."""
-    if (options["mean"] is None) != (options["std"] is None):
-        raise click.UsageError("--mean and --std go together: give both, or neither.")
     preset = preset_of(options)
     named = None if preset else purifier_of(options)
     if isinstance(named, CMAP) and named.settings.level is None:  # at a level a record's settings do not fit
@@ -98,7 +101,7 @@ def defended(classifier: Any, backbone: Any, options: Options) -> PurifiedClassi
         backbone,
         purifier=named,
         preset=preset,
-        normalize=None if options["mean"] is None else (options["mean"], options["std"]),
+        normalize=normalize_of(options),
         resize=options["resize"],
         vote=options["vote"],
         max_parallel=options["max_parallel"],

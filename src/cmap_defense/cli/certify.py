@@ -16,25 +16,27 @@ from cmap_defense.certification.results import RADII
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.summary import FILE, MEANING, PUBLISHED, summary_of, table
 from cmap_defense.cli.build import (
+    Printed,
+    classifier_of,
     data_of,
     device_of,
-    imported_model,
+    normalize_of,
     settings_of,
     subset_of,
     usage_errors,
-    using_threads,
 )
-from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.output import duration, listed, plural, table_lines
 from cmap_defense.common.files import tensor_checksum, write_json, write_text, written_whole
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.errors import MissingExtraError
+from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.plots.certification import certified_plot
 
 
-def run_certify(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_certify(options: dict[str, Any]) -> Printed:
+    """Carry out the command."""
     settings, out = settings_of(CertificationSettings, options), options["out"]
     with using_threads(options["threads"]), ranks() as team:
         models = _models(options)
@@ -46,14 +48,22 @@ def run_certify(options: dict[str, Any]) -> None:
         costs = team.by_first(
             lambda: [expected_cost(model, images, out=out / name, **given) for name, (_, model) in models.items()]
         )
-        first = team.rank == 0
-        if first and not (options["as_json"] and not options["dry_run"]):
-            _show_cost(costs, len(chosen), settings, team.world, as_json=options["as_json"])
+        first, as_json = team.rank == 0, options["as_json"]
+        copies, passes = sum(cost.copies for cost in costs), sum(cost.passes for cost in costs)
+        seconds = sum(cost.seconds for cost in costs) / team.world
+        if first and not as_json:
+            click.echo(
+                f"{plural(len(costs), 'smoothed classifier')}, {len(chosen)} images, {settings.n0:,} + "
+                f"{settings.n:,} noisy copies of each.\n{copies:,} copies and {passes:,} network passes to do, about "
+                f"{duration(seconds)} here."
+                if copies
+                else "All certificates are there."
+            )
         if options["dry_run"]:
-            return
+            return (dataclasses.asdict(Cost(copies, passes, seconds)), []) if first and as_json else None
         results: dict[str, tuple[str | None, CertificationResult]] = {}
         with contextlib.ExitStack() as stack:
-            total, before = sum(cost.copies for cost in costs) // team.world, 0
+            total, before = copies // team.world, 0
             shown = stack.enter_context(Progress(total, "certifying")) if first else None
             for (name, (denoiser, model)), cost in zip(models.items(), costs, strict=True):
 
@@ -63,9 +73,9 @@ def run_certify(options: dict[str, Any]) -> None:
 
                 results[name] = denoiser, certify(model, images, out=out / name, progress=progress, **given)
                 before += cost.copies // team.world
-        if first:
-            _write(results, chosen, options)
+        printed = _written(results, chosen, options) if first else None
         team.wait()
+    return printed
 
 
 def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClassifier]]:
@@ -77,11 +87,7 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
         raise click.UsageError("There is nothing to certify: give --backbone NAME, --undefended, or both.")
     if not options["sigma"]:
         raise click.BadParameter("give one number at least, such as 0.25.", param_hint="--sigma")
-    if (options["mean"] is None) != (options["std"] is None):
-        raise click.UsageError("--mean and --std go together: give both, or neither.")
-    device = device_of(options)
-    classifier = imported_model(options["classifier"], options["weights"], device, "--classifier")
-    normalize = None if options["mean"] is None else (options["mean"], options["std"])
+    normalize, classifier, device = normalize_of(options), classifier_of(options), device_of(options)
     backbones: dict[str | None, Any] = {name: load_backbone(source).to(device) for name, source in named.items()}
     if options["undefended"]:
         backbones[None] = None
@@ -96,24 +102,9 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
         }
 
 
-def _show_cost(costs: list[Cost], images: int, settings: CertificationSettings, world: int, *, as_json: bool) -> None:
-    copies, passes = sum(cost.copies for cost in costs), sum(cost.passes for cost in costs)
-    seconds = sum(cost.seconds for cost in costs) / world
-    if as_json:
-        print_json(dataclasses.asdict(Cost(copies, passes, seconds)))
-        return
-    click.echo(
-        f"{len(costs)} smoothed classifier{'' if len(costs) == 1 else 's'}, {images} images, {settings.n0:,} + "
-        f"{settings.n:,} noisy copies of each.\n{copies:,} copies and {passes:,} network passes to do, about "
-        f"{duration(seconds)} here."
-        if copies
-        else "All certificates are there."
-    )
-
-
-def _write(
+def _written(
     results: Mapping[str, tuple[str | None, CertificationResult]], chosen: SelectedImages, options: dict[str, Any]
-) -> None:
+) -> Printed:
     """The files and what is printed."""
     out, labels = options["out"], chosen.labels
     published = PUBLISHED.get(options["data"], {})
@@ -139,11 +130,9 @@ def _write(
     else:
         written_whole(out / "certified.svg", lambda path: path.write_bytes(picture))
         files.insert(1, out / "certified.svg")
+    values = {**summary, "files": [str(file) for file in files], "lacking": lacking}
     if options["as_json"]:
-        print_json({**summary, "files": [str(file) for file in files], "lacking": lacking})
-        return
-    click.echo(f"\nCertified accuracy in % at l2 radius r, with 95 % intervals; {len(chosen)} images:\n")
-    print_table(table(summary))
-    click.echo(f"\n{MEANING}\n\n{', '.join(map(str, files[:-1]))} and {files[-1]}")
-    if lacking is not None:
-        click.echo(f"No certified.svg: {lacking}", err=True)
+        return values, []
+    head = f"\nCertified accuracy in % at l2 radius r, with 95 % intervals; {len(chosen)} images:\n"
+    names = listed(files[:-1], lacking, "certified.svg")
+    return values, [head, *table_lines(table(summary)), f"\n{MEANING}\n\n{names} and {files[-1]}"]

@@ -1,9 +1,11 @@
-"""Commands: help in groups with whole summaries, and errors that speak of options."""
+"""Commands: help in groups with whole summaries, errors that speak of options, and what a command prints."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,13 +30,48 @@ class _Option(click.Option):
 
 
 def in_group(group: str) -> Callable[..., Decorator]:
-    """``click.option`` for the options of one group of the help, such as "Data"."""
-    return functools.partial(click.option, cls=_Option, group=group)
+    """``click.option`` for the options of one group of the help, such as "Data", given by names and the help text.
+
+    Beside those of click there are ``least``, of an integer, and ``unset``, what the help shows for the default None.
+    """
+
+    def option(*names: str, least: int | None = None, unset: str | None = None, **attributes: Any) -> Decorator:
+        if least is not None:
+            attributes["type"] = click.IntRange(least)
+        if unset is not None:
+            attributes["show_default"] = unset
+        return click.option(*names[:-1], cls=_Option, group=group, help=names[-1], **attributes)
+
+    return option
 
 
 def decorators(*options: Decorator) -> Decorator:
     """Several options as one decorator, in this order in the help."""
     return lambda command: functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def command(runs: str, text: str, *options: Decorator, name: str | None = None, **defaults: Any) -> Command:
+    """A command that calls a function of this package with its options, and prints the JSON or the text it returns.
+
+    Args:
+        runs: where the function is, such as "train:run_train". Its module is imported when it runs.
+        text: the help.
+        options: those of the command; ``--json`` joins them.
+        name: of the command; None for that of the module.
+        defaults: of options, in place of their own; the help then shows defaults of all kinds.
+    """
+    module, _, function = runs.partition(":")
+
+    def callback(**given: Any) -> None:
+        found = getattr(importlib.import_module(f"cmap_defense.cli.{module}"), function)(given)
+        if found is not None:
+            values, lines = found
+            click.echo(json.dumps(values, indent=2, allow_nan=False) if given["as_json"] else "\n".join(lines))
+
+    as_json = in_group("Output")("--json", "as_json", "Print one JSON object instead of text.", is_flag=True)
+    settings = {"default_map": defaults, "show_default": True} if defaults else {}
+    made = click.command(name or module, cls=Command, help=inspect.cleandoc(text), context_settings=settings)
+    return made(decorators(*options, as_json)(callback))
 
 
 class _Grouped(click.Command):
@@ -73,9 +110,6 @@ class Command(_Grouped):
 
 class Group(_Grouped, click.Group):
     """A group of such commands."""
-
-    command_class = Command
-    group_class = type
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Its own options, then its commands."""

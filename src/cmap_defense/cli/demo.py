@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from cmap_defense.attacks import PGD
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import purifier_of, threat_of, using_threads
-from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.build import Printed, purifier_of, threat_of
+from cmap_defense.cli.output import listed, table_lines
 from cmap_defense.cli.pictures import NEAREST, image_sheet, write_line_charts
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.common.modules import evaluating
@@ -24,6 +23,7 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
+from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.threat import ThreatModel
 
@@ -32,8 +32,8 @@ NOTE = "the attacker did not know the defence"
 SHOWN = 6
 
 
-def run_demo(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_demo(options: dict[str, Any]) -> Printed:
+    """Carry out the command."""
     start = time.perf_counter()
     count, steps, seed, out = (options[name] for name in ("images", "steps", "seed", "out"))
     eps = threat_of(options, zero=True).eps
@@ -59,49 +59,41 @@ def run_demo(options: dict[str, Any]) -> None:
     if (chart := _write_moments(found, out / "latents.png")) is not None:
         files.append(chart)
     seconds, each = time.perf_counter() - start, found.seconds / (2 * count)
-    accuracies = {"bare": found.bare_accuracy, "purified": found.purified_accuracy}
-    if options["as_json"]:
-        values = {row: {name: a.value for name, a in columns.items()} for row, columns in accuracies.items()}
-        intervals = {row: {name: a.interval for name, a in columns.items()} for row, columns in accuracies.items()}
-        print_json(
-            {
-                **values,
-                "intervals": intervals,
-                "note": NOTE,
-                "images": count,
-                "attack": {"name": "PGD", "norm": "linf", "eps": eps, "steps": steps},
-                "settings": settings.to_dict(),
-                "backbone": BACKBONE,
-                "seed": seed,
-                "seconds": seconds,
-                "purification_seconds_per_image": each,
-                "files": [str(path) for path in files],
-            }
-        )
-        return
-    click.echo(f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {eps:g} on the bare classifier.")
-    click.echo(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations. [95 % intervals]\n")
-    rows = [[row, str(columns["clean"]), str(columns["attacked"])] for row, columns in accuracies.items()]
-    print_table([["accuracy", "clean", "attacked"], *rows])
-    click.echo(f"\nNote: {NOTE}. This shows how it works, not how robust it is.")
-    click.echo(f"{seconds:.0f} s in all, {each:.2f} s per purified image. Pictures: {', '.join(map(str, files))}")
+    rows = [[row, *map(str, columns.values())] for row, columns in found.accuracy.items()]
+    values = {row: {name: a.value for name, a in columns.items()} for row, columns in found.accuracy.items()}
+    intervals = {row: {name: a.interval for name, a in columns.items()} for row, columns in found.accuracy.items()}
+    values |= {
+        "intervals": intervals,
+        "note": NOTE,
+        "images": count,
+        "attack": {"name": "PGD", "norm": "linf", "eps": eps, "steps": steps},
+        "settings": settings.to_dict(),
+        "backbone": BACKBONE,
+        "seed": seed,
+        "seconds": seconds,
+        "purification_seconds_per_image": each,
+        "files": [str(path) for path in files],
+    }
+    return values, [
+        f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {eps:g} on the bare classifier.",
+        f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations. [95 % intervals]\n",
+        *table_lines([["accuracy", "clean", "attacked"], *rows]),
+        f"\nNote: {NOTE}. This shows how it works, not how robust it is.",
+        f"{seconds:.0f} s in all, {each:.2f} s per purified image. Pictures: {listed(files)}",
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """Images, their purified versions and the histories of the clean ones' latents with eq. 12 and without it.
-
-    The dicts have the entries "clean" and "attacked".
-    """
+    """Images, the purification of the attacked ones, accuracies ("bare" and "purified") on "clean" and "attacked"
+    images, and the histories of the clean ones' latents with eq. 12 and without it."""
 
     clean: Tensor
     attacked: Tensor
     labels: Tensor
-    purified_clean: PurificationResult
-    purified_attacked: PurificationResult
-    bare_labels: dict[str, Tensor]
-    bare_accuracy: dict[str, Accuracy]
-    purified_accuracy: dict[str, Accuracy]
+    purified: PurificationResult
+    bare_labels: Tensor
+    accuracy: dict[str, dict[str, Accuracy]]
     constrained: History
     unconstrained: History
     seconds: float
@@ -163,19 +155,24 @@ def demonstrate(
             unconstrained = loose.purify(images[:shown], seeds=seeds[:shown]).history
     assert purified_clean.history is not None
     assert unconstrained is not None
-    votes = {"clean": purified_clean.labels, "attacked": purified_attacked.labels}
+    assert purified_attacked.labels is not None
+    assert purified_clean.labels is not None
+    predicted = {
+        "bare": bare,
+        "purified": {"clean": purified_clean.labels, "attacked": purified_attacked.labels},
+    }
+    parts = (getattr(purified_clean.history, field.name)[:, :shown] for field in dataclasses.fields(History))
     return Demonstration(
         clean=images,
         attacked=attacked,
         labels=labels,
-        purified_clean=purified_clean,
-        purified_attacked=purified_attacked,
-        bare_labels=bare,
-        bare_accuracy={name: Accuracy.of(predicted, labels) for name, predicted in bare.items()},
-        purified_accuracy={name: Accuracy.of(p, labels) for name, p in votes.items() if p is not None},
-        constrained=History(
-            *(getattr(purified_clean.history, field.name)[:, :shown] for field in dataclasses.fields(History))
-        ),
+        purified=purified_attacked,
+        bare_labels=bare["attacked"],
+        accuracy={
+            row: {name: Accuracy.of(given, labels) for name, given in columns.items()}
+            for row, columns in predicted.items()
+        },
+        constrained=History(*parts),
         unconstrained=unconstrained,
         seconds=seconds,
     )
@@ -183,7 +180,7 @@ def demonstrate(
 
 def _sheet(found: Demonstration, eps: float) -> Image.Image:
     """Images evenly over the vote's margin: input, attacked, difference and purified, with the predictions."""
-    result = found.purified_attacked
+    result = found.purified
     assert result.labels is not None
     assert result.logits is not None
     rows = over_margin(result, found.labels, min(SHOWN, len(found.clean)))
@@ -191,7 +188,7 @@ def _sheet(found: Demonstration, eps: float) -> Image.Image:
     captions = [
         [
             f"true: {CLASS_NAMES[found.labels[row]]}",
-            f"bare: {CLASS_NAMES[found.bare_labels['attacked'][row]]}",
+            f"bare: {CLASS_NAMES[found.bare_labels[row]]}",
             "",
             f"vote: {CLASS_NAMES[result.labels[row]]}",
         ]

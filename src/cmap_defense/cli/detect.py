@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import cmap_model_of, data_of, size_of, subset_of, threat_of, using_threads
-from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.build import Printed, cmap_model_of, data_of, size_of, subset_of, threat_of
+from cmap_defense.cli.output import listed, table_lines
 from cmap_defense.cli.pictures import write_png
 from cmap_defense.common.files import write_json
 from cmap_defense.common.modules import device_of
@@ -21,6 +20,7 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 from cmap_defense.errors import MissingExtraError
+from cmap_defense.evaluation.evaluation import using_threads
 
 GROUP = 64
 """Images at a time."""
@@ -32,8 +32,8 @@ KINDS = {
 }
 
 
-def run_detect(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_detect(options: dict[str, Any]) -> Printed:
+    """Carry out the command."""
     start = time.perf_counter()
     attack = PGD(threat_of(options), steps=options["steps"], seed=options["seed"])
     with using_threads(options["threads"]):
@@ -49,11 +49,10 @@ def run_detect(options: dict[str, Any]) -> None:
     seconds = time.perf_counter() - start
     if options["as_json"]:
         settings, names = model.settings.to_dict(), [str(path) for path in files]
-        print_json({**found.to_dict(), "settings": settings, "seconds": seconds, "files": names, "lacking": lacking})
-        return
-    _show(found, model, options["kernel"], seconds, files)
-    if lacking is not None:
-        click.echo(f"No detection.png: {lacking}", err=True)
+        more = {"settings": settings, "seconds": seconds, "files": names, "lacking": lacking}
+        return {**found.to_dict(), **more}, []
+    ended = f"\n{seconds:.0f} s. {listed(files, lacking, 'detection.png')}"
+    return None, [*_lines(found, model, options["kernel"]), ended]
 
 
 def _parts(options: dict[str, Any], model: PurifiedClassifier) -> list[tuple[Tensor, Tensor]]:
@@ -102,35 +101,31 @@ def _measured(
         )
 
 
-def _show(found: Detection, model: PurifiedClassifier, kernel: str, seconds: float, files: list[Path]) -> None:
-    settings = model.settings
-    count = found.summary["clean"].count
-    click.echo(
+def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str]:
+    settings, count = model.settings, found.summary["clean"].count
+    lines = [
         f"{count} images of each kind, {found.references} references, T = {len(found.eps.sigmas)} noise levels, "
-        f"{kernel} kernel."
-    )
-    click.echo(f"The largest change by the attack is {found.largest_change:.3g}; it was made on the bare classifier.")
+        f"{kernel} kernel.",
+        f"The largest change by the attack is {found.largest_change:.3g}; it was made on the bare classifier.",
+    ]
     if "purified_clean" in found.summary:
-        click.echo(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations.")
-    click.echo("[95 % intervals]\n")
+        lines.append(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations.")
     rows = [["kind", "median", "quartiles", "AUROC against clean", "accuracy"]]
     for name, summary in found.summary.items():
-        low, high = summary.quartiles
-        rows.append(
-            [
-                name.replace("_", " "),
-                f"{summary.median:.3f}",
-                f"{low:.3f} to {high:.3f}",
-                "" if summary.auroc is None else str(summary.auroc),
-                "" if summary.accuracy is None else str(summary.accuracy),
-            ]
-        )
-    print_table(rows)
-    click.echo("\nDistance: squared MMD from the references.")
-    click.echo("Accuracy: of the bare classifier; of the defended one where images are purified.\n")
-    click.echo("The paper finds adversarial images far from clean ones, and generated ones with them. Here:")
-    for name, images in KINDS.items():
-        click.echo(f"- {images} can{'' if found.differs(name) else 'not'} be distinguished from clean ones")
+        quartiles = "{:.3f} to {:.3f}".format(*summary.quartiles)
+        shares = ["" if share is None else str(share) for share in (summary.auroc, summary.accuracy)]
+        rows.append([name.replace("_", " "), f"{summary.median:.3f}", quartiles, *shares])
     noise = found.auroc("adversarial", "noise")
-    click.echo(f"- adversarial images are distinguished from noisy ones with AUROC {noise}")
-    click.echo(f"\n{seconds:.0f} s. {', '.join(map(str, files))}")
+    return [
+        *lines,
+        "[95 % intervals]\n",
+        *table_lines(rows),
+        "\nDistance: squared MMD from the references.",
+        "Accuracy: of the bare classifier; of the defended one where images are purified.\n",
+        "The paper finds adversarial images far from clean ones, and generated ones with them. Here:",
+        *(
+            f"- {images} can{'' if found.differs(name) else 'not'} be distinguished from clean ones"
+            for name, images in KINDS.items()
+        ),
+        f"- adversarial images are distinguished from noisy ones with AUROC {noise}",
+    ]

@@ -1,34 +1,41 @@
-"""``cmap-defense evaluate``, ``report`` and ``study``."""
+"""``cmap-defense evaluate``, ``report``, ``study`` and ``compare``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
+from cmap_defense.backbones.load import load_backbone
 from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import (
+    Printed,
     attacks_of,
     class_names_of,
+    classifier_of,
     cmap_model_of,
     data_of,
+    defended,
+    device_of,
     imported_models,
     model_of,
     settings_of,
     subset_of,
     threat_of,
+    usage_errors,
 )
-from cmap_defense.cli.output import duration, print_json, print_table
+from cmap_defense.cli.output import duration, listed, plural, table_lines
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
+from cmap_defense.common.settings import near_matches
+from cmap_defense.evaluation.comparison import compare, write_comparison
 from cmap_defense.evaluation.evaluation import Evaluation, Expected, OnUnit
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.evaluation.report import Report, load_report, write_report
+from cmap_defense.evaluation.report import load_report, write_report
 from cmap_defense.evaluation.report.tables import HEADLINE
 from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import DEFENDED
@@ -36,75 +43,77 @@ from cmap_defense.paper import make_study, write_study
 from cmap_defense.paper import run_study as run_variants
 from cmap_defense.paper.report import study_rows
 from cmap_defense.purifiers import CMAP
+from cmap_defense.purifiers.names import NAMES
+
+PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"}
+"""The paper's protocol, where other options do not say otherwise."""
 
 STUDY_ATTACKS = ("transfer", "bpda-eot")
 """Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""
 
 
-def run_evaluate(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_evaluate(options: dict[str, Any]) -> Printed:
+    """Carry out the command evaluate."""
+    if options["preset"] == "paper":
+        source, default = click.get_current_context().get_parameter_source, click.core.ParameterSource.DEFAULT
+        options |= {name: value for name, value in PAPER.items() if source(name) == default}
     out, as_json = options["out"], options["as_json"]
-    attacks, protocol, data = attacks_of(options), settings_of(Protocol, options), data_of(options)
+    attacks, selected = attacks_of(options), _selected(options)
     certified = None if options["certified"] is None else read_summary(options["certified"])
     with ranks() as team:
         model = model_of(options)
         left_out = [name for name, attack in attacks.items() if not attack.suits(model) and name not in options["only"]]
-        attacks = {name: attack for name, attack in attacks.items() if name not in left_out}
         evaluation = Evaluation(
             model,
-            data,
-            out,
-            attacks=attacks,
-            protocol=protocol,
-            subset=subset_of(options, data),
+            out=out,
+            attacks={name: attack for name, attack in attacks.items() if name not in left_out},
             baselines=imported_models(options["baseline"], options, "--baseline"),
-            threads=options["threads"],
             class_names=class_names_of(options),
+            **selected,
         )
         evaluation.check_folder()
-        first = team.rank == 0
-        if first and not as_json:
+        if team.rank == 0 and not as_json:
             click.echo(_summary(evaluation))
             if left_out:
                 click.echo(f"Left out, since this purifier has no latents to attack: {', '.join(left_out)}.")
             click.echo(cost_text(evaluation.expected(), evaluation, team.world))
         if options["dry_run"]:
-            if as_json:
-                print_json(dataclasses.asdict(evaluation.expected()))
-            return
+            return (dataclasses.asdict(evaluation.expected()), []) if as_json else None
         with unit_progress(team) as progress:
             evaluation.run(progress)
-        if first:
-            found = dataclasses.replace(evaluation.report(), certified=certified)
-            files, lacking = write_report(found, out)
-            _show(found, files, lacking, as_json=as_json)
+        found = dataclasses.replace(evaluation.report(), certified=certified)
+        files, lacking = write_report(found, out) if team.rank == 0 else ([], None)
         team.wait()
+    if team.rank != 0:
+        return None
+    rows = [["model", "attack", "one-shot", "vote", "re-evaluated"]]
+    rows += [[row.model, row.attack, *map(str, (row.one_shot, row.vote, row.reevaluated))] for row in found.rows]
+    lines = ["No headline:", *(f"  {reason}" for reason in found.refused)]
+    if found.headline is not None:
+        lines = [f"Headline: {found.headline.accuracy} {HEADLINE}"]
+    return found.to_dict(), ["", *table_lines(rows), "", *lines, "", listed(files, lacking, "report.html")]
 
 
-def run_report(folder: Path, certified: Path | None, *, as_json: bool) -> None:
+def run_report(options: dict[str, Any]) -> Printed:
     """Carry out the command report."""
-    found = load_report(folder)
-    files, lacking = write_report(found if certified is None else found.with_certificates(certified), folder)
-    if as_json:
-        print_json({"files": [str(file) for file in files], "lacking": lacking})
-        return
-    click.echo("\n".join(str(file) for file in files))
-    if lacking is not None:
-        click.echo(f"No report.html: {lacking}", err=True)
+    found, certified = load_report(options["folder"]), options["certified"]
+    found = found if certified is None else found.with_certificates(certified)
+    files, lacking = write_report(found, options["folder"])
+    if not options["as_json"]:
+        listed(files, lacking, "report.html")
+    return {"files": [str(file) for file in files], "lacking": lacking}, [str(file) for file in files]
 
 
 def _summary(evaluation: Evaluation) -> str:
-    model, threads = evaluation.models[DEFENDED], evaluation.threads
+    model = evaluation.models[DEFENDED]
     assert isinstance(model, PurifiedClassifier)
-    purifier = model.purifier
-    settings = repr(purifier)
-    if isinstance(purifier, CMAP):
-        settings = f"K = {purifier.settings.n_latents} latents, N = {purifier.settings.iterations} iterations"
-    runs, attacks = len(evaluation.protocol.seeds), len(evaluation.attacks[DEFENDED])
+    settings = repr(model.purifier)
+    if isinstance(model.purifier, CMAP):
+        settings = f"K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations"
     return (
         f"{len(evaluation.images)} images of {len(evaluation.images.labels.unique())} classes, "
-        f"{runs} run{'' if runs == 1 else 's'}, {attacks} attack{'' if attacks == 1 else 's'}; {settings}; "
-        f"{threads} thread{'' if threads == 1 else 's'}, {evaluation.device.type}."
+        f"{plural(len(evaluation.protocol.seeds), 'run')}, {plural(len(evaluation.attacks[DEFENDED]), 'attack')}; "
+        f"{settings}; {plural(evaluation.threads, 'thread')}, {evaluation.device.type}."
     )
 
 
@@ -115,11 +124,7 @@ def unit_progress(team: Ranks) -> Iterator[OnUnit | None]:
         yield None
         return
     with Progress(0, "evaluating") as progress:
-
-        def show(unit: WorkUnit, done: int, total: int) -> None:
-            progress.at(done, total, what=f"{unit.task}, run {unit.seed}")
-
-        yield show
+        yield lambda unit, done, total: progress.at(done, total, what=f"{unit.task}, run {unit.seed}")
 
 
 def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
@@ -134,60 +139,71 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     return text + (f"\nNot included, measured in their first work unit: {', '.join(unknown)}." if unknown else "")
 
 
-def _show(found: Report, files: list[Path], lacking: str | None, *, as_json: bool) -> None:
-    if as_json:
-        print_json(found.to_dict())
-        return
-    rows = [["model", "attack", "one-shot", "vote", "re-evaluated"]]
-    rows += [[row.model, row.attack, *map(str, (row.one_shot, row.vote, row.reevaluated))] for row in found.rows]
-    click.echo()
-    print_table(rows)
-    click.echo()
-    if found.headline is not None:
-        click.echo(f"Headline: {found.headline.accuracy} {HEADLINE}")
-    else:
-        click.echo("No headline:")
-        for reason in found.refused:
-            click.echo(f"  {reason}")
-    click.echo(f"\n{', '.join(map(str, files))}")
-    if lacking is not None:
-        click.echo(f"No report.html: {lacking}", err=True)
-
-
-def run_study(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_study(options: dict[str, Any]) -> Printed:
+    """Carry out the command study."""
     if options["attacks"] == "standard" and not options["only"]:
         options["only"] = STUDY_ATTACKS
-    attacks, threat, protocol = attacks_of(options), threat_of(options), settings_of(Protocol, options)
-    out, as_json = options["out"], options["as_json"]
+    attacks, threat, out, selected = attacks_of(options), threat_of(options), options["out"], _selected(options)
     with ranks() as team:
-        model, data = cmap_model_of(options), data_of(options)
+        model = cmap_model_of(options)
         chosen = make_study(options["name"], model, attacks, threat)
-        if team.rank == 0 and not as_json:
+        if team.rank == 0 and not options["as_json"]:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
         with unit_progress(team) as progress:
-            study = run_variants(
-                chosen,
-                model,
-                data,
-                out,
-                protocol=protocol,
-                subset=subset_of(options, data),
-                threads=options["threads"],
-                progress=progress,
-            )
-        if team.rank == 0:
-            files, lacking = write_study(study, out)
-            if as_json:
-                print_json(study)
-            else:
-                _show_study(study, files, lacking)
+            study = run_variants(chosen, model, out=out, progress=progress, **selected)
+        files, lacking = write_study(study, out) if team.rank == 0 else ([], None)
         team.wait()
+    return (study, _compared(study_rows(study), files, lacking, options)) if team.rank == 0 else None
 
 
-def _show_study(study: dict[str, Any], files: list[Path], lacking: str | None) -> None:
-    click.echo()
-    print_table(study_rows(study))
-    click.echo(f"\n{', '.join(map(str, files))}")
-    if lacking is not None:
-        click.echo(f"No plot: {lacking}", err=True)
+def run_compare(options: dict[str, Any]) -> Printed:
+    """Carry out the command compare."""
+    attacks, out, selected = attacks_of(options), options["out"], _selected(options)
+    with ranks() as team:
+        models = _models(options)
+        for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
+            if name not in options["only"]:
+                del attacks[name]
+        with unit_progress(team) as progress:
+
+            def show(_: str, unit: WorkUnit, done: int, total: int) -> None:
+                if progress is not None:
+                    progress(unit, done, total)
+
+            found = compare(models, out=out, attacks=attacks, progress=show, **selected)
+        files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)
+        team.wait()
+    return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None
+
+
+def _selected(options: dict[str, Any]) -> dict[str, Any]:
+    """On which images, how often, and with how many threads."""
+    data, protocol = data_of(options), settings_of(Protocol, options)
+    return {"data": data, "protocol": protocol, "subset": subset_of(options, data), "threads": options["threads"]}
+
+
+def _compared(rows: list[list[str]], files: list[Any], lacking: str | None, options: dict[str, Any]) -> list[str]:
+    return ["", *table_lines(rows), "", listed(files, None if options["as_json"] else lacking)]
+
+
+def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
+    """The defences by name: the texts of ``--purifier`` with hyphens for spaces."""
+    device = device_of(options)
+    if len(options["backbones"]) > 2:
+        raise click.BadParameter("give one backbone, or two of different kinds.", param_hint="--backbone")
+    classifier = classifier_of(options)
+    loaded = [load_backbone(name).to(device) for name in options["backbones"]]
+    backbone: Any = loaded[0] if len(loaded) == 1 else tuple(loaded)
+    found: dict[str, PurifiedClassifier] = {}
+    for text in options["purifiers"]:
+        words = text.split()
+        name = "-".join(words).replace("/", "_")
+        if not words or name in found:
+            raise click.BadParameter(f"{text!r} is empty or given twice.", param_hint="--purifier")
+        if words[0] not in NAMES:
+            hint = near_matches(words[0], NAMES)
+            raise click.BadParameter(f"there is no purifier {words[0]!r}.{hint}", param_hint="--purifier")
+        with usage_errors():
+            purifier = {"purifier": words[0], "purifier_set": words[1:]}
+            found[name] = defended(classifier, backbone, options | purifier)
+    return found

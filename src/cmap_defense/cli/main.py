@@ -9,10 +9,7 @@ import warnings
 import click
 
 from cmap_defense.cli.command import Group
-from cmap_defense.cli.commands.backbones import adapt, backbones, quality, train
-from cmap_defense.cli.commands.certify import certify
-from cmap_defense.cli.commands.evaluate import compare, detect, evaluate, report, study
-from cmap_defense.cli.commands.purify import demo, purify
+from cmap_defense.cli.commands import ALL
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """What OpenMP's threads do while they wait: sleep, in GNU's library (Linux) after some microseconds of spinning."""
@@ -24,7 +21,7 @@ def cli() -> None:
     """Consistency-model adversarial purification (CMAP) for image classifiers."""
 
 
-for command in (demo, purify, evaluate, report, study, compare, certify, detect, quality, train, adapt, backbones):
+for command in ALL:
     cli.add_command(command)
 
 

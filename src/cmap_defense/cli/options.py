@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import functools
 import json
 import os
 import shlex
@@ -29,7 +30,6 @@ MODEL = in_group("Model")
 DATA = in_group("Data")
 PURIFICATION = in_group("Purification")
 ATTACKS = in_group("Attacks")
-PGD = in_group("PGD (linf) on the bare classifier")
 RUNNING = in_group("Running")
 OUTPUT = in_group("Output")
 
@@ -41,19 +41,13 @@ COUNT = 512
 
 ATTACK_SETS = ("standard", "paper", "exact", "full")
 DATASETS = ("cifar10", "fashion-mnist")
-PURIFIERS = (
-    "cmap",
-    "one-step",
-    "diffpure",
-    "gdmp",
-    "adp",
-    "gnsp",
-    "likelihood-maximisation",
-    "chain",
-    "identity",
-)
+PURIFIERS = ("cmap", "one-step", "diffpure", "gdmp", "adp", "gnsp", "likelihood-maximisation", "chain", "identity")
 PRESETS = ("paper", "balanced", "fast")
 RESIZE_MODES = ("bilinear", "bicubic", "area", "nearest-exact")
+STUDIES = ("beta", "eps", "latent-weight", "latents", "ssim-weight", "surrogate", "trajectory", "vote")
+NETWORKS = ("compact", "ncsnpp", "imagenet64")
+NETWORK_PRESETS = ("small", "cifar10")
+OBJECTIVES = ("edm", "ct", "ict", "ect", "cd")
 
 
 class Choice(click.Choice[str]):
@@ -165,16 +159,9 @@ def options_of(
             default = ",".join(map(str, default))
         elif kind is float:
             default = in_255ths(default) or f"{default:g}"
-        made.append(
-            in_group(field.metadata.get("group", group))(
-                *names,
-                type=_parameter_type(kind, field.metadata),
-                is_flag=kind is bool,
-                default=default,
-                help=field.metadata["help"],
-                **({} if shown is None else {"show_default": shown}),
-            )
-        )
+        unlisted = {"unset": shown, "is_flag": kind is bool, "default": default}
+        group_of = in_group(field.metadata.get("group", group))
+        made.append(group_of(*names, field.metadata["help"], type=_parameter_type(kind, field.metadata), **unlisted))
     return decorators(*made)
 
 
@@ -224,137 +211,139 @@ def writable_folder(context: click.Context, parameter: click.Parameter, folder: 
 
 def out_option(default: str | None = None) -> Decorator:
     """``-o/--out DIR``: where a command writes; required when it has no default."""
-    return OUTPUT(
-        "-o",
-        "--out",
-        type=PathType(file_okay=False),
-        default=default,
-        callback=writable_folder,
-        required=default is None,
-        help="Folder to write to. It is made when it is not there.",
-    )
+    kind: dict[str, Any] = {"type": PathType(file_okay=False), "callback": writable_folder}
+    text = "Folder to write to. It is made when it is not there."
+    return OUTPUT("-o", "--out", text, default=default, required=default is None, **kind)
 
 
 def seed_option(about: str) -> Decorator:
     """``--seed``, with a sentence about what it decides."""
-    return RUNNING("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=about)
+    return RUNNING("--seed", about, type=click.IntRange(0, 2**32 - 1), default=0)
 
 
 def record_options(name: str | None, shown: bool | str = True) -> Decorator:
     """What is written about a backbone; ``shown`` is the name's default in the help."""
     record = in_group("Record and weights")
     return decorators(
-        record("--name", default=name, show_default=shown, help="Name of the backbone in its record."),
-        record("--description", default="", help="Description of the backbone in its record."),
-        record("--licence", default="", help="Licence of the weights in the record."),
+        record("--name", "Name of the backbone in its record.", default=name, show_default=shown),
+        record("--description", "Description of the backbone in its record.", default=""),
+        record("--licence", "Licence of the weights in the record.", default=""),
     )
 
 
-json_option = OUTPUT("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def data_option(about: str) -> Decorator:
+    """``-d/--data``, with a sentence about what it may be."""
+    return DATA("-d", "--data", about, required=True)
 
-threads_option = RUNNING(
+
+def pgd_options(default: float | None = None) -> Decorator:
+    """The attack on the bare classifier: its eps, with this default where there is one, and with it its steps."""
+    defaults = {} if default is None else {"eps": default}
+    eps = options_of(ThreatModel, "PGD (linf) on the bare classifier", "eps", defaults=defaults)
+    steps = in_group("PGD (linf) on the bare classifier")("--steps", "Number of PGD steps.", least=1, default=20)
+    return decorators(eps, steps) if default is not None else eps
+
+
+threads = RUNNING(
     "--threads",
-    type=click.IntRange(1),
-    show_default="torch's choice",
-    help="Threads of the CPU to compute with. Rounding, and so the results, depend on their number.",
+    "Threads of the CPU to compute with. Rounding, and so the results, depend on their number.",
+    least=1,
+    unset="torch's choice",
 )
-
-device_option = RUNNING("--device", default="cpu", help="Device to compute on, such as cuda.")
-
-resize_option = PURIFICATION(
+device = RUNNING("--device", "Device to compute on, such as cuda.", default="cpu")
+dry_run = RUNNING("--dry-run", "Print what it would cost, and stop.", is_flag=True)
+size = DATA("--size", "Resize and crop the images of a folder to this many pixels.", least=1)
+resize = PURIFICATION(
     "--resize",
+    "Resize images to the backbone's size and back in this way. Without it other sizes are refused.",
     type=Choice(RESIZE_MODES),
-    help="Resize images to the backbone's size and back in this way. Without it other sizes are refused.",
 )
-
-backbone_option = MODEL(
+backbone = MODEL(
     "-b",
     "--backbone",
+    'Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id.',
     required=True,
-    help='Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id.',
+)
+certified = OUTPUT(
+    "--certified",
+    "Folder of cmap-defense certify, whose certified accuracy the report shows besides.",
+    type=PathType(exists=True, file_okay=False),
 )
 
 purifier_choice = decorators(
-    PURIFICATION("--purifier", type=Choice(PURIFIERS), default="cmap", help="Method to purify by."),
+    PURIFICATION("--purifier", "Method to purify by.", type=Choice(PURIFIERS), default="cmap"),
     PURIFICATION(
         "--purifier-preset",
+        "Purify as the backbone's record names it, in place of the other options of the purifier.",
         type=Choice(PRESETS),
-        help="Purify as the backbone's record names it, in place of the other options of the purifier.",
     ),
     PURIFICATION(
         "--purifier-set",
+        "Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
+        "preset=cifar10-linf. May be repeated.",
         metavar="KEY=VALUE",
         multiple=True,
-        help="Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
-        "preset=cifar10-linf. May be repeated.",
     ),
 )
 """A purifier by name."""
 
-purifier_options = decorators(
-    purifier_choice,
-    options_of(
-        CMAPSettings, "Purification", "n_latents", "iterations", "learning_rate", unset="the backbone's, for cmap"
-    ),
+cmap_options = functools.partial(options_of, CMAPSettings, "Purification")
+purifier = decorators(
+    purifier_choice, cmap_options("n_latents", "iterations", "learning_rate", unset="the backbone's, for cmap")
 )
 """What purifies."""
 
-classifier_options = decorators(
+classifier = decorators(
     MODEL(
         "-c",
         "--classifier",
+        'Classifier to defend: package.module:factory, file.py:factory, or "embedded".',
         required=True,
-        help='Classifier to defend: package.module:factory, file.py:factory, or "embedded".',
     ),
     MODEL(
         "--weights",
+        "File with the classifier's state dict, of safetensors or torch.save.",
         type=PathType(dir_okay=False, exists=True),
-        help="File with the classifier's state dict, of safetensors or torch.save.",
     ),
     MODEL(
         "--mean",
+        "Mean that the classifier's preprocessing subtracts, one number per channel. It needs --std.",
         type=Numbers(float),
-        help="Mean that the classifier's preprocessing subtracts, one number per channel. It needs --std.",
     ),
     MODEL(
         "--std",
+        "Standard deviation that the classifier's preprocessing divides by, such as 0.25,0.24,0.26.",
         type=Numbers(float),
-        help="Standard deviation that the classifier's preprocessing divides by, such as 0.25,0.24,0.26.",
     ),
 )
 """The bare classifier."""
 
-wrapper_options = decorators(
+wrapper = decorators(
     PURIFICATION(
         "--vote",
+        "Combine the predictions for the K purified images by their labels, or by their mean probabilities.",
         type=Choice(["label", "soft"]),
         default="label",
-        help="Combine the predictions for the K purified images by their labels, or by their mean probabilities.",
     ),
-    resize_option,
+    resize,
     RUNNING(
         "--max-parallel",
-        type=click.IntRange(1),
-        show_default="what fits into memory",
-        help="Number of latents that are computed at the same time.",
+        "Number of latents that are computed at the same time.",
+        least=1,
+        unset="what fits into memory",
     ),
-    threads_option,
-    device_option,
+    threads,
+    device,
 )
 """How a classifier is defended, whatever purifies."""
 
-model_options = decorators(backbone_option, classifier_options, purifier_options, wrapper_options)
+model = decorators(backbone, classifier, purifier, wrapper)
 """The defended classifier."""
 
-data_options = decorators(
-    DATA(
-        "-d",
-        "--data",
-        required=True,
-        help='Data set: "cifar10", "fashion-mnist", "embedded", an .npz file, or a folder of class folders.',
-    ),
-    DATA("--split", type=Choice(["train", "test"]), default="test", help="Part of the data set."),
-    DATA("--size", type=click.IntRange(1), help="Resize and crop the images of a folder to this many pixels."),
+data = decorators(
+    data_option('Data set: "cifar10", "fashion-mnist", "embedded", an .npz file, or a folder of class folders.'),
+    DATA("--split", "Part of the data set.", type=Choice(["train", "test"]), default="test"),
+    size,
     options_of(
         Subset,
         "Data",
@@ -369,33 +358,23 @@ data_options = decorators(
 )
 """Which images."""
 
-
-attack_options = decorators(
-    ATTACKS("--attacks", type=Choice([*ATTACK_SETS, "none"]), default="standard", help="Set of attacks to run."),
-    ATTACKS("--only", multiple=True, metavar="NAME", help="Run this attack of the set alone. May be repeated."),
+attacks = decorators(
+    ATTACKS("--attacks", "Set of attacks to run.", type=Choice([*ATTACK_SETS, "none"]), default="standard"),
+    ATTACKS("--only", "Run this attack of the set alone. May be repeated.", multiple=True, metavar="NAME"),
+    ATTACKS("--steps", "Number of steps of the attacks on the image.", least=1, unset="the set's"),
     ATTACKS(
-        "--steps", type=click.IntRange(1), show_default="the set's", help="Number of steps of the attacks on the image."
-    ),
-    ATTACKS(
-        "--eot",
-        type=click.IntRange(1),
-        show_default="the set's",
-        help="Number of evaluations of the defence that a gradient is averaged over.",
+        "--eot", "Number of evaluations of the defence that a gradient is averaged over.", least=1, unset="the set's"
     ),
     options_of(ThreatModel, "Attacks"),
 )
 """By which attacks."""
 
-protocol_options = options_of(
-    Protocol,
-    "Predictions and runs",
-    *(field.name for field in dataclasses.fields(Protocol) if "group" not in field.metadata),
+protocol, checks = (
+    options_of(
+        Protocol,
+        "Predictions and runs",
+        *(field.name for field in dataclasses.fields(Protocol) if ("group" in field.metadata) == grouped),
+    )
+    for grouped in (False, True)
 )
-"""How often each image is attacked and predicted."""
-
-check_options = options_of(
-    Protocol,
-    "Checks of the attacks",
-    *(field.name for field in dataclasses.fields(Protocol) if "group" in field.metadata),
-)
-"""On what the attacks are checked."""
+"""How often each image is attacked and predicted, and on what the attacks are checked."""

@@ -1,10 +1,9 @@
-"""What commands print: JSON for machines, tables and durations for people."""
+"""What commands print for people: tables, durations and files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import click
 
@@ -15,15 +14,22 @@ def duration(seconds: float) -> str:
     return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
-def print_json(value: Any) -> None:
-    """One JSON object on standard output; NaN is not JSON and raises."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+def plural(count: int, noun: str) -> str:
+    """So many of something, such as "2 runs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text in aligned columns, the first row being the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        if number == 0:
-            click.echo("  ".join("-" * width for width in widths))
+    head, *others = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+    return [head, "  ".join("-" * width for width in widths), *others]
+
+
+def listed(files: Sequence[Path], lacking: str | None = None, missing: str = "plot") -> str:
+    """The files written; what is missing for another, if anything is, goes to standard error."""
+    if lacking is not None:
+        click.echo(f"No {missing}: {lacking}", err=True)
+    return ", ".join(map(str, files))

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.record import PRESETS
-from cmap_defense.cli.build import device_of, preset_of, purifier_of, using_threads
-from cmap_defense.cli.output import print_json
+from cmap_defense.cli.build import Printed, device_of, preset_of, purifier_of
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
@@ -22,6 +21,7 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
+from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.purifiers import CMAP
 from cmap_defense.purifiers.names import name_of
 from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
@@ -30,8 +30,8 @@ GROUP = 64
 """Images at a time."""
 
 
-def run_purify(options: dict[str, Any]) -> None:
-    """Carry out the command with its options."""
+def run_purify(options: dict[str, Any]) -> Printed:
+    """Carry out the command."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
     preset = preset_of(options)
     kind = purifier_of(options).kind if preset in (None, PRESETS[0]) else None
@@ -76,19 +76,9 @@ def run_purify(options: dict[str, Any]) -> None:
                 written.append(write_image(versions[best[i]], target))
                 if options["write_all"]:
                     written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
-    if options["as_json"]:
-        print_json(
-            {
-                "files": [str(path) for path in written],
-                "mismatch": mismatches,
-                "purifier": name_of(purifier),
-                "settings": purifier.to_dict(),
-                "backbone": options["backbone"],
-                "seed": seed,
-            }
-        )
-        return
-    click.echo("\n".join(map(str, written)))
+    names = [str(path) for path in written]
+    about = {"purifier": name_of(purifier), "settings": purifier.to_dict(), "backbone": options["backbone"]}
+    return {"files": names, "mismatch": mismatches, **about, "seed": seed}, names
 
 
 def _class_label(label: int | None, num_classes: int | None, backbone: str) -> int | None:

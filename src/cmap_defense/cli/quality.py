@@ -15,20 +15,21 @@ from cmap_defense.attacks import PGD
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli.build import (
+    Printed,
     class_names_of,
     cmap_model_of,
     data_of,
     imported_models,
     subset_of,
     threat_of,
-    using_threads,
 )
 from cmap_defense.cli.options import command_text
-from cmap_defense.cli.output import print_json, print_table
+from cmap_defense.cli.output import listed, table_lines
 from cmap_defense.cli.pictures import NEAREST, image_sheet, sample_sheet
 from cmap_defense.common.files import write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import write_image
+from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality
 
@@ -42,8 +43,8 @@ RUNNING = ("out", "as_json", "device", "threads", "max_parallel", "record")
 """Options that the figures do not depend on."""
 
 
-def run_quality(context: click.Context, options: dict[str, Any]) -> None:
-    """Carry out the command with its context and its options."""
+def run_quality(options: dict[str, Any]) -> Printed:
+    """Carry out the command."""
     start = time.perf_counter()
     out, seed, as_json = options["out"], options["seed"], options["as_json"]
     folder = _recorded(options["backbone"]) if options["record"] else None
@@ -64,23 +65,30 @@ def run_quality(context: click.Context, options: dict[str, Any]) -> None:
             seed=seed,
         )
         if not as_json:
-            click.echo(_cost(run))
+            settings = model.settings
+            click.echo(
+                f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
+                f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
+            )
         with Progress(run.steps, "quality") as progress:
             found = run.run(progress.step)
     chosen = f"{options['data']}, {options['split']}, {subset.order}"
-    about = {"command": _command(context), "data": chosen}
+    about = {"command": _command(click.get_current_context()), "data": chosen}
     facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)
     files.append(write_image(sample_sheet(found.samples), out / "samples.png"))
     names = class_names_of(options) or run.images.class_names
     files.append(write_image(_sheet(found, names), out / "reconstructions.png"))
     if folder is not None:
-        files.append(_written_down(folder, facts["figures"]))
+        record = read_record(folder)
+        changed = record.replace(figures={**record.figures, **facts["figures"]})
+        write_text(folder / RECORD_FILE, changed.to_json(indent=2) + "\n")
+        files.append(folder / RECORD_FILE)
     seconds = time.perf_counter() - start
-    if as_json:
-        print_json({**facts, "seconds": seconds, "files": [str(path) for path in files]})
-        return
-    _show(facts, seconds, files)
+    said = notes(facts)
+    lines = ["", *table_lines(distance_rows(facts)), "", *said["samples"], "", *said["purified"], ""]
+    lines += [*table_lines(accuracy_rows(facts)), "", *said["attack"], f"\n{seconds:.0f} s. {listed(files)}"]
+    return {**facts, "seconds": seconds, "files": [str(path) for path in files]}, lines
 
 
 def _recorded(backbone: str) -> Path:
@@ -93,15 +101,6 @@ def _recorded(backbone: str) -> Path:
     if not os.access(folder, os.W_OK):
         raise click.BadParameter(f"{folder} cannot be written to.", param_hint="--record")
     return folder
-
-
-def _cost(run: QualityRun) -> str:
-    """What it will cost, for people."""
-    settings = run.model.settings
-    return (
-        f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
-        f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
-    )
 
 
 def _command(context: click.Context) -> str:
@@ -132,21 +131,3 @@ def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
     columns = {kind.replace("_", ", "): images for kind, images in shown.items()}
     title = f"{found.attack_name}, on the bare classifier {found.classifier};\n{NEAREST}"
     return image_sheet(columns, captions, title, scale=max(1, SIDE // shown["input"].shape[-1]))
-
-
-def _written_down(folder: Path, figures: dict[str, Any]) -> Path:
-    """The record with these figures beside those that it has."""
-    record = read_record(folder)
-    changed = record.replace(figures={**record.figures, **figures})
-    write_text(folder / RECORD_FILE, changed.to_json(indent=2) + "\n")
-    return folder / RECORD_FILE
-
-
-def _show(facts: dict[str, Any], seconds: float, files: list[Path]) -> None:
-    said = notes(facts)
-    click.echo()
-    print_table(distance_rows(facts))
-    click.echo("\n" + "\n".join([*said["samples"], "", *said["purified"], ""]))
-    print_table(accuracy_rows(facts))
-    click.echo("\n" + "\n".join(said["attack"]))
-    click.echo(f"\n{seconds:.0f} s. {', '.join(map(str, files))}")

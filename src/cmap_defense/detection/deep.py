@@ -65,11 +65,8 @@ class DeepKernelSettings(Settings):
 class DeepKernel(nn.Module):
     """k(x, y) of eq. 1; a ``Kernel`` of samples [N, C, H, W].
 
-    phi is three convolutions of stride 2, each with a leaky ReLU, and a linear layer. Samples are divided by ``scale``
-    before all else, so that bandwidths and weights are of order 1. ``train_deep_kernel`` makes one.
-
-    Attributes:
-        ratios: MMD^2_u / std on the batch of each step of the training, before the step.
+    phi is three convolutions of stride 2, each with a leaky ReLU, and a linear layer, on samples divided by ``scale``.
+    ``train_deep_kernel`` makes one; ``ratios`` are MMD^2_u / std on the batch of each step of its training.
     """
 
     scale: Tensor
@@ -127,10 +124,7 @@ def mmd_ratio(kernel: Kernel, first: Tensor, second: Tensor, regulariser: float 
         MMD^2_u = sum_{i != j} H_ij / (n (n - 1))
         std^2   = (4 / n^3) sum_i (sum_j H_ij)^2 - (4 / n^4) (sum_ij H_ij)^2 + regulariser
 
-    It is 0 for a sample and itself.
-
-    Raises:
-        InputValueError: the samples are not of one size, or fewer than two.
+    It is 0 for a sample and itself. Raises ``InputValueError`` for samples of other sizes, or of fewer than two.
     """
     count = len(first)
     if len(second) != count or count < 2:
@@ -147,10 +141,8 @@ def mmd_ratio(kernel: Kernel, first: Tensor, second: Tensor, regulariser: float 
 def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSettings | None = None) -> DeepKernel:
     """A deep kernel that distinguishes ``attacked`` from ``clean``; a function of the two and the settings alone.
 
-    Both bandwidths start from the median heuristic on ``clean``.
-
     Args:
-        clean: [n, C, H, W], EPS of clean training images.
+        clean: [n, C, H, W], EPS of clean training images; both bandwidths start from their median heuristic.
         attacked: [m, C, H, W], EPS of attacked ones.
         settings: None for the defaults.
 
@@ -229,15 +221,11 @@ def deep_kernel(
     size = settings.fgsm_eps
     attack = PGD(ThreatModel(norm="linf", eps=size), steps=1, step_size=size, random_start=False, seed=settings.seed)
     index = torch.arange(len(images))
+    parts = index.split(max_parallel)
     with evaluating(model.classifier):
-        attacked = torch.cat(
-            [
-                attack(model.undefended, images[rows], labels[rows], indices=rows).images
-                for rows in index.split(max_parallel)
-            ]
-        )
-    scores = [
+        found = [attack(model.undefended, images[rows], labels[rows], indices=rows).images for rows in parts]
+    clean, attacked = (
         model_scores(model, eps, part, derived_seeds(index, stream), max_parallel)
-        for stream, part in ((CLEAN, images), (FGSM, attacked))
-    ]
-    return train_deep_kernel(scores[0], scores[1], settings)
+        for stream, part in ((CLEAN, images), (FGSM, torch.cat(found)))
+    )
+    return train_deep_kernel(clean, attacked, settings)

@@ -8,7 +8,7 @@ with the clean ones, and adversarial ones far away.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,9 @@ class KindSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; the area and the accuracy with their 95 % intervals."""
-        found = {name: getattr(self, name) for name in ("count", "median", "mmd2")}
-        shares = {name: getattr(self, name) for name in ("auroc", "accuracy")}
-        plain = {name: None if share is None else share.to_dict() for name, share in shares.items()}
-        return {**found, "quartiles": list(self.quartiles), **plain}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shares = {name: values[name] and values[name].to_dict() for name in ("auroc", "accuracy")}
+        return {**values, "quartiles": list(self.quartiles), **shares}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,31 +104,16 @@ class Detection:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON; each area and accuracy with its 95 % interval."""
         kinds = {name: {**s.to_dict(), "distances": self.distances[name].tolist()} for name, s in self.summary.items()}
-        return {
-            "kinds": kinds,
-            "adversarial_against_noise": self.auroc("adversarial", "noise").to_dict(),
-            "references": self.references,
-            "eps": self.eps.to_dict(),
-            "kernel": self.kernel,
-            "attack": self.attack,
-            "seed": self.seed,
-            "largest_change": self.largest_change,
-        }
+        plain = {name: getattr(self, name) for name in ("references", "kernel", "attack", "seed", "largest_change")}
+        against = self.auroc("adversarial", "noise").to_dict()
+        return {"kinds": kinds, "adversarial_against_noise": against, "eps": self.eps.to_dict(), **plain}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {area}" for name, s in self.summary.items() if (area := s.auroc) is not None)
         return f"Detection({self.summary['clean'].count} images of each kind; AUROC against clean: {shown})"
 
     def plot(self, picture: str = "png") -> bytes:
-        """Histograms of the distances (``distance_plot``): the bytes of a file.
-
-        Args:
-            picture: "png" (1600 pixels wide) or "svg".
-
-        Raises:
-            SettingsError: another kind of file.
-            MissingExtraError: matplotlib is not installed.
-        """
+        """Histograms of the distances as the bytes of a "png" (1600 pixels wide) or "svg" file; needs matplotlib."""
         count, levels = self.summary["clean"].count, len(self.eps.sigmas)
         subtitle = f"{count} images of each kind; T = {levels} noise levels, {self.references} clean reference images"
         distances = {name: values.tolist() for name, values in self.distances.items()}
@@ -237,7 +221,8 @@ def detect(
         say("attacking")
         attacks = [attack(model.undefended, images[rows], labels[rows], indices=index[rows]).images for rows in groups]
         with torch.no_grad():
-            shown = {"clean": images, "generated": _generated(model, images, seeds(GENERATED), groups, say)}
+            say("generating")
+            shown = {"clean": images, "generated": _generated(model, images, seeds(GENERATED), groups)}
             shown |= {"noise": flipped(images, torch.cat(attacks), seeds(SIGNS)), "adversarial": torch.cat(attacks)}
             correct = {name: right(shown[name]) for name in ("clean", "noise", "adversarial")}
             for name in ("adversarial", "clean") if purify else ():
@@ -274,11 +259,8 @@ def detect(
     )
 
 
-def _generated(
-    model: PurifiedClassifier, images: Tensor, seeds: Tensor, groups: tuple[Tensor, ...], say: Callable[[str], None]
-) -> Tensor:
+def _generated(model: PurifiedClassifier, images: Tensor, seeds: Tensor, groups: Sequence[Tensor]) -> Tensor:
     """As many images of the backbone's as there are images, of the same size and classes."""
-    say("generating")
     latents = draw_latents(seeds, 1, model.image_shape).to(images.device)
     size, parts = images.shape[2:] if model.preprocessing.resize else None, []
     for rows in groups:
@@ -308,9 +290,7 @@ def _check(given: object, name: str, *, like: Tensor | None = None) -> None:
         raise InputValueError(f"{name} must be images of {list(like.shape[1:])}, but are {list(found.shape[1:])}.")
 
 
-def _described(kernel: Kernel) -> Any:
+def _described(kernel: Any) -> Any:
     """A kernel as JSON."""
-    if isinstance(kernel, Gaussian):
-        return {"name": "gaussian", **kernel.to_dict()}
-    to_dict = getattr(kernel, "to_dict", None)
-    return {"name": repr(kernel)} if to_dict is None else to_dict()
+    described = kernel.to_dict() if hasattr(kernel, "to_dict") else {"name": repr(kernel)}
+    return {"name": "gaussian", **described} if isinstance(kernel, Gaussian) else described

@@ -25,38 +25,29 @@ from cmap_defense.common.inputs import (
 )
 from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.common.settings import Settings, require_integer, require_number, setting
+from cmap_defense.common.settings import Settings, require_integer, setting
 from cmap_defense.errors import BackboneError, InputValueError, SettingsError
 
 EPS_NOISE = 0xE95
 """Separates this noise from all other that an image's index gives."""
 
 
-def vp_sigmas(
-    levels: int = 20, *, total: int = 1000, beta_first: float = 1e-4, beta_last: float = 0.02
-) -> tuple[float, ...]:
+def vp_sigmas(levels: int = 20) -> tuple[float, ...]:
     """The first T of the noise levels of a DDPM (Ho et al. 2020, arXiv 2006.11239), as standard deviations sigma.
 
     There, x_t = sqrt(abar_t) x + sqrt(1 - abar_t) n (variance preserving) with abar_t = prod_{s<=t} (1 - beta_s) and
-    betas that rise linearly. Here noise is added to images that keep their scale, so x_t is divided by sqrt(abar_t):
-    sigma_t = sqrt((1 - abar_t) / abar_t). The score of the density there is ours divided by sqrt(abar_t). That factor
-    is left out; it is below 1.003 for T = 20 and below 1.02 for T = 50.
+    1000 betas that rise linearly from 1e-4 to 0.02. Here noise is added to images that keep their scale, so x_t is
+    divided by sqrt(abar_t): sigma_t = sqrt((1 - abar_t) / abar_t). The score of the density there is ours divided by
+    sqrt(abar_t). That factor is left out; it is below 1.003 for T = 20 and below 1.02 for T = 50.
 
     Args:
         levels: T; 20 for CIFAR-10 and 50 for ImageNet in the paper. sigma is 0.010 to 0.076, and to 0.173 for T = 50.
-        total: noise levels of the DDPM.
-        beta_first: of its first level.
-        beta_last: of its last level.
 
     Raises:
-        SettingsError: not 1 <= levels <= total, or betas that are not between 0 and 1.
+        SettingsError: T is not from 1 to 1000.
     """
-    require_integer("vp_sigmas", "total", total, minimum=1)
-    if require_integer("vp_sigmas", "levels", levels, minimum=1) > total:
-        raise SettingsError(f"vp_sigmas.levels must be at most total = {total}, but is {levels}.")
-    require_number("vp_sigmas", "beta_first", beta_first, above=0.0, below=1.0)
-    require_number("vp_sigmas", "beta_last", beta_last, above=0.0, below=1.0)
-    kept = (1 - torch.linspace(beta_first, beta_last, total, dtype=torch.float64)).cumprod(0)[:levels]
+    require_integer("vp_sigmas", "levels", levels, minimum=1, below=1001)
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[:levels]
     return tuple(((1 - kept) / kept).sqrt().tolist())
 
 
@@ -130,7 +121,13 @@ class EPS(Settings):
         check_unit_range(images)
         check_shape(images, backbone.image_shape, resizes=False)  # pyright: ignore[reportArgumentType]
         require_integer("EPS", "max_parallel", max_parallel, minimum=1)
-        self._check_levels(backbone)
+        noise = getattr(backbone, "noise", None)
+        outside = [s for s in self.sigmas if noise is not None and not noise.sigma_min <= s <= noise.sigma_max]
+        if noise is not None and outside:
+            raise InputValueError(
+                f"The backbone was trained for noise from {noise.sigma_min:g} to {noise.sigma_max:g}, but EPS.sigmas "
+                f"has {outside[0]:g}: give EPS(sigmas=...) within that range."
+            )
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
         labels = check_class_labels(class_labels, len(images), getattr(backbone, "num_classes", None))
         device = device_of(backbone) or images.device
@@ -148,18 +145,6 @@ class EPS(Settings):
                 scores.append((total / len(self.sigmas)).to(images.device))
             return torch.cat(scores)
 
-    def _check_levels(self, backbone: nn.Module) -> None:
-        """Raises ``InputValueError`` for levels outside the range that the backbone says it was trained for."""
-        noise = getattr(backbone, "noise", None)
-        if noise is None:
-            return
-        outside = [sigma for sigma in self.sigmas if not noise.sigma_min <= sigma <= noise.sigma_max]
-        if outside:
-            raise InputValueError(
-                f"The backbone was trained for noise from {noise.sigma_min:g} to {noise.sigma_max:g}, but EPS.sigmas "
-                f"has {outside[0]:g}: give EPS(sigmas=...) within that range."
-            )
-
 
 def _checked(denoised: Tensor, noisy: Tensor) -> Tensor:
     if not isinstance(denoised, Tensor) or denoised.shape != noisy.shape:
@@ -172,15 +157,8 @@ def _checked(denoised: Tensor, noisy: Tensor) -> Tensor:
 
 
 def model_scores(model: PurifiedClassifier, eps: EPS, images: Tensor, indices: Tensor, max_parallel: int) -> Tensor:
-    """EPS of images [B, C, H, W] in [0, 1] for a model's backbone, resized to it, under the classes the model chooses.
-
-    Args:
-        model: with the backbone.
-        eps: the score.
-        images: anywhere.
-        indices: int64 [B], on which the noise depends.
-        max_parallel: images at a time.
-    """
+    """EPS of images [B, C, H, W] in [0, 1] with the noise of these indices [B], for a model's backbone, resized to it,
+    under the classes that the model chooses."""
     scores = []
     for rows in torch.arange(len(images)).split(max_parallel):
         part = images[rows].to(torch.promote_types(images.dtype, torch.float32))

@@ -47,11 +47,8 @@ class Gaussian(Settings):
     @classmethod
     def median(cls, references: Tensor) -> Self:
         """With the median heuristic: h is the median distance of two different ones of the references [n, ...], the
-        lower one where there are two.
-
-        Raises:
-            InputTypeError, InputValueError: they are not two finite samples at least, or half of them are the same.
-        """
+        lower one where there are two. Raises InputTypeError or InputValueError unless they are two finite samples at
+        least, of which half are not the same."""
         _check(references, "references", 2)
         pairs = torch.triu_indices(len(references), len(references), 1, device=references.device)
         found = squared_distances(references, references)[pairs[0], pairs[1]].median().sqrt().item()
@@ -110,16 +107,14 @@ def unbiased_mmd2(kernel: Kernel, first: Tensor, second: Tensor) -> Tensor:
     Raises:
         InputTypeError, InputValueError: the samples are not finite floats of one shape, two at least on each side.
     """
-    for name, samples in (("first", first), ("second", second)):
-        _check(samples, name, 2)
+    _check(first, "first", 2)
+    _check(second, "second", 2)
     _check_alike(first, second)
-    within = [_between_different(kernel(samples, samples)) for samples in (first, second)]
+    within = []
+    for values in (kernel(first, first), kernel(second, second)):
+        count = len(values)
+        within.append((values.sum() - values.diagonal().sum()) / (count * (count - 1)))
     return within[0] + within[1] - 2 * kernel(first, second).mean()
-
-
-def _between_different(values: Tensor) -> Tensor:
-    count = len(values)
-    return (values.sum() - values.diagonal().sum()) / (count * (count - 1))
 
 
 def _check(samples: object, name: str, least: int) -> None:

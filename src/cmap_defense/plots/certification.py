@@ -10,8 +10,6 @@ from cmap_defense.plots.figure import COLOURS, DASHES, MARKERS, MUTED, draw, pla
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["certified_plot"]
-
 
 def certified_plot(
     curves: Mapping[tuple[str, float], Sequence[float]],
