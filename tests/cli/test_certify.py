@@ -21,7 +21,7 @@ from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation import Report
 from cmap_defense.evaluation.report import load_report
 from cmap_defense.evaluation.report.tables import markdown
-from cmap_defense.plots.certification import certified_plot
+from cmap_defense.plots.comparison import certified_plot
 from example_report import example_report
 
 from .conftest import Run

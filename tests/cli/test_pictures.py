@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmap_defense.cli.pictures import image_sheet, sample_sheet, write_line_charts
+from cmap_defense.cli.output import image_sheet, sample_sheet, write_line_charts
 from toys import uniform
 
 

@@ -212,7 +212,7 @@ def test_without_the_extra_of_the_page_the_rest_is_written(tmp_path: Path, monke
     def missing(*_: object) -> str:
         raise MissingExtraError("pip install cmap-defense[report]")
 
-    monkeypatch.setattr("cmap_defense.evaluation.report.files.page", missing)
+    monkeypatch.setattr("cmap_defense.evaluation.report.page.page", missing)
     evaluated(attacks={}, protocol=BRIEF, out=tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"report.json", "report.md"} <= names

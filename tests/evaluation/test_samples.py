@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from cmap_defense.evaluation.report.samples import DIFFERENCE, Picture, class_name, picture, samples
+from cmap_defense.evaluation.report.page import DIFFERENCE, Picture, class_name, picture, samples
 from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
 from example_report import CIFAR, example_folder, example_report
 

@@ -15,7 +15,7 @@ from cmap_defense.certification.bounds import ABSTAIN, differing
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import part_in_training_mode, warn_of_probabilities
-from cmap_defense.classifier.normalisation import Normalisation
+from cmap_defense.classifier.preprocessing import Normalisation
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.common.describe import describe_module
 from cmap_defense.common.inputs import (

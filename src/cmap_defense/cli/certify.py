@@ -32,7 +32,7 @@ from cmap_defense.common.ranks import ranks
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.evaluation.evaluation import using_threads
-from cmap_defense.plots.certification import certified_plot
+from cmap_defense.plots.comparison import certified_plot
 
 
 def run_certify(options: dict[str, Any]) -> Printed:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from cmap_defense.attacks import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import Printed, purifier_of, threat_of
-from cmap_defense.cli.output import listed, table_lines
-from cmap_defense.cli.pictures import NEAREST, image_sheet, write_line_charts
+from cmap_defense.cli.output import NEAREST, image_sheet, listed, table_lines, write_line_charts
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.progress import Progress

@@ -12,8 +12,7 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import Printed, cmap_model_of, data_of, size_of, subset_of, threat_of
-from cmap_defense.cli.output import listed, table_lines
-from cmap_defense.cli.pictures import write_png
+from cmap_defense.cli.output import listed, table_lines, write_png
 from cmap_defense.common.files import write_json
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.progress import Progress

@@ -41,7 +41,7 @@ from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import DEFENDED
 from cmap_defense.paper import make_study, write_study
 from cmap_defense.paper import run_study as run_variants
-from cmap_defense.paper.report import study_rows
+from cmap_defense.paper.studies import study_rows
 from cmap_defense.purifiers import CMAP
 from cmap_defense.purifiers.names import NAMES
 

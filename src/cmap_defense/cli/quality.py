@@ -24,8 +24,7 @@ from cmap_defense.cli.build import (
     threat_of,
 )
 from cmap_defense.cli.options import command_text
-from cmap_defense.cli.output import listed, table_lines
-from cmap_defense.cli.pictures import NEAREST, image_sheet, sample_sheet
+from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet, table_lines
 from cmap_defense.common.files import write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import write_image

@@ -21,8 +21,7 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.networks import PRESETS, Network, refuse_other_network
 from cmap_defense.cli.build import Printed, device_of, settings_of, usage_errors
 from cmap_defense.cli.options import command_text
-from cmap_defense.cli.output import duration
-from cmap_defense.cli.pictures import sample_sheet, write_line_charts
+from cmap_defense.cli.output import duration, sample_sheet, write_line_charts
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset, write_image

@@ -81,22 +81,14 @@ def make_checks(
     checked: Mapping[str, Runs],
     gradients: Sequence[Mapping[str, Any]],
 ) -> list[Check]:
-    """All checks of a model's attacks.
+    """All checks of attacks on a model that takes images of (C, H, W), by name.
 
-    Args:
-        model: images to logits.
-        attacks: on it, by name.
-        image_shape: (C, H, W).
-        attacked: by name, the predictions under the attacks, those of the clean images included.
-        checked: by name, those of the tasks of the checks; empty where they were not done.
-        gradients: lines of the gradient task.
+    ``attacked`` are the predictions under the attacks, those of the clean images included; ``checked`` those of the
+    tasks of the checks, empty where they were not done; ``gradients`` the lines of the gradient task.
     """
     name, repeated = check_attack(model, attacks)
-    gradient_attacks = {
-        name: attack
-        for name, attack in attacks.items()
-        if attack.noise == "fresh" and attack.differentiates_defence(model)
-    }
+    fresh = {name: attack for name, attack in attacks.items() if attack.noise == "fresh"}
+    gradient_attacks = {name: attack for name, attack in fresh.items() if attack.differentiates_defence(model)}
     found = [
         _clean(attacked[CLEAN]),
         _fresh_noise(model),
@@ -125,21 +117,12 @@ def make_sweeps(
     attacked: Mapping[str, Runs],
     checked: Mapping[str, Runs],
 ) -> list[Sweep]:
-    """The attack of the checks over its steps and over eps, all on the same images and as many predictions, by the
-    same noise.
-
-    Args:
-        name: of the attack among the others; None where it is none of them.
-        repeated: the attack.
-        image_shape: (C, H, W).
-        attacked: as for ``make_checks``.
-        checked: as there.
-    """
+    """The attack of the checks, and its name where it is one of the attacks, over its steps and over eps, all on the
+    same images and as many predictions, by the same noise; other arguments are those of ``make_checks``."""
+    swept = _swept(name, repeated, image_shape, attacked, checked)
     return [
-        Sweep(
-            sweep, list(points), [s.mean().item() for s in points.values()], list(map(standard_error, points.values()))
-        )
-        for sweep, points in _swept(name, repeated, image_shape, attacked, checked).items()
+        Sweep(sweep, list(points), [s.mean().item() for s in points.values()], [*map(standard_error, points.values())])
+        for sweep, points in swept.items()
     ]
 
 
@@ -175,15 +158,11 @@ def gradient_table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
         return []
     cosines = torch.tensor([line["cosines"] for line in lines], dtype=torch.float64)
     variances = torch.tensor([line["variances"] for line in lines], dtype=torch.float64)
-    return [
-        {
-            "samples": count,
-            "cosine": cosines[:, column].mean().item(),
-            "error": standard_error(cosines[:, column]),
-            "variance": variances[:, column].median().item(),
-        }
-        for column, count in enumerate(lines[0]["samples"])
-    ]
+    table = []
+    for count, cosine, variance in zip(lines[0]["samples"], cosines.T, variances.T, strict=True):
+        means = {"cosine": cosine.mean().item(), "error": standard_error(cosine), "variance": variance.median().item()}
+        table.append({"samples": count, **means})
+    return table
 
 
 def _clean(clean: Runs) -> Check:

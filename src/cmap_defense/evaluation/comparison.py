@@ -28,17 +28,9 @@ LONGEST_NAME = 150
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One defence of a comparison.
+    """One defence of a comparison: network passes of an image, at most, and seconds of a prediction where timed.
 
-    Attributes:
-        name: of the defence.
-        purifier: its purifier and settings.
-        n_latents: K, the purified versions of an image.
-        passes: network passes of an image, at most.
-        seconds: of one prediction of an image, measured on clean images; None where nothing was timed.
-        clean: re-evaluated accuracy on clean images.
-        attacked: re-evaluated accuracy under each attack, by name.
-        worst: the same under the worst attack on each image; no row lies below it.
+    Accuracies are re-evaluated: on clean images, under each attack, and under the worst attack on each image.
     """
 
     name: str
@@ -75,15 +67,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, each accuracy with its interval."""
-        rows = [
-            dataclasses.asdict(row)
-            | {
-                "clean": row.clean.to_dict(),
-                "worst": row.worst.to_dict(),
-                "attacked": {name: share.to_dict() for name, share in row.attacked.items()},
-            }
-            for row in self.rows
-        ]
+        rows = []
+        for row in self.rows:
+            shares = {"clean": row.clean.to_dict(), "worst": row.worst.to_dict()}
+            attacked = {name: share.to_dict() for name, share in row.attacked.items()}
+            rows.append(dataclasses.asdict(row) | shares | {"attacked": attacked})
         return {"rows": rows, "settings": dict(self.settings)}
 
     def _repr_markdown_(self) -> str:
@@ -174,15 +162,8 @@ def compare(
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[Path], str | None]:
-    """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``.
-
-    Args:
-        comparison: what ``compare`` returned.
-        folder: is made where it is not there.
-
-    Returns:
-        The files written, and what is missing for the plot, if anything is.
-    """
+    """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``: the
+    files written into the folder, and what is missing for the plot, if anything is."""
     values, (head, *rows) = comparison.to_dict(), comparison.table()
     text = (
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "

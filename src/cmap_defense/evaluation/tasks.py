@@ -182,12 +182,8 @@ class GradientTask(Task):
     once: bool = True
 
     def describe(self) -> Line:
-        return {
-            "attack": self.attack.to_dict(),
-            "samples": self.samples,
-            "images": self.limit,
-            "once": self.once,
-        }
+        attack, samples = self.attack.to_dict(), self.samples
+        return {"attack": attack, "samples": samples, "images": self.limit, "once": self.once}
 
     def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
         with torch.inference_mode(False), isolated(self.attack.seed, *batch.indices.tolist()):
@@ -199,15 +195,10 @@ class GradientTask(Task):
             torch.stack([part.mean(0) for part in drawn[: len(drawn) // n * n].split(n)]).var(dim=0).sum(dim=1) / length
             for n in counts
         ]
-        lines = [
-            line
-            | {
-                "samples": counts,
-                "cosines": [cosine[row].item() for cosine in cosines],
-                "variances": [variance[row].item() for variance in variances],
-            }
-            for row, line in enumerate(batch.lines())
-        ]
+        lines = []
+        for row, line in enumerate(batch.lines()):
+            own = {"cosines": [c[row].item() for c in cosines], "variances": [v[row].item() for v in variances]}
+            lines.append(line | {"samples": counts, **own})
         return lines, {}
 
     def _drawn(self, batch: Batch) -> Tensor:

@@ -139,17 +139,7 @@ def build_report(
     image_shape: tuple[int, ...],
     class_names: Sequence[str] | None,
 ) -> Report:
-    """The report of the work units that are done.
-
-    Args:
-        folder: of the results.
-        units: all work units of the evaluation.
-        settings: of the evaluation.
-        model: that is evaluated.
-        attacks: on it, by name.
-        image_shape: (C, H, W).
-        class_names: one per class, where they are known.
-    """
+    """The report of the work units that are done, of all ``units`` of an evaluation of a model under attacks."""
     missing = [unit for unit in units if not folder.done(unit)]
     by_task: dict[str, list[WorkUnit]] = {}
     for unit in units:

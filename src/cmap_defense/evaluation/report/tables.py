@@ -21,6 +21,8 @@ HEADLINE = (
 )
 """What the headline is, after its number."""
 
+ENDING = ("re-evaluated", "spread", "one latent")
+
 STATES = {True: "✓ passed", False: "✗ failed", None: "– not checked"}
 
 COMPARING = (
@@ -209,17 +211,7 @@ def _accuracy(report: Report) -> Section:
         ]
         if rows
         else ["Nothing has been measured yet."],
-        [
-            "model",
-            "attack",
-            "one-shot",
-            "average",
-            f"worst of {n}",
-            f"vote of {n}",
-            "re-evaluated",
-            "spread",
-            "one latent",
-        ],
+        ["model", "attack", "one-shot", "average", f"worst of {n}", f"vote of {n}", *ENDING],
         rows,
     )
 
@@ -281,26 +273,20 @@ def _checks(report: Report) -> Section:
 
 def _sweeps(report: Report) -> list[Section]:
     found = []
+    repeated = report.settings["tasks"].get(f"{CHECKS}/gradients", {}).get("attack")
+    own = (name for name in strongest(report) if report.settings["tasks"][f"{DEFENDED}/{name}"]["attack"] == repeated)
+    name = next(own, "An attack") if repeated else "An attack"
     for sweep in sorted(report.sweeps, key=lambda sweep: sweep.name):
         points = zip(sweep.values, sweep.accuracies, sweep.errors, strict=True)
         rows = [[f"{value:g}", f"{share:.3f} ± {error:.3f}"] for value, share, error in points]
         what = "size" if sweep.name == "eps" else "steps"
-        text = [
-            f"{check_attack_name(report) or 'An attack'} at other {what}: accuracy must not rise. Means over the "
-            "images of the checks in the first run, with standard errors."
-        ]
-        found.append(
-            Section(sweep.name, f"Accuracy over the {what} of an attack", text, [sweep.name, "accuracy"], rows)
+        text = (
+            f"{name} at other {what}: accuracy must not rise. Means over the images of the checks in the first run, "
+            "with standard errors."
         )
+        title = f"Accuracy over the {what} of an attack"
+        found.append(Section(sweep.name, title, [text], [sweep.name, "accuracy"], rows))
     return found
-
-
-def check_attack_name(report: Report) -> str | None:
-    """The attack on the defended model that the checks were made with, where it is one of them."""
-    tasks = report.settings["tasks"]
-    repeated = tasks.get(f"{CHECKS}/gradients", {}).get("attack")
-    names = (name for name in strongest(report) if tasks[f"{DEFENDED}/{name}"]["attack"] == repeated)
-    return next(names, None) if repeated else None
 
 
 def _gradients(report: Report) -> list[Section]:
