@@ -167,9 +167,8 @@ class Attack(NamedOptions, abc.ABC):
 
         Args:
             model: images in [0, 1] to logits. A purified classifier that takes normalised images is attacked in [0, 1]
-                all the same; one with a seed of its own has that noise in the re-evaluations too. A module, or that of
-                a bound method, is attacked in eval mode and gets its own mode back. Call ``eval()`` yourself on modules
-                that a function uses.
+                all the same; one with a seed of its own has that noise in the re-evaluations too. A module is attacked
+                in eval mode and gets its own mode back. Call ``eval()`` yourself on modules that a function uses.
             images: float [B, C, H, W] in [0, 1].
             labels: int64 [B], the true classes.
             targets: int64 [B], the classes that a targeted attack aims at; None for an untargeted one.

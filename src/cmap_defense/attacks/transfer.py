@@ -34,6 +34,10 @@ class Source(NamedOptions, abc.ABC):
     has_defence = False
     needs_latents = False
 
+    def __post_init__(self) -> None:
+        """Check the fields that ``setting`` made, of a source that is a dataclass."""
+        check_fields(self)
+
     @abc.abstractmethod
     def of(self, wrapper: PurifiedClassifier) -> Model:
         """The model, images [B, C, H, W] in [0, 1] to logits [B, classes], made from a purified classifier."""
@@ -62,9 +66,6 @@ class Shortened(Source):
     needs_latents = True
     iterations: int = setting(10, minimum=1)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def of(self, wrapper: PurifiedClassifier) -> Model:
         return wrapper.variant(hooks=True, settings=wrapper.settings.replace(iterations=self.iterations))
 
@@ -88,9 +89,6 @@ class NoiseAndDenoise(Source):
     steps: int = setting(1, minimum=1)
     straight_through: bool = setting(False)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def of(self, wrapper: PurifiedClassifier) -> Model:
         if wrapper.denoiser() is None:
             raise GradientError(f"{self!r} needs a backbone with denoise(noisy, sigma), which this one has not.")
@@ -104,20 +102,17 @@ class _NoisedAndDenoised(SeededModel):
     def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
         wrapper = self.wrapper
         if seeds is None:
-            seeds = (
-                fresh_seeds(len(images)) if self.seed is None else torch.full((len(images),), signed_word(self.seed))
-            )
+            count = len(images)
+            seeds = fresh_seeds(count) if self.seed is None else torch.full((count,), signed_word(self.seed))
         small = wrapper.preprocessing.resized(images, wrapper.image_shape[1:])
         noise = draw_latents(seeds, self.source.steps, small.shape[1:])[:, None].to(small)
         labels = wrapper.latent_class_labels(images)
         denoise = wrapper.denoiser(None if labels is None else labels[:, :1])
         assert denoise is not None
-        if self.source.straight_through:
-            with torch.no_grad():
-                denoised = surrogate_images(denoise, small, noise, self.source.sigma)[:, 0]
-            denoised = denoised + (small - small.detach())
-        else:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.source.straight_through):
             denoised = surrogate_images(denoise, small, noise, self.source.sigma)[:, 0]
+        if self.source.straight_through:
+            denoised = denoised + (small - small.detach())
         return wrapper.undefended(wrapper.preprocessing.resized(denoised, images.shape[2:]))
 
 

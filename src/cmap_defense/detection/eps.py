@@ -94,8 +94,7 @@ class EPS(Settings):
         """EPS of every image, without gradients.
 
         Args:
-            backbone: with ``image_shape`` and ``denoise(noisy, sigma)`` in units of [-1, 1], such as a
-                ``ConsistencyBackbone`` or ``EDMDenoiser``. It runs in eval mode.
+            backbone: with ``image_shape`` and ``denoise(noisy, sigma)`` in units of [-1, 1], in eval mode.
             images: float [B, C, H, W] in [0, 1], anywhere; they are brought to the backbone in chunks.
             indices: [B] integers, which image of the data set each one is; None for 0, 1, ... The noise depends on it.
             class_labels: [B] integers for a class-conditional backbone, None for another.
@@ -107,9 +106,8 @@ class EPS(Settings):
 
         Raises:
             BackboneError: there is no ``denoise``, or it returned something else than finite images.
-            InputTypeError, InputValueError: images, indices or labels are not as above, or a noise level is one that
-                the backbone was not trained for.
-            SettingsError: max_parallel is below 1.
+            InputTypeError, InputValueError, SettingsError: arguments are not as above, or the backbone was not trained
+                for a noise level.
         """
         denoise = getattr(backbone, "denoise", None)
         if denoise is None:

@@ -135,20 +135,18 @@ class WorstCase:
     lower. What chance alone leaves of ``lowest`` lies between ``clean`` and ``lowest_by_chance``.
 
     Attributes:
-        accuracy: the lower of two, both by the R re-evaluations: that under the worst attack on each image, and the
-            lowest re-evaluated accuracy of a single row of the defended model, the clean images among them, since an
-            attacker may leave an image as it is. So no row of the table lies below it.
+        accuracy: by the R re-evaluations, the lower of ``by_image`` and of the lowest single row of the defended model,
+            the clean images among them: an attacker may leave an image as it is, and no row of the table lies below it.
         spread: its standard deviation over the runs; None with one run.
-        by_image: under the worst attack on each image, which is chosen by the N predictions and counted by the R
-            others, so that the selection effect is not counted.
+        by_image: under the worst attack on each image, chosen by the N predictions and counted by the R others.
         single: the row that is lower than by_image; None where none is.
         chosen: number of images, summed over the runs, on which each attack was the worst. Of attacks that are equally
             strong on an image the one that is strongest over all images counts, and of those the first is named and
             the mean of all counted.
         lowest: every one of the attacks' votes is right, as the worst case is counted elsewhere.
         clean: the vote on clean images, which is left where attacks do nothing, since all have the same noise.
-        lowest_by_chance: as many votes on clean images by unrelated noise: their predictions, those of the search
-            included, are dealt out to the votes, again and again (drawn with replacement where they do not suffice).
+        lowest_by_chance: as many votes on clean images by unrelated noise: all their predictions are dealt out to the
+            votes, again and again (drawn with replacement where they do not suffice).
     """
 
     accuracy: Accuracy

@@ -31,14 +31,8 @@ from cmap_defense.plots.studies import study_plot
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One evaluation of a study.
-
-    Attributes:
-        name: of its folder.
-        value: of what is varied; None where it is no number.
-        changes: to the CMAP settings.
-        attacks: by name.
-    """
+    """One evaluation of a study: the name of its folder, the value of what is varied where it is a number, changes to
+    the CMAP settings, and attacks by name."""
 
     name: str
     value: float | None
@@ -48,14 +42,8 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is varied.
-
-    Attributes:
-        name: as in ``STUDIES``.
-        title: what it shows, and where the paper does.
-        axis: what is varied.
-        variants: in their order.
-    """
+    """What is varied: the name as in ``STUDIES``, what it shows and where the paper does, what the axis is called, and
+    the variants in their order."""
 
     name: str
     title: str
@@ -71,12 +59,12 @@ def _vote(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: Thre
     return Study("vote", title, "vote", [Variant("as-it-is", None, {}, attacks)])
 
 
-def _setting(name: str, setting: str, values: Sequence[float], axis: str, title: str) -> Maker:
+def _setting(setting: str, values: Sequence[float], axis: str, title: str) -> Maker:
     """A study over one of the CMAP settings."""
 
     def make(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: ThreatModel) -> Study:
         variants = [Variant(f"{value:g}", float(value), {setting: value}, attacks) for value in values]
-        return Study(name, title, axis, variants)
+        return Study(setting.removeprefix("n_").replace("_", "-"), title, axis, variants)
 
     return make
 
@@ -85,13 +73,9 @@ def _beta(model: PurifiedClassifier, _: Mapping[str, Attack], threat: ThreatMode
     """The released beta and others, over powers of ten: the worst of them counts."""
     most = RELEASED_BETA[threat.norm]
     values = [most * factor for factor in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
-    steps = 5 * model.settings.iterations
-    variants = [
-        Variant(
-            f"{beta:g}", beta, {}, {"consistency-disruption": ConsistencyDisruption(threat, steps=steps, beta=beta)}
-        )
-        for beta in values
-    ]
+    steps, name = 5 * model.settings.iterations, "consistency-disruption"
+    made = {beta: {name: ConsistencyDisruption(threat, steps=steps, beta=beta)} for beta in values}
+    variants = [Variant(f"{beta:g}", beta, {}, attacks) for beta, attacks in made.items()]
     return Study("beta", "Weight of the cross-entropy in the consistency-disruption attack (Tab. X)", "beta", variants)
 
 
@@ -102,8 +86,7 @@ def _surrogate(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat:
         source = NoiseAndDenoise(sigma=sigma)
         attack = Transfer(PGD(threat, steps=20, eot=4, momentum=0.75, schedule="cosine"), source=source)
         variants.append(Variant(f"level-{level}", sigma, {}, {"surrogate": attack}))
-    title = "Noise level of the surrogate that is attacked (Tab. V)"
-    return Study("surrogate", title, "sigma", variants)
+    return Study("surrogate", "Noise level of the surrogate that is attacked (Tab. V)", "sigma", variants)
 
 
 def _eps(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat: ThreatModel) -> Study:
@@ -128,17 +111,11 @@ def _trajectory(model: PurifiedClassifier, attacks: Mapping[str, Attack], threat
 
 STUDIES: Mapping[str, Maker] = {
     "vote": _vote,
-    "ssim-weight": _setting(
-        "ssim-weight", "ssim_weight", (0, 0.5, 1, 2, 4, 8), "w_ssim", "Weight of SSIM in eq. 10 (Tab. VII)"
-    ),
+    "ssim-weight": _setting("ssim_weight", (0, 0.5, 1, 2, 4, 8), "w_ssim", "Weight of SSIM in eq. 10 (Tab. VII)"),
     "latent-weight": _setting(
-        "latent-weight",
-        "latent_weight",
-        (0, 1, 3.2, 10, 32),
-        "w_latent",
-        "Weight of the latent moments, eq. 12 (Tab. VIII, Fig. 3)",
+        "latent_weight", (0, 1, 3.2, 10, 32), "w_latent", "Weight of the latent moments, eq. 12 (Tab. VIII, Fig. 3)"
     ),
-    "latents": _setting("latents", "n_latents", (1, 2, 5, 10), "K", "Number of latents (Tab. IX)"),
+    "latents": _setting("n_latents", (1, 2, 5, 10), "K", "Number of latents (Tab. IX)"),
     "beta": _beta,
     "surrogate": _surrogate,
     "eps": _eps,
@@ -250,10 +227,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
 
 
 def write_study(study: Mapping[str, Any], folder: Path) -> tuple[list[Path], str | None]:
-    """``study.json``, ``study.md`` and, where the extra ``[report]`` is installed, ``study.svg``.
-
-    Returns:
-        The files written, and what is missing for the plot, if anything is.
-    """
+    """``study.json``, ``study.md`` and, where the extra ``[report]`` is installed, ``study.svg``: the files written, and
+    what is missing for the plot, if anything is."""
     drawn = functools.partial(study_plot, study)
     return write_findings(folder, "study", study, study_markdown(study), drawn, "study.svg")
