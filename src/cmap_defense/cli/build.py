@@ -26,8 +26,9 @@ from cmap_defense.cli.options import COUNT, EMBEDDED
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import Settings, near_matches
 from cmap_defense.data import DATASETS, open_dataset
+from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
+from cmap_defense.embedded import load_classifier
 from cmap_defense.errors import BackboneFileError, SettingsError
 from cmap_defense.purifiers import CMAP, Purifier, from_texts
 
@@ -157,24 +158,14 @@ def data_of(options: Options) -> Any:
             "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",
             param_hint="--split",
         )
-    return load_test_images()
-
-
-def class_names_of(options: Options) -> tuple[str, ...] | None:
-    """Those of the embedded images; None for a data set that knows its own."""
-    return CLASS_NAMES if options["data"] == EMBEDDED else None
-
-
-def size_of(data: Any) -> int:
-    """The number of images of a data set."""
-    return len(data[0] if isinstance(data, tuple) else data)
+    return labelled_data(EMBEDDED)
 
 
 def subset_of(options: Options, data: Any) -> Subset:
     """Which images of a data set; without a number as many as most commands take, or all where there are fewer."""
     source = options["data"]
     folder = source not in (EMBEDDED, *DATASETS) and expanded(source).is_dir()
-    count = options["count"] or max(1, min(COUNT, size_of(data)))
+    count = options["count"] or max(1, min(COUNT, len(data)))
     return Subset(count=count, order=options["order"] or ("random" if folder else "first"))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import Printed, cmap_model_of, data_of, size_of, subset_of, threat_of
+from cmap_defense.cli.build import Printed, cmap_model_of, data_of, subset_of, threat_of
 from cmap_defense.cli.output import listed, table_lines, write_png
 from cmap_defense.common.files import write_json
 from cmap_defense.common.modules import device_of
@@ -60,7 +60,7 @@ def _parts(options: dict[str, Any], model: PurifiedClassifier) -> list[tuple[Ten
     if options["kernel"] == "deep":
         counts["--training"] = options["training"]
     data = labelled_data(data_of(options), model.image_shape[0])
-    sizes, total = list(counts.values()), size_of(data)
+    sizes, total = list(counts.values()), len(data)
     if total < sum(sizes):
         raise click.UsageError(
             f"There are {total} images, but {' + '.join(map(str, sizes))} are wanted: give smaller numbers with "

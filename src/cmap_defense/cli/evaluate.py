@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -15,7 +13,6 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import (
     Printed,
     attacks_of,
-    class_names_of,
     classifier_of,
     cmap_model_of,
     data_of,
@@ -29,15 +26,13 @@ from cmap_defense.cli.build import (
     usage_errors,
 )
 from cmap_defense.cli.output import duration, listed, plural, table_lines
-from cmap_defense.common.progress import Progress
-from cmap_defense.common.ranks import Ranks, ranks
+from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.evaluation.comparison import compare, write_comparison
-from cmap_defense.evaluation.evaluation import Evaluation, Expected, OnUnit
+from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import load_report, write_report
 from cmap_defense.evaluation.report.tables import HEADLINE
-from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import DEFENDED
 from cmap_defense.paper import make_study, write_study
 from cmap_defense.paper import run_study as run_variants
@@ -68,7 +63,6 @@ def run_evaluate(options: dict[str, Any]) -> Printed:
             out=out,
             attacks={name: attack for name, attack in attacks.items() if name not in left_out},
             baselines=imported_models(options["baseline"], options, "--baseline"),
-            class_names=class_names_of(options),
             **selected,
         )
         evaluation.check_folder()
@@ -79,8 +73,7 @@ def run_evaluate(options: dict[str, Any]) -> Printed:
             click.echo(cost_text(evaluation.expected(), evaluation, team.world))
         if options["dry_run"]:
             return (dataclasses.asdict(evaluation.expected()), []) if as_json else None
-        with unit_progress(team) as progress:
-            evaluation.run(progress)
+        evaluation.run(True)
         found = dataclasses.replace(evaluation.report(), certified=certified)
         files, lacking = write_report(found, out) if team.rank == 0 else ([], None)
         team.wait()
@@ -117,16 +110,6 @@ def _summary(evaluation: Evaluation) -> str:
     )
 
 
-@contextlib.contextmanager
-def unit_progress(team: Ranks) -> Iterator[OnUnit | None]:
-    """What an evaluation calls before each work unit, to show how far it is; None for all ranks but the first."""
-    if team.rank != 0:
-        yield None
-        return
-    with Progress(0, "evaluating") as progress:
-        yield lambda unit, done, total: progress.at(done, total, what=f"{unit.task}, run {unit.seed}")
-
-
 def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     """What is left to do, for people."""
     left, total = len(evaluation.missing()), len(evaluation.units())
@@ -149,8 +132,7 @@ def run_study(options: dict[str, Any]) -> Printed:
         chosen = make_study(options["name"], model, attacks, threat)
         if team.rank == 0 and not options["as_json"]:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
-        with unit_progress(team) as progress:
-            study = run_variants(chosen, model, out=out, progress=progress, **selected)
+        study = run_variants(chosen, model, out=out, progress=True, **selected)
         files, lacking = write_study(study, out) if team.rank == 0 else ([], None)
         team.wait()
     return (study, _compared(study_rows(study), files, lacking, options)) if team.rank == 0 else None
@@ -164,13 +146,7 @@ def run_compare(options: dict[str, Any]) -> Printed:
         for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
             if name not in options["only"]:
                 del attacks[name]
-        with unit_progress(team) as progress:
-
-            def show(_: str, unit: WorkUnit, done: int, total: int) -> None:
-                if progress is not None:
-                    progress(unit, done, total)
-
-            found = compare(models, out=out, attacks=attacks, progress=show, **selected)
+        found = compare(models, out=out, attacks=attacks, progress=True, **selected)
         files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)
         team.wait()
     return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None

@@ -16,7 +16,6 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli.build import (
     Printed,
-    class_names_of,
     cmap_model_of,
     data_of,
     imported_models,
@@ -76,7 +75,7 @@ def run_quality(options: dict[str, Any]) -> Printed:
     facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}
     files = write_quality(facts, out)
     files.append(write_image(sample_sheet(found.samples), out / "samples.png"))
-    names = class_names_of(options) or run.images.class_names
+    names = run.images.class_names
     files.append(write_image(_sheet(found, names), out / "reconstructions.png"))
     if folder is not None:
         record = read_record(folder)

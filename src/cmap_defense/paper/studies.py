@@ -150,7 +150,7 @@ def run_study(
     protocol: Protocol | None = None,
     subset: Subset | None = None,
     threads: int | None = None,
-    progress: OnUnit | None = None,
+    progress: OnUnit | bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate each variant in ``out/<variant>``; what is done already is not done again.
 
@@ -162,7 +162,7 @@ def run_study(
         protocol: how often each image is attacked and predicted; its checks are left out.
         subset: which images; None for all.
         threads: of the CPU.
-        progress: called before each work unit.
+        progress: as ``Evaluation.run`` takes it.
 
     Returns:
         Everything as JSON: "rows" with "variant", "value", "attack" and the row of the report; and by variant the
@@ -227,7 +227,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
 
 
 def write_study(study: Mapping[str, Any], folder: Path) -> tuple[list[Path], str | None]:
-    """``study.json``, ``study.md`` and, where the extra ``[report]`` is installed, ``study.svg``: the files written, and
-    what is missing for the plot, if anything is."""
+    """``study.json``, ``study.md`` and, where the extra ``[report]`` is installed, ``study.svg``: the files, and what
+    is missing for the plot, if anything is."""
     drawn = functools.partial(study_plot, study)
     return write_findings(folder, "study", study, study_markdown(study), drawn, "study.svg")
