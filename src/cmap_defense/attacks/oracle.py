@@ -37,7 +37,7 @@ class SeededModel(abc.ABC):
         """Logits [B, classes] of images [B, C, H, W] in [0, 1].
 
         Args:
-            images: as above.
+            images: to classify.
             seeds: [B] int64 on the CPU; None for those of ``seed``, or fresh ones.
         """
 
