@@ -159,8 +159,10 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
 
 FRONTIER: dict[str, dict[str, Purifier]] = {
     "fashion-mnist": {
+        "one-step-0.5": OneStep(level=0.5, n_latents=K),
         "one-step-0.8": OneStep(level=0.8, n_latents=K),
         "one-step-1.2": OneStep(level=1.2, n_latents=K),
+        "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "one-step-ct-0.8": OneStep(level=0.8, n_latents=K),
         "diffpure-80": diffpure(80),
         "cmap-0.5-3": near(0.5, 3),
