@@ -17,7 +17,7 @@ from cmap_defense.backbones import (
     registry_entry,
 )
 from cmap_defense.backbones.registry.entry import Source
-from cmap_defense.backbones.remote.card import denoiser_use, figure_lines, settings_lines, table, use
+from cmap_defense.backbones.remote.card import figure_lines, settings_lines, table, use_lines
 
 FOLDER = Path(__file__).parent / "backbones"
 
@@ -51,23 +51,20 @@ def entry_card(entry: RegistryEntry) -> str:
     lines = [f"# {entry.name}", "", entry.description, ""]
     if entry.notes:
         lines += [entry.notes, ""]
-    lines += table(entry, entry.licence, entry.paper)
+    lines += table(entry)
     lines += [f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |", ""]
     lines += ["## Where it comes from", ""]
     lines += [line for source in entry.sources for line in (*_source_lines(source), "")]
-    if entry.kind == "consistency":
-        lines += ["## Use", "", use(entry.name, entry.image_shape)]
-        if entry.num_classes is not None:
-            lines += [
-                "The backbone is class-conditional. By default each image is purified under the classifier's top label "
-                "on the input; for an attacked image that is the attacker's label. "
-                "`PurifiedClassifier(..., class_labels=...)` has the other choices, and the result says which labels "
-                "were used.",
-                "",
-            ]
-    else:
-        lines += ["## Use", "", denoiser_use(entry.name)]
-    lines += settings_lines(entry.settings, entry.kind)
+    lines += use_lines(entry, entry.name)
+    if entry.kind == "consistency" and entry.num_classes is not None:
+        lines += [
+            "The backbone is class-conditional. By default each image is purified under the classifier's top label "
+            "on the input; for an attacked image that is the attacker's label. "
+            "`PurifiedClassifier(..., class_labels=...)` has the other choices, and the result says which labels "
+            "were used.",
+            "",
+        ]
+    lines += settings_lines(entry)
     return "\n".join([*lines, *figure_lines(entry.quality)]).rstrip() + "\n"
 
 

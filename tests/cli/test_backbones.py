@@ -113,9 +113,9 @@ def test_pull_fetches_once_and_force_again(hub: HubServer, cache: Path, backbone
     assert f"{NAME} is in {cache / 'converted'}" in text
     assert "MiB of weights" in text
     found = values("pull", NAME)
-    assert len(hub.requests) == 1
+    assert len(hub.requests_for()) == 1
     assert backbones("pull", NAME, "--force") == text
-    assert len(hub.requests) == 2
+    assert len(hub.requests_for()) == 2
     weights = Path(found["weights"])
     assert (found["backbone"], weights) == (NAME, Path(found["folder"]) / WEIGHTS)
     assert weights.stat().st_size == found["bytes"]

@@ -1,8 +1,7 @@
 """Frozen settings: validated when made, exact JSON round trip.
 
-One base class for the settings of every component. A subclass is a frozen dataclass. Fields made by ``setting`` are
-checked against their bounds. A ``__post_init__`` of its own may call the ``require_*`` helpers; lists from JSON become
-tuples there.
+A subclass of ``Settings`` is a frozen dataclass. Fields made by ``setting`` are checked against their types and bounds;
+what relates several fields to each other stands in a ``__post_init__``, which may call the ``require_*`` helpers.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ import inspect
 import json
 import math
 import numbers
+import operator
+import os
+import re
 import sys
 import types
 import typing
@@ -24,7 +26,7 @@ from typing_extensions import Self
 from cmap_defense.common.options import NamedOptions, near_matches
 from cmap_defense.errors import SettingsError
 
-BOUNDS = ("minimum", "above", "maximum", "below", "choices")
+BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern")
 """Keys of a field's metadata that its value is checked against."""
 
 
@@ -99,29 +101,31 @@ def _declared(owner: type, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), {}
 
 
-def setting(default: Any, phrase: str = "", **metadata: Any) -> Any:
+def setting(default: Any = dataclasses.MISSING, phrase: str = "", **metadata: Any) -> Any:
     """A field of ``Settings`` whose value is checked by its type and bounds, and which may be an option.
 
     Args:
-        default: of the field.
+        default: of the field; none makes it required.
         phrase: the meaning of the option as a whole phrase, ``metadata["help"]``; empty for a field without an option.
         metadata: bounds, of a sequence those of its items: ``minimum`` of an integer; ``minimum``, ``above``,
-            ``maximum`` or ``below`` of a number;
-            ``choices`` of a text. For the help of a command: ``group``, the heading of the option; ``default_help``,
-            the text for the default None.
+            ``maximum`` or ``below`` of a number; ``choices`` of a text, or ``pattern``: a regular expression and what
+            it stands for. For the help of a command: ``group``, the heading of the option; ``default_help``, the text
+            for the default None.
     """
-    return dataclasses.field(default=default, metadata={"help": phrase, **metadata})
+    made: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+    return dataclasses.field(metadata={"help": phrase, **metadata}, **made)
 
 
 def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: Any) -> Any:
     """A value of one of these types within the bounds; a sequence as a tuple, whose items they are of."""
-    if typing.get_origin(kinds[0]) is tuple:
+    origin = typing.get_origin(kinds[0])
+    if origin is tuple:
         items, *more = typing.get_args(kinds[0])
         length = None if more == [Ellipsis] else 1 + len(more)
-        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != (length or len(value)):
-            what = "a sequence" if length is None else f"{length} numbers"
-            raise SettingsError(f"{owner}.{name} must be {what}, but is {value!r}.")
-        return tuple(_checked(owner, f"{name}[{i}]", item, [items], **bounds) for i, item in enumerate(value))
+        values = _sequence(owner, name, value, length)
+        return tuple(_checked(owner, f"{name}[{i}]", item, [items], **bounds) for i, item in enumerate(values))
+    if origin in (dict, Mapping) and not isinstance(value, Mapping):
+        raise SettingsError(f"{owner}.{name} must be an object, but is {value!r}.")
     if "choices" in bounds:
         require_choice(owner, name, value, bounds["choices"])
     elif bool in kinds:
@@ -130,16 +134,27 @@ def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: 
         return require_integer(owner, name, value, **bounds)
     elif float in kinds:
         require_number(owner, name, value, **bounds)
+    elif str in kinds:
+        pattern, what = bounds.get("pattern", ("(?s:.*)", "text"))
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise SettingsError(f"{owner}.{name} must be {what}, but is {value!r}.")
     return value
 
 
 def _plain(value: Any) -> Any:
-    """Nested settings as a mapping; a number of numpy's as Python's own."""
+    """Nested settings as a mapping; a number of numpy's as Python's own; a path as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
-    raise TypeError(f"{value!r} has no place in JSON")
+    return os.fspath(value)
+
+
+def _sequence(owner: str, name: str, values: Any, length: int | None) -> Sequence[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != (length or len(values)):
+        what = "a sequence" if length is None else f"{length} numbers"
+        raise SettingsError(f"{owner}.{name} must be {what}, but is {values!r}.")
+    return values
 
 
 def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:
@@ -154,17 +169,11 @@ def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: i
     return number
 
 
-def require_number(
-    owner: str,
-    name: str,
-    value: Any,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-) -> float:
-    """``value`` as a finite float within the bounds, or a ``SettingsError`` that names the setting."""
+def require_number(owner: str, name: str, value: Any, **bounds: float | None) -> float:
+    """``value`` as a finite float, or a ``SettingsError`` that names the setting.
+
+    ``bounds`` are ``minimum``, ``above``, ``maximum`` and ``below``.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise SettingsError(f"{owner}.{name} must be a number, but is {value!r} ({type(value).__name__}).")
     try:
@@ -173,23 +182,25 @@ def require_number(
         number = math.inf
     if not math.isfinite(number):
         raise SettingsError(f"{owner}.{name} must be finite, but is {number}.")
-    bounds = (
-        (minimum, "at least", lambda bound: number >= bound),
-        (above, "above", lambda bound: number > bound),
-        (maximum, "at most", lambda bound: number <= bound),
-        (below, "below", lambda bound: number < bound),
-    )
-    for bound, words, holds in bounds:
-        if bound is not None and not holds(bound):
+    for kind, bound in bounds.items():
+        words, holds = _COMPARED[kind]
+        if bound is not None and not holds(number, bound):
             raise SettingsError(f"{owner}.{name} must be {words} {bound:g}, but is {number:g}.")
     return number
 
 
+_COMPARED = {
+    "minimum": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
 def require_numbers(owner: str, name: str, values: Any, *, length: int, **bounds: float) -> tuple[float, ...]:
     """``values`` as a tuple of ``length`` finite floats, each within the bounds of ``require_number``."""
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != length:
-        raise SettingsError(f"{owner}.{name} must be {length} numbers, but is {values!r}.")
-    return tuple(require_number(owner, f"{name}[{i}]", value, **bounds) for i, value in enumerate(values))
+    listed = _sequence(owner, name, values, length)
+    return tuple(require_number(owner, f"{name}[{i}]", value, **bounds) for i, value in enumerate(listed))
 
 
 def require_flag(owner: str, name: str, value: Any) -> bool:

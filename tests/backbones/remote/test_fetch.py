@@ -19,7 +19,6 @@ from cmap_defense.backbones import EDMDenoiser, folder
 from cmap_defense.backbones.folder import RECORD_FILE
 from cmap_defense.backbones.load import resolve_backbone
 from cmap_defense.backbones.registry import register, registry_entry
-from cmap_defense.backbones.remote import download as module
 from cmap_defense.backbones.remote.cache import cache_folder, locked
 from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
 from cmap_defense.errors import BackboneFileError, UnknownNameError, WrongKindError
@@ -108,7 +107,7 @@ def test_second_load_needs_no_request_and_prints_nothing(
     capsys.readouterr()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(hub.requests) == 1
+    assert len(hub.requests_for()) == 1
     assert capsys.readouterr() == ("", "")
 
 
@@ -123,7 +122,7 @@ def test_another_reading_of_the_file_under_the_same_name_is_another_model(hub: H
         resolve_backbone(NAME)
     named()
     assert resolve_backbone(NAME) == first
-    assert len(hub.requests) == 4
+    assert len(hub.requests_for()) == 4
 
 
 def test_packaged_model_needs_no_cache(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -164,13 +163,13 @@ def test_mirror_takes_the_place_of_the_address_up_to_the_path(
     register(tiny_entry(NAME, tiny_file(official)))
     backbone = load_backbone(NAME)
     assert fingerprint(backbone) == MODEL
-    assert [request.path for request in hub.requests] == ["/mirror" + PATH]
+    assert [request.path for request in hub.requests_for()] == ["/mirror" + PATH]
     assert backbone.record is not None
     assert backbone.record.source["url"] == official
     assert backbone.record.source["fetched_from"] == f"{hub.address}/mirror{PATH}"
     monkeypatch.delenv(MIRROR)
     assert fingerprint(load_backbone(NAME)) == MODEL, "it is the same model, wherever it was fetched from"
-    assert len(hub.requests) == 1
+    assert len(hub.requests_for()) == 1
 
 
 def test_next_source_is_tried_with_the_reason_and_the_last_error_is_raised(
@@ -182,9 +181,9 @@ def test_next_source_is_tried_with_the_reason_and_the_last_error_is_raised(
     printed = capsys.readouterr().err
     for source in sources[:2]:
         assert f"{source.url} cannot be used" in printed
-    assert "status 404" in printed
+    assert "404" in printed
     register(tiny_entry(NAME, *sources[:2]), replace=True)
-    with pytest.raises(BackboneFileError, match=r"/gone-too .*status 404"):
+    with pytest.raises(BackboneFileError, match=r"/gone-too .*404"):
         load_backbone(NAME)
 
 
@@ -247,7 +246,7 @@ def test_checkpoint_of_another_model_whose_checksum_is_recorded_stays_until_forc
     for _ in range(2):
         with pytest.raises(BackboneFileError, match="lacks 2 of"):
             load_backbone(NAME)
-    assert len(hub.requests) == 1
+    assert len(hub.requests_for()) == 1
     assert not set(CONVERSION) & set(cached_files(cache))
     hub.put(PATH, CHECKPOINT)
     named()
@@ -266,7 +265,7 @@ def test_damaged_weights_in_the_cache_are_an_error_and_force_repairs_them(hub: H
         load_backbone(NAME)
     assert resolve_backbone(NAME, force=True) == place
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(hub.requests) == 2
+    assert len(hub.requests_for()) == 2
 
 
 @pytest.mark.parametrize(
@@ -279,7 +278,7 @@ def test_conversion_that_is_not_whole_is_made_anew(hub: HubServer, file: str, co
     if content is not None:
         (place / file).write_bytes(content)
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(hub.requests) == 2
+    assert len(hub.requests_for()) == 2
 
 
 def test_load_backbone_returns_the_kind_of_the_record(named: Callable[..., None]):
@@ -311,10 +310,6 @@ def test_other_kind_than_the_needed_one_is_refused_with_names_of_that_kind(
         with pytest.raises(WrongKindError, match=message) as error:
             use()
         assert other not in str(error.value)
-
-
-LARGE, BLOCK = tiny_checkpoint(0, pad=3 * module.BLOCK), module.BLOCK
-"""A checkpoint of several blocks, and the size of a block, of which those in memory are lost with a process."""
 
 
 def write_half(error: BaseException) -> Callable[..., None]:
@@ -349,7 +344,7 @@ def test_conversion_that_fails_is_cleared_away_and_the_file_used_by_the_next(
     (left / ".partial-killed").mkdir()  # of a process that was killed
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fingerprint(load_backbone(NAME)) == MODEL
-    assert len(hub.requests) == 1
+    assert len(hub.requests_for()) == 1
     assert not list(cache.glob("converted/*/.partial-*"))
 
 

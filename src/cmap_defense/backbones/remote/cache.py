@@ -51,15 +51,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
         except filelock.Timeout:
             announce(f"another process is at work on {what}; waiting for it.")
             lock.acquire(timeout=LONGEST_WAIT)
-    except filelock.Timeout as error:
+    except (OSError, NotImplementedError) as error:  # a timeout among them
         raise BackboneFileError(
-            f"{path}.lock is still held after {LONGEST_WAIT / 3600:g} hours. If no other process is at work on {what}, "
-            "remove that file; a file system without locks needs CMAP_DEFENSE_CACHE on another one."
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        raise BackboneFileError(
-            f"{path.parent} cannot be written to and locked ({error}). Set CMAP_DEFENSE_CACHE to a folder of your "
-            "own, with room."
+            f"{path.parent} cannot be written to and locked ({error}). If no other process is at work on {what}, "
+            f"remove {path}.lock, or set CMAP_DEFENSE_CACHE to a folder of your own, with room and locks."
         ) from error
     try:
         yield
@@ -75,13 +70,13 @@ def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntr
     """
     if all(isinstance(source, LocalFolder) for source in entry.sources):
         return entry
-    pins = _read_pins().get(entry.name, {})
     try:
+        pins = _read_pins().get(entry.name, {})
         sources = tuple(_with_pin(source, pins.get(source.address, {}), verified_only) for source in entry.sources)
-    except SettingsError as error:
+    except (SettingsError, ValueError, AttributeError) as error:
         raise BackboneFileError(
-            f"{cache_folder() / PINS_FILE} holds something that is no commit or checksum ({error}). Remove it, and "
-            "verify the backbones again."
+            f"{cache_folder() / PINS_FILE} is no list of verified backbones ({error}). Remove it, and verify the "
+            "backbones again."
         ) from error
     return dataclasses.replace(entry, sources=sources)
 
@@ -91,8 +86,7 @@ def pin(name: str, source: Source, **found: str) -> Path:
     path = cache_folder() / PINS_FILE
     with locked(path, "the list of verified backbones"):
         pins = _read_pins()
-        noted = pins.setdefault(name, {}).setdefault(source.address, {})
-        noted |= found
+        pins.setdefault(name, {}).setdefault(source.address, {}).update(found)
         write_json(path, pins)
     return path
 
@@ -105,27 +99,14 @@ def _with_pin(source: Source, found: dict[str, Any], verified_only: bool) -> Sou
         return dataclasses.replace(source, sha256=sha256)
     if source.revision not in (None, found.get("revision")):
         return source  # verified at another commit than the one that is named now
-    return dataclasses.replace(source, revision=source.revision or found.get("revision"), sha256=sha256)
+    return dataclasses.replace(source, revision=found.get("revision"), sha256=sha256)
 
 
 def _read_pins() -> dict[str, dict[str, dict[str, Any]]]:
-    """By name and address: what was noted."""
+    """By name and address: what was noted. Nothing where there is no file, or no place for one."""
     try:
-        path = cache_folder() / PINS_FILE
-    except SettingsError:  # nothing is noted where there is no place for notes
-        return {}
-    try:
-        pins = json.loads(path.read_text(encoding="utf-8"))
-        for found in (found for addresses in pins.values() for found in addresses.values()):
-            found.keys()
-    except (FileNotFoundError, NotADirectoryError):
+        return json.loads((cache_folder() / PINS_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, SettingsError):
         return {}
     except OSError as error:
-        raise BackboneFileError(
-            f"{path} cannot be read ({error}). Set CMAP_DEFENSE_CACHE to another folder."
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise BackboneFileError(
-            f"{path} is no list of verified backbones ({error}). Remove it, and verify the backbones again."
-        ) from error
-    return pins
+        raise BackboneFileError(f"{error}. Set CMAP_DEFENSE_CACHE to another folder.") from error

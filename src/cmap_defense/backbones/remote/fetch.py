@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -17,8 +18,7 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbo
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.cache import announce, cache_folder, locked, pin
-from cmap_defense.backbones.remote.download import download
-from cmap_defense.backbones.remote.hub import fetch_folder
+from cmap_defense.backbones.remote.hub import fetch_file, fetch_folder
 from cmap_defense.backbones.shards import sha256_of_weights, weights_files
 from cmap_defense.backbones.weights import check_sha256, sha256_of
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
@@ -49,11 +49,8 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
     """
     described = [RECORD_FILE, *diffusers.PIPELINE_FILES]
     if not force and revision is not None and _COMMIT.fullmatch(revision):
-        try:
+        with contextlib.suppress(CmapError):  # it is not in the cache
             folder = fetch_folder(repo_id, revision, described, offline=True)
-        except CmapError:
-            pass  # not in the cache
-        else:
             if _has_weights(folder):
                 return folder
     folder = fetch_folder(repo_id, revision, described, force=force)
@@ -63,13 +60,18 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
         )
     if not weights or (_has_weights(folder) and not force):
         return folder
-    commit = folder.name  # the one that the record came from
-    for file in _weights_names(folder):
-        fetch_folder(repo_id, commit, [file], force=force)
-        if (folder / file).is_file():
-            _fetch_shards(repo_id, folder, file, force)
+    commit, names = folder.name, _weights_names(folder)  # the commit that the record came from
+    for name in names:
+        fetch_folder(repo_id, commit, [name], force=force)
+        if (folder / name).is_file():
+            parts = [part.relative_to(folder).as_posix() for part in weights_files(folder / name)]
+            if len(parts) > 1:
+                fetch_folder(repo_id, commit, parts[1:], force=force)
+            for part in parts:
+                if not (folder / part).is_file():
+                    raise BackboneFileError(f"{name} of {repo_id} at {commit} names {part}, which is not there.")
+                _check_blob(folder / part)
             return folder
-    names = _weights_names(folder)
     missing = f"{names[0]}{', nor its shards or a variant,' if len(names) > 1 else ''} of {repo_id} at {commit}"
     if constants.HF_HUB_OFFLINE:
         raise BackboneFileError(
@@ -77,17 +79,6 @@ def fetch_repository(repo_id: str, revision: str | None, *, weights: bool = True
             f"`cmap-defense backbones pull {repo_id}@{commit}` on a machine with a network."
         )
     raise BackboneFileError(f"There is no {missing}: the repository lacks its weights.")
-
-
-def _fetch_shards(repo_id: str, folder: Path, file: str, force: bool) -> None:
-    """The shards of an index, and the comparison of all large files with their checksums."""
-    parts = [part.relative_to(folder).as_posix() for part in weights_files(folder / file)]
-    if len(parts) > 1:
-        fetch_folder(repo_id, folder.name, parts[1:], force=force)
-    for part in parts:
-        if not (folder / part).is_file():
-            raise BackboneFileError(f"{file} of {repo_id} at {folder.name} names {part}, which is not there.")
-        _check_blob(folder / part)
 
 
 def _is_backbone(folder: Path) -> bool:
@@ -107,12 +98,12 @@ def _has_weights(folder: Path) -> bool:
 
 def _check_blob(path: Path) -> None:
     """Compare a large file with the checksum that the Hub's cache names it by; the client compares sizes alone."""
-    blob = path.resolve().name
-    if path.is_symlink() and _SHA256.fullmatch(blob):
+    blob = path.resolve()
+    if path.is_symlink() and _SHA256.fullmatch(blob.name):
         try:
-            check_sha256(path, blob)
+            check_sha256(path, blob.name)
         except BackboneFileError:
-            path.resolve().unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise
 
@@ -135,11 +126,10 @@ def _fetch_source(entry: RegistryEntry, source: Source, force: bool) -> Path:
 
 
 def _require_pinned_weights(entry: RegistryEntry, source: HubRepository, folder: Path) -> None:
-    if source.sha256 is None:
-        return
     weights = folder / read_record(folder).weights_file
     try:
-        check_sha256(weights, source.sha256, sha256_of_weights(weights))
+        if source.sha256 is not None:
+            check_sha256(weights, source.sha256, sha256_of_weights(weights))
     except BackboneFileError as error:
         raise BackboneFileError(
             f"{error} `cmap-defense backbones pull {entry.name} --force` fetches it again; when it stays so, the "
@@ -156,9 +146,7 @@ def _fetch_official(entry: RegistryEntry, source: OfficialFile, force: bool) -> 
     try:
         with locked(folder, entry.name):
             if force or not _is_conversion_of(folder, source):
-                checkpoint, fetched = _fetch_checkpoint(entry, source, folder, force)
-                _convert(entry, source, checkpoint, fetched, folder)
-                checkpoint.unlink(missing_ok=True)
+                _convert(entry, source, folder, force)
     except BackboneFileError:
         raise
     except OSError as error:
@@ -169,10 +157,8 @@ def _fetch_official(entry: RegistryEntry, source: OfficialFile, force: bool) -> 
     return folder
 
 
-def _fetch_checkpoint(
-    entry: RegistryEntry, source: OfficialFile, folder: Path, force: bool
-) -> tuple[Path, dict[str, str]]:
-    """The official file, fetched unless an earlier run left it whole, and where it is from; under the folder's lock."""
+def _convert(entry: RegistryEntry, source: OfficialFile, folder: Path, force: bool) -> None:
+    """Fetch the official file, unless an earlier run left it whole, and convert it; under the folder's lock."""
     checkpoint = cache_folder() / "downloads" / f"{folder.name}.checkpoint"
     url = _mirrored(source.url)
     if force and not constants.HF_HUB_OFFLINE:
@@ -184,20 +170,18 @@ def _fetch_checkpoint(
                 f"`cmap-defense backbones pull {entry.name}` on a machine with a network, or copy {folder.parent}."
             )
         announce(
-            f"fetching {entry.name} (about {source.about}), once, from {url} to {folder.parent.parent}; "
+            f"fetching {entry.name} (about {source.about}), once, from {url} to {cache_folder()}; "
             "a broken transfer is continued."
         )
-        download(url, checkpoint, size=source.size, sha256=source.sha256)
-    checksum = sha256_of(checkpoint)
-    if source.sha256 not in (None, checksum):
+        fetch_file(url, checkpoint)
+    checksum, size = sha256_of(checkpoint), checkpoint.stat().st_size
+    if source.sha256 not in (None, checksum) or source.size not in (None, size):
         checkpoint.unlink()
-        raise BackboneFileError(f"{checkpoint} was not the recorded file, and was removed. Run it again.")
-    return checkpoint, {"url": source.url, "fetched_from": url, "sha256": checksum}
-
-
-def _convert(
-    entry: RegistryEntry, source: OfficialFile, checkpoint: Path, fetched: dict[str, str], folder: Path
-) -> None:
+        raise BackboneFileError(
+            f"{url} is not the expected file: it has {size:,} bytes and the SHA-256 {checksum}, the record says "
+            f"{source.size or 'nothing'} and {source.sha256}. It was removed. Fetch it again; when it stays so, the "
+            "file was replaced, and should not be trusted."
+        )
     announce(f"converting {entry.name}, once; some seconds.")
     try:
         model: KarrasModel = convert_jcm(checkpoint, source.config, source.params)
@@ -209,18 +193,10 @@ def _convert(
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
     for leftover in folder.glob(".partial-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    write_backbone(
-        model,
-        folder,
-        name=entry.name,
-        description=entry.description,
-        settings=dict(entry.settings),
-        presets=dict(entry.presets),
-        figures=dict(entry.quality),
-        licence=entry.licence,
-        paper=entry.paper,
-        source=fetched | {"size": checkpoint.stat().st_size, "converter": "jcm", "params": source.params},
-    )
+    fetched = {"url": source.url, "fetched_from": url, "sha256": checksum, "size": size}
+    source_of = fetched | {"converter": "jcm", "params": source.params}
+    write_backbone(model, folder, name=entry.name, source=source_of, **entry.described())
+    checkpoint.unlink(missing_ok=True)
 
 
 def _is_conversion_of(folder: Path, source: OfficialFile) -> bool:

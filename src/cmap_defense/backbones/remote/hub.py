@@ -1,8 +1,9 @@
-"""Files from and to the Hugging Face Hub: huggingface_hub does the work, this translates its errors."""
+"""Files from and to the Hub, and from official servers: huggingface_hub does the work, this translates its errors."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
 
 from cmap_defense.common.paths import home
 from cmap_defense.errors import BackboneFileError, UnknownNameError
@@ -37,19 +39,36 @@ def fetch_folder(
         )
 
 
-def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
-    """Make a repository where there is none, and commit files to it.
+def fetch_file(url: str, path: Path) -> None:
+    """Fetch a file of another server, which appears at ``path`` when it is whole.
 
-    Returns:
-        The commit.
+    A broken transfer is continued, by the next call too, as long as the server has the same version of the file.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found = huggingface_hub.get_hf_file_metadata(url, token=False)
+        version = hashlib.sha256(f"{url} {found.etag} {found.size}".encode()).hexdigest()[:12]
+        partial = path.with_name(f"{path.name}.{version}.partial")
+        for other in path.parent.glob(f"{path.name}.*.partial"):
+            if other != partial or found.etag is None:
+                other.unlink()
+        with partial.open("ab") as file:
+            same = {"If-Range": f'"{found.etag}"'}  # a file that was replaced meanwhile is sent from its beginning
+            http_get(url, file, resume_size=file.tell(), headers=same, expected_size=found.size)
+        partial.replace(path)
+    except (_CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
+        raise BackboneFileError(
+            f"{url} could not be fetched ({_reason(error)}). Check the network and its proxy, and the room on the disk "
+            "(CMAP_DEFENSE_CACHE moves the folder). What came is kept, and the next call continues it."
+        ) from error
+
+
+def push_files(repo_id: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
+    """Make a repository where there is none, and commit files to it. Returns the commit."""
     hub = huggingface_hub.HfApi()
     with _translated(repo_id, None, "could not be pushed to"):
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        additions = [
-            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
-            for name, content in files.items()
-        ]
+        additions = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
         return hub.create_commit(repo_id, additions, commit_message=message).oid
 
 
@@ -71,16 +90,19 @@ def _translated(repo_id: str, revision: str | None, failed: str) -> Iterator[Non
             "If it is private, log in with `hf auth login` or set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
         if _status(error) in (401, 403):
             raise UnknownNameError(
                 f"The Hub refuses access to {shown} (status {_status(error)}): log in with `hf auth login`, or set "
-                f"HF_TOKEN to a token with the right to it. ({reason})"
+                f"HF_TOKEN to a token with the right to it. ({_reason(error)})"
             ) from error
         raise BackboneFileError(
-            f"{shown} {failed} ({type(error).__name__}: {reason}). "
-            "Check the network, the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
+            f"{shown} {failed} ({type(error).__name__}: {_reason(error)}). Check the network, "
+            "the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _status(error: BaseException) -> int | None:
