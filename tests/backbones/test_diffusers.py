@@ -22,7 +22,7 @@ from cmap_defense.backbones.convert import convert_openai
 from cmap_defense.backbones.diffusers import DiffusersUNet, UnscaledUNet, build_unet, configuration_of
 from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange
-from cmap_defense.backbones.shards import sha256_of_weights
+from cmap_defense.backbones.weights import sha256_of_weights
 from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError, WrongKindError
 from goldens import FOLDER, arrays
 from tiny import randomised
@@ -396,8 +396,8 @@ WEIGHTS_DAMAGE = {
     "a pointer": ("Git LFS pointer", holding(SAFETENSORS, POINTER)),
     "a tensor less": ("conv_out.bias", with_tensors(lambda t: {k: v for k, v in t.items() if k != "conv_out.bias"})),
     "another shape": ("conv_out.bias", with_tensors(lambda t: t | {"conv_out.bias": torch.zeros(4)})),
-    "another network's": ("cannot be loaded", editing(UNET, block_out_channels=[8, 16])),
-    "a configuration that is none": ("cannot be loaded", editing(UNET, block_out_channels=[8, 8, 8])),
+    "another network's": ("does not hold the weights", editing(UNET, block_out_channels=[8, 16])),
+    "a configuration that is none": ("cannot be built", editing(UNET, block_out_channels=[8, 8, 8])),
     "a pickle that is cut": ("not a whole PyTorch file", cut_pickle),
 }
 

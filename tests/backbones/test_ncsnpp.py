@@ -100,7 +100,7 @@ def test_without_rescaling_branches_are_added_as_they_are():
     layers = {}
     for rescale in (True, False):
         down = network_of(SMALL.replace(skip_rescale=rescale), torch.float64).down
-        layers[rescale] = down[0].stages[0].block, down[1].stages[0].attention, down[0].shrink
+        layers[rescale] = down[0].block, down[2].attention, down[1]
     for scaled, plain, width in zip(layers[True][:2], layers[False][:2], (8, 16), strict=True):
         inner = (noise(2, width, 8, 4, seed=2, dtype=torch.float64), *([embedding] if width == 8 else []))
         torch.testing.assert_close(plain(*inner), scaled(*inner) * 2**0.5, rtol=0, atol=1e-12)

@@ -5,9 +5,9 @@
     unet/config.json
     unet/diffusion_pytorch_model.safetensors
 
-The weights may be in shards or in a variant too, see ``shards``.
-The library builds the network and reads its weights; it is the extra ``[diffusers]`` and is imported when it is needed.
-The network inside is used bare: the library's scheduler rounds time steps and clips with no way around it.
+The weights may be in shards or in a variant too, see ``WEIGHTS``. The library builds the network; it is the extra
+``[diffusers]`` and is imported when it is needed. The network inside is used bare: the library's scheduler rounds time
+steps and clips with no way around it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import abc
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +25,30 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, boundary_scalings
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.shards import WEIGHTS, describe_missing, dtype_of_file, read_weights
-from cmap_defense.backbones.weights import tensor_names, write_safetensors
+from cmap_defense.backbones.weights import load_weights, read_weights
 from cmap_defense.common.modules import building
 from cmap_defense.common.optional import optional_import
 from cmap_defense.errors import BackboneFileError, SettingsError
 
 INDEX, UNET_CONFIG, SCHEDULER_CONFIG = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 PIPELINE_FILES = (INDEX, UNET_CONFIG, SCHEDULER_CONFIG)
+
+_VARIANTS = {"": "float32", ".fp16": "float16", ".bf16": "bfloat16"}
+"""Variants by their part of the file name, with the precision that they are saved in."""
+
+_STEM = "unet/diffusion_pytorch_model"
+
+WEIGHTS = {
+    name: dtype
+    for variant, dtype in _VARIANTS.items()
+    for suffix in ("safetensors", "bin")
+    for name in (f"{_STEM}{variant}.{suffix}", f"{_STEM}.{suffix}.index{variant}.json")
+}
+"""The weights of a pipeline with the precision that they are saved in, in order of preference: full precision before a
+variant, safetensors before a pickle (of which tensors alone are read), one file before an index of shards."""
+
+_FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What versions of the library before 0.17 called the layers of an attention."""
 
 
 class PipelineUNet(nn.Module, abc.ABC):
@@ -136,7 +151,7 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
         NoiseRange.from_dict(noise)
     except SettingsError as error:
         raise BackboneFileError(f"{folder / SCHEDULER_CONFIG}: {error}") from error
-    weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+    weights = next((file for file in WEIGHTS if (folder / file).is_file()), next(iter(WEIGHTS)))
     try:
         return BackboneRecord(
             name=name,
@@ -146,7 +161,7 @@ def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRec
             image_shape=_image_shape(unet),
             num_classes=unet.get("num_class_embeds"),
             weights_file=weights,
-            weights_dtype=dtype_of_file(weights),
+            weights_dtype=WEIGHTS[weights],
             weights_sha256="",
         )
     except SettingsError as error:
@@ -172,59 +187,45 @@ def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked
         MissingExtraError: the diffusers library is not installed.
         BackboneFileError: the weights are missing, cut off, hostile, or not those of the configuration.
     """
-    library = _library()
-    path = Path(folder) / record.weights_file
-    if record.weights_file not in WEIGHTS:  # the library looks for the first of these names, whatever was checked
-        raise BackboneFileError(f"{path}: the weights of a pipeline are {WEIGHTS[0]}, its shards or a variant.")
+    _library()
+    path, usual = Path(folder) / record.weights_file, next(iter(WEIGHTS))
+    if record.weights_file not in WEIGHTS:
+        raise BackboneFileError(f"{path}: the weights of a pipeline are {usual}, its shards or a variant.")
     if not path.is_file():
-        raise BackboneFileError(describe_missing(Path(folder)))
-    if record.weights_file == WEIGHTS[0]:
-        tensor_names(path)
-        unet, found = _from_pretrained(library, path)
-    else:
-        with tempfile.TemporaryDirectory() as place:  # the library never gets a pickle, only the tensors in it
-            copied = Path(place) / Path(WEIGHTS[0]).name
-            write_safetensors(read_weights(path), copied)
-            copied.with_name("config.json").write_bytes((path.parent / "config.json").read_bytes())
-            unet, found = _from_pretrained(library, copied)
-    wrong = [str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
-    if wrong:
+        kinds = (".safetensors", ".bin", ".msgpack", ".pt")
+        found = sorted(file.name for file in path.parent.glob("*") if file.suffix in kinds)
         raise BackboneFileError(
-            f"{path} does not hold the weights of {record.name!r}: {len(wrong)} tensor(s) are missing, unknown or of "
-            f"another shape, such as {wrong[0]!r}."
+            f"{Path(folder) / usual} is missing: {path.parent} holds {', '.join(found[:5]) or 'no weights'}. Fetch the "
+            "folder again, or load it with the diffusers library, with its variant where it has one, and save it with "
+            'save_pretrained(folder, max_shard_size="100GB").'
         )
-    network = NETWORKS[record.network](unet)
-    _require_agreement(path.parent / "config.json", configuration_of(network), record, checked)
+    config = path.with_name("config.json")
+    try:
+        network = NETWORKS[record.network](build_unet(_configuration(config)).unet)
+    except BackboneFileError:
+        raise
+    except Exception as error:  # a configuration that makes no sense makes the library raise anything
+        raise BackboneFileError(f"{config} cannot be built by diffusers ({type(error).__name__}: {error}).") from error
+    own = network.unet.state_dict()
+    weights = {}
+    for name, tensor in read_weights(path).items():
+        parts = [part if name in own else _FORMER_NAMES.get(part, part) for part in name.split(".")]
+        weights[".".join(parts)] = tensor
+    with building():
+        load_weights(network.unet, weights, path, record.name)
+    _require_agreement(config, configuration_of(network), record, checked)
     return network
 
 
-def _from_pretrained(library: Any, path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        with building():
-            return library.UNet2DModel.from_pretrained(
-                str(path.parent),
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # a configuration that makes no sense makes the library raise anything
-        raise BackboneFileError(f"{path} cannot be loaded by diffusers ({type(error).__name__}: {error}).") from error
-
-
 def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecord, checked: bool) -> None:
-    found = (_image_shape(config), config.get("num_class_embeds"))
-    if found != (record.image_shape, record.num_classes):
+    shape = {"image_shape": _image_shape(config), "num_classes": config.get("num_class_embeds")}
+    found = (config if checked else {}) | shape
+    said = record.network_config | {name: getattr(record, name) for name in shape}
+    different = [name for name in found.keys() & said.keys() if name[0] != "_" and found[name] != said[name]]
+    if different:
         raise BackboneFileError(
-            f"{path} says image_shape {found[0]} and num_classes {found[1]}, the record {record.image_shape} and "
-            f"{record.num_classes}. Fetch or write the folder again."
-        )
-    names = {name for name in config.keys() & record.network_config.keys() if not name.startswith("_")}
-    different = sorted(name for name in names if config[name] != record.network_config[name])
-    if checked and different:
-        raise BackboneFileError(
-            f"{path} is not the configuration that the record describes: {', '.join(different)} differ(s). Fetch or "
-            "write the folder again."
+            f"{path} is not the configuration that the record describes: {', '.join(sorted(different))} differ(s). "
+            "Fetch or write the folder again."
         )
 
 

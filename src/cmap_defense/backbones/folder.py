@@ -14,13 +14,13 @@ from cmap_defense.backbones import diffusers
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel, NoiseRange
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.record import BackboneRecord
-from cmap_defense.backbones.shards import sha256_of_weights
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.backbones.weights import (
     check_sha256,
-    first_difference,
+    load_weights,
     read_safetensors,
     sha256_of,
+    sha256_of_weights,
     write_safetensors,
 )
 from cmap_defense.common.modules import building, in_fastest_layout
@@ -36,8 +36,8 @@ _NETWORKS: dict[str, tuple[type[Any], type[nn.Module]]] = {
 _KNOWN_NETWORKS = (*_NETWORKS, *diffusers.NETWORKS)
 _MODELS: dict[str, type[KarrasModel]] = {model.kind: model for model in (ConsistencyBackbone, EDMDenoiser)}
 _WRONG_KIND = {
-    "consistency": "{name!r} is a denoiser, and a consistency model is needed: a denoiser has no one-step generator.",
-    "denoiser": "{name!r} is a consistency model, and a denoiser is needed.",
+    "consistency": "is a denoiser, and a consistency model is needed: a denoiser has no one-step generator.",
+    "denoiser": "is a consistency model, and a denoiser is needed.",
 }
 
 
@@ -47,18 +47,20 @@ def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
     Raises:
         BackboneFileError: it is missing or not a record.
     """
-    path = Path(folder) / RECORD_FILE
+    folder = Path(folder)
+    path = folder / RECORD_FILE
     if not path.is_file() and diffusers.is_diffusers(folder):
-        return diffusers.describe_diffusers(folder, _name_of(Path(folder)))
+        whole = folder.absolute()
+        cached = whole.parent.name == "snapshots"  # the Hub's cache, where the name is that of the repository
+        repository = whole.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return diffusers.describe_diffusers(folder, repository if cached else whole.name)
     try:
-        text = path.read_text(encoding="utf-8")
+        return BackboneRecord.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BackboneFileError(
             f"{folder} is not a backbone folder: {RECORD_FILE} cannot be read ({error}). "
             "Such a folder is written by `cmap-defense train` and `cmap-defense backbones convert`."
         ) from error
-    try:
-        return BackboneRecord.from_json(text)
     except SettingsError as error:
         raise BackboneFileError(f"{path} is not a backbone record: {error}") from error
 
@@ -82,7 +84,7 @@ def read_backbone(
     """
     record = read_record(folder)
     if kind is not None and record.kind != kind:
-        raise WrongKindError(_WRONG_KIND[kind].format(name=record.name))
+        raise WrongKindError(f"{record.name!r} {_WRONG_KIND[kind]}")
     model = _read_model(Path(folder), record, dtype)
     if isinstance(model, ConsistencyBackbone):
         model.default_settings = dict(record.settings)
@@ -115,19 +117,17 @@ def write_backbone(
     """
     folder, network = Path(folder), backbone.network
     names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
-    if isinstance(network, diffusers.PipelineUNet):
-        names = [network.network_name]
+    names += [network.network_name] if isinstance(network, diffusers.PipelineUNet) else []
     if not names:
-        raise BackboneFileError(
-            f"A {type(network).__name__} cannot be written; known networks: {', '.join(_KNOWN_NETWORKS)}."
-        )
+        known = ", ".join(_KNOWN_NETWORKS)
+        raise BackboneFileError(f"A {type(network).__name__} cannot be written; known networks: {known}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
             staged = Path(place)
             if isinstance(network, diffusers.PipelineUNet):
                 diffusers.save_pipeline(backbone, staged, dtype)
-                files = [diffusers.WEIGHTS[0], *reversed(diffusers.PIPELINE_FILES)]
+                files = [next(iter(diffusers.WEIGHTS)), *reversed(diffusers.PIPELINE_FILES)]
                 files = [file for file in files if (staged / file).is_file()]
                 config = diffusers.configuration_of(network)
             else:
@@ -179,8 +179,11 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
                 check_sha256(path, record.weights_sha256, sha256_of_weights(path))
             described = (folder / RECORD_FILE).is_file()
             network: nn.Module = diffusers.read_unet(folder, record, checked=described)
+        elif record.network in _NETWORKS:
+            network = _read_network(path, record)
         else:
-            network = _read_network(folder, record)
+            near = near_matches(record.network, _KNOWN_NETWORKS)
+            raise SettingsError(f"unknown network {record.network!r}.{near}")
     except SettingsError as error:
         raise BackboneFileError(f"{folder / RECORD_FILE}: {error}") from error
     with building():
@@ -190,31 +193,15 @@ def _read_model(folder: Path, record: BackboneRecord, dtype: torch.dtype) -> Kar
     return model
 
 
-def _read_network(folder: Path, record: BackboneRecord) -> nn.Module:
+def _read_network(path: Path, record: BackboneRecord) -> nn.Module:
     """One of this package's networks with its weights. Raises SettingsError for a configuration that is none."""
-    place = folder / RECORD_FILE
-    if record.network not in _NETWORKS:
-        near = near_matches(record.network, _KNOWN_NETWORKS)
-        raise BackboneFileError(f"{place}: unknown network {record.network!r}.{near}")
     config_class, network_class = _NETWORKS[record.network]
     config = config_class.from_dict(record.network_config)
     if config.image_shape != record.image_shape:
-        raise BackboneFileError(f"{place}: image_shape is not that of network_config.")
-    path = folder / record.weights_file
+        raise SettingsError("image_shape is not that of network_config.")
     weights = read_safetensors(path)
     check_sha256(path, record.weights_sha256)
     with building():
         network = network_class(config)
-        wrong = first_difference(network, weights)
-        if wrong is not None:
-            raise BackboneFileError(f"{path} does not hold the weights of {record.name!r}: {wrong}.")
-        network.load_state_dict(weights)
+        load_weights(network, weights, path, record.name)
     return network
-
-
-def _name_of(folder: Path) -> str:
-    """A name for a folder without a record; a copy in the Hub's cache is named for its repository."""
-    folder = folder.absolute()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return folder.name

@@ -52,8 +52,7 @@ def load_backbone(
         dtype: of the weights, cast once; latents and losses stay in float32 whatever it is.
 
     Returns:
-        A ``ConsistencyBackbone`` or an ``EDMDenoiser``, as
-        its record says.
+        A ``ConsistencyBackbone`` or an ``EDMDenoiser``, as its record says.
 
     Raises:
         UnknownNameError: no such name, or no such repository on the Hub.
@@ -85,11 +84,9 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, wei
         force: fetch it even where it is there.
         weights: False for the record alone, of a Hub id.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
-    text = os.fspath(source)
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     if not text:
-        raise SettingsError("A backbone is given as a name, a path or a Hub id, but the text is empty.")
+        raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
     entry = entry_of(source)
     if entry is not None:
         return fetch_entry(pinned(entry, verified_only=force), force=force)[0]
@@ -101,8 +98,7 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, wei
         return fetch_repository(repo_id, revision or None, force=force, weights=weights)
     if "/" in text or os.sep in text:  # no name has one, and a Hub id has one in its middle
         return path
-    registry_entry(text)  # raises, with near matches
-    raise AssertionError
+    return Path(registry_entry(text).name)  # raises, with near matches
 
 
 def entry_of(source: str | os.PathLike[str]) -> RegistryEntry | None:
@@ -134,12 +130,5 @@ def _describe(model: KarrasModel, entry: RegistryEntry) -> None:
             f"{entry.name} should make images of shape {entry.image_shape} with num_classes={entry.num_classes}, but "
             f"what was fetched has {model.image_shape} and {model.num_classes}. Fetch it again, or report it."
         )
-    model.record = record.replace(
-        name=entry.name,
-        description=record.description or entry.description,
-        licence=record.licence or entry.licence,
-        paper=record.paper or entry.paper,
-        settings=record.settings or dict(entry.settings),
-        presets=record.presets or dict(entry.presets),
-        figures=record.figures or dict(entry.quality),
-    )
+    completed = {name: getattr(record, name) or value for name, value in entry.described().items()}
+    model.record = record.replace(name=entry.name, **completed)

@@ -21,8 +21,6 @@ from cmap_defense.backbones.fir import FIRDown, FIRDownConv, FIRUp
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
-GROUP_NORM_EPS = 1e-6
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NCSNppConfig(Settings):
@@ -60,24 +58,21 @@ class NCSNppConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        owner, taps = "NCSNppConfig", self.fir_kernel
-        if taps != taps[::-1] or sum(taps) <= 0:
-            raise SettingsError(f"{owner}.fir_kernel must be symmetric and not zero, but is {taps}.")
-        if not self.ch_mult:
-            raise SettingsError(f"{owner}.ch_mult must name one level at least.")
-        unit = 2 ** (len(self.ch_mult) - 1)
-        if self.image_size % unit:
-            raise SettingsError(
-                f"{owner}.image_size ({self.image_size}) must be a multiple of {unit}, for {len(self.ch_mult)} levels."
-            )
-        if self.nf % 4:
-            raise SettingsError(f"{owner}.nf must be a multiple of 4, the size of a group, but is {self.nf}.")
+        taps, unit = self.fir_kernel, 2 ** (len(self.ch_mult) - 1)
+        wrong = {
+            "fir_kernel must be symmetric and not zero": taps != taps[::-1] or sum(taps) <= 0,
+            "ch_mult must name one level at least": not self.ch_mult,
+            f"image_size must be a multiple of {unit}, for {len(self.ch_mult)} levels": self.image_size % max(1, unit),
+            "nf must be a multiple of 4, the size of a group": self.nf % 4,
+        }
+        for expected in (text for text, fails in wrong.items() if fails):
+            raise SettingsError(f"NCSNppConfig.{expected}, but is {getattr(self, expected.split()[0])}.")
         widths = (self.nf, *(self.nf * mult for mult in self.ch_mult))
         for channels in (*widths, *(a + b for a in widths for b in widths)):
             if channels % _groups(channels):
                 raise SettingsError(
-                    f"{owner}: {channels} channels do not divide into {_groups(channels)} groups of the normalisation; "
-                    "choose another nf or ch_mult."
+                    f"NCSNppConfig: {channels} channels do not divide into {_groups(channels)} groups of the "
+                    "normalisation; choose another nf or ch_mult."
                 )
 
     @property
@@ -97,61 +92,51 @@ class NCSNpp(nn.Module):
         self.config = config
         widths = [config.nf * mult for mult in config.ch_mult]
         attended = [config.image_size >> level in config.attn_resolutions for level in range(len(widths))]
-        last = len(widths) - 1
 
-        def block(inputs: int, outputs: int, resample: nn.Module | None = None) -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, config, resample)
+        def attention(level: int) -> Attention | None:
+            return Attention(widths[level], config.skip_rescale) if attended[level] else None
 
         self.embed = NoiseEmbedding(config.nf, config.fourier_scale)
         self.enter = _conv(config.num_channels, config.nf)
-
         self.down = nn.ModuleList()
-        skips = [config.nf]
-        width, pyramid = config.nf, config.num_channels
+        skips, width, pyramid = [config.nf], config.nf, config.num_channels
         for level, channels in enumerate(widths):
-            stages = []
             for _ in range(config.num_res_blocks):
-                attention = Attention(channels, config.skip_rescale) if attended[level] else None
-                stages.append(Stage(block(width, channels), attention))
+                self.down.append(Stage(ResidualBlock(width, channels, config), attention(level)))
                 width = channels
                 skips.append(width)
-            shrink = None
-            if level < last:
-                taps = config.fir_kernel
-                shrink = Shrink(block(width, width, FIRDown(taps)), FIRDownConv(pyramid, width, taps), config)
+            if level < len(widths) - 1:
+                self.down.append(Shrink(pyramid, width, config))
                 pyramid = width
                 skips.append(width)
-            self.down.append(DownLevel(stages, shrink))
-
-        self.middle = nn.ModuleList(
-            [Stage(block(width, width), Attention(width, config.skip_rescale)), Stage(block(width, width), None)]
-        )
-
+        middle = [Attention(width, config.skip_rescale), None]
+        self.middle = nn.ModuleList(Stage(ResidualBlock(width, width, config), part) for part in middle)
         self.up = nn.ModuleList()
         for level, channels in reversed(list(enumerate(widths))):
-            blocks = []
-            for _ in range(config.num_res_blocks + 1):
-                blocks.append(block(width + skips.pop(), channels))
+            for i in range(config.num_res_blocks + 1):
+                last = attention(level) if i == config.num_res_blocks else None
+                self.up.append(Stage(ResidualBlock(width + skips.pop(), channels, config), last))
                 width = channels
-            attention = Attention(width, config.skip_rescale) if attended[level] else None
-            grow = block(width, width, FIRUp(config.fir_kernel)) if level > 0 else None
-            self.up.append(UpLevel(blocks, attention, grow))
-
+            if level > 0:
+                self.up.append(ResidualBlock(width, width, config, FIRUp(config.fir_kernel)))
         self.norm = _group_norm(width)
         self.leave = _conv(width, config.num_channels, scale=0.0)
 
     def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
         """[B, C, H, W] and [B] levels ln(sigma) / 4, float32 or wider, to [B, C, H, W]."""
         embedding = self.embed(noise_level)
-        h = self.enter(x)
+        h, pyramid = self.enter(x), x
         skips = [h]
-        pyramid = x
-        for level in self.down:
-            h, pyramid = level(h, pyramid, embedding, skips)
-        for stage in self.middle:
-            h = stage(h, embedding)
-        for level in self.up:
-            h = level(h, embedding, skips)
+        for part in self.down:
+            if isinstance(part, Shrink):
+                h = pyramid = part(h, pyramid, embedding)
+            else:
+                h = part(h, embedding)
+            skips.append(h)
+        for part in self.middle:
+            h = part(h, embedding)
+        for part in self.up:
+            h = part(torch.cat([h, skips.pop()], dim=1) if isinstance(part, Stage) else h, embedding)
         return self.leave(F.silu(self.norm(h)))
 
 
@@ -181,52 +166,17 @@ class NoiseEmbedding(nn.Module):
         return self
 
 
-class DownLevel(nn.Module):
-    """The stages of one level on the way down; every result is kept as a skip."""
-
-    def __init__(self, stages: list[Stage], shrink: Shrink | None) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.shrink = shrink
-
-    def forward(self, h: Tensor, pyramid: Tensor, embedding: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
-        for stage in self.stages:
-            h = stage(h, embedding)
-            skips.append(h)
-        if self.shrink is not None:
-            h = pyramid = self.shrink(h, pyramid, embedding)
-            skips.append(h)
-        return h, pyramid
-
-
 class Shrink(nn.Module):
     """Half the resolution: a residual block, joined by the next step of the input pyramid."""
 
-    def __init__(self, block: ResidualBlock, pyramid: FIRDownConv, config: NCSNppConfig) -> None:
+    def __init__(self, inputs: int, channels: int, config: NCSNppConfig) -> None:
         super().__init__()
-        self.block = block
-        self.pyramid = pyramid
+        self.block = ResidualBlock(channels, channels, config, FIRDown(config.fir_kernel))
+        self.pyramid = FIRDownConv(inputs, channels, config.fir_kernel)
         self.rescale = config.skip_rescale
 
     def forward(self, h: Tensor, pyramid: Tensor, embedding: Tensor) -> Tensor:
         return _joined(self.pyramid(pyramid), self.block(h, embedding), self.rescale)
-
-
-class UpLevel(nn.Module):
-    """The blocks of one level on the way up, each on a skip; attention once behind them; twice the resolution."""
-
-    def __init__(self, blocks: list[ResidualBlock], attention: Attention | None, grow: ResidualBlock | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attention = attention
-        self.grow = grow
-
-    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
-        for block in self.blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        if self.attention is not None:
-            h = self.attention(h)
-        return h if self.grow is None else self.grow(h, embedding)
 
 
 class Stage(nn.Module):
@@ -245,7 +195,7 @@ class Stage(nn.Module):
 class ResidualBlock(nn.Module):
     """BigGAN's block: both branches are resampled in it; a 1x1 convolution on the skip where anything changes."""
 
-    def __init__(self, inputs: int, outputs: int, config: NCSNppConfig, resample: nn.Module | None) -> None:
+    def __init__(self, inputs: int, outputs: int, config: NCSNppConfig, resample: nn.Module | None = None) -> None:
         super().__init__()
         self.norm_in = _group_norm(inputs)
         self.resample = resample
@@ -272,9 +222,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, rescale: bool) -> None:
         super().__init__()
         self.norm = _group_norm(channels)
-        self.query = _linear(channels, channels, scale=0.1)
-        self.key = _linear(channels, channels, scale=0.1)
-        self.value = _linear(channels, channels, scale=0.1)
+        self.query, self.key, self.value = (_linear(channels, channels, scale=0.1) for _ in range(3))
         self.project = _linear(channels, channels, scale=0.0)
         self.rescale = rescale
 
@@ -294,7 +242,7 @@ def _groups(channels: int) -> int:
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), channels, eps=GROUP_NORM_EPS)
+    return nn.GroupNorm(_groups(channels), channels, eps=1e-6)
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, scale: float = 1.0) -> nn.Conv2d:

@@ -17,7 +17,7 @@ from cmap_defense.backbones.load import entry_of, resolve_backbone, with_remedy
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
 from cmap_defense.backbones.remote.cache import pin, pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry
-from cmap_defense.backbones.shards import sha256_of_weights
+from cmap_defense.backbones.weights import sha256_of_weights
 from cmap_defense.errors import BackboneFileError
 
 

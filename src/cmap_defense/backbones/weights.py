@@ -1,12 +1,13 @@
-"""Weights in files: safetensors, and tensors out of a pickle of which nothing is executed."""
+"""Weights in files: safetensors, shards with an index, and tensors out of a pickle of which nothing is executed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
 """What people call the state dict in a checkpoint."""
+
+_SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -56,25 +59,57 @@ def first_difference(network: nn.Module, tensors: Mapping[str, Tensor]) -> str |
     )
 
 
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Load all of a network's tensors, which are from ``path``. Raises ``BackboneFileError`` where they differ."""
+    wrong = first_difference(network, tensors)
+    if wrong is not None:
+        raise BackboneFileError(f"{path} does not hold the weights of {name!r}: {wrong}.")
+    network.load_state_dict(tensors)
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The file itself, and after an index its shards."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise BackboneFileError(
+            f"{path} is not an index of shards ({type(error).__name__}: {error}). Fetch or write the folder again."
+        ) from error
+    wrong = [name for name in names if not isinstance(name, str) or not _SHARD.fullmatch(name)]
+    if wrong or not names:
+        raise BackboneFileError(
+            f"{path} must name files of weights beside it, but names {wrong[0] if wrong else 'none'!r}. Fetch or write "
+            "the folder again."
+        )
+    return [path, *(path.parent / name for name in names)]
+
+
+def sha256_of_weights(path: Path) -> str:
+    """The SHA-256 of a file; of an index, that of the names and SHA-256 of its shards."""
+    files = weights_files(path)
+    if len(files) == 1:
+        return sha256_of(path)
+    return hashlib.sha256("".join(f"{sha256_of(file)}  {file.name}\n" for file in files).encode()).hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards of an index; nothing in a pickle is executed."""
+    tensors: dict[str, Tensor] = {}
+    for part in weights_files(path):
+        if part.suffix != ".json":
+            tensors |= read_safetensors(part) if part.suffix == ".safetensors" else read_pickle(part)
+    return tensors
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file. Raises ``BackboneFileError`` when it is missing, cut off or something else."""
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The names in a file; the errors of ``read_safetensors``, without reading the tensors."""
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise BackboneFileError(f"{path} is missing. Fetch or write the folder again.")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise BackboneFileError(
             f"{path} is not a whole safetensors file ({error}){_looks(path)}. Fetch or write the folder again."

@@ -15,9 +15,8 @@ from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
-from cmap_defense.backbones.shards import weights_files
 from cmap_defense.backbones.verify import verify_backbone
-from cmap_defense.backbones.weights import DTYPES, sha256_of
+from cmap_defense.backbones.weights import DTYPES, sha256_of, weights_files
 from cmap_defense.cli.build import Printed
 from cmap_defense.cli.output import table_lines
 from cmap_defense.errors import SettingsError

@@ -147,7 +147,9 @@ def _plain(value: Any) -> Any:
         return dataclasses.asdict(value)
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return os.fspath(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{value!r} has no place in JSON")
 
 
 def _sequence(owner: str, name: str, values: Any, length: int | None) -> Sequence[Any]:

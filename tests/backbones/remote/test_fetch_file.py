@@ -147,9 +147,7 @@ def test_what_cannot_be_fetched_is_an_error_with_address_and_reason(
     assert not target.exists()
 
 
-def test_no_token_goes_to_a_server_that_is_not_the_hub(
-    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_no_token_goes_to_a_server_that_is_not_the_hub(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch_file(hub.address + PATH, target)
     assert {request.token for request in hub.requests} == {None}

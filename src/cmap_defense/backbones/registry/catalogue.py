@@ -50,7 +50,12 @@ def _cifar10() -> list[RegistryEntry]:
         ("ct", "ct-lpips", 74, "Consistency training with LPIPS, without a teacher."),
         ("cd-l2-continuous", "cifar10-continuous-cd-l2", 40, f"{distillation}, l2."),
         *(
-            (f"cd-{short}-continuous-stopgrad", f"cifar10-continuous-cd-{short}-stopgrad", 40, f"{distillation}, {text}.")
+            (
+                f"cd-{short}-continuous-stopgrad",
+                f"cifar10-continuous-cd-{short}-stopgrad",
+                40,
+                f"{distillation}, {text}.",
+            )
             for short, text in (("l2", "l2 with stop-gradient"), ("lpips", "LPIPS with stop-gradient"))
         ),
         ("ct-l2-continuous", "continuous-ct-l2", 80, f"{training}, l2."),
@@ -68,72 +73,75 @@ def _cifar10() -> list[RegistryEntry]:
             licence="Apache-2.0 (repository); the model card asks for research use only",
             paper=_PAPER,
             quality=quality.get(name, {}),
-            notes="NCSN++, 56.4 M parameters, unconditional. The official file is JAX's; it is converted once, locally.",
+            notes="NCSN++, 56.4 M parameters, unconditional. The official file is JAX's; it is converted once, "
+            "locally.",
         )
         for name, path, description in [*files, ("edm", "edm_cifar10_ema", "The EDM teacher of the distilled models.")]
     ]
 
 
 def _openai() -> list[RegistryEntry]:
-    """The models on the Hub in the layout of diffusers: OpenAI's, and a community model of CIFAR-10."""
-    demo = {
-        "notes": "Its weights are a pickle, of which tensors alone are read. It was trained with scalings of its own: "
+    """The models on the Hub in the layout of diffusers: a community model of CIFAR-10, and OpenAI's."""
+    demo = (
+        "Its weights are a pickle, of which tensors alone are read. It was trained with scalings of its own: "
         "f(x, sigma_min) is x only up to 0.002 F. No figure of its quality is published."
-    }
-    imagenet = {
-        "num_classes": 1000,
-        "settings": _IMAGENET,
-        "notes": "U-Net of 295.9 M parameters (1.2 GB), class-conditional: read about class_labels before trusting a "
-        "figure. The CMAP paper trained an unconditional model instead, which is nowhere published.",
-    }
-    lsun = {
-        "settings": _IMAGENET,
-        "notes": "Unconditional. Its CMAP settings are those of ImageNet-100: nobody has tuned any for 256 x 256.",
-    }
-    kinds = {
-        "cd": ("l2", "distillation with the squared l2 metric", "distillation, l2"),
-        "cd-lpips": ("lpips", "distillation with LPIPS", "distillation with LPIPS"),
-        "ct": ("", "training, without a teacher", "training, without a teacher"),
-    }
-    commits = {
-        "cd_imagenet64_l2": "04420ad15cb35558fdda60e227206dd38174e971",
-        "cd_imagenet64_lpips": "6056b9c8f0d58ec79773caffcf74d220825055ae",
-        "cd_cat256_l2": "7c669b18f3fc624aee6fc7b11dff728804f1d223",
-        "cd_cat256_lpips": "2b474f9ca5d893faa471ec6b96b2d003d0ad436a",
-    }
-    fids = {
-        "cd_imagenet64_lpips": 6.20,
-        "ct_imagenet64": 13.0,
-        "cd_bedroom256_lpips": 7.80,
-        "ct_bedroom256": 16.0,
-        "cd_cat256_lpips": 11.0,
-        "ct_cat256": 20.7,
-    }
+    )
     text = "A community model of CIFAR-10 in diffusers format, small and quick to fetch (113 MB)."
-    rows: list[tuple[str, str, str, dict[str, Any]]] = [("cifar10-demo", "consistency/cifar10-32-demo", text, demo)]
-    for data in ("imagenet64", "bedroom256", "cat256"):
-        for suffix, (metric, long, short) in kinds.items():
-            file = "_".join(filter(None, (suffix[:2], data, metric)))
-            text = f"ImageNet at 64 x 64. Consistency {long}."
-            if data != "imagenet64":
-                text = f"LSUN {data.removesuffix('256')}s at 256 x 256. Consistency {short}."
-            fields = dict(imagenet if data == "imagenet64" else lsun)
-            if file in fids:
-                fields["quality"] = _fid(fids[file], 2)
-            rows.append((f"{data}-{suffix}", f"openai/diffusers-{file}", text, fields))
-    sides = {"cifar10": 32, "imagenet64": 64, "bedroom256": 256, "cat256": 256}
-    return [
-        RegistryEntry(
-            name=name,
-            description=description,
-            sources=(HubRepository(repo_id=repository, revision=commits.get(repository.partition("-")[2])),),
-            image_shape=(3, sides[name.partition("-")[0]], sides[name.partition("-")[0]]),
-            licence="MIT",
-            paper=_PAPER,
-            **fields | {"notes": f"Needs the extra [diffusers]. {fields['notes']}"},
+    found = [_on_hub("cifar10-demo", 32, "consistency/cifar10-32-demo", None, text, demo)]
+    imagenet = (
+        "U-Net of 295.9 M parameters (1.2 GB), class-conditional: read about class_labels before trusting a figure. "
+        "The CMAP paper trained an unconditional model instead, which is nowhere published."
+    )
+    lsun = "Unconditional. Its CMAP settings are those of ImageNet-100: nobody has tuned any for 256 x 256."
+    models: dict[str, tuple[str | None, float | None]] = {
+        "cd_imagenet64_l2": ("04420ad15cb35558fdda60e227206dd38174e971", None),
+        "cd_imagenet64_lpips": ("6056b9c8f0d58ec79773caffcf74d220825055ae", 6.20),
+        "ct_imagenet64": (None, 13.0),
+        "cd_bedroom256_l2": (None, None),
+        "cd_bedroom256_lpips": (None, 7.80),
+        "ct_bedroom256": (None, 16.0),
+        "cd_cat256_l2": ("7c669b18f3fc624aee6fc7b11dff728804f1d223", None),
+        "cd_cat256_lpips": ("2b474f9ca5d893faa471ec6b96b2d003d0ad436a", 11.0),
+        "ct_cat256": (None, 20.7),
+    }
+    for file, (commit, fid) in models.items():
+        kind, data, metric = f"{file}_".split("_")[:3]
+        small = data == "imagenet64"
+        place = "ImageNet at 64 x 64" if small else f"LSUN {data.removesuffix('256')}s at 256 x 256"
+        how = {
+            "": "training, without a teacher",
+            "l2": "distillation with the squared l2 metric" if small else "distillation, l2",
+            "lpips": "distillation with LPIPS",
+        }
+        found.append(
+            _on_hub(
+                f"{data}-{kind}{'-lpips' if metric == 'lpips' else ''}",
+                64 if small else 256,
+                f"openai/diffusers-{file}",
+                commit,
+                f"{place}. Consistency {how[metric]}.",
+                imagenet if small else lsun,
+                num_classes=1000 if small else None,
+                settings=_IMAGENET,
+                quality={} if fid is None else _fid(fid, 2),
+            )
         )
-        for name, repository, description, fields in rows
-    ]
+    return found
+
+
+def _on_hub(
+    name: str, side: int, repository: str, commit: str | None, description: str, notes: str, **fields: Any
+) -> RegistryEntry:
+    return RegistryEntry(
+        name=name,
+        description=description,
+        sources=(HubRepository(repo_id=repository, revision=commit),),
+        image_shape=(3, side, side),
+        licence="MIT",
+        paper=_PAPER,
+        notes=f"Needs the extra [diffusers]. {notes}",
+        **fields,
+    )
 
 
 def _fid(value: float, table: int, *, inception: float | None = None) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.cache import announce, cache_folder, locked, pin
 from cmap_defense.backbones.remote.hub import fetch_file, fetch_folder
-from cmap_defense.backbones.shards import sha256_of_weights, weights_files
-from cmap_defense.backbones.weights import check_sha256, sha256_of
+from cmap_defense.backbones.weights import check_sha256, sha256_of, sha256_of_weights, weights_files
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
 
 MIRROR = "CMAP_DEFENSE_MIRROR"
@@ -28,7 +27,7 @@ MIRROR = "CMAP_DEFENSE_MIRROR"
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Raised when a converter changes what it writes, so that older conversions are not used."""
 
 
@@ -87,7 +86,7 @@ def _is_backbone(folder: Path) -> bool:
 
 def _weights_names(folder: Path) -> tuple[str, ...]:
     """Where the weights may be: in the record's file, or in one of diffusers', safetensors before a pickle."""
-    return (read_record(folder).weights_file,) if (folder / RECORD_FILE).is_file() else diffusers.WEIGHTS
+    return (read_record(folder).weights_file,) if (folder / RECORD_FILE).is_file() else tuple(diffusers.WEIGHTS)
 
 
 def _has_weights(folder: Path) -> bool:
