@@ -10,7 +10,7 @@ Names are imported when they are first used: ``import cmap_defense`` alone does 
 
 from typing import TYPE_CHECKING, Any
 
-from cmap_defense.common.lazy import lazy_names
+from cmap_defense.common.optional import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense import (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.errors import DataError, InputValueError, MissingExtraError
-from cmap_defense.quality import inception
-from cmap_defense.quality.inception import FILE, inception_features, inception_file
+from cmap_defense.quality import features as inception
+from cmap_defense.quality.features import FILE, inception_features, inception_file
 from toys import uniform
 
 CONTENT = b"weights"

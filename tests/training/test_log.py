@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cmap_defense.errors import TrainingError
-from cmap_defense.training.log import LINES, READ_EVERY, LossLog
+from cmap_defense.training.loop import LINES, READ_EVERY, LossLog
 
 CPU = torch.device("cpu")
 

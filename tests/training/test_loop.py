@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.errors import DataError, TrainingError
-from cmap_defense.training import checkpoint, log, loop
+from cmap_defense.training import checkpoint, loop
 from cmap_defense.training.checkpoint import read_checkpoint
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner, learning_rate
@@ -71,7 +71,7 @@ class Killed(BaseException):
 
 def kill_at(where: str, patch: pytest.MonkeyPatch) -> None:
     """Let a training end at a place of its second checkpoint."""
-    owner, name = {"saved": (loop, "save_checkpoint"), "logged": (log.LossLog, "write")}.get(
+    owner, name = {"saved": (loop, "save_checkpoint"), "logged": (loop.LossLog, "write")}.get(
         where, (checkpoint, "write_safetensors")
     )
     function, calls = getattr(owner, name), []

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cmap_defense.adaptation.config import AdaptationConfig
-from cmap_defense.common.lazy import lazy_names
+from cmap_defense.common.optional import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense.adaptation.run import Adapted, adapt, load_adapted

@@ -7,7 +7,6 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, Nois
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.networks import NETWORKS, Network
-from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry import (
     HubRepository,
@@ -19,7 +18,7 @@ from cmap_defense.backbones.registry import (
     registry_entry,
 )
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
-from cmap_defense.backbones.verify import Verification, verify_backbone
+from cmap_defense.backbones.verify import Verification, push_backbone, verify_backbone
 
 __all__ = [
     "NETWORKS",

@@ -76,11 +76,8 @@ def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Modul
     if kind_of(backbone) == "denoiser":
         usable.discard("generate")
     if needs is not None and needs not in usable:
-        hint = ""
-        if "denoise" in usable:
-            hint = " A denoiser has no one-step generator: CMAP needs a consistency model."
-        elif "generate" in usable:
-            hint = " A purifier that adds noise and denoises needs it."
+        hint = " A denoiser has no one-step generator: CMAP needs a consistency model." if "denoise" in usable else ""
+        hint = " A purifier that adds noise and denoises needs it." if "generate" in usable else hint
         raise BackboneError(f"A backbone has {_METHODS[needs]}, but {name} has no such method.{hint}")
     classes = getattr(backbone, "num_classes", None)
     if classes is not None and (type(classes) is not int or classes < 1):
@@ -122,11 +119,8 @@ def caster(
     is ``through(method)`` where ``through`` is given.
     """
     own = None if through is None else through(getattr(backbone, method))
-    dtype = None
-    if not getattr(backbone, "accepts_any_float", False):
-        dtype = dtype_of(backbone)
-    autocast = torch.is_autocast_enabled(device.type)
-    autocast_dtype = torch.get_autocast_dtype(device.type)
+    dtype = None if getattr(backbone, "accepts_any_float", False) else dtype_of(backbone)
+    autocast, autocast_dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def call(images: Tensor, *others: Any) -> Tensor:
         count_passes(len(images))

@@ -16,6 +16,7 @@ import abc
 import copy
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -279,6 +280,28 @@ def fresh_unet(config: dict[str, Any], device: str = "cpu") -> DiffusersUNet:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return network
+
+
+def openai_unet(
+    image_shape: Sequence[int], channels: Sequence[int], attention: Sequence[bool], groups: int = 32, **more: Any
+) -> dict[str, Any]:
+    """A UNet2DModel's configuration for the U-Net of Dhariwal and Nichol 2021 (arXiv 2105.05233)."""
+    colours, height, width = image_shape
+    return {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": colours,
+        "out_channels": colours,
+        "block_out_channels": list(channels),
+        "down_block_types": ["AttnDownBlock2D" if flag else "ResnetDownsampleBlock2D" for flag in attention],
+        "up_block_types": ["AttnUpBlock2D" if f else "ResnetUpsampleBlock2D" for f in reversed(attention)],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups,
+        "norm_eps": 1e-5,
+        **more,
+    }
 
 
 def configuration_of(network: PipelineUNet) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.common.inputs import check_class_labels
 from cmap_defense.common.modules import dtype_of
-from cmap_defense.common.settings import Settings, require_number
+from cmap_defense.common.settings import Settings, require_number, setting
 from cmap_defense.errors import InputValueError
 
 
@@ -32,14 +32,13 @@ class NoiseRange(Settings):
         sigma_data: standard deviation of the data that the scalings assume.
     """
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
+    sigma_min: float = setting(0.002, above=0.0)
+    sigma_max: float = setting(80.0)
+    sigma_data: float = setting(0.5, above=0.0)
 
     def __post_init__(self) -> None:
-        require_number("NoiseRange", "sigma_min", self.sigma_min, above=0.0)
+        super().__post_init__()
         require_number("NoiseRange", "sigma_max", self.sigma_max, above=self.sigma_min)
-        require_number("NoiseRange", "sigma_data", self.sigma_data, above=0.0)
 
 
 def karras_levels(count: int, noise: NoiseRange | None = None, *, rho: float = 7.0) -> list[float]:

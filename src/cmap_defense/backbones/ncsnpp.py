@@ -58,15 +58,17 @@ class NCSNppConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taps, unit = self.fir_kernel, 2 ** (len(self.ch_mult) - 1)
+        taps, levels, side = self.fir_kernel, len(self.ch_mult), self.image_size
+        unit = 2 ** max(0, levels - 1)
         wrong = {
-            "fir_kernel must be symmetric and not zero": taps != taps[::-1] or sum(taps) <= 0,
-            "ch_mult must name one level at least": not self.ch_mult,
-            f"image_size must be a multiple of {unit}, for {len(self.ch_mult)} levels": self.image_size % max(1, unit),
-            "nf must be a multiple of 4, the size of a group": self.nf % 4,
+            f"fir_kernel must be symmetric and not zero, but is {taps}": taps != taps[::-1] or sum(taps) <= 0,
+            "ch_mult must name one level at least": not levels,
+            f"image_size ({side}) must be a multiple of {unit}, for {levels} levels": side % unit,
+            f"nf must be a multiple of 4, the size of a group, but is {self.nf}": self.nf % 4,
         }
-        for expected in (text for text, fails in wrong.items() if fails):
-            raise SettingsError(f"NCSNppConfig.{expected}, but is {getattr(self, expected.split()[0])}.")
+        for text, fails in wrong.items():
+            if fails:
+                raise SettingsError(f"NCSNppConfig.{text}.")
         widths = (self.nf, *(self.nf * mult for mult in self.ch_mult))
         for channels in (*widths, *(a + b for a in widths for b in widths)):
             if channels % _groups(channels):

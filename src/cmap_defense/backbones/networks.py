@@ -9,34 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of, fresh_unet
+from cmap_defense.backbones.diffusers import PipelineUNet, configuration_of, fresh_unet, openai_unet
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
-from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
+from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig, UNetConfig
 from cmap_defense.common.files import refuse_other_settings
 from cmap_defense.common.modules import building
-from cmap_defense.common.settings import Settings, near_matches, setting
+from cmap_defense.common.settings import near_matches, setting
 from cmap_defense.errors import SettingsError, UnknownNameError
 
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "small": MappingProxyType({"channels": (32, 64), "attention": (False, True)}),
-        "cifar10": MappingProxyType(
-            {
-                "patch": 1,
-                "channels": (64, 128, 128),
-                "blocks": 3,
-                "attention": (False, True, True),
-                "head_channels": 64,
-                "embedding": 256,
-            }
-        ),
-    }
-)
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "small": {"channels": (32, 64), "attention": (False, True)},
+    "cifar10": {
+        "patch": 1,
+        "channels": (64, 128, 128),
+        "blocks": 3,
+        "attention": (False, True, True),
+        "head_channels": 64,
+        "embedding": 256,
+    },
+}
 """Configurations of the compact network by name: changes to the defaults of ``CompactUNetConfig``.
 
 "small" has 1 million parameters; "cifar10" has 9.6 million, for images 3 x 32 x 32.
@@ -44,18 +39,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UNet64Config(Settings):
-    """The U-Net of the published ImageNet-64 models; the defaults are theirs.
+class UNet64Config(UNetConfig):
+    """The U-Net of the published ImageNet-64 models; the defaults are theirs. The rest is as in ``UNetConfig``.
 
     Attributes:
-        image_shape: (C, H, W), H and W multiples of 2^(levels - 1).
-        channels: width of each level, finest first.
-        blocks: residual blocks per level on the way down (one more on the way up).
-        attention: for each level, whether self-attention follows its blocks.
-        head_channels: channels of one attention head.
         groups: groups of the group normalisations.
-        dropout: probability of dropout in the blocks.
-        num_classes: number of classes; None for an unconditional network.
     """
 
     image_shape: tuple[int, int, int] = setting((3, 64, 64), minimum=1)
@@ -64,51 +52,26 @@ class UNet64Config(Settings):
     attention: tuple[bool, ...] = setting((False, True, True, True))
     head_channels: int = setting(64, minimum=1)
     groups: int = setting(32, minimum=1)
-    dropout: float = setting(0.0, minimum=0.0, below=1.0)
-    num_classes: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.channels:
-            raise SettingsError("UNet64Config.channels must name one level at least.")
-        if len(self.attention) != len(self.channels):
-            raise SettingsError(
-                f"UNet64Config.attention must be one boolean per level, {len(self.channels)} in all, but is "
-                f"{self.attention!r}."
-            )
-        attended = {c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]}
-        for unit, name, widths in (
-            (self.groups, "groups", self.channels),
-            (self.head_channels, "head_channels", attended),
-        ):
-            unfit = [width for width in widths if width % unit]
-            if unfit:
-                raise SettingsError(f"UNet64Config.{name} ({unit}) must divide {unfit[0]} channels.")
-        unit = 2 ** (len(self.channels) - 1)
-        if self.image_shape[1] % unit or self.image_shape[2] % unit:
-            raise SettingsError(f"UNet64Config: image sides {self.image_shape[1:]} must be multiples of {unit}.")
+        for name, widths in (("groups", self.channels), ("head_channels", self.attended)):
+            for width in widths:
+                if width % getattr(self, name):
+                    raise SettingsError(f"UNet64Config.{name} ({getattr(self, name)}) must divide {width} channels.")
 
     def to_unet(self) -> dict[str, Any]:
         """The same as a configuration of diffusers' UNet2DModel."""
-        colours, height, width = self.image_shape
-        return {
-            "sample_size": height if height == width else [height, width],
-            "in_channels": colours,
-            "out_channels": colours,
-            "layers_per_block": self.blocks,
-            "block_out_channels": list(self.channels),
-            "down_block_types": ["AttnDownBlock2D" if flag else "ResnetDownsampleBlock2D" for flag in self.attention],
-            "up_block_types": ["AttnUpBlock2D" if f else "ResnetUpsampleBlock2D" for f in reversed(self.attention)],
-            "downsample_type": "resnet",
-            "upsample_type": "resnet",
-            "resnet_time_scale_shift": "scale_shift",
-            "attention_head_dim": self.head_channels,
-            "dropout": self.dropout,
-            "num_class_embeds": self.num_classes,
-            "norm_num_groups": self.groups,
-            "attn_norm_num_groups": self.groups,
-            "norm_eps": 1e-5,
-        }
+        return openai_unet(
+            self.image_shape,
+            self.channels,
+            self.attention,
+            self.groups,
+            layers_per_block=self.blocks,
+            attention_head_dim=self.head_channels,
+            dropout=self.dropout,
+            num_class_embeds=self.num_classes,
+        )
 
 
 def _ncsnpp(image_shape: tuple[int, int, int], num_classes: int | None, changes: dict[str, Any]) -> NCSNppConfig:
@@ -124,18 +87,11 @@ def _shaped(config: type[Any]) -> Callable[[tuple[int, int, int], int | None, di
     return lambda shape, classes, changes: config.from_dict({"image_shape": shape, "num_classes": classes} | changes)
 
 
+_SHAPE = frozenset({"image_shape", "num_classes"})
 _KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any, str], nn.Module], frozenset[str]]] = {
-    "compact": (
-        _shaped(CompactUNetConfig),
-        lambda config, device: CompactUNet(config),
-        frozenset({"image_shape", "num_classes"}),
-    ),
+    "compact": (_shaped(CompactUNetConfig), lambda config, device: CompactUNet(config), _SHAPE),
     "ncsnpp": (_ncsnpp, lambda config, device: NCSNpp(config), frozenset({"image_size", "num_channels"})),
-    "imagenet64": (
-        _shaped(UNet64Config),
-        lambda config, device: fresh_unet(config.to_unet(), device),
-        frozenset({"image_shape", "num_classes"}),
-    ),
+    "imagenet64": (_shaped(UNet64Config), lambda config, device: fresh_unet(config.to_unet(), device), _SHAPE),
 }
 """Name -> configuration from (image shape, classes, changes), network from it, and what the data decide in it."""
 

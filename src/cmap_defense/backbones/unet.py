@@ -26,56 +26,73 @@ from cmap_defense.errors import SettingsError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompactUNetConfig(Settings):
-    """Architecture of a ``CompactUNet``.
+class UNetConfig(Settings):
+    """What U-Nets have in common.
 
     Attributes:
-        image_shape: (C, H, W) in pixels; H and W are multiples of patch * 2^(levels - 1).
-        patch: edge of the space-to-depth patch.
+        image_shape: (C, H, W) in pixels; H and W are multiples of 2^(levels - 1), times the patch where there is one.
         channels: width of each level, finest first.
         blocks: residual blocks per level on the way down (one more on the way up).
         attention: for each level, whether its blocks are followed by self-attention.
         head_channels: channels of one attention head.
-        embedding: width of the noise embedding.
-        dropout: in the blocks.
+        dropout: probability of dropout in the blocks.
         num_classes: of a class-conditional network, None for another.
-
-    Raises:
-        SettingsError: a value is out of its range, or the values do not fit together.
     """
 
     image_shape: tuple[int, int, int] = setting((3, 32, 32), minimum=1)
-    patch: int = setting(2, minimum=1)
     channels: tuple[int, ...] = setting((48, 96), minimum=1)
     blocks: int = setting(2, minimum=1)
     attention: tuple[bool, ...] = setting((False, True))
     head_channels: int = setting(32, minimum=1)
-    embedding: int = setting(128, minimum=4)
     dropout: float = setting(0.0, minimum=0.0, below=1.0)
     num_classes: int | None = setting(None, minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        owner = "CompactUNetConfig"
-        if len(self.attention) != len(self.channels) or not self.channels:
+        owner, levels, unit = type(self).__name__, len(self.channels), self._unit
+        if len(self.attention) != levels or not levels:
             raise SettingsError(
-                f"{owner} needs one entry of attention per entry of channels, but has {len(self.attention)} and "
-                f"{len(self.channels)}."
+                f"{owner}.channels must name one level at least, and attention one boolean per level, but they are "
+                f"{self.channels!r} and {self.attention!r}."
             )
-        attended = {c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]}
-        for channels in attended:
+        if self.image_shape[1] % unit or self.image_shape[2] % unit:
+            raise SettingsError(f"{owner}: image sides {self.image_shape[1:]} must be multiples of {unit}.")
+
+    @property
+    def _unit(self) -> int:
+        """Pixels to a side of the coarsest level's."""
+        return getattr(self, "patch", 1) * 2 ** max(0, len(self.channels) - 1)
+
+    @property
+    def attended(self) -> list[int]:
+        """The channels of levels with attention; the middle has it too."""
+        return sorted({c for c, flag in zip(self.channels, self.attention, strict=True) if flag} | {self.channels[-1]})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactUNetConfig(UNetConfig):
+    """Architecture of a ``CompactUNet``. What is not below is as in ``UNetConfig``.
+
+    Attributes:
+        patch: edge of the space-to-depth patch.
+        embedding: width of the noise embedding.
+
+    Raises:
+        SettingsError: a value is out of its range, or the values do not fit together.
+    """
+
+    patch: int = setting(2, minimum=1)
+    embedding: int = setting(128, minimum=4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for channels in self.attended:
             if channels % max(1, channels // self.head_channels):
                 raise SettingsError(
                     f"CompactUNetConfig: {channels} channels with attention do not divide into heads of about "
                     f"{self.head_channels}; choose another head_channels."
                 )
-        unit = self.patch * 2 ** (len(self.channels) - 1)
-        if self.image_shape[1] % unit or self.image_shape[2] % unit:
-            raise SettingsError(
-                f"CompactUNetConfig: image sides {self.image_shape[1:]} must be multiples of {unit} "
-                "(patch times 2 for each level below the first)."
-            )
-        coarsest = self.image_shape[1] * self.image_shape[2] // unit**2
+        coarsest = self.image_shape[1] * self.image_shape[2] // self._unit**2
         if coarsest == 1 and self.channels[-1] == math.gcd(self.channels[-1], 8):
             raise SettingsError(
                 "CompactUNetConfig: at the coarsest level each group of the normalisation has one value only. "

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.folder import read_backbone, read_record
+from cmap_defense.backbones import diffusers
+from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_record
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel
 from cmap_defense.backbones.load import entry_of, resolve_backbone, with_remedy
 from cmap_defense.backbones.registry.entry import HubRepository, OfficialFile
 from cmap_defense.backbones.remote.cache import pin, pinned
+from cmap_defense.backbones.remote.card import hub_card
 from cmap_defense.backbones.remote.fetch import fetch_entry
+from cmap_defense.backbones.remote.hub import push_files
 from cmap_defense.backbones.weights import sha256_of_weights
 from cmap_defense.errors import BackboneFileError
 
@@ -115,3 +118,41 @@ def _boundary_error_and_images(model: KarrasModel) -> tuple[float | None, Tensor
             return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)  # pyright: ignore[reportCallIssue]
         at_rest = model.denoise(noise, model.noise.sigma_min, labels)
         return (at_rest - noise).abs().max().item(), model.generate(noise, labels)
+
+
+CARD = "README.md"
+
+
+def push_backbone(
+    folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, message: str = "Add the backbone"
+) -> str:
+    """Upload a backbone folder: record, weights, the pipeline's configurations where it is one, licences, model card.
+
+    The folder is verified first. Its own README.md is taken as the card where there is one; otherwise the card is made
+    from the record.
+
+    Args:
+        folder: written by ``train``, ``convert`` or ``write_backbone``.
+        repo_id: organisation/name; the repository is made when it is not there. The token is HF_TOKEN's, or that of
+            ``hf auth login``.
+        private: whether a repository that is made here is private.
+        message: of the commit.
+
+    Returns:
+        ``organisation/name@commit``, which ``load_backbone`` takes.
+
+    Raises:
+        BackboneFileError: the folder is not whole, or the Hub cannot be reached.
+        UnknownNameError: no right to write there.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD_FILE).is_file():
+        raise BackboneFileError(f"{folder} has no {RECORD_FILE}: push takes a folder that convert or train wrote.")
+    verify_backbone(folder, remember=False)
+    record = read_record(folder)
+    names = [record.weights_file, *diffusers.PIPELINE_FILES, CARD]
+    names += sorted(path.name for path in folder.iterdir() if path.name.upper().startswith(("LICENSE", "NOTICE")))
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
+    files.setdefault(CARD, hub_card(record, repo_id).encode())
+    files[RECORD_FILE] = folder / RECORD_FILE
+    return f"{repo_id}@{push_files(repo_id, files, private=private, message=message)}"

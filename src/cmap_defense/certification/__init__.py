@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cmap_defense.certification.settings import CertificationSettings
-from cmap_defense.common.lazy import lazy_names
+from cmap_defense.common.optional import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense.certification.bounds import certified_radii, lower_bounds

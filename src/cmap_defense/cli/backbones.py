@@ -12,10 +12,9 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbo
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.load import entry_of, resolve_backbone
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
-from cmap_defense.backbones.push import push_backbone
 from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
-from cmap_defense.backbones.verify import verify_backbone
+from cmap_defense.backbones.verify import push_backbone, verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of, weights_files
 from cmap_defense.cli.build import Printed
 from cmap_defense.cli.output import table_lines

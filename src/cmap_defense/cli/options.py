@@ -20,7 +20,7 @@ from cmap_defense.cli.command import Decorator, decorators, in_group
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import Settings, near_matches
-from cmap_defense.common.tables import in_255ths
+from cmap_defense.common.statistics import in_255ths
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol

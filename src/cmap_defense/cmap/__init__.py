@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cmap_defense.cmap.settings import CMAPSettings
-from cmap_defense.common.lazy import lazy_names
+from cmap_defense.common.optional import lazy_names
 
 if TYPE_CHECKING:
     from cmap_defense.cmap.losses import ObjectiveTerms, latent_moments, latent_term, perceptual_terms

@@ -31,19 +31,15 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
         InputValueError: not of rank 4.
     """
     if not isinstance(images, Tensor):
-        raise InputTypeError(
-            f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}."
-            + conversion_line(images, channels)
-        )
+        hint = conversion_line(images, channels)
+        raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.{hint}")
     if not images.is_floating_point():
         raise InputTypeError(
-            f"Images must be floating-point, but are {images.dtype}." + conversion_line(images, channels)
+            f"Images must be floating-point, but are {images.dtype}.{conversion_line(images, channels)}"
         )
     if images.ndim != 4:
-        raise InputValueError(
-            f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}."
-            + conversion_line(images, channels)
-        )
+        hint = conversion_line(images, channels)
+        raise InputValueError(f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}.{hint}")
     return images
 
 
@@ -218,11 +214,15 @@ def check_seeds(seeds: object, count: int, name: str = "seeds") -> Tensor:
         if any(not -(2**63) <= int(s) < 2**64 for s in listed):
             raise InputValueError(f"{name} must fit 64 bits, but are {listed!r}.")
         seeds = torch.tensor([signed_word(int(s)) for s in listed], dtype=torch.int64, device="cpu")
-    if seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+    if not _is_integer(seeds):
         raise InputTypeError(f"{name} must be integers, but are {seeds.dtype}.")
     if tuple(seeds.shape) != (count,):
         raise InputValueError(f"{name} must be one per image, [{count}], but are {list(seeds.shape)}.")
     return seeds.detach().to("cpu", torch.int64)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def check_class_labels(labels: object, count: int, num_classes: int | None, *, ranged: bool = True) -> Tensor | None:
@@ -237,20 +237,13 @@ def check_class_labels(labels: object, count: int, num_classes: int | None, *, r
     """
     if num_classes is None:
         if labels is not None:
-            raise InputValueError(
-                "class_labels were given, but this backbone is not class-conditional: leave them out."
-            )
+            raise InputValueError("class_labels were given, but the backbone is not class-conditional: leave them out.")
         return None
     if labels is None:
         raise InputValueError(
             f"This backbone is class-conditional: give class_labels, integers [{count}] from 0 to {num_classes - 1}."
         )
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
+    if not isinstance(labels, Tensor) or not _is_integer(labels):
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise InputTypeError(f"class_labels must be an integer tensor [{count}], but are {came}.")
     if tuple(labels.shape) != (count,):

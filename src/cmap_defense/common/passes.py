@@ -9,11 +9,7 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(eq=False)
 class PassCounter:
-    """How many passes there were.
-
-    Attributes:
-        total: latents and noisy images so far.
-    """
+    """How many passes there were."""
 
     total: int = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -182,3 +183,15 @@ def standard_error(values: Tensor) -> float:
 def interval_text(value: float, interval: tuple[float, float]) -> str:
     """A number with its interval, as reports show it."""
     return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def in_255ths(value: float) -> str:
+    """A number such as "8/255"; empty where it is no whole number of 255ths between 0 and 1."""
+    steps = round(255 * value)
+    return f"{steps}/255" if 0 < steps < 255 and abs(255 * value - steps) < 1e-9 else ""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from cmap_defense.common.lazy import lazy_names
+from cmap_defense.common.optional import lazy_names
 from cmap_defense.data.subset import Subset
 
 if TYPE_CHECKING:

@@ -112,8 +112,8 @@ class FolderImages:
         empty = [name for name, files in classes.items() if not files]
         if empty:
             raise DataError(
-                f"{taken} has class folders without images: {', '.join(empty[:3])}. Remove them, or put images there; "
-                f"files that end in {', '.join(_ENDINGS)} are images."
+                f"{taken} has class folders without images: {', '.join(empty[:3])}. Remove them, or put files there "
+                f"that end in {', '.join(_ENDINGS)}."
             )
         paths = tuple(path for files in classes.values() for path in files)
         labels = [label for label, files in enumerate(classes.values()) for _ in files]

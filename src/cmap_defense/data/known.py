@@ -14,22 +14,10 @@ import numpy as np
 from filelock import FileLock
 
 from cmap_defense.common.paths import expanded, home
-from cmap_defense.data.arrays import labelled, read_npz
-from cmap_defense.data.images import LabelledImages
+from cmap_defense.data.images import LabelledImages, labelled, read_npz
+from cmap_defense.embedded import CLASS_NAMES
 from cmap_defense.errors import DataError, SettingsError
 
-FASHION_MNIST_CLASSES = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _FASHION_FILES = {"train": "train", "test": "t10k"}
@@ -49,7 +37,7 @@ def fashion_mnist(split: str) -> LabelledImages:
     folder, stem = _fashion_folder(), _FASHION_FILES[split]
     images = _idx(folder, f"{stem}-images-idx3-ubyte", axes=3)
     labels = _idx(folder, f"{stem}-labels-idx1-ubyte", axes=1)
-    return labelled(images[..., None], labels, str(folder), FASHION_MNIST_CLASSES)
+    return labelled(images[..., None], labels, str(folder), CLASS_NAMES)
 
 
 def cifar10(split: str) -> LabelledImages:

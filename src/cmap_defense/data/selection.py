@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import os
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,20 +103,18 @@ class SelectedImages:
         items = [data[position] for position in positions.tolist()]
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
             raise DataError("Each item of a data set must be (image, label).")
-        if not all(isinstance(image, Tensor) for image, _ in items):
+        images, labels = zip(*items, strict=True)
+        if not all(isinstance(image, Tensor) for image in images):
             raise DataError(
                 "The images of a data set must be tensors [C, H, W] in [0, 1], "
-                f"but are {type(items[0][0]).__name__}: give it transform=torchvision.transforms.ToTensor()."
+                f"but are {type(images[0]).__name__}: give it transform=torchvision.transforms.ToTensor()."
             )
-        shapes = {tuple(image.shape) for image, _ in items}
+        shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
-            raise DataError(
-                f"The images must have one size, but have {sorted(shapes)[:3]}: give the data set a resize."
-            )
-        images = torch.stack([image for image, _ in items])
-        labels = torch.tensor([_label(label, position) for (_, label), position in zip(items, positions, strict=True)])
+            raise DataError(f"The images must have one size, but have {sorted(shapes)[:3]}: give it a resize.")
+        numbers = torch.tensor([_label(label, position) for label, position in zip(labels, positions, strict=True)])
         names = getattr(data, "classes", None)
-        return cls._checked(images, labels, positions, None if names is None else tuple(map(str, names)))
+        return cls._checked(torch.stack(images), numbers, positions, None if names is None else tuple(map(str, names)))
 
     def check_classes(self, classes: int, model: str) -> None:
         """Raises ``InputValueError`` when there is a label that a model of so many classes does not have."""
@@ -154,7 +152,7 @@ def images_at(data: Any, positions: Tensor) -> SelectedImages:
 def _label(label: Any, position: Any) -> int:
     """A label that came with one image."""
     number = label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+    if isinstance(number, bool) or not isinstance(number, Integral):
         raise InputTypeError(
             f"Labels must be integers from 0, but that of image {int(position)} is {label!r} ({type(label).__name__})."
         )

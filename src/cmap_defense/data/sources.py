@@ -7,9 +7,8 @@ from pathlib import Path
 
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import near_matches
-from cmap_defense.data.arrays import npz_images
 from cmap_defense.data.folders import FolderImages
-from cmap_defense.data.images import ImageSource, LabelledImages
+from cmap_defense.data.images import ImageSource, LabelledImages, npz_images
 from cmap_defense.data.known import KNOWN
 from cmap_defense.errors import DataError, UnknownNameError
 

@@ -11,8 +11,7 @@ from typing import Any
 from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import write_findings
-from cmap_defense.common.statistics import Accuracy
-from cmap_defense.common.tables import markdown_table
+from cmap_defense.common.statistics import Accuracy, markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError

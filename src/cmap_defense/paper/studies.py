@@ -18,8 +18,7 @@ from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.settings import near_matches
-from cmap_defense.common.statistics import Accuracy
-from cmap_defense.common.tables import markdown_table
+from cmap_defense.common.statistics import Accuracy, markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError

@@ -15,9 +15,14 @@ from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.data.selection import images_at
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import ClassifierError, DataError, MissingExtraError, SettingsError
-from cmap_defense.quality.features import find_features, read_features
+from cmap_defense.quality.features import (
+    INCEPTION_NUMBERS,
+    find_features,
+    inception_features,
+    inception_file,
+    read_features,
+)
 from cmap_defense.quality.frechet import frechet_distance, too_few
-from cmap_defense.quality.inception import INCEPTION_NUMBERS, inception_features, inception_file
 
 SHOWN = 64
 """Samples that are kept for a picture, at most."""

@@ -105,17 +105,7 @@ def reconstruct(
     accuracies, shown, predicted = {}, {}, {}
     for vote, (name, model) in zip(votes, models.items(), strict=True):
         on_step(f"attacking {name}")
-        attacked = torch.cat(
-            [
-                attack(
-                    model.undefended,
-                    images.images[rows].to(device),
-                    images.labels[rows].to(device),
-                    indices=images.positions[rows],
-                ).images.cpu()
-                for rows in groups
-            ]
-        )
+        attacked = torch.cat([_attacked(attack, model, images, rows, device) for rows in groups])
         on_step(f"purifying attacked images for {name}")
         recovered, pictures, *_ = purified(model, attacked, [model])
         labels = {"clean": bare(model, images.images), "purified": vote, "attacked": bare(model, attacked)}
@@ -129,3 +119,11 @@ def reconstruct(
     return Reconstructions(
         l1.mean().item(), ssim.mean().item(), accuracies, shown, images.labels[:SHOWN].clone(), predicted
     )
+
+
+def _attacked(
+    attack: Attack, model: PurifiedClassifier, images: SelectedImages, rows: Tensor, device: torch.device
+) -> Tensor:
+    """Some of the images, attacked through the bare classifier, on the CPU."""
+    given, labels = images.images[rows].to(device), images.labels[rows].to(device)
+    return attack(model.undefended, given, labels, indices=images.positions[rows]).images.cpu()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmap_defense.common.files import write_json, write_text
-from cmap_defense.common.statistics import Accuracy
-from cmap_defense.common.tables import markdown_table
+from cmap_defense.common.statistics import Accuracy, markdown_table
 
 KINDS = {
     "clean": "clean",

@@ -45,11 +45,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>`` and delete old ones.
-
-    Returns:
-        The folder of the checkpoint.
-    """
+    """Write ``checkpoint-<step>`` and delete old ones."""
     path = folder / f"checkpoint-{checkpoint.step:08d}"
     for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
         if _NAME.fullmatch(left_behind.name.removesuffix(_PARTIAL)):

@@ -61,11 +61,7 @@ class Draws:
 
 
 def image_indices(step: int, batch_size: int, length: int, seed: int) -> Tensor:
-    """The images of a step: epoch after epoch, each a permutation of its own; batches run over the epochs' borders.
-
-    Returns:
-        int64 [batch_size].
-    """
+    """The images of a step: epoch after epoch, each a permutation of its own; batches run over the epochs' borders."""
     start, parts, missing = step * batch_size, [], batch_size
     while missing:
         epoch, offset = divmod(start, length)
@@ -86,6 +82,7 @@ def fit_beside(images: Tensor, device: torch.device) -> bool:
 
 def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
     """Check that a model can be trained on these images."""
+    classes = model.num_classes
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
         raise DataError(
             f"Training images must be uint8 [N, {', '.join(map(str, model.image_shape))}], "
@@ -93,16 +90,13 @@ def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
         )
     if len(images) == 0:
         raise DataError("The training set is empty.")
-    if (labels is None) != (model.num_classes is None):
+    if (labels is None) != (classes is None):
         needed = "needs labels" if labels is None else "takes no labels"
-        raise DataError(f"A model with num_classes={model.num_classes} {needed}.")
-    if labels is None:
-        return
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise DataError(f"A model with num_classes={classes} {needed}.")
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
         raise DataError(f"Labels must be int64 [{len(images)}], but are {labels.dtype} {list(labels.shape)}.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= (model.num_classes or 0):
-        raise DataError(f"Labels go from {low} to {high}, but the model has {model.num_classes} classes.")
+    if labels is not None and not 0 <= labels.min() <= labels.max() < (classes or 0):
+        raise DataError(f"Labels go from {labels.min()} to {labels.max()}, but the model has {classes} classes.")
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -34,10 +34,6 @@ class EMA(_Average):
     """Exponential moving average of a module's parameters and floating-point buffers, in float32.
 
     (Karras et al. 2022, appendix F.)
-
-    Args:
-        module: its weights are the first averages.
-        half_life: in images; at most a twentieth of the images seen.
     """
 
     def __init__(self, module: nn.Module, half_life: int) -> None:
@@ -57,16 +53,7 @@ class EMA(_Average):
 
 
 class Target(_Average):
-    """The model that gives a loss the values to come close to: the trained one itself, or a copy that follows it.
-
-    Args:
-        trained: the trained model.
-        decay: the first one of ``Objective.decay_at``; None for the trained model itself.
-
-    Attributes:
-        model: the target, in the trained model's mode.
-        weights: the copy's parameters by name; empty where the target is the trained model.
-    """
+    """The model that gives a loss the values to come close to: the trained one itself, or a copy that follows it."""
 
     def __init__(self, trained: Model, decay: float | None) -> None:
         self.model = trained

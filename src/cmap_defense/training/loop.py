@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cmap_defense.common.files import write_text
 from cmap_defense.common.ranks import Ranks
-from cmap_defense.errors import CheckpointError
+from cmap_defense.errors import CheckpointError, TrainingError
 from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -29,7 +32,6 @@ from cmap_defense.training.checkpoint import (
     save_checkpoint,
 )
 from cmap_defense.training.ema import EMA
-from cmap_defense.training.log import LossLog
 
 LOG_FILE = "log.jsonl"
 
@@ -41,8 +43,7 @@ class TrainState:
     Attributes:
         step: optimiser steps done.
         steps: optimiser steps in all.
-        loss: newest mean loss that is known. On the CPU it is that of this step. On CUDA it is read every 50 steps, so
-            that no step waits for the device.
+        loss: newest mean loss that is known; on CUDA it is read every 50 steps.
     """
 
     step: int
@@ -112,7 +113,7 @@ def train(
     """
     config, team = learner.config, learner.team
     settings = {"train": config.reproducible(), **(parts or {})}
-    newest = team.by_first(functools.partial(_opened, folder, settings))
+    newest = team.by_first(functools.partial(newest_checkpoint, folder, settings))
     _agree(team, folder, settings)
     step = 0
     if newest is not None:
@@ -138,12 +139,6 @@ def train(
     return step
 
 
-def _opened(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The folder's newest checkpoint; the folder is made when it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return newest_checkpoint(folder, settings)
-
-
 def _agree(team: Ranks, folder: Path, settings: Mapping[str, Any]) -> None:
     """All ranks were started with the settings of the first one; otherwise all of them raise."""
     other = None
@@ -167,3 +162,58 @@ def _with_averages(learner: Trainee, on_checkpoint: Callable[[int], None], step:
     finally:
         model.load_state_dict(own)
         model.train()
+
+
+LINES = 20
+"""Of a checkpoint, at most."""
+
+READ_EVERY = 50
+"""Steps between two readings from a device that works ahead of the program."""
+
+
+class LossLog:
+    """A file of steps, images seen, and mean losses since the line before: up to 20 lines per checkpoint."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.every = 1 if device.type == "cpu" else READ_EVERY
+        self.newest = math.nan
+        self._unread: list[Tensor] = []
+        self._since: list[float] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Take the loss [] of a step, on the device."""
+        self._unread.append(loss.detach())
+        if len(self._unread) >= self.every or math.isnan(self.newest):
+            self._read()
+
+    def means(self, step: int) -> list[tuple[int, float]]:
+        """The losses since the last call, in stretches of about as many steps: last step and mean loss of each."""
+        self._read()
+        since, self._since = self._since, []
+        begun, parts = step - len(since), min(LINES, len(since))
+        ends = [len(since) * part // parts for part in range(parts + 1)]
+        return [
+            (begun + last, math.fsum(since[first:last]) / (last - first)) for first, last in itertools.pairwise(ends)
+        ]
+
+    def write(self, begun: int, means: Sequence[tuple[int, float]], batch_size: int) -> None:
+        """Append a line for each stretch, and drop the lines that a killed run left."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        rows = [old for old in rows if old["step"] <= begun]
+        rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        found = torch.stack(self._unread).tolist()
+        self._unread = []
+        if not all(map(math.isfinite, found)):
+            raise TrainingError(
+                f"The loss, or its gradient, is {next(loss for loss in found if not math.isfinite(loss))}: the "
+                "training has diverged, and no checkpoint of it is written. Start again in another folder with a "
+                "lower learning rate, a longer warm-up, or float32."
+            )
+        self._since += found
+        self.newest = found[-1]

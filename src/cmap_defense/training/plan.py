@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmap_defense.common.files import write_text
 from cmap_defense.common.ranks import Ranks
@@ -35,8 +34,7 @@ WARM_UP, BLOCK, MOST, SHARE = 3, 5, 50, 0.05
 the minutes that these take at most, unless a block takes longer."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Seconds of an optimiser step, and of a checkpoint."""
 
     step: float
@@ -47,10 +45,15 @@ def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], te
     """The settings with the length and the precision of the calls before, where they leave these open."""
     if config.precision == "auto":
         precision = team.by_first(functools.partial(_precision_before, folder))
-        config = config if precision is None else config.replace(precision=precision)
-    if config.images is None:
-        config = config.replace(images=team.by_first(functools.partial(_length_before, config, folder, parts)))
-    return config
+        config = config.replace(precision=precision or "auto")
+    if config.images is not None:
+        return config
+
+    def length() -> int | None:
+        images, newest = read_plan(folder, _without_length(config, parts)), newest_whole(folder)
+        return images if images is not None or newest is None else settings_of(newest)["train"]["images"]
+
+    return config.replace(images=team.by_first(length))
 
 
 def planned_images(
@@ -146,13 +149,7 @@ def measure(
 
 def _without_length(config: TrainingConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
     shown = config.reproducible()
-    del shown["images"]
-    return {"train": shown, **parts}
-
-
-def _length_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any]) -> int | None:
-    images, newest = read_plan(folder, _without_length(config, parts)), newest_whole(folder)
-    return images if images is not None or newest is None else settings_of(newest)["train"]["images"]
+    return {"train": {name: value for name, value in shown.items() if name != "images"}, **parts}
 
 
 def _precision_before(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -91,12 +92,8 @@ def train_backbone(
     sources = dict(objective.sources)
     if start is not None and start.record is not None:
         sources = {"from": source_of(start), **sources}
-    parts = {
-        "objective": objective.describe(),
-        "network": network.describe(),
-        "data": _fingerprint(images, labels),
-        **sources,
-    }
+    parts = {"objective": objective.describe(), "network": network.describe(), "data": _fingerprint(images, labels)}
+    parts |= sources
     with ranks() as team, locked(folder, "training", CheckpointError, team):
         config = as_before(config, folder, parts, team)
         if config.precision == "auto":
@@ -123,10 +120,18 @@ def train_backbone(
 
         def write(step: int, name: str = "backbone") -> None:
             seen = {"images_seen": step * config.batch_size}
-            before = _record_in(folder / name)
+            place, before = folder / name, None
+            with contextlib.suppress(BackboneFileError):
+                before = read_record(place)
             dtype = getattr(torch, config.weights)
-            write_backbone(model, folder / name, dtype=dtype, **fields | {"training": trained_on | seen})
-            _keep_findings(folder / name, before)
+            now = write_backbone(model, place, dtype=dtype, **fields | {"training": trained_on | seen})
+            if (
+                before is not None
+                and before.weights_sha256 == now.weights_sha256
+                and (before.figures or before.settings)
+            ):
+                kept = now.replace(figures=before.figures, settings=before.settings)  # findings about the same weights
+                write_text(place / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
         written: set[int] = set()
 
@@ -167,22 +172,6 @@ def _fresh_model(network: Network, objective: Objective, config: TrainingConfig,
         refuse_other_network(built, start.network)
         built.load_state_dict(start.network.state_dict())
     return model.to(config.device)
-
-
-def _record_in(folder: Path) -> Any:
-    """The record of a backbone, or None where there is none that can be read."""
-    try:
-        return read_record(folder)
-    except BackboneFileError:
-        return None
-
-
-def _keep_findings(folder: Path, before: Any) -> None:
-    """Restore the figures and CMAP settings that were written into the record of the same weights."""
-    record = read_record(folder)
-    if before is not None and before.weights_sha256 == record.weights_sha256 and (before.figures or before.settings):
-        kept = record.replace(figures=before.figures, settings=before.settings)
-        write_text(folder / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
 
 def _fingerprint(images: Tensor, labels: Tensor | None) -> dict[str, Any]:

@@ -23,9 +23,6 @@ def sample_grid(model: Model, seed: int = 0) -> Tensor:
     """64 samples of a model; of a class-conditional one, class after class.
 
     A consistency model makes them in one step, a denoiser in 18 steps of Heun's method (arXiv 2206.00364, Algorithm 1).
-
-    Returns:
-        [64, C, H, W] in [0, 1] on the model's device.
     """
     device = device_of(model) or torch.device("cpu")
     latents = draw_latents(torch.tensor([seed]), SAMPLES, model.image_shape)[0].to(device)

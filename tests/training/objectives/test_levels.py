@@ -11,7 +11,7 @@ from torch import Tensor
 from cmap_defense.backbones import NoiseRange
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives.levels import adjacent_levels, lognormal_index, lognormal_levels, uniform_index
+from cmap_defense.training.objectives.base import adjacent_levels, lognormal_index, lognormal_levels, uniform_index
 
 NOISE = NoiseRange()
 

@@ -74,43 +74,35 @@ def jcm_slots(network: nn.Module) -> Iterator[tuple[str, tuple[Tensor, tuple[int
     flax numbers the modules of a class in the order in which they are called, and starts anew inside a block; our
     networks register their modules in that order.
     """
-    yield from _slots(network, "", Counter(), dense="Dense")
+    yield from _slots(network, "", Counter())
 
 
-def _slots(
-    module: nn.Module, prefix: str, count: Counter[str], *, dense: str
-) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...]]]]:
+_BLOCKS = {ResidualBlock: "ResnetBlockBigGANpp", Attention: "AttnBlockpp", FIRDownConv: "Downsample"}
+_LAYERS = {
+    nn.Conv2d: ("Conv", "kernel", "bias", FROM_HWIO),
+    nn.Linear: ("Dense", "kernel", "bias", FROM_IO),
+    nn.GroupNorm: ("GroupNorm", "scale", "bias", AS_IT_IS),
+    (FIRDownConv, nn.Conv2d): ("Conv2d", "weight", "bias", FROM_HWIO),
+    (Attention, nn.Linear): ("NIN", "W", "b", FROM_IO),
+}
+"""The layers by class, and by the class of the block that they are in: class in flax, its two tensors, their axes."""
+
+
+def _slots(module: nn.Module, prefix: str, count: Counter[str]) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...]]]]:
     def path(kind: str) -> str:
         count[kind] += 1
         return f"{prefix}{kind}_{count[kind] - 1}/"
 
     for child in module.children():
-        if isinstance(child, nn.Conv2d):
-            inside = isinstance(module, FIRDownConv)
-            place = path("Conv2d" if inside else "Conv")
-            yield place + ("weight" if inside else "kernel"), (child.weight, FROM_HWIO)
-            yield place + "bias", (_bias(child), AS_IT_IS)
-        elif isinstance(child, nn.Linear):
-            place = path(dense)
-            weight, bias = ("W", "b") if dense == "NIN" else ("kernel", "bias")
-            yield place + weight, (child.weight, FROM_IO)
-            yield place + bias, (child.bias, AS_IT_IS)
-        elif isinstance(child, nn.GroupNorm):
-            place = path("GroupNorm")
-            yield place + "scale", (child.weight, AS_IT_IS)
-            yield place + "bias", (child.bias, AS_IT_IS)
-        elif isinstance(child, ResidualBlock):
-            yield from _slots(child, path("ResnetBlockBigGANpp"), Counter(), dense="Dense")
-        elif isinstance(child, Attention):
-            yield from _slots(child, path("AttnBlockpp"), Counter(), dense="NIN")
-        elif isinstance(child, FIRDownConv):
-            yield from _slots(child, path("Downsample"), Counter(), dense="Dense")
+        layer = _LAYERS.get((type(module), type(child)), _LAYERS.get(type(child)))
+        if layer is not None:
+            kind, weight, bias, axes = layer
+            place, tensors = path(kind), dict(child.named_parameters())
+            yield place + weight, (tensors["weight"], axes)
+            yield place + bias, (tensors["bias"], AS_IT_IS)
+        elif type(child) in _BLOCKS:
+            yield from _slots(child, path(_BLOCKS[type(child)]), Counter())
         else:
             if isinstance(child, NoiseEmbedding):
                 yield path("GaussianFourierProjection") + "W", (child.get_buffer("frequencies"), AS_IT_IS)
-            yield from _slots(child, prefix, count, dense=dense)
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
+            yield from _slots(child, prefix, count)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.diffusers import build_unet
+from cmap_defense.backbones.diffusers import build_unet, openai_unet
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.weights import first_difference, read_pickle
 from cmap_defense.common.modules import building
@@ -102,16 +102,13 @@ def convert_openai(
 
 
 def _require_fitting(config: dict[str, Any], image_size: int, head_channels: int) -> None:
-    unit = 2 ** (len(config["block_out_channels"]) - 1)
+    channels, unit = config["block_out_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     if image_size % unit:
         raise SettingsError(f"image_size must be a multiple of {unit} for this file's levels, but is {image_size}.")
-    down = config["down_block_types"]
-    attended = [c for c, kind in zip(config["block_out_channels"], down, strict=True) if kind.startswith("Attn")]
-    for channels in {*attended, config["block_out_channels"][-1]}:
-        if channels % head_channels:
-            raise SettingsError(
-                f"head_channels must divide the {channels} channels of an attention, but is {head_channels}."
-            )
+    attended = {c for c, kind in zip(channels, config["down_block_types"], strict=True) if kind.startswith("Attn")}
+    for width in sorted(attended | {channels[-1]}):
+        if width % head_channels:
+            raise SettingsError(f"head_channels must divide an attention's {width} channels, but is {head_channels}.")
 
 
 def _configuration(state: State, image_size: int, head_channels: int) -> dict[str, Any]:
@@ -130,22 +127,18 @@ def _configuration(state: State, image_size: int, head_channels: int) -> dict[st
     attended = [len(parts) > 1 for parts in firsts]
     embedding, width = state["input_blocks.1.0.emb_layers.1.weight"], firsts[0][0]["in_layers.2.weight"]
     labels = state.get("label_emb.weight")
-    return {
-        "sample_size": image_size,
-        "in_channels": state["input_blocks.0.0.weight"].shape[1],
+    config = openai_unet(
+        (state["input_blocks.0.0.weight"].shape[1], image_size, image_size),
+        [parts[0]["in_layers.2.weight"].shape[0] for parts in firsts],
+        attended,
+        layers_per_block=per_level - 1,
+        attention_head_dim=head_channels,
+        num_class_embeds=None if labels is None else labels.shape[0],
+    )
+    shifted = embedding.shape[0] == 2 * width.shape[0]
+    return config | {
         "out_channels": state["out.2.weight"].shape[0],
-        "layers_per_block": per_level - 1,
-        "block_out_channels": [parts[0]["in_layers.2.weight"].shape[0] for parts in firsts],
-        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift" if embedding.shape[0] == 2 * width.shape[0] else "default",
-        "attention_head_dim": head_channels,
-        "num_class_embeds": None if labels is None else labels.shape[0],
-        "norm_num_groups": 32,
-        "attn_norm_num_groups": 32,
-        "norm_eps": 1e-5,
+        "resnet_time_scale_shift": "scale_shift" if shifted else "default",
     }
 
 

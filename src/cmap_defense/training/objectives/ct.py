@@ -11,9 +11,16 @@ from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import require_integer, setting
-from cmap_defense.training.objectives.base import Batch, Denoise, Objective, consistency_pair, noisy_images
+from cmap_defense.training.objectives.base import (
+    Batch,
+    Denoise,
+    Objective,
+    adjacent_levels,
+    consistency_pair,
+    noisy_images,
+    uniform_index,
+)
 from cmap_defense.training.objectives.distances import Distance, distance_named
-from cmap_defense.training.objectives.levels import adjacent_levels, uniform_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cmap_defense.backbones.weights import sha256_of
 from cmap_defense.common.modules import building, device_of, dtype_of
+from cmap_defense.common.optional import optional_import
 from cmap_defense.common.paths import hub_folder
 from cmap_defense.common.settings import near_matches
-from cmap_defense.errors import BackboneFileError, InputValueError, MissingExtraError, SettingsError, UnknownNameError
+from cmap_defense.errors import BackboneFileError, InputValueError, SettingsError, UnknownNameError
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches of images [B, C, H, W] in [-1, 1] to distances [B], float32 or wider."""
@@ -30,16 +31,19 @@ LPIPS_LARGE = 256
 """Images whose sides have so many pixels are compared at their own size."""
 
 
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    difference = (a - b).flatten(1)
+    return difference.to(torch.promote_types(difference.dtype, torch.float32))
+
+
 def squared_l2(a: Tensor, b: Tensor) -> Tensor:
     """||a - b||_2^2 over all but the first axis, [B]; arXiv 2303.01469, section 3."""
-    difference = a - b
-    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square().flatten(1).sum(dim=1)
+    return _difference(a, b).square().sum(dim=1)
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
     """||a - b||_1 over all but the first axis, [B]; arXiv 2303.01469, section 3."""
-    difference = a - b
-    return difference.to(torch.promote_types(difference.dtype, torch.float32)).abs().flatten(1).sum(dim=1)
+    return _difference(a, b).abs().sum(dim=1)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
@@ -123,13 +127,7 @@ def published_lpips() -> nn.Module:
         MissingExtraError: the lpips package is not installed.
         BackboneFileError: VGG16's file is not in the cache, or is not whole.
     """
-    try:
-        import lpips
-    except ImportError as error:
-        raise MissingExtraError(
-            f"The distance LPIPS is that of the lpips package, which cannot be imported ({error}): "
-            "pip install 'cmap-defense[train]'."
-        ) from error
+    lpips = optional_import("lpips", "train", "The distance LPIPS")
     _require_trunk()
     with building(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package calls torchvision and torch by arguments of former versions

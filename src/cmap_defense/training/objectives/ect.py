@@ -12,9 +12,8 @@ from torch import Tensor
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.training.objectives.base import Batch, Denoise, Objective
+from cmap_defense.training.objectives.base import Batch, Denoise, Objective, lognormal_levels
 from cmap_defense.training.objectives.ict import ict_loss
-from cmap_defense.training.objectives.levels import lognormal_levels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

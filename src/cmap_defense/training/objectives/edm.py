@@ -9,9 +9,8 @@ from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import setting
-from cmap_defense.training.objectives.base import Batch, Denoise, Objective, noisy_images
+from cmap_defense.training.objectives.base import Batch, Denoise, Objective, lognormal_levels, noisy_images
 from cmap_defense.training.objectives.distances import squared_l2
-from cmap_defense.training.objectives.levels import lognormal_levels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import require_integer, setting
-from cmap_defense.training.objectives.base import Batch, Denoise, Objective, consistency_pair, noisy_images
+from cmap_defense.training.objectives.base import (
+    Batch,
+    Denoise,
+    Objective,
+    adjacent_levels,
+    consistency_pair,
+    lognormal_index,
+    noisy_images,
+)
 from cmap_defense.training.objectives.distances import pseudo_huber
-from cmap_defense.training.objectives.levels import adjacent_levels, lognormal_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
