@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from cmap_defense.backbones import registry
 from cmap_defense.backbones.convert.jcm import jcm_slots
 from cmap_defense.backbones.diffusers import build_unet
 from cmap_defense.backbones.folder import write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
-from cmap_defense.backbones.registry import OfficialFile, RegistryEntry, names
+from cmap_defense.backbones.registry import OfficialFile, RegistryEntry
 from cmap_defense.backbones.registry.entry import Source
 from goldens import flax_bytes, nested
 from toys import noise
@@ -117,7 +118,7 @@ def tiny_entry(name: str, *sources: Source, **options: Any) -> RegistryEntry:
 @contextlib.contextmanager
 def own_names() -> Iterator[None]:
     """What is registered meanwhile is forgotten afterwards."""
-    entries = names._entries()
+    entries = registry._entries()
     before = dict(entries)
     try:
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cmap_defense.backbones import CompactUNetConfig, ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.common.rng import draw_latents
-from cmap_defense.training.samples import sample_grid
+from cmap_defense.training.run import sample_grid
 from training.trained import NETWORK, fresh_backbone
 
 MU, S = 0.2, 0.3

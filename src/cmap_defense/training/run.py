@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,19 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
-from cmap_defense.backbones.karras import KarrasModel, NoiseRange
+from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, karras_levels
 from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.common.files import locked, write_text
-from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.modules import device_of, multiplies_bfloat16
 from cmap_defense.common.ranks import ranks
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import BackboneFileError, CheckpointError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import check_data
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, countdown, train
-from cmap_defense.training.objectives import MODELS, Model, Objective
+from cmap_defense.training.objectives import MODELS, Model, Objective, heun_step
 from cmap_defense.training.plan import as_before, planned_images
-from cmap_defense.training.samples import sample_grid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,3 +181,27 @@ def _fingerprint(images: Tensor, labels: Tensor | None) -> dict[str, Any]:
     for tensor in (images,) if labels is None else (images, labels):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return {"images": len(images), "sha256": digest.hexdigest()}
+
+
+SAMPLES = 64
+LEVELS = 18
+"""Noise levels of a denoiser's sampler (arXiv 2206.00364, Table 1, for CIFAR-10)."""
+
+
+@torch.no_grad()
+def sample_grid(model: Model, seed: int = 0) -> Tensor:
+    """64 samples of a model; of a class-conditional one, class after class.
+
+    A consistency model makes them in one step, a denoiser in 18 steps of Heun's method (arXiv 2206.00364, Algorithm 1).
+    """
+    device = device_of(model) or torch.device("cpu")
+    latents = draw_latents(torch.tensor([seed]), SAMPLES, model.image_shape)[0].to(device)
+    classes = None if model.num_classes is None else torch.arange(SAMPLES, device=device) % model.num_classes
+    if isinstance(model, ConsistencyBackbone):
+        return (model.generate(latents, classes) + 1) / 2
+    denoise = functools.partial(model.denoise, class_labels=classes)
+    levels = [latents.new_full((SAMPLES,), level) for level in reversed(karras_levels(LEVELS, model.noise))]
+    images = model.noise.sigma_max * latents
+    for t, r in itertools.pairwise(levels):
+        images = heun_step(denoise, images, t, r)
+    return (denoise(images, levels[-1]).clamp(-1, 1) + 1) / 2  # the last step, to no noise, is one of Euler's
