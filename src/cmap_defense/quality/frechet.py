@@ -32,16 +32,18 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     for name, features in (("first", first), ("second", second)):
         if not isinstance(features, Tensor) or not features.is_floating_point():
             raise InputTypeError(f"frechet_distance.{name} must be a floating-point tensor [N, d].")
-        if features.ndim != 2 or features.shape[1:] != first.shape[1:] or features.shape[1] < 1:
-            raise InputValueError(
-                f"frechet_distance compares [N, d] and [M, d], but {name} is {list(features.shape)} and first "
-                f"{list(first.shape)}."
-            )
+        if features.ndim != 2 or features.shape[1] < 1:
+            raise InputValueError(f"frechet_distance.{name} must be [N, d], but is {list(features.shape)}.")
         lacking = too_few(*features.shape)
         if lacking is not None:
             raise InputValueError(f"frechet_distance.{name}: {lacking}")
         if not torch.isfinite(features).all():
             raise InputValueError(f"frechet_distance.{name} must be finite, but holds NaN or infinite values.")
+    sizes = first.shape[1], second.shape[1]
+    if sizes[0] != sizes[1]:
+        raise InputValueError(
+            f"frechet_distance is of vectors of one length, but these have {sizes[0]} and {sizes[1]}."
+        )
     first, second = (part.detach().cpu().double() for part in (first, second))
     return gaussian_distance(first.mean(0), _covariance(first), second.mean(0), _covariance(second))
 
