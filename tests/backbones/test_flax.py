@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from cmap_defense.backbones.convert.flax import read_flax
 from cmap_defense.errors import BackboneFileError, UnknownNameError
-from goldens import flax_bytes, nested
+from goldens import FOLDER, flax_bytes, nested
 from toys import noise
 
+CHUNKED = "__msgpack_chunked_array__"
 ENTRY = b"\x81\xaaparams_ema"
 """The start of a file: a map of one entry of this name."""
 
@@ -69,6 +71,58 @@ def test_names_are_paths_below_the_entry_in_the_files_order(file: Path):
     assert all(np.array_equal(array, leaves[name]) for name, array in taken)
 
 
+def test_chunks_as_flax_writes_them(file: Path):
+    (name, found), (after, _) = read(file, (FOLDER / "ops" / "chunked.msgpack").read_bytes())
+    expected = np.load(FOLDER / "ops" / "chunked_expected.npy")
+    assert (name, after) == ("Dense_0/kernel", "Dense_0/bias")
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+
+
+def chunked(array: np.ndarray, pieces: int, listed: Callable[[list], Any] = list) -> dict[str, Any]:
+    parts = np.array_split(array.ravel(), pieces)
+    return {CHUNKED: True, "shape": listed(list(array.shape)), "chunks": listed(parts)}
+
+
+def as_map(values: list) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("listed", [list, as_map])
+@pytest.mark.parametrize("pieces", [1, 2, 11])
+def test_chunks_stand_anywhere_among_arrays(file: Path, pieces: int, listed: Callable[[list], Any]):
+    first, second, third = numbers(3, 2, 4), numbers(5, 7), numbers(2)
+    block = {"kernel": chunked(first, pieces, listed), "bias": third}
+    tree = {"a": third, "deep": {"er": block, "last": chunked(second, pieces, listed)}, "z": 4}
+    taken = dict(read(file, {"params_ema": tree, "step": 1}))
+    expected = {"a": third, "deep/er/kernel": first, "deep/er/bias": third, "deep/last": second, "z": np.asarray(4)}
+    assert list(taken) == list(expected)
+    assert all(np.array_equal(array, expected[name]) for name, array in taken.items())
+
+
+BROKEN_CHUNKS = {
+    "too few numbers": {"shape": [4, 4]},
+    "too many numbers": {"shape": [2, 2]},
+    "many more numbers than there are": {"shape": [2**40, 2**40]},
+    "negative size": {"shape": [-4, -3]},
+    "size to be found out": {"shape": [-1, 3]},
+    "size of text": {"shape": ["4", "3"]},
+    "no shape": {"shape": None},
+    "no chunks": {"chunks": None},
+    "empty list of chunks": {"chunks": []},
+    "chunk without bytes": {"chunks": [3, "text"]},
+    "chunks with a gap": {"chunks": {"0": numbers(6), "2": numbers(6)}},
+}
+
+
+@pytest.mark.parametrize("changes", BROKEN_CHUNKS.values(), ids=BROKEN_CHUNKS.keys())
+def test_chunks_that_do_not_make_the_array_are_refused(file: Path, changes: dict[str, Any]):
+    values = chunked(numbers(4, 3), 2) | changes
+    values = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(BackboneFileError, match="is not a flax msgpack checkpoint"):
+        read(file, {"params_ema": {"a": values}})
+
+
 def test_unknown_entry_names_the_near_match(file: Path):
     with pytest.raises(UnknownNameError, match=r"no 'param_ema'.*Did you mean 'params_ema' or 'params'\?") as caught:
         read(file, {"step": 1, "params": {}, "params_ema": {}, "opt_state": {}}, "param_ema")
@@ -82,8 +136,9 @@ LEAVES = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.arange(3,
 def test_file_that_is_cut_anywhere_is_refused(file: Path):
     """A copy that ends early is never taken for the whole, not even where the wanted entry is whole."""
     tree = {"step": 5, "params": nested(LEAVES), "params_ema": nested(LEAVES | {"b/e": np.zeros((2, 2))})}
+    tree["params_ema"]["f"] = chunked(numbers(4, 2), 2)
     data = flax_bytes(tree | {"opt_state": nested(LEAVES)})
-    assert len(read(file, data)) == 4
+    assert len(read(file, data)) == 5
     for end in range(len(data)):
         with pytest.raises(BackboneFileError, match="ends in the middle") as caught:
             read(file, data[:end])
@@ -97,7 +152,7 @@ def test_file_that_goes_on_behind_its_end_is_refused(file: Path):
 
 def test_file_with_any_byte_changed_is_refused_or_read(file: Path):
     """Nothing but our own errors comes out of damage."""
-    data = flax_bytes({"params": {"a": 1}, "params_ema": nested(LEAVES)})
+    data = flax_bytes({"params": {"a": 1}, "params_ema": nested(LEAVES) | {"f": chunked(numbers(4, 2), 2)}})
     for place in range(len(data)):
         for change in (0x01, 0x80):
             damaged = bytearray(data)
@@ -191,6 +246,7 @@ HUGE = {
     "array that is skipped": b"\x82\xa4step\xc9\x7f\xff\xff\xff\x01",
     "shape": msgpack.packb({"params_ema": {"a": raw_array((2**62,), "float32", b"\0" * 8)}}),
     "shape of many": msgpack.packb({"params_ema": {"a": raw_array((2**31, 2**31, 2**31), "int8", b"\0" * 8)}}),
+    "shape of chunks": flax_bytes({"params_ema": {"a": chunked(numbers(4, 3), 2) | {"shape": [2**15, 2**15]}}}),
     "bytes in an array": msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, b"\x93\x91\x02\xc6\x7f\xff\xff\xff")}}),
 }
 

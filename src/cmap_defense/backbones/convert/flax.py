@@ -1,12 +1,13 @@
 """Arrays out of a flax checkpoint, without JAX.
 
 The file is one msgpack map. An array is an extension of type 1 that holds msgpack of (shape, dtype name, bytes in C
-order), a scalar of numpy one of type 3. (Arrays of more than 2^30 bytes, which flax writes in chunks, are more than a
-whole file of these models.) Entries of the map that are not wanted are skipped, so that memory holds the wanted arrays.
+order), a scalar of numpy one of type 3; an array of more than 2^30 bytes is a map of flat chunks instead. Entries of
+the map that are not wanted are skipped, so that memory holds the wanted arrays.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 
 ARRAY_CODES = (1, 3)
+CHUNKED = "__msgpack_chunked_array__"
 LARGEST_FILE_BUFFER = 2**31 - 1
 LARGEST_MAP = 2**20
 """Entries of one map or list. A damaged file may declare billions, for which memory would be set aside."""
@@ -38,6 +40,7 @@ def read_flax(path: str | os.PathLike[str], entry: str) -> dict[str, np.ndarray]
             stream = msgpack.Unpacker(
                 file,
                 ext_hook=_array,
+                object_hook=_joined_chunks,
                 strict_map_key=False,
                 max_buffer_size=LARGEST_FILE_BUFFER,
                 max_map_len=LARGEST_MAP,
@@ -87,14 +90,33 @@ def _array(code: int, content: bytes) -> np.ndarray:
     if code not in ARRAY_CODES:
         raise ValueError(f"extension {code} is no array")
     shape, dtype, numbers = msgpack.unpackb(content, raw=True)
-    if not isinstance(shape, (list, tuple)) or any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"{shape!r:.60} is no shape")
+    _require_shape(shape)
     if dtype == b"bfloat16":  # the upper half of a float32
         return (np.frombuffer(numbers, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
     kind = np.dtype(dtype.decode())
     if kind.kind not in "biufc" or kind.fields is not None:
         raise ValueError(f"{kind} is no type of numbers")
     return np.frombuffer(numbers, kind).reshape(shape)
+
+
+def _joined_chunks(values: dict[Any, Any]) -> Any:
+    """A map, or the array whose flat chunks it holds; flax writes lists as lists, or as maps from "0", "1", ..."""
+    if CHUNKED not in values:
+        return values
+    shape, chunks = (
+        [value[str(i)] for i in range(len(value))] if isinstance(value, dict) else list(value)
+        for value in (values["shape"], values["chunks"])
+    )
+    _require_shape(shape)
+    flat = np.concatenate([chunk.ravel() for chunk in chunks])
+    if flat.size != math.prod(shape):
+        raise ValueError(f"the chunks do not make an array of shape {shape}")
+    return flat.reshape(shape)
+
+
+def _require_shape(shape: Any) -> None:
+    if not isinstance(shape, (list, tuple)) or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"{shape!r:.60} is no shape")
 
 
 def _name(key: Any) -> str:
