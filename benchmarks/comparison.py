@@ -165,11 +165,9 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "one-step-ct-0.8": OneStep(level=0.8, n_latents=K),
         "diffpure-80": diffpure(80),
-        "cmap-0.5-3": near(0.5, 3),
+        "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-3": near(1.2, 3),
-        "cmap-1.2-6": near(1.2, 6),
         "cmap-2-6": near(2.0, 6),
-        "cmap-2-12": near(2.0, 12),
     },
     "cifar10": {},
 }
