@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,11 @@ def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, r
             assert len(picture.convert("L").getcolors()) > 20, "something is drawn"
 
 
-def test_as_text(tmp_path: Path, run: Run) -> None:
-    text = run(*TINY, "--eps", "8/255", "-o", tmp_path)
+def test_as_text(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    text = run(*TINY, "--eps", "8/255", "-o", tmp_path, "--open")
+    assert opened == [(tmp_path / name).as_uri() for name in ("sheet.png", "latents.png")]
     assert "the attacker did not know the defence" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["accuracy", "clean", "attacked"] in rows

@@ -43,6 +43,7 @@ demo = command(
     of.seed_option("Seed of the attack and of the purification's noise."),
     of.threads,
     of.out_option("cmap-demo"),
+    OUTPUT("--open", "show", "Open the pictures when they are written.", is_flag=True),
 )
 
 purify = command(

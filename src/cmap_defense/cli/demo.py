@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def run_demo(options: dict[str, Any]) -> Printed:
     files = [write_image(_sheet(found, eps), out / "sheet.png")]
     if (chart := _write_moments(found, out / "latents.png")) is not None:
         files.append(chart)
+    if options["show"]:
+        for path in files:
+            webbrowser.open(path.resolve().as_uri())
     seconds, each = time.perf_counter() - start, found.seconds / (2 * count)
     rows = [[row, *map(str, columns.values())] for row, columns in found.accuracy.items()]
     values = {row: {name: a.value for name, a in columns.items()} for row, columns in found.accuracy.items()}
