@@ -17,7 +17,12 @@ from cmap_defense.backbones import (
     registry_entry,
 )
 from cmap_defense.backbones.registry.entry import Source
-from cmap_defense.backbones.remote.card import figure_lines, settings_lines, table, use_lines
+from cmap_defense.backbones.remote.card import (
+    figure_lines,
+    settings_lines,
+    table,
+    use_lines,
+)
 
 FOLDER = Path(__file__).parent / "backbones"
 
@@ -39,10 +44,24 @@ def cards() -> dict[str, str]:
     rows = []
     for entry in entries:
         size = "\u00a0×\u00a0".join(map(str, entry.image_shape))
-        source = "the package" if isinstance(entry.sources[0], LocalFolder) else "a server"
-        cells = [f"[`{entry.name}`]({entry.name}.md)", size, str(entry.num_classes or ""), entry.kind, source]
+        source = (
+            "the package"
+            if isinstance(entry.sources[0], LocalFolder)
+            else "a server"
+        )
+        cells = [
+            f"[`{entry.name}`]({entry.name}.md)",
+            size,
+            str(entry.num_classes or ""),
+            entry.kind,
+            source,
+        ]
         rows.append(f"| {' | '.join(cells)} | {entry.description} |")
-    published = {f"{e.name}.md": entry_card(e) for e in entries if not isinstance(e.sources[0], LocalFolder)}
+    published = {
+        f"{e.name}.md": entry_card(e)
+        for e in entries
+        if not isinstance(e.sources[0], LocalFolder)
+    }
     return published | {"all.md": TABLE + "\n".join(rows) + "\n\n</div>\n"}
 
 
@@ -52,9 +71,16 @@ def entry_card(entry: RegistryEntry) -> str:
     if entry.notes:
         lines += [entry.notes, ""]
     lines += table(entry)
-    lines += [f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |", ""]
+    lines += [
+        f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |",
+        "",
+    ]
     lines += ["## Where it comes from", ""]
-    lines += [line for source in entry.sources for line in (*_source_lines(source), "")]
+    lines += [
+        line
+        for source in entry.sources
+        for line in (*_source_lines(source), "")
+    ]
     lines += use_lines(entry, entry.name)
     if entry.kind == "consistency" and entry.num_classes is not None:
         lines += [
@@ -70,15 +96,25 @@ def entry_card(entry: RegistryEntry) -> str:
 
 def _source_lines(source: Source) -> list[str]:
     if isinstance(source, LocalFolder):
-        return ["- A folder: one that comes with the package, or one on this machine."]
+        return [
+            "- A folder: one that comes with the package, or one on this machine."
+        ]
     if isinstance(source, HubRepository):
-        revision = f"commit `{source.revision}`" if source.revision else "**no commit pinned**: the newest"
+        revision = (
+            f"commit `{source.revision}`"
+            if source.revision
+            else "**no commit pinned**: the newest"
+        )
         return [
             f"- The Hub's [{source.repo_id}](https://huggingface.co/{source.repo_id}), {revision}.",
             f"- SHA-256 of the weights: {_known(source.sha256)}.",
         ]
     assert isinstance(source, OfficialFile)
-    size = f"{source.size:,} bytes" if source.size else f"about {source.about.partition(',')[0]}"
+    size = (
+        f"{source.size:,} bytes"
+        if source.size
+        else f"about {source.about.partition(',')[0]}"
+    )
     return [
         f"- The authors' own file, `{source.url}` ({size}), converted once on this machine (`{source.params}`).",
         f"- SHA-256 of the file: {_known(source.sha256)}.",
@@ -86,7 +122,11 @@ def _source_lines(source: Source) -> list[str]:
 
 
 def _known(checksum: str | None) -> str:
-    return f"`{checksum}`" if checksum else "**not verified**; `cmap-defense backbones verify` fills it in"
+    return (
+        f"`{checksum}`"
+        if checksum
+        else "**not verified**; `cmap-defense backbones verify` fills it in"
+    )
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def build() -> Any:
     with gr.Blocks(title="cmap-defense", analytics_enabled=False) as page:
         gr.Markdown(
             "# Adversarial purification\nPick a test image of Fashion-MNIST or upload a picture, attack it, purify it, "
-            "and see what the classifier makes of the versions. The attack does not know the defence, so this shows how "
-            "it works, not how robust it is."
+            "and see what the classifier makes of the versions. The attack does not know the defence, so this shows "
+            "how it works, not how robust it is."
         )
         image, attacked = gr.State(None), gr.State(None)
         with gr.Row():

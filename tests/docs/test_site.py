@@ -113,5 +113,11 @@ def test_every_formula_is_set(pages: dict[str, dict[str, Any]]) -> None:
     assert [a for a, page in pages.items() if page["set"] != page["formulas"] or page["wrong"]] == []
 
 
+@pytest.mark.parametrize("word", ["bf16", "citation", "ImageFolder", "torch.compile", "Jupyter"])
+def test_the_search_index_has_what_people_look_for(word: str) -> None:
+    entries = json.loads((SITE / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    assert any(word.lower() in (entry["title"] + entry["text"]).lower() for entry in entries)
+
+
 def test_nothing_is_fetched_from_elsewhere(pages: dict[str, dict[str, Any]]) -> None:
     assert {address: page["fetched"] for address, page in pages.items() if page["fetched"]} == {}

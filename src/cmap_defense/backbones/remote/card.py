@@ -17,7 +17,7 @@ _KINDS = {"consistency": "consistency model", "denoiser": "denoiser"}
 _USE = """```python
 from cmap_defense import PurifiedClassifier
 
-model = PurifiedClassifier(my_classifier, backbone="{source}")
+model = PurifiedClassifier(classifier, "{source}")
 logits = model(images)  # [B, {channels}, {height}, {width}] in [0, 1]
 ```
 """

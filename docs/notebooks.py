@@ -1,0 +1,68 @@
+"""A hook of MkDocs: the notebooks of examples/notebooks as pages below tutorials/, with the outputs they have.
+
+Pages link to ``examples/notebooks/NAME.ipynb``, where a notebook is in the repository, and the site shows its page.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
+NOTE = "*This page is the Jupyter notebook `examples/notebooks/{}`, with the outputs of one run.*"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add a page for each notebook, and its pictures."""
+    from mkdocs.structure.files import (
+        File,
+    )  # here, so that the tests need no MkDocs
+
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        text, pictures = page_of(path)
+        files.append(
+            File.generated(config, f"tutorials/{path.stem}.md", content=text)
+        )
+        for name, content in pictures.items():
+            files.append(
+                File.generated(config, f"tutorials/{name}", content=content)
+            )
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lead links to notebooks to their pages."""
+    return re.sub(
+        r"((?:\.\./)*)\.\./examples/notebooks/([\w-]+)\.ipynb",
+        r"\1tutorials/\2.md",
+        markdown,
+    )
+
+
+def page_of(path: Path) -> tuple[str, dict[str, bytes]]:
+    """The Markdown of a notebook, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = re.sub(r"\]\(([\w-]+)\.ipynb", r"](\1.md", source)
+            parts.append(source.replace("](../../docs/", "](../"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures) + 1}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![Output of the code above]({name})")
+            elif "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
+            else:
+                text = "".join(
+                    output.get("text") or data["text/plain"]
+                ).rstrip()
+                parts.append(f"```text\n{text}\n```")
+    parts.insert(1, NOTE.format(path.name))
+    return "\n\n".join(parts) + "\n", pictures
