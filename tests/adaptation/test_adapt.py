@@ -303,7 +303,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
             ClassifierError,
             "purifies already",
         ),
-        ({"classifier": net().requires_grad_(False)}, SettingsError, "nothing can be adapted"),
+        ({"classifier": net().requires_grad_(False)}, SettingsError, "nothing can be trained"),
         ({"data": (torch.zeros(2, *SHAPE), LABELS[:1])}, CmapError, "label"),
         ({"data": (2 * torch.ones(2, *SHAPE), LABELS)}, CmapError, r"\[0, 1\]"),
         ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, CmapError, "from 0 to 2"),
@@ -334,7 +334,7 @@ def test_two_processes_share_the_gradient_of_one() -> None:
         model.norm = nn.Identity()  # its statistics are those of a process's own rows
         purified = PurifiedClassifier(model, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
         learner = AdaptationLearner(purified, data(), None, ThreatModel(eps=0.1), SMALL, team)
-        learner._backward(*learner._batch(3))
+        learner._backward(learner._batch(3))
         return [p.grad for p in learner.weights.values() if p.grad is not None]
 
     first, second = gradients(Ranks(0, 2)), gradients(Ranks(1, 2))

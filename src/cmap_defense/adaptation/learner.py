@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.adaptation.config import AdaptationConfig
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.modules import evaluating, multiplies_bfloat16
+from cmap_defense.common.modules import evaluating
 from cmap_defense.common.ranks import Ranks
-from cmap_defense.common.rng import derived_seeds, draw_uniform, generator_for, isolated
+from cmap_defense.common.rng import derived_seeds, draw_uniform, generator_for
 from cmap_defense.data import LabelledImages
-from cmap_defense.errors import SettingsError
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
-from cmap_defense.training.ema import EMA
-from cmap_defense.training.learner import learning_rate
+from cmap_defense.training.learner import Trainee, below
 
 __all__ = ["AdaptationLearner", "attacked_images"]
 
-AUGMENTATION, ORDER, NOISE, DROPOUT, HELD_OUT = range(5)
-"""Streams of the generators of a step; ORDER is that of ``image_indices``."""
+AUGMENTATION, ORDER, NOISE, HELD_OUT = 0, 1, 2, 4
+"""Streams of the generators of a step; ORDER is that of ``image_indices``, 3 that of dropout."""
 
 
-class AdaptationLearner:
-    """A classifier behind a purifier in training; its interface is that of ``cmap_defense.training.Learner``.
+class AdaptationLearner(Trainee):
+    """A classifier behind a purifier in training.
 
     Every draw is a function of (seed, step, position in the batch). Parameters that require no gradient stay as they
     are, and so do the running statistics of the modules that hold nothing else.
@@ -52,50 +52,21 @@ class AdaptationLearner:
         config: AdaptationConfig,
         team: Ranks | None = None,
     ) -> None:
-        self.team = team or Ranks()
-        model = purified.classifier
-        assert isinstance(model, nn.Module)
-        if config.batch_size < self.team.world:
-            raise SettingsError(
-                f"A batch of {config.batch_size} images cannot be shared by {self.team.world} processes: raise "
-                "batch_size, or start fewer."
-            )
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self.weights:
-            raise SettingsError("The classifier has no parameter that requires a gradient, so nothing can be adapted.")
-        self.device = next(iter(self.weights.values())).device
-        if config.precision == "auto":
-            config = config.replace(precision="bfloat16" if multiplies_bfloat16(self.device) else "float32")
-        self.purified, self.model, self.data, self.held_out = purified, model, data, held_out
-        self.threat, self.config = threat, config
+        assert isinstance(purified.classifier, nn.Module)
+        super().__init__(purified.classifier, config, team)
+        self.purified, self.data, self.held_out, self.threat = purified, data, held_out, threat
         self.optimiser = torch.optim.AdamW(
             self.weights.values(), betas=config.betas, weight_decay=config.weight_decay, lr=config.learning_rate
         )
-        self.averages = tuple(EMA(model, half_life) for half_life in config.ema_half_life)
         self.scores: list[float] = []
-        self.best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.trained = [part for part in model.modules() if _learns(part)]
+        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.trained = [part for part in self.model.modules() if _learns(part)]
 
     def step(self, number: int) -> Tensor:
-        """Optimiser step ``number`` >= 0. Returns the mean loss [] of the whole batch."""
-        config, seen = self.config, number * self.config.batch_size
-        images, labels, seeds = self._batch(number)
-        size = config.micro_batch or len(images)
-        self.optimiser.zero_grad(set_to_none=True)
-        with isolated(config.seed, DROPOUT, number, self.team.rank):
-            parts = zip(images.split(size), labels.split(size), seeds.split(size), strict=True)
-            loss = torch.stack([self._backward(*part) for part in parts]).sum()
-        self.team.add_up([loss, *(p.grad for p in self.weights.values() if p.grad is not None)])
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), config.clip_norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, seen)
-        self.optimiser.step()
-        self._share_statistics()
-        for average in self.averages:
-            average.update(self.model, batch_size=config.batch_size, images_seen=seen + config.batch_size)
-        if (number + 1) % config.checkpoint_steps == 0 or number + 1 == config.steps:
+        loss = super().step(number)
+        if (number + 1) % self.config.checkpoint_steps == 0 or number + 1 == self.config.steps:
             self.evaluate()
-        return loss + 0 * norm
+        return loss
 
     @property
     def exhausted(self) -> bool:
@@ -113,30 +84,13 @@ class AdaptationLearner:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint by name, not copied."""
-        found = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        found |= {f"best/{name}": tensor for name, tensor in self.best.items()}
-        for average in self.averages:
-            found |= {f"ema-{average.half_life}/{name}": tensor for name, tensor in average.weights.items()}
-        for name, p in self.weights.items():
-            found |= {f"adam/{key}/{name}": tensor for key, tensor in self.optimiser.state[p].items()}
+        found = super().tensors() | {f"best/{name}": tensor for name, tensor in self.best.items()}
         return found | {"scores": torch.tensor(self.scores, dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from the result of ``tensors``. Raises KeyError or RuntimeError when something is missing."""
-        below: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            head, _, rest = name.partition("/")
-            below.setdefault(head, {})[rest] = tensor
-        self.model.load_state_dict(below["weights"])
-        self.best = {name: tensor.to(self.best[name].device) for name, tensor in below["best"].items()}
-        for average in self.averages:
-            average.load(below[f"ema-{average.half_life}"])
-        for name, tensor in below["adam"].items():
-            key, _, parameter = name.partition("/")
-            weight = self.weights[parameter]
-            self.optimiser.state[weight][key] = tensor if key == "step" else torch.empty_like(weight).copy_(tensor)
-        self.scores = below["scores"][""].tolist()
+        super().load(tensors)
+        self.best = {name: tensor.to(self.best[name].device) for name, tensor in below(tensors, "best").items()}
+        self.scores = tensors["scores"].tolist()
 
     def _batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1], labels [B] and seeds [B] of this rank's rows of a step."""
@@ -155,8 +109,12 @@ class AdaptationLearner:
         seeds = derived_seeds(numbers, generator_for(config.seed, NOISE).initial_seed())
         return images.to(self.device), found.labels.to(self.device), seeds
 
-    def _backward(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-        """Add to the gradients of the whole batch's mean loss; returns the share of these images in it, []."""
+    def _parts(self, number: int) -> Iterable[tuple[Tensor, ...]]:
+        batch = self._batch(number)
+        return zip(*(whole.split(self.config.micro_batch or len(whole)) for whole in batch), strict=True)
+
+    def _backward(self, part: tuple[Tensor, ...]) -> Tensor:
+        images, labels, seeds = part
         shares = [(images, 1.0)]
         if self.threat is not None:
             attacked = attacked_images(self.purified, images, labels, seeds, self.threat, self.config)
@@ -186,7 +144,7 @@ class AdaptationLearner:
             part.training = True
 
     @torch.no_grad()
-    def _share_statistics(self) -> None:
+    def _moved(self, number: int) -> None:
         """Running statistics are the means over the ranks."""
         if self.team.world > 1:
             buffers = [b for b in self.model.buffers() if b.is_floating_point()]

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from cmap_defense.training.checkpoint import (
     refuse_other_settings,
     save_checkpoint,
 )
-from cmap_defense.training.ema import EMA
+from cmap_defense.training.learner import Trainee
 
 LOG_FILE = "log.jsonl"
 
@@ -60,22 +60,6 @@ def countdown(minutes: float | None, clock: Callable[[], float] = time.monotonic
     """
     end = math.inf if minutes is None else clock() + 60 * minutes
     return lambda: end - clock()
-
-
-class Trainee(Protocol):
-    """What ``train`` trains; ``Learner`` is one."""
-
-    config: Any
-    team: Ranks
-    device: torch.device
-    model: Any
-    averages: tuple[EMA, ...]
-
-    def step(self, number: int) -> Tensor: ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 def train(

@@ -22,7 +22,7 @@ from cmap_defense.training.checkpoint import (
     settings_of,
 )
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
-from cmap_defense.training.loop import Trainee
+from cmap_defense.training.learner import Trainee
 from cmap_defense.training.objectives import Model
 
 PLAN_FILE = "plan.json"
