@@ -19,8 +19,7 @@ import click
 from cmap_defense.cli.command import Decorator, decorators, in_group
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.paths import expanded
-from cmap_defense.common.settings import Settings, near_matches
-from cmap_defense.common.statistics import in_255ths
+from cmap_defense.common.settings import Settings, in_255ths, near_matches
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.protocol import Protocol

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cmap_defense.common.ranks import Ranks
-from cmap_defense.common.statistics import in_255ths
+from cmap_defense.common.settings import in_255ths
 from cmap_defense.errors import CmapError, MissingExtraError
 
 LOCK_FILE = ".lock"

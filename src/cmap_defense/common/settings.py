@@ -218,3 +218,9 @@ def require_choice(owner: str, name: str, value: Any, choices: Sequence[str]) ->
         listed = ", ".join(repr(choice) for choice in choices)
         raise SettingsError(f"{owner}.{name} must be one of {listed}, but is {value!r}.")
     return value
+
+
+def in_255ths(value: float) -> str:
+    """A number such as "8/255"; empty where it is no whole number of 255ths between 0 and 1."""
+    steps = round(255 * value)
+    return f"{steps}/255" if 0 < steps < 255 and abs(255 * value - steps) < 1e-9 else ""

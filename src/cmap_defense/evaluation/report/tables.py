@@ -8,7 +8,8 @@ from typing import Any
 
 from cmap_defense.certification.summary import MEANING, table
 from cmap_defense.common.describe import description_text
-from cmap_defense.common.statistics import Accuracy, in_255ths, markdown_table
+from cmap_defense.common.settings import in_255ths
+from cmap_defense.common.statistics import Accuracy, markdown_table
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import Timing
 from cmap_defense.evaluation.summary import MEASURES, Row
