@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_field_that_is_wrong_is_named(field: str, value: object):
     RegistryEntry(**fields)
     with pytest.raises(SettingsError, match=f"RegistryEntry.{field}"):
         RegistryEntry(**(fields | {field: value}))
+
+
+def test_entry_has_its_sources_and_settings_to_itself():
+    settings = {"n_latents": 2}
+    entry = tiny_entry("mine", FILE, settings=settings)
+    settings["n_latents"] = 3
+    assert entry.settings == {"n_latents": 2}
+    cat, bedroom = registry_entry("cat256-cd"), registry_entry("bedroom256-cd")
+    assert cat.settings is not bedroom.settings
+    made: Any = (source for source in (FILE,))
+    assert dataclasses.replace(entry, sources=made).sources == (FILE,)
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,10 @@ def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: 
         length = None if more == [Ellipsis] else 1 + len(more)
         values = _sequence(owner, name, value, length)
         return tuple(_checked(owner, f"{name}[{i}]", item, [items], **bounds) for i, item in enumerate(values))
-    if origin in (dict, Mapping) and not isinstance(value, Mapping):
-        raise SettingsError(f"{owner}.{name} must be an object, but is {value!r}.")
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{owner}.{name} must be an object, but is {value!r}.")
+        return dict(value)  # its own: a change to the caller's, or to another record's, is none to this one
     if "choices" in bounds:
         require_choice(owner, name, value, bounds["choices"])
     elif bool in kinds:

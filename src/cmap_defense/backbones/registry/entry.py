@@ -122,12 +122,12 @@ class RegistryEntry(Described):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "sources", tuple(self.sources))
         if not self.sources or not all(isinstance(source, Source) for source in self.sources):
             raise SettingsError(
                 "RegistryEntry.sources must hold LocalFolder, HubRepository or OfficialFile objects, one at least, "
                 f"but is {self.sources!r}."
             )
-        object.__setattr__(self, "sources", tuple(self.sources))
 
     @property
     def verified(self) -> bool:
