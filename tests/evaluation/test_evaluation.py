@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +462,13 @@ def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert fixed_chunk(model, {"max_parallel": 5}, cuda).max_parallel == 5
     assert fixed_chunk(defended(max_parallel=3), {"max_parallel": 5}, cuda).max_parallel == 3
     assert fixed_chunk(linear, None, cuda) is linear
+
+
+def test_nothing_keeps_an_evaluation_that_was_measured(tmp_path: Path) -> None:
+    """With its models and images, which may fill a device."""
+    made = evaluation(tmp_path, protocol=BRIEF)
+    made.expected()
+    kept = weakref.ref(made)
+    del made
+    gc.collect()
+    assert kept() is None

@@ -318,12 +318,18 @@ class Evaluation:
         images, labels = chosen.images[where].to(device), chosen.labels[where].to(device)
         return Batch(images, labels, positions, run_indices(positions, unit.seed))
 
-    @functools.cache  # noqa: B019 - as long as the evaluation, which measures each model once
     def _speed(self, name: str) -> Speed:
-        model = self.models[name]
-        assert isinstance(model, PurifiedClassifier)
-        with using_threads(self.threads), evaluating(model):
-            return measure_speed(model, self.images.images[: self.protocol.group].to(_device(model)))
+        """Of a purified classifier, measured once."""
+        if name not in self._speeds:
+            model = self.models[name]
+            assert isinstance(model, PurifiedClassifier)
+            with using_threads(self.threads), evaluating(model):
+                self._speeds[name] = measure_speed(model, self.images.images[: self.protocol.group].to(_device(model)))
+        return self._speeds[name]
+
+    @functools.cached_property
+    def _speeds(self) -> dict[str, Speed]:
+        return {}
 
     @functools.cached_property
     def _first_logits(self) -> dict[str, list[float]]:
