@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cmap_defense.backbones.convert import flax
 from cmap_defense.backbones.convert.flax import read_flax
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 from goldens import FOLDER, flax_bytes, nested
@@ -268,3 +269,14 @@ def test_missing_file_and_a_folder_in_its_place_are_errors_that_name_it(tmp_path
         with pytest.raises(BackboneFileError, match="cannot be read") as caught:
             read_flax(path, "params_ema")
         assert str(path) in str(caught.value)
+
+
+def test_memory_that_is_short_says_nothing_of_the_file(file: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file that is called no checkpoint is removed by who fetched it."""
+
+    def full(code: int, data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(flax, "_array", full)
+    with pytest.raises(MemoryError):
+        read(file, {"params_ema": {"a": numbers(4, 3)}})

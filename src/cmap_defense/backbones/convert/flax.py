@@ -66,6 +66,8 @@ def read_flax(path: str | os.PathLike[str], entry: str) -> dict[str, np.ndarray]
             f"{path} ends in the middle ({path.stat().st_size:,} bytes): the download or copy is not whole. "
             "Fetch it again."
         ) from error
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # reading something else than msgpack of arrays may raise anything
         raise NotACheckpointError(
             f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}). Fetch it again."
