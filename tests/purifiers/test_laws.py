@@ -595,3 +595,19 @@ def test_a_classifier_of_one_image_is_left_in_its_mode() -> None:
     model = model_of(DiffPure(t=2))
     assert isinstance(model.classifier, Classifier)
     assert not model.train().backbone.training
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.5])
+def test_versions_of_a_purifier_of_ones_own_are_checked(count: Any) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(MultiStepPurifier):
+        level: float = 0.1
+        steps: int = 1
+        n_latents: int = 2
+
+        def reverse(self, run: Any) -> Tensor:
+            return run.images
+
+    assert Own().n_latents == 2
+    with pytest.raises(SettingsError, match=r"Own\.n_latents"):
+        Own(n_latents=count)

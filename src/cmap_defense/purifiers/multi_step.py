@@ -16,7 +16,7 @@ from cmap_defense.backbones.karras import KarrasModel
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
-from cmap_defense.common.settings import Settings
+from cmap_defense.common.settings import Settings, require_integer
 from cmap_defense.errors import BackboneError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
@@ -166,6 +166,10 @@ class MultiStepPurifier(Settings, Purifier):
     kind: ClassVar[str | None] = "denoiser"
     _graphs: ClassVar[int] = 1
     """Graphs of the denoiser in memory at once, in units of that of a backward pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(type(self).__name__, "n_latents", self.n_latents, minimum=1)  # a field may be plain
 
     @property
     @abc.abstractmethod
