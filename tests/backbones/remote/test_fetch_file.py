@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
 from hypothesis import HealthCheck, given, settings
@@ -151,6 +152,14 @@ def test_no_token_goes_to_a_server_that_is_not_the_hub(hub: HubServer, target: P
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch_file(hub.address + PATH, target)
     assert {request.token for request in hub.requests} == {None}
+
+
+def test_secure_address_that_leads_to_one_that_is_not_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch):
+    found = SimpleNamespace(location="http://example.org/file", etag="1", size=SIZE)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: found)
+    with pytest.raises(BackboneFileError, match=r"leads to http://example\.org/file, which is not secure"):
+        fetch_file("https://example.org/file", target)
+    assert not any(target.parent.iterdir())
 
 
 def test_disk_that_takes_no_more_is_an_error_and_the_next_call_continues(hub: HubServer, target: Path):

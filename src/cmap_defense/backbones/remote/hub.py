@@ -47,6 +47,8 @@ def fetch_file(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         found = huggingface_hub.get_hf_file_metadata(url, token=False)
+        if url.startswith("https:") and found.location.startswith("http:"):
+            raise ValueError(f"it leads to {found.location}, which is not secure and was not followed")
         version = hashlib.sha256(f"{url} {found.etag} {found.size}".encode()).hexdigest()[:12]
         partial = path.with_name(f"{path.name}.{version}.partial")
         for other in path.parent.glob(f"{path.name}.*.partial"):
