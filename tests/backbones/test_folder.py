@@ -184,6 +184,7 @@ RECORD_DAMAGE = {
     "weights above, spelt for Windows": editing(weights_file="..\\weights.safetensors"),
     "weights are the folder": editing(weights_file="."),
     "weights are the folder above": editing(weights_file=".."),
+    "weights above, behind the end of a line": editing(weights_file="a\n/../../weights.safetensors"),
     "weights without a name": editing(weights_file=""),
 }
 

@@ -15,7 +15,7 @@ KINDS = ("consistency", "denoiser")
 PRESETS = ("paper", "balanced", "fast")
 """Purifiers by name; "paper" is CMAP as published, the others are what a backbone's record names."""
 
-_FILE = (r"(?!(.*/)?\.{1,2}(/|$))[^\\:*?\[\]/]+(/[^\\:*?\[\]/]+)*", "a file in the record's folder")
+_FILE = (r"(?!(?s:.*/)?\.{1,2}(/|$))[^\\:*?\[\]/]+(/[^\\:*?\[\]/]+)*", "a file in the record's folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
