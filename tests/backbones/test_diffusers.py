@@ -232,6 +232,18 @@ def test_shards_and_variants_are_read(folder: Path, variant: str | None, shard: 
         torch.testing.assert_close(tensor, expected[name], rtol=0 if variant is None else 1e-3, atol=1e-6)
 
 
+def test_attentions_of_older_versions_of_the_library_are_read(folder: Path):
+    expected, former = read_backbone(folder).state_dict(), {}
+    for name, tensor in load_file(folder / SAFETENSORS).items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{old}.")
+        former[name] = tensor
+    assert sum("proj_attn" in name for name in former) >= 2
+    save_file(former, folder / SAFETENSORS)
+    found = read_backbone(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_checksum_of_shards_depends_on_each(folder: Path):
     single = sha256_of_weights(folder / SAFETENSORS)
     assert single == hashlib.sha256((folder / SAFETENSORS).read_bytes()).hexdigest()
