@@ -220,6 +220,12 @@ def test_what_is_no_checkpoint_is_refused(file: Path, data: Any):
     assert str(file) in str(caught.value)
 
 
+def test_web_page_in_place_of_the_file_is_called_one(file: Path):
+    file.write_bytes(b"<!DOCTYPE html><title>Log in to this network</title>")
+    with pytest.raises(BackboneFileError, match="it is a web page, such as a login or an error page"):
+        read_flax(file, "params_ema")
+
+
 def test_maps_may_be_nested_but_not_without_end(file: Path):
     tree: Any = 1
     for _ in range(20):

@@ -112,7 +112,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise BackboneFileError(
-            f"{path} is not a whole safetensors file ({error}){_looks(path)}. Fetch or write the folder again."
+            f"{path} is not a whole safetensors file ({error}){looks(path)}. Fetch or write the folder again."
         ) from error
 
 
@@ -169,15 +169,15 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise BackboneFileError(
             f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
-            f"{_looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
+            f"{looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
         ) from error
     except Exception as error:  # a malformed file makes the unpickler raise anything
         raise BackboneFileError(
-            f"{path} is not a whole PyTorch file ({error}){_looks(path)}. Fetch it again."
+            f"{path} is not a whole PyTorch file ({error}){looks(path)}. Fetch it again."
         ) from error
 
 
-def _looks(path: Path) -> str:
+def looks(path: Path) -> str:
     """What a broken file seems to be, for the end of a sentence."""
     try:
         with path.open("rb") as file:
