@@ -86,7 +86,8 @@ def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, wei
     """
     text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     if not text:
-        raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but is {source!r}.")
+        what = "the text is empty" if source == "" else f"is {source!r}"
+        raise SettingsError(f"A backbone is given as a name, a path or a Hub id, but {what}.")
     entry = entry_of(source)
     if entry is not None:
         return fetch_entry(pinned(entry, verified_only=force), force=force)[0]

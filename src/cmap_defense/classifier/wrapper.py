@@ -74,7 +74,7 @@ class PurifiedClassifier(LatentAccess):
             device; a module is used as it is, in eval mode. Two of them, ``("cifar10-ct-small", "cifar10-edm-small")``,
             are a consistency model and a denoiser for a chain of purifiers.
         settings: of CMAP, all of them: the short form of ``purifier=CMAP(settings)``. None for the ones that the
-            backbone's record names, or else the defaults.
+            backbone's record names, or else the defaults; ``settings=model.settings.replace(...)`` changes one of them.
         purifier: what purifies, an object of ``cmap_defense.purifiers`` such as ``DiffPure(t=100)``, or one of
             yours; None for CMAP.
         preset: in place of settings and purifier, one that goes with the backbone: "paper", CMAP as published, on any
@@ -88,8 +88,8 @@ class PurifiedClassifier(LatentAccess):
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
-            "predicted", the classifier's top label on the input, which on an attacked image is the attacker's;
-            "spread", its K most likely ones, one per latent; or a function from images [B, C, H, W] in [0, 1] to labels
+            "predicted", the classifier's top label on the input, which on an attacked image is the attacker's (an
+            unconditional backbone has no such weakness); "spread", its K most likely ones, one per latent; or a function from images [B, C, H, W] in [0, 1] to labels
             [B] or [B, K].
         dtype: precision of the backbone's weights and passes alone; a module of yours is copied. None leaves it as it
             is: float32 where it is loaded by name, so that figures do not depend on the processor. "auto" is bfloat16

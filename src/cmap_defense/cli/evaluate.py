@@ -74,10 +74,12 @@ def run_evaluate(options: dict[str, Any]) -> Printed:
         if options["dry_run"]:
             return (dataclasses.asdict(evaluation.expected()), []) if as_json else None
         evaluation.run(True)
-        found = dataclasses.replace(evaluation.report(), certified=certified)
-        files, lacking = write_report(found, out) if team.rank == 0 else ([], None)
+        found, files, lacking = None, [], None
+        if team.rank == 0:
+            found = dataclasses.replace(evaluation.report(), certified=certified)
+            files, lacking = write_report(found, out)
         team.wait()
-    if team.rank != 0:
+    if found is None:
         return None
     rows = [["model", "attack", "one-shot", "vote", "re-evaluated"]]
     rows += [[row.model, row.attack, *map(str, (row.one_shot, row.vote, row.reevaluated))] for row in found.rows]

@@ -49,7 +49,9 @@ class Trainee:
         self.model = model
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.weights:
-            raise SettingsError(f"No parameter of the {type(model).__name__} requires a gradient: nothing can be trained.")
+            raise SettingsError(
+                f"No parameter of the {type(model).__name__} requires a gradient: nothing can be trained."
+            )
         self.device = next(iter(self.weights.values())).device
         if config.precision == "auto":
             config = config.replace(precision="bfloat16" if multiplies_bfloat16(self.device) else "float32")
