@@ -164,6 +164,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "one-step-1.2": OneStep(level=1.2, n_latents=K),
         "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "one-step-ct-0.8": OneStep(level=0.8, n_latents=K),
+        "one-step-ct-0.8-of-16": OneStep(level=0.8, n_latents=16),
         "diffpure-80": diffpure(80),
         "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-3": near(1.2, 3),

@@ -89,8 +89,8 @@ class PurifiedClassifier(LatentAccess):
         gradient: how the gradient to the input is taken.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
             "predicted", the classifier's top label on the input, which on an attacked image is the attacker's (an
-            unconditional backbone has no such weakness); "spread", its K most likely ones, one per latent; or a function from images [B, C, H, W] in [0, 1] to labels
-            [B] or [B, K].
+            unconditional backbone has no such weakness); "spread", its K most likely ones, one per latent; or a
+            function from images [B, C, H, W] in [0, 1] to labels [B] or [B, K].
         dtype: precision of the backbone's weights and passes alone; a module of yours is copied. None leaves it as it
             is: float32 where it is loaded by name, so that figures do not depend on the processor. "auto" is bfloat16
             where the backbone's device multiplies it natively (CPUs with AMX or AVX-512 BF16, CUDA devices from compute
