@@ -150,6 +150,7 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
     "fashion-mnist": {
         "none": Identity(),
         "one-step": OneStep(level=0.8, n_latents=K),
+        "one-step-ct": OneStep(level=0.6, n_latents=K),
         "diffpure": diffpure(80),
     },
     "cifar10": {},

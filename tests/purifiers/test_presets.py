@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier
+from cmap_defense.backbones import load_backbone
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
+from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import BackboneFileError, CmapError, OptionError, SettingsError, UnknownNameError
 from cmap_defense.purifiers import ADP, GDMP, GNSP, BackbonePair, Chain, DiffPure, LikelihoodMaximisation, OneStep
+from cmap_defense.purifiers.names import purifier_from_dict
 from cmap_defense.purifiers.presets import preset_purifier
 from denoisers import CurvedDenoiser
 from toys import ToyBackbone, uniform
@@ -98,6 +101,17 @@ def test_a_record_names_a_purifier_with_its_settings(values: dict[str, Any], exp
     assert wrapped(made).variant(preset="fast").purifier == expected
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist-ct", "fashion-mnist-edm"])
+def test_the_presets_of_packaged_models_defend(name: str) -> None:
+    images, labels = (part[:8] for part in load_test_images())
+    presets = load_backbone(name).record.presets  # pyright: ignore[reportOptionalMemberAccess]
+    assert presets
+    for preset, values in presets.items():
+        model = PurifiedClassifier(load_classifier(), name, preset=preset, seed=0).eval()
+        assert model.purifier == purifier_from_dict(values)
+        assert (model.predict(images).labels == labels).float().mean() >= 0.5
+
+
 def test_a_pair_has_the_presets_of_both() -> None:
     denoiser: Any = CurvedDenoiser()
     denoiser.record = record({"fast": FAST, "balanced": FAST})
@@ -135,7 +149,7 @@ def test_presets_that_are_not_there(made: nn.Module, name: str, error: type[Exce
 
 @pytest.mark.parametrize("other", [{"settings": CMAPSettings()}, {"purifier": OneStep()}])
 def test_a_preset_stands_alone(other: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match="Give preset, settings or purifier, one of them"):
+    with pytest.raises(SettingsError, match="Give settings, purifier or preset, one of them"):
         wrapped(backbone({"fast": FAST}), preset="fast", **other)
     with pytest.raises(SettingsError, match="one of them"):
         wrapped(backbone({"fast": FAST})).variant(preset="fast", **other)
@@ -199,5 +213,5 @@ def test_settings_are_given_by_name(make: Any, message: str) -> None:
 
 
 def test_a_class_is_no_purifier() -> None:
-    with pytest.raises(SettingsError, match=r"an object, not a class: write purifier=OneStep\(\)\."):
+    with pytest.raises(SettingsError, match=r"not a class: write OneStep\(\)\."):
         wrapped(backbone(), purifier=OneStep)
