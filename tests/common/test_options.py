@@ -17,6 +17,7 @@ from cmap_defense.attacks import PGD, Attack, NoiseAndDenoise, Shortened, Threat
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import CmapError, OptionError
 from cmap_defense.gradients import Implicit, Unrolled
+from cmap_defense.purifiers import DiffPure
 
 NAMES = {**vars(attacks), **vars(gradients), **vars(cmap_defense), "torch": torch}
 
@@ -39,6 +40,7 @@ HOMES: list[tuple[type, dict[str, Any], str]] = [
     (PurifiedClassifier, {"last": 3}, "PurifiedClassifier(..., gradient=Unrolled(last=3))"),
     (PurifiedClassifier, {"batch_size": 8}, "PurifiedClassifier(..., max_parallel=8)"),
     (PurifiedClassifier, {"normalise": (0.5, 0.5)}, "PurifiedClassifier(..., normalize=(0.5, 0.5))"),
+    (PurifiedClassifier, {"level": 0.5}, "of OneStep: PurifiedClassifier(..., purifier=OneStep(level=0.5))"),
     (PGD, {"eps": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
     (PGD, {"norm": "l2", "steps": 3}, "PGD(ThreatModel(norm='l2'), ...)"),
     (PGD, {"epsilon": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
@@ -83,6 +85,7 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "device", r"\.to\(device\)"),
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
+        (DiffPure, "level", r"option of CMAPSettings, OneStep\.$"),
         (PurifiedClassifier, "xyzzy", "Known: 'backbone'"),
         (PGD, "targeted", "targets=..."),
         (ThreatModel, "beta", "option of ConsistencyDisruption"),

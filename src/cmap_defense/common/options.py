@@ -73,7 +73,7 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
             called = "It" if wanted == name else repr(wanted)
             places = " and ".join(f"of {option.home.__name__}: {option.text(shown)}" for option in _one_per_home(found))
             return f"{refusal} {called} is an option {places}."
-    elsewhere = sorted(kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind))
+    elsewhere = sorted({kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind)})
     if elsewhere:
         return f"{refusal} It is an option of {', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}."
     near = _near(name, {option.name for option in within})
@@ -98,13 +98,14 @@ def _near(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> lis
 def _options(owner: type[NamedOptions], call: str = "{}", depth: int = 0) -> Iterator[_Option]:
     """The options of a class, then those of the objects that it takes, two levels deep."""
     parameters = _parameters(owner)
-    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    several = {name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_POSITIONAL}
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty} - several
     for name in parameters:
         others = "..., " if required - {name} else ""
         yield _Option(name, owner, call.format(f"{owner.__name__}({others}{{}})"))
     for name, parameter in parameters.items() if depth < 2 else ():
         for taken in _taken(owner, name):
-            first = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            first = parameter.kind is parameter.POSITIONAL_OR_KEYWORD or name in several
             inner = f"{owner.__name__}({{}}, ...)" if first else f"{owner.__name__}(..., {name}={{}})"
             yield from _options(taken, call.format(inner), depth + 1)
 
@@ -135,5 +136,5 @@ def _homes(options: Sequence[_Option]) -> list[type[NamedOptions]]:
 
 
 def _one_per_home(options: Sequence[_Option]) -> list[_Option]:
-    """The first two, of different classes."""
-    return list({option.home: option for option in reversed(options)}.values())[::-1][:2]
+    """The first two, of different classes, each with its shortest call."""
+    return [min((o for o in options if o.home is home), key=lambda o: len(o.call)) for home in _homes(options)[:2]]
