@@ -9,6 +9,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.common.convert import to_batch
+from cmap_defense.common.inputs import check_images
 from cmap_defense.errors import InputValueError
 from cmap_defense.plots.purification import as_html, as_picture, history_plot, version_grid
 
@@ -82,22 +84,24 @@ class PurificationResult:
     passes: Tensor | None = None
     iterations: Tensor | None = None
 
-    def grid(self, inputs: Tensor | None = None, *, scale: int | None = None) -> Image.Image:
+    def grid(self, inputs: object = None, *, scale: int | None = None) -> Image.Image:
         """The purified images as a picture: a row for each image, its K versions side by side.
 
         Args:
-            inputs: images [B, C, H, W] in [0, 1] for a first column, such as what was purified.
+            inputs: images in [0, 1] for a first column, such as what was purified, in any form that ``purify`` takes.
             scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
 
         Raises:
             InputValueError: the inputs are not as many, or not of that shape.
+            InputTypeError: they are no images.
         """
-        if inputs is not None and inputs.shape != (self.images.shape[0], *self.images.shape[2:]):
-            raise InputValueError(
-                f"inputs must be {[self.images.shape[0], *self.images.shape[2:]]}, one for each image, but are "
-                f"{list(inputs.shape)}."
-            )
-        return version_grid(self.images, inputs, scale=scale)
+        if inputs is None:
+            return version_grid(self.images, scale=scale)
+        shape = self.images[:, 0].shape
+        first = check_images(to_batch(inputs, shape[1])[0], shape[1])
+        if first.shape != shape:
+            raise InputValueError(f"inputs must be {list(shape)}, one for each image, but are {list(first.shape)}.")
+        return version_grid(self.images, first, scale=scale)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write each purified image as ``<image>-<version>.png``, such as ``0003-0.png``.

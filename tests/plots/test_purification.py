@@ -13,7 +13,7 @@ from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.classifier import Trajectory
 from cmap_defense.data.files import read_image
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.errors import InputValueError, SettingsError
+from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
 from cmap_defense.results import PurificationResult
 
 QUICK = CMAPSettings(n_latents=2, iterations=3)
@@ -38,6 +38,8 @@ def test_the_grid_has_a_row_for_each_image_and_the_input_first(channels: int) ->
     picture = np.asarray(result.grid(inputs, scale=1))
     assert picture.shape == (2 * 6 + 2, 4 * 8 + 2, 3)
     assert (picture[2:6, 2:8] == 0).all()
+    parts = [Image.fromarray(np.zeros((4, 6), np.uint8))] * 2, np.zeros((2, 4, 6, channels), np.uint8)
+    assert all(np.array_equal(np.asarray(result.grid(given, scale=1)), picture) for given in parts)
     expected = (images[1, 0].permute(1, 2, 0).expand(-1, -1, 3) * 255).round().numpy()
     np.testing.assert_allclose(picture[8:12, 10:16], expected, atol=1)
 
@@ -94,5 +96,7 @@ def test_wrong_inputs_and_the_name_of_a_picture_are_refused(tmp_path: Path) -> N
     result = PurificationResult(torch.rand(2, 3, 1, 4, 6), torch.rand(2, 3, 1, 4, 6))
     with pytest.raises(InputValueError, match="one for each image"):
         result.grid(torch.rand(1, 1, 4, 6))
+    with pytest.raises(InputTypeError, match="are int"):
+        result.grid(3)
     with pytest.raises(InputValueError, match="a folder is needed"):
         result.save(tmp_path / "result.png")

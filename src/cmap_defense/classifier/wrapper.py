@@ -22,7 +22,6 @@ from cmap_defense.backbones.record import PRESETS
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
-from cmap_defense.classifier.convert import to_batch
 from cmap_defense.classifier.hooks import LatentHooks, together
 from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
@@ -32,6 +31,7 @@ from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
 from cmap_defense.common.compiling import StepCompiler
+from cmap_defense.common.convert import to_batch
 from cmap_defense.common.modules import (
     building,
     device_of,
