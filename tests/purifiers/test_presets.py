@@ -128,10 +128,10 @@ def test_a_pair_has_the_presets_of_both() -> None:
             backbone({"balanced": BALANCED}),
             "fast",
             UnknownNameError,
-            "no preset 'fast'. There are: 'paper', 'balanced'",
+            "no preset 'fast', but has 'paper', 'balanced'",
         ),
-        (backbone(), "balanced", UnknownNameError, r"There are: 'paper'\. Or give a purifier"),
-        (CurvedDenoiser(), "paper", UnknownNameError, "no preset 'paper'. It has none"),
+        (backbone(), "balanced", UnknownNameError, r"but has 'paper'\. Take another purifier"),
+        (CurvedDenoiser(), "paper", UnknownNameError, "no preset 'paper', nor any other"),
         (backbone(), "quick", SettingsError, "preset must be one of 'paper', 'balanced', 'fast'"),
         (
             backbone({"fast": {"purifier": "one-step", "level": -1}}),

@@ -170,7 +170,7 @@ class PurifiedClassifier(LatentAccess):
                 "purifier=CMAP(settings), and a preset is a purifier with settings."
             )
         wanted = CMAP(settings) if purifier is None else purifier
-        loaded = _loaded(backbone, wanted.kind if preset in (None, PRESETS[0]) else None, device_of(classifier))
+        loaded = loaded_backbone(backbone, wanted.kind if preset in (None, PRESETS[0]) else None, device_of(classifier))
         if preset is not None:
             wanted = preset_purifier(loaded, preset)
         elif purifier is None and settings is None:
@@ -501,12 +501,13 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
         wanted = torch.bfloat16 if multiplies_bfloat16(device_of(backbone) or "cpu") else None
     if wanted is None:
         return backbone
+    given = wanted
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted, None)
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise SettingsError(
             'PurifiedClassifier.dtype must be "auto", None or a floating-point torch.dtype such as torch.bfloat16, but '
-            f"is {wanted!r}."
+            f"is {given!r}."
         )
     if all(weight.dtype == wanted for weight in weights_of(backbone) if weight.is_floating_point()):
         return backbone
@@ -514,16 +515,16 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
         return in_fastest_layout(copy.deepcopy(backbone).to(wanted))
 
 
-def _loaded(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
+def loaded_backbone(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
     """The backbone, or pair of them, that was given; what is loaded here is on ``device``."""
     if isinstance(given, (tuple, list)):
-        return BackbonePair.of([_loaded(one, None, device) for one in given])
+        return BackbonePair.of([loaded_backbone(one, None, device) for one in given])
     if not isinstance(given, (str, os.PathLike)):
         return check_backbone(given, None)
     try:
         loaded = load_backbone(given, kind=kind)
     except WrongKindError as error:
         raise WrongKindError(
-            f"{error} With this one, take a purifier that denoises, such as purifier=OneStep()."
+            f"{error} With this one, take a purifier that denoises, such as OneStep (--purifier one-step)."
         ) from error
     return loaded if device is None else loaded.to(device)

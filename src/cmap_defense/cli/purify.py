@@ -10,8 +10,8 @@ import click
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.record import PRESETS
+from cmap_defense.classifier.wrapper import loaded_backbone
 from cmap_defense.cli.build import Printed, device_of, preset_of, purifier_of
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
@@ -35,7 +35,7 @@ def run_purify(options: dict[str, Any]) -> Printed:
     device, resize, seed = device_of(options), options["resize"], options["seed"]
     preset = preset_of(options)
     kind = purifier_of(options).kind if preset in (None, PRESETS[0]) else None
-    backbone = load_backbone(options["backbone"], kind=kind).to(device)
+    backbone = loaded_backbone(options["backbone"], kind, device)
     recorded = recorded_settings(backbone)
     if preset:
         purifier = preset_purifier(backbone, preset)

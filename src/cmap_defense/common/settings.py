@@ -156,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 def _sequence(owner: str, name: str, values: Any, length: int | None) -> Sequence[Any]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != (length or len(values)):
-        what = "a sequence" if length is None else f"{length} numbers"
+        what = "a sequence" if length is None else "1 number in a sequence" if length == 1 else f"{length} numbers"
         raise SettingsError(f"{owner}.{name} must be {what}, but is {values!r}.")
     return values
 

@@ -56,9 +56,9 @@ def preset_purifier(backbone: nn.Module, name: str) -> Purifier:
     if name not in known:
         there = [*(PRESETS[:1] if consistent else ()), *sorted(known)]
         raise UnknownNameError(
-            f"The backbone has no preset {name!r}. "
-            + (f"There are: {', '.join(map(repr, there))}." if there else "It has none.")
-            + " Or give a purifier: purifier=OneStep(level=0.5)."
+            f"The backbone has no preset {name!r}, "
+            + (f"but has {', '.join(map(repr, there))}." if there else "nor any other.")
+            + " Take another purifier, such as OneStep (--purifier one-step)."
         )
     try:
         return purifier_from_dict(known[name])
