@@ -447,7 +447,7 @@ BAD_IMAGES = {
     "8-bit values": (lambda: images() * 255, ValueError, r"\[0, 1\].*255"),
     "normalized values": (lambda: images() * 2 - 1, ValueError, 'inputs="normalized"'),
     "uint8": (lambda: (images() * 255).byte(), TypeError, "floating-point.*uint8.*255"),
-    "int64": (lambda: images().long(), TypeError, "floating-point"),
+    "int64": (lambda: images().long(), TypeError, r"Convert them to floating-point in \[0, 1\]"),
     "an array": (lambda: images().numpy(), TypeError, "torch.Tensor.*ndarray"),
     "another device": (lambda: images().to("meta"), RuntimeError, "model is on cpu.*images are on meta"),
 }

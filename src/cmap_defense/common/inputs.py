@@ -34,9 +34,8 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
         hint = conversion_line(images, channels)
         raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.{hint}")
     if not images.is_floating_point():
-        raise InputTypeError(
-            f"Images must be floating-point, but are {images.dtype}.{conversion_line(images, channels)}"
-        )
+        hint = conversion_line(images, channels) or " Convert them to floating-point in [0, 1]."
+        raise InputTypeError(f"Images must be floating-point, but are {images.dtype}.{hint}")
     if images.ndim != 4:
         hint = conversion_line(images, channels)
         raise InputValueError(f"Images must be [B, C, H, W], but have {images.ndim} axes: {list(images.shape)}.{hint}")
