@@ -35,7 +35,7 @@ MISTAKES = [
     (f"purify boot.png {PURIFY} --purifier one-step --iterations 3", 2, "OneStep has no setting 'iterations'"),
     (f"purify boot.png {PURIFY} --purifier one-step --purifier-set levle=1", 2, "Did you mean 'level'"),
     (f"purify boot.png {PURIFY} --n-latents 2 --purifier-set n_latents=3", 2, "n_latents is given twice"),
-    (f"purify boot.png {PURIFY} --purifier-preset fast", 1, "no preset 'fast', but has 'paper'"),
+    ("purify boot.png -b fashion-mnist-edm -o out --purifier-preset paper", 1, "such as OneStep (--purifier one-step)"),
     ("purify boot.png -b fashion-mnist-edm -o out", 1, "such as OneStep (--purifier one-step)."),
     (f"purify boot.png {PURIFY} --purifier-preset paper --n-latents 2", 2, "leave other options of it out"),
     (f"purify boot.png {PURIFY} --purifier-preset quick", 2, "there is no 'quick'"),

@@ -35,7 +35,7 @@ def run_purify(options: dict[str, Any]) -> Printed:
     device, resize, seed = device_of(options), options["resize"], options["seed"]
     preset = preset_of(options)
     kind = purifier_of(options).kind if preset in (None, PRESETS[0]) else None
-    backbone = loaded_backbone(options["backbone"], kind, device)
+    backbone: Any = loaded_backbone(options["backbone"], kind, device)
     recorded = recorded_settings(backbone)
     if preset:
         purifier = preset_purifier(backbone, preset)
