@@ -54,6 +54,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     return folder, evaluate(defended(), **options(out=folder, class_names=("a", "b", "c", "d")))
 
 
+def test_images_and_labels_may_be_two_arguments() -> None:
+    images, labels = labelled(4)
+    given: dict[str, Any] = {"attacks": {"pgd": PGD(THREAT, steps=1)}, "protocol": BRIEF, "threads": 1}
+    reports = [evaluate(Shaky(0.3), *data, **given) for data in ((images, labels), ((images, labels),))]
+    assert reports[0].rows == reports[1].rows
+
+
 def test_where_all_checks_pass_there_is_a_headline(report: Report) -> None:
     assert report.refused == []
     assert len(report.checks) == 10

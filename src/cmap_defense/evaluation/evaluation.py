@@ -369,6 +369,7 @@ def _bar() -> Iterator[OnUnit]:
 def evaluate(
     model: Model,
     data: Any,
+    labels: Tensor | None = None,
     *,
     attacks: str | Mapping[str, Attack] = "standard",
     threat: ThreatModel | None = None,
@@ -390,7 +391,8 @@ def evaluate(
 
     Args:
         model: what is evaluated.
-        data: the images and their labels.
+        data: the images and their labels; or images [N, C, H, W] alone, whose labels follow.
+        labels: int64 [N], of such images.
         attacks: "standard", "paper", "exact", "full", or attacks by name.
         threat: norm and eps of a set of attacks that is given by name.
         protocol: how often each image is attacked and predicted.
@@ -412,7 +414,7 @@ def evaluate(
             folder = Path(team.shared(made))
         evaluation = Evaluation(
             model,
-            data,
+            data if labels is None else (data, labels),
             folder,
             attacks=attacks,
             threat=threat,
