@@ -14,7 +14,7 @@ import torch
 from cmap_defense.backbones.folder import read_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel
 from cmap_defense.backbones.record import KINDS
-from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.backbones.registry import backbone_names, names_of_kind, registry_entry
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.remote.fetch import fetch_entry, fetch_repository
@@ -67,8 +67,7 @@ def load_backbone(
         with with_remedy(entry):
             model = read_backbone(folder, kind=kind, dtype=dtype)
     except WrongKindError as error:
-        fitting = [name for name in backbone_names() if registry_entry(name).kind == kind]
-        raise WrongKindError(f"{error} Of that kind are: {', '.join(fitting)}.") from error
+        raise WrongKindError(f"{error} Of that kind are: {names_of_kind(str(kind))}.") from error
     if entry is not None:
         _describe(model, entry)
         if isinstance(model, ConsistencyBackbone):

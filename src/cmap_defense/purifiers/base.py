@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.backbones.base import caster, check_backbone, kind_of
-from cmap_defense.backbones.registry import backbone_names, registry_entry
+from cmap_defense.backbones.registry import names_of_kind
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.options import NamedOptions
@@ -118,11 +118,10 @@ class Purifier(NamedOptions, abc.ABC):
         used = check_backbone(self.member(backbone), None)
         usable = any(callable(getattr(used, method, None)) for method in ("generate", "denoise"))
         if self.kind is not None and usable and kind_of(used) != self.kind:
-            fitting = [name for name in backbone_names() if registry_entry(name).kind == self.kind]
             raise WrongKindError(
                 f"{type(self).__name__} needs {_CALLED[self.kind]}, but {type(used).__name__} is "
-                f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {', '.join(fitting)}, and modules of "
-                f'yours with kind = "{self.kind}".'
+                f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {names_of_kind(self.kind)}; "
+                f'and modules of yours with kind = "{self.kind}".'
             )
         check_backbone(used, self.needs)
         level, strongest = getattr(self, "level", None), getattr(used, "noise", None)

@@ -295,8 +295,8 @@ def test_load_backbone_returns_the_kind_of_the_record(named: Callable[..., None]
 @pytest.mark.parametrize(
     ("kind", "needed", "message", "other"),
     [
-        ("denoiser", "consistency", "is a denoiser.*Of that kind are: .*cifar10-cd", "cifar10-edm"),
-        ("consistency", "denoiser", "is a consistency model.*Of that kind are: .*cifar10-edm", "cifar10-cd"),
+        ("denoiser", "consistency", "is a denoiser.*Of that kind are: .*cifar10-ct-small", "cifar10-edm"),
+        ("consistency", "denoiser", "is a consistency model.*Of that kind are: .*cifar10-edm-small", "cifar10-ct"),
     ],
 )
 def test_other_kind_than_the_needed_one_is_refused_with_names_of_that_kind(

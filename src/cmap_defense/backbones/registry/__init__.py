@@ -15,6 +15,7 @@ __all__ = [
     "OfficialFile",
     "RegistryEntry",
     "backbone_names",
+    "names_of_kind",
     "register",
     "registry_entry",
 ]
@@ -23,6 +24,14 @@ __all__ = [
 def backbone_names() -> list[str]:
     """All names, sorted."""
     return sorted(_entries())
+
+
+def names_of_kind(kind: str) -> str:
+    """The names of a kind of backbone as text: those of the package, and how many others there are."""
+    entries = [entry for entry in _entries().values() if entry.kind == kind]
+    here = [entry.name for entry in entries if isinstance(entry.sources[0], LocalFolder)]
+    others = len(entries) - len(here)
+    return f"{', '.join(sorted(here))}, and {others} more that `cmap-defense backbones list` shows"
 
 
 def registry_entry(name: str) -> RegistryEntry:
