@@ -81,12 +81,12 @@ Values = Callable[..., Any]
 
 def test_list_shows_all_names_and_whether_they_are_verified(backbones: Run, values: Values):
     lines = backbones("list").splitlines()
-    assert lines[0].split()[:4] == ["name", "image", "classes", "verified"]
+    assert lines[0].split()[:5] == ["name", "kind", "image", "classes", "verified"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:] if line and ":" not in line.split()[0]}
     assert sorted(rows) == backbone_names()
-    assert rows["fashion-mnist-ct"][:3] == ["1x28x28", "-", "yes"]
-    assert rows["cifar10-cd"][:3] == ["3x32x32", "-", "no"]
-    assert rows["imagenet64-cd"][:2] == ["3x64x64", "1000"]
+    assert rows["fashion-mnist-ct"][:4] == ["consistency", "1x28x28", "-", "yes"]
+    assert rows["cifar10-cd"][:4] == ["consistency", "3x32x32", "-", "no"]
+    assert rows["imagenet64-cd"][1:3] == ["3x64x64", "1000"]
     assert "backbones verify" in lines[-1]
     assert values("list") == [registry_entry(name).to_dict() for name in backbone_names()]
 
@@ -233,7 +233,7 @@ def test_verify_notes_what_it_finds_and_list_and_info_show_it(cache: Path, backb
     assert f"pinned: {cache / 'verified.json'}" in text
     assert text[-1] == f"{NAME} is whole and works."
     (row,) = [line.split() for line in backbones("list").splitlines() if line.startswith(NAME)]
-    assert row[3] == "yes"
+    assert (row[1], row[4]) == ("consistency", "yes")
     assert values("info", NAME)["verified"] is True
     assert values("verify", NAME)["boundary_error"] == 0
 

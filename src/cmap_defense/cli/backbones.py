@@ -24,11 +24,11 @@ from cmap_defense.errors import SettingsError
 def list_backbones(options: dict[str, Any]) -> Printed:
     """Carry out the command backbones list."""
     entries = [pinned(registry_entry(name)) for name in backbone_names()]
-    rows = [["name", "image", "classes", "verified", "what it is"]]
+    rows = [["name", "kind", "image", "classes", "verified", "what it is"]]
     for entry in entries:
         classes = "-" if entry.num_classes is None else str(entry.num_classes)
         shape = "x".join(map(str, entry.image_shape))
-        rows.append([entry.name, shape, classes, "yes" if entry.verified else "no", entry.description])
+        rows.append([entry.name, entry.kind, shape, classes, "yes" if entry.verified else "no", entry.description])
     note = "\nverified: its commit and checksum are known. `cmap-defense backbones verify NAME` fills them in."
     return [entry.to_dict() for entry in entries], [*table_lines(rows), note]
 
