@@ -68,7 +68,7 @@ def history_plot(curves: Mapping[str, Tensor]) -> bytes:
             plain_axes(axes, title, "iteration")
             for name, colour in zip(names, COLOURS, strict=False):
                 axes.plot(curves[name].nanmean(dim=1).cpu().tolist(), color=colour, label=name)
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, -0.42), ncols=4, fontsize=8)
         figure.tight_layout()
 
     return draw((9.0, 3.2), fill, purpose="a plot of the optimisation", picture="png", dpi=100)
