@@ -85,7 +85,7 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "device", r"\.to\(device\)"),
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
-        (DiffPure, "level", r"option of CMAPSettings, OneStep\.$"),
+        (DiffPure, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
         (PurifiedClassifier, "xyzzy", "Known: 'backbone'"),
         (PGD, "targeted", "targets=..."),
         (ThreatModel, "beta", "option of ConsistencyDisruption"),

@@ -65,7 +65,7 @@ def test_cmap_is_the_default_and_its_settings_are_the_short_form() -> None:
 
 
 def test_settings_and_purifier_together_are_refused() -> None:
-    with pytest.raises(SettingsError, match="settings or purifier, not both"):
+    with pytest.raises(SettingsError, match="Give settings, purifier or preset, one of them"):
         model_of(settings=CMAPSettings())
     with pytest.raises(SettingsError, match=r"purifier must be an object such as CMAP\(\) or OneStep"):
         model_of("one-step")
@@ -79,7 +79,7 @@ def test_a_backbone_has_what_the_purifier_needs() -> None:
 
 
 def test_a_denoiser_by_name_is_for_another_purifier_than_cmap() -> None:
-    with pytest.raises(WrongKindError, match=r"is a denoiser.*such as purifier=OneStep\(\)\.$"):
+    with pytest.raises(WrongKindError, match=r"is a denoiser.*such as OneStep \(--purifier one-step\)\.$"):
         PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm")
     model = PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm", purifier=OneStep(level=0.4))
     assert model(torch.rand(1, 1, 28, 28)).shape == (1, 784)

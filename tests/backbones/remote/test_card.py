@@ -53,7 +53,7 @@ def test_card_of_a_repository_shows_the_record():
     assert table["paper"] == "arXiv 2303.01469"
     assert table["network"] == "ncsnpp"
     assert table["SHA-256"] == f"`{SHA256}`"
-    assert 'backbone="someone/tiny"' in card
+    assert '"someone/tiny"' in card
     for line in (
         "- url: https://example.org/checkpoint",
         "- size: 3",
