@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ DROPOUT = 3
 """Stream of the generator that dropout draws from; batches have those below."""
 
 
-class Trainee:
+class Trainee(abc.ABC):
     """A module in training, with Adam's moments and averaged weights: what ``train`` trains.
 
     A subclass sets ``optimiser``, which is one of Adam's family, and writes ``_parts`` and ``_backward``.
@@ -75,15 +76,15 @@ class Trainee:
             average.update(self.model, batch_size=config.batch_size, images_seen=seen + config.batch_size)
         return loss + 0 * norm  # not finite where a gradient is not, which stops the training
 
+    @abc.abstractmethod
     def _parts(self, number: int) -> Iterable[Any]:
         """What this process computes of a step, as batches that fit into memory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _backward(self, part: Any) -> Tensor:
         """Add to the gradients of the whole batch's mean loss; returns the share of this part in it, []."""
-        raise NotImplementedError
 
-    def _moved(self, number: int) -> None:
+    def _moved(self, number: int) -> None:  # noqa: B027 - not every learner has something to do
         """Called when the weights have moved, before they are averaged."""
 
     def tensors(self) -> dict[str, Tensor]:
