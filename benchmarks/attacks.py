@@ -75,7 +75,7 @@ def wrapped(options: argparse.Namespace) -> tuple[PurifiedClassifier, list[int]]
         return network(x, *rest)
 
     backbone.network.forward = counting  # pyright: ignore[reportAttributeAccessIssue]
-    shipped = PurifiedClassifier(load_classifier(), backbone).settings
+    shipped = PurifiedClassifier(load_classifier(), backbone, preset="paper").settings
     settings = shipped.replace(
         n_latents=options.latents, iterations=options.iterations, learning_rate=options.learning_rate
     )

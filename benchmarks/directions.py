@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images, labels = (part[: options.images] for part in load_test_images())
     classifier, backbone = load_classifier(), load_backbone("fashion-mnist-ct")
-    model = PurifiedClassifier(classifier, backbone, vote="soft")
+    model = PurifiedClassifier(classifier, backbone, preset="paper", vote="soft")
     settings = model.settings.replace(
         n_latents=options.latents, iterations=options.iterations, learning_rate=options.learning_rate
     )

@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
 
     images, labels = (part[options.images] for part in load_test_images())
-    model = PurifiedClassifier(load_classifier(), options.backbone).eval()
+    model = PurifiedClassifier(load_classifier(), options.backbone, preset="paper").eval()
     attacked = PGD(ThreatModel(eps=0.05), steps=20)(model.classifier, images, labels).images
     trajectory = Trajectory(every=options.every)
     with torch.no_grad(), model.register_latent_hook(trajectory):

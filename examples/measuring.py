@@ -63,7 +63,7 @@ def measure(classifier: nn.Module, images: Tensor, labels: Tensor, options: argp
                 flush=True,
             )
         return
-    shipped = PurifiedClassifier(classifier, backbone).settings
+    shipped = PurifiedClassifier(classifier, backbone, preset="paper").settings
     given = (options.latents, options.iterations, options.learning_rate, options.ssim_weight, options.latent_weight)
     for values in itertools.product(*(g or [getattr(shipped, n)] for n, g in zip(SETTINGS, given, strict=True))):
         row: dict[str, object] = dict(zip(SETTINGS, values, strict=True))

@@ -81,7 +81,7 @@ def main() -> None:
             source = random_backbone(Path(folder), CONFIGS[options.random_backbone], options.seed)
         backbone = load_backbone(source)
     changes = {"n_latents": options.latents, "iterations": options.iterations}
-    model = PurifiedClassifier(classifier, backbone, normalize=(MEAN, STD), seed=options.seed)
+    model = PurifiedClassifier(classifier, backbone, preset="paper", normalize=(MEAN, STD), seed=options.seed)
     settings = model.settings.replace(**{name: value for name, value in changes.items() if value is not None})
     model = PurifiedClassifier(classifier, backbone, settings=settings, normalize=(MEAN, STD), seed=options.seed)
 

@@ -94,7 +94,7 @@ def test_the_defence_recovers_images_whose_attacker_did_not_know_it() -> None:
 
 
 def test_a_backbone_given_by_name_joins_the_classifiers_device_and_brings_its_settings() -> None:
-    model = PurifiedClassifier(load_classifier().to("meta"), "fashion-mnist-ct")
+    model = PurifiedClassifier(load_classifier().to("meta"), "fashion-mnist-ct", preset="paper")
     assert {p.device.type for p in model.backbone.parameters()} == {"meta"}
     record = read_record(registry_entry("fashion-mnist-ct").sources[0].folder)
     assert model.settings.to_dict() | record.settings == model.settings.to_dict()

@@ -22,18 +22,20 @@ from toys import noise
 
 from .conftest import Run
 
-TINY = ["demo", "--images", "3", "--n-latents", "1", "--iterations", "2"]
+TINY = ["demo", "--images", "3", "--purifier", "cmap", "--n-latents", "1", "--iterations", "2"]
 
 
 def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, run: Run) -> None:
-    found = json.loads(run("demo", "--images", 6, "--n-latents", 1, "--iterations", 20, "--json", "-o", tmp_path))
+    given = ["--purifier", "cmap", "--n-latents", 1, "--iterations", 20]
+    found = json.loads(run("demo", "--images", 6, *given, "--json", "-o", tmp_path))
     for kind in ("bare", "purified"):
-        for state in ("clean", "attacked"):
+        assert list(found[kind]) == ["clean", "attacked"]
+        for state in found[kind]:
             low, high = found["intervals"][kind][state]
             assert 0 <= low <= found[kind][state] <= high <= 1
     assert found["bare"]["attacked"] < 0.2 < found["purified"]["attacked"]
     assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (1, 20)
-    assert found["note"] == "the attacker did not know the defence"
+    assert found["note"] == "the attacks did not know the defence."
     assert [Path(path).name for path in found["files"]] == ["sheet.png", "latents.png"]
     for path in found["files"]:
         with Image.open(path) as picture:
@@ -46,7 +48,7 @@ def test_as_text(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(webbrowser, "open", opened.append)
     text = run(*TINY, "--eps", "8/255", "-o", tmp_path, "--open")
     assert opened == [(tmp_path / name).as_uri() for name in ("sheet.png", "latents.png")]
-    assert "the attacker did not know the defence" in text
+    assert "the attacks did not know the defence" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["accuracy", "clean", "attacked"] in rows
     assert {row[0] for row in rows if len(row) == 7} == {"bare", "purified"}, "two rows of accuracy [low, high] pairs"
@@ -88,6 +90,15 @@ def test_ctrl_c_ends_with_130_and_no_half_written_file(
     monkeypatch.setattr(owner, name, interrupt)
     assert run(*TINY, "-o", tmp_path, status=130) == "Interrupted."
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_denoises_is_attacked_through_its_own_gradient(tmp_path: Path, run: Run) -> None:
+    found = json.loads(run("demo", "--images", 8, "--steps", 5, "--n-latents", 2, "--json", "-o", tmp_path))
+    assert (found["purifier"], found["settings"]["n_latents"]) == ("one-step", 2)
+    assert list(found["purified"]) == ["clean", "attacked", "adaptive"]
+    assert found["purified"]["adaptive"] < found["purified"]["clean"]
+    assert found["bare"]["attacked"] < found["bare"]["adaptive"], "it was made for another model"
+    assert [Path(path).name for path in found["files"]] == ["sheet.png"]
 
 
 @pytest.mark.slow

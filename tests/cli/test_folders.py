@@ -13,7 +13,7 @@ from cmap_defense.embedded import load_test_images
 
 from .conftest import Run
 
-TINY = ["--n-latents", "1", "--iterations", "1", "--threads", "1"]
+TINY = ["--n-latents", "1", "--threads", "1"]
 TRAINING = ["--channels", "8,8", "--blocks", "1", "--attention", "none", "--batch-size", "8", "--images", "8"]
 
 

@@ -36,7 +36,12 @@ MISTAKES = [
     (f"purify boot.png {PURIFY} --purifier one-step --purifier-set levle=1", 2, "Did you mean 'level'"),
     (f"purify boot.png {PURIFY} --n-latents 2 --purifier-set n_latents=3", 2, "n_latents is given twice"),
     ("purify boot.png -b fashion-mnist-edm -o out --purifier-preset paper", 1, "such as OneStep (--purifier one-step)"),
-    ("purify boot.png -b fashion-mnist-edm -o out", 1, "such as OneStep (--purifier one-step)."),
+    ("purify boot.png -b fashion-mnist-edm -o out --purifier cmap", 1, "such as OneStep (--purifier one-step)."),
+    (
+        f"purify boot.png {PURIFY} --iterations 3",
+        2,
+        "one-step is what goes with the backbone: --purifier",
+    ),
     (f"purify boot.png {PURIFY} --purifier-preset paper --n-latents 2", 2, "leave other options of it out"),
     (f"purify boot.png {PURIFY} --purifier-preset quick", 2, "there is no 'quick'"),
     (f"evaluate {MODEL} -o out -c embeded", 2, "Did you mean 'embedded'?"),

@@ -16,7 +16,7 @@ from cmap_defense.embedded import load_test_images
 
 from .conftest import Run
 
-TINY = ["--n-latents", "2", "--iterations", "3", "--json"]
+TINY = ["--n-latents", "2", "--iterations", "3", "--purifier", "cmap", "--json"]
 
 
 def save(number: int, path: Path) -> Path:
@@ -26,14 +26,16 @@ def save(number: int, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", [["fashion-mnist-ct"], ["fashion-mnist-edm", "--purifier", "one-step"]])
+@pytest.mark.parametrize(
+    "method", [["--purifier", "cmap", "--iterations", "3"], [], ["-b", "fashion-mnist-edm", "--purifier", "one-step"]]
+)
 def test_files_of_the_same_name_and_size_are_written(tmp_path: Path, run: Run, method: list[str]) -> None:
     boot = save(0, tmp_path / "boot.png")
     with Image.open(boot) as image:
         image.convert("RGB").resize((40, 50)).save(tmp_path / "large.jpg")
-    options = [*TINY[:2], "--json"] if len(method) > 1 else TINY
-    given = [boot, tmp_path / "large.jpg", "--resize", "bilinear", "--all", *options, "-o", tmp_path / "out"]
-    found = json.loads(run("purify", *given, "-b", *method))
+    given = [boot, tmp_path / "large.jpg", "--resize", "bilinear", "--all", "--json", "-o", tmp_path / "out"]
+    found = json.loads(run("purify", *given, "-b", "fashion-mnist-ct", "--n-latents", 2, *method))
+    assert found["purifier"] == ("cmap" if "cmap" in method else "one-step")
     names = ["boot-0.png", "boot-1.png", "boot.png", "large-0.png", "large-1.png", "large.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert sorted(Path(path).name for path in found["files"]) == names
@@ -79,7 +81,7 @@ def test_folders(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         save(number, folder / name)
     save(0, folder / ".ipynb_checkpoints" / "0.png").write_bytes(b"damaged")
     (folder / "notes.txt").write_text("not an image")
-    options = ["-b", "fashion-mnist-ct", "--n-latents", 1, "--iterations", 1, "--json"]
+    options = ["-b", "fashion-mnist-ct", "--n-latents", 1, "--json"]
     for _ in range(2):  # what the first call wrote is not purified by the second
         found = json.loads(run("purify", folder, *options, "-o", folder / "purified"))
         assert sorted(Path(file).relative_to(folder / "purified") for file in found["files"]) == names

@@ -83,12 +83,17 @@ def read_backbone(
         MissingExtraError: the folder needs the diffusers library.
     """
     record = read_record(folder)
-    if kind is not None and record.kind != kind:
-        raise WrongKindError(f"{record.name!r} {_WRONG_KIND[kind]}")
+    check_kind(record.name, record.kind, kind)
     model = _read_model(Path(folder), record, dtype)
     if isinstance(model, ConsistencyBackbone):
         model.default_settings = dict(record.settings)
     return model
+
+
+def check_kind(name: str, kind: str, wanted: str | None) -> None:
+    """Raise ``WrongKindError`` where a backbone is of another kind than the one that is wanted, if any is."""
+    if wanted is not None and kind != wanted:
+        raise WrongKindError(f"{name!r} {_WRONG_KIND[wanted]}")
 
 
 def write_backbone(

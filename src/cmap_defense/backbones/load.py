@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from cmap_defense.backbones.folder import read_backbone
+from cmap_defense.backbones.folder import check_kind, read_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, KarrasModel
 from cmap_defense.backbones.record import KINDS
 from cmap_defense.backbones.registry import backbone_names, names_of_kind, registry_entry
@@ -62,8 +62,11 @@ def load_backbone(
     """
     if kind is not None:
         require_choice("load_backbone", "kind", kind, KINDS)
-    folder, entry = resolve_backbone(source), entry_of(source)
+    entry = entry_of(source)
     try:
+        if entry is not None:  # before it is fetched
+            check_kind(entry.name, entry.kind, kind)
+        folder = resolve_backbone(source)
         with with_remedy(entry):
             model = read_backbone(folder, kind=kind, dtype=dtype)
     except WrongKindError as error:

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from cmap_defense.backbones.base import check_backbone
-from cmap_defense.backbones.load import load_backbone
-from cmap_defense.backbones.record import PRESETS
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
@@ -42,12 +39,11 @@ from cmap_defense.common.modules import (
 )
 from cmap_defense.common.options import unknown_option
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
-from cmap_defense.errors import ClassifierError, SettingsError, WrongKindError
+from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
-from cmap_defense.purifiers.pair import BackbonePair
-from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
 from cmap_defense.results import History, PurificationResult
 
 __all__ = ["PurifiedClassifier"]
@@ -57,10 +53,13 @@ ANY: Any = -math.inf
 
 
 class PurifiedClassifier(LatentAccess):
-    """A classifier behind a purifier, CMAP (arXiv 2412.08394) if none is named: images in, logits out.
+    """A classifier behind a purifier: images in, logits out.
 
         model = PurifiedClassifier(my_resnet, backbone="fashion-mnist-ct")
         logits = model(images)
+
+    Where settings, purifier and preset are left out, the backbone's record decides: its preset "balanced", else its
+    preset "fast", else CMAP (arXiv 2412.08394). The object's repr shows which it is.
 
     The default gradient to the input is the straight-through one (BPDA): attacks that need a gradient run
     unchanged, and it is an approximation. ``cmap_defense.gradients`` has the others.
@@ -73,10 +72,10 @@ class PurifiedClassifier(LatentAccess):
             and ``generate``, or ``denoise`` for purifiers that denoise. One that is loaded here joins the classifier's
             device; a module is used as it is, in eval mode. Two of them, ``("cifar10-ct-small", "cifar10-edm-small")``,
             are a consistency model and a denoiser for a chain of purifiers.
-        settings: of CMAP, all of them: the short form of ``purifier=CMAP(settings)``. None for the ones that the
-            backbone's record names, or else the defaults; ``settings=model.settings.replace(...)`` changes one of them.
+        settings: of CMAP, all of them: the short form of ``purifier=CMAP(settings)``. Of a model that runs CMAP,
+            ``settings=model.settings.replace(...)`` changes one of them.
         purifier: what purifies, an object of ``cmap_defense.purifiers`` such as ``DiffPure(t=100)``, or one of
-            yours; None for CMAP.
+            yours.
         preset: in place of settings and purifier, one that goes with the backbone: "paper", CMAP as published, on any
             consistency model; "balanced" or "fast" where the backbone's record names them.
         normalize: (mean, std), numbers or one number per channel, that the classifier expects, or torchvision's
@@ -169,13 +168,8 @@ class PurifiedClassifier(LatentAccess):
                 "Give settings, purifier or preset, one of them: settings=... is the short form of "
                 "purifier=CMAP(settings), and a preset is a purifier with settings."
             )
-        wanted = CMAP(settings) if purifier is None else purifier
-        loaded = loaded_backbone(backbone, wanted.kind if preset in (None, PRESETS[0]) else None, device_of(classifier))
-        if preset is not None:
-            wanted = preset_purifier(loaded, preset)
-        elif purifier is None and settings is None:
-            wanted = CMAP(recorded_settings(wanted.member(loaded)))
-        wanted.check(loaded)
+        wanted = preset if purifier is None and settings is None else purifier or CMAP(settings)
+        loaded, wanted = loaded_with(backbone, wanted, device_of(classifier))
         self.backbone: nn.Module = _in_precision(loaded, dtype)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
@@ -513,18 +507,3 @@ def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.M
         return backbone
     with building():
         return in_fastest_layout(copy.deepcopy(backbone).to(wanted))
-
-
-def loaded_backbone(given: Any, kind: str | None, device: torch.device | None) -> nn.Module:
-    """The backbone, or pair of them, that was given; what is loaded here is on ``device``."""
-    if isinstance(given, (tuple, list)):
-        return BackbonePair.of([loaded_backbone(one, None, device) for one in given])
-    if not isinstance(given, (str, os.PathLike)):
-        return check_backbone(given, None)
-    try:
-        loaded = load_backbone(given, kind=kind)
-    except WrongKindError as error:
-        raise WrongKindError(
-            f"{error} With this one, take a purifier that denoises, such as OneStep (--purifier one-step)."
-        ) from error
-    return loaded if device is None else loaded.to(device)

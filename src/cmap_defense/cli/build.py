@@ -31,6 +31,8 @@ from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import load_classifier
 from cmap_defense.errors import BackboneFileError, SettingsError
 from cmap_defense.purifiers import CMAP, Purifier, from_texts
+from cmap_defense.purifiers.choice import loaded_with, recorded_settings
+from cmap_defense.purifiers.names import name_of
 
 PURIFIER_OPTIONS = ("n_latents", "iterations", "learning_rate")
 
@@ -54,12 +56,12 @@ def settings_of(settings: type[SettingsType], options: Options, **others: Any) -
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Settings that are refused inside are wrong usage."""
+def usage_errors(remedy: str = "") -> Iterator[None]:
+    """Settings that are refused inside are wrong usage; the remedy ends the message."""
     try:
         yield
     except SettingsError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(f"{error}{remedy}") from error
 
 
 def device_of(options: Options) -> torch.device:
@@ -91,62 +93,54 @@ def normalize_of(options: Options) -> Any:
     return None if options["mean"] is None else (options["mean"], options["std"])
 
 
-def defended(classifier: Any, backbone: Any, options: Options) -> PurifiedClassifier:
-    """A classifier behind the purifier of the options, in eval mode; CMAP starts from the backbone's record."""
-    preset = preset_of(options)
-    named = None if preset else purifier_of(options)
-    if isinstance(named, CMAP) and named.settings.level is None:  # at a level a record's settings do not fit
-        named = None
-    model = PurifiedClassifier(
+def defended(classifier: Any, given: Any, options: Options) -> PurifiedClassifier:
+    """A classifier behind the purifier of the options, in eval mode."""
+    backbone, purifier = backbone_and_purifier(given, options)
+    return PurifiedClassifier(
         classifier,
         backbone,
-        purifier=named,
-        preset=preset,
+        purifier=purifier,
         normalize=normalize_of(options),
         resize=options["resize"],
         vote=options["vote"],
         max_parallel=options["max_parallel"],
-    ).to(device_of(options))
-    if named is None and preset is None:
-        purifier = purifier_of(options, model.settings.to_dict())
-        assert isinstance(purifier, CMAP)
-        model = model if purifier == model.purifier else model.variant(settings=purifier.settings)
-    return model.eval()
+    ).eval()
 
 
 def cmap_model_of(options: Options) -> PurifiedClassifier:
-    """The same for a command that is about CMAP alone; wrong usage for another purifier."""
-    model = model_of(options)
-    if not model.purifier.optimises_latents:
-        raise click.BadParameter(
-            'this command is about cmap alone. Other purifiers: "cmap-defense evaluate" and "compare".',
-            param_hint="--purifier",
-        )
-    return model
+    """The same for a command about CMAP alone."""
+    return model_of({**options, "purifier": "cmap"})
 
 
-def preset_of(options: Options) -> str | None:
-    """The preset of ``--purifier-preset``; wrong usage beside other options of the purifier."""
-    preset = options.get("purifier_preset")
-    others = [name for name in PURIFIER_OPTIONS if options.get(name) is not None]
-    if preset and (others or options["purifier_set"] or options["purifier"] != "cmap"):
+def backbone_and_purifier(given: Any, options: Options) -> tuple[nn.Module, Purifier]:
+    """A backbone, or a pair of them, on its device, and the purifier of the options; without any the backbone's own.
+
+    CMAP by name starts from the settings of CMAP in the backbone's record.
+    """
+    name, preset, texts = options["purifier"], options.get("purifier_preset"), _purifier_texts(options)
+    if preset and (texts or name not in (None, "cmap")):
         raise click.UsageError("--purifier-preset names a purifier with its settings: leave other options of it out.")
-    return preset
+    wanted = preset if preset or name is None else purifier_of(options)
+    backbone, purifier = loaded_with(given, wanted, device_of(options))
+    if name == "cmap" and not preset and not any(text.startswith("level=") for text in texts):  # does not fit a level
+        return backbone, purifier_of(options, CMAP(recorded_settings(purifier.member(backbone))))
+    if name is None and texts:
+        named = name_of(purifier)
+        with usage_errors(f" {named} is what goes with the backbone: --purifier takes another, such as cmap."):
+            purifier = from_texts(named, texts, purifier)
+            purifier.check(backbone)
+    return backbone, purifier
 
 
-def purifier_of(options: Options, start: Mapping[str, Any] | None = None) -> Purifier:
-    """The purifier of the purifier options, as changes to settings such as a backbone record's."""
-    given = list(options.get("purifier_set", ()))
-    given += [f"{name}={options[name]}" for name in PURIFIER_OPTIONS if options.get(name) is not None]
-    names = {text.partition("=")[0].strip() for text in given}
-    kept = {} if start is None or names & {"preset", "level"} else start  # a record's settings do not fit a level
-    texts = [
-        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in kept.items()
-        if name not in names
-    ]
+def purifier_of(options: Options, start: Purifier | None = None) -> Purifier:
+    """The purifier that the options name, as changes to another one of its class."""
     with usage_errors():
-        return from_texts(options.get("purifier", "cmap"), [*texts, *given])
+        return from_texts(options["purifier"], _purifier_texts(options), start)
+
+
+def _purifier_texts(options: Options) -> list[str]:
+    short = [f"{name}={options[name]}" for name in PURIFIER_OPTIONS if options.get(name) is not None]
+    return [*options.get("purifier_set", ()), *short]
 
 
 def data_of(options: Options) -> Any:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmap_defense.attacks import PGD
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import Printed, purifier_of, threat_of
+from cmap_defense.cli.build import Printed, backbone_and_purifier, threat_of
 from cmap_defense.cli.output import NEAREST, image_sheet, listed, table_lines, write_line_charts
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.common.modules import evaluating
@@ -24,39 +24,30 @@ from cmap_defense.common.statistics import Accuracy
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.evaluation.evaluation import using_threads
+from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers.names import name_of
 from cmap_defense.results import History, PurificationResult
 from cmap_defense.threat import ThreatModel
 
 BACKBONE = "fashion-mnist-ct"
-NOTE = "the attacker did not know the defence"
 SHOWN = 6
+ADAPTIVE_STEPS = 10
+"""Of the attack on the defence."""
 
 
 def run_demo(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
     start = time.perf_counter()
     count, steps, seed, out = (options[name] for name in ("images", "steps", "seed", "out"))
-    eps = threat_of(options, zero=True).eps
+    threat = threat_of(options, zero=True)
     classifier = load_classifier()
-    defended = PurifiedClassifier(classifier, BACKBONE)
-    purifier = purifier_of(options, defended.settings.to_dict())
-    defended = PurifiedClassifier(classifier, defended.backbone, purifier=purifier)
-    settings = defended.settings
-    images, labels = load_test_images()
-    with using_threads(options["threads"]), Progress(3 * settings.iterations, "demo") as progress:
-        found = demonstrate(
-            classifier,
-            defended,
-            images[:count],
-            labels[:count],
-            eps=eps,
-            steps=steps,
-            seed=seed,
-            shown=min(SHOWN, count),
-            on_step=progress.step,
-        )
-    files = [write_image(_sheet(found, eps), out / "sheet.png")]
-    if (chart := _write_moments(found, out / "latents.png")) is not None:
+    backbone, purifier = backbone_and_purifier(BACKBONE, options | {"device": "cpu"})
+    defended = PurifiedClassifier(classifier, backbone, purifier=purifier).eval()
+    images, labels = (part[:count] for part in load_test_images())
+    with using_threads(options["threads"]), Progress(0, "demo") as progress:
+        found = demonstrate(defended, images, labels, threat=threat, steps=steps, seed=seed, progress=progress)
+    files = [write_image(_sheet(found, threat.eps), out / "sheet.png")]
+    if found.histories and (chart := _write_moments(found.histories, out / "latents.png")) is not None:
         files.append(chart)
     if options["show"]:
         for path in files:
@@ -65,12 +56,19 @@ def run_demo(options: dict[str, Any]) -> Printed:
     rows = [[row, *map(str, columns.values())] for row, columns in found.accuracy.items()]
     values = {row: {name: a.value for name, a in columns.items()} for row, columns in found.accuracy.items()}
     intervals = {row: {name: a.interval for name, a in columns.items()} for row, columns in found.accuracy.items()}
+    note = "the attacks did not know the defence."
+    if "adaptive" in found.accuracy["purified"]:
+        note = (
+            f"adaptive is PGD-{ADAPTIVE_STEPS} through the defence, to its exact gradient; more steps find more. "
+            "The attack of the column before did not know the defence."
+        )
     values |= {
         "intervals": intervals,
-        "note": NOTE,
+        "note": note,
         "images": count,
-        "attack": {"name": "PGD", "norm": "linf", "eps": eps, "steps": steps},
-        "settings": settings.to_dict(),
+        "attack": {"name": "PGD", "norm": "linf", "eps": threat.eps, "steps": steps},
+        "purifier": name_of(purifier),
+        "settings": purifier.to_dict(),
         "backbone": BACKBONE,
         "seed": seed,
         "seconds": seconds,
@@ -78,18 +76,18 @@ def run_demo(options: dict[str, Any]) -> Printed:
         "files": [str(path) for path in files],
     }
     return values, [
-        f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {eps:g} on the bare classifier.",
-        f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations. [95 % intervals]\n",
-        *table_lines([["accuracy", "clean", "attacked"], *rows]),
-        f"\nNote: {NOTE}. This shows how it works, not how robust it is.",
-        f"{seconds:.0f} s in all, {each:.2f} s per purified image. Pictures: {listed(files)}",
+        f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {threat.eps:g} on the bare classifier.",
+        f"Purified by {purifier!r}. [95 % intervals]\n",
+        *table_lines([["accuracy", *found.accuracy["bare"]], *rows]),
+        f"\nNote: {note}",
+        f"{seconds:.0f} s in all, {each:.2g} s per purified image. Pictures: {listed(files)}",
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """Images, the purification of the attacked ones, accuracies ("bare" and "purified") on "clean" and "attacked"
-    images, and the histories of the clean ones' latents with eq. 12 and without it."""
+    """Images, the purification of those that were attacked without knowledge of it, accuracies ("bare" and "purified")
+    by the kind of images, and for CMAP the histories of the clean images' latents with eq. 12 and without it."""
 
     clean: Tensor
     attacked: Tensor
@@ -97,8 +95,7 @@ class Demonstration:
     purified: PurificationResult
     bare_labels: Tensor
     accuracy: dict[str, dict[str, Accuracy]]
-    constrained: History
-    unconstrained: History
+    histories: dict[str, History]
     seconds: float
 
 
@@ -124,61 +121,67 @@ def over_margin(result: PurificationResult, labels: Tensor, count: int) -> Tenso
 
 
 def demonstrate(
-    classifier: nn.Module,
     defended: PurifiedClassifier,
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
+    threat: ThreatModel,
     steps: int,
     seed: int,
-    shown: int,
-    on_step: Callable[[str], None] | None = None,
+    progress: Progress,
 ) -> Demonstration:
-    """Attack ``classifier`` with PGD, purify clean and attacked images, classify all four.
+    """Attack the bare classifier with PGD, and the defence unless it is an optimisation; purify and classify it all.
 
-    The attacker does not know the defence. ``on_step`` is called with the name of each part as it begins, and with ""
-    at each latent iteration; the first ``shown`` images are purified without eq. 12 too (Fig. 6 of the paper).
+    Of CMAP the first images are purified without eq. 12 too (Fig. 6 of the paper).
     """
-    say = on_step or (lambda name: None)
-    say("attacking the bare classifier")
-    attacked = PGD(ThreatModel(norm="linf", eps=eps), steps=steps, seed=seed)(classifier, images, labels).images
+    classifier: Any = defended.classifier
+    latent = defended.purifier.optimises_latents
+    shown = min(SHOWN, len(images))
     seeds = torch.arange(len(images)) + 1_000_003 * seed
-    with torch.no_grad(), evaluating(classifier, defended), defended.register_latent_hook(lambda state: say("")):
-        bare = {"clean": classifier(images).argmax(1), "attacked": classifier(attacked).argmax(1)}
+    total = 4 if not latent else 3 * (defended.settings.iterations + 1)
+    progress.at(0, total, what="attacking the bare classifier")
+    attack = PGD(threat, steps=steps, seed=seed)
+    sets = {"clean": images, "attacked": attack(classifier, images, labels).images}
+    if not latent:
+        progress.step("attacking the defence")
+        through = dataclasses.replace(attack, steps=ADAPTIVE_STEPS, gradient=Unrolled())
+        sets["adaptive"] = through(defended, images, labels).images
+        progress.step()
+    purified: dict[str, PurificationResult] = {}
+    with torch.no_grad(), evaluating(classifier, defended), _steps_of(defended, progress):
         start = time.perf_counter()
-        say("purifying the clean images")
-        purified_clean = defended.purify(images, seeds=seeds)
-        say("purifying the attacked images")
-        purified_attacked = defended.purify(attacked, seeds=seeds)
+        for name in ("clean", "attacked"):
+            progress.step(f"purifying the {name} images")
+            purified[name] = defended.purify(images if name == "clean" else sets[name], seeds=seeds)
+            progress.step()
         seconds = time.perf_counter() - start
-        say("purifying without the latent constraint")
-        loose = PurifiedClassifier(classifier, defended.backbone, settings=defended.settings.replace(latent_weight=0.0))
-        with loose.register_latent_hook(lambda state: say("")):
-            unconstrained = loose.purify(images[:shown], seeds=seeds[:shown]).history
-    assert purified_clean.history is not None
-    assert unconstrained is not None
-    assert purified_attacked.labels is not None
-    assert purified_clean.labels is not None
-    predicted = {
-        "bare": bare,
-        "purified": {"clean": purified_clean.labels, "attacked": purified_attacked.labels},
+        bare = {name: classifier(x).argmax(1) for name, x in sets.items()}
+        voted = {name: result.labels for name, result in purified.items()}
+        if "adaptive" in sets:  # with noise that the attack has not seen
+            voted["adaptive"] = defended.purify(sets["adaptive"], seeds=seeds + 500_009).labels
+        histories = {}
+        if latent:
+            progress.step("purifying without the latent constraint")
+            kept = purified["clean"].history
+            assert kept is not None
+            histories["with constraint"] = History(*(part[:, :shown] for part in dataclasses.astuple(kept)))
+            loose = defended.variant(settings=defended.settings.replace(latent_weight=0.0))
+            with _steps_of(loose, progress):
+                histories["without"] = loose.purify(images[:shown], seeds=seeds[:shown]).history
+    accuracy = {
+        row: {name: Accuracy.of(given, labels) for name, given in columns.items()}
+        for row, columns in {"bare": bare, "purified": voted}.items()
     }
-    parts = (getattr(purified_clean.history, field.name)[:, :shown] for field in dataclasses.fields(History))
     return Demonstration(
-        clean=images,
-        attacked=attacked,
-        labels=labels,
-        purified=purified_attacked,
-        bare_labels=bare["attacked"],
-        accuracy={
-            row: {name: Accuracy.of(given, labels) for name, given in columns.items()}
-            for row, columns in predicted.items()
-        },
-        constrained=History(*parts),
-        unconstrained=unconstrained,
-        seconds=seconds,
+        images, sets["attacked"], labels, purified["attacked"], bare["attacked"], accuracy, histories, seconds
     )
+
+
+def _steps_of(model: PurifiedClassifier, progress: Progress) -> contextlib.AbstractContextManager[Any]:
+    """Shows each iteration of CMAP; nothing for other purifiers."""
+    if not model.purifier.optimises_latents:
+        return contextlib.nullcontext()
+    return model.register_latent_hook(lambda state: progress.step())
 
 
 def _sheet(found: Demonstration, eps: float) -> Image.Image:
@@ -203,13 +206,12 @@ def _sheet(found: Demonstration, eps: float) -> Image.Image:
         "difference x 10": (0.5 + 10 * (found.attacked - found.clean)[rows]).clamp(0, 1),
         "purified": result.images[rows, voter[rows]],
     }
-    attack = f"PGD at linf {eps:g} on the bare classifier; {NOTE}"
+    attack = f"PGD at linf {eps:g} on the bare classifier, which did not know the defence"
     return image_sheet(columns, captions, f"{attack}\n{NEAREST};\nimages spread evenly over the vote's margin")
 
 
-def _write_moments(found: Demonstration, path: Path) -> Path | None:
+def _write_moments(histories: dict[str, History], path: Path) -> Path | None:
     """Fig. 6 of the paper: moments of the latents over the iterations, with and without eq. 12."""
-    histories = {"with constraint": found.constrained, "without": found.unconstrained}
     charts = {}
     for heading, moment in (("Mean of the latents", "latent_mean"), ("Standard deviation", "latent_std")):
         courses = {name: getattr(history, moment).mean(1).tolist() for name, history in histories.items()}

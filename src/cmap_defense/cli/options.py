@@ -269,26 +269,33 @@ certified = OUTPUT(
     type=PathType(exists=True, file_okay=False),
 )
 
-purifier_choice = decorators(
-    PURIFICATION("--purifier", "Method to purify by.", type=Choice(PURIFIERS), default="cmap"),
+purifier_set = PURIFICATION(
+    "--purifier-set",
+    "Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
+    "preset=cifar10-linf. May be repeated.",
+    metavar="KEY=VALUE",
+    multiple=True,
+)
+cmap_options = functools.partial(options_of, CMAPSettings, "Purification")
+cmap_settings = decorators(
+    purifier_set, cmap_options("n_latents", "iterations", "learning_rate", unset="the backbone's")
+)
+"""The settings of what purifies."""
+
+
+def purifier_option(**default: str) -> Decorator:
+    """What purifies, by name; its default, or what the help says where there is none."""
+    return PURIFICATION("--purifier", "Method to purify by.", type=Choice(PURIFIERS), **default)
+
+
+purifier = decorators(
+    purifier_option(unset="what the backbone's record names, or else cmap"),
     PURIFICATION(
         "--purifier-preset",
         "Purify as the backbone's record names it, in place of the other options of the purifier.",
         type=Choice(PRESETS),
     ),
-    PURIFICATION(
-        "--purifier-set",
-        "Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
-        "preset=cifar10-linf. May be repeated.",
-        metavar="KEY=VALUE",
-        multiple=True,
-    ),
-)
-"""A purifier by name."""
-
-cmap_options = functools.partial(options_of, CMAPSettings, "Purification")
-purifier = decorators(
-    purifier_choice, cmap_options("n_latents", "iterations", "learning_rate", unset="the backbone's, for cmap")
+    cmap_settings,
 )
 """What purifies."""
 
@@ -338,6 +345,9 @@ wrapper = decorators(
 
 model = decorators(backbone, classifier, purifier, wrapper)
 """The defended classifier."""
+
+cmap_model = decorators(backbone, classifier, cmap_settings, wrapper)
+"""The classifier behind CMAP, for commands about it alone."""
 
 data = decorators(
     data_option('Data set: "cifar10", "fashion-mnist", "embedded", an .npz file, or a folder of class folders.'),

@@ -10,9 +10,7 @@ import click
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.record import PRESETS
-from cmap_defense.classifier.wrapper import loaded_backbone
-from cmap_defense.cli.build import Printed, device_of, preset_of, purifier_of
+from cmap_defense.cli.build import Printed, backbone_and_purifier, device_of
 from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
@@ -23,8 +21,8 @@ from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
 from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.purifiers import CMAP
+from cmap_defense.purifiers.choice import recorded_settings
 from cmap_defense.purifiers.names import name_of
-from cmap_defense.purifiers.presets import preset_purifier, recorded_settings
 
 GROUP = 64
 """Images at a time."""
@@ -33,16 +31,9 @@ GROUP = 64
 def run_purify(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
-    preset = preset_of(options)
-    kind = purifier_of(options).kind if preset in (None, PRESETS[0]) else None
-    backbone: Any = loaded_backbone(options["backbone"], kind, device)
-    recorded = recorded_settings(backbone)
-    if preset:
-        purifier = preset_purifier(backbone, preset)
-    else:
-        purifier = purifier_of(options, recorded.to_dict() if options["purifier"] == "cmap" else None)
-    purifier.check(backbone)
-    settings = purifier.settings if isinstance(purifier, CMAP) else recorded
+    backbone: Any
+    backbone, purifier = backbone_and_purifier(options["backbone"], options)
+    settings = purifier.settings if isinstance(purifier, CMAP) else recorded_settings(backbone)
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
     channels, *size = backbone.image_shape
     targets = _targets(options["images"], options["out"])

@@ -76,7 +76,7 @@ def name_of(purifier: Purifier) -> str:
     )
 
 
-def from_texts(name: str, settings: Iterable[str] = ()) -> Purifier:
+def from_texts(name: str, settings: Iterable[str] = (), start: Purifier | None = None) -> Purifier:
     """A purifier from its name and settings as a command line has them: ``from_texts("diffpure", ["t=75"])``.
 
     Args:
@@ -84,6 +84,7 @@ def from_texts(name: str, settings: Iterable[str] = ()) -> Purifier:
         settings: texts "key=value". Values are numbers (also fractions such as 8/255), true, false, none, numbers with
             commas between them, or words. "preset=name" begins from ``Purifier.preset``. Of "chain" the purifiers
             are names with commas between them.
+        start: one of this name, whose settings change; None to start from the defaults.
 
     Raises:
         UnknownNameError: there is no such purifier or preset.
@@ -97,10 +98,9 @@ def from_texts(name: str, settings: Iterable[str] = ()) -> Purifier:
         if key.strip() in values:
             raise SettingsError(f"{key.strip()} is given twice; leave one of them out.")
         values[key.strip()] = value.strip()
-    start: dict[str, Any] = {}
-    if "preset" in values:
-        start = _fields(kind.preset(values.pop("preset")))
-    return kind.from_dict(start | {key: _value(kind, key, text) for key, text in values.items()})
+    start = kind.preset(values.pop("preset")) if "preset" in values else start
+    kept = {} if start is None else _fields(start)
+    return kind.from_dict(kept | {key: _value(kind, key, text) for key, text in values.items()})
 
 
 def _fields(purifier: Purifier) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Presets of a backbone's record, noise levels that a backbone was not trained for, and how purifiers are written."""
+"""What the record names and a default is, levels that are not the backbone's, and how purifiers are written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.errors import BackboneFileError, CmapError, OptionError, SettingsError, UnknownNameError
+from cmap_defense.errors import (
+    BackboneFileError,
+    CmapError,
+    OptionError,
+    SettingsError,
+    UnknownNameError,
+    WrongKindError,
+)
 from cmap_defense.purifiers import ADP, GDMP, GNSP, BackbonePair, Chain, DiffPure, LikelihoodMaximisation, OneStep
+from cmap_defense.purifiers.choice import preset_purifier
 from cmap_defense.purifiers.names import purifier_from_dict
-from cmap_defense.purifiers.presets import preset_purifier
 from denoisers import CurvedDenoiser
 from toys import ToyBackbone, uniform
 
@@ -110,6 +117,31 @@ def test_the_presets_of_packaged_models_defend(name: str) -> None:
         model = PurifiedClassifier(load_classifier(), name, preset=preset, seed=0).eval()
         assert model.purifier == purifier_from_dict(values)
         assert (model.predict(images).labels == labels).float().mean() >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("presets", "expected"),
+    [
+        ({"fast": FAST, "balanced": BALANCED}, purifier_from_dict(BALANCED)),
+        ({"fast": FAST}, purifier_from_dict(FAST)),
+        ({}, CMAP(CMAPSettings.from_dict(RECORDED))),
+        (None, CMAP(CMAPSettings.from_dict(RECORDED))),
+    ],
+)
+def test_without_a_choice_the_record_decides(presets: Any, expected: Any) -> None:
+    made = backbone(presets)
+    assert wrapped(made).purifier == expected
+    assert wrapped(made, purifier=OneStep()).purifier == OneStep()
+    assert wrapped(made, settings=CMAPSettings(n_latents=3)).purifier.n_latents == 3
+
+
+def test_a_denoiser_without_presets_needs_a_purifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WrongKindError, match="take a purifier that denoises, such as OneStep"):
+        wrapped(CurvedDenoiser())
+    monkeypatch.setattr("cmap_defense.backbones.load.resolve_backbone", lambda *_: pytest.fail("was fetched"))
+    for wanted in ({}, {"preset": "paper"}, {"purifier": CMAP()}):
+        with pytest.raises(WrongKindError, match="'cifar10-edm' is a denoiser, and a consistency model is needed"):
+            wrapped("cifar10-edm", **wanted)
 
 
 def test_a_pair_has_the_presets_of_both() -> None:
