@@ -24,7 +24,11 @@ MISTAKES = [
     ("demo --n-latent 3 -o out", 2, "Did you mean '--n-latents'"),
     ("purify boot.png -b fashion-mnist -o out", 1, "fashion-mnist-ct"),
     (f"purify large.jpg {PURIFY}", 1, "Give --resize bilinear"),
-    (f"purify missing.png {PURIFY}", 1, "There is no file or folder missing.png: give image files"),
+    (
+        "purify missing.png -b fashion-mnist-edm --purifier cmap -o out",
+        1,
+        "There is no file or folder missing.png: give image files",
+    ),
     (f"purify boot.png boot.png {PURIFY}", 1, "two images would be written to out/boot.png. Purify them into"),
     ("purify boot.png -b fashion-mnist-ct -o .", 1, "overwritten by its purified version. Give another folder"),
     (f"purify boot.png {PURIFY} --device cuda:99", 2, "cuda:99"),

@@ -58,7 +58,7 @@ class LatentAccess(NamedOptions, nn.Module):
             return self.purifier
         raise SettingsError(
             f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} has not. "
-            "The purifier and its own settings are model.purifier."
+            'The purifier and its own settings are model.purifier; purifier=CMAP() and preset="paper" optimise latents.'
         )
 
     @property

@@ -31,12 +31,12 @@ GROUP = 64
 def run_purify(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
     device, resize, seed = device_of(options), options["resize"], options["seed"]
+    targets = _targets(options["images"], options["out"])
     backbone: Any
     backbone, purifier = backbone_and_purifier(options["backbone"], options)
     settings = purifier.settings if isinstance(purifier, CMAP) else recorded_settings(backbone)
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
     channels, *size = backbone.image_shape
-    targets = _targets(options["images"], options["out"])
     for path in targets:  # before any work is done
         _check_size(path, read_image(path, channels), backbone.image_shape, resizes=resize is not None)
     paths = list(targets)
