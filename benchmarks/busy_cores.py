@@ -44,7 +44,7 @@ def busy(processes: int) -> Iterator[None]:
 def seconds(images: int, iterations: int, variables: dict[str, str]) -> float:
     """Of one demonstration, without the import of torch."""
     environment = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
-    sizes = ["--images", str(images), "--iterations", str(iterations)]
+    sizes = ["--purifier", "cmap", "--images", str(images), "--iterations", str(iterations)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cmap_defense", "demo", *sizes, "--json", "--out", folder]
         done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
