@@ -1,7 +1,6 @@
 """Smoothed classifiers that are known in closed form, and certifications in processes of their own.
 
-``python certified.py FOLDER COUNT`` certifies in FOLDER and is killed by SIGKILL after COUNT batches. ``torchrun
---nproc-per-node=2 certified.py FOLDER`` certifies as two ranks, and writes what each of them found to
+``torchrun --nproc-per-node=2 certified.py FOLDER`` certifies as two ranks, and writes what each of them found to
 ``FOLDER/rank-<r>.pt``.
 """
 
@@ -53,6 +52,7 @@ def small(out: Path | None = None, *, count: int = 3, **changes: Any) -> Certifi
 
 def killed(folder: Path, after: int) -> None:
     """Certify, writing counts after each batch, and be killed after so many batches of this process."""
+    run.EVERY = 0.0
     calls = iter(range(after))
 
     def progress(*_: int) -> None:
@@ -68,17 +68,10 @@ def together(folder: Path) -> None:
     torch.save({name: vars(result) for name, result in found.items()}, folder / f"rank-{os.environ['RANK']}.pt")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    signal.alarm(HANGS - 60)
-    run.EVERY = 0.0
-    if "RANK" in os.environ:
-        together(Path(sys.argv[1]))
-    else:
-        killed(Path(sys.argv[1]), int(sys.argv[2]))
-
-
 if __name__ == "__main__":
     import certified  # under the name by which the tests know its classes
 
-    certified.main()
+    torch.set_num_threads(1)
+    signal.alarm(HANGS - 60)
+    run.EVERY = 0.0
+    certified.together(Path(sys.argv[1]))

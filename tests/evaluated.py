@@ -1,7 +1,6 @@
 """Evaluations that take a moment, the lines of some that never were, and evaluations in two processes.
 
-``torchrun --nproc-per-node=2 evaluated.py FOLDER`` evaluates in folders in FOLDER as two ranks, and writes what
-happened to each of them to ``FOLDER/rank-<r>.json``.
+The two ranks evaluate in folders in one folder, and write what happened to each of them to ``rank-<r>.json`` there.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +25,6 @@ from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import CmapError
 from cmap_defense.evaluation import Evaluation, Protocol, evaluate
 from cmap_defense.evaluation.summary import Runs
-from patience import HANGS
 
 THREAT = ThreatModel(eps=0.1)
 SMALL = QUICK.replace(iterations=2)
@@ -66,10 +62,6 @@ def results(folder: Path) -> dict[str, bytes]:
     kept = [folder / "settings.json", folder / "results.jsonl", *(folder / "units").rglob("*")]
     whole = [path for path in kept if path.is_file() and not path.name.endswith(".partial")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in whole}
-
-
-PATIENCE = HANGS - 60
-"""Seconds after which a process of this file ends, whatever it waits for."""
 
 
 class Interrupted(Exception):
@@ -197,9 +189,3 @@ def together(folder: Path) -> None:
             raise SystemExit("the other rank may wait for this one")
         gc.collect()
         time.sleep(1.5 * rank)  # they need not arrive at once
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    signal.alarm(PATIENCE)
-    together(Path(sys.argv[1]))

@@ -12,6 +12,7 @@ import pytest
 
 import cmap_defense
 from patience import HANGS
+from processes import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,8 +61,8 @@ def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:
     assert (metadata / "licenses" / "LICENSE").is_file()
 
 
-def test_importing_changes_no_global_state() -> None:
-    script = (
+def test_importing_changes_no_global_state(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
         "import logging, warnings, torch\n"
         "state = lambda: (torch.get_rng_state().sum().item(), torch.get_num_threads(), torch.is_grad_enabled(),"
         " torch.get_default_dtype(), len(logging.root.handlers), len(warnings.filters))\n"
@@ -70,8 +71,7 @@ def test_importing_changes_no_global_state() -> None:
         "from cmap_defense import *\n"
         "assert state() == before, (state(), before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script(tmp_path / "script.py", cwd=tmp_path)
 
 
 def imported_by(script: str) -> set[str]:

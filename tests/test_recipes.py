@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -104,12 +104,8 @@ def test_a_training_is_carried_in_files(recipe: Recipe, tmp_path: Path) -> None:
 
 def random_resnet(folder: Path, depth: int) -> Path:
     """Weights of a classifier that knows nothing."""
-    specification = importlib.util.spec_from_file_location("cifar_resnet", RECIPES.parent / "cifar_resnet.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    save_file(module.CifarResNet(depth).state_dict(), folder / f"{depth}.safetensors")
+    resnet = runpy.run_path(str(RECIPES.parent / "cifar_resnet.py"))["CifarResNet"](depth)
+    save_file(resnet.state_dict(), folder / f"{depth}.safetensors")
     return folder / f"{depth}.safetensors"
 
 

@@ -1,40 +1,41 @@
 """The benchmark and the examples run, on tiny settings."""
 
+import contextlib
+import io
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from patience import HANGS
+from cmap_defense.cli.main import main as command_line
+from processes import run_script
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(cwd: Path, *arguments: str, **environment: str) -> str:
-    command = [sys.executable, *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=HANGS
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(cwd: Path, script: str, *arguments: str, **environment: str) -> str:
+    return run_script(ROOT / script, *arguments, cwd=cwd, **environment)
 
 
 def test_the_benchmark_runs_and_its_loops_agree(tmp_path: Path) -> None:
     arguments = ["--images", "1", "--latents", "2", "--iterations", "2", "--repeats", "1", "--json", "figures.json"]
-    run(tmp_path, str(ROOT / "benchmarks" / "loop.py"), *arguments)
+    run(tmp_path, "benchmarks/loop.py", *arguments)
     assert json.loads((tmp_path / "figures.json").read_text())
 
 
 def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:
-    script = str(ROOT / "benchmarks" / "attacks.py")
-    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--reevaluations", "2"]
+    script = "benchmarks/attacks.py"
+    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--reevaluations", "2", "--threads", "1"]
     run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean")
     printed = run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean", "transfer")
     rows = [json.loads(line) for line in (tmp_path / "audit/results.jsonl").read_text().splitlines()]
@@ -47,23 +48,23 @@ def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Pat
 
 
 def test_directions_are_compared(tmp_path: Path) -> None:
-    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--eot", "2"]
+    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--eot", "2", "--threads", "1"]
     chosen = ["StraightThrough()", "Unrolled(last=1, l1_smoothing=0.1)"]
-    lines = run(tmp_path, str(ROOT / "benchmarks" / "directions.py"), *sizes, "--only", *chosen).splitlines()
+    lines = run(tmp_path, "benchmarks/directions.py", *sizes, "--only", *chosen).splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["direction"] for row in rows] == ["none", "random signs", "the bare classifier's", *chosen]
     assert all(-1 <= row["alike"] <= 1 for row in rows[3:])
 
 
 def test_memory_of_the_exact_gradient_is_measured(tmp_path: Path) -> None:
-    sizes = ["--iterations", "4", "9", "--images", "1", "--latents", "1", "--size", "16"]
-    lines = run(tmp_path, str(ROOT / "benchmarks" / "unrolled_memory.py"), *sizes).splitlines()
-    assert [json.loads(line)["checkpoint"] for line in lines] == [True, True, False, False]
+    sizes = ["--iterations", "4", "--images", "1", "--latents", "1", "--size", "16"]
+    rows = [json.loads(line) for line in run(tmp_path, "benchmarks/unrolled_memory.py", *sizes).splitlines()]
+    assert [(row["iterations"], row["checkpoint"]) for row in rows] == [(4, True), (4, False)]
 
 
 def test_the_measurement_prints_a_line_per_setting(tmp_path: Path) -> None:
     arguments = ["--on", "test", "--count", "3", "--latents", "1", "2", "--iterations", "2"]
-    lines = run(tmp_path, str(ROOT / "examples" / "measure_fashion.py"), *arguments).splitlines()
+    lines = run(tmp_path, "examples/measure_fashion.py", *arguments).splitlines()
     rows = [json.loads(line) for line in lines]
     assert rows[0]["images"] == 3
     assert [row["n_latents"] for row in rows[1:]] == [1, 2]
@@ -76,7 +77,7 @@ def test_a_cifar10_backbone_is_measured_with_somebody_elses_classifier(tmp_path:
         (tmp_path / f"cifar10_{split}.npz").write_bytes(images.read_bytes())
     arguments = ["--on", on, "--count", "3", "--latents", "2", "--iterations", "1", "2"]
     arguments += ["--classifier", str(classifier), "--depth", "20"]
-    script = str(ROOT / "examples" / "measure_cifar10.py")
+    script = "examples/measure_cifar10.py"
     lines = run(tmp_path, script, *arguments, CMAP_DEFENSE_DATA=str(tmp_path)).splitlines()
     rows = [json.loads(line) for line in lines]
     assert (rows[0]["images"], rows[0]["eps"]) == (3, 8 / 255)
@@ -96,7 +97,7 @@ def made_up_fashion_mnist(folder: Path) -> None:
 
 def test_a_purification_is_animated(tmp_path: Path) -> None:
     arguments = ["--images", "0", "3", "--every", "25", "--out", "course.gif"]
-    printed = run(tmp_path, str(ROOT / "examples" / "animate.py"), *arguments)
+    printed = run(tmp_path, "examples/animate.py", *arguments)
     assert printed.startswith("ankle boot: attacked ")
     with Image.open(tmp_path / "course.gif") as picture:
         assert picture.n_frames == 2
@@ -105,17 +106,17 @@ def test_a_purification_is_animated(tmp_path: Path) -> None:
 def test_levels_are_chosen_and_accuracy_is_set_against_coverage(tmp_path: Path) -> None:
     made_up_fashion_mnist(tmp_path)
     levels = ["levels", "--data", "fashion-mnist", "--count", "2", "--only", "none", "--steps", "1", "--out", "runs"]
-    run(tmp_path, str(ROOT / "benchmarks" / "comparison.py"), *levels, CMAP_DEFENSE_DATA=str(tmp_path))
+    run(tmp_path, "benchmarks/comparison.py", *levels, CMAP_DEFENSE_DATA=str(tmp_path))
     (row,) = map(json.loads, (tmp_path / "runs" / "levels.jsonl").read_text().splitlines())
     assert (row["purifier"], row["passes"]) == ("none", 0)
     sizes = ["--count", "4", "--steps", "1", "--eot", "1", "--coverage", "1", "0.5"]
-    printed = run(tmp_path, str(ROOT / "examples" / "abstain.py"), *sizes, CMAP_DEFENSE_DATA=str(tmp_path))
+    printed = run(tmp_path, "examples/abstain.py", *sizes, CMAP_DEFENSE_DATA=str(tmp_path))
     assert [line.split(" ")[1] for line in printed.splitlines()[2:]] == ["1", "0.5"]
 
 
 def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
     made_up_fashion_mnist(tmp_path)
-    script = str(ROOT / "examples" / "train_fashion_classifier.py")
+    script = "examples/train_fashion_classifier.py"
     run(tmp_path, script, "--out", "assets", "--epochs", "1", "--batch-size", "32", CMAP_DEFENSE_DATA=str(tmp_path))
     assert "head.weight" in load_file(tmp_path / "assets" / "classifier.safetensors")
     with np.load(tmp_path / "assets" / "test256.npz") as file:
@@ -129,7 +130,7 @@ def test_a_third_partys_classifier_behind_a_converted_backbone_runs_from_end_to_
         data, classifier = made_up_cifar10(tmp_path)
     arguments = ["--data", str(data), "--classifier", str(classifier), "--depth", "20", "--random-backbone", "small"]
     sizes = ["--count", "3", "--latents", "2", "--iterations", "4"]
-    figures = json.loads(run(tmp_path, str(ROOT / "examples" / "wrap_cifar10.py"), *arguments, *sizes))
+    figures = json.loads(run(tmp_path, "examples/wrap_cifar10.py", *arguments, *sizes))
     assert (figures["images"], figures["settings"]["n_latents"]) == (3, 2)
     assert figures["objective_last"] < figures["objective_first"]
     assert 0 <= figures["purified"][1] <= figures["purified"][0] <= figures["purified"][2] <= 1
@@ -144,13 +145,13 @@ def test_a_new_last_layer_is_trained_and_loads_where_the_recipe_says(tmp_path: P
             for number in range(count):
                 pixels = rng.randint(0, 128, (40, 50, 3)) + 127 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    recipe = ROOT / "examples" / "recipes" / "imagenet100_head.py"
+    recipe = "examples/recipes/imagenet100_head.py"
     sizes = ["--size", "32", "--epochs", "2", "--batch-size", "4", "--no-pretrained"]
     with pytest.raises(AssertionError, match="2 classes, not 100"):
-        run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes)
+        run(tmp_path, recipe, "--data", "images", "--out", "head", *sizes)
     with pytest.raises(AssertionError, match="the folders train and test"):
-        run(tmp_path, str(recipe), "--data", "images/train", "--out", "head", *sizes, CLASSES="2")
-    printed = run(tmp_path, str(recipe), "--data", "images", "--out", "head", *sizes, CLASSES="2")
+        run(tmp_path, recipe, "--data", "images/train", "--out", "head", *sizes, CLASSES="2")
+    printed = run(tmp_path, recipe, "--data", "images", "--out", "head", *sizes, CLASSES="2")
     assert "test accuracy" in printed
     weights = load_file(tmp_path / "head" / "resnet50.safetensors")
     assert weights["fc.weight"].shape == (2, 2048)
@@ -162,20 +163,27 @@ def made_up_cifar10(folder: Path) -> tuple[Path, Path]:
     rng = np.random.RandomState(0)
     images, labels = rng.randint(0, 256, (8, 32, 32, 3)).astype(np.uint8), rng.randint(0, 10, 8).astype(np.uint8)
     np.savez(folder / "images.npz", images=images, labels=labels)
-    program = "import sys; sys.path.insert(0, sys.argv[1]); from cifar_resnet import CifarResNet; "
-    program += "from safetensors.torch import save_file; save_file(CifarResNet(20).state_dict(), sys.argv[2])"
-    run(folder, "-c", program, str(ROOT / "examples"), str(folder / "classifier.safetensors"))
+    resnet = runpy.run_path(str(ROOT / "examples" / "cifar_resnet.py"))["CifarResNet"](20)
+    save_file(resnet.state_dict(), folder / "classifier.safetensors")
     return folder / "images.npz", folder / "classifier.safetensors"
 
 
-def test_busy_cores_compares_two_runs_of_the_demo(tmp_path: Path) -> None:
+def test_busy_cores_compares_two_runs_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "cmap_defense"]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert command_line(command[3:]) == 0
+        return SimpleNamespace(stdout=said.getvalue())
+
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "busy_cores.py"))["main"]
+    monkeypatch.setattr(subprocess, "run", here)
     sizes = ["--images", "1", "--iterations", "1", "--repeats", "1", "--limit", "inf"]
-    said = run(tmp_path, str(ROOT / "benchmarks" / "busy_cores.py"), *sizes)
+    said = CliRunner().invoke(benchmark, sizes, catch_exceptions=False).stdout
     assert re.search(r"^as it is: [\d.]+ s, beside [\d.]+ s, ratio [\d.]+$", said, re.MULTILINE)
 
 
 def test_purifiers_are_compared(tmp_path: Path) -> None:
     given = ["--count", "2", "--steps", "1", "--eot", "1", "--only", "none", "one-step", "--out", str(tmp_path / "out")]
-    text = run(tmp_path, str(ROOT / "examples" / "compare_purifiers.py"), *given)
+    text = run(tmp_path, "examples/compare_purifiers.py", *given)
     assert "| one-step | 4 |" in text
     assert (tmp_path / "out" / "comparison.svg").is_file()

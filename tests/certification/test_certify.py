@@ -21,11 +21,12 @@ from scipy import stats
 from torch import Tensor, nn
 
 import certified
-from certified import SHAPE, SMALL, HalfSpace, images_of, small
+from certified import SHAPE, SMALL, HalfSpace, images_of, killed, small
 from cmap_defense import SmoothedClassifier, certify
 from cmap_defense.certification import CertificationResult, CertificationSettings, expected_cost, lower_bounds, run
 from cmap_defense.errors import EvaluationError, InputValueError, SettingsError
 from patience import HANGS
+from processes import run_together
 from toys import noise
 
 
@@ -184,8 +185,7 @@ def test_an_interrupted_certification_goes_on(
 
 def test_a_killed_certification_goes_on(tmp_path: Path) -> None:
     for after in (3, 4):
-        done = subprocess.run([sys.executable, certified.__file__, tmp_path, str(after)], timeout=HANGS, check=False)
-        assert done.returncode == -signal.SIGKILL
+        assert run_together([(killed, tmp_path, after)]) == [-signal.SIGKILL]
     left = []
     assert equal(small(tmp_path, progress=lambda done, total: left.append(total)), small())
     assert 0 < left[0] < 3 * 35 - 5 * 5

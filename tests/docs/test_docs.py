@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +12,7 @@ import pytest
 
 import cmap_defense
 from cmap_defense.backbones import backbone_names
+from processes import run_script
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = DOCS.parent / "examples" / "notebooks"  # pages of the site, by docs/notebooks.py
@@ -90,16 +88,7 @@ def run_page(name: str, folder: Path) -> str:
     """What the Python blocks of a page print as one script, in which warnings are errors."""
     script = folder / "page.py"
     script.write_text(python_of(DOCS / name), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_script(script, cwd=folder)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
@@ -133,12 +122,7 @@ def test_every_page_is_in_the_navigation_or_linked_from_the_table_of_backbones()
 
 
 def test_cards_of_the_backbones_are_those_of_the_registry() -> None:
-    specification = importlib.util.spec_from_file_location("cards", DOCS / "cards.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    cards = module.cards()
+    cards = runpy.run_path(str(DOCS / "cards.py"))["cards"]()
     pages = {path.name for path in (DOCS / "backbones").glob("*.md")}
     assert pages == {f"{name}.md" for name in [*backbone_names(), "all", "index"]}
     written = {name: (DOCS / "backbones" / name).read_text(encoding="utf-8") for name in cards}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -76,18 +75,12 @@ def test_outputs_are_those_of_one_run(path: Path) -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
-def hook() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+HOOK = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_page_of_a_notebook_has_its_code_pictures_and_links(path: Path) -> None:
-    text, pictures = hook().page_of(path)
+    text, pictures = HOOK["page_of"](path)
     assert all(source in text for source in code_of(path))
     assert pictures
     assert all(name in text and content.startswith(b"\x89PNG") for name, content in pictures.items())
@@ -105,4 +98,4 @@ def test_the_page_of_a_notebook_has_its_code_pictures_and_links(path: Path) -> N
     ],
 )
 def test_links_to_notebooks_lead_to_their_pages(link: str, expected: str) -> None:
-    assert hook().on_page_markdown(f"[x]({link})", page=None) == f"[x]({expected})"
+    assert HOOK["on_page_markdown"](f"[x]({link})", page=None) == f"[x]({expected})"

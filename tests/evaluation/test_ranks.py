@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +10,17 @@ import pytest
 import torch.distributed as dist
 from filelock import FileLock
 
-import evaluated
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.evaluation import evaluate
-from evaluated import BRIEF, CHECKED, Interrupted, defended, evaluation, interrupt, options, results
-from patience import HANGS
+from evaluated import BRIEF, CHECKED, Interrupted, defended, evaluation, interrupt, options, results, together
+from processes import run_ranks
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
-    """What happened to each of two ranks that torchrun started."""
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", evaluated.__file__, folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
+    """What happened to each of two ranks."""
+    ended = run_ranks(together, folder)
     found = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), process.stderr
+    assert all(path.exists() for path in found), ended
     return [json.loads(path.read_text()) for path in found]
 
 

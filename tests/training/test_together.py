@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,9 @@ from cmap_defense import load_backbone
 from cmap_defense.backbones.folder import read_record
 from cmap_defense.cli.main import main as command
 from cmap_defense.training.loop import countdown
-from patience import HANGS
-from training import together
-from training.together import ODD, commands
+from processes import run_ranks
+from training.together import ODD, commands, main
 from training.trained import run
-
-TESTS = Path(together.__file__).parent.parent
 
 NO_EFFECT = ("conv_in.bias", "up.4.block.conv_out.bias", "up.4.block.skip.bias")
 """Biases in front of a normalisation of single channels, which takes them out again: their gradients are zero but for
@@ -37,16 +31,8 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     images = np.random.RandomState(0).randint(0, 256, (40, 8, 12, 3)).astype(np.uint8)
     np.savez(folder / "data.npz", images=images)
     run(folder / "begun", seconds_left=countdown(1.0, iter([0.0, *[1.0] * 4, 99.0]).__next__))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", together.__file__, folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
+    assert run_ranks(main, folder) == [0, 0]
     found = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), done.stderr
     weights = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     return folder, [json.loads(path.read_text()) for path in found], weights
 

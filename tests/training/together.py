@@ -1,4 +1,4 @@
-"""Trainings that several processes share: ``torchrun --nproc-per-node=2 together.py FOLDER``.
+"""Trainings that several processes share.
 
 Each rank writes what it met to ``FOLDER/rank-<r>.json``, and its weights to ``FOLDER/rank-<r>.pt``.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,7 @@ from cmap_defense.errors import CheckpointError, CmapError
 from cmap_defense.training.loop import countdown
 from cmap_defense.training.objectives import ECT
 from cmap_defense.training.run import train_backbone
-from patience import HANGS
 from training.trained import CONFIG, NETWORK, run, training_images
-
-PATIENCE = HANGS - 60
-"""Seconds after which a process of this file ends, whatever it waits for."""
 
 ODD = {"images": 35, "batch_size": 7, "checkpoint_every": 14}
 """Batches that two processes cannot share equally."""
@@ -82,10 +76,6 @@ def helpers(team: Ranks) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    timer = threading.Timer(PATIENCE, lambda: sys.exit("waited too long"))
-    timer.daemon = True
-    timer.start()
     met: dict[str, Any] = {}
     weights: dict[str, Any] = {}
 
@@ -115,7 +105,3 @@ def main(folder: Path) -> None:
         attempt("command", lambda: command(commands(folder)))
         (folder / f"rank-{team.rank}.json").write_text(json.dumps(met))
         torch.save(weights, folder / f"rank-{team.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
