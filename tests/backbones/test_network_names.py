@@ -101,7 +101,7 @@ def test_a_fresh_network_is_zero_or_next_to_it_and_learns(name: str) -> None:
     x, level = noise(2, 3, 8, 8, seed=1), noise(2, seed=2)
     output = network(x, level)
     assert output.shape == x.shape
-    assert output.abs().max() < 1e-3
+    assert output.abs().max() < (1e-3 if name == "ncsnpp" else 1e-30)
     output.sum().backward()
     last = network.unet.conv_out if isinstance(network, DiffusersUNet) else network.leave
     assert last.weight.grad.abs().max() > 0

@@ -245,17 +245,3 @@ def test_no_image_stops_before_the_window_and_larger_shares_stop_sooner(
         made.append((~history.total.isnan()).sum(dim=0))
     assert (made[0] > window).all()
     assert (made[1] <= made[0]).all()
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"stop_decrease": 0.0}, "stop_decrease must be above 0"),
-        ({"stop_decrease": 1.0}, "stop_decrease must be below 1"),
-        ({"stop_window": 0}, "stop_window must be at least 1"),
-        ({"stop_agreement": 0}, "stop_agreement must be at least 1"),
-    ],
-)
-def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        CMAPSettings(**values)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,12 +31,6 @@ def test_a_subset_has_as_many_different_images_as_are_wanted(total: int, data: s
         assert drawn == list(range(len(drawn)))
     if order == "last":
         assert drawn == list(range(total))[-len(drawn) :]
-
-
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"count": 2.5}, {"order": "least"}, {"seed": -1}, {"seed": True}])
-def test_a_wrong_subset_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=next(iter(wrong))):
-        Subset(**wrong)
 
 
 def test_a_subset_of_too_few_images_is_refused() -> None:

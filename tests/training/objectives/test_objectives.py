@@ -41,43 +41,10 @@ def test_a_description_is_json_and_holds_the_settings(name: str) -> None:
     assert objective.sources == ({"teacher": {"name": "exact"}} if name == "cd" else {})
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("cd", {"levels": 1}),
-        ("cd", {"rho": 0.0}),
-        ("cd", {"distance": "l3"}),
-        ("cd", {"huber": 0.1}),
-        ("cd", {"huber": 0.0, "distance": "pseudo-huber"}),
-        ("cd", {"target_decay": 1.0}),
-        ("cd", {"target_decay": -0.1}),
-        ("cd", {"lpips": 3}),
-        ("ct", {"levels_start": 1}),
-        ("ct", {"levels_end": 1}),
-        ("ct", {"levels_end": 9.5}),
-        ("ct", {"decay_start": 1.0}),
-        ("ct", {"decay_start": 0.0}),
-        ("ct", {"rho": 0.0}),
-        ("ct", {"distance": "pseudo-huber"}),
-        ("ect", {"sigma_std": 0.0}),
-        ("ect", {"halvings": -1}),
-        ("ect", {"halved": -1}),
-        ("ect", {"settle": 1.0}),
-        ("ect", {"gap_steepness": 0.0}),
-        ("ect", {"huber": -0.1}),
-        ("ict", {"intervals_start": 0}),
-        ("ict", {"intervals_end": 9}),
-        ("ict", {"sigma_mean": math.nan}),
-        ("ict", {"sigma_std": 0.0}),
-        ("ict", {"rho": -1.0}),
-        ("ict", {"huber": 0.0}),
-        ("edm", {"sigma_std": 0.0}),
-        ("edm", {"sigma_mean": math.inf}),
-    ],
-)
-def test_settings_out_of_range_are_named(name: str, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("wrong", [{"huber": 0.0, "distance": "pseudo-huber"}, {"lpips": 3}])
+def test_settings_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
-        made(name, **wrong)
+        made("cd", **wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)
