@@ -51,57 +51,33 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What goes wrong with the next requests for a path.
+    """What goes wrong with the next requests for a path."""
 
-    Attributes:
-        methods: of the requests.
-        times: how many requests it lasts, before the next fault of the path has its turn.
-        status: of the response, in place of the right one.
-        body: of the response, in place of the right one.
-        headers: of the response, in place of the right ones.
-        cut: bytes of the body after which the connection ends.
-        reset: whether it ends with an error.
-        stall: bytes of the body after which nothing comes until ``server.go_on`` is set.
-        hang_up: whether the connection ends without a response.
-        afterwards: called when all this has happened.
-    """
-
-    methods: tuple[str, ...] = ("GET",)
-    times: int = 1
-    status: int | None = None
-    body: bytes | None = None
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    cut: int | None = None
-    reset: bool = False
-    stall: int | None = None
-    hang_up: bool = False
-    afterwards: Callable[[], object] | None = None
+    methods: tuple[str, ...] = ("GET",)  # of the requests
+    times: int = 1  # how many requests it lasts, before the next fault of the path has its turn
+    status: int | None = None  # of the response, in place of the right one
+    body: bytes | None = None  # of the response, in place of the right one
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the response, in place of the right ones
+    cut: int | None = None  # bytes of the body after which the connection ends
+    reset: bool = False  # whether it ends with an error
+    stall: int | None = None  # bytes of the body after which nothing comes until ``server.go_on`` is set
+    hang_up: bool = False  # whether the connection ends without a response
+    afterwards: Callable[[], object] | None = None  # called when all this has happened
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A file at some path.
+    """A file at some path."""
 
-    Attributes:
-        content: its bytes.
-        tag: its ETag; the checksum where it is None, none where it is empty.
-        modified: its Last-Modified, or none.
-        ranges: whether requests for a part get a part.
-        if_range: whether only where If-Range names this file.
-        chunked: whether it is sent in chunks, without its length.
-        endless: whether it is sent without its length, to the end of the connection.
-        kind: its Content-Type.
-    """
-
-    content: bytes
+    content: bytes  # its bytes
     _: dataclasses.KW_ONLY
-    tag: str | None = None
-    modified: str | None = None
-    ranges: bool = True
-    if_range: bool = True
-    chunked: bool = False
-    endless: bool = False
-    kind: str = "application/octet-stream"
+    tag: str | None = None  # its ETag; the checksum where it is None, none where it is empty
+    modified: str | None = None  # its Last-Modified, or none
+    ranges: bool = True  # whether requests for a part get a part
+    if_range: bool = True  # whether only where If-Range names this file
+    chunked: bool = False  # whether it is sent in chunks, without its length
+    endless: bool = False  # whether it is sent without its length, to the end of the connection
+    kind: str = "application/octet-stream"  # its Content-Type
 
     @property
     def etag(self) -> str:
@@ -111,21 +87,13 @@ class Stored:
 
 @dataclasses.dataclass
 class Repository:
-    """A model repository of the Hub.
+    """A model repository of the Hub."""
 
-    Attributes:
-        private: whether its owner alone can read it.
-        gated: whether its owner alone can read its files.
-        commits: the files of each, oldest first.
-        refs: commits of branches and tags.
-        messages: of the commits that were sent.
-    """
-
-    private: bool = False
-    gated: bool = False
-    commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
-    refs: dict[str, str] = dataclasses.field(default_factory=dict)
-    messages: list[str] = dataclasses.field(default_factory=list)
+    private: bool = False  # whether its owner alone can read it
+    gated: bool = False  # whether its owner alone can read its files
+    commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)  # the files of each, oldest first
+    refs: dict[str, str] = dataclasses.field(default_factory=dict)  # commits of branches and tags
+    messages: list[str] = dataclasses.field(default_factory=list)  # of the commits that were sent
 
     def commit(self, files: Mapping[str, bytes]) -> str:
         """Add a commit to the main branch that holds ``files`` and no others; returns its name."""
@@ -154,22 +122,14 @@ class Response:
 
 
 class HubServer:
-    """What the server holds, and the requests that it got.
-
-    Attributes:
-        address: of the server.
-        files: by path, such as "/a/b".
-        repositories: by organisation/name.
-        requests: oldest first.
-        go_on: ends what stalls.
-    """
+    """What the server holds, and the requests that it got."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.files: dict[str, Stored] = {}
-        self.repositories: dict[str, Repository] = {}
-        self.requests: list[Request] = []
-        self.go_on = threading.Event()
+        self.address = address  # of the server
+        self.files: dict[str, Stored] = {}  # by path, such as "/a/b"
+        self.repositories: dict[str, Repository] = {}  # by organisation/name
+        self.requests: list[Request] = []  # oldest first
+        self.go_on = threading.Event()  # ends what stalls
         self._large: dict[str, bytes] = {}
         self._scripts: dict[str, list[tuple[Fault, list[int]]]] = {}
         self._lock = threading.Lock()

@@ -35,61 +35,22 @@ CLASSES = 10
 Run = Callable[[nn.Module, Tensor, Tensor], object]
 """Attacks a model in eval mode, given images [B, C, H, W] in [0, 1] and their labels [B]; raises where it cannot."""
 
-SMALL: Mapping[str, Any] = {
-    "N": 2,
-    "binary_search_steps": 2,
-    "conjugate_sinkhorn_max_iter": 2,
-    "directions": 10,
-    "distance": foolbox.distances.l2,
-    "eot_iter": 1,
-    "eps_iter": 2,
-    "epochs": 1,
-    "first_steps": 2,
-    "init_eval": 4,
-    "init_size": 50,
-    "initial_const": 0.1,
-    "initial_gradient_eval_steps": 4,
-    "k": 4,
-    "largest_const": 1.0,
-    "m": 2,
-    "max_batch_size": 4,
-    "max_doubling": 1,
-    "max_eval": 8,
-    "max_gradient_eval_steps": 8,
-    "max_halving": 1,
-    "max_inner_iter": 2,
-    "max_iter": 2,
-    "max_iterations": 10,
-    "n_classes": CLASSES,
-    "n_queries": 4,
-    "n_steps": 2,
-    "nb_models_epoch": 1,
-    "nb_parallel": 4,
-    "nb_random_init": 1,
-    "nb_sample": 4,
-    "nb_steps": 2,
-    "noise_batch_size": 2,
-    "num_boost_queries": 4,
-    "num_iter_set": 2,
-    "num_rotations": 2,
-    "num_translations": 2,
-    "num_trial": 2,
-    "num_xforms": 2,
-    "num_xforms_boost": 2,
-    "num_xforms_mask": 2,
-    "patch_shape": SHAPE,
-    "popsize": 2,
-    "population": 4,
-    "projected_sinkhorn_max_iter": 2,
-    "query_limit": 40,
-    "repeats": 2,
-    "restarts": 2,
-    "sample_size": 2,
-    "steps": 2,
-    "step_size": 0.1,
-    "sub_dim": 4,
-    "verbose": False,
+SIZES = {
+    0.1: "initial_const step_size",
+    1: "eot_iter epochs max_doubling max_halving nb_models_epoch nb_random_init",
+    2: """N binary_search_steps conjugate_sinkhorn_max_iter eps_iter first_steps m max_inner_iter max_iter n_steps
+        nb_steps noise_batch_size num_iter_set num_rotations num_translations num_trial num_xforms num_xforms_boost
+        num_xforms_mask popsize projected_sinkhorn_max_iter repeats restarts sample_size steps""",
+    4: """init_eval initial_gradient_eval_steps k max_batch_size n_queries nb_parallel nb_sample num_boost_queries
+        population sub_dim""",
+    8: "max_eval max_gradient_eval_steps",
+    10: "directions max_iterations",
+    40: "query_limit",
+    50: "init_size",
 }
+SMALL: dict[str, Any] = {name: size for size, names in SIZES.items() for name in names.split()}
+SMALL |= {"distance": foolbox.distances.l2, "largest_const": 1.0, "verbose": False}
+SMALL |= {"n_classes": CLASSES, "patch_shape": SHAPE}
 
 
 def small(kind: type, sizes: Mapping[str, Any], **special: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ NEEDED: dict[type[Settings], dict[str, Any]] = {
 }
 """What some kinds of settings have no default for."""
 
+WRONG_PAIRS = [(0.9, 1.0), (-0.1, 0.99), (0.9, NAN), (True, 0.99), ("0.9", 0.99), {0.9: 1, 0.99: 2}]
 WRONG: dict[type[Settings], dict[str, list[Any]]] = {
     CMAPSettings: {
         "n_latents": [0, -3, 2.0, True, "10", None],
@@ -42,8 +43,7 @@ WRONG: dict[type[Settings], dict[str, list[Any]]] = {
         "ssim_weight": [-1e-9, NAN, INF, False, [2.0]],
         "latent_weight": [-3.2, NAN, -INF, True, 1j, 10**400],
         "tolerance": [-0.1],
-        "betas": [0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, 1.0), (-0.1, 0.99), (0.9, NAN), (True, 0.99), ("0.9", 0.99)]
-        + ["ab", None, {0.9: 1, 0.99: 2}],
+        "betas": [0.9, (0.9,), (0.9, 0.99, 0.999), "ab", None, *WRONG_PAIRS],
         "level": [0.0, -1.0],
         "stop_decrease": [0.0, 1.0],
         "stop_window": [0],

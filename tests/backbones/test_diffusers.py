@@ -366,7 +366,7 @@ def editing(file: str, **changes: Any) -> Callable[[Path], None]:
 PAGE = "<!doctype html><html><body>Not found</body></html>" * 10
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 
-CONFIGURATION_DAMAGE = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "no network configuration": (UNET, missing(UNET)),
     "network configuration is a page": (UNET, holding(UNET, PAGE)),
     "network configuration is a list": (UNET, holding(UNET, "[1, 2]")),
@@ -402,7 +402,7 @@ def cut_pickle(folder: Path) -> None:
     cut(PICKLE, -1000)(folder)
 
 
-WEIGHTS_DAMAGE = {
+DAMAGE |= {
     "missing": ("missing", missing(SAFETENSORS)),
     "cut": ("not a whole safetensors file", cut(SAFETENSORS, -10)),
     "a pointer": ("Git LFS pointer", holding(SAFETENSORS, POINTER)),
@@ -423,14 +423,8 @@ def check_refused(folder: Path, words: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize(("words", "damage"), CONFIGURATION_DAMAGE.values(), ids=CONFIGURATION_DAMAGE.keys())
-def test_damaged_configurations_are_refused(folder: Path, words: str, damage: Callable[[Path], None]):
-    damage(folder)
-    check_refused(folder, words)
-
-
-@pytest.mark.parametrize(("words", "damage"), WEIGHTS_DAMAGE.values(), ids=WEIGHTS_DAMAGE.keys())
-def test_damaged_weights_are_refused(folder: Path, words: str, damage: Callable[[Path], None]):
+@pytest.mark.parametrize(("words", "damage"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_pipelines_are_refused(folder: Path, words: str, damage: Callable[[Path], None]):
     damage(folder)
     check_refused(folder, words)
 

@@ -144,10 +144,6 @@ def editing(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_record(folder, **changes)
 
 
-def with_config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_record(folder, network_config=CONFIG.to_dict() | changes)
-
-
 RECORD_DAMAGE = {
     "no record": lambda folder: (folder / RECORD_FILE).unlink(),
     "no folder": lambda folder: folder.rename(folder.with_name("moved")),
@@ -157,36 +153,22 @@ RECORD_DAMAGE = {
     "empty": writing(RECORD_FILE, ""),
     "binary": writing(RECORD_FILE, b"\xff\xfe\x00\x80"),
     "a list": writing(RECORD_FILE, "[1, 2]"),
-    "unknown field": editing(colour="red"),
-    "no name": editing(name=None),
-    "no network": editing(network=None),
-    "no checksum": editing(weights_sha256=None),
-    "name is a number": editing(name=3),
-    "later format": editing(format=2),
-    "unknown network": editing(network="compact-net"),
-    "image shape of two": editing(image_shape=[8, 4]),
-    "image shape of text": editing(image_shape="3x8x4"),
-    "image shape with 0": editing(image_shape=[3, 0, 4]),
-    "image shape of another size than the network's": editing(image_shape=[3, 8, 8]),
-    "image shape of other channels than the network's": editing(image_shape=[1, 8, 4]),
-    "value range": editing(value_range=[0, 1]),
-    "noise of text": editing(noise={"sigma_min": "small"}),
-    "noise upside down": editing(noise={"sigma_min": 2.0, "sigma_max": 1.0}),
-    "noise with an unknown field": editing(noise={"sigma": 2.0}),
-    "noise is a list": editing(noise=[1, 2]),
-    "config is a list": editing(network_config=[1, 2]),
-    "config with an unknown field": with_config(depth=3),
-    "config of nonsense": with_config(blocks=0),
-    "config whose heads do not divide": with_config(channels=[4, 11], head_channels=4),
-    "settings are a list": editing(settings=[1, 2]),
-    "weights in the folder above": editing(weights_file="../weights.safetensors"),
-    "weights anywhere": editing(weights_file="/etc/weights.safetensors"),
-    "weights above, spelt for Windows": editing(weights_file="..\\weights.safetensors"),
-    "weights are the folder": editing(weights_file="."),
-    "weights are the folder above": editing(weights_file=".."),
-    "weights above, behind the end of a line": editing(weights_file="a\n/../../weights.safetensors"),
-    "weights without a name": editing(weights_file=""),
 }
+WRONG_CONFIGS: list[dict[str, Any]] = [{"depth": 3}, {"blocks": 0}, {"channels": [4, 11], "head_channels": 4}]
+EDITED: dict[str, list[Any]] = {
+    "colour": ["red"],
+    "name": [None, 3],
+    "network": [None, "compact-net"],
+    "weights_sha256": [None],
+    "format": [2],
+    "image_shape": [[8, 4], "3x8x4", [3, 0, 4], [3, 8, 8], [1, 8, 4]],
+    "value_range": [[0, 1]],
+    "noise": [{"sigma_min": "small"}, {"sigma_min": 2.0, "sigma_max": 1.0}, {"sigma": 2.0}, [1, 2]],
+    "network_config": [[1, 2], *(CONFIG.to_dict() | wrong for wrong in WRONG_CONFIGS)],
+    "settings": [[1, 2]],
+    "weights_file": ["", ".", "..", *(f"{place}{WEIGHTS_FILE}" for place in ("../", "/etc/", "..\\", "a\n/../../"))],
+}
+RECORD_DAMAGE |= {f"{name} {value}": editing(**{name: value}) for name, values in EDITED.items() for value in values}
 
 
 def weights_are_pickled(folder: Path) -> None:

@@ -140,11 +140,7 @@ def test_given_labels_win_and_nobody_is_asked(kind: Callable[[list], Any], given
         labels = choose(choice, kind(given))
         assert labels.dtype == torch.int64
         assert labels.tolist() == expected
-
-
-def test_as_many_images_as_latents_are_no_confusion():
-    labels = choose("predicted", [2, 0], n_latents=2)
-    assert labels.tolist() == [[2, 2], [0, 0]]
+    assert choose("predicted", [2, 0], n_latents=2).tolist() == [[2, 2], [0, 0]], "one per image, not per latent"
 
 
 def test_function_of_the_images_is_asked_without_a_graph():
@@ -278,22 +274,17 @@ def test_purifier_hands_the_labels_on_and_names_them():
 # -------------------------------------------------------------------------------------------- a defended classifier
 
 
-@pytest.mark.parametrize("choice", ["predicted", "spread"])
-def test_result_names_the_labels_that_were_chosen(choice: str):
-    model, x = make(class_labels=choice), images()
+@pytest.mark.parametrize("options", [{}, {"class_labels": "predicted"}, {"class_labels": "spread"}])
+def test_result_names_the_labels_that_were_chosen(options: dict[str, str]):
+    model, x = make(**options), images()
     logits = model.classifier(x)
-    expected = logits.argmax(1)[:, None].expand(-1, 3) if choice == "predicted" else logits.topk(3, dim=1).indices
+    spread = options.get("class_labels") == "spread"
+    expected = logits.topk(3, dim=1).indices if spread else logits.argmax(1)[:, None].expand(-1, 3)
     result = model.purify(x)
     assert torch.equal(result.class_labels, expected)
     assert result.class_labels.dtype == torch.int64
     assert result.logits.shape == (4, 3, CLASSES)
     assert len(set(expected[:, 0].tolist())) > 1
-
-
-def test_predicted_is_the_default():
-    assert torch.equal(
-        make().purify(images()).class_labels, make(class_labels="predicted").purify(images()).class_labels
-    )
 
 
 @pytest.mark.parametrize("max_parallel", [1, 3, 5])

@@ -146,19 +146,11 @@ def test_loss_agrees_at_every_step(golden: Golden, ours: Run):
     assert (difference <= 1e-6 * parts).all()
 
 
-def test_l1_sum_agrees_at_every_step(golden: Golden, ours: Run):
-    sums = golden.values["K"] * ours.history.l1.double().sum(dim=1)
-    torch.testing.assert_close(sums, golden.arrays["l1_sum"], rtol=1e-5, atol=0)
-
-
-def test_ssim_sum_agrees_at_every_step(golden: Golden, ours: Run):
-    sums = golden.values["K"] * ours.history.ssim.double().sum(dim=1)
-    torch.testing.assert_close(sums, golden.arrays["ssim_sum"], rtol=1e-5, atol=0)
-
-
-def test_latent_sum_agrees_at_every_step(golden: Golden, ours: Run):
-    sums = 80**2 * ours.history.latent.double().sum(dim=1)
-    torch.testing.assert_close(sums, golden.arrays["latent_sum"], rtol=1e-5, atol=0)
+@pytest.mark.parametrize("term", ["l1", "ssim", "latent"])
+def test_sum_of_each_term_agrees_at_every_step(golden: Golden, ours: Run, term: str):
+    factor = 80**2 if term == "latent" else golden.values["K"]
+    sums = factor * getattr(ours.history, term).double().sum(dim=1)
+    torch.testing.assert_close(sums, golden.arrays[f"{term}_sum"], rtol=1e-5, atol=0)
 
 
 def test_history_has_one_entry_per_step_and_image(golden: Golden, ours: Run):

@@ -49,30 +49,16 @@ def documented() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "getting-started.md",
-        "wrap-a-classifier.md",
-        "make-it-faster.md",
-        "purify-folders.md",
-        "backbones/index.md",
-        "gradients.md",
-        "attack-libraries.md",
-        "attack-this-defence.md",
-        "write-your-own-attack.md",
-        "purifiers.md",
-        "write-your-own-backbone.md",
-        "write-your-own-purifier.md",
-        "evaluation.md",
-        "detection.md",
-        "abstain.md",
-        "adapt.md",
-        "certify.md",
-    ],
-)
+SCRIPTS = """
+getting-started wrap-a-classifier make-it-faster purify-folders backbones/index gradients attack-
+libraries attack-this-defence write-your-own-attack purifiers write-your-own-backbone write-your-own-
+purifier evaluation detection abstain adapt certify
+"""
+
+
+@pytest.mark.parametrize("name", SCRIPTS.split())
 def test_python_of_a_page_runs_as_one_script(name: str, tmp_path: Path) -> None:
-    run_page(name, tmp_path)
+    run_page(f"{name}.md", tmp_path)
 
 
 def test_the_first_example_prints_what_the_page_shows(tmp_path: Path) -> None:

@@ -90,22 +90,6 @@ def test_the_noise_is_not_stronger_than_the_backbone_knows() -> None:
         PurifiedClassifier(nn.Flatten(), "fashion-mnist-ct", purifier=OneStep(level=81))
 
 
-def test_what_belongs_to_the_optimisation_says_so() -> None:
-    model = model_of()
-    with pytest.raises(SettingsError, match=r"settings belongs to the optimisation .*which OneStep has not"):
-        model.settings  # noqa: B018
-    with pytest.raises(SettingsError, match="A latent hook belongs to the optimisation"):
-        model.register_latent_hook(lambda state: None)
-
-
-def test_variants_and_empty_batches_keep_the_purifier() -> None:
-    model = model_of()
-    assert model.variant(seed=1).purifier == model.purifier
-    assert model.variant(purifier=OneStep(level=0.1)).purifier == OneStep(level=0.1)
-    assert model(images_of()[:0]).shape == (0, 4)
-    assert "OneStep(level=0.5, n_latents=3)" in repr(model)
-
-
 def test_it_is_evaluated_under_an_attack_through_its_exact_gradient() -> None:
     data = labelled(3)
     model = model_of(backbone=_denoiser_of(data[0]))
