@@ -27,18 +27,27 @@ Network = TypeVar("Network", bound=Any)
 
 CONFIG = NCSNppConfig(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
 """The architecture of all tiny models but the pipelines: images [3, 8, 8]."""
-UNET: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": [32, 32],
-    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "attention_head_dim": 16,
-    "norm_num_groups": 8,
-    "attn_norm_num_groups": 8,
-}
+
+
+def unet_config(size: int | list[int], attended: list[bool], widths: list[int], **more: Any) -> dict[str, Any]:
+    """Of a diffusers network like the published ones: residual blocks, some of the sizes with attention."""
+    return {
+        "sample_size": size,
+        "layers_per_block": 1,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": None,
+    } | more
+
+
+UNET = unet_config(8, [False, True], [32, 32], attention_head_dim=16, norm_num_groups=8, attn_norm_num_groups=8)
 
 
 def randomised(network: Network, seed: int = 0) -> Network:

@@ -25,7 +25,7 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, Nois
 from cmap_defense.backbones.weights import sha256_of_weights
 from cmap_defense.errors import BackboneFileError, CmapError, InputValueError, MissingExtraError, WrongKindError
 from goldens import FOLDER, arrays
-from tiny import randomised
+from tiny import randomised, unet_config
 from toys import noise
 
 INDEX, SCHEDULER, UNET = "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"
@@ -44,18 +44,7 @@ def checksum(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-SMALL = {
-    "sample_size": 8,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 8],
-    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    "resnet_time_scale_shift": "scale_shift",
-    "attention_head_dim": 4,
-    "norm_num_groups": 4,
-    "attn_norm_num_groups": 4,
-    "num_class_embeds": 5,
-}
+SMALL = unet_config(8, [False, True], [8, 8], num_class_embeds=5, downsample_type="conv", upsample_type="conv")
 
 
 def small_backbone(kind: type[Any] = DiffusersUNet, config: dict[str, Any] = SMALL) -> ConsistencyBackbone:

@@ -19,7 +19,7 @@ from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.backbones.ncsnpp import NCSNpp, NCSNppConfig
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
 from cmap_defense.errors import SettingsError
-from tiny import randomised
+from tiny import randomised, unet_config
 from toys import noise
 
 SEEDS = st.integers(0, 2**31)
@@ -57,22 +57,8 @@ def compact_configs(draw: st.DrawFn) -> CompactUNetConfig:
 
 
 def diffusers_config(shape: tuple[int, int, int], attended: list[bool], widths: list[int], **more: Any) -> Any:
-    return {
-        "sample_size": list(shape[1:]),
-        "in_channels": shape[0],
-        "out_channels": shape[0],
-        "layers_per_block": 1,
-        "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
-        "resnet_time_scale_shift": "scale_shift",
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-        "attn_norm_num_groups": 4,
-        "num_class_embeds": None,
-    } | more
+    channels = {"in_channels": shape[0], "out_channels": shape[0]}
+    return unet_config(list(shape[1:]), attended, widths, **channels | more)
 
 
 @st.composite
@@ -128,7 +114,7 @@ KINDS = {
             patch=1,
             channels=(4, 4),
             blocks=1,
-            attention=(True, True),
+            attention=(True,) * 2,
             head_channels=2,
             embedding=4,
         ),

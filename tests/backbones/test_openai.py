@@ -20,7 +20,7 @@ from cmap_defense.backbones.folder import read_backbone, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone
 from cmap_defense.errors import BackboneFileError, SettingsError
 from goldens import FOLDER, arrays
-from tiny import randomised
+from tiny import randomised, unet_config
 from toys import noise
 
 OFFICIAL = FOLDER / "openai_tiny" / "tiny_cd_imagenet64_style.pt"
@@ -162,22 +162,10 @@ def as_openai(network: nn.Module, config: dict[str, Any], *, convolution_axes: i
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def config_of(
-    widths: list[int], attended: list[bool], *, layers: int = 1, shift: str = "default", classes: int | None = None
-) -> dict[str, Any]:
-    return {
-        "sample_size": 2 ** (len(widths) - 1) * 4,
-        "layers_per_block": layers,
-        "block_out_channels": widths,
-        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": shift,
-        "attention_head_dim": 16,
-        "attn_norm_num_groups": 32,
-        "num_class_embeds": classes,
-    }
+def config_of(widths: list[int], attended: list[bool], **more: Any) -> dict[str, Any]:
+    plain = {"resnet_time_scale_shift": "default", "attention_head_dim": 16}
+    groups = {"norm_num_groups": 32, "attn_norm_num_groups": 32}
+    return unet_config(2 ** (len(widths) - 1) * 4, attended, widths, **plain | groups | more)
 
 
 LSUN = config_of([32, 32, 64], [False, False, True])
@@ -205,9 +193,9 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     return config_of(
         draw(st.lists(st.sampled_from([32, 64]), min_size=levels, max_size=levels)),
         draw(st.lists(st.booleans(), min_size=levels, max_size=levels)),
-        layers=draw(st.integers(1, 3)),
-        shift=draw(st.sampled_from(["default", "scale_shift"])),
-        classes=draw(st.sampled_from([None, 3])),
+        layers_per_block=draw(st.integers(1, 3)),
+        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
+        num_class_embeds=draw(st.sampled_from([None, 3])),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cmap_defense.backbones.karras import ConsistencyBackbone
@@ -15,11 +16,10 @@ SMALL = CompactUNetConfig(
 )
 
 
-def test_image_of_a_single_patch_is_refused_or_works_alone_as_in_a_batch() -> None:
-    try:
-        config = SMALL.replace(image_shape=(3, 4, 4))
-    except SettingsError:
-        return
+def test_image_of_a_single_patch_needs_groups_of_channels_and_works_alone_as_in_a_batch() -> None:
+    with pytest.raises(SettingsError, match="each group of the normalisation has one value only"):
+        SMALL.replace(image_shape=(3, 4, 4))
+    config = SMALL.replace(image_shape=(3, 4, 4), channels=(4, 16))
     with torch.random.fork_rng(devices=[]):
         network = randomised(CompactUNet(config).double())
     x, level = noise(2, 3, 4, 4, seed=7, dtype=torch.float64), noise(2, seed=8, dtype=torch.float64)

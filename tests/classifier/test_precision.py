@@ -19,7 +19,7 @@ from cmap_defense.common.modules import dtype_of
 from cmap_defense.errors import CompileWarning, SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Unrolled
 from cmap_defense.purifiers import CMAP, Chain, OneStep
-from toys import ToyBackbone, noise, uniform
+from toys import CountingCompiler, ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
 QUICK = CMAPSettings(n_latents=3, iterations=4, learning_rate=0.05)
@@ -100,26 +100,10 @@ def test_another_dtype_is_refused(wrong: Any) -> None:
 # --------------------------------------------------------------------------------------------------------- compile
 
 
-class Counting:
-    """A compiler that compiles nothing and notes the batch sizes of the latents that it is given."""
-
-    def __init__(self) -> None:
-        self.graphs, self.sizes = 0, []
-
-    def __call__(self, graph: Any, example: Any) -> Any:
-        self.graphs += 1
-
-        def run(*inputs: Tensor) -> Any:
-            self.sizes.append(next(len(tensor) for tensor in inputs if tuple(tensor.shape[1:]) == SHAPE))
-            return graph(*inputs)
-
-        return run
-
-
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingCompiler]:
     torch.compiler.reset()
-    backend = Counting()
+    backend = CountingCompiler()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler; the fallback's are looked for where it falls back
@@ -130,7 +114,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
 
 @pytest.mark.parametrize("level", [None, 0.5])
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_the_loop_is_compiled_for_one_size(counting: Counting, level: float | None, chunk: int | None) -> None:
+def test_the_loop_is_compiled_for_one_size(counting: CountingCompiler, level: float | None, chunk: int | None) -> None:
     settings = QUICK.replace(level=level, stop_decrease=0.5, stop_window=1)
     model = wrapped(settings=settings, compile=True, max_parallel=chunk)
     result, plain = model.purify(IMAGES), wrapped(settings=settings).purify(IMAGES)
@@ -145,7 +129,7 @@ def test_the_loop_is_compiled_for_one_size(counting: Counting, level: float | No
 
 
 @pytest.mark.parametrize("mode", [StraightThrough(), Unrolled(), Implicit(damping=30.0)], ids=repr)
-def test_gradients_are_those_of_the_loop_that_is_not_compiled(counting: Counting, mode: Any) -> None:
+def test_gradients_are_those_of_the_loop_that_is_not_compiled(counting: CountingCompiler, mode: Any) -> None:
     gradients = []
     for compiled in (True, False):
         leaf = IMAGES.clone().requires_grad_()
@@ -155,7 +139,7 @@ def test_gradients_are_those_of_the_loop_that_is_not_compiled(counting: Counting
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_a_chain_compiles_its_loop(counting: Counting) -> None:
+def test_a_chain_compiles_its_loop(counting: CountingCompiler) -> None:
     chain = Chain(OneStep(level=0.3, n_latents=2), CMAP(QUICK), handed_on="mean")
     options = {"settings": None, "purifier": chain}
     expected = wrapped(**options).purify(IMAGES).images

@@ -116,19 +116,7 @@ def test_a_study_compares_its_variants(tmp_path: Path, run: Run) -> None:
 
 def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
     """A pair of backbones: each purifier takes the one that it needs; CMAP keeps the settings of its record."""
-    given = [
-        "compare",
-        "-b",
-        "fashion-mnist-edm",
-        "-b",
-        "fashion-mnist-ct",
-        "-c",
-        "embedded",
-        "-d",
-        "embedded",
-        "-n",
-        2,
-    ]
+    given = ["compare", "-b", "fashion-mnist-edm", "-b", "fashion-mnist-ct", *MODEL[2:6], "-n", 2]
     given += ["-p", "identity", "-p", "one-step level=0.4 n_latents=2", "-p", "cmap n_latents=1 iterations=1"]
     given += ["--only", "transfer", "--steps", 1, "--predictions", 1, "--reevaluations", 1, "--out", tmp_path]
     text = run(*given)

@@ -48,14 +48,6 @@ def test_latent_term_is_zero_where_mean_is_0_and_unbiased_std_is_1(shape: tuple[
 
 
 @settings(deadline=None, max_examples=30)
-@given(shape=LATENT_SHAPES, seed=SEEDS, order=st.randoms(use_true_random=False))
-def test_latent_term_does_not_depend_on_the_order_of_the_latents(shape: tuple[int, ...], seed: int, order):
-    latents = noise(*shape, seed=seed, dtype=torch.float64)
-    permutation = order.sample(range(shape[1]), shape[1])
-    torch.testing.assert_close(latent_term(latents[:, permutation]), latent_term(latents), rtol=1e-12, atol=1e-12)
-
-
-@settings(deadline=None, max_examples=30)
 @given(shape=LATENT_SHAPES, seed=SEEDS)
 def test_moments_are_the_mean_and_the_unbiased_standard_deviation(shape: tuple[int, ...], seed: int):
     latents = noise(*shape, seed=seed, dtype=torch.float64)
@@ -74,18 +66,12 @@ def test_one_latent_has_the_mean_term_alone(seed: int, batch: int):
 
 @pytest.mark.parametrize("n_latents", [1, 2, 3, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_identical_latents_have_a_finite_gradient(n_latents: int, dtype: torch.dtype):
-    latents = noise(2, 1, 3, 5, 4, seed=3, dtype=dtype).repeat(1, n_latents, 1, 1, 1).requires_grad_()
+@pytest.mark.parametrize("size", [1, 0])
+def test_identical_latents_have_a_finite_gradient(n_latents: int, dtype: torch.dtype, size: int):
+    latents = (size * noise(2, 1, 3, 5, 4, seed=3, dtype=dtype)).repeat(1, n_latents, 1, 1, 1).requires_grad_()
     value = latent_term(latents)
     (gradient,) = torch.autograd.grad(value.sum(), latents)
     assert torch.isfinite(value).all()
-    assert torch.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("n_latents", [1, 2, 4])
-def test_zero_latents_have_a_finite_gradient(n_latents: int):
-    latents = torch.zeros(2, n_latents, 1, 3, 2, requires_grad=True)
-    (gradient,) = torch.autograd.grad(latent_term(latents).sum(), latents)
     assert torch.isfinite(gradient).all()
 
 
@@ -105,20 +91,6 @@ def test_latent_term_second_derivative_is_its_finite_difference(n_latents: int):
 
 
 @settings(deadline=None, max_examples=20)
-@given(shape=LATENT_SHAPES, seed=SEEDS, ssim_weight=WEIGHTS, latent_weight=WEIGHTS)
-def test_objective_of_a_batch_is_the_objectives_of_its_images(
-    shape: tuple[int, ...], seed: int, ssim_weight: float, latent_weight: float
-):
-    chosen = CMAPSettings(ssim_weight=ssim_weight, latent_weight=latent_weight)
-    generated, images, latents = case(shape, seed)
-    together = objective(generated, images, latents, chosen).total
-    alone = [
-        objective(generated[b : b + 1], images[b : b + 1], latents[b : b + 1], chosen).total for b in range(shape[0])
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-9)
-
-
-@settings(deadline=None, max_examples=20)
 @given(shape=LATENT_SHAPES, seed=SEEDS, order=st.randoms(use_true_random=False))
 def test_objective_does_not_depend_on_the_order_of_the_latents(shape: tuple[int, ...], seed: int, order):
     generated, images, latents = case(shape, seed)
@@ -126,6 +98,7 @@ def test_objective_does_not_depend_on_the_order_of_the_latents(shape: tuple[int,
     straight = objective(generated, images, latents, CMAPSettings())
     permuted = objective(generated[:, permutation], images, latents[:, permutation], CMAPSettings())
     torch.testing.assert_close(permuted.total, straight.total, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(permuted.latent, straight.latent, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(permuted.l1, straight.l1[:, permutation], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(permuted.ssim, straight.ssim[:, permutation], rtol=1e-12, atol=1e-12)
 
