@@ -21,13 +21,9 @@ from toys import noise, uniform
 SEEDS = st.integers(0, 2**31)
 SHAPES = st.tuples(st.integers(2, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 MODELS = st.builds(
-    ThreatModel,
-    norm=st.just("l2"),
-    eps=st.sampled_from([0.0, 1e-6, 0.5, 3.0, 100.0]) | st.floats(1e-6, 10),
+    ThreatModel, norm=st.just("l2"), eps=st.sampled_from([0.0, 1e-6, 0.5, 3.0, 100.0]) | st.floats(1e-6, 10)
 ) | st.builds(
-    ThreatModel,
-    norm=st.just("linf"),
-    eps=st.sampled_from([0.0, 1e-6, 4 / 255, 8 / 255, 0.5, 1.0]) | st.floats(1e-6, 1),
+    ThreatModel, norm=st.just("linf"), eps=st.sampled_from([0.0, 1e-6, 4 / 255, 8 / 255, 0.5, 1.0]) | st.floats(1e-6, 1)
 )
 SPREADS = st.sampled_from([0.0, 1e-4, 0.05, 1.0, 100.0])
 TINY = 1e-12

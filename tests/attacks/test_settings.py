@@ -76,12 +76,7 @@ REFUSED: dict[type, dict[str, list[Any]]] = {
     TargetSteer: STEPS | {"target": ["latent", PGD(ThreatModel())], "gradient": [None], "watched": [-1, 1.0]},
     LatentAttack: LATENTS | {"growth": [0.5]},
     Overpowered: LATENTS,
-    ConsistencyDisruption: {
-        "steps": [0, 2.5],
-        "beta": [-1.0, INF, "2e6"],
-        "penalty": [-0.1, None],
-        "released": ["no"],
-    },
+    ConsistencyDisruption: {"steps": [0, 2.5], "beta": [-1.0, INF, "2e6"], "penalty": [-0.1, None], "released": ["no"]},
     APGD: {"steps": [0], "eot": [0], "loss": ["mse"], "gradient": ["bpda"]},
     Square: {"queries": [0], "samples": [0], "p_init": [0.0, 1.1], "confidence": [-1.0]},
     AutoAttack: {

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_toys import (
-    DOUBLE,
-    NORMS,
-    THREATS,
-    Linear,
-    base_seeds,
-    labelled,
-    search_seeds,
-    wrapped,
-)
+from attack_toys import DOUBLE, NORMS, THREATS, Linear, base_seeds, labelled, search_seeds, wrapped
 from attack_toys import precise as in_double
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.attacks import (

@@ -8,17 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_toys import (
-    QUICK,
-    SHAPE,
-    THREATS,
-    Denoiser,
-    labelled,
-    linear,
-    search_seeds,
-    suite,
-    wrapped,
-)
+from attack_toys import QUICK, SHAPE, THREATS, Denoiser, labelled, linear, search_seeds, suite, wrapped
 from cmap_defense.attacks import (
     PGD,
     LatentAttack,

@@ -69,10 +69,7 @@ def attention_of(recorded: dict[str, Tensor], *, rescale: bool) -> Attention:
     """The layer with the recorded weights."""
     with torch.random.fork_rng(devices=[]):
         layer = Attention(12, rescale)
-    weights = {
-        "norm.weight": recorded["attn/GroupNorm_0/scale"],
-        "norm.bias": recorded["attn/GroupNorm_0/bias"],
-    }
+    weights = {"norm.weight": recorded["attn/GroupNorm_0/scale"], "norm.bias": recorded["attn/GroupNorm_0/bias"]}
     for i, name in enumerate(("query", "key", "value", "project")):
         weights[f"{name}.weight"] = recorded[f"attn/NIN_{i}/W"].T
         weights[f"{name}.bias"] = recorded[f"attn/NIN_{i}/b"]

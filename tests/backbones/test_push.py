@@ -85,10 +85,7 @@ def test_without_the_right_nothing_is_published(
 
 @pytest.mark.parametrize(
     ("missing", "damaged", "words"),
-    [
-        (RECORD_FILE, None, [RECORD_FILE, "convert or train"]),
-        (None, WEIGHTS, [WEIGHTS, "safetensors"]),
-    ],
+    [(RECORD_FILE, None, [RECORD_FILE, "convert or train"]), (None, WEIGHTS, [WEIGHTS, "safetensors"])],
 )
 def test_folder_that_is_not_whole_is_refused_before_anything_is_sent(
     owned: HubServer, folder: Path, missing: str | None, damaged: str | None, words: list[str]

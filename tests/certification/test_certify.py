@@ -234,11 +234,7 @@ def test_a_folder_takes_more_images_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n": 0}, "n must be at least 1"),
-        ({"indices": [0, 1, 1]}, "different"),
-    ],
+    ("changes", "message"), [({"n": 0}, "n must be at least 1"), ({"indices": [0, 1, 1]}, "different")]
 )
 def test_wrong_options_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):

@@ -132,8 +132,7 @@ def tensor_of(dtype: torch.dtype) -> Callable[[list], Tensor]:
     "kind", [list, np.asarray, *map(tensor_of, (torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64))]
 )
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [([2, 0], [[2] * 4, [0] * 4]), ([[2, 1, 0, 0], [1, 1, 2, 0]], [[2, 1, 0, 0], [1, 1, 2, 0]])],
+    ("given", "expected"), [([2, 0], [[2] * 4, [0] * 4]), ([[2, 1, 0, 0], [1, 1, 2, 0]], [[2, 1, 0, 0], [1, 1, 2, 0]])]
 )
 def test_given_labels_win_and_nobody_is_asked(kind: Callable[[list], Any], given: list, expected: list):
     for choice in ("predicted", "spread", never):

@@ -160,12 +160,7 @@ def config(*changes: str) -> NCSNppConfig:
 def test_config_takes_numbers_truth_values_and_lists():
     changes = ("nf=64", "ch_mult=1,2", "attn_resolutions=8", "skip_rescale=False", "dropout=0.1", "fir_kernel=1,2,2,1")
     assert config(*changes) == NCSNppConfig(
-        nf=64,
-        ch_mult=(1, 2),
-        attn_resolutions=(8,),
-        skip_rescale=False,
-        dropout=0.1,
-        fir_kernel=(1.0, 2.0, 2.0, 1.0),
+        nf=64, ch_mult=(1, 2), attn_resolutions=(8,), skip_rescale=False, dropout=0.1, fir_kernel=(1.0, 2.0, 2.0, 1.0)
     )
     assert config("attn_resolutions=").attn_resolutions == ()
     assert config(*TINY) == CONFIG

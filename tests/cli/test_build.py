@@ -149,10 +149,7 @@ def test_a_damaged_file(tmp_path: Path, file: Path, name: str) -> None:
     [
         ("failing", "my_models.py:failing raised ZeroDivisionError: nothing to divide by"),
         ("calling_wrongly", "my_models.py:calling_wrongly raised TypeError: .*out_features"),
-        (
-            "needs",
-            "missing a required argument: 'width'. Name a model, or a function without arguments",
-        ),
+        ("needs", "missing a required argument: 'width'. Name a model, or a function without arguments"),
         ("leaving", "my_models.py:leaving raised SystemExit: 3"),
     ],
 )

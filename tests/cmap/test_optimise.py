@@ -264,11 +264,7 @@ def test_callback_sees_no_graph():
     images, latents = case()
     states: list[LatentState] = []
     optimise_latents(
-        ToyBackbone(SHAPE).generate,
-        images.requires_grad_(),
-        latents.requires_grad_(),
-        SHORT,
-        callback=states.append,
+        ToyBackbone(SHAPE).generate, images.requires_grad_(), latents.requires_grad_(), SHORT, callback=states.append
     )
     for state in states:
         terms = state.terms

@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attack_toys import SHAPE, labelled, wrapped
-from cmap_defense.detection import (
-    EPS,
-    DeepKernelSettings,
-    Gaussian,
-    deep_kernel,
-    mmd_ratio,
-    train_deep_kernel,
-)
+from cmap_defense.detection import EPS, DeepKernelSettings, Gaussian, deep_kernel, mmd_ratio, train_deep_kernel
 from cmap_defense.errors import InputValueError
 from toys import noise
 

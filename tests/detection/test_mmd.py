@@ -9,12 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.detection import (
-    Gaussian,
-    mmd_distances,
-    squared_distances,
-    unbiased_mmd2,
-)
+from cmap_defense.detection import Gaussian, mmd_distances, squared_distances, unbiased_mmd2
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
 from toys import noise
 

@@ -49,10 +49,7 @@ const open = (address) => new Promise((done) => {
 })();
 </script></body>"""
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

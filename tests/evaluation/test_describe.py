@@ -60,10 +60,7 @@ def moved(module: nn.Module, name: str) -> nn.Module:
 
 CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "K": (lambda: wrapped(settings=QUICK.replace(n_latents=3)), "n_latents: 2 before, 3 now"),
-    "learning rate": (
-        lambda: wrapped(settings=QUICK.replace(learning_rate=0.2)),
-        "learning_rate: 0.1 before, 0.2 now",
-    ),
+    "learning rate": (lambda: wrapped(settings=QUICK.replace(learning_rate=0.2)), "learning_rate: 0.1 before, 0.2 now"),
     "vote": (lambda: wrapped(vote="soft"), "vote: label before, soft now"),
     "seed": (lambda: wrapped(seed=0), "seed: None before, 0 now"),
     "gradient": (lambda: wrapped(gradient=Unrolled(last=2)), "gradient: StraightThrough() before, Unrolled(last=2,"),

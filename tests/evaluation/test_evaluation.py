@@ -156,14 +156,7 @@ def test_killed_in_any_place_it_ends_with_the_same_bytes(
     assert len(set(units)) == len(units), "a finished work unit was done again"
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        Shaky(0.3),
-        shaken,
-    ],
-    ids=["seeded", "random"],
-)
+@pytest.mark.parametrize("model", [Shaky(0.3), shaken], ids=["seeded", "random"])
 def test_no_results_depend_on_torchs_generators(model: Any, tmp_path: Path) -> None:
     """Nor does an evaluation change them."""
     for seed in (1, 2):

@@ -63,8 +63,7 @@ def test_two_ranks_go_on_where_one_process_was(happened: tuple[Path, list[dict[s
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [("changed", "predictions: 9 before, 2 now"), ("locked", "Another evaluation is writing to")],
+    ("name", "said"), [("changed", "predictions: 9 before, 2 now"), ("locked", "Another evaluation is writing to")]
 )
 def test_a_folder_is_refused_to_both_ranks_at_once(
     name: str, said: str, happened: tuple[Path, list[dict[str, Any]]]

@@ -29,10 +29,7 @@ def two_classes(images: Tensor) -> Tensor:
     return linear(images.flip(1))
 
 
-ATTACKS = {
-    "transfer": Transfer(PGD(THREAT, steps=2), source=two_classes),
-    "pgd": PGD(THREAT, steps=4, eot=2),
-}
+ATTACKS = {"transfer": Transfer(PGD(THREAT, steps=2), source=two_classes), "pgd": PGD(THREAT, steps=4, eot=2)}
 CAREFUL = Protocol(predictions=4, reevaluations=6, seeds=(0, 1), group=5, sanity_images=COUNT, gradient_samples=4)
 
 

@@ -59,9 +59,7 @@ def assert_accuracy(found: Accuracy | None, shares: np.ndarray) -> None:
 
 @settings(max_examples=50)
 @given(made=made_up())
-def test_a_row_is_what_counting_gives(
-    made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray],
-) -> None:
+def test_a_row_is_what_counting_gives(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> None:
     (predictions,), (again,), truth = made
     row = make_row(given_runs(predictions, again, truth, attack="pgd"))
     right, right_again = predictions == truth[:, None], again == truth[:, None]
@@ -150,9 +148,7 @@ def separate(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> boo
 
 @settings(max_examples=50)
 @given(made=made_up(attacks=3).filter(separate))
-def test_the_worst_case_is_what_counting_gives(
-    made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray],
-) -> None:
+def test_the_worst_case_is_what_counting_gives(made: tuple[list[np.ndarray], list[np.ndarray], np.ndarray]) -> None:
     predictions, again, truth = made
     runs = [given_runs(predictions[m], again[m], truth, attack=f"attack-{m}") for m in range(3)]
     found = worst_case(runs, runs[0])

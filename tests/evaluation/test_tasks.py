@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 
 from attack_toys import QUICK, THREATS, Noisy, labelled, linear, suite, wrapped
-from cmap_defense.attacks import (
-    PGD,
-    SPSA,
-    Attack,
-    LatentAttack,
-    Margin,
-    ShortCMAP,
-    ThreatModel,
-    Transfer,
-    VoteMargin,
-)
+from cmap_defense.attacks import PGD, SPSA, Attack, LatentAttack, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.errors import SettingsError
@@ -216,11 +206,7 @@ def test_clean_images_have_as_many_predictions_as_a_search() -> None:
 def test_the_lines_do_not_depend_on_the_batch() -> None:
     """An image in a group of its own, with the model in chunks."""
     model, whole = wrapped(max_parallel=3), batch()
-    tasks = [
-        attack_task(model, PGD(LINF, steps=2, eot=2)),
-        clean_task(model, 2),
-        gradient_task(model, PGD(LINF), 4),
-    ]
+    tasks = [attack_task(model, PGD(LINF, steps=2, eot=2)), clean_task(model, 2), gradient_task(model, PGD(LINF), 4)]
     for task in tasks:
         output = task.run(whole)
         for row in range(3):

@@ -156,12 +156,7 @@ def test_a_pair_has_the_presets_of_both() -> None:
 @pytest.mark.parametrize(
     ("made", "name", "error", "message"),
     [
-        (
-            backbone({"balanced": BALANCED}),
-            "fast",
-            UnknownNameError,
-            "no preset 'fast', but has 'paper', 'balanced'",
-        ),
+        (backbone({"balanced": BALANCED}), "fast", UnknownNameError, "no preset 'fast', but has 'paper', 'balanced'"),
         (backbone(), "balanced", UnknownNameError, r"but has 'paper'\. Take another purifier"),
         (CurvedDenoiser(), "paper", UnknownNameError, "no preset 'paper', nor any other"),
         (backbone(), "quick", SettingsError, "preset must be one of 'paper', 'balanced', 'fast'"),

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from cmap_defense.errors import CheckpointError
 from cmap_defense.training import checkpoint as module
-from cmap_defense.training.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from cmap_defense.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 
 SETTINGS = {"train": {"batch_size": 8, "seed": 0}, "objective": {"huber": 0.03}}
 

@@ -267,10 +267,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, bytes], dict[str, bytes]], dict[str, 
         [REPO, f"There is no {WEIGHTS}", "lacks its weights"],
     ),
     "weights elsewhere": (lambda files, _: record_changed(files, b'"weights.', b'"../weights.'), ["weights_file"]),
-    "empty": (
-        lambda *_: {"README.md": b"# Nothing"},
-        [f"{REPO} holds no backbone", RECORD_FILE, "model_index.json"],
-    ),
+    "empty": (lambda *_: {"README.md": b"# Nothing"}, [f"{REPO} holds no backbone", RECORD_FILE, "model_index.json"]),
 }
 
 

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from cmap_defense.common.modules import building
 from cmap_defense.errors import BackboneFileError, MissingExtraError, UnknownNameError
 from cmap_defense.training.objectives import LPIPS, distances
-from cmap_defense.training.objectives.distances import (
-    distance_named,
-    l1,
-    pseudo_huber,
-    published_lpips,
-    squared_l2,
-)
+from cmap_defense.training.objectives.distances import distance_named, l1, pseudo_huber, published_lpips, squared_l2
 from toys import noise
 from training.gaussian import plain_huber, plain_squares, rows
 

@@ -23,9 +23,7 @@ from training.gaussian import (
 
 LAST = math.nextafter(1.0, 0.0)
 SCHEDULES = st.builds(
-    lambda start, more: ICT(intervals_start=start, intervals_end=start + more),
-    st.integers(1, 40),
-    st.integers(0, 3000),
+    lambda start, more: ICT(intervals_start=start, intervals_end=start + more), st.integers(1, 40), st.integers(0, 3000)
 )
 
 
