@@ -88,9 +88,11 @@ WRONG: dict[type[Settings], dict[str, list[Any]]] = {
     DeepKernelSettings: {"width": [0], "features": [0], "mixing": [1.0], "steps": [-1], "batch_size": [1]}
     | {"learning_rate": [0.0], "regulariser": [0.0], "fgsm_eps": [0.0], "seed": [-1]},
     CertificationSettings: {"n": [0], "alpha": [1.0], "batch_size": [0], "seed": [-1]},
+    Protocol: {"predictions": [0, 2.0, True], "reevaluations": [0], "group": [0], "sanity_images": [-1]}
+    | {"search_on_clean": [1], "gradient_samples": [0], "seeds": ["01", (0, 0.5)]},
     Subset: {"count": [0, 2.5], "order": ["least"], "seed": [-1, True]},
 }
-KINDS = [*WRONG, Protocol, NCSNppConfig, CompactUNetConfig]
+KINDS = [*WRONG, NCSNppConfig, CompactUNetConfig]
 
 
 def made(kind: type[Settings], **values: Any) -> Any:

@@ -51,23 +51,12 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"predictions": 0}, r"predictions must be at least 1"),
-        ({"predictions": 2.0}, r"predictions must be an integer"),
-        ({"predictions": True}, r"predictions must be an integer"),
-        ({"reevaluations": 0}, r"reevaluations must be at least 1"),
-        ({"group": 0}, r"group must be at least 1"),
-        ({"sanity_images": -1}, r"sanity_images must be at least 0"),
-        ({"search_on_clean": 1}, r"search_on_clean must be True or False"),
-        ({"gradient_samples": 0}, r"gradient_samples must be at least 2"),
         ({"gradient_samples": 7}, r"gradient_samples must be even, but is 7"),
         ({"seeds": ()}, r"seeds must be integers, one for each run"),
         ({"seeds": 0}, r"seeds must be a sequence, but is 0"),
-        ({"seeds": "01"}, r"seeds must be a sequence"),
-        ({"seeds": (0, 0.5)}, r"seeds\[1\] must be an integer"),
         ({"seeds": (-1,)}, r"seeds\[0\] must be at least 0"),
         ({"seeds": (3, 3)}, r"seeds must differ"),
         ({"seeds": (0, 2**22)}, r"be below 4194304, but are \[0, 4194304\]"),
-        ({"runs": 3}, r"no setting 'runs'"),
     ],
 )
 def test_a_wrong_protocol_is_refused(wrong: dict[str, Any], said: str) -> None:
