@@ -13,21 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cmap_defense import PurifiedClassifier, ThreatModel, adapt, load_adapted
+from cmap_defense import PurifiedClassifier, ThreatModel, adapt, errors, load_adapted
 from cmap_defense.adaptation import AdaptationConfig
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.data import LabelledImages
-from cmap_defense.errors import (
-    BackboneFileError,
-    CheckpointError,
-    ClassifierError,
-    ClassifierWarning,
-    CmapError,
-    OptionError,
-    SettingsError,
-)
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import Identity, OneStep
 
@@ -219,7 +210,7 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
         (net(0.2), PURIFIER, {"normalize": (0.3, 0.2)}),
         (frozen, PURIFIER, {}),
     ):
-        with pytest.raises(CheckpointError, match="other settings"):
+        with pytest.raises(errors.CheckpointError, match="other settings"):
             adapt(model, Shrinking(), purifier, data(), tmp_path / "killed", **options, **keep)
 
 
@@ -245,14 +236,14 @@ def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path:
         warnings.simplefilter("error")
         PurifiedClassifier(read, Shrinking(), purifier=PURIFIER.replace(n_latents=8))
         PurifiedClassifier(read, Shrinking(), purifier=Identity())
-    with pytest.warns(ClassifierWarning, match="adapted to another purifier"):
+    with pytest.warns(errors.ClassifierWarning, match="adapted to another purifier"):
         PurifiedClassifier(read, Shrinking(), purifier=PURIFIER.replace(level=0.5))
     record = json.loads((tmp_path / "adaptation.json").read_text())
     assert record["purifier"]["level"] == 0.3
     assert "Net" in repr(result)
-    with pytest.raises(ClassifierError, match="another architecture"):
+    with pytest.raises(errors.ClassifierError, match="another architecture"):
         load_adapted(tmp_path, nn.Linear(2, 3))
-    with pytest.raises(BackboneFileError, match="no record of an adaptation"):
+    with pytest.raises(errors.BackboneFileError, match="no record of an adaptation"):
         load_adapted(tmp_path / "nothing", net())
 
 
@@ -297,22 +288,22 @@ LABELS = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"classifier": lambda x: x}, ClassifierError, "nn.Module"),
+        ({"classifier": lambda x: x}, errors.ClassifierError, "nn.Module"),
         (
             {"classifier": PurifiedClassifier(net(), Shrinking(), purifier=PURIFIER)},
-            ClassifierError,
+            errors.ClassifierError,
             "purifies already",
         ),
-        ({"classifier": net().requires_grad_(False)}, SettingsError, "nothing can be trained"),
-        ({"data": (torch.zeros(2, *SHAPE), LABELS[:1])}, CmapError, "label"),
-        ({"data": (2 * torch.ones(2, *SHAPE), LABELS)}, CmapError, r"\[0, 1\]"),
-        ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, CmapError, "from 0 to 2"),
-        ({"data": DataLoader(TensorDataset(torch.zeros(2, *SHAPE), LABELS))}, CmapError, "loader.dataset"),
-        ({"threat": ThreatModel()}, SettingsError, "adversarial=True"),
-        ({"config": SMALL.replace(attack_steps=9)}, SettingsError, "adversarial=True"),
-        ({"epochs": 2}, OptionError, r"AdaptationConfig\(images"),
-        ({"eps": 0.1}, OptionError, "ThreatModel"),
-        ({"normalise": 0.1}, OptionError, "normalize"),
+        ({"classifier": net().requires_grad_(False)}, errors.SettingsError, "nothing can be trained"),
+        ({"data": (torch.zeros(2, *SHAPE), LABELS[:1])}, errors.CmapError, "label"),
+        ({"data": (2 * torch.ones(2, *SHAPE), LABELS)}, errors.CmapError, r"\[0, 1\]"),
+        ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, errors.CmapError, "from 0 to 2"),
+        ({"data": DataLoader(TensorDataset(torch.zeros(2, *SHAPE), LABELS))}, errors.CmapError, "loader.dataset"),
+        ({"threat": ThreatModel()}, errors.SettingsError, "adversarial=True"),
+        ({"config": SMALL.replace(attack_steps=9)}, errors.SettingsError, "adversarial=True"),
+        ({"epochs": 2}, errors.OptionError, r"AdaptationConfig\(images"),
+        ({"eps": 0.1}, errors.OptionError, "ThreatModel"),
+        ({"normalise": 0.1}, errors.OptionError, "normalize"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, changes: dict, error: type[Exception], message: str) -> None:

@@ -12,18 +12,9 @@ from torch import Tensor, nn
 
 import denoisers
 from certified import SHAPE, HalfSpace, images_of
-from cmap_defense import CmapError, PurifiedClassifier, SmoothedClassifier, certify
+from cmap_defense import CmapError, PurifiedClassifier, SmoothedClassifier, certify, errors
 from cmap_defense.certification.smoothed import BLOCK
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.errors import (
-    BackboneError,
-    ClassifierError,
-    ClassifierWarning,
-    InputTypeError,
-    InputValueError,
-    OptionError,
-    SettingsError,
-)
 from cmap_defense.purifiers import OneStep
 from denoisers import GaussianDenoiser
 from toys import ToyBackbone, noise
@@ -144,7 +135,7 @@ def test_what_couples_the_copies_of_a_batch_is_refused(classifier: Any, shape: t
     smoothed = SmoothedClassifier(classifier(), None)
     images = torch.full((2, *shape), 0.4)
     for use in (lambda **more: certify(smoothed, images, **FEW, **more), lambda **more: smoothed.predict(images)):
-        with pytest.raises(ClassifierError, match="other images of its batch"):
+        with pytest.raises(errors.ClassifierError, match="other images of its batch"):
             use()
     certify(smoothed, images, batch_size=1, **FEW)
 
@@ -167,19 +158,19 @@ def dropout() -> nn.Module:
 @pytest.mark.parametrize(
     ("classifier", "backbone", "images", "error", "message"),
     [
-        (HalfSpace, None, images_of() * 255, InputValueError, "divide by 255"),
-        (HalfSpace, None, images_of() - 0.5, InputValueError, "normalised"),
-        (HalfSpace, None, (images_of() * 255).byte(), InputTypeError, "div"),
-        (HalfSpace, None, images_of()[0], InputValueError, "axes"),
-        (HalfSpace, None, images_of()[:0], InputValueError, "one image at least"),
-        (HalfSpace, None, images_of() * torch.nan, InputValueError, "finite"),
-        (HalfSpace, GaussianDenoiser, images_of(), InputValueError, r"denoises images \[3, 8, 6\]"),
-        (dropout, None, images_of(), ClassifierError, r"training mode \(Dropout\).*eval"),
-        (nn.Identity, None, images_of(), ClassifierError, "logits"),
-        (lambda: None, None, images_of(), SettingsError, "takes images"),
-        (HalfSpace, Conditional, images_of(), BackboneError, "class-conditional"),
-        (HalfSpace, ToyBackbone, images_of(), BackboneError, "denoise"),
-        (HalfSpace, lambda: "fashion-mnist-edm", images_of(), InputValueError, "backbone"),
+        (HalfSpace, None, images_of() * 255, errors.InputValueError, "divide by 255"),
+        (HalfSpace, None, images_of() - 0.5, errors.InputValueError, "normalised"),
+        (HalfSpace, None, (images_of() * 255).byte(), errors.InputTypeError, "div"),
+        (HalfSpace, None, images_of()[0], errors.InputValueError, "axes"),
+        (HalfSpace, None, images_of()[:0], errors.InputValueError, "one image at least"),
+        (HalfSpace, None, images_of() * torch.nan, errors.InputValueError, "finite"),
+        (HalfSpace, GaussianDenoiser, images_of(), errors.InputValueError, r"denoises images \[3, 8, 6\]"),
+        (dropout, None, images_of(), errors.ClassifierError, r"training mode \(Dropout\).*eval"),
+        (nn.Identity, None, images_of(), errors.ClassifierError, "logits"),
+        (lambda: None, None, images_of(), errors.SettingsError, "takes images"),
+        (HalfSpace, Conditional, images_of(), errors.BackboneError, "class-conditional"),
+        (HalfSpace, ToyBackbone, images_of(), errors.BackboneError, "denoise"),
+        (HalfSpace, lambda: "fashion-mnist-edm", images_of(), errors.InputValueError, "backbone"),
     ],
 )
 def test_wrong_inputs_say_what_to_do(
@@ -192,12 +183,12 @@ def test_wrong_inputs_say_what_to_do(
 
 def test_sigma_is_positive_and_at_most_half_of_the_strongest_noise() -> None:
     for sigma, message in ((0.0, "above 0"), (41.0, "at most 40"), ("big", "a number")):
-        with pytest.raises(SettingsError, match=f"SmoothedClassifier.sigma must be.*{message}"):
+        with pytest.raises(errors.SettingsError, match=f"SmoothedClassifier.sigma must be.*{message}"):
             SmoothedClassifier(load_classifier(), "fashion-mnist-edm", sigma)  # pyright: ignore[reportArgumentType]
 
 
 def test_names_of_other_libraries_lead_to_the_own_ones() -> None:
-    with pytest.raises(OptionError, match="It is called 'sigma'"):
+    with pytest.raises(errors.OptionError, match="It is called 'sigma'"):
         SmoothedClassifier(HalfSpace(), None, scale=0.5)  # pyright: ignore[reportCallIssue]
 
 
@@ -206,7 +197,7 @@ def test_a_backbone_that_returns_nan_and_a_classifier_of_probabilities_are_notic
         def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
             return noisy * torch.nan
 
-    with pytest.raises(BackboneError, match="NaN"):
+    with pytest.raises(errors.BackboneError, match="NaN"):
         SmoothedClassifier(HalfSpace(), Broken(SHAPE)).predict(images_of())
-    with pytest.warns(ClassifierWarning, match="sum to 1"):
+    with pytest.warns(errors.ClassifierWarning, match="sum to 1"):
         SmoothedClassifier(nn.Sequential(HalfSpace(), nn.Softmax(1)), None).predict(images_of(), n=12)

@@ -15,19 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, labelled, wrapped
-from cmap_defense import PurifiedClassifier
+from cmap_defense import PurifiedClassifier, errors
 from cmap_defense.attacks import PGD, LatentAttack
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.detection import EPS, KINDS, Detection, Gaussian, detect, mmd_distances
 from cmap_defense.detection.detect import STREAMS, flipped
-from cmap_defense.errors import (
-    BackboneError,
-    CmapError,
-    InputTypeError,
-    InputValueError,
-    MissingExtraError,
-    SettingsError,
-)
 from toys import ToyBackbone, uniform
 
 EPS_FEW = EPS(sigmas=(0.1, 0.3), seed=4)
@@ -164,33 +156,33 @@ def test_any_kernel_will_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"attack": "pgd"}, SettingsError, "attack"),
-        ({"attack": LatentAttack(THREATS["linf"], steps=2, latents=2)}, SettingsError, "PurifiedClassifier"),
-        ({"reference": REFERENCE[:1]}, InputValueError, "2 reference images"),
-        ({"reference": REFERENCE[:0]}, InputValueError, "reference: there must be one"),
-        ({"reference": REFERENCE * 255}, InputValueError, "reference: Images must lie"),
-        ({"reference": REFERENCE.mT}, InputValueError, "reference must be images of"),
-        ({"reference": REFERENCE.numpy()}, InputTypeError, "reference: Images must be"),
-        ({"indices": torch.arange(3)}, InputValueError, "indices"),
-        ({"max_parallel": 0}, SettingsError, "max_parallel"),
-        ({"purify": 1}, SettingsError, "purify"),
+        ({"attack": "pgd"}, errors.SettingsError, "attack"),
+        ({"attack": LatentAttack(THREATS["linf"], steps=2, latents=2)}, errors.SettingsError, "PurifiedClassifier"),
+        ({"reference": REFERENCE[:1]}, errors.InputValueError, "2 reference images"),
+        ({"reference": REFERENCE[:0]}, errors.InputValueError, "reference: there must be one"),
+        ({"reference": REFERENCE * 255}, errors.InputValueError, "reference: Images must lie"),
+        ({"reference": REFERENCE.mT}, errors.InputValueError, "reference must be images of"),
+        ({"reference": REFERENCE.numpy()}, errors.InputTypeError, "reference: Images must be"),
+        ({"indices": torch.arange(3)}, errors.InputValueError, "indices"),
+        ({"max_parallel": 0}, errors.SettingsError, "max_parallel"),
+        ({"purify": 1}, errors.SettingsError, "purify"),
     ],
 )
-def test_mistakes(changes: dict[str, Any], error: type[CmapError], words: str) -> None:
+def test_mistakes(changes: dict[str, Any], error: type[errors.CmapError], words: str) -> None:
     with pytest.raises(error, match=words):
         measured(**changes)
 
 
 def test_mistakes_in_the_model_and_the_labels() -> None:
-    with pytest.raises(BackboneError, match="denoise"):
+    with pytest.raises(errors.BackboneError, match="denoise"):
         measured(wrapped(backbone=ToyBackbone(SHAPE)))
     images, labels = labelled(4)
     for wrong in (labels[:3], labels.float(), labels > 1, [0, 1, 2, 3]):
-        with pytest.raises(InputTypeError, match="labels"):
+        with pytest.raises(errors.InputTypeError, match="labels"):
             detect(wrapped(), images, wrong, reference=REFERENCE)  # pyright: ignore[reportArgumentType]
     for label in (-1, CLASSES):
         wrong = torch.tensor([0, label, 0, 0])
-        with pytest.raises(InputValueError, match=rf"from 0 to {CLASSES - 1}, .*go from {min(0, label)} to"):
+        with pytest.raises(errors.InputValueError, match=rf"from 0 to {CLASSES - 1}, .*go from {min(0, label)} to"):
             detect(wrapped().eval(), images, wrong, reference=REFERENCE, eps=EPS_FEW)
 
 
@@ -214,7 +206,7 @@ def test_the_plot_is_a_function_of_the_detection(found: Detection) -> None:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**20) or []}
     assert len(colours) > 20, "something is drawn"
     assert ElementTree.fromstring(found.plot("svg")).tag.endswith("svg")
-    with pytest.raises(SettingsError, match="picture"):
+    with pytest.raises(errors.SettingsError, match="picture"):
         found.plot("gif")
 
 
@@ -227,5 +219,5 @@ def test_distances_over_orders_of_magnitude_are_drawn_too(found: Detection) -> N
 
 def test_without_matplotlib_the_error_names_the_extra(found: Detection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(MissingExtraError, match=r"cmap-defense\[report\]"):
+    with pytest.raises(errors.MissingExtraError, match=r"cmap-defense\[report\]"):
         found.plot()

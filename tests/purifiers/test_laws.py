@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import denoisers
+from cmap_defense import errors
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.errors import (
-    BackboneError,
-    GradientError,
-    InputValueError,
-    SettingsError,
-    UnknownNameError,
-    WrongKindError,
-)
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -238,11 +231,11 @@ def test_values_do_not_depend_on_the_gradient_mode(purifier: Purifier) -> None:
 @EVERY
 def test_what_belongs_to_the_optimisation_over_latents_says_so(purifier: Purifier) -> None:
     model = model_of(purifier, gradient=Implicit())
-    with pytest.raises(GradientError, match="optimisation over latents, which this purifier is not"):
+    with pytest.raises(errors.GradientError, match="optimisation over latents, which this purifier is not"):
         model(images_of().requires_grad_())
-    with pytest.raises(SettingsError, match="A latent hook belongs to the optimisation"):
+    with pytest.raises(errors.SettingsError, match="A latent hook belongs to the optimisation"):
         model.register_latent_hook(lambda state: None)
-    with pytest.raises(SettingsError, match=r"settings belongs to the optimisation .*which \w+ has not"):
+    with pytest.raises(errors.SettingsError, match=r"settings belongs to the optimisation .*which \w+ has not"):
         model.settings  # noqa: B018
 
 
@@ -313,11 +306,11 @@ def test_steps_need_a_denoiser(kind: Any) -> None:
     words = (
         rf"{kind.__name__} needs a denoiser, but Consistency is a consistency model.*Of that kind are: .*cifar10-edm-"
     )
-    with pytest.raises(WrongKindError, match=words):
+    with pytest.raises(errors.WrongKindError, match=words):
         model_of(kind(), Consistency(SHAPE))
-    with pytest.raises(WrongKindError, match=words):
+    with pytest.raises(errors.WrongKindError, match=words):
         kind()(Consistency(SHAPE), images_of(), seeds=SEEDS[:2])
-    with pytest.raises(WrongKindError, match=r"consistency.*Of that kind are: .*fashion-mnist-edm"):
+    with pytest.raises(errors.WrongKindError, match=r"consistency.*Of that kind are: .*fashion-mnist-edm"):
         model_of(kind(), "fashion-mnist-ct")
     assert model_of(kind(), Declared(SHAPE)).purifier == kind()
 
@@ -325,7 +318,7 @@ def test_steps_need_a_denoiser(kind: Any) -> None:
 def test_one_step_takes_either_kind_and_cmap_a_consistency_model() -> None:
     for backbone in (Consistency(SHAPE), CurvedDenoiser()):
         assert model_of(OneStep(), backbone)(images_of()).shape == (2, 4)
-    with pytest.raises(WrongKindError, match=r"CMAP needs a consistency model, but Declared is a denoiser"):
+    with pytest.raises(errors.WrongKindError, match=r"CMAP needs a consistency model, but Declared is a denoiser"):
         model_of(CMAP(), Declared(SHAPE))
 
 
@@ -342,12 +335,12 @@ def test_a_pair_of_backbones_serves_each_purifier() -> None:
     )
     assert "backbone.consistency.enter" in first.state_dict()
     for wrong in ((consistency, consistency), (denoiser,), (consistency, denoiser, denoiser)):
-        with pytest.raises(BackboneError, match="one consistency model and one denoiser"):
+        with pytest.raises(errors.BackboneError, match="one consistency model and one denoiser"):
             model_of(chain, wrong)
-    with pytest.raises(BackboneError, match="images of one shape"):
+    with pytest.raises(errors.BackboneError, match="images of one shape"):
         model_of(chain, (ToyBackbone((3, 4, 4)), denoiser))
     for alone in (Consistency(SHAPE), CurvedDenoiser()):
-        with pytest.raises(WrongKindError, match=r"(CMAP|DiffPure) needs a .*take a pair: backbone="):
+        with pytest.raises(errors.WrongKindError, match=r"(CMAP|DiffPure) needs a .*take a pair: backbone="):
             model_of(chain, alone)
 
 
@@ -369,7 +362,7 @@ def test_memory_is_measured_on_a_pass_of_the_network_that_is_used(purifier: Puri
 
 
 def test_a_chain_has_seeds_in_place_of_latents() -> None:
-    with pytest.raises(InputValueError, match="leave latents out"):
+    with pytest.raises(errors.InputValueError, match="leave latents out"):
         purified(denoisers.ALL["chain"], images_of(), SEEDS[:2], latents=noise(2, 4, *SHAPE, seed=1))
 
 
@@ -378,7 +371,7 @@ def test_a_backbone_that_overflows_is_named() -> None:
         def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
             return noisy / 0
 
-    with pytest.raises(BackboneError, match="NaN or infinite"):
+    with pytest.raises(errors.BackboneError, match="NaN or infinite"):
         DiffPure(t=2)(Overflowing(), images_of(), seeds=SEEDS[:2])
 
 
@@ -488,18 +481,18 @@ def test_whatever_the_settings(purifier: Any) -> None:
 
 
 def test_a_chain_is_made_of_purifiers() -> None:
-    with pytest.raises(SettingsError, match="made of purifiers"):
+    with pytest.raises(errors.SettingsError, match="made of purifiers"):
         Chain()
-    with pytest.raises(SettingsError, match="made of purifiers"):
+    with pytest.raises(errors.SettingsError, match="made of purifiers"):
         Chain(DiffPure(), "cmap")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SettingsError, match="handed_on"):
+    with pytest.raises(errors.SettingsError, match="handed_on"):
         Chain(DiffPure(), handed_on="best")
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(OneStep):
         pass
 
-    with pytest.raises(SettingsError, match="Mine is not one of the purifiers that have a name"):
+    with pytest.raises(errors.SettingsError, match="Mine is not one of the purifiers that have a name"):
         Chain(Mine()).to_dict()
     assert Chain(Mine()).replace(handed_on="mean") == Chain(Mine(), handed_on="mean")
 
@@ -511,9 +504,11 @@ def test_presets() -> None:
     assert Chain.preset("cifar10-linf") == Chain(DiffPure(t=100), CMAP())
     for kind in (DiffPure, GDMP, ADP, GNSP, LikelihoodMaximisation, Chain, CMAP):
         assert isinstance(kind.preset("cifar10-linf"), kind)
-    with pytest.raises(UnknownNameError, match=r"DiffPure has no preset 'mnist'. There are: cifar10-linf, cifar10-l2,"):
+    with pytest.raises(
+        errors.UnknownNameError, match=r"DiffPure has no preset 'mnist'. There are: cifar10-linf, cifar10-l2,"
+    ):
         DiffPure.preset("mnist")
-    with pytest.raises(UnknownNameError, match="It has none"):
+    with pytest.raises(errors.UnknownNameError, match="It has none"):
         OneStep.preset("cifar10-linf")
 
 
@@ -547,19 +542,19 @@ def test_from_texts(name: str, texts: list[str], expected: Purifier) -> None:
 
 
 def test_texts_that_do_not_fit() -> None:
-    with pytest.raises(UnknownNameError, match=r"no purifier 'difpure'. Did you mean 'diffpure'"):
+    with pytest.raises(errors.UnknownNameError, match=r"no purifier 'difpure'. Did you mean 'diffpure'"):
         from_texts("difpure")
-    with pytest.raises(SettingsError, match="key=value"):
+    with pytest.raises(errors.SettingsError, match="key=value"):
         from_texts("diffpure", ["t"])
-    with pytest.raises(SettingsError, match="given twice"):
+    with pytest.raises(errors.SettingsError, match="given twice"):
         from_texts("diffpure", ["t=1", "t=2"])
-    with pytest.raises(SettingsError, match=r"DiffPure has no setting 'time'"):
+    with pytest.raises(errors.SettingsError, match=r"DiffPure has no setting 'time'"):
         from_texts("diffpure", ["time=1"])
-    with pytest.raises(SettingsError, match=r"DiffPure.t must be an integer"):
+    with pytest.raises(errors.SettingsError, match=r"DiffPure.t must be an integer"):
         from_texts("diffpure", ["t=many"])
-    with pytest.raises(UnknownNameError, match="has no preset"):
+    with pytest.raises(errors.UnknownNameError, match="has no preset"):
         from_texts("diffpure", ["preset=mnist"])
-    with pytest.raises(UnknownNameError, match="no purifier None"):
+    with pytest.raises(errors.UnknownNameError, match="no purifier None"):
         Chain.from_dict({"purifiers": [{"t": 4}]})
 
 
@@ -581,5 +576,5 @@ def test_versions_of_a_purifier_of_ones_own_are_checked(count: Any) -> None:
             return run.images
 
     assert Own().n_latents == 2
-    with pytest.raises(SettingsError, match=r"Own\.n_latents"):
+    with pytest.raises(errors.SettingsError, match=r"Own\.n_latents"):
         Own(n_latents=count)

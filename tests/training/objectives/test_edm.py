@@ -11,15 +11,7 @@ from cmap_defense.backbones import NoiseRange
 from cmap_defense.training.objectives import EDM, Batch
 from cmap_defense.training.objectives.edm import edm_loss
 from toys import noise
-from training.gaussian import (
-    GaussianDenoiser,
-    at_levels,
-    gaussian_images,
-    plain_denoiser,
-    plain_noisy,
-    plain_squares,
-    rows,
-)
+from training import gaussian
 
 IMAGES, Z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, seed=5, dtype=torch.float64)
 
@@ -27,12 +19,12 @@ IMAGES, Z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, se
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 def test_the_loss_is_its_formula(sigma_data: float) -> None:
     sigma = torch.tensor([0.002, 0.7, 30.0], dtype=torch.float64)
-    denoised = at_levels(plain_denoiser, plain_noisy(IMAGES, Z, sigma), sigma)
+    denoised = gaussian.at_levels(gaussian.plain_denoiser, gaussian.plain_noisy(IMAGES, Z, sigma), sigma)
     expected = [
         (s**2 + sigma_data**2) / (s * sigma_data) ** 2 * square
-        for s, square in zip(sigma.tolist(), plain_squares(denoised, rows(IMAGES)), strict=True)
+        for s, square in zip(sigma.tolist(), gaussian.plain_squares(denoised, gaussian.rows(IMAGES)), strict=True)
     ]
-    found = edm_loss(GaussianDenoiser(), IMAGES, Z, sigma, sigma_data=sigma_data)
+    found = edm_loss(gaussian.GaussianDenoiser(), IMAGES, Z, sigma, sigma_data=sigma_data)
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -53,7 +45,7 @@ def test_an_untrained_network_has_the_same_loss_at_all_levels() -> None:
 
 def test_levels_are_lognormal_and_the_noise_ranges_sigma_data_counts() -> None:
     uniform = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
-    images, z = gaussian_images(3, 1), noise(3, 1, 2, 3, seed=2)
+    images, z = gaussian.gaussian_images(3, 1), noise(3, 1, 2, 3, seed=2)
     seen: list[Tensor] = []
 
     def model(noisy: Tensor, sigma: Tensor) -> Tensor:

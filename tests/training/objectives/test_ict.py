@@ -11,15 +11,7 @@ from torch import Tensor
 from cmap_defense.training.objectives import ICT, Batch
 from cmap_defense.training.objectives.ict import ict_loss
 from toys import noise
-from training.gaussian import (
-    NOISE,
-    GaussianConsistency,
-    at_levels,
-    gaussian_images,
-    plain_consistency,
-    plain_huber,
-    plain_noisy,
-)
+from training import gaussian
 
 LAST = math.nextafter(1.0, 0.0)
 SCHEDULES = st.builds(
@@ -54,13 +46,13 @@ def test_the_loss_is_its_formula(huber: float | None) -> None:
     images, z = noise(3, 2, 4, 5, seed=4, dtype=torch.float64), noise(3, 2, 4, 5, seed=5, dtype=torch.float64)
     t = torch.tensor([0.5, 3.0, 20.0], dtype=torch.float64)
     r = torch.tensor([0.4, 1.0, 0.002], dtype=torch.float64)
-    model = GaussianConsistency()
-    ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
-    behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
+    model = gaussian.GaussianConsistency()
+    ahead = gaussian.at_levels(gaussian.plain_consistency, gaussian.plain_noisy(images, z, t), t)
+    behind = gaussian.at_levels(gaussian.plain_consistency, gaussian.plain_noisy(images, z, r), r)
     c = 0.00054 * math.sqrt(2 * 4 * 5) if huber is None else huber
     expected = [
         distance / (upper - lower)
-        for distance, upper, lower in zip(plain_huber(ahead, behind, c), t.tolist(), r.tolist(), strict=True)
+        for distance, upper, lower in zip(gaussian.plain_huber(ahead, behind, c), t.tolist(), r.tolist(), strict=True)
     ]
     assert ict_loss(model, model, images, z, t, r, huber=huber).tolist() == pytest.approx(expected, rel=1e-10)
 
@@ -69,20 +61,20 @@ def test_the_whole_loss_by_its_formula() -> None:
     """Levels from the table of the stage, interval by the cumulative probability, weight, distance."""
     progress, count = 0.3, 41  # stage floor(0.3 x 8) = 2
     uniform = torch.tensor([0.01, 0.4, 0.77, 0.995], dtype=torch.float64)
-    images, z = gaussian_images(4, 1), noise(4, 1, 2, 3, seed=2)
+    images, z = gaussian.gaussian_images(4, 1), noise(4, 1, 2, 3, seed=2)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     table = [(low + i / (count - 1) * (high - low)) ** 7 for i in range(count)]
     erf = [math.erf((math.log(level) + 1.1) / (math.sqrt(2) * 2.0)) for level in table]
     cumulative = [(e - erf[0]) / (erf[-1] - erf[0]) for e in erf]
     index = [max(i for i in range(count - 1) if cumulative[i] <= u) for u in uniform.tolist()]
     t, r = (torch.tensor([table[i + k] for i in index], dtype=torch.float64) for k in (1, 0))
-    ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
-    behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
-    distances = plain_huber(ahead, behind, 0.00054 * math.sqrt(6))
+    ahead = gaussian.at_levels(gaussian.plain_consistency, gaussian.plain_noisy(images, z, t), t)
+    behind = gaussian.at_levels(gaussian.plain_consistency, gaussian.plain_noisy(images, z, r), r)
+    distances = gaussian.plain_huber(ahead, behind, 0.00054 * math.sqrt(6))
     expected = [d / (b - a) for d, a, b in zip(distances, r.tolist(), t.tolist(), strict=True)]
 
-    model = GaussianConsistency()
-    found = ICT().losses(model, Batch(images, z, uniform, progress), NOISE, model)
+    model = gaussian.GaussianConsistency()
+    found = ICT().losses(model, Batch(images, z, uniform, progress), gaussian.NOISE, model)
     assert found.tolist() == pytest.approx(expected, rel=1e-3)  # differences of float32 images
     assert len(set(index)) == 4
 
@@ -95,8 +87,8 @@ def test_the_levels_come_from_the_stage() -> None:
         return noisy
 
     uniform = torch.linspace(0.001, 0.999, 300, dtype=torch.float64)
-    batch = Batch(gaussian_images(300, 1), noise(300, 1, 2, 3, seed=2), uniform, 0.0)
-    ICT().losses(model, batch, NOISE, model)
+    batch = Batch(gaussian.gaussian_images(300, 1), noise(300, 1, 2, 3, seed=2), uniform, 0.0)
+    ICT().losses(model, batch, gaussian.NOISE, model)
     assert len(seen[0].unique()) == 10
     assert len(seen[1].unique()) == 10
     assert seen[0].max() == pytest.approx(80.0)
