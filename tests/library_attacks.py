@@ -25,8 +25,6 @@ with warnings.catch_warnings():
     from art.attacks.attack import EvasionAttack
     from art.estimators.classification import PyTorchClassifier
 
-__all__ = ["CLASSES", "SHAPE", "Run", "art_attacks", "foolbox_attacks", "torchattacks_attacks"]
-
 SHAPE = (3, 8, 8)
 """Square, as some attacks need it."""
 

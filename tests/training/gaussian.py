@@ -25,26 +25,6 @@ from cmap_defense.common.rng import generator_for
 from cmap_defense.training.objectives import Batch, Objective
 from toys import noise
 
-__all__ = [
-    "MU",
-    "NOISE",
-    "GaussianConsistency",
-    "GaussianDenoiser",
-    "GaussianMixed",
-    "S",
-    "at_levels",
-    "drawn",
-    "gaussian_images",
-    "plain_consistency",
-    "plain_denoiser",
-    "plain_heun",
-    "plain_huber",
-    "plain_noisy",
-    "plain_squares",
-    "rows",
-    "train_linear",
-]
-
 MU, S = 0.3, 0.5
 NOISE = NoiseRange()
 
