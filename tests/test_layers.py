@@ -12,29 +12,17 @@ import cmap_defense
 PACKAGE = "cmap_defense"
 SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
-LAYERS = {
-    "cli": 7,
-    "adaptation": 6,
-    "paper": 6,
-    "detection": 5,
-    "evaluation": 5,
-    "quality": 5,
-    "training": 5,
-    "attacks": 4,
-    "certification": 4,
-    "classifier": 3,
-    "purifiers": 2,
-    "gradients": 2,
-    "cmap": 1,
-    "backbones": 1,
-    "data": 1,
-    "common": 0,
-    "embedded": 0,
-    "errors": 0,
-    "plots": 0,
-    "results": 0,
-    "threat": 0,
-}
+ORDER = [
+    "common embedded errors plots results threat",
+    "backbones cmap data",
+    "gradients purifiers",
+    "classifier",
+    "attacks certification",
+    "detection evaluation quality training",
+    "adaptation paper",
+    "cli",
+]
+LAYERS = {name: layer for layer, names in enumerate(ORDER) for name in names.split()}
 """Layer of every package; the files of layer 0, the shared basics, count as one."""
 
 EXEMPT = ("__init__", "__main__")

@@ -49,26 +49,10 @@ WRONG: dict[type[Settings], dict[str, list[Any]]] = {
         "stop_window": [0],
         "stop_agreement": [0],
     },
-    TrainingConfig: {
-        "images": [0],
-        "minutes": [0],
-        "batch_size": [1.5],
-        "warmup_images": [-1],
-        "learning_rate": [0.0],
-        "betas": [(0.9, 1.0)],
-        "clip_norm": [-1.0],
-        "ema_half_life": [(), 30_000, (30_000, 0), (30_000, 30_000), (30_000, 0.5)],
-        "flip": [1],
-        "precision": ["float16"],
-        "checkpoint_every": [0],
-        "seed": [-1],
-        "compile": [None],
-        "channels_last": [1],
-        "hold_images": ["no"],
-        "checkpoint_part_mb": [0],
-        "micro_batch": [0],
-        "weights": ["int8"],
-    },
+    TrainingConfig: {"images": [0], "minutes": [0], "batch_size": [1.5], "warmup_images": [-1], "learning_rate": [0.0]}
+    | {"betas": [(0.9, 1.0)], "clip_norm": [-1.0], "flip": [1], "precision": ["float16"], "checkpoint_every": [0]}
+    | {"ema_half_life": [(), 30_000, (30_000, 0), (30_000, 30_000), (30_000, 0.5)], "seed": [-1], "compile": [None]}
+    | {"channels_last": [1], "hold_images": ["no"], "checkpoint_part_mb": [0], "micro_batch": [0], "weights": ["int8"]},
     CD: {"levels": [1], "rho": [0.0], "distance": ["l3"], "huber": [0.1], "target_decay": [1.0, -0.1]},
     CT: {"levels_start": [1], "levels_end": [1, 9.5], "decay_start": [1.0, 0.0], "rho": [0.0]}
     | {"distance": ["pseudo-huber"]},
