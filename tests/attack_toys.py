@@ -128,22 +128,14 @@ def labelled(count: int = 3, size: tuple[int, int] = SHAPE[1:], **options: Any) 
         return images, Linear().to(images.dtype)(images).argmax(dim=1)
 
 
+MORE: dict[str, Any] = {"keep": "best", "momentum": 0.9, "schedule": "cosine", "sign_steps": True}
+
+
 def suite(threat: ThreatModel, **common: Any) -> dict[str, Attack]:
     """Every attack once at least; common: restarts, seed, noise."""
     return {
         "PGD": PGD(threat, steps=2, eot=2, **common),
-        "PGD all options": PGD(
-            threat,
-            steps=2,
-            eot=2,
-            loss=VoteMargin(),
-            gradient=StraightThrough(),
-            keep="best",
-            momentum=0.9,
-            schedule="cosine",
-            sign_steps=True,
-            **common,
-        ),
+        "PGD all options": PGD(threat, steps=2, eot=2, loss=VoteMargin(), gradient=StraightThrough(), **MORE, **common),
         "PGD unrolled": PGD(threat, steps=1, gradient=Unrolled(), **common),
         "SPSA": SPSA(threat, steps=2, pairs=2, **common),
         "Transfer": Transfer(PGD(threat, steps=2, **common)),

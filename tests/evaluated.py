@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attack_toys import QUICK, WEIGHT, labelled, wrapped
+from attack_toys import QUICK, WEIGHT, labelled, linear, wrapped
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import PGD, SeededModel, ThreatModel, Transfer
 from cmap_defense.common.rng import draw_latents
@@ -39,6 +39,11 @@ IMAGES = 3
 def defended(**options: Any) -> PurifiedClassifier:
     """A small defended classifier in eval mode; options as for PurifiedClassifier."""
     return wrapped(**({"settings": SMALL, "max_parallel": 64} | options)).eval()
+
+
+def shaken(images: Tensor) -> Tensor:
+    """A random model that draws from torch's global generator."""
+    return linear(images + 0.3 * torch.randn_like(images))
 
 
 def attacks() -> dict[str, Any]:

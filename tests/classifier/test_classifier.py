@@ -186,14 +186,9 @@ class TestInputs:
         x = images()
         by_numpy = make(normalize=(np.full(3, 0.5), np.full(3, 0.25)), seed=np.int64(3))
         assert torch.equal(by_numpy(x), make(normalize=(0.5, 0.25), seed=3)(x))
+        assert torch.equal(by_numpy(x), make(normalize=([0.5] * 3, [0.25] * 3), seed=3)(x))
         assert torch.equal(make()(x, seeds=np.arange(4)), make()(x, seeds=[0, 1, 2, 3]))
         assert CMAPSettings.from_json(CMAPSettings(n_latents=np.int64(3)).to_json()) == CMAPSettings(n_latents=3)
-
-    def test_one_number_stands_for_all_channels(self) -> None:
-        x = images()
-        assert torch.equal(
-            make(normalize=(0.5, 0.25))(x, seeds=[1] * 4), make(normalize=([0.5] * 3, [0.25] * 3))(x, seeds=[1] * 4)
-        )
 
     @pytest.mark.parametrize("mode", [True, "bilinear", "bicubic", "area", "nearest-exact"])
     def test_other_sizes_are_resized_there_and_back_when_asked_for(self, mode: str | bool) -> None:
@@ -204,9 +199,6 @@ class TestInputs:
         assert result.latents.shape == (2, 3, *SHAPE)
         assert result.images.min() >= 0
         assert result.images.max() <= 1
-
-    def test_values_a_little_outside_the_range_pass(self) -> None:
-        assert make()(images() * 1.00009 - 0.00005).shape == (4, CLASSES)
 
 
 class TestModule:
@@ -255,10 +247,6 @@ class TestModule:
         assert len(calls) == QUICK.iterations
         assert torch.equal(twin(images()), answer)
         assert len(calls) == QUICK.iterations
-
-    def test_data_parallel_wraps_it(self) -> None:
-        model = make(seed=0)
-        assert torch.equal(nn.DataParallel(model)(images()), model(images()))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_replica_of_data_parallel_answers_alike_in_every_precision(self, dtype: torch.dtype) -> None:

@@ -37,6 +37,7 @@ from evaluated import (
     interrupt,
     options,
     results,
+    shaken,
 )
 
 
@@ -58,11 +59,6 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def shaken(images: Tensor) -> Tensor:
-    """A random model that draws from torch's global generator."""
-    return linear(images + 0.3 * torch.randn_like(images))
 
 
 def test_there_is_a_line_for_each_image_under_each_attack_in_each_run(undisturbed: Path) -> None:

@@ -30,7 +30,7 @@ from cmap_defense.evaluation.tasks import (
     other_sizes,
 )
 from cmap_defense.gradients import StraightThrough, Surrogate
-from evaluated import Shaky
+from evaluated import Shaky, shaken
 from toys import uniform
 
 LINF = THREATS["linf"]
@@ -66,11 +66,6 @@ Output = tuple[list[dict[str, Any]], dict[str, Tensor]]
 
 def attacked(model: Any, attack: Attack, given: Batch | None = None) -> Output:
     return attack_task(model, attack).run(given or batch())
-
-
-def shaken(images: Tensor) -> Tensor:
-    """A random model that draws from torch's global generator."""
-    return linear(images + 0.3 * torch.randn_like(images))
 
 
 def column(output: Output, name: str) -> list[Any]:

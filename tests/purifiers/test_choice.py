@@ -15,14 +15,7 @@ from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.record import BackboneRecord
 from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.embedded import load_classifier, load_test_images
-from cmap_defense.errors import (
-    BackboneFileError,
-    CmapError,
-    OptionError,
-    SettingsError,
-    UnknownNameError,
-    WrongKindError,
-)
+from cmap_defense.errors import BackboneFileError, OptionError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers import ADP, GDMP, GNSP, BackbonePair, Chain, DiffPure, LikelihoodMaximisation, OneStep
 from cmap_defense.purifiers.choice import preset_purifier
 from cmap_defense.purifiers.names import purifier_from_dict
@@ -218,11 +211,6 @@ def test_levels_above_the_backbones_are_refused_when_the_model_is_made(purifier:
         wrapped(denoiser, purifier=purifier)
     with pytest.raises(SettingsError, match=message):
         purifier(denoiser, uniform(2, *SHAPE, seed=1), seeds=torch.arange(2))
-
-
-def test_without_denoise_no_level() -> None:
-    with pytest.raises(CmapError, match="denoise"):
-        wrapped(ToyBackbone(SHAPE), purifier=OneStep())
 
 
 @pytest.mark.parametrize(

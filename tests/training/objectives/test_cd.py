@@ -131,23 +131,6 @@ def test_the_loss_vanishes_at_the_exact_consistency_function_but_for_the_solvers
     assert math.log2(loss(41) / loss(81)) == pytest.approx(6.0, abs=0.5)
 
 
-def test_the_levels_are_neighbours_drawn_uniformly() -> None:
-    uniform = torch.tensor([0.003, 0.26, 0.5, 0.75, 0.999], dtype=torch.float64)
-    seen: list[Tensor] = []
-
-    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(sigma)
-        return noisy
-
-    batch = Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, 0.4)
-    CD(teacher=GaussianDenoiser(), teacher_source={"name": "exact"}).losses(model, batch, NOISE, model)
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    table = [(low + i / 17 * (high - low)) ** 7 for i in range(18)]
-    index = [math.floor(u * 17) for u in uniform.tolist()]
-    assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
-    assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)
-
-
 def made(**settings: Any) -> CD:
     return CD(**settings, teacher=GaussianDenoiser(), teacher_source={"name": "edm-cifar10"})
 

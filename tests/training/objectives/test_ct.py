@@ -7,14 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from cmap_defense.training.objectives import CT, Batch
+from cmap_defense.training.objectives import CT
 from cmap_defense.training.objectives.ct import ct_loss
 from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
 from toys import noise
 from training.gaussian import (
-    NOISE,
     GaussianConsistency,
     at_levels,
     gaussian_images,
@@ -90,20 +88,3 @@ def test_the_target_gives_the_values_and_no_gradient() -> None:
     level = (slice(None), None, None, None)
     expected = (model(images + t[level] * z, t) - target(images + r[level] * z, r)).square().flatten(1).sum(dim=1)
     torch.testing.assert_close(losses, expected)
-
-
-@pytest.mark.parametrize(("progress", "count"), [(0.0, 2), (0.25, 101), (LAST, 201)])
-def test_the_levels_are_neighbours_drawn_uniformly(progress: float, count: int) -> None:
-    uniform = torch.tensor([0.003, 0.26, 0.5, 0.75, 0.999], dtype=torch.float64)
-    seen: list[Tensor] = []
-
-    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(sigma)
-        return noisy
-
-    CT().losses(model, Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, progress), NOISE, model)
-    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
-    table = [(low + i / (count - 1) * (high - low)) ** 7 for i in range(count)]
-    index = [math.floor(u * (count - 1)) for u in uniform.tolist()]
-    assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
-    assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)

@@ -41,6 +41,27 @@ def test_a_description_is_json_and_holds_the_settings(name: str) -> None:
     assert objective.sources == ({"teacher": {"name": "exact"}} if name == "cd" else {})
 
 
+@pytest.mark.parametrize(
+    ("name", "progress", "count"),
+    [("cd", 0.4, 18), ("ct", 0.0, 2), ("ct", 0.25, 101), ("ct", math.nextafter(1.0, 0.0), 201)],
+)
+def test_the_levels_of_a_table_are_neighbours_drawn_uniformly(name: str, progress: float, count: int) -> None:
+    uniform = torch.tensor([0.003, 0.26, 0.5, 0.75, 0.999], dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def model(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma)
+        return noisy
+
+    batch = Batch(gaussian_images(5, 1), noise(5, 1, 2, 3, seed=2), uniform, progress)
+    made(name).losses(model, batch, NOISE, model)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    table = [(low + i / (count - 1) * (high - low)) ** 7 for i in range(count)]
+    index = [math.floor(u * (count - 1)) for u in uniform.tolist()]
+    assert seen[0].tolist() == pytest.approx([table[i + 1] for i in index], rel=1e-6)
+    assert seen[1].tolist() == pytest.approx([table[i] for i in index], rel=1e-6)
+
+
 @pytest.mark.parametrize("wrong", [{"huber": 0.0, "distance": "pseudo-huber"}, {"lpips": 3}])
 def test_settings_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
