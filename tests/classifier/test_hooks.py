@@ -26,51 +26,31 @@ def test_hooks_come_in_the_order_of_their_registration():
     assert len(hooks) == 3
 
 
-def test_handle_removes_its_own_hook_alone():
+@pytest.mark.parametrize(
+    ("before", "place", "later", "left"),
+    [
+        ([first, second, first], 1, [], [first, first]),
+        ([first, first], 0, [], [first]),
+        ([first], 0, [second], [second]),
+        ([first, second], 0, [first], [second, first]),
+    ],
+)
+def test_a_handle_removes_its_own_hook_alone_and_once(before: list, place: int, later: list, left: list):
     hooks = LatentHooks()
-    hooks.register(first)
-    handle = hooks.register(second)
-    hooks.register(first)
+    handle = [hooks.register(hook) for hook in before][place]
     handle.remove()
-    assert [hook.function for hook in hooks] == [first, first]
-
-
-def test_handle_of_a_hook_registered_twice_removes_one_of_them():
-    hooks = LatentHooks()
-    handle = hooks.register(first)
-    hooks.register(first)
+    for hook in later:
+        hooks.register(hook)
     handle.remove()
-    assert [hook.function for hook in hooks] == [first]
+    assert [hook.function for hook in hooks] == left
 
 
-def test_removing_twice_does_nothing_more():
-    hooks = LatentHooks()
-    handle = hooks.register(first)
-    handle.remove()
-    hooks.register(second)
-    handle.remove()
-    assert [hook.function for hook in hooks] == [second]
-
-
-def test_order_is_kept_after_a_removal():
-    hooks = LatentHooks()
-    handle = hooks.register(first)
-    hooks.register(second)
-    handle.remove()
-    hooks.register(first)
-    assert [hook.function for hook in hooks] == [second, first]
-
-
-def test_handle_is_a_context_manager():
+def test_a_handle_is_a_context_manager_that_lets_exceptions_out():
     hooks = LatentHooks()
     with hooks.register(first) as handle:
         assert [hook.function for hook in hooks] == [first]
         assert handle is not None
     assert [hook.function for hook in hooks] == []
-
-
-def test_hook_is_removed_when_the_block_raises_and_the_exception_comes_out():
-    hooks = LatentHooks()
     with pytest.raises(KeyError, match="mine"), hooks.register(first):
         raise KeyError("mine")
     assert [hook.function for hook in hooks] == []
@@ -107,11 +87,3 @@ def test_hooks_that_cannot_be_pickled_do_not_hinder_a_pickle():
     hooks = LatentHooks()
     hooks.register(lambda state: None)
     assert len(pickle.loads(pickle.dumps(hooks))) == 0
-
-
-def test_deepcopy_of_an_owner_has_no_hooks():
-    owner = {"hooks": LatentHooks(), "value": [1]}
-    owner["hooks"].register(first)
-    twin = copy.deepcopy(owner)
-    assert len(twin["hooks"]) == 0
-    assert twin["value"] == [1]
