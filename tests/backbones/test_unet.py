@@ -19,7 +19,7 @@ SMALL = CompactUNetConfig(
 def test_image_of_a_single_patch_needs_groups_of_channels_and_works_alone_as_in_a_batch() -> None:
     with pytest.raises(SettingsError, match="each group of the normalisation has one value only"):
         SMALL.replace(image_shape=(3, 4, 4))
-    config = SMALL.replace(image_shape=(3, 4, 4), channels=(4, 16))
+    config = SMALL.replace(image_shape=(3, 4, 4), channels=(16, 16))
     with torch.random.fork_rng(devices=[]):
         network = randomised(CompactUNet(config).double())
     x, level = noise(2, 3, 4, 4, seed=7, dtype=torch.float64), noise(2, seed=8, dtype=torch.float64)
