@@ -80,7 +80,7 @@ def test_a_backbone_has_what_the_purifier_needs() -> None:
 
 def test_a_denoiser_by_name_is_for_another_purifier_than_cmap() -> None:
     with pytest.raises(WrongKindError, match=r"is a denoiser.*such as OneStep \(--purifier one-step\)\.$"):
-        PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm")
+        PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm", purifier=CMAP())
     model = PurifiedClassifier(nn.Flatten(), "fashion-mnist-edm", purifier=OneStep(level=0.4))
     assert model(torch.rand(1, 1, 28, 28)).shape == (1, 784)
 
