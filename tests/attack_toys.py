@@ -1,7 +1,5 @@
 """Toy models to attack, and every attack on images or latents at toy size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@
 ``FOLDER/rank-<r>.pt``.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Denoisers that are known in closed form, a smooth classifier, and every purifier with settings that take no time."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

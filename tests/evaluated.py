@@ -3,8 +3,6 @@
 The two ranks evaluate in folders in one folder, and write what happened to each of them to ``rank-<r>.json`` there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

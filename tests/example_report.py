@@ -1,7 +1,5 @@
 """A report of the size of a real one, and a folder with its images: made up, and quick to make."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

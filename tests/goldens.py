@@ -1,7 +1,5 @@
 """Recorded results of the official implementations (tests/golden/README.md), and files in their format."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -3,8 +3,6 @@
 It makes the mistakes of servers and networks that a :class:`Fault` describes, and keeps all requests.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import dataclasses

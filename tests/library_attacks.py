@@ -3,8 +3,6 @@
 An attack of a newer release is found as well: arguments of the names below get these small values.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

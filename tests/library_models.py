@@ -1,7 +1,5 @@
 """Models for the tests of attack libraries: the embedded classifier, bare and behind CMAP, on images it gets right."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

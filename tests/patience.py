@@ -1,6 +1,4 @@
 """How long tests wait for something that may hang."""
 
-from __future__ import annotations
-
 HANGS = 1200
 """Seconds. Nothing takes as long on a busy machine, and what hangs takes longer, ranks that wait for each other too."""

@@ -1,7 +1,5 @@
 """Processes of their own that begin with torch imported, since the import takes longer than most of what they do."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

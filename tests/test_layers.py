@@ -1,7 +1,5 @@
 """Imports go to lower layers only, and packages of one layer do not import each other (the table of docs/design.md)."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

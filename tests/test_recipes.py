@@ -1,7 +1,5 @@
 """The recipes run, for a few steps on made-up images: their options exist, and a part continues after another one."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -1,7 +1,5 @@
 """What holds for all settings: wrong values are refused by their name, and what is written as JSON comes back."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

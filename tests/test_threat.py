@@ -1,7 +1,5 @@
 """Threat models: projection onto the ball and the cube, distances, settings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

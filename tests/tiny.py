@@ -1,7 +1,5 @@
 """Tiny published models: networks, checkpoints in JAX's format, backbone folders, diffusers pipelines."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator

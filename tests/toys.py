@@ -1,7 +1,5 @@
 """Small generators for the tests: fixed weights, cheap, unequal axes, no use of torch's global generators."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapting a classifier to a purifier."""
 
-from __future__ import annotations
-
 import copy
 import json
 import warnings

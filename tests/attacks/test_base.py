@@ -1,7 +1,5 @@
 """What holds for every attack: a legal image, a re-evaluation that can be repeated by hand, and refused arguments."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Consistency disruption: first the defence's own loop, then that with the classifier's loss; and the released bugs."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The frozen residual: the change by a purification is kept for some steps, and attacked as a constant."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

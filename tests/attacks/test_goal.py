@@ -1,7 +1,5 @@
 """The goal of an attack, and the laws of its losses."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

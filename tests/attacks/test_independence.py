@@ -1,7 +1,5 @@
 """The outcome for an image depends on the seed and the image's index, never on the batch or the chunks."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

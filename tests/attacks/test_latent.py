@@ -1,7 +1,5 @@
 """Attacks on latents: the distance outside the ball, the descent, and the latent attack against plain loops."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model as an attack sees it: noise, number of evaluations, gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

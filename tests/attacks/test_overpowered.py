@@ -1,7 +1,5 @@
 """Overpowered: pairs of generated images in one ball, one on each side of the decision boundary."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

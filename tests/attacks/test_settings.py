@@ -1,7 +1,5 @@
 """Settings of attacks: which are refused, attacks as values and as JSON, and suites by name."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """SPSA: a gradient from queries alone, right on average, of models that have none."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Two attacks through the loop: a short one that carries its latents along, and one that steers to a target."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

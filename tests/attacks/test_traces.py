@@ -1,7 +1,5 @@
 """An attack leaves no traces: generators, tensors, weights, modes and hooks stay as they were, after a failure too."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from typing import Any

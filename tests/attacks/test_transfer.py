@@ -1,7 +1,5 @@
 """Transfer: the inner attack on the source, re-evaluated on the model; and the sources."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

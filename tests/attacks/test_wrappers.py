@@ -1,7 +1,5 @@
 """Every kind of wrapped model: normalised inputs, other sizes, class labels, plain functions, fixed seeds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

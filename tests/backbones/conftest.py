@@ -1,7 +1,5 @@
 """A Hub on the loopback device, to which the real client talks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

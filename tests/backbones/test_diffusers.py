@@ -1,7 +1,5 @@
 """Pipelines of the diffusers library: what they compute, what is written and read, and every kind of damage."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

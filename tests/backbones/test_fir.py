@@ -1,7 +1,5 @@
 """Resampling by two: the official layers' results, and the laws of a filter and its transpose."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Arrays out of flax checkpoints: every encoding, every kind of damage, and nothing read that is not wanted."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Backbone folders: what is written is read, and every kind of damage has an error that names the file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The JAX checkpoints as backbones: they compute what the JAX code computes, and other files are refused by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The scalings around a network, the boundary condition, and the one-step generator."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

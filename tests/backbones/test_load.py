@@ -1,7 +1,5 @@
 """From what a user writes to a backbone: a folder, a path or a name; ``remote/test_hub.py`` has Hub ids."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

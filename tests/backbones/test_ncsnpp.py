@@ -1,7 +1,5 @@
 """NCSN++: the official layers' results and names, and precision; ``test_networks.py`` has the laws of all networks."""
 
-from __future__ import annotations
-
 import copy
 import json
 

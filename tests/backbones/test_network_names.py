@@ -1,7 +1,5 @@
 """Networks by name: their sizes, where they start, how they are set."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

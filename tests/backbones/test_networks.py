@@ -1,7 +1,5 @@
 """What holds for every network inside a backbone: NCSN++, the compact U-Net, and the U-Net of diffusers."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """OpenAI's PyTorch files as networks of the diffusers library: agreement, layouts, names, and files that differ."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Backbones of a user, made of public names alone: evaluated like the package's own, and of the kind they say."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Publishing a backbone, to a Hub on the loopback device."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

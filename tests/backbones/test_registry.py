@@ -1,7 +1,5 @@
 """Backbones by name: which there are, what is known of each, and names of one's own."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """CompactUNet: its start at zero and what is special to it; ``test_networks.py`` has the laws of all networks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

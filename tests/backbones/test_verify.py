@@ -1,7 +1,5 @@
 """Verifying a backbone, and what is noted then: official files, folders, the Hub."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The statistics behind a certificate."""
 
-from __future__ import annotations
-
 import math
 import sys
 

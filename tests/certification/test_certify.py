@@ -1,7 +1,5 @@
 """Certificates: against closed forms and attacks; resumed, shared, and refused."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

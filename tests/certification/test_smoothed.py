@@ -1,7 +1,5 @@
 """The smoothed classifier: its equation, its noise, what it takes and what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

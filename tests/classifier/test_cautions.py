@@ -1,7 +1,5 @@
 """Warnings of a classifier in training mode, and of one that returns probabilities: once each, and where it is due."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Class-conditional backbones: how labels are chosen, checked and handed to the right latents."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torch.compile and DataParallel around the parts of the defence: they work, or the error has what works."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

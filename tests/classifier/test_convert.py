@@ -1,7 +1,5 @@
 """Images as people have them: purify takes them, and the error of forward has the line that converts them."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

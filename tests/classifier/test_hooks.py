@@ -1,7 +1,5 @@
 """Hooks are ordered, belong to one object and leave when their handle says so."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

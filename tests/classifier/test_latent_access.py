@@ -1,7 +1,5 @@
 """The latents in reach: hooks at chosen iterations and in the graph, and the pieces that attacks are made of."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

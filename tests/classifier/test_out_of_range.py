@@ -1,7 +1,5 @@
 """Images outside [0, 1]: clamped, warned about or refused, by one rule for every method that takes images."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """dtype= and compile=: the same labels up to rounding, shapes that stay, the way back, and the fallback."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

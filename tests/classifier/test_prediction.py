@@ -1,7 +1,5 @@
 """Predictions that may be withheld."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

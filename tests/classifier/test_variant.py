@@ -1,7 +1,5 @@
 """Variants that share their weights, and the pieces that attacks ask for: the bare classifier, the denoiser, labels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """``cmap-defense adapt``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``cmap-defense backbones``: list, info, pull, convert, verify, push."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator

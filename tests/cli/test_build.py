@@ -1,7 +1,5 @@
 """Models by import path, and their weights in files of other libraries."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``cmap-defense certify``, and its folder in a report."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

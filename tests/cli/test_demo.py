@@ -1,7 +1,5 @@
 """``cmap-defense demo``."""
 
-from __future__ import annotations
-
 import json
 import sys
 import webbrowser

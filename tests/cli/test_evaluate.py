@@ -1,7 +1,5 @@
 """``evaluate``, ``report`` and ``study``."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders of images in the commands that evaluate and train."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Help, version and usage errors of the command line: quick, whole, and in agreement with the package."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import os

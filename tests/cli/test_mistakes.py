@@ -1,7 +1,5 @@
 """Mistakes on the command line: a message with a remedy, a status, and no files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

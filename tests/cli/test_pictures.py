@@ -1,7 +1,5 @@
 """Pictures that commands write."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

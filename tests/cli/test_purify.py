@@ -1,7 +1,5 @@
 """``cmap-defense purify``: files and folders of images."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``cmap-defense train``: options, records that repeat all of them, time limits, pictures."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

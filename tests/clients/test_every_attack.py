@@ -1,7 +1,5 @@
 """Every attack of torchattacks, foolbox and ART that runs on a bare classifier runs behind the defence."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

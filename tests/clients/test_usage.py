@@ -1,7 +1,5 @@
 """torchattacks, foolbox and the Adversarial Robustness Toolbox as their documentation says to use them."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """adam_step is torch.optim.Adam, as a pure function that gradients flow through."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

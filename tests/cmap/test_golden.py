@@ -1,7 +1,5 @@
 """The trajectories of the authors' loss and optimiser around a toy generator are reproduced, step by step."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

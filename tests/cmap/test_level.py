@@ -1,7 +1,5 @@
 """Latents at a noise level around the input: the loop against a plain one, gradients against finite differences."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Eq. 9, 10 and 12: their optimum, their symmetries, their values and their gradients."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The estimate of how many latents fit at once."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

@@ -1,7 +1,5 @@
 """The latent loop: where it arrives, what a callback sees, and what it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """CMAPSettings: validated when made, exact JSON round trip, the released constants as presets."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """SSIMReference is pytorch-msssim on zero-padded images, summed over C x H x W."""
 
-from __future__ import annotations
-
 import pytest
 import pytorch_msssim
 import torch

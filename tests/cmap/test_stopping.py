@@ -1,7 +1,5 @@
 """Early stop of each image: when, what it leaves, independence of the batch, gradients, and what it costs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

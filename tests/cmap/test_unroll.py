@@ -1,7 +1,5 @@
 """The gradient through the loop and that of an optimum, against finite differences in float64."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from typing import Any

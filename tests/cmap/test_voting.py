@@ -1,7 +1,5 @@
 """Eq. 14 and the answer built on it: symmetries, ties, gradients, and the cases at the edge."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Files that are whole or not there; and what differs between settings: one line per option, for every change."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

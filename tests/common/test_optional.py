@@ -1,7 +1,5 @@
 """Optional dependencies: a module, or an error that names the extra."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Unknown options of constructors: the error says where the option lives, or which one is near."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

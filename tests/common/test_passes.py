@@ -1,7 +1,5 @@
 """Network passes are counted in the package's own calls, and leave no trace in the backbone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Paths below the home folder, and accounts that have none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Noise belongs to (seed, image) and to nothing else."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import assume, given, settings

@@ -1,7 +1,5 @@
 """A machine without any data set and without a network, and the files that tests put on it."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 from collections.abc import Callable, Mapping

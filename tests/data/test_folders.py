@@ -1,7 +1,5 @@
 """Folders of class folders: what is listed, what is read and when, resizing and cropping."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Selecting from data sets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Data sets by name: where they are looked for, in which order, and the error where they are not."""
 
-from __future__ import annotations
-
 import gzip
 import urllib.error
 from collections.abc import Callable, Mapping

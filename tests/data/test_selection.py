@@ -1,7 +1,5 @@
 """The selection of images: the right ones of a data set, with their labels, or an error."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which images of a data set are used: settings that are checked, and the paper's draw."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """The documentation keeps its word: its Python runs, its links lead somewhere, and every public name has an entry."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Docstrings are plain Google style: IDEs, Sphinx and mkdocstrings read them without a plug-in."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The notebooks run from the top, on small settings, and the site shows them as they are."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -5,8 +5,6 @@
 It needs Chromium and the folder ``site``. Each page is opened in a frame 1280 pixels wide.
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import http.server

@@ -1,7 +1,5 @@
 """Each check of the attacks passes and fails as it should, and says so where it could not see."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Defences side by side: the rows are those of evaluations, nothing is done twice, and the files agree."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What an evaluation was made of: every change of a model, a data set or an attack shows, and is named."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """An evaluation: done in work units, killed and continued to the same bytes, refused where something differs."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc

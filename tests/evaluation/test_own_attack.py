@@ -1,7 +1,5 @@
 """An attack of a user's, made of public names alone, counts in an evaluation as the package's own do."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Predictions with independent noise: functions of image, index and number alone, and what is recorded of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """How often and on which images: settings that are checked, and noise that no two of anything share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

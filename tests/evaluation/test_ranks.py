@@ -1,7 +1,5 @@
 """Several processes on one folder: together they are one job, and end with what one of them would have made alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The one call: a folder, a report, and a headline only where the attacks were seen to work."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

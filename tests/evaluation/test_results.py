@@ -1,7 +1,5 @@
 """The folder of an evaluation: whole files or none, one job at a time, of one kind or refused by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

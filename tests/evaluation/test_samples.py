@@ -1,7 +1,5 @@
 """Sample images: the right pixels and predictions, as files inside the page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import shutil

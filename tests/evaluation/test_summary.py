@@ -1,7 +1,5 @@
 """From lines to figures: against counting by hand, and against what chance is known to do."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """The work on one group: what its lines hold, against the same computed directly."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradient modes in the wrapper: what each gives, that none is silently zero or detached, and what each costs."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The paper's studies: what varies, what stays, and what is drawn of it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

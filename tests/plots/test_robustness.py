@@ -1,7 +1,5 @@
 """The plots of a report: what they show, the same bytes each time, and nothing left behind."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """ADP against a plain loop over pixels in Python's own numbers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

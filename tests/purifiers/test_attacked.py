@@ -1,7 +1,5 @@
 """Purifiers under attacks and in an evaluation, as CMAP is: on toys, and on the denoisers of the package."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

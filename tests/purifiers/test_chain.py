@@ -1,7 +1,5 @@
 """Chains and pairs of backbones: independent noise, and for each purifier its own backbone and labels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

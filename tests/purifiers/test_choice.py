@@ -1,7 +1,5 @@
 """What the record names and a default is, levels that are not the backbone's, and how purifiers are written."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DiffPure on Gaussian data, where every step is known, and against the bugs of the official code."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

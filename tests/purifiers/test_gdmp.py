@@ -1,7 +1,5 @@
 """GDMP: its passes and levels, and a guide whose strength does not depend on the batch."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """GNSP: its rounds, their levels, and mean and variance on Gaussian data."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What holds for every purifier: shapes, noise, chunks, cost, settings, and an exact gradient."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Likelihood maximisation against torch's own Adam, image by image, and its second derivatives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """One-step purification: known answers on Gaussian data, its exact gradient, and its place in the wrapper."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Noise levels of the VP diffusion against the table of the papers, and against each other."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A clock for tests of time budgets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -10,8 +10,6 @@ grows along a trajectory as sqrt(s^2 + t^2). From f(x, sigma_min) = x follows
     f(x, t) = mu + (x - mu) sqrt((s^2 + sigma_min^2) / (s^2 + t^2)).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The input of a step: functions of (seed, step), whatever processes share the batch, and wherever the images are."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """One optimiser step: what it does not wait for, and that its state can be taken out and put back."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Minutes, by a clock of the tests: when a call stops, and which length is chosen."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole trainings: what is written beside the checkpoints, where the first weights come from, what the record says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

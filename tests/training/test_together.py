@@ -1,7 +1,5 @@
 """Several processes that share each batch: they end with what one process would have made, and agree or all refuse."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Each rank writes what it met to ``FOLDER/rank-<r>.json``, and its weights to ``FOLDER/rank-<r>.pt``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable

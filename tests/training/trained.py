@@ -4,8 +4,6 @@ A training is "plain" (ECT, one average, an unconditional network) or "rich" (CT
 averages of the weights, classes, dropout, checkpoints in many parts).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

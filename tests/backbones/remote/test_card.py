@@ -1,7 +1,5 @@
 """Model cards of repositories: what stands on them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Official checkpoints by name: fetched once, converted once, by one process at a time, and whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One large file over HTTP from a server that makes mistakes: the right bytes, continued where they broke off."""
 
-from __future__ import annotations
-
 import hashlib
 import resource
 import tempfile

@@ -1,7 +1,5 @@
 """Backbones from a Hub that works, refuses, breaks, lies and moves, through the real client."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
