@@ -15,6 +15,7 @@ from patience import HANGS
 from processes import run_script
 
 ROOT = Path(__file__).parent.parent
+BACKBONE = ("backbone.json", "weights.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,9 @@ def test_a_built_wheel_installed_elsewhere_runs_the_demo(installed: Path, tmp_pa
 
 def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:
     package = installed / "cmap_defense"
-    for name in (
-        "py.typed",
-        "assets/LICENSE.fashion-mnist",
-        "assets/fashion-mnist/classifier.safetensors",
-        "assets/fashion-mnist/test256.npz",
-        "assets/fashion-mnist-ct/backbone.json",
-        "assets/fashion-mnist-ct/weights.safetensors",
-        "assets/cifar10-ct-small/backbone.json",
-        "assets/cifar10-ct-small/weights.safetensors",
-    ):
+    backbones = [f"{name}/{file}" for name in ("fashion-mnist-ct", "cifar10-ct-small") for file in BACKBONE]
+    others = ["LICENSE.fashion-mnist", "fashion-mnist/classifier.safetensors", "fashion-mnist/test256.npz"]
+    for name in ("py.typed", *(f"assets/{asset}" for asset in (*others, *backbones))):
         assert (package / name).is_file(), name
     (metadata,) = installed.glob("cmap_defense-*.dist-info")
     assert (metadata / "licenses" / "LICENSE").is_file()

@@ -159,12 +159,9 @@ def test_torchvisions_normalize_is_a_mean_and_a_std(transform: Any) -> None:
     )
 
 
-def test_one_number_in_a_list_is_for_all_channels() -> None:
+def test_one_number_in_a_list_is_for_all_channels_and_another_transform_is_refused() -> None:
     transform = torchvision.transforms.Normalize([0.4], [0.3])
     assert torch.equal(model(normalize=transform)(UNIT), model(normalize=(0.4, 0.3))(UNIT))
-
-
-def test_another_transform_is_refused() -> None:
     with pytest.raises(CmapError, match="Normalize"):
         model(normalize=torchvision.transforms.CenterCrop(3))
 

@@ -191,14 +191,8 @@ def test_undefended_checks_its_images_unless_told_not_to():
     with pytest.raises(InputValueError, match="8 x 6"):
         model.undefended(images[..., :5])
     torch.testing.assert_close(model.undefended(beyond, check=False), linear(beyond))
-
-
-def test_undefended_without_a_check_normalises_and_takes_unit_images_whatever_the_inputs():
-    images, _ = labelled()
-    model = wrapped(normalize=(0.4, 0.25), inputs="normalized")
-    torch.testing.assert_close(
-        model.undefended(images, check=False), linear((images - 0.4) / 0.25), rtol=1e-5, atol=1e-5
-    )
+    model, expected = wrapped(normalize=(0.4, 0.25), inputs="normalized"), linear((images - 0.4) / 0.25)
+    torch.testing.assert_close(model.undefended(images, check=False), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_undefended_of_another_size_shows_that_size():
@@ -280,15 +274,12 @@ def test_latent_class_labels_of_normalised_images_are_predicted_on_them():
     assert torch.equal(labels[:, 0], linear((images - 0.4) / 0.25).argmax(dim=1))  # pyright: ignore
 
 
-def test_an_unconditional_backbone_has_no_latent_class_labels():
-    assert wrapped().latent_class_labels(labelled()[0]) is None
-    assert wrapped(class_labels="spread").latent_class_labels(labelled()[0]) is None
-
-
-def test_no_images_have_no_latent_class_labels():
+def test_an_unconditional_backbone_and_no_images_have_no_latent_class_labels():
     labels = wrapped(backbone=Conditional()).latent_class_labels(labelled()[0][:0])
     assert labels is not None
     assert labels.shape == (0, 2)
+    assert wrapped().latent_class_labels(labelled()[0]) is None
+    assert wrapped(class_labels="spread").latent_class_labels(labelled()[0]) is None
 
 
 # ------------------------------------------------------------------------------------------------------ generate(size=)

@@ -205,21 +205,17 @@ def test_modes_are_values_that_print_what_they_are(mode: GradientMode):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("kind", "wrong"),
     [
-        lambda: Unrolled(last=0),
-        lambda: Unrolled(l1_smoothing=-1.0),
-        lambda: Unrolled(max_growth=0.0),
-        lambda: Implicit(iterations=0),
-        lambda: Implicit(damping=-0.1),
-        lambda: Implicit(tolerance=float("nan")),
-        lambda: Surrogate(sigma=0.0),
-        lambda: Surrogate(steps=0),
+        (Unrolled, {"last": 0, "l1_smoothing": -1.0, "max_growth": 0.0}),
+        (Implicit, {"iterations": 0, "damping": -0.1, "tolerance": float("nan")}),
+        (Surrogate, {"sigma": 0.0, "steps": 0}),
     ],
 )
-def test_settings_out_of_range_are_refused(make):
-    with pytest.raises(SettingsError):
-        make()
+def test_settings_out_of_range_are_refused(kind: type[GradientMode], wrong: dict):
+    for name, value in wrong.items():
+        with pytest.raises(SettingsError, match=name):
+            kind(**{name: value})
 
 
 def test_surrogate_without_denoise_says_so():

@@ -141,19 +141,6 @@ def test_images_are_unit_whatever_the_model_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (DataLoader(TensorDataset(*DATA)), InputTypeError, r"loader\.dataset"),
-        ((DATA[0], DATA[1] - 9), InputValueError, "integers from 0, but that of image 0 is -"),
-        ((DATA[0], DATA[1] + 9), InputValueError, "the classes of the model 'own', but that of image 0 is"),
-    ],
-)
-def test_data_that_cannot_be_used_are_refused_at_once(data: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        run_of(data=data)
-
-
-@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"samples": 1}, SettingsError, "samples must be at least 2"),
@@ -164,6 +151,9 @@ def test_data_that_cannot_be_used_are_refused_at_once(data: Any, error: type[Exc
         ({"features": "nowhere"}, SettingsError, "no module 'nowhere'"),
         ({"subset": Subset(count=13)}, SettingsError, "the data set has 12"),
         ({"data": 3}, InputTypeError, "has none"),
+        ({"data": DataLoader(TensorDataset(*DATA))}, InputTypeError, r"loader\.dataset"),
+        ({"data": (DATA[0], DATA[1] - 9)}, InputValueError, "integers from 0, but that of image 0 is -"),
+        ({"data": (DATA[0], DATA[1] + 9)}, InputValueError, "the classes of the model 'own', but that of image 0 is"),
         ({"data": (uniform(12, 3, 8, 8, seed=0), DATA[1])}, InputValueError, "8 x 6"),
         ({"data": (2 * DATA[0], DATA[1])}, InputValueError, r"\[0, 1\]"),
     ],
