@@ -48,9 +48,9 @@ def documented() -> list[ModuleType]:
 
 
 SCRIPTS = """
-getting-started wrap-a-classifier make-it-faster purify-folders backbones/index gradients attack-
-libraries attack-this-defence write-your-own-attack purifiers write-your-own-backbone write-your-own-
-purifier evaluation detection abstain adapt certify
+getting-started wrap-a-classifier make-it-faster purify-folders backbones/index gradients attack-libraries
+attack-this-defence write-your-own-attack purifiers write-your-own-backbone write-your-own-purifier evaluation
+detection abstain adapt certify
 """
 
 
