@@ -93,7 +93,7 @@ class CompactUNetConfig(UNetConfig):
                     f"{self.head_channels}; choose another head_channels."
                 )
         coarsest = self.image_shape[1] * self.image_shape[2] // self._unit**2
-        if coarsest == 1 and self.channels[-1] == math.gcd(self.channels[-1], 8):
+        if coarsest == 1 and any(8 % channels == 0 for channels in self.channels[-2:]):  # what comes there, and goes
             raise SettingsError(
                 "CompactUNetConfig: at the coarsest level each group of the normalisation has one value only. "
                 "Use fewer levels, a smaller patch or more channels."
