@@ -280,14 +280,14 @@ def test_a_length_in_minutes_leaves_time_for_the_evaluations(tmp_path: Path, mon
     monkeypatch.setattr(AdaptationLearner, "evaluate", lambda self: evaluated.append(None))
 
     def planned(learner: AdaptationLearner, *_: object) -> int:
-        given.append(_[-1])
+        given.append(lambda: _[-1](learner))
         return 12
 
-    monkeypatch.setattr("cmap_defense.adaptation.run.planned_images", planned)
+    monkeypatch.setattr("cmap_defense.training.plan.planned_images", planned)
     config = SMALL.replace(images=None, minutes=5.0, checkpoint_every=60)
     adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, held_out=data(6, 2), config=config)
     assert len(evaluated) == 1
-    given[0](None)
+    given[0]()
     assert len(evaluated) == 2
 
 

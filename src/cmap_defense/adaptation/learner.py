@@ -18,8 +18,6 @@ from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
 from cmap_defense.training.learner import Trainee, below
 
-__all__ = ["AdaptationLearner", "attacked_images"]
-
 AUGMENTATION, ORDER, NOISE, HELD_OUT = 0, 1, 2, 4
 """Streams of the generators of a step; ORDER is that of ``image_indices``, 3 that of dropout."""
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from cmap_defense.common.modules import dtype_of
 from cmap_defense.common.passes import not_counting
 
-__all__ = ["bytes_per_latent", "default_max_parallel"]
-
 SHARE_OF_FREE_MEMORY = 0.6
 CPU_BUDGET = 2 * 2**30
 """On a CPU free memory says little; chunks stay within 2 GiB, which costs no speed."""

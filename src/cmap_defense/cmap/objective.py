@@ -18,15 +18,6 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
 
-__all__ = [
-    "Generate",
-    "LatentObjective",
-    "around_inputs",
-    "generate_in_chunks",
-    "latent_chunks",
-    "objective_terms",
-]
-
 Generate = Callable[..., Tensor]
 """Unit latents [M, C, H, W] to images [M, C, H, W] in [-1, 1].
 
@@ -170,6 +161,12 @@ class LatentObjective:
             (product,) = torch.autograd.grad(pull, leaf, along)
         return torch.cat(products).view_as(latents) + product, to_all
 
+    def images_of(self, latents: Tensor) -> Tensor:
+        """G(u), [B, K, C, H, W] in [-1, 1], of latents [B, K, C, H, W], without a graph."""
+        with torch.no_grad():
+            chunks = latent_chunks(latents, self.class_labels, self.chunk, self.inputs)
+            return torch.cat([self.generate(*given) for given in chunks]).to(latents.dtype).unflatten(0, self.shape)
+
     @property
     def _latent_weight(self) -> float:
         return self.shape[1] * self.settings.latent_weight
@@ -240,31 +237,6 @@ def latent_chunks(
     if class_labels is not None:
         given.append(class_labels.flatten())
     return list(zip(*(part.split(size) for part in given), strict=True))
-
-
-def generate_in_chunks(
-    generate: Generate,
-    latents: Tensor,
-    max_parallel: int | None,
-    class_labels: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> Tensor:
-    """The images of latents, without a graph.
-
-    Args:
-        generate: the generator.
-        latents: [B, K, C, H, W].
-        max_parallel: latents per call of ``generate``; None for all B K at once.
-        class_labels: [B, K] integers, or None for a backbone that takes none.
-        inputs: [B, C, H, W] in [0, 1], the images that those of latents depend on; None where the settings have no
-            level.
-
-    Returns:
-        Images [B, K, C, H, W] in [-1, 1].
-    """
-    with torch.no_grad():
-        images = [generate(*given) for given in latent_chunks(latents, class_labels, max_parallel, inputs)]
-    return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
 
 
 def around_inputs(denoise: Callable[..., Tensor], level: float) -> Generate:

@@ -16,24 +16,11 @@ from torch import Tensor
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.losses import ObjectiveTerms
-from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks
+from cmap_defense.cmap.objective import Generate, LatentObjective
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.stopping import Predict, Stopping
 from cmap_defense.errors import BackboneError, InputValueError
 from cmap_defense.results import History
-
-__all__ = [
-    "Callback",
-    "Generate",
-    "LatentState",
-    "LoopState",
-    "check_replaced",
-    "generate_in_chunks",
-    "history_of",
-    "minimise",
-    "optimise_latents",
-    "run_loop",
-]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ import torch
 from pytorch_msssim import SSIM
 from torch import Tensor
 
-__all__ = ["SSIMReference"]
-
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 

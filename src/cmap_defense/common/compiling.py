@@ -11,8 +11,6 @@ from torch import Tensor
 
 from cmap_defense.errors import CompileWarning
 
-__all__ = ["StepCompiler"]
-
 
 class StepCompiler:
     """Compiles functions of images that are differentiated once. Copies and pickles of it start anew."""

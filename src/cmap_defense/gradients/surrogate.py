@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.common.settings import require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
-
-__all__ = ["Surrogate", "surrogate_images"]
 
 RHO = 7.0
 """Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
@@ -25,6 +23,7 @@ STREAM = 0x5EED
 """Sets the surrogate's noise apart from the noise of the latents that is drawn from the same seeds."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Surrogate(GradientMode):
     """The values are CMAP's; the derivative is that of noising to ``sigma`` and denoising in ``steps`` steps.
 
@@ -46,9 +45,8 @@ class Surrogate(GradientMode):
 
     differentiates_defence = False
 
-    def __init__(self, sigma: float = 0.1395, steps: int = 1) -> None:
-        self.sigma = require_number("Surrogate", "sigma", sigma, above=0.0)
-        self.steps = require_integer("Surrogate", "steps", steps, minimum=1)
+    sigma: float = setting(0.1395, above=0.0)
+    steps: int = setting(1, minimum=1)
 
     def purify(self, purification: Purification) -> PurificationResult:
         result = purification.run()
@@ -66,9 +64,6 @@ class Surrogate(GradientMode):
         return dataclasses.replace(
             result, images=result.images + (denoised - denoised.detach()).to(result.images.dtype)
         )
-
-    def __repr__(self) -> str:
-        return f"Surrogate(sigma={self.sigma}, steps={self.steps})"
 
 
 def surrogate_images(

@@ -8,9 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from cmap_defense.common.files import write_text
+from cmap_defense.common.modules import multiplies_bfloat16
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
@@ -23,7 +26,8 @@ from cmap_defense.training.checkpoint import (
 )
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
 from cmap_defense.training.learner import Trainee
-from cmap_defense.training.objectives import Model
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 PLAN_FILE = "plan.json"
 USED = 0.95
@@ -41,7 +45,31 @@ class Speed(NamedTuple):
     checkpoint: float
 
 
-def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], team: Ranks) -> TrainingConfig:
+def settled(
+    config: Config,
+    folder: Path,
+    parts: Mapping[str, Any],
+    team: Ranks,
+    seconds_left: Callable[[], float],
+    trial: Callable[[Config], Trainee],
+    beside: Callable[[Any], object] | None = None,
+) -> Config:
+    """The settings with a length and a precision: those of the calls before, else by the minutes and the device.
+
+    ``trial`` makes a learner to measure the speed on, and ``beside`` does with it what comes with each checkpoint.
+    """
+    config = as_before(config, folder, parts, team)
+    if config.precision == "auto":
+        native = team.shared(multiplies_bfloat16(config.device))
+        config = config.replace(precision="bfloat16" if native else "float32")
+    if config.images is None and config.minutes is not None:
+        config = config.replace(images=planned_images(trial(config), folder, parts, seconds_left, beside))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # or the images might seem not to fit any more
+    return config.replace(images=config.length)
+
+
+def as_before(config: Config, folder: Path, parts: Mapping[str, Any], team: Ranks) -> Config:
     """The settings with the length and the precision of the calls before, where they leave these open."""
     if config.precision == "auto":
         precision = team.by_first(functools.partial(_precision_before, folder))
@@ -61,7 +89,7 @@ def planned_images(
     folder: Path,
     parts: Mapping[str, Any],
     seconds_left: Callable[[], float],
-    beside: Callable[[Model], object] | None = None,
+    beside: Callable[[Any], object] | None = None,
 ) -> int:
     """A length that fits into the minutes of the learner's settings; it is written to ``plan.json``.
 
@@ -109,7 +137,7 @@ def measure(
     learner: Trainee,
     folder: Path,
     seconds_left: Callable[[], float],
-    beside: Callable[[Model], object] | None = None,
+    beside: Callable[[Any], object] | None = None,
 ) -> Speed:
     """Seconds of a step and of a checkpoint in ``folder``, from a few steps, whose effect is undone."""
     model, team, mode = learner.model, learner.team, learner.model.training
@@ -128,7 +156,7 @@ def measure(
 
     def samples() -> None:
         if beside is not None:
-            beside(model)
+            beside(learner)
 
     def checkpoint() -> None:
         folder.mkdir(parents=True, exist_ok=True)
