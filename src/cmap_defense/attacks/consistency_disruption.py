@@ -64,7 +64,7 @@ class ConsistencyDisruption(Attack):
         return self.restarts * model.purifier.n_latents * (self.steps + 1)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        wrapper = oracle.wrapper(self)
+        wrapper = oracle.wrapper(self, clean)
         if self.released and goal.targets is not None:
             raise SettingsError("ConsistencyDisruption(released=True) takes no targets: the released loss has none.")
         settings, count = wrapper.settings, wrapper.settings.n_latents
@@ -73,7 +73,6 @@ class ConsistencyDisruption(Attack):
                 f"ConsistencyDisruption.steps must be more than the {settings.iterations} iterations of the "
                 f"purification, which are part of them, but is {self.steps}."
             )
-        oracle.check_classes(wrapper, clean)
         begin = wrapper.initial_latents(clean, seeds=oracle.next_noise())
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean), clean)
         small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)

@@ -44,9 +44,8 @@ class LatentSearch(Attack):
 
     def _searched(self, oracle: Oracle, clean: Tensor) -> Searched:
         """The wrapper with M latents per image, and the initial latents."""
-        own = oracle.wrapper(self)
+        own = oracle.wrapper(self, clean)
         wrapper = own.variant(settings=own.settings.replace(n_latents=self.latents))
-        oracle.check_classes(own, clean)
         labels = own.latent_class_labels(clean)
         if labels is not None:
             labels = labels[:, torch.arange(self.latents, device=labels.device) % labels.shape[1]]

@@ -27,13 +27,7 @@ def bytes_per_latent(
     """Memory that one more latent takes in forward and backward, from what autograd keeps for three and for two.
 
     The difference leaves out the weights, of which autograd keeps views and casts. The losses and Adam take little
-    besides.
-
-    Args:
-        generate: the network, latents [B, C, H, W] to images.
-        image_shape: (C, H, W).
-        device: where it is.
-        conditional: ``generate`` takes class labels as well.
+    besides. Arguments as for ``default_max_parallel``.
     """
     kept = [_kept_bytes(generate, torch.zeros((n, *image_shape), device=device), conditional) for n in (2, 3)]
     return max(1, int(WORKSPACE * (kept[1] - kept[0])))

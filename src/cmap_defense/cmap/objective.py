@@ -199,15 +199,8 @@ def objective_terms(
     *,
     l1_smoothing: float | None = None,
 ) -> ObjectiveTerms:
-    """The terms of eq. 9, differentiable in latents, generated images and images.
-
-    Args:
-        latents: [B, K, C, H, W].
-        generated: G of them, [B, K, C, H, W] in [-1, 1].
-        images: [B, C, H, W] in [0, 1].
-        settings: the constants.
-        l1_smoothing: of L1; None for the settings'.
-    """
+    """The terms of eq. 9, differentiable in latents [B, K, C, H, W], their images ``generated`` [B, K, C, H, W] in
+    [-1, 1], and images [B, C, H, W] in [0, 1]; ``l1_smoothing`` is that of the settings where it is None."""
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
     reference = SSIMReference.of(images).take(owners)
@@ -219,16 +212,10 @@ def objective_terms(
 def latent_chunks(
     latents: Tensor, class_labels: Tensor | None, max_parallel: int | None, inputs: Tensor | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """The arguments of ``Generate``, chunk by chunk.
+    """The arguments of ``Generate``, chunk by chunk, ``max_parallel`` latents in each, or all.
 
-    Args:
-        latents: [B, K, C, H, W].
-        class_labels: [B, K] integers, or None for a backbone that takes none.
-        max_parallel: latents in one chunk; None for all B K.
-        inputs: [B, C, H, W], the images that those of latents depend on, or None.
-
-    Returns:
-        For each chunk the latents [m, C, H, W], their inputs [m, C, H, W] and their labels [m], those that there are.
+    They are the latents [m, C, H, W], and where there are some, the images [m, C, H, W] of ``inputs`` [B, C, H, W] that
+    theirs depend on, and their labels [m].
     """
     size = max_parallel or max(1, latents.shape[0] * latents.shape[1])
     given = [latents.flatten(0, 1)]

@@ -83,12 +83,7 @@ def optimise_latents(
         InputValueError: images and latents do not fit each other.
         BackboneError: ``generate`` returned another shape, something without a gradient, or values that are not finite.
     """
-    if (
-        latents.ndim != 5
-        or images.ndim != 4
-        or latents.shape[0] != images.shape[0]
-        or latents.shape[2:] != images.shape[1:]
-    ):
+    if latents.ndim != 5 or images.ndim != 4 or (len(latents), *latents.shape[2:]) != tuple(images.shape):
         raise InputValueError(
             "Latents must be [B, K, C, H, W] for images [B, C, H, W], "
             f"but are {list(latents.shape)} for {list(images.shape)}."

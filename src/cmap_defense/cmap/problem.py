@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,35 +47,12 @@ class LatentProblem:
         """The images [B, K, C, H, W] in [-1, 1] of latents, differentiable once in both latents and ``images``."""
         return generate_with_gradient(self.objective, latents, self.images)
 
-    def unrolled(
-        self,
-        backward: Backward,
-        *,
-        callback: Callback | None = None,
-        live: Callback | None = None,
-        live_at: Callable[[int], bool] = lambda iteration: True,
-    ) -> PurificationResult:
-        """The same with a gradient to the images.
-
-        Args:
-            backward: how it is taken.
-            callback: as for ``unrolled_latents``.
-            live: as there.
-            live_at: as there.
-        """
+    def unrolled(self, backward: Backward, **hooks: Any) -> PurificationResult:
+        """The same with a gradient to the images, taken as ``backward`` says; hooks as for ``unrolled_latents``."""
         objective, rows = self.objective, []
+        options: dict[str, Any] = {"backward": backward, "rows": rows, "predict": self.predict, **hooks}
         with torch.autocast(self.start.device.type, enabled=False):
-            latents = unrolled_latents(
-                objective,
-                self.images,
-                self.start,
-                backward=backward,
-                callback=callback,
-                live=live,
-                live_at=live_at,
-                rows=rows,
-                predict=self.predict,
-            )
+            latents = unrolled_latents(objective, self.images, self.start, **options)
             history = history_of(rows, latents.detach(), objective.settings)
             return self.result(latents, self.generate(latents), history)
 

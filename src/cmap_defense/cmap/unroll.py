@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def unrolled_latents(
             break
         if begin in stops:
             assert live is not None
-            latents = _called(live, objective, images, latents, begin, backward.l1_smoothing, stopping.rows(begin))
+            latents = _called(live, objective, images, latents, begin, backward, stopping.rows(begin))
         if begin < head and not latents.requires_grad:
             state = LoopState(latents, AdamState(begin, first, second))
             state = run_loop(objective, state, end - begin, stopping, callback=callback, rows=rows)
@@ -102,7 +102,7 @@ def _called(
     images: Tensor,
     whole: Tensor,
     iteration: int,
-    smoothing: float,
+    backward: Backward,
     rows: Tensor | None,
 ) -> Tensor:
     """The latents of the batch after a live hook: its own, of the images at ``rows``, where it returned some."""
@@ -112,7 +112,7 @@ def _called(
     with torch.enable_grad():
         inside = latents if latents.requires_grad else latents.detach().requires_grad_()
         generated = generate_with_gradient(objective, inside, images)
-        smoothing = max(smoothing, objective.settings.l1_smoothing)
+        smoothing = max(backward.l1_smoothing, objective.settings.l1_smoothing)
         terms = objective_terms(inside, generated, images, objective.settings, l1_smoothing=smoothing)
         replaced = live(LatentState(iteration, inside, generated, terms, images, indices))
         if replaced is None:
@@ -139,6 +139,14 @@ class _Plan:
     stopping: Stopping
     callback: Callback | None
     rows: list[HistoryRow] | None
+
+    def run(self, start: Sequence[Tensor], stopping: Stopping, **watched: Any) -> tuple[LoopState, list[_Visited]]:
+        """The segment from (u, m, v): its end, and what it went through."""
+        visited: list[_Visited] = []
+        latents, first, second = (tensor.detach() for tensor in start)
+        entry = LoopState(latents, AdamState(self.begin, first, second))
+        watched["visit"] = lambda *seen: visited.append(_Visited(*seen))
+        return run_loop(self.objective, entry, self.steps, stopping, **watched), visited
 
     def counts(self) -> bool:
         """Whether the way back goes through a step of this segment."""
@@ -172,21 +180,12 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, first: Tensor, second: Tensor, images: Tensor, plan: _Plan) -> Any:
-        visited: list[_Visited] = []
-        entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
-        end = run_loop(
-            plan.objective,
-            entry,
-            plan.steps,
-            plan.stopping,
-            callback=plan.callback,
-            rows=plan.rows,
-            visit=lambda *seen: visited.append(_Visited(*seen)),
-        )
+        start = (latents, first, second)
+        end, visited = plan.run(start, plan.stopping, callback=plan.callback, rows=plan.rows)
         ctx.plan = plan
         ctx.replaced = {v.state.adam.step: v.state.latents for v in visited if v.replaced}
         ctx.visited = None if plan.backward.checkpoint else visited
-        ctx.save_for_backward(latents, first, second)
+        ctx.save_for_backward(*start)
         return end.latents.view_as(end.latents), end.adam.first, end.adam.second
 
     @staticmethod
@@ -202,17 +201,8 @@ class _Segment(torch.autograd.Function):
             return (*cotangents, None, None)
         visited = ctx.visited
         if visited is None:
-            latents, first, second = ctx.saved_tensors
-            visited = []
-            entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
-            run_loop(
-                plan.objective,
-                entry,
-                plan.steps,
-                plan.stopping.decided(),
-                callback=(lambda state: ctx.replaced.get(state.iteration)) if ctx.replaced else None,
-                visit=lambda *seen: visited.append(_Visited(*seen)),
-            )
+            again = (lambda state: ctx.replaced.get(state.iteration)) if ctx.replaced else None
+            _, visited = plan.run(ctx.saved_tensors, plan.stopping.decided(), callback=again)
         to_images = torch.zeros_like(plan.objective.images)
         for step in reversed(visited):
             cotangents = _back(plan, step.last(plan.stopping, plan.backward.last), cotangents, to_images)

@@ -26,7 +26,7 @@ from typing_extensions import Self
 from cmap_defense.common.options import NamedOptions, near_matches
 from cmap_defense.errors import SettingsError
 
-BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern")
+BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern", "like")
 """Keys of a field's metadata that its value is checked against."""
 
 
@@ -109,8 +109,8 @@ def setting(default: Any = dataclasses.MISSING, phrase: str = "", **metadata: An
         phrase: the meaning of the option as a whole phrase, ``metadata["help"]``; empty for a field without an option.
         metadata: bounds, of a sequence those of its items: ``minimum`` of an integer; ``minimum``, ``above``,
             ``maximum`` or ``below`` of a number; ``choices`` of a text, or ``pattern``: a regular expression and what
-            it stands for. For the help of a command: ``group``, the heading of the option; ``default_help``, the text
-            for the default None.
+            it stands for; ``like``, in words what an object of the field's class is. For the help of a command:
+            ``group``, the heading of the option; ``default_help``, the text for the default None.
     """
     made: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     return dataclasses.field(metadata={"help": phrase, **metadata}, **made)
@@ -140,6 +140,8 @@ def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: 
         pattern, what = bounds.get("pattern", ("(?s:.*)", "text"))
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise SettingsError(f"{owner}.{name} must be {what}, but is {value!r}.")
+    elif "like" in bounds and not isinstance(value, tuple(kinds)):
+        raise SettingsError(f"{owner}.{name} must be {bounds['like']}, but is {value!r}.")
     return value
 
 

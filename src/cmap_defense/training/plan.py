@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from cmap_defense.common.files import write_text
-from cmap_defense.common.modules import multiplies_bfloat16
+from cmap_defense.common.modules import copied_state, multiplies_bfloat16
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
@@ -143,7 +143,7 @@ def measure(
     model, team, mode = learner.model, learner.team, learner.model.training
     for left_behind in folder.glob(".trial-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copied_state(model)
     for number in range(WARM_UP):
         learner.step(number).item()
     begun, spent, done = seconds_left(), 0.0, 0
