@@ -135,12 +135,9 @@ def adapt(
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
     vars(model).pop("adapted_to", None)  # of an adaptation before this one
-    unit: dict[str, Any] = options | {
-        "inputs": "unit"
-    }  # as the training images are, whatever the classifier is used with later
-    purified = PurifiedClassifier(
-        model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **unit
-    ).to(config.device)
+    # The training images are in [0, 1], whatever the classifier is used with later.
+    unit: dict[str, Any] = options | {"inputs": "unit", "gradient": Unrolled()}
+    purified = PurifiedClassifier(model, backbone, purifier=purifier or OneStep(n_latents=1), **unit).to(config.device)
     training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {

@@ -115,7 +115,7 @@ def _boundary_error_and_images(model: KarrasModel) -> tuple[float | None, Tensor
     labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
     with torch.no_grad():
         if not isinstance(model, ConsistencyBackbone):
-            return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)  # pyright: ignore[reportCallIssue]
+            return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)
         at_rest = model.denoise(noise, model.noise.sigma_min, labels)
         return (at_rest - noise).abs().max().item(), model.generate(noise, labels)
 

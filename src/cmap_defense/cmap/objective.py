@@ -34,6 +34,7 @@ class _Chunk:
     reference: SSIMReference
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LatentObjective:
     """L of eq. 9 for images [B, C, H, W] and their K latents.
 
@@ -51,43 +52,31 @@ class LatentObjective:
         InputValueError: the labels do not fit.
     """
 
-    def __init__(
-        self,
-        generate: Generate,
-        images: Tensor,
-        n_latents: int,
-        settings: CMAPSettings,
-        *,
-        class_labels: Tensor | None = None,
-        max_parallel: int | None = None,
-        fast: Generate | None = None,
-    ) -> None:
-        self.generate, self.fast = generate, fast
-        self.images = images.detach()
-        self.settings = settings
-        self.shape = (len(images), n_latents)
-        self.class_labels = class_labels
-        if class_labels is not None and tuple(class_labels.shape) != self.shape:
+    generate: Generate
+    images: Tensor
+    n_latents: int
+    settings: CMAPSettings
+    _: dataclasses.KW_ONLY
+    class_labels: Tensor | None = None
+    max_parallel: int | None = None
+    fast: Generate | None = None
+
+    def __post_init__(self) -> None:
+        self.images = self.images.detach()
+        self.shape = (len(self.images), self.n_latents)
+        if self.class_labels is not None and tuple(self.class_labels.shape) != self.shape:
             raise InputValueError(
-                f"Class labels must be [B, K] = {list(self.shape)}, but are {list(class_labels.shape)}."
+                f"Class labels must be [B, K] = {list(self.shape)}, but are {list(self.class_labels.shape)}."
             )
-        self.chunk = max_parallel or max(1, math.prod(self.shape))
+        self.chunk = self.max_parallel or max(1, math.prod(self.shape))
         reference = SSIMReference.of(self.images)
-        owners = torch.arange(len(images), device=images.device).repeat_interleave(n_latents)
+        owners = torch.arange(len(self.images), device=self.images.device).repeat_interleave(self.n_latents)
         self._chunks = [_Chunk(part, reference.take(part)) for part in owners.split(self.chunk)]
 
     def take(self, rows: Tensor) -> LatentObjective:
         """The objective of the images at positions ``rows``."""
         labels = None if self.class_labels is None else self.class_labels[rows]
-        return LatentObjective(
-            self.generate,
-            self.images[rows],
-            self.shape[1],
-            self.settings,
-            class_labels=labels,
-            max_parallel=self.chunk,
-            fast=self.fast,
-        )
+        return dataclasses.replace(self, images=self.images[rows], class_labels=labels)
 
     def gradient(self, latents: Tensor, *, keep_images: bool = False) -> tuple[ObjectiveTerms, Tensor, Tensor]:
         """The terms at latents [B, K, C, H, W], d(K L)/du, and G(u) where ``keep_images``; all without a graph.

@@ -163,16 +163,11 @@ def _sequence(owner: str, name: str, values: Any, length: int | None) -> Sequenc
     return values
 
 
-def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:
-    """``value`` as an int within the bounds, or a ``SettingsError`` that names the setting."""
+def require_integer(owner: str, name: str, value: Any, **bounds: int | None) -> int:
+    """``value`` as an int within the bounds of ``require_number``, or a ``SettingsError`` that names the setting."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
-    number = int(value)
-    if number < minimum:
-        raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {number}.")
-    if below is not None and number >= below:
-        raise SettingsError(f"{owner}.{name} must be below {below}, but is {number}.")
-    return number
+    return _within(owner, name, int(value), bounds, "d")
 
 
 def require_number(owner: str, name: str, value: Any, **bounds: float | None) -> float:
@@ -188,10 +183,14 @@ def require_number(owner: str, name: str, value: Any, **bounds: float | None) ->
         number = math.inf
     if not math.isfinite(number):
         raise SettingsError(f"{owner}.{name} must be finite, but is {number}.")
+    return _within(owner, name, number, bounds, "g")
+
+
+def _within(owner: str, name: str, number: Any, bounds: Mapping[str, Any], form: str) -> Any:
     for kind, bound in bounds.items():
         words, holds = _COMPARED[kind]
         if bound is not None and not holds(number, bound):
-            raise SettingsError(f"{owner}.{name} must be {words} {bound:g}, but is {number:g}.")
+            raise SettingsError(f"{owner}.{name} must be {words} {bound:{form}}, but is {number:{form}}.")
     return number
 
 

@@ -16,8 +16,8 @@ from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-RHO = 7.0
-"""Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+RHO, SIGMA_MIN = 7.0, 0.002
+"""Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5); f is the identity at the latter."""
 
 STREAM = 0x5EED
 """Sets the surrogate's noise apart from the noise of the latents that is drawn from the same seeds."""
@@ -66,9 +66,7 @@ class Surrogate(GradientMode):
         )
 
 
-def surrogate_images(
-    denoise: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor, sigma: float, sigma_min: float = 0.002
-) -> Tensor:
+def surrogate_images(denoise: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Noise, denoise, as often as there is noise for; differentiable.
 
     Args:
@@ -76,7 +74,6 @@ def surrogate_images(
         images: [B, C, H, W] in [0, 1].
         noise: [B, K, steps, C, H, W], unit.
         sigma: the first noise level.
-        sigma_min: the level at which f is the identity.
 
     Returns:
         [B, K, C, H, W] in [0, 1], clipped.
@@ -84,9 +81,9 @@ def surrogate_images(
     current = (2 * images - 1)[:, None].expand(-1, noise.shape[1], -1, -1, -1)
     steps = noise.shape[2]
     for step in range(steps):
-        root = sigma ** (1 / RHO) + step / steps * (sigma_min ** (1 / RHO) - sigma ** (1 / RHO))
+        root = sigma ** (1 / RHO) + step / steps * (SIGMA_MIN ** (1 / RHO) - sigma ** (1 / RHO))
         level = root**RHO
-        added = level if step == 0 else math.sqrt(level**2 - sigma_min**2)
+        added = level if step == 0 else math.sqrt(level**2 - SIGMA_MIN**2)
         noisy = current + added * noise[:, :, step]
         current = checkpoint(denoise, noisy, level, use_reentrant=False).clamp(-1, 1)
     return (current + 1) / 2

@@ -44,8 +44,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>`` and delete old ones."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None) -> Path:
+    """Write ``checkpoint-<step>``, and delete all but the newest two."""
     path = folder / f"checkpoint-{checkpoint.step:08d}"
     for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
         if _NAME.fullmatch(left_behind.name.removesuffix(_PARTIAL)):
@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
         _sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in _checkpoints(folder)[: -max(1, keep)]:
+    for old in _checkpoints(folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
