@@ -67,27 +67,24 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored."""
-    path = newest_whole(folder)
-    if path is not None:
-        refuse_other_settings(path, settings_of(path), settings)
-    return path
+    newest = newest_whole(folder)
+    if newest is None:
+        return None
+    refuse_other_settings(*newest, settings)
+    return newest[0]
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The same, whatever its settings are."""
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The same whatever its settings are, and these."""
     for path in reversed(_checkpoints(folder)):
         try:
-            for part in _read_index(path)["parts"]:
+            index = _read_index(path)
+            for part in index["parts"]:
                 check_sha256(path / part["file"], part["sha256"])
         except OSError:  # BackboneFileError is one
             continue
-        return path
+        return path, index["settings"]
     return None
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """Settings of the training of a checkpoint, by part. Raises as ``read_checkpoint``."""
-    return _read_index(path)["settings"]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

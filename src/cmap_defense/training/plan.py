@@ -17,13 +17,7 @@ from cmap_defense.common.modules import copied_state, multiplies_bfloat16
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.training.checkpoint import (
-    Checkpoint,
-    newest_whole,
-    refuse_other_settings,
-    save_checkpoint,
-    settings_of,
-)
+from cmap_defense.training.checkpoint import Checkpoint, newest_whole, refuse_other_settings, save_checkpoint
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
 from cmap_defense.training.learner import Trainee
 
@@ -79,7 +73,7 @@ def as_before(config: Config, folder: Path, parts: Mapping[str, Any], team: Rank
 
     def length() -> int | None:
         images, newest = read_plan(folder, _without_length(config, parts)), newest_whole(folder)
-        return images if images is not None or newest is None else settings_of(newest)["train"]["images"]
+        return images if images is not None or newest is None else newest[1]["train"]["images"]
 
     return config.replace(images=team.by_first(length))
 
@@ -184,7 +178,7 @@ def _precision_before(folder: Path) -> str | None:
     """The precision of the checkpoint or the plan in the folder; damaged files are ignored here."""
     newest = newest_whole(folder)
     try:
-        found: Any = settings_of(newest) if newest else json.loads((folder / PLAN_FILE).read_text("utf-8"))["settings"]
+        found: Any = newest[1] if newest else json.loads((folder / PLAN_FILE).read_text("utf-8"))["settings"]
         precision = found["train"]["precision"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
