@@ -36,6 +36,9 @@ class AdaptationLearner(Trainee):
         threat: of the attack; None for purified clean images alone.
         config: settings.
         team: the processes that share a batch.
+
+    Raises:
+        SettingsError: the classifier has nothing to train, or there are more processes than images in a batch.
     """
 
     def __init__(

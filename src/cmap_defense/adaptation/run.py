@@ -131,7 +131,7 @@ def adapt(
             "A threat model and settings of the attack are given, but nothing is attacked: give adversarial=True "
             "(--adversarial), or leave them out."
         )
-    seconds_left = countdown(config.minutes)
+    seconds_left = None if config.minutes is None else countdown(config.minutes)
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
     vars(model).pop("adapted_to", None)  # of an adaptation before this one

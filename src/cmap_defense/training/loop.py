@@ -53,8 +53,7 @@ class TrainState:
 
 
 def countdown(minutes: float | None, clock: Callable[[], float] = time.monotonic) -> Callable[[], float]:
-    """A function that returns the seconds left of some minutes from now on, below 0 when they are
-    over; None: no limit."""
+    """A function that returns the seconds left of these minutes from now on, below 0 when they are over; None: inf."""
     end = math.inf if minutes is None else clock() + 60 * minutes
     return lambda: end - clock()
 

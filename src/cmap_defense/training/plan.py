@@ -44,7 +44,7 @@ def settled(
     folder: Path,
     parts: Mapping[str, Any],
     team: Ranks,
-    seconds_left: Callable[[], float],
+    seconds_left: Callable[[], float] | None,
     trial: Callable[[Config], Trainee],
     beside: Callable[[Any], object] | None = None,
 ) -> Config:
@@ -56,7 +56,7 @@ def settled(
     if config.precision == "auto":
         native = team.shared(multiplies_bfloat16(config.device))
         config = config.replace(precision="bfloat16" if native else "float32")
-    if config.images is None and config.minutes is not None:
+    if config.images is None and config.minutes is not None and seconds_left is not None:
         config = config.replace(images=planned_images(trial(config), folder, parts, seconds_left, beside))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # or the images might seem not to fit any more

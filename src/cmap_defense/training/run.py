@@ -87,7 +87,7 @@ def train_backbone(
         TrainingError: the training has diverged.
     """
     config = config or TrainingConfig()
-    seconds_left = seconds_left or countdown(config.minutes)
+    seconds_left = seconds_left or (None if config.minutes is None else countdown(config.minutes))
     model = _fresh_model(network, objective, config, start)
     check_data(model, images, labels)
     sources = dict(objective.sources)
