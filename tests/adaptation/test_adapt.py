@@ -227,7 +227,7 @@ def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.8, 0.6, 0.7, 0.9])
-    monkeypatch.setattr(AdaptationLearner, "_score", lambda self: next(scores))
+    monkeypatch.setattr(AdaptationLearner, "_score", lambda self, held_out: next(scores))
     keep = {"held_out": data(6, 2), "config": SMALL.replace(images=600, patience=2)}
     result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
     assert result.record["held_out_scores"] == [0.5, 0.8, 0.6, 0.7]
