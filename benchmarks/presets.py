@@ -1,4 +1,4 @@
-"""Accuracy and time of a packaged model's presets, beside the setting that another commit shipped.
+"""Accuracy and time of the packaged models' presets, beside the setting that another commit shipped.
 
     python benchmarks/presets.py --data fashion-mnist --count 256
     python benchmarks/presets.py --data cifar10 --count 512 --weights cifar10_resnet56.safetensors
@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 EPS = {"fashion-mnist": 0.05, "cifar10": 8 / 255}
-BACKBONES = {"fashion-mnist": "fashion-mnist-ct", "cifar10": "cifar10-ct-small"}
+BACKBONES = {
+    "fashion-mnist": ("fashion-mnist-ct", "fashion-mnist-edm"),
+    "cifar10": ("cifar10-ct-small", "cifar10-edm-small"),
+}
 
 CHILD = """
 import json, sys, time
@@ -73,18 +76,19 @@ def main() -> None:
         classifier, images, labels = load_cifar_resnet(options.weights, 56, unit=True), chosen.unit, chosen.labels
     else:
         classifier, (images, labels) = load_classifier(), (given[: options.count] for given in load_test_images())
-    threat, backbone = ThreatModel(eps=EPS[options.data]), BACKBONES[options.data]
+    threat, backbones = ThreatModel(eps=EPS[options.data]), BACKBONES[options.data]
     both = {"clean": images, "attacked": PGD(threat, steps=20)(classifier.eval(), images, labels).images}
-    presets = ["paper", *sorted(load_backbone(backbone).record.presets)]
+    named = [(name, preset) for name in backbones for preset in sorted(load_backbone(name).record.presets)]
     found: dict[str, list[dict[str, list[int] | float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         other, file = Path(folder) / "other", Path(folder) / "images.pt"
         subprocess.run(["git", "worktree", "add", "-q", "--detach", str(other), options.against], cwd=ROOT, check=True)
-        entries = [(options.against, other, ""), *((preset, ROOT, preset) for preset in presets)]
+        entries = [(options.against, other, backbones[0], "")]
+        entries += [(f"{name}, {preset}", ROOT, name, preset) for name, preset in [(backbones[0], "paper"), *named]]
         try:
             for begin in range(0, len(images), options.part):
                 torch.save({name: x[begin : begin + options.part] for name, x in both.items()}, file)
-                for name, tree, preset in entries:
+                for name, tree, backbone, preset in entries:
                     given = [str(file), str(ROOT / "examples"), backbone, options.weights, preset]
                     printed = subprocess.run(
                         [sys.executable, "-W", "ignore", "-c", CHILD, *given],

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import cmap_defense
-
 PACKAGE = "cmap_defense"
 SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
@@ -78,8 +76,11 @@ def violations(source: str, module: tuple[str, ...], *, is_package: bool = False
 
 def _defined_in(name: str) -> str:
     """The package of a public name, which importing it from the package loads; other names are as they are."""
-    defined = cmap_defense._MODULES.get(name)
-    return name if defined is None else defined.split(".")[1]
+    source = (SOURCE / "__init__.py").read_text(encoding="utf-8")
+    for _, target in imports_of(source, (), is_package=True):
+        if len(target) > 1 and target[-1] == name:
+            return target[0]
+    return name
 
 
 def modules() -> list[tuple[Path, tuple[str, ...], bool]]:

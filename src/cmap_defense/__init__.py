@@ -8,7 +8,7 @@
 Names are imported when they are first used: ``import cmap_defense`` alone does not import torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cmap_defense.common.optional import lazy_names
 
@@ -64,37 +64,22 @@ __all__ = [
     "training",
 ]
 
-_MODULES = {
-    "CMAP": "cmap_defense.purifiers.cmap",
-    "CMAPSettings": "cmap_defense.cmap.settings",
-    "CmapError": "cmap_defense.errors",
-    "History": "cmap_defense.results",
-    "PurificationResult": "cmap_defense.results",
-    "PurifiedClassifier": "cmap_defense.classifier.wrapper",
-    "SmoothedClassifier": "cmap_defense.certification.smoothed",
-    "ThreatModel": "cmap_defense.threat",
-    "adapt": "cmap_defense.adaptation.run",
-    "adaptation": "cmap_defense.adaptation",
-    "attacks": "cmap_defense.attacks",
-    "backbones": "cmap_defense.backbones",
-    "certification": "cmap_defense.certification",
-    "certify": "cmap_defense.certification.run",
-    "data": "cmap_defense.data",
-    "evaluate": "cmap_defense.evaluation.evaluation",
-    "evaluation": "cmap_defense.evaluation",
-    "gradients": "cmap_defense.gradients",
-    "load_adapted": "cmap_defense.adaptation.run",
-    "load_backbone": "cmap_defense.backbones.load",
-    "purifiers": "cmap_defense.purifiers",
-    "training": "cmap_defense.training",
-}
-"""Public name -> the module that defines it."""
-
 if not TYPE_CHECKING:
-    _resolve, _listed = lazy_names(__name__, _MODULES)
-
-    def __getattr__(name: str) -> Any:
-        return _resolve(name)
-
-    def __dir__() -> list[str]:
-        return _listed()
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        __all__,
+        ".errors",
+        ".threat",
+        ".cmap",
+        ".certification",
+        ".evaluation",
+        ".adaptation",
+        ".backbones",
+        ".results",
+        ".purifiers",
+        ".classifier",
+        ".gradients",
+        ".attacks",
+        ".data",
+        ".training",
+    )

@@ -216,7 +216,7 @@ def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.8, 0.6, 0.7, 0.9])
-    monkeypatch.setattr(AdaptationLearner, "_score", lambda self: next(scores))
+    monkeypatch.setattr(AdaptationLearner, "_score", lambda self, held_out: next(scores))
     keep = {"held_out": data(6, 2), "config": SMALL.replace(images=600, patience=2)}
     result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
     assert result.record["held_out_scores"] == [0.5, 0.8, 0.6, 0.7]
@@ -269,14 +269,14 @@ def test_a_length_in_minutes_leaves_time_for_the_evaluations(tmp_path: Path, mon
     monkeypatch.setattr(AdaptationLearner, "evaluate", lambda self: evaluated.append(None))
 
     def planned(learner: AdaptationLearner, *_: object) -> int:
-        given.append(_[-1])
+        given.append(lambda: _[-1](learner))
         return 12
 
-    monkeypatch.setattr("cmap_defense.adaptation.run.planned_images", planned)
+    monkeypatch.setattr("cmap_defense.training.plan.planned_images", planned)
     config = SMALL.replace(images=None, minutes=5.0, checkpoint_every=60)
     adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, held_out=data(6, 2), config=config)
     assert len(evaluated) == 1
-    given[0](None)
+    given[0]()
     assert len(evaluated) == 2
 
 

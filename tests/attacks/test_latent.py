@@ -13,7 +13,7 @@ from attack_toys import DOUBLE, NORMS, QUICK, SHAPE, labelled, precise, reachabl
 from cmap_defense import PurifiedClassifier
 from cmap_defense.attacks import Goal, LatentAttack, ThreatModel
 from cmap_defense.attacks.goal import margin
-from cmap_defense.attacks.latents import descend, excess, project_all
+from cmap_defense.attacks.latents import Searched, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from toys import noise, uniform
 
@@ -72,16 +72,18 @@ def test_descent_in_parts_is_adam_on_each_image(cuts: list[int]):
     target = noise(4, 1, *SHAPE, seed=2, dtype=DOUBLE)
     steps_seen: list[int] = []
 
-    def parts() -> Any:
-        edges = [sum(cuts[:n]) for n in range(len(cuts) + 1)]
-        return (slice(first, last) for first, last in itertools.pairwise(edges))
+    class Cut(Searched):
+        def parts(self) -> Any:
+            edges = [sum(cuts[:n]) for n in range(len(cuts) + 1)]
+            return (slice(first, last) for first, last in itertools.pairwise(edges))
 
     def loss(latents: Tensor, rows: slice, step: int) -> Tensor:
         steps_seen.append(step)
         return (1 + step) * (latents - target[rows]).pow(4).flatten(1).sum(dim=1)
 
     kept = begin.clone()
-    found = descend(begin, parts, loss, 5, lr=0.1, betas=(0.8, 0.95))
+    nothing: Any = None
+    found = Cut(nothing, begin, None, nothing).descend(loss, 5, lr=0.1, betas=(0.8, 0.95))
     assert steps_seen == [step for step in range(5) for _ in cuts]
     assert torch.equal(begin, kept)
     assert not found.requires_grad

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.classifier.class_labels import choose_class_labels
-from cmap_defense.cmap.optimise import LatentState, generate_in_chunks, optimise_latents
+from cmap_defense.cmap.objective import LatentObjective
+from cmap_defense.cmap.optimise import LatentState, optimise_latents
 from cmap_defense.errors import BackboneError, ClassifierError, InputTypeError, InputValueError, SettingsError
 from cmap_defense.purifiers.cmap import CMAP
 from toys import ToyBackbone, noise, uniform
@@ -243,7 +244,8 @@ def test_each_latent_is_optimised_under_its_own_label(max_parallel: int | None):
 def test_images_are_generated_under_their_own_labels(max_parallel: int | None):
     backbone, labels = double(), labels_of(3, 4)
     latents = noise(3, 4, *SHAPE, seed=2, dtype=torch.float64)
-    made = generate_in_chunks(backbone.generate, latents, max_parallel, labels)
+    options: Any = {"class_labels": labels, "max_parallel": max_parallel}
+    made = LatentObjective(backbone.generate, uniform(3, *SHAPE, seed=1), 4, QUICK, **options).images_of(latents)
     assert made.shape == latents.shape
     for b in range(3):
         for k in range(4):
@@ -264,7 +266,7 @@ def test_purifier_hands_the_labels_on_and_names_them():
     backbone, labels = ConditionalBackbone(), labels_of(2, 3)
     result = CMAP(QUICK)(backbone, images(2), seeds=torch.tensor([4, 5]), class_labels=labels)
     assert torch.equal(result.class_labels, labels)
-    made = generate_in_chunks(backbone.generate, result.latents, None, labels)
+    made = LatentObjective(backbone.generate, images(2), 3, QUICK, class_labels=labels).images_of(result.latents)
     torch.testing.assert_close(result.images, (made + 1) / 2, rtol=0, atol=1e-6)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.cmap.losses import latent_moments, latent_term, perceptual_terms
-from cmap_defense.cmap.optimise import LatentState, generate_in_chunks, optimise_latents
+from cmap_defense.cmap.objective import LatentObjective
+from cmap_defense.cmap.optimise import LatentState, optimise_latents
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
@@ -198,12 +199,13 @@ def test_history_holds_the_terms_and_moments_before_every_step():
             torch.testing.assert_close(getattr(history, name)[n], value, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_generate_in_chunks_is_generate_without_a_graph():
-    _, latents = case(2, 3)
+def test_the_images_of_latents_in_chunks_are_generate_without_a_graph():
+    targets, latents = case(2, 3)
     backbone = ToyBackbone(SHAPE)
     expected = backbone.generate(latents.flatten(0, 1)).view_as(latents).detach()
     for max_parallel in (None, 1, 4, 6):
-        images = generate_in_chunks(backbone.generate, latents, max_parallel)
+        objective = LatentObjective(backbone.generate, targets, 3, CMAPSettings(), max_parallel=max_parallel)
+        images = objective.images_of(latents)
         assert not images.requires_grad
         torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-6)
 

@@ -49,7 +49,7 @@ def score(
         backward=Backward(last=last, **backward),  # pyright: ignore[reportArgumentType]
         callback=callback,
     )
-    return (generate_with_gradient(GENERATOR.generate, latents, None, chunk) * WEIGHTS).sum()
+    return (generate_with_gradient(objective, latents, images) * WEIGHTS).sum()
 
 
 def slope(images: Tensor, settings: CMAPSettings, **options: object) -> float:
@@ -85,7 +85,7 @@ def test_one_latent_has_no_deviation_and_still_an_exact_gradient():
     def value(images: Tensor) -> Tensor:
         objective = LatentObjective(GENERATOR.generate, images, 1, settings)
         latents = unrolled_latents(objective, images, start, backward=Backward())
-        return (generate_with_gradient(GENERATOR.generate, latents, None, None) * WEIGHTS[:, :1]).sum()
+        return (generate_with_gradient(objective, latents, images) * WEIGHTS[:, :1]).sum()
 
     leaf = IMAGES.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(value(leaf), leaf)
@@ -103,7 +103,7 @@ def test_the_last_steps_alone_are_the_loop_from_the_state_before_them():
         late = LatentObjective(GENERATOR.generate, images, K, settings)
         switched = _Switching(early, late, settings.iterations - last)
         latents = unrolled_latents(switched, images, START, backward=Backward(last=last))  # pyright: ignore[reportArgumentType]
-        return (generate_with_gradient(GENERATOR.generate, latents, None, None) * WEIGHTS).sum()
+        return (generate_with_gradient(late, latents, images) * WEIGHTS).sum()
 
     with torch.no_grad():
         ends = [value(IMAGES + sign * 1e-6 * DIRECTION).item() for sign in (1, -1)]
@@ -212,7 +212,7 @@ def test_batch_of_images_is_each_image_alone():
         alone = IMAGES[b : b + 1].clone().requires_grad_()
         objective = LatentObjective(GENERATOR.generate, alone, K, settings)
         latents = unrolled_latents(objective, alone, START[b : b + 1], backward=Backward())
-        images = generate_with_gradient(GENERATOR.generate, latents, None, None)
+        images = generate_with_gradient(objective, latents, alone)
         (gradient,) = torch.autograd.grad((images * WEIGHTS[b : b + 1]).sum(), alone)
         torch.testing.assert_close(gradient[0], whole[b], rtol=1e-9, atol=1e-12)
 

@@ -99,8 +99,8 @@ def test_measuring_leaves_the_weights_and_the_folder_as_they_were(tmp_path: Path
     """Other work at checkpoints counts too, once it is warm; the model is in eval mode then."""
     made, seen = learner(config=OPEN.replace(minutes=1.0)), []
 
-    def beside(model: Any) -> None:
-        seen.append(model.training)
+    def beside(learner: Learner) -> None:
+        seen.append(learner.model.training)
         clock.now += 4.0 if len(seen) > 1 else 100.0
 
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}

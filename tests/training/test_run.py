@@ -166,12 +166,12 @@ def test_auto_is_the_precision_of_the_plan_or_what_the_device_multiplies_nativel
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: bool, plan: str | None, precision: str
 ) -> None:
     """A continued training keeps the precision of its checkpoint, on any device."""
-    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr("cmap_defense.training.plan.multiplies_bfloat16", lambda device: native)
     if plan is not None:
         (tmp_path / PLAN_FILE).write_text(plan)
     assert trained(tmp_path, config=AUTO).config == AUTO.replace(precision=precision)
     assert read_record(tmp_path / "backbone").training["train"]["precision"] == precision
-    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: not native)
+    monkeypatch.setattr("cmap_defense.training.plan.multiplies_bfloat16", lambda device: not native)
     assert trained(tmp_path, config=AUTO).config.precision == precision
 
 

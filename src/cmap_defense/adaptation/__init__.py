@@ -11,6 +11,4 @@ if TYPE_CHECKING:
 __all__ = ["AdaptationConfig", "Adapted", "adapt", "load_adapted"]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__, dict.fromkeys(("Adapted", "adapt", "load_adapted"), "cmap_defense.adaptation.run")
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, ".run")

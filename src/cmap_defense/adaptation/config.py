@@ -7,8 +7,6 @@ import dataclasses
 from cmap_defense.common.settings import setting
 from cmap_defense.training.config import TrainingConfig
 
-__all__ = ["DEFAULT_IMAGES", "AdaptationConfig"]
-
 DEFAULT_IMAGES = 200_000
 """Length of an adaptation for which neither ``images`` nor ``minutes`` is given."""
 

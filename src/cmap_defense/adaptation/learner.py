@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from cmap_defense.adaptation.config import AdaptationConfig
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.modules import evaluating
+from cmap_defense.common.modules import copied_state, evaluating, restoring
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import derived_seeds, draw_uniform, generator_for
 from cmap_defense.data import LabelledImages
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
 from cmap_defense.training.learner import Trainee, below
-
-__all__ = ["AdaptationLearner", "attacked_images"]
 
 AUGMENTATION, ORDER, NOISE, HELD_OUT = 0, 1, 2, 4
 """Streams of the generators of a step; ORDER is that of ``image_indices``, 3 that of dropout."""
@@ -59,7 +57,7 @@ class AdaptationLearner(Trainee):
             self.weights.values(), betas=config.betas, weight_decay=config.weight_decay, lr=config.learning_rate
         )
         self.scores: list[float] = []
-        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.best = copied_state(self.model)
         self.trained = [part for part in self.model.modules() if _learns(part)]
 
     def step(self, number: int) -> Tensor:
@@ -77,11 +75,9 @@ class AdaptationLearner(Trainee):
 
     def averaged(self) -> dict[str, Tensor]:
         """The state of the classifier with the averaged weights."""
-        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.averages[0].copy_to(self.model)
-        found = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(own)
-        return found
+        with restoring(self.model):
+            self.averages[0].copy_to(self.model)
+            return copied_state(self.model)
 
     def tensors(self) -> dict[str, Tensor]:
         found = super().tensors() | {f"best/{name}": tensor for name, tensor in self.best.items()}
@@ -120,11 +116,8 @@ class AdaptationLearner(Trainee):
             attacked = attacked_images(self.purified, images, labels, seeds, self.threat, self.config)
             shares = [(images, self.config.clean_weight), (attacked, 1 - self.config.clean_weight)]
         self._learning_mode()
-        total = torch.zeros((), device=self.device)
-        for shown, share in shares:
-            if share > 0:
-                total = total + share * self._loss(shown, labels, seeds)
-        loss = total / self.config.batch_size
+        losses = [share * self._loss(shown, labels, seeds) for shown, share in shares if share > 0]
+        loss = torch.stack(losses).sum() / self.config.batch_size
         loss.backward()
         return loss.detach()
 
@@ -154,22 +147,21 @@ class AdaptationLearner(Trainee):
 
     def evaluate(self) -> None:
         """Score the averaged weights on the held-out images, and keep the best ones."""
-        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        averaged = self.averaged()
-        self.model.load_state_dict(averaged)
-        score = self._score() if self.held_out is not None else float(len(self.scores))
-        self.model.load_state_dict(own)
+        averaged, score = self.averaged(), float(len(self.scores))
+        if self.held_out is not None:
+            with restoring(self.model):
+                self.model.load_state_dict(averaged)
+                score = self._score(self.held_out)
         if not self.scores or score > max(self.scores):
             self.best = averaged
         self.scores.append(score)
 
-    def _score(self) -> float:
+    def _score(self, held_out: LabelledImages) -> float:
         """Accuracy on the held-out images; with attacks the mean of the clean and the attacked one."""
-        assert self.held_out is not None
         right, size = 0.0, self.config.batch_size
         with evaluating(self.model):
-            for start in range(0, len(self.held_out), size):
-                part = self.held_out[start : start + size]
+            for start in range(0, len(held_out), size):
+                part = held_out[start : start + size]
                 images, labels = part.unit.to(self.device), part.labels.to(self.device)
                 seeds = derived_seeds(torch.arange(start, start + len(images)), HELD_OUT)
                 shown = [images]
@@ -180,7 +172,7 @@ class AdaptationLearner(Trainee):
                         found = self.purified.purify(x, seeds=derived_seeds(seeds, 1)).labels
                     assert found is not None
                     right += (found == labels).sum().item() / len(shown)
-        return right / len(self.held_out)
+        return right / len(held_out)
 
 
 def attacked_images(

@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
-from cmap_defense.common.modules import evaluating, multiplies_bfloat16, weights_of
+from cmap_defense.common.modules import evaluating, weights_of
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
@@ -33,9 +33,7 @@ from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import OneStep, Purifier
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.loop import TrainState, countdown, train
-from cmap_defense.training.plan import as_before, planned_images
-
-__all__ = ["RECORD_FILE", "WEIGHTS_FILE", "Adapted", "adapt", "load_adapted"]
+from cmap_defense.training.plan import settled
 
 WRAPPER = ("normalize", "inputs", "resize", "vote", "class_labels", "max_parallel", "out_of_range")
 """Options of ``PurifiedClassifier`` that ``adapt`` takes too."""
@@ -137,12 +135,9 @@ def adapt(
     threat = (threat or ThreatModel()) if adversarial else None
     model = copy.deepcopy(classifier).to(config.device)
     vars(model).pop("adapted_to", None)  # of an adaptation before this one
-    unit: dict[str, Any] = options | {
-        "inputs": "unit"
-    }  # as the training images are, whatever the classifier is used with later
-    purified = PurifiedClassifier(
-        model, backbone, purifier=purifier or OneStep(n_latents=1), gradient=Unrolled(), **unit
-    ).to(config.device)
+    # The training images are in [0, 1], whatever the classifier is used with later.
+    unit: dict[str, Any] = options | {"inputs": "unit", "gradient": Unrolled()}
+    purified = PurifiedClassifier(model, backbone, purifier=purifier or OneStep(n_latents=1), **unit).to(config.device)
     training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {
@@ -157,17 +152,12 @@ def adapt(
         "held_out": None if kept_back is None else _fingerprint(kept_back),
     }
     with ranks() as team, locked(folder, "training", CheckpointError, team):
-        config = cast(AdaptationConfig, as_before(config, folder, parts, team))
-        if config.precision == "auto":
-            native = team.shared(multiplies_bfloat16(config.device))
-            config = config.replace(precision="bfloat16" if native else "float32")
-        if config.images is None and seconds_left is not None:
-            trial = AdaptationLearner(purified, training, kept_back, threat, config, team)
-            config = config.replace(
-                images=planned_images(trial, folder, parts, seconds_left, lambda _: trial.evaluate())
-            )
-        config = config.replace(images=config.length)
-        learner = AdaptationLearner(purified, training, kept_back, threat, config, team)
+
+        def made(config: AdaptationConfig) -> AdaptationLearner:
+            return AdaptationLearner(purified, training, kept_back, threat, config, team)
+
+        config = settled(config, folder, parts, team, seconds_left, made, AdaptationLearner.evaluate)
+        learner = made(config)
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(Progress(config.steps, "adaptation")) if progress and team.rank == 0 else None
 

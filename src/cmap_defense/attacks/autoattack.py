@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates
+from cmap_defense.attacks.base import Candidates, GradientAttack
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.libraries import NORMS, LibraryModel, pyautoattack, require_tiles, undisturbed
-from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, require_gradient
+from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.common.rng import generator_for
 from cmap_defense.common.settings import setting
 from cmap_defense.errors import SettingsError
-from cmap_defense.gradients import GradientMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoAttack(Attack):
+class AutoAttack(GradientAttack):
     """AutoAttack (Croce and Hein 2020, arXiv 2003.01690, section 5; "rand" with EOT on two losses of APGD).
 
     It is ``AutoAttack`` of pyautoattack, the extra ``[attacks]``, run in rounds. The library believes one prediction
@@ -62,17 +61,9 @@ class AutoAttack(Attack):
     eot: int | None = setting(None, minimum=1)
     steps: int | None = setting(None, minimum=1)
     queries: int | None = setting(None, minimum=1)
-    gradient: GradientMode | None = None
     rounds: int = setting(3, minimum=1)
     confirmations: int = setting(3, minimum=1)
     batch_size: int | None = setting(None, minimum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_gradient("AutoAttack", self.gradient)
-
-    def differentiates_defence(self, model: Model) -> bool:
-        return differentiates_defence(self.gradient, model)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         if goal.targets is not None:

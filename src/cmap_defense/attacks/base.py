@@ -26,11 +26,14 @@ from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.common.settings import check_fields, require_integer, setting
-from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError, SettingsError
+from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError
+from cmap_defense.gradients import GradientMode
 from cmap_defense.threat import ThreatModel
 
 if TYPE_CHECKING:
     from cmap_defense.attacks.steps import PGD
+
+A_MODE = "an object such as StraightThrough()"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +125,7 @@ class Attack(NamedOptions, abc.ABC):
         SettingsError: a value is out of its range.
     """
 
-    threat: ThreatModel
+    threat: ThreatModel = setting(like="a ThreatModel such as ThreatModel(eps=8 / 255)")
     _: dataclasses.KW_ONLY
     restarts: int = setting(1, minimum=1)
     seed: int = setting(0, minimum=-(2**63))
@@ -145,11 +148,6 @@ class Attack(NamedOptions, abc.ABC):
     }
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threat, ThreatModel):
-            raise SettingsError(
-                f"{type(self).__name__}.threat must be a ThreatModel such as ThreatModel(eps=8 / 255), but is "
-                f"{self.threat!r}."
-            )
         check_fields(self)
 
     def __call__(
@@ -334,6 +332,23 @@ class Attack(NamedOptions, abc.ABC):
         default, where that is not known: the evaluation then measures it in the first work unit.
         """
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientAttack(Attack):
+    """Base of attacks that may search a purified classifier in another gradient mode than its own.
+
+    Args:
+        gradient: the gradient mode during the search; None for the classifier's own.
+    """
+
+    gradient: GradientMode | None = setting(None, like=A_MODE)
+
+    def differentiates_defence(self, model: Model) -> bool:
+        mode = self.gradient
+        if mode is None and isinstance(model, PurifiedClassifier):
+            mode = model.gradient
+        return mode is None or mode.differentiates_defence
 
 
 def _classes(name: str, given: Any, images: Tensor) -> Tensor:

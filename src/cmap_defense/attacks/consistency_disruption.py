@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates
 from cmap_defense.attacks.goal import CrossEntropy, Goal
-from cmap_defense.attacks.latents import Searched, descend, excess, project_all
+from cmap_defense.attacks.latents import Searched, excess, project_all
 from cmap_defense.attacks.oracle import Oracle
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.objective import objective_terms
@@ -73,7 +73,7 @@ class ConsistencyDisruption(Attack):
                 f"ConsistencyDisruption.steps must be more than the {settings.iterations} iterations of the "
                 f"purification, which are part of them, but is {self.steps}."
             )
-        oracle.check_classes(wrapper, clean)
+        oracle.wrapper(self, clean)  # checks the number of classes
         begin = wrapper.initial_latents(clean, seeds=oracle.next_noise())
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean), clean)
         small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
@@ -105,9 +105,8 @@ class ConsistencyDisruption(Attack):
                 return disrupted
             return disrupted + beta * self.penalty * excess(self.threat, images, own).sum(dim=1)
 
-        whole = (lambda: iter([slice(0, len(clean))])) if self.released else searched.parts
         adam = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-        latents = descend(begin, whole, loss, self.steps, **adam)
+        latents = searched.descend(loss, self.steps, whole=self.released, **adam)
         with torch.no_grad():
             images = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
         if self.released:

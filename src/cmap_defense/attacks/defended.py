@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.goal import Goal, Loss, Margin, VoteMargin, require_loss
+from cmap_defense.attacks.base import A_MODE
+from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin
 from cmap_defense.attacks.latents import LatentAttack
-from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to, require_gradient
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.voting import log_mean_probability
@@ -42,21 +43,15 @@ class ShortCMAP(StepAttack):
     needs_latents: ClassVar[bool] = True
 
     iterations: int = setting(10, minimum=1)
-    gradient: GradientMode = dataclasses.field(default_factory=Unrolled)
-    loss: Loss = dataclasses.field(default_factory=Margin)
+    gradient: GradientMode = setting(Unrolled(), like=A_MODE)
+    loss: Loss = setting(Margin(), like=A_LOSS)
     refresh: int | None = setting(None, minimum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_gradient("ShortCMAP", self.gradient, needed=True)
-        require_loss("ShortCMAP", self.loss)
 
     def differentiates_defence(self, model: Model) -> bool:
         return True
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
-        whole = oracle.wrapper(self)
-        oracle.check_classes(whole, clean)
+        whole = oracle.wrapper(self, clean)
         settings = whole.settings.replace(iterations=self.iterations)
         short = whole.variant(hooks=True, settings=settings, gradient=self.gradient)
         carried: list[Tensor] = []
@@ -105,15 +100,12 @@ class TargetSteer(StepAttack):
 
     needs_latents: ClassVar[bool] = True
 
-    target: LatentAttack | None = None
-    gradient: GradientMode = dataclasses.field(default_factory=lambda: Unrolled(last=5))
+    target: LatentAttack | None = setting(None, like="a LatentAttack")
+    gradient: GradientMode = setting(Unrolled(last=5), like=A_MODE)
     watched: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target is not None and not isinstance(self.target, LatentAttack):
-            raise SettingsError(f"TargetSteer.target must be a LatentAttack, but is {self.target!r}.")
-        require_gradient("TargetSteer", self.gradient, needed=True)
         if self.watched and not isinstance(self.gradient, Unrolled):
             raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
 
@@ -176,11 +168,7 @@ class FrozenResidual(StepAttack):
     every: int = setting(10, minimum=1)
     purifications: int = setting(4, minimum=1)
     memory: int | None = setting(None, minimum=1)
-    loss: Loss = dataclasses.field(default_factory=VoteMargin)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_loss("FrozenResidual", self.loss)
+    loss: Loss = setting(VoteMargin(), like=A_LOSS)
 
     def differentiates_defence(self, model: Model) -> bool:
         return True
@@ -189,8 +177,7 @@ class FrozenResidual(StepAttack):
         return self.restarts * math.ceil(self.steps / self.every) * self.purifications * model.purifier.passes
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
-        wrapper = oracle.wrapper(self)
-        oracle.check_classes(wrapper, clean)
+        wrapper = oracle.wrapper(self, clean)
         residuals: list[Tensor] = []
         steps = 0
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmap_defense.common.options import NamedOptions
-from cmap_defense.errors import SettingsError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,11 +66,7 @@ class Loss(NamedOptions, abc.ABC):
         """The loss [B] of each image, from logits [S, B, classes] of S evaluations with independent noise."""
 
 
-def require_loss(owner: str, loss: object, *, joint: bool = True) -> None:
-    """Raises ``SettingsError`` unless an attack's setting is a loss, and a joint one only where that is allowed."""
-    if not isinstance(loss, Loss) or (loss.joint and not joint):
-        choices = "CrossEntropy(), Margin() or VoteMargin()" if joint else "CrossEntropy() or Margin()"
-        raise SettingsError(f"{owner}.loss must be an object: {choices}, but is {loss!r}.")
+A_LOSS = "an object: CrossEntropy(), Margin() or VoteMargin()"
 
 
 @dataclasses.dataclass(frozen=True)

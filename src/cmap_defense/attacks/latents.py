@@ -44,9 +44,8 @@ class LatentSearch(Attack):
 
     def _searched(self, oracle: Oracle, clean: Tensor) -> Searched:
         """The wrapper with M latents per image, and the initial latents."""
-        own = oracle.wrapper(self)
+        own = oracle.wrapper(self, clean)
         wrapper = own.variant(settings=own.settings.replace(n_latents=self.latents))
-        oracle.check_classes(own, clean)
         labels = own.latent_class_labels(clean)
         if labels is not None:
             labels = labels[:, torch.arange(self.latents, device=labels.device) % labels.shape[1]]
@@ -114,7 +113,7 @@ class LatentAttack(LatentSearch):
             weight = self.penalty * self.growth ** (step / max(1, self.steps - 1))
             return weight * far + (self.confidence - lead).clamp_min(0)
 
-        descend(searched.begin, searched.parts, loss, self.steps, lr=self.learning_rate)
+        searched.descend(loss, self.steps, lr=self.learning_rate)
         return searched, best, highest, {"margin": margins.mean(dim=2), "excess": outside.mean(dim=2)}
 
 
@@ -162,7 +161,7 @@ class Overpowered(LatentSearch):
             hinges = (self.confidence - lead).clamp_min(0) + (self.confidence - gain).clamp_min(0)
             return self.penalty * far + hinges
 
-        latents = descend(searched.begin, searched.parts, loss, self.steps, lr=self.learning_rate)
+        latents = searched.descend(loss, self.steps, lr=self.learning_rate)
         with torch.no_grad():
             generated = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
         right, wrong = generated.split(self.latents, dim=1)
@@ -214,35 +213,24 @@ class Searched:
         size = count if self.wrapper.max_parallel is None else max(1, self.wrapper.max_parallel // per_image)
         return (slice(first, first + size) for first in range(0, count, max(1, size)))
 
+    def descend(
+        self, loss: Callable[[Tensor, slice, int], Tensor], steps: int, *, whole: bool = False, **adam: Any
+    ) -> Tensor:
+        """Latents [B, M, C, H, W] after steps of ``torch.optim.Adam``, with these options, from the initial ones.
 
-def descend(
-    begin: Tensor,
-    parts: Callable[[], Iterator[slice]],
-    loss: Callable[[Tensor, slice, int], Tensor],
-    steps: int,
-    **adam: Any,
-) -> Tensor:
-    """Minimise a loss over latents with Adam.
-
-    Args:
-        begin: [B, M, C, H, W], the initial latents.
-        parts: gives positions of images whose latents go through the backbone together, in a graph of their own.
-        loss: from latents [b, M, C, H, W] of a part, its positions and the step to losses, whose sum is minimised.
-        steps: number of steps.
-        adam: options of ``torch.optim.Adam``.
-
-    Returns:
-        Latents [B, M, C, H, W].
-    """
-    latents = begin.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([latents], **adam)
-    for step in range(steps):
-        with torch.enable_grad():
-            leaves = [(rows, latents.detach()[rows].requires_grad_()) for rows in parts()]
-            gradients = [torch.autograd.grad(loss(leaf, rows, step).sum(), leaf)[0] for rows, leaf in leaves]
-        latents.grad = torch.cat(gradients)
-        optimiser.step()
-    return latents.detach()
+        ``loss`` takes latents [b, M, C, H, W] of a part, its positions and the step, and the sum of what it returns is
+        minimised. Each part has a graph of its own; with ``whole`` the batch is one part.
+        """
+        latents = self.begin.detach().clone().requires_grad_()
+        optimiser = torch.optim.Adam([latents], **adam)
+        for step in range(steps):
+            parts = [slice(0, len(latents))] if whole else self.parts()
+            with torch.enable_grad():
+                leaves = [(rows, latents.detach()[rows].requires_grad_()) for rows in parts]
+                gradients = [torch.autograd.grad(loss(leaf, rows, step).sum(), leaf)[0] for rows, leaf in leaves]
+            latents.grad = torch.cat(gradients)
+            optimiser.step()
+        return latents.detach()
 
 
 def excess(threat: ThreatModel, images: Tensor, clean: Tensor) -> Tensor:

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates
+from cmap_defense.attacks.base import Attack, Candidates, GradientAttack
 from cmap_defense.attacks.goal import Goal, margin
-from cmap_defense.attacks.oracle import Model, Oracle, differentiates_defence, gradient_to, require_gradient
+from cmap_defense.attacks.oracle import Oracle, gradient_to
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.common.optional import optional_import
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.common.settings import setting
 from cmap_defense.errors import InputValueError, SettingsError
-from cmap_defense.gradients import GradientMode
 from cmap_defense.threat import ThreatModel
 
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -34,7 +33,7 @@ START = 0xA96D
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
+class APGD(GradientAttack):
     """APGD (Croce and Hein 2020, arXiv 2003.01690, Algorithm 1): the step size is halved where the loss stops rising.
 
     It is ``APGDAttack`` of pyautoattack, the extra ``[attacks]``. All images are attacked for all steps, those included
@@ -61,14 +60,6 @@ class APGD(Attack):
     steps: int = setting(100, minimum=1)
     eot: int = setting(1, minimum=1)
     loss: str = setting("ce", choices=("ce", "dlr"))
-    gradient: GradientMode | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_gradient("APGD", self.gradient)
-
-    def differentiates_defence(self, model: Model) -> bool:
-        return differentiates_defence(self.gradient, model)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         targeted = goal.targets is not None
@@ -193,13 +184,9 @@ def pyautoattack() -> Any:
 class LibraryModel:
     """A model for the library: images [M, C, H, W] to logits [M, classes], in float32.
 
-    Its backward pass reaches the images and nothing else: FAB calls ``backward``, which would leave gradients in the
-    model's weights.
-
-    Args:
-        model: images to logits.
-        clean: the images, for their precision.
-        classes: the number of classes that the library's losses need; in a call, ``SettingsError`` for fewer.
+    The inner model gets images in the precision of the ``clean`` ones. The backward pass reaches the images and nothing
+    else: FAB calls ``backward``, which would leave gradients in the model's weights. A call raises ``SettingsError``
+    where there are fewer than ``classes``, which the library's losses need.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], clean: Tensor, *, classes: int = 2) -> None:

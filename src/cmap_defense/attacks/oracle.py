@@ -96,19 +96,6 @@ def unit(gradient: Tensor) -> Tensor:
     return scaled / wide(scaled.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny))
 
 
-def differentiates_defence(gradient: GradientMode | None, model: Model) -> bool:
-    """Whether the gradient of a model in this mode, or in its own, goes through its own defence."""
-    if gradient is None and isinstance(model, PurifiedClassifier):
-        gradient = model.gradient
-    return gradient is None or gradient.differentiates_defence
-
-
-def require_gradient(owner: str, gradient: object, *, needed: bool = False) -> None:
-    """Raises ``SettingsError`` unless an attack's setting is a gradient mode, or None where none is needed."""
-    if not isinstance(gradient, GradientMode) and (needed or gradient is not None):
-        raise SettingsError(f"{owner}.gradient must be an object such as StraightThrough(), but is {gradient!r}.")
-
-
 def gradient_length(gradient: Tensor) -> Tensor:
     """The l2 norms [B] of gradients [B, C, H, W], which may be tiny or huge."""
     scaled, largest = by_largest(gradient)
@@ -178,11 +165,6 @@ class Oracle:
             warn_of_probabilities(self.model, logits)
         return checked
 
-    def check_classes(self, wrapper: PurifiedClassifier, clean: Tensor) -> None:
-        """Check the number of classes of the bare classifier on one image, for attacks that work on it."""
-        with torch.no_grad():
-            self.checked(wrapper.undefended(clean[:1]), len(clean[:1]))
-
     def checked(self, logits: Tensor, count: int) -> Tensor:
         """Logits [count, classes] of so many images, or an error that says what they are or which classes they lack."""
         logits = check_logits(logits, count)
@@ -241,9 +223,15 @@ class Oracle:
         """Set the count, after parts of the batch were counted separately."""
         self.evaluations[:] = [evaluations, evaluations]
 
-    def wrapper(self, attack: object) -> PurifiedClassifier:
-        """The model, for an attack that needs its latents or gradient modes. Raises ``SettingsError`` for any other."""
+    def wrapper(self, attack: object, clean: Tensor | None = None) -> PurifiedClassifier:
+        """The model, for an attack that needs its latents or gradient modes. Raises ``SettingsError`` for any other.
+
+        With ``clean`` images, for an attack on the bare classifier, the number of its classes is checked on one.
+        """
         if isinstance(self.model, PurifiedClassifier):
+            if clean is not None:
+                with torch.no_grad():
+                    self.checked(self.model.undefended(clean[:1]), len(clean[:1]))
             return self.model
         raise SettingsError(
             f"{type(attack).__name__} with these settings needs the latents or the gradient modes of a "

@@ -10,23 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates
-from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, Margin, require_loss
-from cmap_defense.attacks.oracle import (
-    Feedback,
-    Model,
-    Oracle,
-    by_largest,
-    differentiates_defence,
-    gradient_length,
-    require_gradient,
-    unit,
-    wide,
-)
+from cmap_defense.attacks.base import Attack, Candidates, GradientAttack
+from cmap_defense.attacks.goal import A_LOSS, CrossEntropy, Goal, Loss, Margin
+from cmap_defense.attacks.oracle import Feedback, Oracle, by_largest, gradient_length, unit, wide
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import require_number, setting
-from cmap_defense.gradients import GradientMode
+from cmap_defense.errors import SettingsError
 from cmap_defense.threat import ThreatModel, require_linf_size
 
 
@@ -120,7 +110,7 @@ class StepAttack(Attack):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PGD(StepAttack):
+class PGD(GradientAttack, StepAttack):
     """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1): ascent on a loss within the ball.
 
     On a purified classifier the gradient mode decides what the attack is. ``StraightThrough()`` makes it BPDA with EOT
@@ -141,16 +131,7 @@ class PGD(StepAttack):
 
     eot: int = setting(1, minimum=1)
     balanced: bool = setting(False)
-    loss: Loss = dataclasses.field(default_factory=CrossEntropy)
-    gradient: GradientMode | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_loss("PGD", self.loss)
-        require_gradient("PGD", self.gradient)
-
-    def differentiates_defence(self, model: Model) -> bool:
-        return differentiates_defence(self.gradient, model)
+    loss: Loss = setting(CrossEntropy(), like=A_LOSS)
 
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * self.eot
@@ -188,12 +169,13 @@ class SPSA(StepAttack):
     pairs: int = setting(32, minimum=1)
     common_noise: bool = setting(True)
     delta: float = 0.01
-    loss: Loss = dataclasses.field(default_factory=Margin)
+    loss: Loss = setting(Margin(), like="an object: CrossEntropy() or Margin()")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_linf_size("SPSA", "delta", self.delta, minimum=None, above=0.0)
-        require_loss("SPSA", self.loss, joint=False)
+        if self.loss.joint:
+            raise SettingsError(f"SPSA.loss must be an object: CrossEntropy() or Margin(), but is {self.loss!r}.")
 
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self.restarts * self.steps * 2 * self.pairs

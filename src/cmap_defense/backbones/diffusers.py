@@ -135,11 +135,8 @@ def is_diffusers(folder: str | os.PathLike[str]) -> bool:
 
 
 def describe_diffusers(folder: str | os.PathLike[str], name: str) -> BackboneRecord:
-    """The record of a pipeline's folder that has none of ours, from its configurations.
-
-    Raises:
-        BackboneFileError: a part is missing, or the pipeline is not a consistency model.
-    """
+    """The record of a pipeline's folder that has none of ours, from its configurations. Raises ``BackboneFileError``
+    where a part is missing, or the pipeline is not a consistency model."""
     folder = Path(folder)
     index, unet = _configuration(folder / INDEX), _configuration(folder / UNET_CONFIG)
     network, scheduler = UnscaledUNet.network_name, {}
@@ -179,14 +176,9 @@ def _image_shape(config: dict[str, Any]) -> Any:
 def read_unet(folder: str | os.PathLike[str], record: BackboneRecord, *, checked: bool = False) -> PipelineUNet:
     """The network of a pipeline's folder, its weights in float32, on the CPU.
 
-    Args:
-        folder: of the pipeline.
-        record: its network and its weights file.
-        checked: whether the record is a file's own, so that the configuration beside the weights has to agree with it.
-
-    Raises:
-        MissingExtraError: the diffusers library is not installed.
-        BackboneFileError: the weights are missing, cut off, hostile, or not those of the configuration.
+    With ``checked`` the record is a file's own, so that the configuration beside the weights has to agree with it.
+    Raises ``MissingExtraError``, or ``BackboneFileError`` for weights that are missing, cut off, hostile, or of another
+    one.
     """
     _library()
     path, usual = Path(folder) / record.weights_file, next(iter(WEIGHTS))
@@ -231,11 +223,8 @@ def _require_agreement(path: Path, config: dict[str, Any], record: BackboneRecor
 
 
 def save_pipeline(model: KarrasModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the pipeline of a model around a ``PipelineUNet`` into an existing folder.
-
-    Raises:
-        BackboneFileError: the disk takes no more.
-    """
+    """Write the pipeline of a model around a ``PipelineUNet`` into an existing folder, or raise
+    ``BackboneFileError``."""
     library = _library()
     assert isinstance(model.network, PipelineUNet)
     unet: Any = model.network.unet

@@ -93,16 +93,29 @@ class KarrasModel(nn.Module):
         self.num_classes = num_classes
         self.record: BackboneRecord | None = None
 
-    def _evaluate(
-        self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None, *, sigma_min: float
-    ) -> Tensor:
-        """c_skip x + c_out F(c_in x, ln(sigma) / 4): scalings in float32 at least, the network in its own precision."""
+    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """c_skip x + c_out F(c_in x, ln(sigma) / 4), not clipped: the estimate of the clean image behind ``noisy``.
+
+        Args:
+            noisy: x, [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.
+            sigma: noise level, a number or [B], positive; it was trained for those from sigma_min to sigma_max.
+            class_labels: [B] integers for a class-conditional model, None for another.
+
+        Returns:
+            [B, C, H, W], close to [-1, 1]; of a consistency model exactly ``noisy`` where sigma = sigma_min. The
+            scalings are computed in float32 at least, or the input's precision, the network in its own.
+
+        Raises:
+            InputValueError: labels are missing or out of range, or sigma is no noise level.
+            InputTypeError: labels are no integers.
+        """
         labels = check_class_labels(class_labels, len(noisy), self.num_classes, ranged=False)
         x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
         level = _levels(sigma, x)
         scalings = getattr(self.network, "scalings", boundary_scalings)  # a network that was trained with others has it
         broadcast = level[:, None, None, None]
-        c_skip, c_out, c_in = scalings(broadcast, sigma_data=self.noise.sigma_data, sigma_min=sigma_min)
+        lowest = self.noise.sigma_min if self.kind == "consistency" else 0.0
+        c_skip, c_out, c_in = scalings(broadcast, sigma_data=self.noise.sigma_data, sigma_min=lowest)
         scaled = (c_in * x).to(dtype_of(self.network) or x.dtype)
         raw = self.network(scaled, level.log() / 4, *(() if labels is None else (labels,)))
         return c_skip * x + c_out * raw.to(x.dtype)
@@ -122,9 +135,7 @@ def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
 class ConsistencyBackbone(KarrasModel):
     """A consistency model: any network F(x, noise_level) with the scalings around it.
 
-    Its arguments are those of ``KarrasModel``. The scalings are computed in float32 (or the input's precision
-    where that is higher); only the network runs in its own precision. Outputs have the input's precision, float32 at
-    least.
+    Its arguments are those of ``KarrasModel``. Outputs have the input's precision, float32 at least.
 
     Attributes:
         default_settings: the CMAP settings that its record names.
@@ -132,23 +143,6 @@ class ConsistencyBackbone(KarrasModel):
 
     kind = "consistency"
     default_settings: dict[str, Any] | None = None
-
-    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """f(x, sigma), not clipped: the model's estimate of the clean image behind ``noisy``.
-
-        Args:
-            noisy: [B, C, H, W] = image in [-1, 1] plus sigma times unit noise.
-            sigma: noise level, a number or [B], positive; it was trained for those from sigma_min to sigma_max.
-            class_labels: [B] integers for a class-conditional model, None for another.
-
-        Returns:
-            [B, C, H, W], close to [-1, 1]; exactly ``noisy`` where sigma = sigma_min.
-
-        Raises:
-            InputValueError: labels are missing or out of range, or sigma is no noise level.
-            InputTypeError: labels are no integers.
-        """
-        return self._evaluate(noisy, sigma, class_labels, sigma_min=self.noise.sigma_min)
 
     def generate(self, latents: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """G(u): one-step images in [-1, 1] from unit latents [B, C, H, W]. No gradient flows where the clip acts."""
@@ -158,15 +152,11 @@ class ConsistencyBackbone(KarrasModel):
 class EDMDenoiser(KarrasModel):
     """A denoiser D(x, sigma): the scalings with sigma_min = 0 (arXiv 2206.00364, eq. 7).
 
-    For purifiers that add noise and denoise. It has no one-step generator, so CMAP needs a level for it. Its arguments
-    are those of ``KarrasModel``.
+    For purifiers that add noise and denoise: ``denoise`` is the mean of all clean images behind the noisy one. It has
+    no one-step generator, so CMAP needs a level for it. Its arguments are those of ``KarrasModel``.
     """
 
     kind = "denoiser"
-
-    def denoise(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """The mean of all clean images behind ``noisy``; arguments and errors as for a consistency model's denoise."""
-        return self._evaluate(noisy, sigma, class_labels, sigma_min=0.0)
 
     def score(self, noisy: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """The gradient of the log density at noise level sigma: (D(x, sigma) - x) / sigma^2 (eq. 3 there)."""

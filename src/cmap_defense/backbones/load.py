@@ -79,12 +79,10 @@ def load_backbone(
 
 
 def resolve_backbone(source: str | os.PathLike[str], *, force: bool = False, weights: bool = True) -> Path:
-    """The local folder of ``source``, fetched first where it is not there; errors as of ``load_backbone``.
+    """The local folder of ``source``, fetched first where it is not there, or with ``force``; errors as of
+    ``load_backbone``.
 
-    Args:
-        source: a name, a folder or a Hub id.
-        force: fetch it even where it is there.
-        weights: False for the record alone, of a Hub id.
+    Without ``weights`` only the record of a Hub id is fetched.
     """
     text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     if not text:

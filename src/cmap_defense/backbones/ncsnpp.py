@@ -184,7 +184,7 @@ class Shrink(nn.Module):
 class Stage(nn.Module):
     """One residual block, and at some levels self-attention behind it."""
 
-    def __init__(self, block: ResidualBlock, attention: Attention | None) -> None:
+    def __init__(self, block: nn.Module, attention: nn.Module | None) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
@@ -230,9 +230,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).mT
-        q, k, v = self.query(tokens), self.key(tokens), self.value(tokens)
-        weights = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-        return _joined(x, self.project(weights @ v).mT.unflatten(2, x.shape[2:]), self.rescale)
+        mixed = attend(self.query(tokens), self.key(tokens), self.value(tokens))
+        return _joined(x, self.project(mixed).mT.unflatten(2, x.shape[2:]), self.rescale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [B, N, C] each, written out: it has a second derivative."""
+    return torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
 def _joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:

@@ -169,14 +169,10 @@ class Network:
 
 
 def refuse_other_network(network: nn.Module, other: nn.Module) -> None:
-    """Check that a network can take the weights of another one; their dropout may differ.
+    """Raises ``SettingsError`` unless a network, which may be on the device "meta", can take the weights of the other
+    one.
 
-    Args:
-        network: to receive the weights; it may be on the device "meta".
-        other: the network with the weights.
-
-    Raises:
-        SettingsError: their architectures differ; the message says in what.
+    Their dropout may differ; the message says what else does.
     """
     before, now = _architecture(other), _architecture(network)
     if before["network"] != now["network"]:  # whose settings have other names

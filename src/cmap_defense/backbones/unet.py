@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cmap_defense.backbones.ncsnpp import Stage, attend
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
@@ -114,26 +115,28 @@ class CompactUNet(nn.Module):
             nn.init.zeros_(self.classes.weight)
         self.enter = nn.Conv2d(pixels, config.channels[0], 3, padding=1)
 
+        def stage(inputs: int, outputs: int, attend: bool) -> Stage:
+            block = ResidualBlock(inputs, outputs, config.embedding, config.dropout)
+            return Stage(block, SelfAttention(outputs, config.head_channels) if attend else None)
+
         self.down = nn.ModuleList()
         skips = [config.channels[0]]
         width = config.channels[0]
         for level, channels in enumerate(config.channels):
             for _ in range(config.blocks):
-                self.down.append(Stage(width, channels, config, attend=config.attention[level]))
+                self.down.append(stage(width, channels, config.attention[level]))
                 width = channels
                 skips.append(width)
             if level + 1 < len(config.channels):
                 self.down.append(Downsample(width))
                 skips.append(width)
 
-        self.middle = nn.ModuleList(
-            [Stage(width, width, config, attend=True), Stage(width, width, config, attend=False)]
-        )
+        self.middle = nn.ModuleList(stage(width, width, attend) for attend in (True, False))
 
         self.up = nn.ModuleList()
         for level, channels in reversed(list(enumerate(config.channels))):
             for _ in range(config.blocks + 1):
-                self.up.append(Stage(width + skips.pop(), channels, config, attend=config.attention[level]))
+                self.up.append(stage(width + skips.pop(), channels, config.attention[level]))
                 width = channels
             if level > 0:
                 self.up.append(Upsample(width))
@@ -182,19 +185,6 @@ class NoiseEmbedding(nn.Module):
         return F.silu(self.second(F.silu(self.first(features))))
 
 
-class Stage(nn.Module):
-    """One residual block, and at some levels self-attention behind it."""
-
-    def __init__(self, inputs: int, outputs: int, config: CompactUNetConfig, *, attend: bool) -> None:
-        super().__init__()
-        self.block = ResidualBlock(inputs, outputs, config.embedding, config.dropout)
-        self.attention = SelfAttention(outputs, config.head_channels) if attend else None
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        h = self.block(h, embedding)
-        return h if self.attention is None else self.attention(h)
-
-
 class ResidualBlock(nn.Module):
     """h + conv(modulated norm(conv(norm h))), the last convolution starting at zero."""
 
@@ -232,8 +222,7 @@ class SelfAttention(nn.Module):
         q, k, v = rearrange(
             self.project_in(self.norm(x)), "b (three heads c) y x -> three (b heads) (y x) c", three=3, heads=self.heads
         )
-        weights = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-        mixed = rearrange(weights @ v, "(b heads) (y x) c -> b (heads c) y x", heads=self.heads, y=x.shape[2])
+        mixed = rearrange(attend(q, k, v), "(b heads) (y x) c -> b (heads c) y x", heads=self.heads, y=x.shape[2])
         return x + self.project_out(mixed)
 
 

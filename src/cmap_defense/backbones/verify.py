@@ -110,12 +110,11 @@ def verify_backbone(source: str | os.PathLike[str], *, remember: bool = True) ->
 
 def _boundary_error_and_images(model: KarrasModel) -> tuple[float | None, Tensor]:
     """The largest |f(x, sigma_min) - x|, and 4 images: of the generator, or of one denoising from half the range."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((4, *model.image_shape), generator=generator)
+    noise = torch.randn((4, *model.image_shape), generator=torch.Generator().manual_seed(0))
     labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
     with torch.no_grad():
         if not isinstance(model, ConsistencyBackbone):
-            return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)  # pyright: ignore[reportCallIssue]
+            return None, model.denoise(model.noise.sigma_max / 2 * noise, model.noise.sigma_max / 2, labels)
         at_rest = model.denoise(noise, model.noise.sigma_min, labels)
         return (at_rest - noise).abs().max().item(), model.generate(noise, labels)
 

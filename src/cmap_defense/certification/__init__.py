@@ -23,15 +23,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "CertificationResult": "cmap_defense.certification.results",
-            "Cost": "cmap_defense.certification.run",
-            "SmoothedClassifier": "cmap_defense.certification.smoothed",
-            "certified_radii": "cmap_defense.certification.bounds",
-            "certify": "cmap_defense.certification.run",
-            "expected_cost": "cmap_defense.certification.run",
-            "lower_bounds": "cmap_defense.certification.bounds",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, ".bounds", ".results", ".smoothed", ".run")

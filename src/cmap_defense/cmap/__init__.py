@@ -28,15 +28,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        dict.fromkeys(
-            ("ObjectiveTerms", "latent_moments", "latent_term", "perceptual_terms"), "cmap_defense.cmap.losses"
-        )
-        | dict.fromkeys(("LatentState", "optimise_latents"), "cmap_defense.cmap.optimise")
-        | {"SSIMReference": "cmap_defense.cmap.ssim"}
-        | dict.fromkeys(
-            ("count_votes", "log_mean_probability", "majority_label", "vote_logits", "vote_margin"),
-            "cmap_defense.cmap.voting",
-        ),
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, ".losses", ".optimise", ".ssim", ".voting")

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cmap_defense.cmap.settings import CMAPSettings
 
-__all__ = ["AdamState", "adam_step"]
-
 
 @dataclasses.dataclass(frozen=True)
 class AdamState:

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmap_defense.cmap.objective import LatentObjective
-
-__all__ = ["ImplicitReport", "LinearSolve", "implicit_latents"]
+from cmap_defense.common.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +31,10 @@ class LinearSolve:
         l1_smoothing: d of L1 in the second derivatives.
     """
 
-    iterations: int = 20
-    tolerance: float = 1e-3
-    damping: float = 0.1
-    l1_smoothing: float = 0.05
+    iterations: int = setting(20, minimum=1)
+    tolerance: float = setting(1e-3, minimum=0.0)
+    damping: float = setting(0.1, minimum=0.0)
+    l1_smoothing: float = setting(0.05, minimum=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ from torch import Tensor
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 
-__all__ = ["ObjectiveTerms", "combine_terms", "latent_moments", "latent_term", "perceptual_terms"]
-
 TINY_VARIANCE = 1e-20
 """Below this variance the standard deviation is taken as constant: its derivative at 0 does not exist."""
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from cmap_defense.common.modules import dtype_of
 from cmap_defense.common.passes import not_counting
 
-__all__ = ["bytes_per_latent", "default_max_parallel"]
-
 SHARE_OF_FREE_MEMORY = 0.6
 CPU_BUDGET = 2 * 2**30
 """On a CPU free memory says little; chunks stay within 2 GiB, which costs no speed."""
@@ -29,13 +27,7 @@ def bytes_per_latent(
     """Memory that one more latent takes in forward and backward, from what autograd keeps for three and for two.
 
     The difference leaves out the weights, of which autograd keeps views and casts. The losses and Adam take little
-    besides.
-
-    Args:
-        generate: the network, latents [B, C, H, W] to images.
-        image_shape: (C, H, W).
-        device: where it is.
-        conditional: ``generate`` takes class labels as well.
+    besides. Arguments as for ``default_max_parallel``.
     """
     kept = [_kept_bytes(generate, torch.zeros((n, *image_shape), device=device), conditional) for n in (2, 3)]
     return max(1, int(WORKSPACE * (kept[1] - kept[0])))

@@ -18,15 +18,6 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
 
-__all__ = [
-    "Generate",
-    "LatentObjective",
-    "around_inputs",
-    "generate_in_chunks",
-    "latent_chunks",
-    "objective_terms",
-]
-
 Generate = Callable[..., Tensor]
 """Unit latents [M, C, H, W] to images [M, C, H, W] in [-1, 1].
 
@@ -43,6 +34,7 @@ class _Chunk:
     reference: SSIMReference
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LatentObjective:
     """L of eq. 9 for images [B, C, H, W] and their K latents.
 
@@ -60,43 +52,31 @@ class LatentObjective:
         InputValueError: the labels do not fit.
     """
 
-    def __init__(
-        self,
-        generate: Generate,
-        images: Tensor,
-        n_latents: int,
-        settings: CMAPSettings,
-        *,
-        class_labels: Tensor | None = None,
-        max_parallel: int | None = None,
-        fast: Generate | None = None,
-    ) -> None:
-        self.generate, self.fast = generate, fast
-        self.images = images.detach()
-        self.settings = settings
-        self.shape = (len(images), n_latents)
-        self.class_labels = class_labels
-        if class_labels is not None and tuple(class_labels.shape) != self.shape:
+    generate: Generate
+    images: Tensor
+    n_latents: int
+    settings: CMAPSettings
+    _: dataclasses.KW_ONLY
+    class_labels: Tensor | None = None
+    max_parallel: int | None = None
+    fast: Generate | None = None
+
+    def __post_init__(self) -> None:
+        self.images = self.images.detach()
+        self.shape = (len(self.images), self.n_latents)
+        if self.class_labels is not None and tuple(self.class_labels.shape) != self.shape:
             raise InputValueError(
-                f"Class labels must be [B, K] = {list(self.shape)}, but are {list(class_labels.shape)}."
+                f"Class labels must be [B, K] = {list(self.shape)}, but are {list(self.class_labels.shape)}."
             )
-        self.chunk = max_parallel or max(1, math.prod(self.shape))
+        self.chunk = self.max_parallel or max(1, math.prod(self.shape))
         reference = SSIMReference.of(self.images)
-        owners = torch.arange(len(images), device=images.device).repeat_interleave(n_latents)
+        owners = torch.arange(len(self.images), device=self.images.device).repeat_interleave(self.n_latents)
         self._chunks = [_Chunk(part, reference.take(part)) for part in owners.split(self.chunk)]
 
     def take(self, rows: Tensor) -> LatentObjective:
         """The objective of the images at positions ``rows``."""
         labels = None if self.class_labels is None else self.class_labels[rows]
-        return LatentObjective(
-            self.generate,
-            self.images[rows],
-            self.shape[1],
-            self.settings,
-            class_labels=labels,
-            max_parallel=self.chunk,
-            fast=self.fast,
-        )
+        return dataclasses.replace(self, images=self.images[rows], class_labels=labels)
 
     def gradient(self, latents: Tensor, *, keep_images: bool = False) -> tuple[ObjectiveTerms, Tensor, Tensor]:
         """The terms at latents [B, K, C, H, W], d(K L)/du, and G(u) where ``keep_images``; all without a graph.
@@ -170,6 +150,12 @@ class LatentObjective:
             (product,) = torch.autograd.grad(pull, leaf, along)
         return torch.cat(products).view_as(latents) + product, to_all
 
+    def images_of(self, latents: Tensor) -> Tensor:
+        """G(u), [B, K, C, H, W] in [-1, 1], of latents [B, K, C, H, W], without a graph."""
+        with torch.no_grad():
+            chunks = latent_chunks(latents, self.class_labels, self.chunk, self.inputs)
+            return torch.cat([self.generate(*given) for given in chunks]).to(latents.dtype).unflatten(0, self.shape)
+
     @property
     def _latent_weight(self) -> float:
         return self.shape[1] * self.settings.latent_weight
@@ -202,15 +188,8 @@ def objective_terms(
     *,
     l1_smoothing: float | None = None,
 ) -> ObjectiveTerms:
-    """The terms of eq. 9, differentiable in latents, generated images and images.
-
-    Args:
-        latents: [B, K, C, H, W].
-        generated: G of them, [B, K, C, H, W] in [-1, 1].
-        images: [B, C, H, W] in [0, 1].
-        settings: the constants.
-        l1_smoothing: of L1; None for the settings'.
-    """
+    """The terms of eq. 9, differentiable in latents [B, K, C, H, W], their images ``generated`` [B, K, C, H, W] in
+    [-1, 1], and images [B, C, H, W] in [0, 1]; ``l1_smoothing`` is that of the settings where it is None."""
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
     reference = SSIMReference.of(images).take(owners)
@@ -222,16 +201,10 @@ def objective_terms(
 def latent_chunks(
     latents: Tensor, class_labels: Tensor | None, max_parallel: int | None, inputs: Tensor | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """The arguments of ``Generate``, chunk by chunk.
+    """The arguments of ``Generate``, chunk by chunk, ``max_parallel`` latents in each, or all.
 
-    Args:
-        latents: [B, K, C, H, W].
-        class_labels: [B, K] integers, or None for a backbone that takes none.
-        max_parallel: latents in one chunk; None for all B K.
-        inputs: [B, C, H, W], the images that those of latents depend on, or None.
-
-    Returns:
-        For each chunk the latents [m, C, H, W], their inputs [m, C, H, W] and their labels [m], those that there are.
+    They are the latents [m, C, H, W], and where there are some, the images [m, C, H, W] of ``inputs`` [B, C, H, W] that
+    theirs depend on, and their labels [m].
     """
     size = max_parallel or max(1, latents.shape[0] * latents.shape[1])
     given = [latents.flatten(0, 1)]
@@ -240,31 +213,6 @@ def latent_chunks(
     if class_labels is not None:
         given.append(class_labels.flatten())
     return list(zip(*(part.split(size) for part in given), strict=True))
-
-
-def generate_in_chunks(
-    generate: Generate,
-    latents: Tensor,
-    max_parallel: int | None,
-    class_labels: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> Tensor:
-    """The images of latents, without a graph.
-
-    Args:
-        generate: the generator.
-        latents: [B, K, C, H, W].
-        max_parallel: latents per call of ``generate``; None for all B K at once.
-        class_labels: [B, K] integers, or None for a backbone that takes none.
-        inputs: [B, C, H, W] in [0, 1], the images that those of latents depend on; None where the settings have no
-            level.
-
-    Returns:
-        Images [B, K, C, H, W] in [-1, 1].
-    """
-    with torch.no_grad():
-        images = [generate(*given) for given in latent_chunks(latents, class_labels, max_parallel, inputs)]
-    return torch.cat(images).to(latents.dtype).unflatten(0, latents.shape[:2])
 
 
 def around_inputs(denoise: Callable[..., Tensor], level: float) -> Generate:

@@ -16,24 +16,11 @@ from torch import Tensor
 
 from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.losses import ObjectiveTerms
-from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks
+from cmap_defense.cmap.objective import Generate, LatentObjective
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.stopping import Predict, Stopping
 from cmap_defense.errors import BackboneError, InputValueError
 from cmap_defense.results import History
-
-__all__ = [
-    "Callback",
-    "Generate",
-    "LatentState",
-    "LoopState",
-    "check_replaced",
-    "generate_in_chunks",
-    "history_of",
-    "minimise",
-    "optimise_latents",
-    "run_loop",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +83,7 @@ def optimise_latents(
         InputValueError: images and latents do not fit each other.
         BackboneError: ``generate`` returned another shape, something without a gradient, or values that are not finite.
     """
-    if (
-        latents.ndim != 5
-        or images.ndim != 4
-        or latents.shape[0] != images.shape[0]
-        or latents.shape[2:] != images.shape[1:]
-    ):
+    if latents.ndim != 5 or images.ndim != 4 or (len(latents), *latents.shape[2:]) != tuple(images.shape):
         raise InputValueError(
             "Latents must be [B, K, C, H, W] for images [B, C, H, W], "
             f"but are {list(latents.shape)} for {list(images.shape)}."

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmap_defense.cmap.objective import LatentObjective, generate_in_chunks
+from cmap_defense.cmap.objective import LatentObjective
 from cmap_defense.cmap.optimise import Callback, history_of, minimise
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
 from cmap_defense.errors import BackboneError
 from cmap_defense.results import History, PurificationResult
-
-__all__ = ["LatentProblem"]
 
 RANGE_TOLERANCE = 1e-2
 """How far outside [-1, 1] a backbone's images may be, for the rounding of half precision."""
@@ -43,45 +41,18 @@ class LatentProblem:
         """The loop as it is, without a graph."""
         with torch.autocast(self.start.device.type, enabled=False):  # the backbone alone gets the caller's autocast
             found, history = minimise(self.objective, self.start, callback=callback, predict=self.predict)
-            problem = self.objective
-            generated = generate_in_chunks(problem.generate, found, problem.chunk, problem.class_labels, problem.inputs)
-        return self.result(found, generated, history)
+            return self.result(found, self.objective.images_of(found), history)
 
     def generate(self, latents: Tensor) -> Tensor:
         """The images [B, K, C, H, W] in [-1, 1] of latents, differentiable once in both latents and ``images``."""
-        problem = self.objective
-        inputs = None if problem.inputs is None else self.images
-        return generate_with_gradient(problem.generate, latents, problem.class_labels, problem.chunk, inputs)
+        return generate_with_gradient(self.objective, latents, self.images)
 
-    def unrolled(
-        self,
-        backward: Backward,
-        *,
-        callback: Callback | None = None,
-        live: Callback | None = None,
-        live_at: Callable[[int], bool] = lambda iteration: True,
-    ) -> PurificationResult:
-        """The same with a gradient to the images.
-
-        Args:
-            backward: how it is taken.
-            callback: as for ``unrolled_latents``.
-            live: as there.
-            live_at: as there.
-        """
+    def unrolled(self, backward: Backward, **hooks: Any) -> PurificationResult:
+        """The same with a gradient to the images, taken as ``backward`` says; hooks as for ``unrolled_latents``."""
         objective, rows = self.objective, []
+        options: dict[str, Any] = {"backward": backward, "rows": rows, "predict": self.predict, **hooks}
         with torch.autocast(self.start.device.type, enabled=False):
-            latents = unrolled_latents(
-                objective,
-                self.images,
-                self.start,
-                backward=backward,
-                callback=callback,
-                live=live,
-                live_at=live_at,
-                rows=rows,
-                predict=self.predict,
-            )
+            latents = unrolled_latents(objective, self.images, self.start, **options)
             history = history_of(rows, latents.detach(), objective.settings)
             return self.result(latents, self.generate(latents), history)
 

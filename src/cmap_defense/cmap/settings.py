@@ -13,8 +13,6 @@ from typing_extensions import Self
 from cmap_defense.common.settings import Settings, near_matches, require_integer, setting
 from cmap_defense.errors import UnknownNameError
 
-__all__ = ["PRESETS", "CMAPSettings"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CMAPSettings(Settings):

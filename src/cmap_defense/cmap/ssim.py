@@ -13,8 +13,6 @@ import torch
 from pytorch_msssim import SSIM
 from torch import Tensor
 
-__all__ = ["SSIMReference"]
-
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 
@@ -66,6 +64,4 @@ def _filter_matrix(size: int, like: Tensor) -> Tensor:
     offset = torch.arange(size, device=like.device)[None, :] - torch.arange(size, device=like.device)[:, None]
     offset = offset + WINDOW_SIZE // 2
     inside = (offset >= 0) & (offset < WINDOW_SIZE)
-    return torch.where(
-        inside, window[offset.clamp(0, WINDOW_SIZE - 1)], torch.zeros((), dtype=like.dtype, device=like.device)
-    )
+    return torch.where(inside, window[offset.clamp(0, WINDOW_SIZE - 1)], 0)

@@ -13,8 +13,6 @@ from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.errors import SettingsError
 
-__all__ = ["Predict", "Stopping"]
-
 Predict = Callable[[Tensor], Tensor]
 """Images [M, C, H, W] in [0, 1], of the backbone's size, to labels [M]."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmap_defense.cmap.adam import AdamState, adam_step
-from cmap_defense.cmap.objective import Generate, LatentObjective, generate_in_chunks, latent_chunks, objective_terms
+from cmap_defense.cmap.objective import LatentObjective, latent_chunks, objective_terms
 from cmap_defense.cmap.optimise import Callback, HistoryRow, LatentState, LoopState, check_replaced, put, run_loop
 from cmap_defense.cmap.stopping import Predict, Stopping
-
-__all__ = ["Backward", "generate_with_gradient", "unrolled_latents"]
+from cmap_defense.common.settings import setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +32,16 @@ class Backward:
 
     Attributes:
         last: steps to go back through, from an image's last; None for all.
-        l1_smoothing: d of L1 in the second derivatives.
         checkpoint: keep the states of about sqrt(N) steps and compute the others again, instead of keeping all N.
+        l1_smoothing: d of L1 in the second derivatives.
         max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many
             times its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
     """
 
-    last: int | None = None
-    l1_smoothing: float = 0.05
-    checkpoint: bool = True
-    max_growth: float | None = None
+    last: int | None = setting(None, minimum=1)
+    checkpoint: bool = setting(True)
+    l1_smoothing: float = setting(0.05, minimum=0.0)
+    max_growth: float | None = setting(None, above=0.0)
 
 
 def unrolled_latents(
@@ -86,7 +85,7 @@ def unrolled_latents(
             break
         if begin in stops:
             assert live is not None
-            latents = _called(live, objective, images, latents, begin, backward.l1_smoothing, stopping.rows(begin))
+            latents = _called(live, objective, images, latents, begin, backward, stopping.rows(begin))
         if begin < head and not latents.requires_grad:
             state = LoopState(latents, AdamState(begin, first, second))
             state = run_loop(objective, state, end - begin, stopping, callback=callback, rows=rows)
@@ -103,7 +102,7 @@ def _called(
     images: Tensor,
     whole: Tensor,
     iteration: int,
-    smoothing: float,
+    backward: Backward,
     rows: Tensor | None,
 ) -> Tensor:
     """The latents of the batch after a live hook: its own, of the images at ``rows``, where it returned some."""
@@ -112,14 +111,8 @@ def _called(
         objective, images, latents, indices = objective.take(rows), images[rows], whole[rows], rows
     with torch.enable_grad():
         inside = latents if latents.requires_grad else latents.detach().requires_grad_()
-        generated = generate_with_gradient(
-            objective.generate,
-            inside,
-            objective.class_labels,
-            objective.chunk,
-            None if objective.inputs is None else images,
-        )
-        smoothing = max(smoothing, objective.settings.l1_smoothing)
+        generated = generate_with_gradient(objective, inside, images)
+        smoothing = max(backward.l1_smoothing, objective.settings.l1_smoothing)
         terms = objective_terms(inside, generated, images, objective.settings, l1_smoothing=smoothing)
         replaced = live(LatentState(iteration, inside, generated, terms, images, indices))
         if replaced is None:
@@ -128,20 +121,10 @@ def _called(
         return replaced if rows is None else put(whole, rows, replaced)
 
 
-def generate_with_gradient(
-    generate: Generate, latents: Tensor, class_labels: Tensor | None, chunk: int | None, inputs: Tensor | None = None
-) -> Tensor:
-    """The images of latents, differentiable once; memory holds the graph of one chunk, in the backward pass.
-
-    Args:
-        generate: the generator.
-        latents: [B, K, C, H, W].
-        class_labels: [B, K] integers, or None for a backbone that takes none.
-        chunk: latents per call of ``generate``; None for all.
-        inputs: [B, C, H, W] in [0, 1] with their graph, where the images depend on them; None where they do not.
-    """
-    size = chunk or max(1, latents.shape[0] * latents.shape[1])
-    return _Generate.apply(latents, inputs, generate, class_labels, size)
+def generate_with_gradient(objective: LatentObjective, latents: Tensor, images: Tensor) -> Tensor:
+    """The images [B, K, C, H, W] in [-1, 1] of latents, differentiable once in both; memory holds the graph of one
+    chunk, in the backward pass. ``images`` are those of the objective, with their graph."""
+    return _Generate.apply(latents, None if objective.inputs is None else images, objective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +139,14 @@ class _Plan:
     stopping: Stopping
     callback: Callback | None
     rows: list[HistoryRow] | None
+
+    def run(self, start: Sequence[Tensor], stopping: Stopping, **watched: Any) -> tuple[LoopState, list[_Visited]]:
+        """The segment from (u, m, v): its end, and what it went through."""
+        visited: list[_Visited] = []
+        latents, first, second = (tensor.detach() for tensor in start)
+        entry = LoopState(latents, AdamState(self.begin, first, second))
+        watched["visit"] = lambda *seen: visited.append(_Visited(*seen))
+        return run_loop(self.objective, entry, self.steps, stopping, **watched), visited
 
     def counts(self) -> bool:
         """Whether the way back goes through a step of this segment."""
@@ -189,21 +180,12 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, first: Tensor, second: Tensor, images: Tensor, plan: _Plan) -> Any:
-        visited: list[_Visited] = []
-        entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
-        end = run_loop(
-            plan.objective,
-            entry,
-            plan.steps,
-            plan.stopping,
-            callback=plan.callback,
-            rows=plan.rows,
-            visit=_collect(visited),
-        )
+        start = (latents, first, second)
+        end, visited = plan.run(start, plan.stopping, callback=plan.callback, rows=plan.rows)
         ctx.plan = plan
         ctx.replaced = {v.state.adam.step: v.state.latents for v in visited if v.replaced}
         ctx.visited = None if plan.backward.checkpoint else visited
-        ctx.save_for_backward(latents, first, second)
+        ctx.save_for_backward(*start)
         return end.latents.view_as(end.latents), end.adam.first, end.adam.second
 
     @staticmethod
@@ -219,12 +201,8 @@ class _Segment(torch.autograd.Function):
             return (*cotangents, None, None)
         visited = ctx.visited
         if visited is None:
-            latents, first, second = ctx.saved_tensors
-            visited = []
-            entry = LoopState(latents.detach(), AdamState(plan.begin, first.detach(), second.detach()))
-            again = _replay(ctx.replaced) if ctx.replaced else None
-            decided = plan.stopping.decided()
-            run_loop(plan.objective, entry, plan.steps, decided, callback=again, visit=_collect(visited))
+            again = (lambda state: ctx.replaced.get(state.iteration)) if ctx.replaced else None
+            _, visited = plan.run(ctx.saved_tensors, plan.stopping.decided(), callback=again)
         to_images = torch.zeros_like(plan.objective.images)
         for step in reversed(visited):
             cotangents = _back(plan, step.last(plan.stopping, plan.backward.last), cotangents, to_images)
@@ -291,40 +269,22 @@ class _Generate(torch.autograd.Function):
     """The images of latents, their graph made again in the backward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(
-        ctx: Any, latents: Tensor, inputs: Tensor | None, generate: Generate, labels: Tensor | None, chunk: int
-    ) -> Tensor:
-        ctx.generate, ctx.labels, ctx.chunk = generate, labels, chunk
+    def forward(ctx: Any, latents: Tensor, inputs: Tensor | None, objective: LatentObjective) -> Tensor:
+        ctx.objective = objective
         ctx.save_for_backward(latents, inputs)
-        return generate_in_chunks(generate, latents.detach(), chunk, labels, inputs)
+        return objective.images_of(latents.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        latents, inputs = ctx.saved_tensors
+        (latents, inputs), objective = ctx.saved_tensors, ctx.objective
         differentiated = 1 if inputs is None else 2
         gradients = []
-        parts = cotangents[0].flatten(0, 1).split(ctx.chunk)
-        for given, part in zip(latent_chunks(latents, ctx.labels, ctx.chunk, inputs), parts, strict=True):
+        chunks = latent_chunks(latents, objective.class_labels, objective.chunk, inputs)
+        for given, part in zip(chunks, cotangents[0].flatten(0, 1).split(objective.chunk), strict=True):
             with torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in given[:differentiated]]
-                images = ctx.generate(*leaves, *given[differentiated:])
+                images = objective.generate(*leaves, *given[differentiated:])
                 gradients.append(torch.autograd.grad(images, leaves, part.to(images.dtype)))
         to_latents, *to_inputs = (torch.cat(column).view_as(latents) for column in zip(*gradients, strict=True))
-        return to_latents, to_inputs[0].sum(dim=1) if to_inputs else None, None, None, None
-
-
-def _collect(visited: list[_Visited]) -> Callable[[LoopState, Tensor, bool, Tensor | None], None]:
-    def visit(*seen: Any) -> None:
-        visited.append(_Visited(*seen))
-
-    return visit
-
-
-def _replay(replaced: dict[int, Tensor]) -> Callback:
-    """A callback that repeats what one returned before, without calling it again."""
-
-    def again(state: LatentState) -> Tensor | None:
-        return replaced.get(state.iteration)
-
-    return again
+        return to_latents, to_inputs[0].sum(dim=1) if to_inputs else None, None

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["count_votes", "log_mean_probability", "majority_label", "nearest_voter", "vote_logits", "vote_margin"]
-
 LIFT = 1e-3
 """How far above the rest the majority label's logit is lifted where it is not on top."""
 

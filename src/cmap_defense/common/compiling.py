@@ -11,8 +11,6 @@ from torch import Tensor
 
 from cmap_defense.errors import CompileWarning
 
-__all__ = ["StepCompiler"]
-
 
 class StepCompiler:
     """Compiles functions of images that are differentiated once. Copies and pickles of it start anew."""
@@ -23,15 +21,11 @@ class StepCompiler:
         self._failed = False
 
     def __call__(self, function: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
-        """The function, compiled for batches of ``size``; smaller ones are padded with their last image.
+        """The function, compiled for batches of ``size`` at most; smaller ones are padded with their last image.
 
-        Args:
-            function: of tensors [M, ...] and others, to a tensor [M, ...]; each row depends on that row alone.
-            size: the largest M.
-
-        Returns:
-            A function with the same values. Where the first forward and backward pass of a shape fails in the compiler,
-            it warns once (``CompileWarning``), and ``function`` is called from then on.
+        It is one of tensors [M, ...] and others, to a tensor [M, ...] whose rows each depend on that row alone. Where
+        the first forward and backward pass of a shape fails in the compiler, it warns once (``CompileWarning``), and
+        the function is called as it is from then on.
         """
 
         def call(*given: Any) -> Tensor:

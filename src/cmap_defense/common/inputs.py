@@ -20,16 +20,8 @@ TOLERANCE = 1e-4
 
 
 def check_images(images: object, channels: int | None = None) -> Tensor:
-    """``images`` when it is a float tensor [B, C, H, W].
-
-    Args:
-        images: anything.
-        channels: C of the backbone's images, for the line that converts others; None where it is not known.
-
-    Raises:
-        InputTypeError: not a tensor, or not of a floating-point dtype.
-        InputValueError: not of rank 4.
-    """
+    """``images`` when it is a float tensor [B, C, H, W], or an ``InputTypeError`` or ``InputValueError``, with the line
+    that converts others to images of so many channels, where these are known."""
     if not isinstance(images, Tensor):
         hint = conversion_line(images, channels)
         raise InputTypeError(f"Images must be a torch.Tensor [B, C, H, W], but are {type(images).__name__}.{hint}")
@@ -43,12 +35,9 @@ def check_images(images: object, channels: int | None = None) -> Tensor:
 
 
 def conversion_line(images: object, channels: int | None = None) -> str:
-    """A sentence with the line that makes a float tensor [B, C, H, W] in [0, 1] of images, which are called
-    ``images`` there; it starts with a space, and is empty where no line is known.
-
-    Args:
-        images: a PIL image, a numpy array, a tensor, or a list of them.
-        channels: C of the backbone's images; None for that of the images.
+    """A sentence with the line that makes a float tensor [B, C, H, W] in [0, 1] of a PIL image, a numpy array, a
+    tensor, or a list of them, which are called ``images`` there; it starts with a space, and is empty where no line is
+    known.
     """
     line = _conversion("images", images, channels)
     return "" if line in (None, "images") else f" Convert them: {line}."
@@ -155,11 +144,8 @@ def eight_bit_hint(found: tuple[float, float]) -> str:
 
 
 def clamp_straight_through(images: Tensor, slack: float | None = None) -> Tensor:
-    """Images [B, C, H, W] clamped to [0, 1]; the gradient passes as if they were not.
-
-    Args:
-        slack: leaves images as they are whose values all lie within 1e-4 plus this of [0, 1]; None clamps all of them.
-    """
+    """Images [B, C, H, W] clamped to [0, 1], with a gradient as if they were not; with ``slack`` only those that have a
+    value farther than 1e-4 plus this outside."""
     clamped = images.detach().clamp(0, 1) + (images - images.detach())
     if slack is None:
         return clamped
@@ -195,12 +181,8 @@ def check_device(images: Tensor, device: torch.device | None) -> None:
 
 
 def check_seeds(seeds: object, count: int, name: str = "seeds") -> Tensor:
-    """Seeds as int64 [count] on the CPU, from a tensor or a sequence of integers.
-
-    Raises:
-        InputTypeError: not integers.
-        InputValueError: not one per image.
-    """
+    """Seeds as int64 [count] on the CPU, from a tensor or a sequence of integers. Raises ``InputTypeError`` for others,
+    and ``InputValueError`` unless there is one per image."""
     if not isinstance(seeds, Tensor):
         listed = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
         if not isinstance(listed, Sequence) or any(
@@ -227,12 +209,9 @@ def _is_integer(tensor: Tensor) -> bool:
 def check_class_labels(labels: object, count: int, num_classes: int | None, *, ranged: bool = True) -> Tensor | None:
     """Labels int64 [count] for a model of ``num_classes`` classes; None for one that is not class-conditional (None).
 
-    Args:
-        ranged: False spares a CUDA device the wait for the comparison with 0 and num_classes, in a loop.
-
-    Raises:
-        InputTypeError: labels are not an integer tensor.
-        InputValueError: labels are missing or not wanted, not one per image, or outside 0 .. num_classes - 1.
+    Without ``ranged`` a CUDA device is spared the wait for the comparison with 0 and num_classes, in a loop. Raises
+    ``InputTypeError`` for what is no integer tensor, and ``InputValueError`` for labels that are missing or not wanted,
+    not one per image, or out of range.
     """
     if num_classes is None:
         if labels is not None:
@@ -257,11 +236,8 @@ def check_class_labels(labels: object, count: int, num_classes: int | None, *, r
 
 
 def check_logits(logits: object, count: int) -> Tensor:
-    """A classifier's logits [count, classes], float32 at least.
-
-    Raises:
-        ClassifierError: another shape or dtype, fewer than 2 classes, NaN, +inf, or a row of nothing but -inf.
-    """
+    """A classifier's logits [count, classes], float32 at least. Raises ``ClassifierError`` for another shape or dtype,
+    fewer than 2 classes, NaN, +inf, or a row of nothing but -inf."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ClassifierError(
@@ -312,8 +288,7 @@ def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Images [B, C, H, W] in [0, 1] resized to ``size`` (height, width), differentiably; those of that size as they
     are.
 
-    Args:
-        mode: one of ``RESIZE_MODES``; "bilinear" and "bicubic" are antialiased.
+    Of the ``RESIZE_MODES`` "bilinear" and "bicubic" are antialiased.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images

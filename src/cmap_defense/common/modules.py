@@ -76,6 +76,21 @@ def building(device: str = "cpu") -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
+def copied_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's weights and buffers by name."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@contextlib.contextmanager
+def restoring(module: nn.Module) -> Iterator[None]:
+    """A module's weights and buffers as they were, afterwards."""
+    own = copied_state(module)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own)
+
+
 def module_behind(model: object) -> nn.Module | None:
     """The module that a callable runs, where that can be seen: a module, its bound method, a partial of either."""
     while not isinstance(model, nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmap_defense.errors import MissingExtraError
@@ -21,21 +21,25 @@ def optional_import(module: str, extra: str, purpose: str) -> Any:
         ) from error
 
 
-def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for the ``__init__`` of a package: public name -> the module that defines it.
+def lazy_names(
+    package: str, public: Sequence[str], *modules: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` for the ``__init__`` of a package whose public names are imported at their first
+    use: each from the first of these modules that has it.
 
-    A module that has the name itself is that name's value. After its first use a name is an ordinary attribute.
+    Modules are named as in an import within the package, such as ".losses" or "..errors"; one that is public itself is
+    that name's value.
     """
 
     def resolve(name: str) -> Any:
-        if name not in modules:
+        if name not in public:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(modules[name])
-        value = module if modules[name] == f"{package}.{name}" else getattr(module, name)
+        if f".{name}" in modules:
+            value: Any = importlib.import_module(f".{name}", package)
+        else:
+            imported = (importlib.import_module(module, package) for module in modules)
+            value = next(getattr(module, name) for module in imported if hasattr(module, name))
         setattr(sys.modules[package], name, value)
         return value
 
-    def listed() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *modules})
-
-    return resolve, listed
+    return resolve, lambda: sorted({*vars(sys.modules[package]), *public})

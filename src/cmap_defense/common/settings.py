@@ -26,7 +26,7 @@ from typing_extensions import Self
 from cmap_defense.common.options import NamedOptions, near_matches
 from cmap_defense.errors import SettingsError
 
-BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern")
+BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern", "like")
 """Keys of a field's metadata that its value is checked against."""
 
 
@@ -109,8 +109,8 @@ def setting(default: Any = dataclasses.MISSING, phrase: str = "", **metadata: An
         phrase: the meaning of the option as a whole phrase, ``metadata["help"]``; empty for a field without an option.
         metadata: bounds, of a sequence those of its items: ``minimum`` of an integer; ``minimum``, ``above``,
             ``maximum`` or ``below`` of a number; ``choices`` of a text, or ``pattern``: a regular expression and what
-            it stands for. For the help of a command: ``group``, the heading of the option; ``default_help``, the text
-            for the default None.
+            it stands for; ``like``, in words what an object of the field's class is. For the help of a command:
+            ``group``, the heading of the option; ``default_help``, the text for the default None.
     """
     made: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
     return dataclasses.field(metadata={"help": phrase, **metadata}, **made)
@@ -140,6 +140,8 @@ def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: 
         pattern, what = bounds.get("pattern", ("(?s:.*)", "text"))
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise SettingsError(f"{owner}.{name} must be {what}, but is {value!r}.")
+    elif "like" in bounds and not isinstance(value, tuple(kinds)):
+        raise SettingsError(f"{owner}.{name} must be {bounds['like']}, but is {value!r}.")
     return value
 
 
@@ -161,16 +163,11 @@ def _sequence(owner: str, name: str, values: Any, length: int | None) -> Sequenc
     return values
 
 
-def require_integer(owner: str, name: str, value: Any, *, minimum: int, below: int | None = None) -> int:
-    """``value`` as an int within the bounds, or a ``SettingsError`` that names the setting."""
+def require_integer(owner: str, name: str, value: Any, **bounds: int | None) -> int:
+    """``value`` as an int within the bounds of ``require_number``, or a ``SettingsError`` that names the setting."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise SettingsError(f"{owner}.{name} must be an integer, but is {value!r} ({type(value).__name__}).")
-    number = int(value)
-    if number < minimum:
-        raise SettingsError(f"{owner}.{name} must be at least {minimum}, but is {number}.")
-    if below is not None and number >= below:
-        raise SettingsError(f"{owner}.{name} must be below {below}, but is {number}.")
-    return number
+    return _within(owner, name, int(value), bounds, "d")
 
 
 def require_number(owner: str, name: str, value: Any, **bounds: float | None) -> float:
@@ -186,10 +183,14 @@ def require_number(owner: str, name: str, value: Any, **bounds: float | None) ->
         number = math.inf
     if not math.isfinite(number):
         raise SettingsError(f"{owner}.{name} must be finite, but is {number}.")
+    return _within(owner, name, number, bounds, "g")
+
+
+def _within(owner: str, name: str, number: Any, bounds: Mapping[str, Any], form: str) -> Any:
     for kind, bound in bounds.items():
         words, holds = _COMPARED[kind]
         if bound is not None and not holds(number, bound):
-            raise SettingsError(f"{owner}.{name} must be {words} {bound:g}, but is {number:g}.")
+            raise SettingsError(f"{owner}.{name} must be {words} {bound:{form}}, but is {number:{form}}.")
     return number
 
 

@@ -79,13 +79,12 @@ class Accuracy:
         return interval_text(self.value, self.interval) if self.total else "no images"
 
 
-def wilson_interval(correct: float, total: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval for a share (Wilson 1927, JASA 22); (0, 1) for no images.
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
+    """Wilson's score interval of 95 % for a share (Wilson 1927, JASA 22); (0, 1) for no images.
 
     Args:
         correct: in [0, total].
         total: number of images.
-        z: normal quantile; the default is that of 95 %.
 
     Raises:
         InputValueError: not 0 <= correct <= total.
@@ -94,7 +93,7 @@ def wilson_interval(correct: float, total: int, z: float = Z95) -> tuple[float, 
         raise InputValueError(f"correct must be between 0 and total, but is {correct} of {total}.")
     if total == 0:
         return 0.0, 1.0
-    share = correct / total
+    share, z = correct / total, Z95
     centre = share + z**2 / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
     scale = 1 + z**2 / total

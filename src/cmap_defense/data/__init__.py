@@ -26,17 +26,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "DATASETS": "cmap_defense.data.sources",
-            "FolderImages": "cmap_defense.data.folders",
-            "ImageSource": "cmap_defense.data.images",
-            "LabelledImages": "cmap_defense.data.images",
-            "SelectedImages": "cmap_defense.data.selection",
-            "load_dataset": "cmap_defense.data.sources",
-            "open_dataset": "cmap_defense.data.sources",
-            "read_image": "cmap_defense.data.files",
-            "write_image": "cmap_defense.data.files",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, ".files", ".images", ".folders", ".sources", ".selection")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from cmap_defense.common.files import written_whole
 from cmap_defense.errors import DataError
 from cmap_defense.plots.purification import as_picture
 
@@ -43,12 +44,7 @@ def _pixels(image: Image.Image, mode: str) -> np.ndarray:
 
 
 def write_image(image: Tensor | Image.Image, path: Path) -> Path:
-    """Write a PNG beside its place, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        (as_picture(image) if isinstance(image, Tensor) else image).save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a PNG, whole or not at all."""
+    picture = as_picture(image) if isinstance(image, Tensor) else image
+    written_whole(path, lambda partial: picture.save(partial, format="PNG"))
     return path

@@ -135,14 +135,10 @@ class FolderImages:
         return height, width
 
     def select(self, indices: Sequence[int] | Tensor) -> LabelledImages:
-        """The images at these positions, in this order, read now and rounded to 8 bits.
-
-        Args:
-            indices: integers from 0 to N - 1, or an int64 tensor [M] of them; none, or one several times, is fine.
+        """The images at these positions, see ``ImageSource.select``, read now and rounded to 8 bits.
 
         Raises:
-            DataError: an index is no integer or out of range, a file cannot be read, or one has another size than the
-                first and no size was given.
+            DataError: also where one has another size than the first, and no size was given.
         """
         chosen = positions_of(indices, len(self))
         images = torch.empty(len(chosen), self._channels, *self.image_size, dtype=torch.uint8)
@@ -169,20 +165,17 @@ class FolderImages:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and in folders below it, folder by folder, both in alphabetical order.
+    """The image files in a folder and in folders below it, folder by folder, both in alphabetical order, or the
+    ``OSError`` of a folder that cannot be read."""
 
-    Raises:
-        OSError: a folder cannot be read.
-    """
+    def unreadable(error: OSError) -> None:
+        raise error
+
     found = []
-    for root, folders, files in os.walk(folder, onerror=_raised, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found.append((root, sorted(filter(_is_image, files))))
     return [Path(root, name) for root, names in sorted(found) for name in names]
-
-
-def _raised(error: OSError) -> None:
-    raise error
 
 
 def _is_hidden(name: str) -> bool:

@@ -73,14 +73,7 @@ class LabelledImages:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def select(self, indices: Sequence[int] | Tensor) -> LabelledImages:
-        """A copy of the images at these positions, in this order, with the same class names.
-
-        Args:
-            indices: integers from 0 to N - 1, or an int64 tensor [M] of them; none, or one several times, is fine.
-
-        Raises:
-            DataError: an index is no integer or out of range.
-        """
+        """A copy of the images at these positions, see ``ImageSource.select``, with the same class names."""
         chosen = positions_of(indices, len(self))
         return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
@@ -91,11 +84,7 @@ class LabelledImages:
 
 
 def positions_of(indices: Sequence[int] | Tensor, total: int) -> Tensor:
-    """Indices into ``total`` images as int64 [M] on the CPU.
-
-    Raises:
-        DataError: one is no integer, or is not from 0 to ``total`` - 1.
-    """
+    """Indices into ``total`` images as int64 [M] on the CPU, or a ``DataError``."""
     if isinstance(indices, Tensor) and (indices.dtype != torch.int64 or indices.ndim != 1):
         raise DataError(f"Indices must be int64 [M], but are {indices.dtype} {list(indices.shape)}.")
     try:

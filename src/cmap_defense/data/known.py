@@ -57,16 +57,13 @@ def cifar10(split: str) -> LabelledImages:
         found = _cifar10_in(_account_folders(), split)
     if found is not None:
         return found
-    try:
-        with _download_lock():
-            return _cifar10_batches(_cache(), split, download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"CIFAR-10 is not here and cannot be downloaded ({error}). "
-            "Put cifar10_train.npz and cifar10_test.npz (images uint8 [N, 32, 32, 3], labels integers [N]), or "
-            "torchvision's folder cifar-10-batches-py, into a folder and name it in the environment variable "
-            "CMAP_DEFENSE_DATA."
-        ) from error
+    with _downloading(
+        "CIFAR-10",
+        "Put cifar10_train.npz and cifar10_test.npz (images uint8 [N, 32, 32, 3], labels integers [N]), or "
+        "torchvision's folder cifar-10-batches-py, into a folder and name it in the environment variable "
+        "CMAP_DEFENSE_DATA.",
+    ):
+        return _cifar10_batches(_cache(), split, download=True)
 
 
 KNOWN: Mapping[str, Callable[[str], LabelledImages]] = {"cifar10": cifar10, "fashion-mnist": fashion_mnist}
@@ -94,36 +91,34 @@ def _cache() -> Path:
 
 
 @contextlib.contextmanager
-def _download_lock() -> Iterator[None]:
+def _downloading(name: str, remedy: str) -> Iterator[None]:
     """One process downloads; others of the same job wait, and then find what is there."""
-    _cache().mkdir(parents=True, exist_ok=True)
-    with FileLock(_cache() / ".lock"):
-        yield
+    try:
+        _cache().mkdir(parents=True, exist_ok=True)
+        with FileLock(_cache() / ".lock"):
+            yield
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} is not here and cannot be downloaded ({error}). {remedy}") from error
 
 
 def _fashion_folder() -> Path:
+    def there(folder: Path) -> bool:
+        return any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz"))
+
     for folder in (*_named_folders("fashion-mnist")[1:], *_SYSTEM_FOLDERS):
-        if _has_fashion(folder):
+        if there(folder):
             return folder
     downloaded = _cache() / "FashionMNIST" / "raw"
-    if _has_fashion(downloaded):
-        return downloaded
-    from torchvision.datasets import FashionMNIST
+    if not there(downloaded):
+        from torchvision.datasets import FashionMNIST
 
-    try:
-        with _download_lock():
-            FashionMNIST(str(_cache()), download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"Fashion-MNIST is not here and cannot be downloaded ({error}). "
+        with _downloading(
+            "Fashion-MNIST",
             "Install Debian's package dataset-fashion-mnist, or put its four files into a folder fashion-mnist and "
-            "name the folder above it in the environment variable CMAP_DEFENSE_DATA."
-        ) from error
+            "name the folder above it in the environment variable CMAP_DEFENSE_DATA.",
+        ):
+            FashionMNIST(str(_cache()), download=True)
     return downloaded
-
-
-def _has_fashion(folder: Path) -> bool:
-    return any((folder / f"t10k-labels-idx1-ubyte{suffix}").is_file() for suffix in ("", ".gz"))
 
 
 def _idx(folder: Path, name: str, *, axes: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Subset as TorchSubset
 from typing_extensions import Self
 
 from cmap_defense.common.inputs import check_finite, check_images, check_unit_range
@@ -72,31 +71,35 @@ class SelectedImages:
         return len(self.images)
 
     @classmethod
-    def of(cls, data: Any, subset: Subset) -> Self:
+    def of(cls, data: Any, subset: Subset | Tensor) -> Self:
         """The images of a data set that ``subset`` names.
 
         Args:
             data: what ``open_dataset`` or ``load_dataset`` gives; a pair
                 of images [N, C, H, W] in [0, 1] and labels [N]; or a data set of torch's that gives such an image and
                 its label for each index. What ``labelled_data`` opens is opened. Labels are integers from 0.
-            subset: which images.
+            subset: which images; or their positions, int64 [M].
 
         Raises:
             InputTypeError, InputValueError, DataError, UnknownNameError: it is something else.
             SettingsError: it has too few images.
         """
         data = labelled_data(data)
+
+        def chosen(total: int) -> Tensor:
+            return subset if isinstance(subset, Tensor) else torch.tensor(subset.indices(total))
+
         if isinstance(data, (tuple, list)) and len(data) == 2:
             images, labels = data
             if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
                 raise InputTypeError("A pair must be two tensors, images [N, C, H, W] and labels [N].")
             if len(images) != len(labels):
                 raise InputTypeError(f"There are {len(images)} images, but {len(labels)} labels.")
-            positions = torch.tensor(subset.indices(len(images)))
-            return cls._checked(images.detach().cpu()[positions], labels.detach().cpu()[positions], positions, None)
+            positions = chosen(len(images))
+            return cls._checked(images.detach()[positions].cpu(), labels.detach()[positions].cpu(), positions, None)
         if not hasattr(data, "__len__") or not (hasattr(data, "__getitem__") or isinstance(data, ImageSource)):
             raise InputTypeError(f"A data set has a length and items, but {type(data).__name__} has none.")
-        positions = torch.tensor(subset.indices(len(data)))
+        positions = chosen(len(data))
         if isinstance(data, ImageSource):
             part = labelled_data(data.select(positions))
             return cls._checked(part.unit, part.labels, positions, part.class_names)
@@ -138,15 +141,6 @@ class SelectedImages:
                 "out images without a class."
             )
         return cls(images.float(), labels.long(), positions, class_names)
-
-
-def images_at(data: Any, positions: Tensor) -> SelectedImages:
-    """The images of a data set at positions, int64 [M]. Arguments and errors: ``SelectedImages.of``."""
-    if isinstance(data, (tuple, list)):
-        return SelectedImages.of(tuple(part[positions] for part in data), Subset())
-    if isinstance(data, ImageSource):
-        return SelectedImages.of(data.select(positions), Subset())
-    return SelectedImages.of(TorchSubset(data, positions.tolist()), Subset())
 
 
 def _label(label: Any, position: Any) -> int:

@@ -53,34 +53,23 @@ def open_dataset(
             f"There is no data set {text!r}.{near_matches(text, DATASETS)} "
             "An .npz file or a folder of class folders may be given too."
         )
-    _check_fits(data, text, size, channels)
+    _, found, height, width = data.images.shape
+    if size is not None and (height, width) != (size, size):
+        raise DataError(
+            f"{text}: images are {height} x {width}, not {size} x {size}: only images of a folder are resized."
+        )
+    if channels is not None and found != channels:
+        raise DataError(f"{text}: images have {found} channels, not {channels}: only images of a folder are changed.")
     return data
 
 
 def load_dataset(
     source: str | os.PathLike[str], split: str = "train", *, size: int | None = None, channels: int | None = None
 ) -> LabelledImages:
-    """What ``open_dataset`` opens, with all images in memory.
-
-    Args:
-        source: as for ``open_dataset``.
-        split: as for ``open_dataset``.
-        size: as for ``open_dataset``.
-        channels: as for ``open_dataset``.
+    """What ``open_dataset`` opens, with all images in memory; arguments and errors are those of ``open_dataset``.
 
     Raises:
-        UnknownNameError: neither a known name nor a file nor a folder.
-        DataError: as of ``open_dataset``, or an image of a folder cannot be read or differs in size.
+        DataError: also where an image of a folder cannot be read or differs in size.
     """
     opened = open_dataset(source, split, size=size, channels=channels)
     return opened if isinstance(opened, LabelledImages) else opened.select(range(len(opened)))
-
-
-def _check_fits(data: LabelledImages, where: str, size: int | None, channels: int | None) -> None:
-    _, found, height, width = data.images.shape
-    if size is not None and (height, width) != (size, size):
-        raise DataError(
-            f"{where}: images are {height} x {width}, not {size} x {size}: only images of a folder are resized."
-        )
-    if channels is not None and found != channels:
-        raise DataError(f"{where}: images have {found} channels, not {channels}: only images of a folder are changed.")

@@ -26,16 +26,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "Accuracy": "cmap_defense.common.statistics",
-            "Comparison": "cmap_defense.evaluation.comparison",
-            "Evaluation": "cmap_defense.evaluation.evaluation",
-            "Report": "cmap_defense.evaluation.report",
-            "compare": "cmap_defense.evaluation.comparison",
-            "evaluate": "cmap_defense.evaluation.evaluation",
-            "wilson_interval": "cmap_defense.common.statistics",
-            "write_comparison": "cmap_defense.evaluation.comparison",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, "..common.statistics", ".comparison", ".evaluation", ".report")

@@ -13,10 +13,9 @@ from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.settings import check_fields
 from cmap_defense.errors import GradientError
 from cmap_defense.results import PurificationResult
-
-__all__ = ["GradientMode", "Purification"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,10 @@ class GradientMode(NamedOptions, abc.ABC):
     """
 
     differentiates_defence = True
+
+    def __post_init__(self) -> None:
+        """Check the fields that ``setting`` made, of a mode that is a dataclass."""
+        check_fields(self)
 
     @abc.abstractmethod
     def purify(self, purification: Purification) -> PurificationResult:

@@ -12,8 +12,6 @@ from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Detached"]
-
 
 class Detached(GradientMode):
     """No gradient: a backward pass that reaches the input raises ``GradientError``."""

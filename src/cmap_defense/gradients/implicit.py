@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from cmap_defense.cmap.implicit import ImplicitReport, LinearSolve, implicit_latents
-from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Implicit"]
 
-
-class Implicit(GradientMode):
+@dataclasses.dataclass(frozen=True)
+class Implicit(GradientMode, LinearSolve):
     """As if the latents found were a minimum of the smoothed objective; wrong to the degree that they are not.
 
     The linear system is solved by damped conjugate gradients; how well is reported, never hidden.
@@ -39,22 +39,8 @@ class Implicit(GradientMode):
         SettingsError: a value is out of its range.
     """
 
-    def __init__(
-        self,
-        iterations: int = 20,
-        tolerance: float = 1e-3,
-        damping: float = 0.1,
-        l1_smoothing: float = 0.05,
-        on_report: Callable[[ImplicitReport], None] | None = None,
-    ) -> None:
-        self.solve = LinearSolve(
-            iterations=require_integer("Implicit", "iterations", iterations, minimum=1),
-            tolerance=require_number("Implicit", "tolerance", tolerance, minimum=0.0),
-            damping=require_number("Implicit", "damping", damping, minimum=0.0),
-            l1_smoothing=require_number("Implicit", "l1_smoothing", l1_smoothing, minimum=0.0),
-        )
-        self.on_report = on_report
-        self.last_report: ImplicitReport | None = None
+    on_report: Callable[[ImplicitReport], None] | None = dataclasses.field(default=None, repr=False, compare=False)
+    last_report: ClassVar[ImplicitReport | None] = None
 
     def purify(self, purification: Purification) -> PurificationResult:
         if not purification.wants_gradient:
@@ -63,19 +49,12 @@ class Implicit(GradientMode):
         plain = problem.solve(purification.callback)
         objective = problem.objective
         with torch.autocast(problem.start.device.type, enabled=False):
-            latents = implicit_latents(objective, problem.images, plain.latents, self.solve, self._report)
+            latents = implicit_latents(objective, problem.images, plain.latents, self, self._report)
             generated = problem.generate(latents)
         assert plain.history is not None
         return problem.result(latents, generated, plain.history)
 
     def _report(self, report: ImplicitReport) -> None:
-        self.last_report = report
+        object.__setattr__(self, "last_report", report)
         if self.on_report is not None:
             self.on_report(report)
-
-    def __repr__(self) -> str:
-        s = self.solve
-        return (
-            f"Implicit(iterations={s.iterations}, tolerance={s.tolerance}, damping={s.damping}, "
-            f"l1_smoothing={s.l1_smoothing})"
-        )

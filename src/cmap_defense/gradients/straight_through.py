@@ -7,8 +7,6 @@ import dataclasses
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-__all__ = ["StraightThrough"]
-
 
 class StraightThrough(GradientMode):
     """Backward pass differentiable approximation (BPDA; Athalye et al. 2018, arXiv 1802.00420, section 4.1.1).

@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.common.settings import require_integer, require_number
+from cmap_defense.common.settings import setting
 from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Surrogate", "surrogate_images"]
-
-RHO = 7.0
-"""Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+RHO, SIGMA_MIN = 7.0, 0.002
+"""Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5); f is the identity at the latter."""
 
 STREAM = 0x5EED
 """Sets the surrogate's noise apart from the noise of the latents that is drawn from the same seeds."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Surrogate(GradientMode):
     """The values are CMAP's; the derivative is that of noising to ``sigma`` and denoising in ``steps`` steps.
 
@@ -46,9 +45,8 @@ class Surrogate(GradientMode):
 
     differentiates_defence = False
 
-    def __init__(self, sigma: float = 0.1395, steps: int = 1) -> None:
-        self.sigma = require_number("Surrogate", "sigma", sigma, above=0.0)
-        self.steps = require_integer("Surrogate", "steps", steps, minimum=1)
+    sigma: float = setting(0.1395, above=0.0)
+    steps: int = setting(1, minimum=1)
 
     def purify(self, purification: Purification) -> PurificationResult:
         result = purification.run()
@@ -67,13 +65,8 @@ class Surrogate(GradientMode):
             result, images=result.images + (denoised - denoised.detach()).to(result.images.dtype)
         )
 
-    def __repr__(self) -> str:
-        return f"Surrogate(sigma={self.sigma}, steps={self.steps})"
 
-
-def surrogate_images(
-    denoise: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor, sigma: float, sigma_min: float = 0.002
-) -> Tensor:
+def surrogate_images(denoise: Callable[[Tensor, float], Tensor], images: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """Noise, denoise, as often as there is noise for; differentiable.
 
     Args:
@@ -81,7 +74,6 @@ def surrogate_images(
         images: [B, C, H, W] in [0, 1].
         noise: [B, K, steps, C, H, W], unit.
         sigma: the first noise level.
-        sigma_min: the level at which f is the identity.
 
     Returns:
         [B, K, C, H, W] in [0, 1], clipped.
@@ -89,9 +81,9 @@ def surrogate_images(
     current = (2 * images - 1)[:, None].expand(-1, noise.shape[1], -1, -1, -1)
     steps = noise.shape[2]
     for step in range(steps):
-        root = sigma ** (1 / RHO) + step / steps * (sigma_min ** (1 / RHO) - sigma ** (1 / RHO))
+        root = sigma ** (1 / RHO) + step / steps * (SIGMA_MIN ** (1 / RHO) - sigma ** (1 / RHO))
         level = root**RHO
-        added = level if step == 0 else math.sqrt(level**2 - sigma_min**2)
+        added = level if step == 0 else math.sqrt(level**2 - SIGMA_MIN**2)
         noisy = current + added * noise[:, :, step]
         current = checkpoint(denoise, noisy, level, use_reentrant=False).clamp(-1, 1)
     return (current + 1) / 2

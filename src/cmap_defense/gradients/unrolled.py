@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from cmap_defense.cmap.unroll import Backward
-from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
-__all__ = ["Unrolled"]
 
-
-class Unrolled(GradientMode):
+@dataclasses.dataclass(frozen=True)
+class Unrolled(GradientMode, Backward):
     """Through every step of the purifier, exactly.
 
     A purifier that adds noise and denoises, in one step or many, is differentiated as it is: through each step, its
@@ -48,33 +48,11 @@ class Unrolled(GradientMode):
         SettingsError: a value is out of its range.
     """
 
-    def __init__(
-        self,
-        last: int | None = None,
-        checkpoint: bool = True,
-        l1_smoothing: float = 0.05,
-        max_growth: float | None = None,
-    ) -> None:
-        self.last = None if last is None else require_integer("Unrolled", "last", last, minimum=1)
-        self.backward = Backward(
-            last=self.last,
-            l1_smoothing=require_number("Unrolled", "l1_smoothing", l1_smoothing, minimum=0.0),
-            checkpoint=bool(checkpoint),
-            max_growth=None if max_growth is None else require_number("Unrolled", "max_growth", max_growth, above=0.0),
-        )
-
     def purify(self, purification: Purification) -> PurificationResult:
         if not purification.wants_gradient:
             return purification.run()
         if purification.differentiate is not None:
-            return purification.differentiate(self.backward)
+            return purification.differentiate(self)
         return purification.problem(self).unrolled(
-            self.backward, callback=purification.callback, live=purification.live, live_at=purification.live_at
-        )
-
-    def __repr__(self) -> str:
-        way = self.backward
-        return (
-            f"Unrolled(last={way.last}, checkpoint={way.checkpoint}, l1_smoothing={way.l1_smoothing}, "
-            f"max_growth={way.max_growth})"
+            self, callback=purification.callback, live=purification.live, live_at=purification.live_at
         )

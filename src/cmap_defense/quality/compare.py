@@ -12,7 +12,7 @@ from torch import Tensor
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.data.selection import images_at
+from cmap_defense.data.selection import SelectedImages
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import ClassifierError, DataError, MissingExtraError, SettingsError
 from cmap_defense.quality.features import (
@@ -68,7 +68,7 @@ class SampleComparison:
         count = min(2 * samples, total)
         drawn = Subset(count=count, order="random", seed=int(derived_seeds(torch.tensor([seed]), REAL)) % 2**32)
         self.real = torch.tensor(drawn.indices(total))
-        image = images_at(data, self.real[:1]).images.to(device_of(model))
+        image = SelectedImages.of(data, self.real[:1]).images.to(device_of(model))
         model.preprocessing.to_unit(image, device_of(model))
         self._size = image.shape[2:] if model.preprocessing.resize else None
         self.reasons: dict[str, str | None] = {}
@@ -128,7 +128,7 @@ class SampleComparison:
         if readers:
             on_step("reading real images")
             for numbers in self._groups(len(self.real)):
-                read(1, images_at(self.data, self.real[numbers]).images.to(device), int(numbers[0]))
+                read(1, SelectedImages.of(self.data, self.real[numbers]).images.to(device), int(numbers[0]))
         features = {name: tuple(torch.cat(parts) for parts in both) for name, both in found.items()}
         distances: dict[str, Any] = {"frechet": None, "fid": None}
         if "frechet" in features:

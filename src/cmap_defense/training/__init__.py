@@ -24,10 +24,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {"Learner": "cmap_defense.training.learner"}
-        | dict.fromkeys(("TrainState", "train"), "cmap_defense.training.loop")
-        | dict.fromkeys(("ECT", "OBJECTIVES", "Objective"), "cmap_defense.training.objectives")
-        | dict.fromkeys(("TrainedBackbone", "train_backbone"), "cmap_defense.training.run"),
-    )
+    __getattr__, __dir__ = lazy_names(__name__, __all__, ".objectives", ".learner", ".loop", ".run")

@@ -44,8 +44,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None, keep: int = 2) -> Path:
-    """Write ``checkpoint-<step>`` and delete old ones."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None) -> Path:
+    """Write ``checkpoint-<step>``, and delete all but the newest two."""
     path = folder / f"checkpoint-{checkpoint.step:08d}"
     for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
         if _NAME.fullmatch(left_behind.name.removesuffix(_PARTIAL)):
@@ -60,34 +60,31 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
         _sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in _checkpoints(folder)[: -max(1, keep)]:
+    for old in _checkpoints(folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored."""
-    path = newest_whole(folder)
-    if path is not None:
-        refuse_other_settings(path, settings_of(path), settings)
-    return path
+    newest = newest_whole(folder)
+    if newest is None:
+        return None
+    refuse_other_settings(*newest, settings)
+    return newest[0]
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The same, whatever its settings are."""
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The same whatever its settings are, and these."""
     for path in reversed(_checkpoints(folder)):
         try:
-            for part in _read_index(path)["parts"]:
+            index = _read_index(path)
+            for part in index["parts"]:
                 check_sha256(path / part["file"], part["sha256"])
         except OSError:  # BackboneFileError is one
             continue
-        return path
+        return path, index["settings"]
     return None
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """Settings of the training of a checkpoint, by part. Raises as ``read_checkpoint``."""
-    return _read_index(path)["settings"]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

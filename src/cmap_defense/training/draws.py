@@ -17,21 +17,17 @@ from cmap_defense.training.objectives import Batch, Model
 class Draws:
     """Batches of a training set, drawn for all processes together: rank r has rows r, r + world, ...
 
-    The order of the images is drawn on the CPU. Flips, noise and numbers are drawn on the network's device. For one
-    seed they are the same bits on every CPU, and the same on every CUDA device of a kind, but not on both.
-
-    Args:
-        images: uint8 [N, C, H, W] on the CPU.
-        labels: int64 [N], or None.
-        config: batch size, flips, seed and length; and whether images are held on the device.
-        device: device of the network.
-        team: the processes that share a batch.
+    The order of the images, uint8 [N, C, H, W] on the CPU, is drawn on the CPU. Flips, noise and numbers are drawn on
+    the network's device. For one seed they are the same bits on every CPU, and the same on every CUDA device of a kind,
+    but not on both.
     """
 
     def __init__(
         self, images: Tensor, labels: Tensor | None, config: TrainingConfig, device: torch.device, team: Ranks
     ) -> None:
-        hold = fit_beside(images, device) if config.hold_images is None else config.hold_images
+        hold = config.hold_images
+        if hold is None:  # where they are on the CPU anyway, or take a quarter of the free memory at most
+            hold = device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
         place = device if hold else images.device
         self.images, self.labels = images.to(place), None if labels is None else labels.to(place)
         self.config, self.device = config, device
@@ -73,11 +69,6 @@ def image_indices(step: int, batch_size: int, length: int, seed: int) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _permutation(epoch: int, length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=generator_for(seed, 1, epoch), device="cpu")
-
-
-def fit_beside(images: Tensor, device: torch.device) -> bool:
-    """Whether the images take at most a quarter of the device's free memory; always on the CPU, where they are."""
-    return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
 
 
 def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:

@@ -27,12 +27,8 @@ DROPOUT = 3
 class Trainee(abc.ABC):
     """A module in training, with Adam's moments and averaged weights: what ``train`` trains.
 
-    A subclass sets ``optimiser``, which is one of Adam's family, and writes ``_parts`` and ``_backward``.
-
-    Args:
-        model: trained in place.
-        config: settings of the training.
-        team: the processes that share a batch; each of them has a learner.
+    A subclass sets ``optimiser``, which is one of Adam's family, and writes ``_parts`` and ``_backward``. The model is
+    trained in place. Each of the processes that share a batch has a learner.
 
     Raises:
         SettingsError: there are more processes than images in a batch, or nothing can be trained.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.common.files import write_text
+from cmap_defense.common.modules import restoring
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError, TrainingError
 from cmap_defense.training.checkpoint import (
@@ -52,12 +53,7 @@ class TrainState:
 
 
 def countdown(minutes: float | None, clock: Callable[[], float] = time.monotonic) -> Callable[[], float]:
-    """A function that returns the seconds left of some minutes from now on; below 0 when they are over.
-
-    Args:
-        minutes: None for no limit.
-        clock: seconds that only grow.
-    """
+    """A function that returns the seconds left of these minutes from now on, below 0 when they are over; None: inf."""
     end = math.inf if minutes is None else clock() + 60 * minutes
     return lambda: end - clock()
 
@@ -137,15 +133,12 @@ def _agree(team: Ranks, folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _with_averages(learner: Trainee, on_checkpoint: Callable[[int], None], step: int) -> None:
     """Call ``on_checkpoint`` with the averages in the model, in eval mode; its own weights are restored."""
-    model = learner.model
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        learner.averages[0].copy_to(model)
-        model.eval()
-        on_checkpoint(step)
+        with restoring(learner.model):
+            learner.averages[0].copy_to(learner.model.eval())
+            on_checkpoint(step)
     finally:
-        model.load_state_dict(own)
-        model.train()
+        learner.model.train()
 
 
 LINES = 20

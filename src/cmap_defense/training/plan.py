@@ -8,22 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from cmap_defense.common.files import write_text
+from cmap_defense.common.modules import copied_state, multiplies_bfloat16
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.training.checkpoint import (
-    Checkpoint,
-    newest_whole,
-    refuse_other_settings,
-    save_checkpoint,
-    settings_of,
-)
+from cmap_defense.training.checkpoint import Checkpoint, newest_whole, refuse_other_settings, save_checkpoint
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
 from cmap_defense.training.learner import Trainee
-from cmap_defense.training.objectives import Model
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 PLAN_FILE = "plan.json"
 USED = 0.95
@@ -41,7 +39,31 @@ class Speed(NamedTuple):
     checkpoint: float
 
 
-def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], team: Ranks) -> TrainingConfig:
+def settled(
+    config: Config,
+    folder: Path,
+    parts: Mapping[str, Any],
+    team: Ranks,
+    seconds_left: Callable[[], float] | None,
+    trial: Callable[[Config], Trainee],
+    beside: Callable[[Any], object] | None = None,
+) -> Config:
+    """The settings with a length and a precision: those of the calls before, else by the minutes and the device.
+
+    ``trial`` makes a learner to measure the speed on, and ``beside`` does with it what comes with each checkpoint.
+    """
+    config = as_before(config, folder, parts, team)
+    if config.precision == "auto":
+        native = team.shared(multiplies_bfloat16(config.device))
+        config = config.replace(precision="bfloat16" if native else "float32")
+    if config.images is None and config.minutes is not None and seconds_left is not None:
+        config = config.replace(images=planned_images(trial(config), folder, parts, seconds_left, beside))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # or the images might seem not to fit any more
+    return config.replace(images=config.length)
+
+
+def as_before(config: Config, folder: Path, parts: Mapping[str, Any], team: Ranks) -> Config:
     """The settings with the length and the precision of the calls before, where they leave these open."""
     if config.precision == "auto":
         precision = team.by_first(functools.partial(_precision_before, folder))
@@ -51,7 +73,7 @@ def as_before(config: TrainingConfig, folder: Path, parts: Mapping[str, Any], te
 
     def length() -> int | None:
         images, newest = read_plan(folder, _without_length(config, parts)), newest_whole(folder)
-        return images if images is not None or newest is None else settings_of(newest)["train"]["images"]
+        return images if images is not None or newest is None else newest[1]["train"]["images"]
 
     return config.replace(images=team.by_first(length))
 
@@ -61,7 +83,7 @@ def planned_images(
     folder: Path,
     parts: Mapping[str, Any],
     seconds_left: Callable[[], float],
-    beside: Callable[[Model], object] | None = None,
+    beside: Callable[[Any], object] | None = None,
 ) -> int:
     """A length that fits into the minutes of the learner's settings; it is written to ``plan.json``.
 
@@ -109,13 +131,13 @@ def measure(
     learner: Trainee,
     folder: Path,
     seconds_left: Callable[[], float],
-    beside: Callable[[Model], object] | None = None,
+    beside: Callable[[Any], object] | None = None,
 ) -> Speed:
     """Seconds of a step and of a checkpoint in ``folder``, from a few steps, whose effect is undone."""
     model, team, mode = learner.model, learner.team, learner.model.training
     for left_behind in folder.glob(".trial-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copied_state(model)
     for number in range(WARM_UP):
         learner.step(number).item()
     begun, spent, done = seconds_left(), 0.0, 0
@@ -128,7 +150,7 @@ def measure(
 
     def samples() -> None:
         if beside is not None:
-            beside(model)
+            beside(learner)
 
     def checkpoint() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +178,7 @@ def _precision_before(folder: Path) -> str | None:
     """The precision of the checkpoint or the plan in the folder; damaged files are ignored here."""
     newest = newest_whole(folder)
     try:
-        found: Any = settings_of(newest) if newest else json.loads((folder / PLAN_FILE).read_text("utf-8"))["settings"]
+        found: Any = newest[1] if newest else json.loads((folder / PLAN_FILE).read_text("utf-8"))["settings"]
         precision = found["train"]["precision"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -18,7 +18,7 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbo
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, karras_levels
 from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.common.files import locked, write_text
-from cmap_defense.common.modules import device_of, multiplies_bfloat16
+from cmap_defense.common.modules import device_of
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import BackboneFileError, CheckpointError
@@ -27,7 +27,7 @@ from cmap_defense.training.draws import check_data
 from cmap_defense.training.learner import Learner
 from cmap_defense.training.loop import TrainState, countdown, train
 from cmap_defense.training.objectives import MODELS, Model, Objective, heun_step
-from cmap_defense.training.plan import as_before, planned_images
+from cmap_defense.training.plan import settled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,18 +96,12 @@ def train_backbone(
     parts = {"objective": objective.describe(), "network": network.describe(), "data": _fingerprint(images, labels)}
     parts |= sources
     with ranks() as team, locked(folder, "training", CheckpointError, team):
-        config = as_before(config, folder, parts, team)
-        if config.precision == "auto":
-            native = team.shared(multiplies_bfloat16(config.device))
-            config = config.replace(precision="bfloat16" if native else "float32")
-        if config.images is None and seconds_left is not None and config.minutes is not None:
-            learner = Learner(model, images, labels, objective, config, team)
-            beside = None if on_samples is None else sample_grid
-            config = config.replace(images=planned_images(learner, folder, parts, seconds_left, beside))
-            del learner
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # or the images might seem not to fit any more
-        config = config.replace(images=config.length)
+
+        def made(config: TrainingConfig) -> Learner:
+            return Learner(model, images, labels, objective, config, team)
+
+        beside = None if on_samples is None else lambda learner: sample_grid(learner.model)
+        config = settled(config, folder, parts, team, seconds_left, made, beside)
         fields: dict[str, Any] = {"name": folder.name} if record is None else record(config)
         trained_on = {
             **fields.get("training", {}),
@@ -143,7 +137,7 @@ def train_backbone(
                     on_samples(sample_grid(model))
                 written.add(step)
 
-        learner = Learner(model, images, labels, objective, config, team)
+        learner = made(config)
         step = train(learner, folder, parts=parts, seconds_left=seconds_left, on_step=on_step, on_checkpoint=checkpoint)
         model.eval()
         finished = step >= config.steps

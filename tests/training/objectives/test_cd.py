@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.training.objectives import CD, Batch, heun_step
-from cmap_defense.training.objectives.cd import cd_loss
+from cmap_defense.training.objectives.base import consistency_loss
 from cmap_defense.training.objectives.distances import squared_l2
 from toys import noise
 from training.gaussian import (
@@ -85,13 +85,13 @@ def test_the_loss_is_its_formula() -> None:
     stepped = [[plain_heun(x, t, r) for x in xs] for xs, t, r in zip(noisy, T.tolist(), R.tolist(), strict=True)]
     expected = plain_squares(at_levels(plain_consistency, noisy, T), at_levels(plain_consistency, stepped, R))
     model = GaussianConsistency()
-    found = cd_loss(model, model, GaussianDenoiser(), IMAGES, Z, T, R, distance=squared_l2)
+    found = consistency_loss(model, model, IMAGES, Z, T, R, distance=squared_l2, teacher=GaussianDenoiser())
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_gradient_reaches_neither_target_nor_teacher() -> None:
     model, target, teacher = GaussianConsistency(0.1, 0.7), GaussianConsistency(-0.4, 0.2), GaussianDenoiser()
-    losses = cd_loss(model, target, teacher, IMAGES, Z, T, R, distance=squared_l2)
+    losses = consistency_loss(model, target, IMAGES, Z, T, R, distance=squared_l2, teacher=teacher)
     losses.sum().backward()
     assert model.mean.grad is not None
     assert target.mean.grad is None

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.training.objectives import CT
-from cmap_defense.training.objectives.ct import ct_loss
+from cmap_defense.training.objectives import CT, Batch
+from cmap_defense.training.objectives.base import consistency_loss
 from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
 from toys import noise
 from training.gaussian import (
@@ -73,7 +73,7 @@ def test_the_loss_is_its_formula(distance: Distance, plain: Any) -> None:
     model = GaussianConsistency()
     ahead = at_levels(plain_consistency, plain_noisy(images, z, t), t)
     behind = at_levels(plain_consistency, plain_noisy(images, z, r), r)
-    found = ct_loss(model, model, images, z, t, r, distance=distance)
+    found = consistency_loss(model, model, images, z, t, r, distance=distance)
     assert found.tolist() == pytest.approx(plain(ahead, behind), rel=1e-12)
 
 
@@ -81,7 +81,7 @@ def test_the_target_gives_the_values_and_no_gradient() -> None:
     images, z = gaussian_images(3, 1), noise(3, 1, 2, 3, seed=2)
     t, r = torch.tensor([0.5, 3.0, 20.0]), torch.tensor([0.4, 1.0, 0.002])
     model, target = GaussianConsistency(0.1, 0.7), GaussianConsistency(-0.4, 0.2)
-    losses = ct_loss(model, target, images, z, t, r, distance=squared_l2)
+    losses = consistency_loss(model, target, images, z, t, r, distance=squared_l2)
     losses.sum().backward()
     assert model.mean.grad is not None
     assert target.mean.grad is None

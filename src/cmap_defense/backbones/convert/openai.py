@@ -154,40 +154,27 @@ def _blocks(state: State, side: str) -> list[list[State]]:
 
 def _renamed(state: State, levels: int, layers: int) -> State:
     """The tensors under the names, and in the shapes, of a UNet2DModel; they are taken out of ``state``."""
-    renamed: State = {}
-
-    def move(theirs: str, ours: str, *, optional: bool = False) -> None:
-        for leaf in ("weight", "bias"):
-            if not optional or f"{theirs}.{leaf}" in state:
-                renamed[f"{ours}.{leaf}"] = state.pop(f"{theirs}.{leaf}")
-
-    def move_residual(theirs: str, ours: str) -> None:
-        for inner, name in _RESIDUAL.items():
-            move(f"{theirs}.{inner}", f"{ours}.{name}", optional=inner == "skip_connection")
-
-    def move_attention(theirs: str, ours: str) -> None:
-        move(f"{theirs}.norm", f"{ours}.group_norm")
+    residual = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    attention = {"middle_block.1": "mid_block.attentions.0"}
+    for level in range(levels):
+        for side, ours, count in (("input", "down", layers), ("output", "up", layers + 1)):
+            first = level * (layers + 1) + (side == "input")
+            attended = f"{side}_blocks.{first}.1.qkv.weight" in state
+            for i in range(count):
+                residual[f"{side}_blocks.{first + i}.0"] = f"{ours}_blocks.{level}.resnets.{i}"
+                if attended:
+                    attention[f"{side}_blocks.{first + i}.1"] = f"{ours}_blocks.{level}.attentions.{i}"
+            if level < levels - 1:
+                part = 0 if side == "input" else 1 + attended
+                residual[f"{side}_blocks.{first + layers}.{part}"] = f"{ours}_blocks.{level}.{ours}samplers.0"
+    names = _ENDS | {f"{theirs}.norm": f"{ours}.group_norm" for theirs, ours in attention.items()}
+    for theirs, ours in residual.items():
+        names |= {f"{theirs}.{inner}": f"{ours}.{name}" for inner, name in _RESIDUAL.items()}
+    leaves = [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for theirs, ours in names.items() for leaf in ("weight", "bias")]
+    renamed = {ours: state.pop(theirs) for theirs, ours in leaves if theirs in state}
+    for theirs, ours in attention.items():
         for leaf in ("weight", "bias"):
             projections = (*state.pop(f"{theirs}.qkv.{leaf}").chunk(3), state.pop(f"{theirs}.proj_out.{leaf}"))
             for name, part in zip(("to_q", "to_k", "to_v", "to_out.0"), projections, strict=True):
                 renamed[f"{ours}.{name}.{leaf}"] = part.flatten(1) if part.ndim > 1 else part  # 1x1 convolutions
-
-    for theirs, ours in _ENDS.items():
-        move(theirs, ours, optional=True)
-    for level in range(levels):
-        for side, count, sampler in (("input", layers, "downsamplers"), ("output", layers + 1, "upsamplers")):
-            first = level * (layers + 1) + (side == "input")
-            ours = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
-            attended = f"{side}_blocks.{first}.1.qkv.weight" in state
-            for i in range(count):
-                move_residual(f"{side}_blocks.{first + i}.0", f"{ours}.resnets.{i}")
-                if attended:
-                    move_attention(f"{side}_blocks.{first + i}.1", f"{ours}.attentions.{i}")
-            if level < levels - 1:
-                block = f"input_blocks.{first + layers}.0"
-                if side == "output":
-                    block = f"output_blocks.{first + layers}.{2 if attended else 1}"
-                move_residual(block, f"{ours}.{sampler}.0")
-    for i, move_part in enumerate((move_residual, move_attention, move_residual)):
-        move_part(f"middle_block.{i}", f"mid_block.{('resnets.0', 'attentions.0', 'resnets.1')[i]}")
     return renamed

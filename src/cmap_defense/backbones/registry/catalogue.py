@@ -43,21 +43,15 @@ def _embedded(name: str) -> RegistryEntry:
 
 def _cifar10() -> list[RegistryEntry]:
     distillation, training = "Continuous-time consistency distillation", "Continuous-time consistency training"
+    cd = "cifar10-continuous-cd"
     rows = [
         ("cd", "cd-lpips", 80, "Consistency distillation with LPIPS: the CIFAR-10 model of the CMAP paper."),
         ("cd-l2", "cd-l2", 80, "Consistency distillation with the squared l2 metric."),
         ("cd-l1", "cd-l1", 80, "Consistency distillation with the l1 metric."),
         ("ct", "ct-lpips", 74, "Consistency training with LPIPS, without a teacher."),
-        ("cd-l2-continuous", "cifar10-continuous-cd-l2", 40, f"{distillation}, l2."),
-        *(
-            (
-                f"cd-{short}-continuous-stopgrad",
-                f"cifar10-continuous-cd-{short}-stopgrad",
-                40,
-                f"{distillation}, {text}.",
-            )
-            for short, text in (("l2", "l2 with stop-gradient"), ("lpips", "LPIPS with stop-gradient"))
-        ),
+        ("cd-l2-continuous", f"{cd}-l2", 40, f"{distillation}, l2."),
+        ("cd-l2-continuous-stopgrad", f"{cd}-l2-stopgrad", 40, f"{distillation}, l2 with stop-gradient."),
+        ("cd-lpips-continuous-stopgrad", f"{cd}-lpips-stopgrad", 40, f"{distillation}, LPIPS with stop-gradient."),
         ("ct-l2-continuous", "continuous-ct-l2", 80, f"{training}, l2."),
         ("ct-lpips-continuous", "continuous-ct-lpips", 40, f"{training}, LPIPS."),
     ]
@@ -87,7 +81,7 @@ def _openai() -> list[RegistryEntry]:
         "f(x, sigma_min) is x only up to 0.002 F. No figure of its quality is published."
     )
     text = "A community model of CIFAR-10 in diffusers format, small and quick to fetch (113 MB)."
-    found = [_on_hub("cifar10-demo", 32, "consistency/cifar10-32-demo", None, text, demo)]
+    rows: list[tuple[Any, ...]] = [("cifar10-demo", 32, "consistency/cifar10-32-demo", None, None, text, demo)]
     imagenet = (
         "U-Net of 295.9 M parameters (1.2 GB), class-conditional: read about class_labels before trusting a figure. "
         "The CMAP paper trained an unconditional model instead, which is nowhere published."
@@ -113,35 +107,24 @@ def _openai() -> list[RegistryEntry]:
             "l2": "distillation with the squared l2 metric" if small else "distillation, l2",
             "lpips": "distillation with LPIPS",
         }
-        found.append(
-            _on_hub(
-                f"{data}-{kind}{'-lpips' if metric == 'lpips' else ''}",
-                64 if small else 256,
-                f"openai/diffusers-{file}",
-                commit,
-                f"{place}. Consistency {how[metric]}.",
-                imagenet if small else lsun,
-                num_classes=1000 if small else None,
-                settings=_IMAGENET,
-                quality={} if fid is None else _fid(fid, 2),
-            )
+        name = f"{data}-{kind}{'-lpips' if metric == 'lpips' else ''}"
+        said = (f"{place}. Consistency {how[metric]}.", imagenet if small else lsun)
+        rows.append((name, 64 if small else 256, f"openai/diffusers-{file}", commit, fid, *said))
+    return [
+        RegistryEntry(
+            name=name,
+            description=description,
+            sources=(HubRepository(repo_id=repository, revision=commit),),
+            image_shape=(3, side, side),
+            num_classes=1000 if side == 64 else None,
+            settings=_IMAGENET if side > 32 else {},
+            licence="MIT",
+            paper=_PAPER,
+            quality={} if fid is None else _fid(fid, 2),
+            notes=f"Needs the extra [diffusers]. {notes}",
         )
-    return found
-
-
-def _on_hub(
-    name: str, side: int, repository: str, commit: str | None, description: str, notes: str, **fields: Any
-) -> RegistryEntry:
-    return RegistryEntry(
-        name=name,
-        description=description,
-        sources=(HubRepository(repo_id=repository, revision=commit),),
-        image_shape=(3, side, side),
-        licence="MIT",
-        paper=_PAPER,
-        notes=f"Needs the extra [diffusers]. {notes}",
-        **fields,
-    )
+        for name, side, repository, commit, fid, description, notes in rows
+    ]
 
 
 def _fid(value: float, table: int, *, inception: float | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ _SHA256 = ("[0-9a-f]{64}", "64 hexadecimal digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source(Settings, abc.ABC):
+class _Source(Settings):
     """Where a model comes from; its first field is its address."""
 
     @property
@@ -26,9 +25,9 @@ class _Source(Settings, abc.ABC):
         return str(getattr(self, dataclasses.fields(self)[0].name))
 
     @property
-    @abc.abstractmethod
     def verified(self) -> bool:
-        """Whether somebody has checked what is there: its checksum, and its commit where it has one."""
+        """Whether somebody has checked what is there: its checksum is known, and its commit where it has one."""
+        return all(getattr(self, name, "") is not None for name in ("revision", "sha256"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +63,6 @@ class HubRepository(_Source):
     revision: str | None = setting(None, pattern=("[0-9a-f]{40}", "a commit of 40 digits"))
     sha256: str | None = setting(None, pattern=_SHA256)
 
-    @property
-    def verified(self) -> bool:
-        """Whether both the commit and the checksum are known."""
-        return self.revision is not None and self.sha256 is not None
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfficialFile(_Source):
@@ -89,11 +83,6 @@ class OfficialFile(_Source):
     about: str = "0.9 GB, a minute and a half at 10 MB/s"
     config: NCSNppConfig = dataclasses.field(default_factory=NCSNppConfig)
     params: str = "params_ema"
-
-    @property
-    def verified(self) -> bool:
-        """Whether the checksum is known."""
-        return self.sha256 is not None
 
 
 Source = LocalFolder | HubRepository | OfficialFile

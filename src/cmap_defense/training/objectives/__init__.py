@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from cmap_defense.training.objectives.base import MODELS, Batch, Denoise, Model, Objective
-from cmap_defense.training.objectives.cd import CD, heun_step
+from cmap_defense.training.objectives.base import MODELS, Batch, Denoise, Model, Objective, heun_step
+from cmap_defense.training.objectives.cd import CD
 from cmap_defense.training.objectives.ct import CT
 from cmap_defense.training.objectives.distances import LPIPS
 from cmap_defense.training.objectives.ect import ECT

@@ -14,6 +14,7 @@ from torch import Tensor
 from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser, NoiseRange, karras_levels
 from cmap_defense.common.settings import Settings
 from cmap_defense.errors import SettingsError
+from cmap_defense.training.objectives.distances import Distance, distance_named
 
 Model = ConsistencyBackbone | EDMDenoiser
 
@@ -104,9 +105,74 @@ class Objective(Settings, abc.ABC):
         return {"name": self.name, **self.to_dict()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedDistance(Objective):
+    """Base of objectives whose distance is chosen by name, and made at once rather than at the first step."""
+
+    distance: str
+    lpips: Distance | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert callable(self._distance)
+
+    @functools.cached_property
+    def _distance(self) -> Distance:
+        return distance_named(self.distance, huber=getattr(self, "huber", None), lpips=self.lpips)
+
+
 def noisy_images(images: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
     """x + sigma z, for images and noise [B, C, H, W] and sigma [B]."""
     return images + sigma[:, None, None, None] * z
+
+
+def consistency_loss(
+    model: Denoise,
+    target: Denoise,
+    images: Tensor,
+    z: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    distance: Distance,
+    teacher: Denoise | None = None,
+) -> Tensor:
+    """d(f(x_t, t), f^-(x_r, r)) per image, [B]; arXiv 2303.01469, eq. 10, or 7 with a teacher, with lambda = 1.
+
+    Args:
+        model: f, at x_t = x + t z.
+        target: f^-, at x_r, without a gradient.
+        images: clean images x, [B, C, H, W].
+        z: unit normal noise, [B, C, H, W].
+        t: t_n+1, [B].
+        r: t_n, [B].
+        distance: d.
+        teacher: the denoiser whose Heun step goes from x_t to x_r (eq. 6 there); None for x_r = x + r z.
+    """
+    noisy = noisy_images(images, z, t)
+    with torch.no_grad():
+        less_noisy = noisy_images(images, z, r) if teacher is None else heun_step(teacher, noisy, t, r)
+    return distance(*consistency_pair(model, target, noisy, t, less_noisy, r))
+
+
+def heun_step(denoise: Denoise, noisy: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """One step of Heun's method along the flow dx/dt = (x - D(x, t)) / t; arXiv 2206.00364, Algorithm 1.
+
+    Args:
+        denoise: the denoiser D.
+        noisy: x_t, [B, C, H, W].
+        t: noise levels of x_t, [B], above 0.
+        r: noise levels to go to, [B], above 0; below t when images are made.
+
+    Returns:
+        x_r, [B, C, H, W].
+    """
+    level = (slice(None), None, None, None)
+    step = (r - t)[level]
+    slope = (noisy - denoise(noisy, t)) / t[level]
+    euler = noisy + step * slope
+    slope_there = (euler - denoise(euler, r)) / r[level]
+    return noisy + step * (slope + slope_there) / 2
 
 
 def consistency_pair(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -11,20 +10,12 @@ from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import require_integer, setting
-from cmap_defense.training.objectives.base import (
-    Batch,
-    Denoise,
-    Objective,
-    adjacent_levels,
-    consistency_pair,
-    noisy_images,
-    uniform_index,
-)
-from cmap_defense.training.objectives.distances import Distance, distance_named
+from cmap_defense.training.objectives import base
+from cmap_defense.training.objectives.base import Batch, Denoise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CT(Objective):
+class CT(base.NamedDistance):
     """Consistency training; the defaults are the paper's for ImageNet 64 x 64 but for the distance.
 
     Pairs of neighbours among Karras levels that grow denser, and a target that is a running average.
@@ -53,21 +44,15 @@ class CT(Objective):
     decay_start: float = setting(0.95, above=0.0, below=1.0)
     rho: float = setting(7.0, above=0.0)
     distance: str = setting("l2", choices=("l2", "l1", "lpips"))
-    lpips: Distance | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_integer("CT", "levels_end", self.levels_end, minimum=self.levels_start)
-        assert callable(self._distance)  # or it would fail at the first step
-
-    @functools.cached_property
-    def _distance(self) -> Distance:
-        return distance_named(self.distance, lpips=self.lpips)
 
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
         count = self.level_count(batch.progress)
-        t, r = adjacent_levels(uniform_index(batch.uniform, count - 1), count, noise, self.rho)
-        return ct_loss(model, target, batch.images, batch.z, t, r, distance=self._distance)
+        t, r = base.adjacent_levels(base.uniform_index(batch.uniform, count - 1), count, noise, self.rho)
+        return base.consistency_loss(model, target, batch.images, batch.z, t, r, distance=self._distance)
 
     def level_count(self, progress: float) -> int:
         """N(k) = ceil(sqrt(k/K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1, with k/K the ``progress`` (appendix C)."""
@@ -80,21 +65,3 @@ class CT(Objective):
         The authors' code divides by N(k) - 1, so that its mu is a little smaller.
         """
         return math.exp(self.levels_start * math.log(self.decay_start) / self.level_count(progress))
-
-
-def ct_loss(
-    model: Denoise, target: Denoise, images: Tensor, z: Tensor, t: Tensor, r: Tensor, *, distance: Distance
-) -> Tensor:
-    """d(f(x + t z, t), f^-(x + r z, r)) per image, [B]; arXiv 2303.01469, eq. 10, with lambda = 1.
-
-    Args:
-        model: f, at the level t.
-        target: f^-, at the level r, without a gradient.
-        images: clean images x, [B, C, H, W].
-        z: unit normal noise, [B, C, H, W].
-        t: t_n+1, [B].
-        r: t_n, [B].
-        distance: d.
-    """
-    noisy, less_noisy = noisy_images(images, z, t), noisy_images(images, z, r)
-    return distance(*consistency_pair(model, target, noisy, t, less_noisy, r))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -10,15 +11,8 @@ from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.common.settings import require_integer, setting
-from cmap_defense.training.objectives.base import (
-    Batch,
-    Denoise,
-    Objective,
-    adjacent_levels,
-    consistency_pair,
-    lognormal_index,
-    noisy_images,
-)
+from cmap_defense.training.objectives import base
+from cmap_defense.training.objectives.base import Batch, Denoise, Objective
 from cmap_defense.training.objectives.distances import pseudo_huber
 
 
@@ -53,8 +47,9 @@ class ICT(Objective):
 
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
         count = self.level_count(batch.progress)
-        index = lognormal_index(batch.uniform, count, noise, rho=self.rho, mean=self.sigma_mean, std=self.sigma_std)
-        t, r = adjacent_levels(index, count, noise, self.rho)
+        law = {"rho": self.rho, "mean": self.sigma_mean, "std": self.sigma_std}
+        index = base.lognormal_index(batch.uniform, count, noise, **law)
+        t, r = base.adjacent_levels(index, count, noise, self.rho)
         return ict_loss(model, target, batch.images, batch.z, t, r, huber=self.huber)
 
     def level_count(self, progress: float) -> int:
@@ -71,14 +66,7 @@ def ict_loss(
 ) -> Tensor:
     """d(f(x + t z, t), f(x + r z, r)) / (t - r) per image, [B]; arXiv 2310.14189, eq. 7.
 
-    Args:
-        model: f, at the level t.
-        target: f at the level r, without a gradient.
-        images: clean images x, [B, C, H, W].
-        z: unit normal noise, [B, C, H, W].
-        t: higher noise levels, [B].
-        r: lower noise levels, [B].
-        huber: c of the Pseudo-Huber distance d; None for 0.00054 sqrt(C H W).
+    ``huber`` is c of the Pseudo-Huber distance d, the rest is as for ``consistency_loss``.
     """
-    noisy, less_noisy = noisy_images(images, z, t), noisy_images(images, z, r)
-    return pseudo_huber(*consistency_pair(model, target, noisy, t, less_noisy, r), huber) / (t - r)
+    distance = functools.partial(pseudo_huber, c=huber)
+    return base.consistency_loss(model, target, images, z, t, r, distance=distance) / (t - r)
