@@ -42,7 +42,7 @@ def test_a_built_wheel_installed_elsewhere_runs_the_demo(installed: Path, tmp_pa
     assert Path(where.stdout.strip()).is_relative_to(installed), where.stderr
     done = run_installed(installed, tmp_path, "-m", "cmap_defense", "demo", "--images", "2", "--n-latents", "1")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "cmap-demo").iterdir()) == ["latents.png", "sheet.png"]
+    assert sorted(path.name for path in (tmp_path / "cmap-demo").iterdir()) == ["sheet.png"]
 
 
 def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmap_defense.training.objectives import CT, Batch
+from cmap_defense.training.objectives import CT
 from cmap_defense.training.objectives.base import consistency_loss
 from cmap_defense.training.objectives.distances import Distance, l1, squared_l2
 from toys import noise
