@@ -51,8 +51,15 @@ def kind_of(backbone: object) -> str:
 
 
 def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Module:
-    """``backbone`` when it is a module that satisfies the protocol and can be used by the method ``needs``, "generate"
-    or "denoise", or None for neither. Raises ``BackboneError``, which says what is missing."""
+    """``backbone`` when it satisfies the protocol.
+
+    Args:
+        backbone: a module.
+        needs: the method that it is used by: "generate" or "denoise"; None for neither.
+
+    Raises:
+        BackboneError: something is missing; the message says what.
+    """
     name = type(backbone).__name__
     if not isinstance(backbone, nn.Module):
         raise BackboneError(

@@ -188,8 +188,15 @@ def objective_terms(
     *,
     l1_smoothing: float | None = None,
 ) -> ObjectiveTerms:
-    """The terms of eq. 9, differentiable in latents [B, K, C, H, W], their images ``generated`` [B, K, C, H, W] in
-    [-1, 1], and images [B, C, H, W] in [0, 1]; ``l1_smoothing`` is that of the settings where it is None."""
+    """The terms of eq. 9, differentiable in latents, generated images and images.
+
+    Args:
+        latents: [B, K, C, H, W].
+        generated: G of them, [B, K, C, H, W] in [-1, 1].
+        images: [B, C, H, W] in [0, 1].
+        settings: the constants.
+        l1_smoothing: of L1; None for the settings'.
+    """
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
     reference = SSIMReference.of(images).take(owners)
