@@ -66,7 +66,8 @@ def ict_loss(
 ) -> Tensor:
     """d(f(x + t z, t), f(x + r z, r)) / (t - r) per image, [B]; arXiv 2310.14189, eq. 7.
 
-    ``huber`` is c of the Pseudo-Huber distance d, None for 0.00054 sqrt(C H W); the rest is as for ``consistency_loss``.
+    ``huber`` is c of the Pseudo-Huber distance d, None for 0.00054 sqrt(C H W); the rest is as for
+    ``consistency_loss``.
     """
     distance = functools.partial(pseudo_huber, c=huber)
     return base.consistency_loss(model, target, images, z, t, r, distance=distance) / (t - r)
