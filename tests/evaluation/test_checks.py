@@ -13,7 +13,7 @@ from torch import Tensor
 from attack_toys import linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, ThreatModel, Transfer
 from cmap_defense.cli.commands import evaluate
-from cmap_defense.evaluation.checks import Check, gradient_table, make_checks, make_sweeps
+from cmap_defense.evaluation.checks import Check, gradient_table, make_checks
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.gradients import Surrogate, Unrolled
 from evaluated import runs_of
@@ -84,7 +84,8 @@ def checks(
         }
         for given, changed in ((ATTACKED, attacked), (CHECKED, checked))
     ]
-    made = make_checks(model, attacks, SHAPE, *found, lines(COSINES if cosines is None else cosines))
+    table = gradient_table(lines(COSINES if cosines is None else cosines))
+    made, _ = make_checks(model, attacks, SHAPE, *found, table)
     assert len({check.name for check in made}) == len(made)
     assert all(check.found for check in made)
     return {check.name: check for check in made}
@@ -205,7 +206,7 @@ def test_a_plain_model_needs_no_transfer() -> None:
 
 def test_the_sweeps() -> None:
     attacked, checked = ({name: runs(share, name) for name, share in part.items()} for part in (ATTACKED, CHECKED))
-    found = make_sweeps("pgd", REPEATED, SHAPE, attacked, checked)
+    found = make_checks(linear, ATTACKS, SHAPE, attacked, checked, [])[1]
     assert [sweep.name for sweep in found] == ["steps", "eps"]
     assert found[0].values == [0, 1, 2, 4]
     assert found[0].accuracies == pytest.approx([1.0, 0.6, 0.4, 0.2])
@@ -217,7 +218,7 @@ def test_the_sweeps() -> None:
 def test_the_errors_of_a_sweep_are_those_of_a_mean_over_images() -> None:
     shares = torch.tensor([0.0, 1.0] * 6)
     attacked, checked = ({name: runs(shares, name) for name in part} for part in (ATTACKED, CHECKED))
-    steps, _ = make_sweeps("pgd", REPEATED, SHAPE, attacked, checked)
+    steps, _ = make_checks(linear, ATTACKS, SHAPE, attacked, checked, [])[1]
     assert steps.errors == pytest.approx([math.sqrt(12 / 11 * 0.25 / 12)] * 4)
 
 
@@ -273,7 +274,7 @@ def test_an_attack_that_does_nothing_makes_no_rise() -> None:
     again = torch.ones(1, IMAGES, 20, dtype=torch.bool)
     same = {name: runs_of(right, again, attack=name, zero_gradient=False) for name in ATTACKED}
     fewer = {name: runs_of(right, again[:, :, :1], attack=name, zero_gradient=False) for name in CHECKED}
-    for sweep in make_sweeps("pgd", REPEATED, SHAPE, same, fewer):
+    for sweep in make_checks(linear, ATTACKS, SHAPE, same, fewer, [])[1]:
         assert len(set(sweep.accuracies)) == 1
 
 
@@ -308,7 +309,8 @@ def test_the_table_of_gradients() -> None:
 
 
 def test_without_the_tasks_of_the_checks_only_the_attacks_are_vote_iterations() -> None:
-    found = make_checks(linear, ATTACKS, SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
+    found, sweeps = make_checks(linear, ATTACKS, SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
+    assert sweeps == []
     assert [check.name for check in found] == ALL[:7]
     assert [check.passed for check in found] == [True] * 6 + [None]
     assert found[-1].found == "not measured"

@@ -17,15 +17,13 @@ from cmap_defense.evaluation import Protocol
 from cmap_defense.evaluation.predictions import predict
 from cmap_defense.evaluation.protocol import prediction_seeds, run_indices
 from cmap_defense.evaluation.tasks import (
-    AttackTask,
     Batch,
-    CleanTask,
     GradientTask,
+    PredictionTask,
     Task,
     check_attack,
-    fewer_steps,
+    check_variants,
     make_tasks,
-    other_sizes,
 )
 from cmap_defense.gradients import StraightThrough, Surrogate
 from evaluated import Shaky, shaken
@@ -45,14 +43,14 @@ def batch(images: Tensor | None = None, labels: Tensor | None = None) -> Batch:
     return Batch(images, labels, positions, run_indices(positions, RUN))
 
 
-def attack_task(model: Any, attack: Attack, **options: Any) -> AttackTask:
+def attack_task(model: Any, attack: Attack, **options: Any) -> PredictionTask:
     given = {"predictions": PREDICTIONS, "reevaluations": AGAIN, "row": "something", "model_name": "someone"}
-    return AttackTask(model=model, attack=attack, **(given | options))
+    return PredictionTask(model=model, attack=attack, **(given | options))
 
 
-def clean_task(model: Any, search: int = 0) -> CleanTask:
+def clean_task(model: Any, search: int = 0) -> PredictionTask:
     counts = {"predictions": PREDICTIONS, "reevaluations": AGAIN}
-    return CleanTask(model_name="someone", model=model, search=search, **counts)
+    return PredictionTask(model_name="someone", model=model, search=search, **counts)
 
 
 def gradient_task(model: Any, attack: PGD, samples: int = 4, **options: Any) -> GradientTask:
@@ -330,7 +328,7 @@ def test_all_tasks_and_their_order() -> None:
     by_name: dict[str, Any] = {task.name: task for task in tasks}
     for task in tasks:
         assert (task.limit, task.once) == ((4, True) if task.model_name == "checks" else (None, False))
-        if isinstance(task, (AttackTask, CleanTask)):
+        if isinstance(task, PredictionTask):
             assert (task.predictions, task.reevaluations) == (5, 1 if task.model_name == "checks" else 7)
     assert [by_name[f"{name}/clean"].search for name in ("defended", "other")] == [8 * 3, 3]
     assert (by_name["checks/gradients"].attack, by_name["checks/gradients"].samples) == (STEPS, 6)
@@ -344,7 +342,7 @@ def test_tasks_that_may_be_left_out() -> None:
     names = [task.name for task in made(PROTOCOL.replace(sanity_images=0), pgd=STEPS)]
     assert names == ["defended/clean", "defended/pgd"]
     clean = made(PROTOCOL.replace(search_on_clean=False), pgd=STEPS)[0]
-    assert isinstance(clean, CleanTask)
+    assert isinstance(clean, PredictionTask)
     assert clean.search == 0
     assert [task.name for task in made()] == ["defended/clean"]
 
@@ -380,7 +378,8 @@ def test_without_one_the_checks_have_an_attack_of_their_own() -> None:
 
 @pytest.mark.parametrize(("steps", "fewer"), [(1, []), (2, [1]), (3, [1]), (4, [1, 2]), (20, [5, 10])])
 def test_fewer_steps(steps: int, fewer: list[int]) -> None:
-    assert fewer_steps(PGD(LINF, steps=steps)) == fewer
+    found = check_variants(PGD(LINF, steps=steps), SHAPE)
+    assert [attack.steps for name, attack in found.items() if name.startswith("steps-")] == fewer
 
 
 @pytest.mark.parametrize(
@@ -393,7 +392,8 @@ def test_fewer_steps(steps: int, fewer: list[int]) -> None:
     ],
 )
 def test_other_sizes(threat: ThreatModel, sizes: dict[str, float]) -> None:
-    found = other_sizes(PGD(threat), SHAPE)
+    variants = check_variants(PGD(threat), SHAPE)
+    found = {name: attack.threat.eps for name, attack in variants.items() if name.startswith("eps-")}
     assert found == pytest.approx(sizes)
     assert list(found) == list(sizes)
 

@@ -20,7 +20,7 @@ from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.statistics import Accuracy, standard_error
 from cmap_defense.evaluation.summary import Runs
-from cmap_defense.evaluation.tasks import CLEAN, check_attack, fewer_steps, other_sizes
+from cmap_defense.evaluation.tasks import CLEAN, check_attack, check_variants
 
 TOLERANCE = 2.0
 """Standard errors."""
@@ -79,12 +79,12 @@ def make_checks(
     image_shape: tuple[int, ...],
     attacked: Mapping[str, Runs],
     checked: Mapping[str, Runs],
-    gradients: Sequence[Mapping[str, Any]],
-) -> list[Check]:
-    """All checks of attacks on a model that takes images of (C, H, W), by name.
+    gradients: Sequence[Mapping[str, float]],
+) -> tuple[list[Check], list[Sweep]]:
+    """All checks of attacks on a model that takes images of (C, H, W), by name, and the sweeps that some are made of.
 
     ``attacked`` are the predictions under the attacks, those of the clean images included; ``checked`` those of the
-    tasks of the checks, empty where they were not done; ``gradients`` the lines of the gradient task.
+    tasks of the checks, empty where they were not done; ``gradients`` the table of the gradient task.
     """
     name, repeated = check_attack(model, attacks)
     fresh = {name: attack for name, attack in attacks.items() if attack.noise == "fresh"}
@@ -104,46 +104,28 @@ def make_checks(
     if isinstance(model, PurifiedClassifier) or not all(attack.evaluates_defence() for attack in attacks.values()):
         found.append(_transfer(attacks, attacked))
     if not checked:
-        return [*found, Check(FALLS["steps"], None, "not measured", NOT_MADE)]
-    swept = _swept(name, repeated, image_shape, attacked, checked)
-    falls = [_falls(sweep, points, repeated) for sweep, points in swept.items()]
-    return [*found, *falls, _any_image(checked["eps-any"], repeated), _direction(gradients, repeated.eot)]
-
-
-def make_sweeps(
-    name: str | None,
-    repeated: PGD,
-    image_shape: tuple[int, ...],
-    attacked: Mapping[str, Runs],
-    checked: Mapping[str, Runs],
-) -> list[Sweep]:
-    """The attack of the checks, and its name where it is one of the attacks, over its steps and over eps, all on the
-    same images and as many predictions, by the same noise; other arguments are those of ``make_checks``."""
-    swept = _swept(name, repeated, image_shape, attacked, checked)
-    return [
+        return [*found, Check(FALLS["steps"], None, "not measured", NOT_MADE)], []
+    itself = checked["attack"] if name is None else attacked[name]
+    swept = _swept(repeated, image_shape, attacked[CLEAN], itself, checked)
+    found += [_falls(sweep, points, repeated) for sweep, points in swept.items()]
+    sweeps = [
         Sweep(sweep, list(points), [s.mean().item() for s in points.values()], [*map(standard_error, points.values())])
         for sweep, points in swept.items()
     ]
+    return [*found, _any_image(checked["eps-any"], repeated), _direction(gradients, repeated.eot)], sweeps
 
 
 def _swept(
-    name: str | None,
-    repeated: PGD,
-    image_shape: tuple[int, ...],
-    attacked: Mapping[str, Runs],
-    checked: Mapping[str, Runs],
+    repeated: PGD, image_shape: tuple[int, ...], clean: Runs, itself: Runs, checked: Mapping[str, Runs]
 ) -> dict[str, dict[float, Tensor]]:
-    """By sweep and value, from the smallest up, the share [B] of right predictions among as many as there are
-    everywhere."""
+    """The attack of the checks over its steps and over eps: by sweep and value, from the smallest up, the share [B] of
+    right predictions, all on the same images and among as many predictions, by the same noise."""
     images = len(next(iter(checked.values())).truth)
-    itself = (checked["attack"] if name is None else attacked[name]).first(images)
-    clean = attacked[CLEAN].first(images)
-    steps = {float(count): checked[f"steps-{count}"] for count in fewer_steps(repeated)}
-    sizes = {eps: checked[name] for name, eps in other_sizes(repeated, image_shape).items()}
-    sweeps = {
-        "steps": {0.0: clean, **steps, float(repeated.steps): itself},
-        "eps": {0.0: clean, repeated.threat.eps: itself, **sizes},
-    }
+    clean, itself = clean.first(images), itself.first(images)
+    sweeps = {"steps": {0.0: clean, float(repeated.steps): itself}, "eps": {0.0: clean, repeated.threat.eps: itself}}
+    for name, attack in check_variants(repeated, image_shape).items():
+        sweep = name.partition("-")[0]
+        sweeps[sweep][float(attack.steps) if sweep == "steps" else attack.threat.eps] = checked[name]
     found = {}
     for sweep, points in sweeps.items():
         common = min(runs.right.shape[2] + runs.reevaluated.shape[2] for runs in points.values())
@@ -263,10 +245,10 @@ def _any_image(runs: Runs, repeated: PGD) -> Check:
     )
 
 
-def _direction(gradients: Sequence[Mapping[str, Any]], eot: int) -> Check:
+def _direction(gradients: Sequence[Mapping[str, float]], eot: int) -> Check:
     """Two averages of as many gradients as the attack takes point the same way more often than not."""
     title = "averaged gradients have a direction"
-    table = [row for row in gradient_table(gradients) if row["samples"] <= max(1, eot)]
+    table = [row for row in gradients if row["samples"] <= max(1, eot)]
     if not table:
         return Check(title, None, "not measured", NOT_MADE)
     row = table[-1]

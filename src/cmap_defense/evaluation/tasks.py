@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks import PGD, Attack, AttackResult, Goal
+from cmap_defense.attacks import PGD, Attack, Goal
 from cmap_defense.attacks.oracle import Model, Oracle, usable
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.errors import GradientWarning, SettingsError
-from cmap_defense.evaluation.predictions import Predictions, predict
+from cmap_defense.evaluation.predictions import predict
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.gradients import StraightThrough
 
@@ -87,84 +87,85 @@ class Task(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class AttackTask(Task):
-    """Attack, then predictions 0 to N + R - 1 of the final images.
+class PredictionTask(Task):
+    """Predictions 0 to N + R - 1 of the images after an attack, or of the clean ones, by the same noise.
 
     A line has "predictions" (N) and "reevaluated" (R), the predicted classes; "one_latent", the mean share over all of
-    them of latents that are right by themselves, where the model has latents; "queries", evaluations of the model per
-    image; "search_succeeded", whether any prediction during the search was wrong, and "search_predictions", how many
-    there were (both null where the search evaluates something else than the model as it is); "zero_gradient", whether
-    every gradient was zero (null for an attack without); "distance"; "vote_right", whether the vote is right at some
-    iterations (``vote_iterations``), where the model has them.
+    them of latents that are right by themselves, where the model has latents; "vote_right", whether the vote is right
+    at some iterations (``vote_iterations``), where the model has them. Of clean images: "search", as many further
+    predictions as a search may make. After an attack: "queries", evaluations of the model per image;
+    "search_succeeded", whether any prediction during the search was wrong, and "search_predictions", how many there
+    were (both null where the search evaluates something else than the model as it is); "zero_gradient", whether every
+    gradient was zero (null for an attack without); "distance".
 
-    Tensors: "images" [B, C, H, W], and "purified" after the attack, uint8; "history.<name>" [S, B] of the attack,
-    "loop.<name>" [N, B] of the purification.
-    """
-
-    attack: Attack
-    predictions: int
-    reevaluations: int
-
-    def describe(self) -> Line:
-        return {"attack": self.attack.to_dict(), "images": self.limit, "once": self.once}
-
-    def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GradientWarning)  # it is in the lines, and fails a check
-            result = self.attack(self.model, batch.images, batch.labels, indices=batch.indices)
-        numbers = range(self.predictions + self.reevaluations)
-        found = predict(self.model, result.images, batch.labels, batch.indices, numbers)
-        norms = result.history.get("gradient_norm")
-        zero = None if norms is None else norms.eq(0).all(dim=0).tolist()
-        succeeded, count = _search_success(self.attack, result)
-        lines = [
-            line
-            | {
-                "queries": result.queries,
-                "search_succeeded": None if succeeded is None else bool(succeeded[row]),
-                "search_predictions": count,
-                "zero_gradient": None if zero is None else zero[row],
-                "distance": result.distance[row].item(),
-            }
-            for row, line in enumerate(_prediction_lines(batch, found, self.predictions))
-        ]
-        history = {f"history.{name}": values.detach().cpu().float() for name, values in result.history.items()}
-        return lines, {"images": result.images.cpu(), **history, **_prediction_tensors(found)}
-
-    def _passes(self, model: PurifiedClassifier) -> int | None:
-        search = self.attack.passes_per_image(model)
-        after = self.predictions + self.reevaluations + 1  # the attack evaluates its result once
-        return None if search is None else search + after * model.purifier.passes
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CleanTask(Task):
-    """Predictions of the clean images, with the same noise as those of attacked ones.
-
-    A line has what an attack's has, and "search": as many further predictions as a search may make.
+    Tensors: "images" [B, C, H, W], and "purified" of them, uint8; "history.<name>" [S, B] of an attack, "loop.<name>"
+    [N, B] of the purification.
     """
 
     predictions: int
     reevaluations: int
+    attack: Attack | None = None
     search: int = 0
     row: str = CLEAN
 
     def describe(self) -> Line:
-        return {"attack": None, "search": self.search, "images": self.limit, "once": self.once}
+        attack = {"attack": None, "search": self.search} if self.attack is None else {"attack": self.attack.to_dict()}
+        return {**attack, "images": self.limit, "once": self.once}
 
     def run(self, batch: Batch) -> tuple[list[Line], dict[str, Tensor]]:
+        images, facts, tensors = (batch.images, [], {}) if self.attack is None else self._attacked(self.attack, batch)
         total = self.predictions + self.reevaluations
-        found = predict(self.model, batch.images, batch.labels, batch.indices, range(total))
-        numbers = range(total, total + self.search)
-        further = predict(self.model, batch.images, batch.labels, batch.indices, numbers).labels
+        found = predict(self.model, images, batch.labels, batch.indices, range(total))
+        if self.attack is None:
+            numbers = range(total, total + self.search)
+            further = predict(self.model, images, batch.labels, batch.indices, numbers).labels
+            facts = [{"search": predicted} for predicted in further.T.tolist()]
+        share = None if found.one_latent is None else found.one_latent.double().mean(dim=0).tolist()
         lines = [
-            line | {"search": further[:, row].tolist()}
-            for row, line in enumerate(_prediction_lines(batch, found, self.predictions))
+            {
+                **line,
+                "predictions": found.labels[: self.predictions, row].tolist(),
+                "reevaluated": found.labels[self.predictions :, row].tolist(),
+                "one_latent": None if share is None else share[row],
+                "vote_right": None if found.vote_right is None else found.vote_right[:, row].tolist(),
+                **own,
+            }
+            for row, (line, own) in enumerate(zip(batch.lines(), facts, strict=True))
         ]
-        return lines, {"images": batch.images.cpu(), **_prediction_tensors(found)}
+        tensors |= {} if found.purified is None else {"purified": found.purified}
+        return lines, {"images": images.cpu(), **tensors, **{f"loop.{name}": part for name, part in found.loop.items()}}
 
-    def _passes(self, model: PurifiedClassifier) -> int:
-        return model.purifier.passes * (self.predictions + self.reevaluations + self.search)
+    def _attacked(self, attack: Attack, batch: Batch) -> tuple[Tensor, list[Line], dict[str, Tensor]]:
+        """The attacked images, what a line says of the attack, and its history."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GradientWarning)  # it is in the lines, and fails a check
+            result = attack(self.model, batch.images, batch.labels, indices=batch.indices)
+        count, attempts = attack.predictions_per_image(), result.candidates.shape[1]
+        wrong = result.any_candidate_success if attempts > 1 else torch.zeros_like(result.success)
+        if count and "reached" in result.history:
+            wrong = wrong | (result.history["reached"] > 0).any(dim=0)
+        count += attempts if attempts > 1 else 0
+        norms = result.history.get("gradient_norm")
+        zero = [None] * len(wrong) if norms is None else norms.eq(0).all(dim=0).tolist()
+        facts = [
+            {
+                "queries": result.queries,
+                "search_succeeded": succeeded if count else None,
+                "search_predictions": count or None,
+                "zero_gradient": none,
+                "distance": distance,
+            }
+            for succeeded, none, distance in zip(wrong.tolist(), zero, result.distance.tolist(), strict=True)
+        ]
+        history = {f"history.{name}": values.detach().cpu().float() for name, values in result.history.items()}
+        return result.images, facts, history
+
+    def _passes(self, model: PurifiedClassifier) -> int | None:
+        after = self.predictions + self.reevaluations
+        if self.attack is None:
+            return model.purifier.passes * (after + self.search)
+        search = self.attack.passes_per_image(model)
+        return None if search is None else search + (after + 1) * model.purifier.passes  # it evaluates its result once
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -226,9 +227,9 @@ def make_tasks(
     for name, model in models.items():
         search = max((attack.predictions_per_image() for attack in attacks[name].values()), default=0)
         search = search if protocol.search_on_clean else 0
-        tasks.append(CleanTask(model_name=name, model=model, search=search, **counts))
+        tasks.append(PredictionTask(model_name=name, model=model, search=search, **counts))
         for row, attack in attacks[name].items():
-            tasks.append(AttackTask(model_name=name, row=row, model=model, attack=attack, **counts))
+            tasks.append(PredictionTask(model_name=name, row=row, model=model, attack=attack, **counts))
     first, model = next(iter(models.items()))
     if protocol.sanity_images and attacks[first]:
         tasks += _check_tasks(model, attacks[first], protocol, image_shape)
@@ -254,62 +255,30 @@ def check_attack(model: Model, attacks: Mapping[str, Attack]) -> tuple[str | Non
     return None, PGD(threat, steps=20, eot=4, momentum=0.75, schedule="cosine", gradient=gradient)
 
 
-def fewer_steps(attack: PGD) -> list[int]:
-    """A quarter and a half of the attack's steps."""
-    return sorted({max(1, attack.steps // 4), max(1, attack.steps // 2)} - {attack.steps})
-
-
-def other_sizes(attack: PGD, image_shape: tuple[int, ...]) -> dict[str, float]:
-    """Name and eps of the sizes beside the attack's own; "eps-any" allows every image."""
+def check_variants(attack: PGD, image_shape: tuple[int, ...]) -> dict[str, PGD]:
+    """The attack of the checks with a quarter and a half of its steps, and at other sizes, by the names of their tasks;
+    "eps-any" allows every image."""
+    fewer = sorted({max(1, attack.steps // 4), max(1, attack.steps // 2)} - {attack.steps})
     any_image = attack.threat.largest_eps(image_shape)
     sizes = {f"eps-{factor:g}x": factor * attack.threat.eps for factor in EPS_FACTORS}
-    return {name: eps for name, eps in sizes.items() if eps < any_image} | {"eps-any": any_image}
+    sizes = {name: eps for name, eps in sizes.items() if eps < any_image} | {"eps-any": any_image}
+    variants = {f"steps-{count}": dataclasses.replace(attack, steps=count) for count in fewer}
+    for name, eps in sizes.items():
+        variants[name] = dataclasses.replace(attack, threat=attack.threat.replace(eps=eps), step_size=None)
+    return variants
 
 
 def _check_tasks(
     model: Model, attacks: Mapping[str, Attack], protocol: Protocol, image_shape: tuple[int, ...]
 ) -> list[Task]:
-    """The attack of the checks with fewer steps, at other sizes, and its gradients."""
+    """The variants of the attack of the checks, itself where it is none of the attacks, and its gradients."""
     name, attack = check_attack(model, attacks)
-    variants = {f"steps-{count}": dataclasses.replace(attack, steps=count) for count in fewer_steps(attack)}
-    if name is None:
-        variants["attack"] = attack
-    for size, eps in other_sizes(attack, image_shape).items():
-        variants[size] = dataclasses.replace(attack, threat=attack.threat.replace(eps=eps), step_size=None)
+    variants = check_variants(attack, image_shape) | ({"attack": attack} if name is None else {})
     common: dict[str, Any] = {"model_name": CHECKS, "model": model, "limit": protocol.sanity_images, "once": True}
     counts: dict[str, Any] = {"predictions": protocol.predictions, "reevaluations": 1}
-    tasks = [AttackTask(row=row, attack=how, **common, **counts) for row, how in variants.items()]
+    tasks = [PredictionTask(row=row, attack=how, **common, **counts) for row, how in variants.items()]
     return [*tasks, GradientTask(attack=attack, samples=protocol.gradient_samples, **common)]
 
 
 def is_file_name(part: str) -> bool:
     return bool(part) and part.strip(" .") == part and not set(part) & set('\\<>:"|?*') and part.isprintable()
-
-
-def _search_success(attack: Attack, result: AttackResult) -> tuple[Tensor | None, int | None]:
-    """[B], whether a prediction was wrong during the search, and how many there were."""
-    predictions, attempts = attack.predictions_per_image(), result.candidates.shape[1]
-    found = result.any_candidate_success if attempts > 1 else torch.zeros_like(result.success)
-    if predictions and "reached" in result.history:
-        found = found | (result.history["reached"] > 0).any(dim=0)
-    count = predictions + (attempts if attempts > 1 else 0)
-    return (found.cpu(), count) if count else (None, None)
-
-
-def _prediction_lines(batch: Batch, found: Predictions, count: int) -> list[Line]:
-    share = None if found.one_latent is None else found.one_latent.double().mean(dim=0).tolist()
-    return [
-        line
-        | {
-            "predictions": found.labels[:count, row].tolist(),
-            "reevaluated": found.labels[count:, row].tolist(),
-            "one_latent": None if share is None else share[row],
-            "vote_right": None if found.vote_right is None else found.vote_right[:, row].tolist(),
-        }
-        for row, line in enumerate(batch.lines())
-    ]
-
-
-def _prediction_tensors(found: Predictions) -> dict[str, Tensor]:
-    purified = {} if found.purified is None else {"purified": found.purified}
-    return purified | {f"loop.{name}": values for name, values in found.loop.items()}

@@ -19,11 +19,11 @@ from cmap_defense.certification.summary import read_summary
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError, UnknownNameError
-from cmap_defense.evaluation.checks import Check, Sweep, gradient_table, make_checks, make_sweeps
+from cmap_defense.evaluation.checks import Check, Sweep, gradient_table, make_checks
 from cmap_defense.evaluation.predictions import vote_iterations
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import MEASURES, Row, Runs, WorstCase, make_row, worst_case
-from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, check_attack
+from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -147,7 +147,7 @@ def build_report(
     for unit in missing:
         by_task.pop(unit.task, None)
     lines = {name: [line for unit in own for line in folder.lines(unit)] for name, own in by_task.items()}
-    gradients = lines.pop(f"{CHECKS}/gradients", [])
+    gradients = gradient_table(lines.pop(f"{CHECKS}/gradients", []))
     runs = {name: Runs.of(own) for name, own in lines.items()}
     attacked = {run.attack: run for run in runs.values() if run.model == DEFENDED}
     checked = {run.attack: run for run in runs.values() if run.model == CHECKS}
@@ -157,9 +157,7 @@ def build_report(
     if not attacks:
         refused.append("there was no attack. Choose some: --attacks standard.")
     elif not missing:
-        checks = make_checks(model, attacks, image_shape, attacked, checked, gradients)
-        if checked:
-            sweeps = make_sweeps(*check_attack(model, attacks), image_shape, attacked, checked)
+        checks, sweeps = make_checks(model, attacks, image_shape, attacked, checked, gradients)
         refused += [check.reason for state in (False, None) for check in checks if check.passed is state]
     found = [attacked[name] for name in attacks] if not refused else []
     tensors = {
@@ -172,7 +170,7 @@ def build_report(
         rows=[make_row(run, runs.get(f"{run.model}/{CLEAN}")) for run in runs.values() if run.model != CHECKS],
         checks=checks,
         sweeps=sweeps,
-        gradients=gradient_table(gradients),
+        gradients=gradients,
         curves={
             name: _curves(parts, lines[name])
             for name, parts in tensors.items()
