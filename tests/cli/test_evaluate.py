@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import click
 import pytest
 
+from cmap_defense.cli import build
 from cmap_defense.cli import evaluate as module
 from cmap_defense.cli.main import main
 
@@ -83,7 +84,7 @@ def test_the_preset_is_the_papers_protocol_unless_options_say_otherwise(
         found.update(options)
         raise click.exceptions.Abort
 
-    monkeypatch.setattr(module, "attacks_of", attacks_of)
+    monkeypatch.setattr(build, "attacks_of", attacks_of)
     words = [word for pair in given.items() for word in pair]
     run("evaluate", *MODEL, "--preset", "paper", *words, "--out", tmp_path, status=130)
     assert (found["count"], found["attacks"]) == ((3, "standard") if given else (500, "paper"))

@@ -13,7 +13,6 @@ from cmap_defense.cli.output import listed
 from cmap_defense.cli.train import training_set, write_loss_chart
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import FolderImages
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.loop import LOG_FILE
 
@@ -28,7 +27,7 @@ def run_adapt(options: dict[str, Any]) -> Printed:
     else:
         left = range(len(chosen.positions), len(chosen.source))
     held_out = chosen.source.select(torch.tensor(list(left))) if options["hold_out"] else None
-    with using_threads(options["threads"]), ranks() as team:
+    with ranks() as team:
         done = adapt(
             classifier,
             options["backbone"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,35 +15,24 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.certification import CertificationResult, Cost, SmoothedClassifier, certify, expected_cost
 from cmap_defense.certification.results import RADII
 from cmap_defense.certification.settings import CertificationSettings
-from cmap_defense.certification.summary import FILE, MEANING, PUBLISHED, summary_of, table
-from cmap_defense.cli.build import (
-    Printed,
-    classifier_of,
-    data_of,
-    device_of,
-    normalize_of,
-    settings_of,
-    subset_of,
-    usage_errors,
-)
+from cmap_defense.certification.summary import MEANING, PUBLISHED, summary_of, table
+from cmap_defense.cli import build
 from cmap_defense.cli.output import duration, listed, plural, table_lines
-from cmap_defense.common.files import tensor_checksum, write_json, write_text, written_whole
+from cmap_defense.common.files import tensor_checksum, write_findings, write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data.selection import SelectedImages, labelled_data
-from cmap_defense.errors import MissingExtraError
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.plots.comparison import certified_plot
 
 
-def run_certify(options: dict[str, Any]) -> Printed:
+def run_certify(options: dict[str, Any]) -> build.Printed:
     """Carry out the command."""
-    settings, out = settings_of(CertificationSettings, options), options["out"]
-    with using_threads(options["threads"]), ranks() as team:
+    settings, out = build.settings_of(CertificationSettings, options), options["out"]
+    with ranks() as team:
         models = _models(options)
         shapes: list[Any] = [getattr(model.backbone, "image_shape", (None,)) for _, model in models.values()]
-        data = labelled_data(data_of(options), shapes[0][0])
-        chosen, device = SelectedImages.of(data, subset_of(options, data)), device_of(options)
+        data = labelled_data(build.data_of(options), shapes[0][0])
+        chosen, device = SelectedImages.of(data, build.subset_of(options, data)), build.device_of(options)
         images = chosen.images.to(device)
         given = {**settings.to_dict(), "indices": chosen.positions}
         costs = team.by_first(
@@ -87,11 +77,11 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
         raise click.UsageError("There is nothing to certify: give --backbone NAME, --undefended, or both.")
     if not options["sigma"]:
         raise click.BadParameter("give one number at least, such as 0.25.", param_hint="--sigma")
-    normalize, classifier, device = normalize_of(options), classifier_of(options), device_of(options)
+    normalize, classifier, device = build.normalize_of(options), build.classifier_of(options), build.device_of(options)
     backbones: dict[str | None, Any] = {name: load_backbone(source).to(device) for name, source in named.items()}
     if options["undefended"]:
         backbones[None] = None
-    with usage_errors():
+    with build.usage_errors():
         return {
             f"{name or 'undefended'}-{sigma:g}": (
                 name,
@@ -104,7 +94,7 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
 
 def _written(
     results: Mapping[str, tuple[str | None, CertificationResult]], chosen: SelectedImages, options: dict[str, Any]
-) -> Printed:
+) -> build.Printed:
     """The files and what is printed."""
     out, labels = options["out"], chosen.labels
     published = PUBLISHED.get(options["data"], {})
@@ -116,20 +106,15 @@ def _written(
     }
     for name, (_, result) in results.items():
         write_text(out / f"{name}.tsv", result.to_tsv(labels))
-    write_json(out / FILE, summary)
-    files, lacking = [out / FILE, *(out / f"{name}.tsv" for name in results)], None
     curves = {
         (denoiser or "no denoiser", result.sigma): result.radius[result.prediction == labels].tolist()
         for denoiser, result in results.values()
     }
     points = {name: dict(zip(RADII[1:], [v / 100 for v in values], strict=True)) for name, values in published.items()}
-    try:
-        picture = certified_plot(curves, len(chosen), f"{len(chosen)} images of {options['data']}", points)
-    except MissingExtraError as error:
-        lacking = str(error)
-    else:
-        written_whole(out / "certified.svg", lambda path: path.write_bytes(picture))
-        files.insert(1, out / "certified.svg")
+    about = f"{len(chosen)} images of {options['data']}"
+    drawn = functools.partial(certified_plot, curves, len(chosen), about, points)
+    files, lacking = write_findings(out, "certified", summary, None, drawn, "certified.svg")
+    files += [out / f"{name}.tsv" for name in results]
     values = {**summary, "files": [str(file) for file in files], "lacking": lacking}
     if options["as_json"]:
         return values, []

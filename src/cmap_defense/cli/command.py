@@ -63,7 +63,11 @@ def command(runs: str, text: str, *options: Decorator, name: str | None = None, 
     module, _, function = runs.partition(":")
 
     def callback(**given: Any) -> None:
-        found = getattr(importlib.import_module(f"cmap_defense.cli.{module}"), function)(given)
+        run = getattr(importlib.import_module(f"cmap_defense.cli.{module}"), function)
+        from cmap_defense.common.modules import using_threads  # here, so that help needs no torch
+
+        with using_threads(given.get("threads")):
+            found = run(given)
         if found is not None:
             values, lines = found
             click.echo(json.dumps(values, indent=2, allow_nan=False) if given["as_json"] else "\n".join(lines))

@@ -12,14 +12,12 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import Printed, cmap_model_of, data_of, subset_of, threat_of
-from cmap_defense.cli.output import listed, table_lines, write_png
-from cmap_defense.common.files import write_json
+from cmap_defense.cli.output import listed, table_lines
+from cmap_defense.common.files import write_findings
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.progress import Progress
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
-from cmap_defense.errors import MissingExtraError
-from cmap_defense.evaluation.evaluation import using_threads
 
 GROUP = 64
 """Images at a time."""
@@ -33,25 +31,15 @@ KINDS = {
 
 def run_detect(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
-    start = time.perf_counter()
+    start, out = time.perf_counter(), options["out"]
     attack = PGD(threat_of(options), steps=options["steps"], seed=options["seed"])
-    with using_threads(options["threads"]):
-        model = cmap_model_of(options)
-        found = _measured(model, _parts(options, model), attack, options)
-    out, lacking = options["out"], None
-    files = [out / "detection.json"]
-    write_json(files[0], found.to_dict())
-    try:
-        files.append(write_png(found.plot(), out / "detection.png"))
-    except MissingExtraError as error:
-        lacking = str(error)
-    seconds = time.perf_counter() - start
-    if options["as_json"]:
-        settings, names = model.settings.to_dict(), [str(path) for path in files]
-        more = {"settings": settings, "seconds": seconds, "files": names, "lacking": lacking}
-        return {**found.to_dict(), **more}, []
-    ended = f"\n{seconds:.0f} s. {listed(files, lacking, 'detection.png')}"
-    return None, [*_lines(found, model, options["kernel"]), ended]
+    model = cmap_model_of(options)
+    found = _measured(model, _parts(options, model), attack, options)
+    files, lacking = write_findings(out, "detection", found.to_dict(), None, found.plot, "detection.png")
+    more = {"settings": model.settings.to_dict(), "seconds": time.perf_counter() - start}
+    values = {**found.to_dict(), **more, "files": [str(path) for path in files], "lacking": lacking}
+    names = listed(files, None if options["as_json"] else lacking, "detection.png")
+    return values, [*_lines(found, model, options["kernel"]), f"\n{more['seconds']:.0f} s. {names}"]
 
 
 def _parts(options: dict[str, Any], model: PurifiedClassifier) -> list[tuple[Tensor, Tensor]]:
@@ -114,7 +102,6 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
         quartiles = "{:.3f} to {:.3f}".format(*summary.quartiles)
         shares = ["" if share is None else str(share) for share in (summary.auroc, summary.accuracy)]
         rows.append([name.replace("_", " "), f"{summary.median:.3f}", quartiles, *shares])
-    noise = found.auroc("adversarial", "noise")
     return [
         *lines,
         "[95 % intervals]\n",
@@ -123,8 +110,8 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
         "Accuracy: of the bare classifier; of the defended one where images are purified.\n",
         "The paper finds adversarial images far from clean ones, and generated ones with them. Here:",
         *(
-            f"- {images} can{'' if found.differs(name) else 'not'} be distinguished from clean ones"
-            for name, images in KINDS.items()
+            f"- {images} can{'' if found.differs(kind) else 'not'} be distinguished from clean ones"
+            for kind, images in KINDS.items()
         ),
-        f"- adversarial images are distinguished from noisy ones with AUROC {noise}",
+        f"- adversarial images are distinguished from noisy ones with AUROC {found.auroc('adversarial', 'noise')}",
     ]

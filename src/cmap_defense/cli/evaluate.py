@@ -10,21 +10,7 @@ import click
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import (
-    Printed,
-    attacks_of,
-    classifier_of,
-    cmap_model_of,
-    data_of,
-    defended,
-    device_of,
-    imported_models,
-    model_of,
-    settings_of,
-    subset_of,
-    threat_of,
-    usage_errors,
-)
+from cmap_defense.cli import build
 from cmap_defense.cli.output import duration, listed, plural, table_lines
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
@@ -47,22 +33,22 @@ STUDY_ATTACKS = ("transfer", "bpda-eot")
 """Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""
 
 
-def run_evaluate(options: dict[str, Any]) -> Printed:
+def run_evaluate(options: dict[str, Any]) -> build.Printed:
     """Carry out the command evaluate."""
     if options["preset"] == "paper":
         source, default = click.get_current_context().get_parameter_source, click.core.ParameterSource.DEFAULT
         options |= {name: value for name, value in PAPER.items() if source(name) == default}
     out, as_json = options["out"], options["as_json"]
-    attacks, selected = attacks_of(options), _selected(options)
+    attacks, selected = build.attacks_of(options), _selected(options)
     certified = None if options["certified"] is None else read_summary(options["certified"])
     with ranks() as team:
-        model = model_of(options)
+        model = build.model_of(options)
         left_out = [name for name, attack in attacks.items() if not attack.suits(model) and name not in options["only"]]
         evaluation = Evaluation(
             model,
             out=out,
             attacks={name: attack for name, attack in attacks.items() if name not in left_out},
-            baselines=imported_models(options["baseline"], options, "--baseline"),
+            baselines=build.imported_models(options["baseline"], options, "--baseline"),
             **selected,
         )
         evaluation.check_folder()
@@ -89,7 +75,7 @@ def run_evaluate(options: dict[str, Any]) -> Printed:
     return found.to_dict(), ["", *table_lines(rows), "", *lines, "", listed(files, lacking, "report.html")]
 
 
-def run_report(options: dict[str, Any]) -> Printed:
+def run_report(options: dict[str, Any]) -> build.Printed:
     """Carry out the command report."""
     found, certified = load_report(options["folder"]), options["certified"]
     found = found if certified is None else found.with_certificates(certified)
@@ -124,13 +110,18 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     return text + (f"\nNot included, measured in their first work unit: {', '.join(unknown)}." if unknown else "")
 
 
-def run_study(options: dict[str, Any]) -> Printed:
+def run_study(options: dict[str, Any]) -> build.Printed:
     """Carry out the command study."""
     if options["attacks"] == "standard" and not options["only"]:
         options["only"] = STUDY_ATTACKS
-    attacks, threat, out, selected = attacks_of(options), threat_of(options), options["out"], _selected(options)
+    attacks, threat, out, selected = (
+        build.attacks_of(options),
+        build.threat_of(options),
+        options["out"],
+        _selected(options),
+    )
     with ranks() as team:
-        model = cmap_model_of(options)
+        model = build.cmap_model_of(options)
         chosen = make_study(options["name"], model, attacks, threat)
         if team.rank == 0 and not options["as_json"]:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")
@@ -140,9 +131,9 @@ def run_study(options: dict[str, Any]) -> Printed:
     return (study, _compared(study_rows(study), files, lacking, options)) if team.rank == 0 else None
 
 
-def run_compare(options: dict[str, Any]) -> Printed:
+def run_compare(options: dict[str, Any]) -> build.Printed:
     """Carry out the command compare."""
-    attacks, out, selected = attacks_of(options), options["out"], _selected(options)
+    attacks, out, selected = build.attacks_of(options), options["out"], _selected(options)
     with ranks() as team:
         models = _models(options)
         for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
@@ -156,8 +147,8 @@ def run_compare(options: dict[str, Any]) -> Printed:
 
 def _selected(options: dict[str, Any]) -> dict[str, Any]:
     """On which images, how often, and with how many threads."""
-    data, protocol = data_of(options), settings_of(Protocol, options)
-    return {"data": data, "protocol": protocol, "subset": subset_of(options, data), "threads": options["threads"]}
+    data, protocol = build.data_of(options), build.settings_of(Protocol, options)
+    return {"data": data, "protocol": protocol, "subset": build.subset_of(options, data), "threads": options["threads"]}
 
 
 def _compared(rows: list[list[str]], files: list[Any], lacking: str | None, options: dict[str, Any]) -> list[str]:
@@ -166,10 +157,10 @@ def _compared(rows: list[list[str]], files: list[Any], lacking: str | None, opti
 
 def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
     """The defences by name: the texts of ``--purifier`` with hyphens for spaces."""
-    device = device_of(options)
+    device = build.device_of(options)
     if len(options["backbones"]) > 2:
         raise click.BadParameter("give one backbone, or two of different kinds.", param_hint="--backbone")
-    classifier = classifier_of(options)
+    classifier = build.classifier_of(options)
     loaded = [load_backbone(name).to(device) for name in options["backbones"]]
     backbone: Any = loaded[0] if len(loaded) == 1 else tuple(loaded)
     found: dict[str, PurifiedClassifier] = {}
@@ -181,7 +172,7 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
         if words[0] not in NAMES:
             hint = near_matches(words[0], NAMES)
             raise click.BadParameter(f"there is no purifier {words[0]!r}.{hint}", param_hint="--purifier")
-        with usage_errors():
+        with build.usage_errors():
             purifier = {"purifier": words[0], "purifier_set": words[1:]}
-            found[name] = defended(classifier, backbone, options | purifier)
+            found[name] = build.defended(classifier, backbone, options | purifier)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cmap_defense.data.files import write_image
+from cmap_defense.common.files import written_whole
 from cmap_defense.errors import MissingExtraError
 from cmap_defense.plots.figure import COLOURS, INK, MUTED, draw, plain_axes
 from cmap_defense.plots.purification import as_picture
@@ -108,13 +107,9 @@ def write_line_charts(
         figure.tight_layout()
 
     try:
-        return write_png(draw((4.3 * len(charts), 3.2), fill, purpose=path.name, picture="png", dpi=100), path)
+        drawn = draw((4.3 * len(charts), 3.2), fill, purpose=path.name, picture="png", dpi=100)
     except MissingExtraError as error:
         click.echo(f"No {error}", err=True)
         return None
-
-
-def write_png(content: bytes, path: Path) -> Path:
-    """Write the bytes of a PNG file beside its place, then move it there."""
-    with Image.open(io.BytesIO(content)) as picture:
-        return write_image(picture, path)
+    written_whole(path, lambda partial: partial.write_bytes(drawn))
+    return path

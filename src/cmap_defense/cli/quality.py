@@ -14,20 +14,12 @@ from PIL import Image
 from cmap_defense.attacks import PGD
 from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
-from cmap_defense.cli.build import (
-    Printed,
-    cmap_model_of,
-    data_of,
-    imported_models,
-    subset_of,
-    threat_of,
-)
+from cmap_defense.cli import build
 from cmap_defense.cli.options import command_text
 from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet, table_lines
 from cmap_defense.common.files import write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import write_image
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality
 
@@ -41,35 +33,34 @@ RUNNING = ("out", "as_json", "device", "threads", "max_parallel", "record")
 """Options that the figures do not depend on."""
 
 
-def run_quality(options: dict[str, Any]) -> Printed:
+def run_quality(options: dict[str, Any]) -> build.Printed:
     """Carry out the command."""
     start = time.perf_counter()
     out, seed, as_json = options["out"], options["seed"], options["as_json"]
     folder = _recorded(options["backbone"]) if options["record"] else None
-    attack = PGD(threat_of(options), steps=STEPS, seed=seed)
+    attack = PGD(build.threat_of(options), steps=STEPS, seed=seed)
     name = options["classifier"].rpartition(":")[2]
-    with using_threads(options["threads"]):
-        model, data = cmap_model_of(options), data_of(options)
-        subset = subset_of(options, data)
-        run = QualityRun(
-            model,
-            data,
-            name=name,
-            others=imported_models(options["other"], options, "--other", name),
-            subset=subset,
-            samples=options["samples"],
-            features=options["features"],
-            attack=attack,
-            seed=seed,
+    model, data = build.cmap_model_of(options), build.data_of(options)
+    subset = build.subset_of(options, data)
+    run = QualityRun(
+        model,
+        data,
+        name=name,
+        others=build.imported_models(options["other"], options, "--other", name),
+        subset=subset,
+        samples=options["samples"],
+        features=options["features"],
+        attack=attack,
+        seed=seed,
+    )
+    if not as_json:
+        settings = model.settings
+        click.echo(
+            f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
+            f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
         )
-        if not as_json:
-            settings = model.settings
-            click.echo(
-                f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
-                f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
-            )
-        with Progress(run.steps, "quality") as progress:
-            found = run.run(progress.step)
+    with Progress(run.steps, "quality") as progress:
+        found = run.run(progress.step)
     chosen = f"{options['data']}, {options['split']}, {subset.order}"
     about = {"command": _command(click.get_current_context()), "data": chosen}
     facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}

@@ -27,7 +27,6 @@ from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset, write_image
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import DataError, WrongKindError
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.loop import LOG_FILE, TrainState, countdown
 from cmap_defense.training.objectives import OBJECTIVES, Objective
@@ -47,7 +46,7 @@ def run_train(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
     begun, out = time.perf_counter(), options["out"]
     seconds_left = None if options["minutes"] is None else countdown(options["minutes"])
-    with using_threads(options["threads"]), ranks() as team:
+    with ranks() as team:
         done = _trained(click.get_current_context(), team, seconds_left, options)
         if team.rank != 0:
             return None

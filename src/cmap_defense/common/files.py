@@ -69,17 +69,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_findings(
-    folder: Path, name: str, values: Any, text: str, drawn: Callable[[], str | bytes], file: str
+    folder: Path, name: str, values: Any, text: str | None, drawn: Callable[[], str | bytes], file: str
 ) -> tuple[list[Path], str | None]:
-    """``name.json``, ``name.md``, and what is drawn where its extra is installed: the files, and what is missing."""
-    written = [folder / f"{name}.json", folder / f"{name}.md"]
+    """``name.json``, with a text ``name.md``, and what is drawn where its extra is installed: the files, and what is
+    missing."""
+    written = [folder / f"{name}.json"]
     write_json(written[0], values)
-    write_text(written[1], text)
+    if text is not None:
+        written.append(folder / f"{name}.md")
+        write_text(written[1], text)
     try:
         picture = drawn()
     except MissingExtraError as error:
         return written, str(error)
-    write_text(folder / file, picture if isinstance(picture, str) else picture.decode("utf-8"))
+    content = picture.encode("utf-8") if isinstance(picture, str) else picture
+    written_whole(folder / file, lambda partial: partial.write_bytes(content))
     return [*written, folder / file], None
 
 

@@ -1,4 +1,5 @@
-"""Where a module is and in which precision; also of ``nn.DataParallel``'s replicas, which have no parameters."""
+"""Where a module is and in which precision (also of ``nn.DataParallel``'s replicas, which have no parameters), and how
+it is run."""
 
 from __future__ import annotations
 
@@ -115,3 +116,14 @@ def evaluating(*models: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextlib.contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many threads of the CPU inside; None leaves their number to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

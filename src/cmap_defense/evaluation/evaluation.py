@@ -23,7 +23,7 @@ from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.common.files import locked, tensor_checksum, write_text
 from cmap_defense.common.inputs import check_logits
-from cmap_defense.common.modules import device_of, evaluating
+from cmap_defense.common.modules import device_of, evaluating, using_threads
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import Ranks, ranks
@@ -504,14 +504,3 @@ def _attacks_by_name(
             'Leave them out, or take a set by name, such as attacks="exact".'
         )
     return dict(attacks)
-
-
-@contextlib.contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """So many threads of the CPU inside; None leaves their number to torch."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
