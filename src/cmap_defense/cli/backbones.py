@@ -17,7 +17,7 @@ from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.verify import push_backbone, verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of, weights_files
 from cmap_defense.cli.build import Printed
-from cmap_defense.cli.output import table_lines
+from cmap_defense.common.tables import table_lines
 from cmap_defense.errors import SettingsError
 
 

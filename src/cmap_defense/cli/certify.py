@@ -17,10 +17,11 @@ from cmap_defense.certification.results import RADII
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.summary import MEANING, PUBLISHED, summary_of, table
 from cmap_defense.cli import build
-from cmap_defense.cli.output import duration, listed, plural, table_lines
+from cmap_defense.cli.output import duration, listed, plural
 from cmap_defense.common.files import tensor_checksum, write_findings, write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
+from cmap_defense.common.tables import table_lines
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.plots.comparison import certified_plot
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from cmap_defense.attacks import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import Printed, backbone_and_purifier, threat_of
-from cmap_defense.cli.output import NEAREST, image_sheet, listed, table_lines, write_line_charts
+from cmap_defense.cli.output import NEAREST, image_sheet, listed, write_line_charts
 from cmap_defense.cmap.voting import nearest_voter
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
 from cmap_defense.evaluation.evaluation import using_threads

@@ -12,10 +12,11 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.build import Printed, cmap_model_of, data_of, subset_of, threat_of
-from cmap_defense.cli.output import listed, table_lines
+from cmap_defense.cli.output import listed
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.progress import Progress
+from cmap_defense.common.tables import table_lines
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
 

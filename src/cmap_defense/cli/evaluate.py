@@ -11,9 +11,10 @@ from cmap_defense.backbones.load import load_backbone
 from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli import build
-from cmap_defense.cli.output import duration, listed, plural, table_lines
+from cmap_defense.cli.output import duration, listed, plural
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
+from cmap_defense.common.tables import table_lines
 from cmap_defense.evaluation.comparison import compare, write_comparison
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol

@@ -1,4 +1,4 @@
-"""What commands print for people: tables, durations and files."""
+"""What commands print for people: durations, files and pictures."""
 
 from __future__ import annotations
 
@@ -30,15 +30,6 @@ def duration(seconds: float) -> str:
 def plural(count: int, noun: str) -> str:
     """So many of something, such as "2 runs"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text in aligned columns, the first row being the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *others = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-    return [head, "  ".join("-" * width for width in widths), *others]
 
 
 def listed(files: Sequence[Path], lacking: str | None = None, missing: str = "plot") -> str:

@@ -16,9 +16,10 @@ from cmap_defense.backbones.folder import RECORD_FILE, read_record
 from cmap_defense.backbones.load import entry_of
 from cmap_defense.cli import build
 from cmap_defense.cli.options import command_text
-from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet, table_lines
+from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet
 from cmap_defense.common.files import write_text
 from cmap_defense.common.progress import Progress
+from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.quality import Quality, QualityRun
 from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality

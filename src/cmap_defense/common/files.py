@@ -6,6 +6,7 @@ The settings of earlier results are compared with those given now, and what diff
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -61,6 +62,27 @@ def written_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     written_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON: objects by their ``to_dict``, dataclasses by their fields, tensors and tuples as lists, numbers
+    that are not finite as None."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return fields_as_json(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(part) for part in value]
+    if isinstance(value, Tensor):
+        return as_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fields_as_json(made: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON."""
+    return {field.name: as_json(getattr(made, field.name)) for field in dataclasses.fields(made)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.speed import bare_logits
 from cmap_defense.common.describe import description_text
+from cmap_defense.common.files import fields_as_json
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
@@ -61,9 +62,7 @@ class KindSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; the area and the accuracy with their 95 % intervals."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        shares = {name: values[name] and values[name].to_dict() for name in ("auroc", "accuracy")}
-        return {**values, "quartiles": list(self.quartiles), **shares}
+        return fields_as_json(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

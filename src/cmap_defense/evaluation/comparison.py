@@ -10,8 +10,9 @@ from typing import Any
 
 from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.files import write_findings
-from cmap_defense.common.statistics import Accuracy, markdown_table
+from cmap_defense.common.files import fields_as_json, write_findings
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
@@ -66,17 +67,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, each accuracy with its interval."""
-        rows = []
-        for row in self.rows:
-            shares = {"clean": row.clean.to_dict(), "worst": row.worst.to_dict()}
-            attacked = {name: share.to_dict() for name, share in row.attacked.items()}
-            rows.append(dataclasses.asdict(row) | shares | {"attacked": attacked})
-        return {"rows": rows, "settings": dict(self.settings)}
+        return fields_as_json(self)
 
     def _repr_markdown_(self) -> str:
         """The table, which notebooks show formatted."""
-        head, *rows = self.table()
-        return markdown_table(head, rows)
+        return markdown_table(self.table())
 
     def __repr__(self) -> str:
         lines = [f"  {row.name}: clean {row.clean}, worst {row.worst}, {row.passes:,} passes" for row in self.rows]
@@ -130,25 +125,11 @@ def compare(
             )
     if not models:
         raise SettingsError("There is nothing to compare: give models by name.")
-    without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
-    data = labelled_data(data, next(iter(models.values())).image_shape[0])
-    evaluations = {
-        name: Evaluation(
-            model,
-            data,
-            Path(out) / name,
-            attacks=attacks,
-            threat=threat,
-            protocol=without,
-            subset=subset,
-            undefended=False,
-            threads=threads,
-        )
-        for name, model in models.items()
-    }
+    variants = {name: (model, attacks) for name, model in models.items()}
+    evaluations = evaluations_of(variants, data, out, threat=threat, protocol=protocol, subset=subset, threads=threads)
+    if not all(evaluation.attacks[DEFENDED] for evaluation in evaluations.values()):
+        raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
     for evaluation in evaluations.values():  # before any work is done
-        if not evaluation.attacks[DEFENDED]:
-            raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
         evaluation.check_folder()
         for task in evaluation.tasks.values():
             task.passes_per_image()
@@ -160,17 +141,37 @@ def compare(
     return Comparison(rows, settings)
 
 
+def evaluations_of(
+    variants: Mapping[str, tuple[PurifiedClassifier, str | Mapping[str, Attack]]],
+    data: Any,
+    out: str | Path,
+    *,
+    protocol: Protocol | None,
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """By name an evaluation of a model under attacks in ``out/<name>``, all of the same images. The checks that a
+    headline needs are left out; ``options`` are those of ``Evaluation``."""
+    without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
+    data = labelled_data(data, next(iter(variants.values()))[0].image_shape[0])
+    return {
+        name: Evaluation(model, data, Path(out) / name, attacks=attacks, protocol=without, undefended=False, **options)
+        for name, (model, attacks) in variants.items()
+    }
+
+
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[Path], str | None]:
     """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``: the
     files written into the folder, and what is missing for the plot, if anything is."""
-    values, (head, *rows) = comparison.to_dict(), comparison.table()
     text = (
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
-    text = f"# Comparison of defences\n\n{text}\n\n{markdown_table(head, rows)}\n"
+    page, values = (
+        markdown_page("Comparison of defences", text, markdown_table(comparison.table())),
+        comparison.to_dict(),
+    )
     drawn = functools.partial(comparison_plot, values)
-    return write_findings(Path(folder), "comparison", values, text, drawn, "comparison.svg")
+    return write_findings(Path(folder), "comparison", values, page, drawn, "comparison.svg")
 
 
 def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:

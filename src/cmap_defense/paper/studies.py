@@ -18,11 +18,12 @@ from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.settings import near_matches
-from cmap_defense.common.statistics import Accuracy, markdown_table
-from cmap_defense.data.selection import labelled_data
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
-from cmap_defense.evaluation.evaluation import Evaluation, OnUnit
+from cmap_defense.evaluation.comparison import evaluations_of
+from cmap_defense.evaluation.evaluation import OnUnit
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.tasks import DEFENDED
 from cmap_defense.plots.studies import study_plot
@@ -170,23 +171,15 @@ def run_study(
     Raises:
         EvaluationError: a folder is in use, or holds results of other settings.
     """
-    without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
-    data = labelled_data(data, model.image_shape[0])
-    whole = {}
+    variants = {}
     for variant in study.variants:
         changed = model.variant(settings=model.settings.replace(**variant.changes)) if variant.changes else model
-        evaluation = Evaluation(
-            changed,
-            data,
-            out / variant.name,
-            attacks=variant.attacks,
-            protocol=without,
-            subset=subset,
-            undefended=False,
-            threads=threads,
-        )
+        variants[variant.name] = changed, variant.attacks
+    evaluations = evaluations_of(variants, data, out, protocol=protocol, subset=subset, threads=threads)
+    whole = {}
+    for name, evaluation in evaluations.items():
         evaluation.run(progress)
-        whole[variant.name] = evaluation.report().to_dict()
+        whole[name] = evaluation.report().to_dict()
     rows = [
         {"variant": variant.name, "value": variant.value, "attack": row["attack"], "row": row}
         for variant in study.variants
@@ -214,7 +207,6 @@ def study_rows(study: Mapping[str, Any]) -> list[list[str]]:
 
 def study_markdown(study: Mapping[str, Any]) -> str:
     """The text of ``study.md`` from what ``run_study`` gives."""
-    head, *rows = study_rows(study)
     first = next(iter(study["settings"].values()))
     protocol, loop = first["protocol"], first["models"]["defended"]["settings"]
     text = (
@@ -222,7 +214,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
         f"One prediction: the mean of {protocol['predictions']}. Vote: theirs. Re-evaluated: the mean of "
         f"{protocol['reevaluations']} others. In square brackets: 95 % Wilson intervals on the images."
     )
-    return f"# {study['title']}\n\n{text}\n\n{markdown_table(head, rows)}\n"
+    return markdown_page(study["title"], text, markdown_table(study_rows(study)))
 
 
 def write_study(study: Mapping[str, Any], folder: Path) -> tuple[list[Path], str | None]:

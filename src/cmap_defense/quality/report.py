@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cmap_defense.common.files import write_json, write_text
-from cmap_defense.common.statistics import Accuracy, markdown_table
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_page, markdown_table
 
 KINDS = {
     "clean": "clean",
@@ -20,12 +21,10 @@ KINDS = {
 
 def quality_markdown(quality: Mapping[str, Any]) -> str:
     """The text of ``quality.md`` from what ``Quality.to_dict`` gives."""
-    parts = [f"# Quality of {quality['backbone']}", "## Samples"]
-    head, *rows = distance_rows(quality)
-    parts += [markdown_table(head, rows), *notes(quality)["samples"], "## Purified images"]
-    head, *rows = accuracy_rows(quality)
-    parts += [*notes(quality)["purified"], markdown_table(head, rows), *notes(quality)["attack"]]
-    return "\n\n".join(parts) + "\n"
+    said, distances, accuracies = notes(quality), distance_rows(quality), accuracy_rows(quality)
+    parts = ["## Samples", markdown_table(distances), *said["samples"]]
+    parts += ["## Purified images", *said["purified"], markdown_table(accuracies), *said["attack"]]
+    return markdown_page(f"Quality of {quality['backbone']}", *parts)
 
 
 def distance_rows(quality: Mapping[str, Any]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.speed import bare_logits
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.describe import description_text
+from cmap_defense.common.files import as_json
 from cmap_defense.common.modules import device_of, evaluating
 from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
@@ -66,10 +67,7 @@ class Quality:
             "classifier": self.classifier,
             **self.distances,
             "reconstructions": {"images": self.images, "l1": near.l1, "ssim": near.ssim},
-            "classifiers": {
-                name: {kind: accuracy.to_dict() for kind, accuracy in found.items()}
-                for name, found in near.accuracies.items()
-            },
+            "classifiers": as_json(near.accuracies),
             "attack": self.attack_name,
             "attack_settings": description_text(self.attack.to_dict()),
             "attacker": ATTACKER,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing_extensions import Self
 from cmap_defense.attacks import Attack
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.certification.summary import read_summary
+from cmap_defense.common.files import fields_as_json
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError, UnknownNameError
@@ -80,7 +79,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON, each accuracy with its interval."""
-        return json.loads(json.dumps(_plain(self), allow_nan=False))
+        return fields_as_json(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -199,20 +198,6 @@ def _means(tensors: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, li
         name.removeprefix(prefix): torch.cat([part[name] for part in tensors], dim=1).double().mean(dim=1).tolist()
         for name in names
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Accuracy):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _cut(text: str, length: int) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from cmap_defense.certification.summary import MEANING, table
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.settings import in_255ths
-from cmap_defense.common.statistics import Accuracy, markdown_table
+from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import Table, markdown_page, markdown_table
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import Timing
 from cmap_defense.evaluation.summary import MEASURES, Row
@@ -20,8 +21,6 @@ HEADLINE = (
     "re-evaluated accuracy of one attack where that is lower."
 )
 """What the headline is, after its number."""
-
-ENDING = ("re-evaluated", "spread", "one latent")
 
 STATES = {True: "✓ passed", False: "✗ failed", None: "– not checked"}
 
@@ -42,21 +41,20 @@ class Section:
     id: str
     title: str
     text: Sequence[str] = ()
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
+    table: Table = ()
     points: Sequence[str] = ()
 
 
 def markdown(report: Report) -> str:
     """The text of ``report.md``."""
-    parts = ["# Robustness report"]
+    parts = []
     for section in sections(report):
         parts += [f"## {section.title}", *section.text]
         if section.points:
             parts.append("\n".join(f"- {point}" for point in section.points))
-        if section.rows:
-            parts.append(markdown_table(section.head, section.rows))
-    return "\n\n".join(parts) + "\n"
+        if section.table:
+            parts.append(markdown_table(section.table))
+    return markdown_page("Robustness report", *parts)
 
 
 def sections(report: Report) -> list[Section]:
@@ -153,8 +151,8 @@ def _evaluated(report: Report) -> Section:
     return Section(
         "evaluated",
         "What was evaluated",
-        head=("part", "value"),
-        rows=[
+        table=[
+            ("part", "value"),
             *rows,
             ("Images", f"{data['count']} of {data['classes']} classes, {drawn}; SHA-256 {data['checksum'][:16]}…"),
             ("Runs", f"{len(seeds)}, with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"),
@@ -197,23 +195,29 @@ def _accuracy(report: Report) -> Section:
         cells = [_with_spread(getattr(row, name), row.spread.get(name)) for name in MEASURES]
         latent = "" if row.one_latent is None else f"{row.one_latent:.3f}"
         rows.append([model_name(row.model), attack_name(row.attack), *cells, f"{row.prediction_spread:.3f}", latent])
-    return Section(
-        "accuracy",
-        "Accuracy under each attack",
-        [
-            "Each final image is predicted with noise that no attack has used, the same for all attacks. One-shot: the "
-            f"first prediction is right. Average: the share of {n} predictions that are right. Worst of {n}: all of "
-            f"them are right. Vote of {n}: the most frequent one is right. Re-evaluated: the share of {r} further "
-            "predictions that are right, and their spread: the standard deviation of the accuracy of single ones. One "
-            "latent: the share of single latents that are right, without the vote of the K.",
-            "In square brackets: 95 % Wilson intervals on the images."
-            + (" In round brackets: standard deviation over the runs." if several else ""),
-        ]
-        if rows
-        else ["Nothing has been measured yet."],
-        ["model", "attack", "one-shot", "average", f"worst of {n}", f"vote of {n}", *ENDING],
-        rows,
-    )
+    if not rows:
+        return Section("accuracy", "Accuracy under each attack", ["Nothing has been measured yet."])
+    text = [
+        "Each final image is predicted with noise that no attack has used, the same for all attacks. One-shot: the "
+        f"first prediction is right. Average: the share of {n} predictions that are right. Worst of {n}: all of "
+        f"them are right. Vote of {n}: the most frequent one is right. Re-evaluated: the share of {r} further "
+        "predictions that are right, and their spread: the standard deviation of the accuracy of single ones. One "
+        "latent: the share of single latents that are right, without the vote of the K.",
+        "In square brackets: 95 % Wilson intervals on the images."
+        + (" In round brackets: standard deviation over the runs." if several else ""),
+    ]
+    head = [
+        "model",
+        "attack",
+        "one-shot",
+        "average",
+        f"worst of {n}",
+        f"vote of {n}",
+        "re-evaluated",
+        "spread",
+        "one latent",
+    ]
+    return Section("accuracy", "Accuracy under each attack", text, [head, *rows])
 
 
 def _chosen(report: Report) -> list[Section]:
@@ -222,7 +226,7 @@ def _chosen(report: Report) -> list[Section]:
     chosen = sorted(report.headline.chosen.items(), key=lambda item: -item[1])
     rows = [[name, f"{count:,}"] for name, count in chosen if count]
     text = ["Number of images, of all runs, on which each attack is the worst."]
-    return [Section("chosen", "The worst attack on each image", text, ["attack", "images"], rows)]
+    return [Section("chosen", "The worst attack on each image", text, [["attack", "images"], *rows])]
 
 
 def _certified(report: Report) -> list[Section]:
@@ -234,8 +238,7 @@ def _certified(report: Report) -> list[Section]:
         "Accuracy under attacks, above, is an upper bound: of the model as it is, under the attacks that were tried. "
         "The smoothed classifier is another model, so that neither bounds the other.",
     ]
-    head, *rows = table(report.certified)
-    return [Section("certified", "Certified accuracy", text, head, rows)]
+    return [Section("certified", "Certified accuracy", text, table(report.certified))]
 
 
 def _search(report: Report) -> Section:
@@ -256,7 +259,7 @@ def _search(report: Report) -> Section:
         *([] if rows else ["No attack here evaluates the model as it is during its search."]),
     ]
     head = ["attack", "predictions", "during the search", "clean images, by chance"]
-    return Section("search", "Success during the search", text, head, rows)
+    return Section("search", "Success during the search", text, [head, *rows] if rows else ())
 
 
 def _checks(report: Report) -> Section:
@@ -268,7 +271,8 @@ def _checks(report: Report) -> Section:
         if rows
         else "None were made."
     )
-    return Section("checks", "Checks of the attacks", [text], ["result", "what must hold", "what was found"], rows)
+    head = ["result", "what must hold", "what was found"]
+    return Section("checks", "Checks of the attacks", [text], [head, *rows] if rows else ())
 
 
 def _sweeps(report: Report) -> list[Section]:
@@ -285,7 +289,7 @@ def _sweeps(report: Report) -> list[Section]:
             "with standard errors."
         )
         title = f"Accuracy over the {what} of an attack"
-        found.append(Section(sweep.name, title, [text], [sweep.name, "accuracy"], rows))
+        found.append(Section(sweep.name, title, [text], [[sweep.name, "accuracy"], *rows]))
     return found
 
 
@@ -302,12 +306,11 @@ def _gradients(report: Report) -> list[Section]:
         "to its squared length."
     ]
     head = ["gradients averaged", "cosine", "relative variance"]
-    return [Section("gradients", "What averaging does to the gradient", text, head, rows)]
+    return [Section("gradients", "What averaging does to the gradient", text, [head, *rows])]
 
 
 def _cost(report: Report) -> Section:
     queries = {f"{row.model}/{row.attack}": row.queries for row in report.rows}
-    total = sum(report.timings.values(), Timing())
     rows = [
         [name, "" if queries.get(name) is None else f"{queries[name]:,}", *_timing(timing)]
         for name, timing in report.timings.items()
@@ -318,8 +321,8 @@ def _cost(report: Report) -> Section:
         if rows
         else "No times were recorded."
     )
-    rows += [["all", "", *_timing(total)]] if rows else []
-    return Section("cost", "Cost", [text], ["task", "queries", "network passes", "minutes"], rows)
+    head, total = ["task", "queries", "network passes", "minutes"], sum(report.timings.values(), Timing())
+    return Section("cost", "Cost", [text], [head, *rows, ["all", "", *_timing(total)]] if rows else ())
 
 
 def _attack_settings(report: Report) -> Section:
@@ -329,8 +332,9 @@ def _attack_settings(report: Report) -> Section:
         for name, task in report.settings["tasks"].items()
         if task["attack"] is not None and not name.startswith(f"{CHECKS}/")
     ]
-    text = [] if rows else ["There was no attack."]
-    return Section("settings", "Settings of the attacks", text, ["attack", "settings", "largest distance"], rows)
+    if not rows:
+        return Section("settings", "Settings of the attacks", ["There was no attack."])
+    return Section("settings", "Settings of the attacks", table=[["attack", "settings", "largest distance"], *rows])
 
 
 def _timing(timing: Timing) -> list[str]:
