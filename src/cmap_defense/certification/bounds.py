@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cmap_defense.common.optional import optional_import
 
-__all__ = ["ABSTAIN", "certified_radii", "differing", "lower_bounds", "statistics"]
-
 ABSTAIN = -1
 """The label of an image for which there is no prediction."""
 

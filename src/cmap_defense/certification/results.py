@@ -11,8 +11,6 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.common.inputs import check_seeds
 from cmap_defense.common.statistics import Accuracy
 
-__all__ = ["COLUMNS", "RADII", "CertificationResult"]
-
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The l2 radii, for images in [0, 1], at which tables show certified accuracy, as publications do."""
 

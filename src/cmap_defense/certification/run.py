@@ -24,8 +24,6 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
 
-__all__ = ["Cost", "certify", "expected_cost"]
-
 FORMAT = 1
 
 EVERY = 30.0

@@ -8,8 +8,6 @@ import math
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
-__all__ = ["CertificationSettings"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CertificationSettings(Settings):

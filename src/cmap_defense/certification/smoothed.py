@@ -33,8 +33,6 @@ from cmap_defense.common.rng import derived_seeds, draw_latents, isolated
 from cmap_defense.common.settings import require_number
 from cmap_defense.errors import BackboneError, ClassifierError, InputValueError, SettingsError
 
-__all__ = ["SmoothedClassifier"]
-
 SELECTION, ESTIMATION, PREDICTION = 0x5E1, 0xE57, 0x93D
 """Separate the noise by which a class is chosen, its probability bounded, and a prediction made."""
 

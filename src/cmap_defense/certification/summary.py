@@ -12,8 +12,6 @@ from torch import Tensor
 from cmap_defense.certification.results import RADII, CertificationResult
 from cmap_defense.errors import EvaluationError
 
-__all__ = ["FILE", "MEANING", "PUBLISHED", "read_summary", "summary_of", "table"]
-
 FILE = "certified.json"
 
 MEANING = (

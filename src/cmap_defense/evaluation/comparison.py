@@ -166,10 +166,8 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
-    page, values = (
-        markdown_page("Comparison of defences", text, markdown_table(comparison.table())),
-        comparison.to_dict(),
-    )
+    page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
+    values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)
     return write_findings(Path(folder), "comparison", values, page, drawn, "comparison.svg")
 

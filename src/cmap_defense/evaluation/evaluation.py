@@ -71,20 +71,10 @@ class Evaluation:
     Making one only looks at its arguments. Images are read, models run and the folder is read when a method needs it.
 
     Args:
-        model: a ``PurifiedClassifier``, or any model, images in [0, 1] to logits. It is
-            evaluated in eval mode.
-        data: see ``SelectedImages.of``.
+        model: as ``evaluate`` takes it, and so are all arguments but two.
+        data: images with their labels, see ``SelectedImages.of``.
         out: the folder of the results.
-        attacks: "standard", "paper", "exact", "full", or attacks by name.
-        threat: norm and eps of a set of attacks that is given by name; None for linf, 8/255.
-        protocol: how often each image is attacked and predicted; None for the defaults.
-        subset: which images; None for all.
-        baselines: models by name, undefended or adversarially trained, for the same table. The classifier of a purified
-            classifier is among them as "undefended", unless ``undefended`` is False.
-        baseline_attacks: attacks on each of them; None for PGD with 50 steps and two restarts.
-        undefended: whether the classifier of a purified classifier is a baseline.
-        threads: of the CPU; None for what the folder was begun with, or else for torch's.
-        class_names: for the report; None for the data set's own.
+        undefended: whether the classifier of a purified classifier is a baseline, "undefended".
 
     Raises:
         SettingsError: an argument is something else.
@@ -109,6 +99,7 @@ class Evaluation:
         self.folder = ResultsFolder(Path(out))
         self.protocol, self.subset = protocol or Protocol(), subset or Subset()
         self._data, self._class_names = data, class_names
+        self._speeds: dict[str, Speed] = {}
         self._threads = None if threads is None else require_integer("Evaluation", "threads", threads, minimum=1)
         model = _on_unit_images(model)
         self._models: dict[str, Model] = {DEFENDED: model}
@@ -328,10 +319,6 @@ class Evaluation:
         return self._speeds[name]
 
     @functools.cached_property
-    def _speeds(self) -> dict[str, Speed]:
-        return {}
-
-    @functools.cached_property
     def _first_logits(self) -> dict[str, list[float]]:
         """By model, the logits of the first image without the defence: each takes it, and has the labels' classes."""
         found = {}
@@ -387,20 +374,21 @@ def evaluate(
         report = evaluate(model, load_dataset("cifar10", "test"), subset=Subset(count=512), out="runs/robustness")
         print(report.headline or report.refused)
 
-    Arguments and errors are those of ``Evaluation`` and of its ``run``, but for the folder.
+    Errors are those of ``Evaluation`` and of its ``run``.
 
     Args:
-        model: what is evaluated.
-        data: the images and their labels; or images [N, C, H, W] alone, whose labels follow.
+        model: a ``PurifiedClassifier``, or any model, images in [0, 1] to logits. It is evaluated in eval mode.
+        data: the images and their labels, see ``SelectedImages.of``; or images [N, C, H, W] alone, whose labels follow.
         labels: int64 [N], of such images.
         attacks: "standard", "paper", "exact", "full", or attacks by name.
-        threat: norm and eps of a set of attacks that is given by name.
-        protocol: how often each image is attacked and predicted.
-        subset: which images.
-        baselines: other models by name.
-        baseline_attacks: attacks on each of them.
-        threads: of the CPU.
-        class_names: for the report.
+        threat: norm and eps of a set of attacks that is given by name; None for linf, 8/255.
+        protocol: how often each image is attacked and predicted; None for the defaults.
+        subset: which images; None for all.
+        baselines: other models by name, undefended or adversarially trained, for the same table. The classifier of a
+            purified classifier is among them as "undefended".
+        baseline_attacks: attacks on each of them; None for PGD with 50 steps and two restarts.
+        threads: of the CPU; None for what the folder was begun with, or else for torch's.
+        class_names: for the report; None for the data set's own.
         out: the folder of the results, where the same call goes on after a kill; None for none.
         progress: True for a bar on standard error, or a function.
 

@@ -98,33 +98,24 @@ class Quality:
             about: what else should stand there, such as the command and the data.
         """
         frechet, fid, near = self.distances["frechet"], self.distances["fid"], self.reconstructions
-        found: dict[str, Any] = dict(about)
+        found: dict[str, Any] = {}
         if frechet is not None:
             found[frechet["name"]] = {
-                "samples and real images": _short(frechet["samples"]),
-                "two halves of real images": _short(frechet["halves"]),
+                "samples and real images": frechet["samples"],
+                "two halves of real images": frechet["halves"],
                 "images in each set": frechet["images"],
             }
         if fid is not None:
-            value = _short(fid["value"])
-            found["FID"] = {"value": value, "samples": fid["samples"], "real images": fid["real"], "by": fid["source"]}
-        return {
-            "measured": {
-                **found,
-                "reconstructions": {
-                    "images": self.images,
-                    "mean L1 per pixel": _short(near.l1),
-                    "mean SSIM": _short(near.ssim),
-                },
-                "accuracy": {
-                    name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in accuracies.items()}
-                    for name, accuracies in near.accuracies.items()
-                },
-                "attack": f"{self.attack_name}, on the bare classifier: {ATTACKER}",
-                "settings": {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations},
-                "seed": self.seed,
-            }
+            sizes = {"samples": fid["samples"], "real images": fid["real"], "by": fid["source"]}
+            found["FID"] = {"value": fid["value"], **sizes}
+        found["reconstructions"] = {"images": self.images, "mean L1 per pixel": near.l1, "mean SSIM": near.ssim}
+        found["accuracy"] = {
+            name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in accuracies.items()}
+            for name, accuracies in near.accuracies.items()
         }
+        found["attack"] = f"{self.attack_name}, on the bare classifier: {ATTACKER}"
+        found["settings"] = {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations}
+        return {"measured": {**about, **_short(found), "seed": self.seed}}
 
 
 class QualityRun:
@@ -255,5 +246,8 @@ def _beside(model: PurifiedClassifier, classifier: nn.Module | Callable[[Tensor]
     )
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _short(value: Any) -> Any:
+    """JSON with its numbers rounded to four digits."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

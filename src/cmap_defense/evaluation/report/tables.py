@@ -22,6 +22,8 @@ HEADLINE = (
 )
 """What the headline is, after its number."""
 
+ENDING = ("re-evaluated", "spread", "one latent")
+
 STATES = {True: "✓ passed", False: "✗ failed", None: "– not checked"}
 
 COMPARING = (
@@ -206,17 +208,7 @@ def _accuracy(report: Report) -> Section:
         "In square brackets: 95 % Wilson intervals on the images."
         + (" In round brackets: standard deviation over the runs." if several else ""),
     ]
-    head = [
-        "model",
-        "attack",
-        "one-shot",
-        "average",
-        f"worst of {n}",
-        f"vote of {n}",
-        "re-evaluated",
-        "spread",
-        "one latent",
-    ]
+    head = ["model", "attack", "one-shot", "average", f"worst of {n}", f"vote of {n}", *ENDING]
     return Section("accuracy", "Accuracy under each attack", text, [head, *rows])
 
 
