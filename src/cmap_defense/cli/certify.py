@@ -18,7 +18,7 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.summary import MEANING, PUBLISHED, summary_of, table
 from cmap_defense.cli import build
 from cmap_defense.cli.output import duration, listed, plural
-from cmap_defense.common.files import tensor_checksum, write_findings, write_text
+from cmap_defense.common.files import write_findings, write_text
 from cmap_defense.common.progress import Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.tables import table_lines
@@ -99,9 +99,8 @@ def _written(
     """The files and what is printed."""
     out, labels = options["out"], chosen.labels
     published = PUBLISHED.get(options["data"], {})
-    content = [("images", chosen.images), ("labels", labels), ("positions", chosen.positions)]
     summary = {
-        "data": {"name": options["data"], "count": len(chosen), "checksum": tensor_checksum(content)},
+        "data": {"name": options["data"], "count": len(chosen), "checksum": chosen.checksum()},
         "certificates": summary_of(results, labels),
         "published": published,
     }

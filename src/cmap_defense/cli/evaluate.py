@@ -115,12 +115,8 @@ def run_study(options: dict[str, Any]) -> build.Printed:
     """Carry out the command study."""
     if options["attacks"] == "standard" and not options["only"]:
         options["only"] = STUDY_ATTACKS
-    attacks, threat, out, selected = (
-        build.attacks_of(options),
-        build.threat_of(options),
-        options["out"],
-        _selected(options),
-    )
+    attacks, threat = build.attacks_of(options), build.threat_of(options)
+    out, selected = options["out"], _selected(options)
     with ranks() as team:
         model = build.cmap_model_of(options)
         chosen = make_study(options["name"], model, attacks, threat)

@@ -143,7 +143,8 @@ def options_of(
     made = []
     for name in fields or known:
         field, flag = known[name], "--" + name.replace("_", "-")
-        kind = next((kind for kind in _members(hints[name]) if kind is not type(None)), str)
+        members = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        kind = next((kind for kind in members if kind is not type(None)), str)
         other = (short or {}).get(name, "")
         names = [other, name] if other.startswith("--") else [*filter(None, [other]), flag, name]
         default = (defaults or {}).get(name, field.default)
@@ -162,10 +163,6 @@ def options_of(
         group_of = in_group(field.metadata.get("group", group))
         made.append(group_of(*names, field.metadata["help"], type=_parameter_type(kind, field.metadata), **unlisted))
     return decorators(*made)
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def _parameter_type(kind: Any, metadata: Mapping[str, Any]) -> click.ParamType[Any]:

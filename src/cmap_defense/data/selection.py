@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
+from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.inputs import check_finite, check_images, check_unit_range
 from cmap_defense.data.folders import FolderImages
 from cmap_defense.data.images import ImageSource, LabelledImages
@@ -118,6 +119,10 @@ class SelectedImages:
         numbers = torch.tensor([_label(label, position) for label, position in zip(labels, positions, strict=True)])
         names = getattr(data, "classes", None)
         return cls._checked(torch.stack(images), numbers, positions, None if names is None else tuple(map(str, names)))
+
+    def checksum(self) -> str:
+        """SHA-256 of images, labels and positions."""
+        return tensor_checksum((name, getattr(self, name)) for name in ("images", "labels", "positions"))
 
     def check_classes(self, classes: int, model: str) -> None:
         """Raises ``InputValueError`` when there is a label that a model of so many classes does not have."""

@@ -21,7 +21,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.common.files import locked, tensor_checksum, write_text
+from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating, using_threads
 from cmap_defense.common.passes import counting_passes
@@ -165,7 +165,6 @@ class Evaluation:
             ClassifierError, InputValueError: a model does not take the images, or lacks classes of the labels.
         """
         chosen = self.images
-        content = [("images", chosen.images), ("labels", chosen.labels), ("positions", chosen.positions)]
         return {
             "models": {
                 name: describe_model(_module(model)) | {"logits": self._first_logits[name]}
@@ -174,7 +173,7 @@ class Evaluation:
             "data": {
                 "count": len(chosen),
                 "classes": len(chosen.labels.unique()),
-                "checksum": tensor_checksum(content),
+                "checksum": chosen.checksum(),
                 "subset": self.subset.to_dict(),
             },
             "protocol": self.protocol.to_dict(),

@@ -23,19 +23,12 @@ from cmap_defense.common.files import write_findings
 from cmap_defense.common.optional import optional_import
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError
+from cmap_defense.evaluation.report import tables
 from cmap_defense.evaluation.report.report import Report
-from cmap_defense.evaluation.report.tables import (
-    HEADLINE,
-    attack_name,
-    markdown,
-    model_name,
-    ordered_rows,
-    sections,
-    strongest,
-    threats,
-)
+from cmap_defense.evaluation.report.tables import attack_name, strongest
 from cmap_defense.evaluation.results import ResultsFolder, WorkUnit
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED
+from cmap_defense.plots.purification import as_picture
 from cmap_defense.plots.robustness import accuracy_plot, cosine_plot, curve_plot, sweep_plot
 
 FOLLOWED = 3
@@ -71,13 +64,13 @@ def page(report: Report, folder: ResultsFolder) -> str:
     headline = report.headline
     percent = "" if headline is None else f"{100 * float(f'{headline.accuracy.value:.3f}'):.1f}"  # rounded as in tables
     return environment.from_string(template).render(
-        sections=sections(report),
+        sections=tables.sections(report),
         plots=_plots(report),
         curves=_curves(report),
-        about=[*threats(report), f"{report.settings['data']['count']} images"],
+        about=[*tables.threats(report), f"{report.settings['data']['count']} images"],
         headline=headline,
         percent=percent,
-        what=HEADLINE,
+        what=tables.HEADLINE,
         beside=_beside(report),
         samples=samples(report, folder, strongest(report)[:SAMPLED]),
         difference=DIFFERENCE,
@@ -92,7 +85,7 @@ def _beside(report: Report) -> list[tuple[str, str]]:
         attacked = [row for name, row in rows.items() if name != CLEAN and row.reevaluated.total]
         worst = min(attacked, key=lambda row: row.reevaluated.value, default=None)
         found += [
-            (f"{model_name(model)}, {attack_name(row.attack)}", str(row.reevaluated))
+            (f"{tables.model_name(model)}, {attack_name(row.attack)}", str(row.reevaluated))
             for row in (rows.get(CLEAN), worst)
             if row is not None
         ]
@@ -104,7 +97,7 @@ def _plots(report: Report) -> dict[str, list[Plot]]:
     found: dict[str, list[Plot]] = {}
     rows = [
         (attack_name(row.attack) if row.model == DEFENDED else f"{row.model}: {attack_name(row.attack)}", row)
-        for row in ordered_rows(report)
+        for row in tables.ordered_rows(report)
     ]
     if rows:
         bars: list[tuple[str, Accuracy, Accuracy | None]] = [(name, row.reevaluated, row.vote) for name, row in rows]
@@ -137,7 +130,7 @@ def _curves(report: Report) -> list[Plot]:
     found = []
     for name, label in CURVES.items():
         lines = {
-            attack_name(attack): (_iterations(curve, name), curve[name])
+            attack_name(attack): (curve["iterations"] if name == "accuracy" else range(len(curve[name])), curve[name])
             for attack, curve in curves.items()
             if curve.get(name) and (name != "accuracy" or curve["iterations"])
         }
@@ -146,10 +139,6 @@ def _curves(report: Report) -> list[Plot]:
             drawn = curve_plot(lines, label, share=name == "accuracy", prior=PRIOR.get(name))
             found.append(_plot(drawn, f"{label}, from the first to the last iteration: {ends}"))
     return found
-
-
-def _iterations(curve: Mapping[str, Sequence[float]], name: str) -> Sequence[float]:
-    return curve["iterations"] if name == "accuracy" else range(len(curve[name]))
 
 
 def _plot(drawn: bytes, words: str) -> Plot:
@@ -229,8 +218,7 @@ def picture(image: Tensor, alt: str) -> Picture:
     values = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     if values.shape[0] not in (1, 3):
         values = values.mean(dim=0, keepdim=True)
-    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    shown = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    shown = as_picture(values)
     shown.thumbnail((LARGEST, LARGEST), Image.Resampling.BOX)
     buffer = io.BytesIO()
     shown.save(buffer, format="PNG", optimize=True)
@@ -259,7 +247,7 @@ def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
     """``report.json``, ``report.md`` and, where the extra ``[report]`` is installed, ``report.html``: the files written
     into the evaluation's folder, and what is missing for the page, if anything is."""
     page_of = functools.partial(page, report, ResultsFolder(folder))
-    return write_findings(folder, "report", report.to_dict(), markdown(report), page_of, "report.html")
+    return write_findings(folder, "report", report.to_dict(), tables.markdown(report), page_of, "report.html")
 
 
 def load_report(folder: Path) -> Report:

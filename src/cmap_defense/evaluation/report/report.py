@@ -23,6 +23,7 @@ from cmap_defense.evaluation.predictions import vote_iterations
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import MEASURES, Row, Runs, WorstCase, make_row, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED
+from cmap_defense.plots.figure import printable
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -120,7 +121,7 @@ class Report:
         head = f"headline {self.headline.accuracy}" if self.headline else "no headline"
         passed = sum(check.passed is True for check in self.checks)
         lines = [f"Report({head}; {passed} of {len(self.checks)} checks passed; {self.missing} work units missing"]
-        lines += [f"  because {_cut(reason, 110)}" for reason in self.refused[:6]]
+        lines += [f"  because {printable(reason, 110)}" for reason in self.refused[:6]]
         shown = sorted(self.rows, key=lambda row: row.model != DEFENDED)[:24]
         width = max((len(row.model) + len(row.attack) + 1 for row in shown), default=0)
         lines += [f"  {row.model + '/' + row.attack:<{width}}  {row.reevaluated}" for row in shown]
@@ -198,7 +199,3 @@ def _means(tensors: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, li
         name.removeprefix(prefix): torch.cat([part[name] for part in tensors], dim=1).double().mean(dim=1).tolist()
         for name in names
     }
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -9,7 +9,6 @@ from typing import Any
 from cmap_defense.certification.summary import MEANING, table
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.settings import in_255ths
-from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import Table, markdown_page, markdown_table
 from cmap_defense.evaluation.report.report import Report
 from cmap_defense.evaluation.results import Timing
@@ -194,7 +193,8 @@ def _accuracy(report: Report) -> Section:
     n, r, several = protocol["predictions"], protocol["reevaluations"], len(protocol["seeds"]) > 1
     rows = []
     for row in ordered_rows(report):
-        cells = [_with_spread(getattr(row, name), row.spread.get(name)) for name in MEASURES]
+        spread = {name: f" ({value:.3f})" for name, value in row.spread.items()}
+        cells = [f"{getattr(row, name)}{spread.get(name, '')}" for name in MEASURES]
         latent = "" if row.one_latent is None else f"{row.one_latent:.3f}"
         rows.append([model_name(row.model), attack_name(row.attack), *cells, f"{row.prediction_spread:.3f}", latent])
     if not rows:
@@ -331,10 +331,6 @@ def _attack_settings(report: Report) -> Section:
 
 def _timing(timing: Timing) -> list[str]:
     return [f"{timing.passes:,}", f"{timing.seconds / 60:.1f}"]
-
-
-def _with_spread(value: Accuracy, spread: float | None) -> str:
-    return f"{value}" if spread is None else f"{value} ({spread:.3f})"
 
 
 def _share(row: Row) -> float:
