@@ -22,7 +22,7 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.quality import Quality, QualityRun
-from cmap_defense.quality.report import accuracy_rows, distance_rows, notes, write_quality
+from cmap_defense.quality.report import sections, write_quality
 
 STEPS = 20
 """Number of PGD steps."""
@@ -75,9 +75,10 @@ def run_quality(options: dict[str, Any]) -> build.Printed:
         write_text(folder / RECORD_FILE, changed.to_json(indent=2) + "\n")
         files.append(folder / RECORD_FILE)
     seconds = time.perf_counter() - start
-    said = notes(facts)
-    lines = ["", *table_lines(distance_rows(facts)), "", *said["samples"], "", *said["purified"], ""]
-    lines += [*table_lines(accuracy_rows(facts)), "", *said["attack"], f"\n{seconds:.0f} s. {listed(files)}"]
+    lines = []
+    for _, before, table, after in sections(facts):
+        lines += ["", *before, *[""] * bool(before), *table_lines(table), "", *after]
+    lines.append(f"\n{seconds:.0f} s. {listed(files)}")
     return {**facts, "seconds": seconds, "files": [str(path) for path in files]}, lines
 
 

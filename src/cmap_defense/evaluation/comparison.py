@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ def compare(
     if not models:
         raise SettingsError("There is nothing to compare: give models by name.")
     variants = {name: (model, attacks) for name, model in models.items()}
-    evaluations = evaluations_of(variants, data, out, threat=threat, protocol=protocol, subset=subset, threads=threads)
+    options: dict[str, Any] = {"threat": threat, "protocol": protocol, "subset": subset, "threads": threads}
+    evaluations = dict(evaluations_of(variants, data, out, **options))
     if not all(evaluation.attacks[DEFENDED] for evaluation in evaluations.values()):
         raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
     for evaluation in evaluations.values():  # before any work is done
@@ -148,15 +149,14 @@ def evaluations_of(
     *,
     protocol: Protocol | None,
     **options: Any,
-) -> dict[str, Evaluation]:
-    """By name an evaluation of a model under attacks in ``out/<name>``, all of the same images. The checks that a
+) -> Iterator[tuple[str, Evaluation]]:
+    """Name and evaluation of each model under its attacks, in ``out/<name>``, all of the same images. The checks that a
     headline needs are left out; ``options`` are those of ``Evaluation``."""
     without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
     data = labelled_data(data, next(iter(variants.values()))[0].image_shape[0])
-    return {
-        name: Evaluation(model, data, Path(out) / name, attacks=attacks, protocol=without, undefended=False, **options)
-        for name, (model, attacks) in variants.items()
-    }
+    for name, (model, attacks) in variants.items():
+        folder = Path(out) / name
+        yield name, Evaluation(model, data, folder, attacks=attacks, protocol=without, undefended=False, **options)
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[Path], str | None]:

@@ -175,9 +175,8 @@ def run_study(
     for variant in study.variants:
         changed = model.variant(settings=model.settings.replace(**variant.changes)) if variant.changes else model
         variants[variant.name] = changed, variant.attacks
-    evaluations = evaluations_of(variants, data, out, protocol=protocol, subset=subset, threads=threads)
     whole = {}
-    for name, evaluation in evaluations.items():
+    for name, evaluation in evaluations_of(variants, data, out, protocol=protocol, subset=subset, threads=threads):
         evaluation.run(progress)
         whole[name] = evaluation.report().to_dict()
     rows = [

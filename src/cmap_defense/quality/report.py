@@ -8,7 +8,7 @@ from typing import Any
 
 from cmap_defense.common.files import write_json, write_text
 from cmap_defense.common.statistics import Accuracy
-from cmap_defense.common.tables import markdown_page, markdown_table
+from cmap_defense.common.tables import Table, markdown_page, markdown_table
 
 KINDS = {
     "clean": "clean",
@@ -21,9 +21,9 @@ KINDS = {
 
 def quality_markdown(quality: Mapping[str, Any]) -> str:
     """The text of ``quality.md`` from what ``Quality.to_dict`` gives."""
-    said, distances, accuracies = notes(quality), distance_rows(quality), accuracy_rows(quality)
-    parts = ["## Samples", markdown_table(distances), *said["samples"]]
-    parts += ["## Purified images", *said["purified"], markdown_table(accuracies), *said["attack"]]
+    parts = []
+    for title, before, table, after in sections(quality):
+        parts += [f"## {title}", *before, markdown_table(table), *after]
     return markdown_page(f"Quality of {quality['backbone']}", *parts)
 
 
@@ -53,33 +53,33 @@ def accuracy_rows(quality: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def notes(quality: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Sentences beside the tables, by place."""
+def sections(quality: Mapping[str, Any]) -> list[tuple[str, list[str], Table, list[str]]]:
+    """The tables, each with its title and the sentences before and after it."""
     frechet, fid, near = quality["frechet"], quality["fid"], quality["reconstructions"]
-    samples = []
     if frechet is None:
-        samples.append(f"No Frechet distance: {quality['frechet_reason']}")
+        about = f"No Frechet distance: {quality['frechet_reason']}"
     else:
-        samples.append(
+        about = (
             f"The features are the {frechet['numbers']} numbers that come into {frechet['module']!r}. The distance is "
             "no FID, and can be compared only with distances in the same features between as many images; that of two "
             "halves of real images is what their number alone makes of it."
         )
-    samples.append(f"No FID: {quality['fid_reason']}" if fid is None else f"FID has its features from {fid['source']}.")
+    source = f"No FID: {quality['fid_reason']}" if fid is None else f"FID has its features from {fid['source']}."
     settings = quality["settings"]
-    return {
-        "samples": samples,
-        "purified": [
-            f"{near['images']} clean images, purified with K = {settings['n_latents']}, N = {settings['iterations']}: "
-            f"mean L1 {near['l1']:.4f} per pixel of images in [0, 1], mean SSIM {near['ssim']:.3f}."
-        ],
-        "attack": [
-            "Clean and attacked images are classified by the bare classifier, purified ones by the vote of their K "
-            "versions. Accuracies have 95 % Wilson intervals.",
-            f"The attack is {quality['attack']}, made on each bare classifier: {quality['attacker']}. This shows how "
-            "the defence works, not how robust it is.",
-        ],
-    }
+    purified = (
+        f"{near['images']} clean images, purified with K = {settings['n_latents']}, N = {settings['iterations']}: "
+        f"mean L1 {near['l1']:.4f} per pixel of images in [0, 1], mean SSIM {near['ssim']:.3f}."
+    )
+    attack = [
+        "Clean and attacked images are classified by the bare classifier, purified ones by the vote of their K "
+        "versions. Accuracies have 95 % Wilson intervals.",
+        f"The attack is {quality['attack']}, made on each bare classifier: {quality['attacker']}. This shows how the "
+        "defence works, not how robust it is.",
+    ]
+    return [
+        ("Samples", [], distance_rows(quality), [about, source]),
+        ("Purified images", [purified], accuracy_rows(quality), attack),
+    ]
 
 
 def write_quality(quality: Mapping[str, Any], folder: Path) -> list[Path]:
