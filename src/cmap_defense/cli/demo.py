@@ -24,7 +24,6 @@ from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers.names import name_of
 from cmap_defense.results import History, PurificationResult
@@ -45,7 +44,7 @@ def run_demo(options: dict[str, Any]) -> Printed:
     backbone, purifier = backbone_and_purifier(BACKBONE, options | {"device": "cpu"})
     defended = PurifiedClassifier(classifier, backbone, purifier=purifier).eval()
     images, labels = (part[:count] for part in load_test_images())
-    with using_threads(options["threads"]), Progress(0, "demo") as progress:
+    with Progress(0, "demo") as progress:
         found = demonstrate(defended, images, labels, threat=threat, steps=steps, seed=seed, progress=progress)
     files = [write_image(_sheet(found, threat.eps), out / "sheet.png")]
     if found.histories and (chart := _write_moments(found.histories, out / "latents.png")) is not None:
