@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -158,12 +157,10 @@ def adapt(
 
         config = settled(config, folder, parts, team, seconds_left, made, AdaptationLearner.evaluate)
         learner = made(config)
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(Progress(config.steps, "adaptation")) if progress and team.rank == 0 else None
+        with Progress(config.steps, "adaptation", shown=progress and team.rank == 0) as bar:
 
             def stepped(state: TrainState) -> None:
-                if bar is not None:
-                    bar.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
+                bar.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
                 if on_step is not None:
                     on_step(state)
 

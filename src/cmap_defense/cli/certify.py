@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -53,14 +52,12 @@ def run_certify(options: dict[str, Any]) -> build.Printed:
         if options["dry_run"]:
             return (dataclasses.asdict(Cost(copies, passes, seconds)), []) if first and as_json else None
         results: dict[str, tuple[str | None, CertificationResult]] = {}
-        with contextlib.ExitStack() as stack:
-            total, before = copies // team.world, 0
-            shown = stack.enter_context(Progress(total, "certifying")) if first else None
+        total, before = copies // team.world, 0
+        with Progress(total, "certifying", shown=first) as shown:
             for (name, (denoiser, model)), cost in zip(models.items(), costs, strict=True):
 
                 def progress(done: int, _: int, before: int = before, name: str = name) -> None:
-                    if shown is not None:
-                        shown.at(before + done, total, what=name)
+                    shown.at(before + done, total, what=name)
 
                 results[name] = denoiser, certify(model, images, out=out / name, progress=progress, **given)
                 before += cost.copies // team.world

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -28,7 +27,7 @@ from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_da
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import DataError, WrongKindError
 from cmap_defense.training.config import TrainingConfig
-from cmap_defense.training.loop import LOG_FILE, TrainState, countdown
+from cmap_defense.training.loop import LOG_FILE, countdown
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.run import TrainedBackbone, source_of, train_backbone
 
@@ -123,13 +122,7 @@ def _trained(
         write_image(sample_sheet(samples), out / "samples.png")
         write_loss_chart(out / LOG_FILE, out / "loss.png")
 
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config.steps, "training")) if team.rank == 0 else None
-
-        def on_step(state: TrainState) -> None:
-            if progress is not None:
-                progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
-
+    with Progress(config.steps, "training", shown=team.rank == 0) as progress:
         return train_backbone(
             data.images,
             out,
@@ -140,7 +133,7 @@ def _trained(
             start=start,
             record=record,
             seconds_left=seconds_left,
-            on_step=on_step,
+            on_step=lambda state: progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}"),
             on_samples=on_samples,
         )
 

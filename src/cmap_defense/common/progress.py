@@ -15,14 +15,16 @@ LINE = "{desc}{n_fmt} of {total_fmt}, about {remaining} left{postfix}\n"
 
 
 class Progress:
-    """Progress on standard error; its end removes the bar. A total of 0 is one that the first ``at`` says."""
+    """Progress on standard error; its end removes the bar. A total of 0 is one that the first ``at`` says. One that is
+    not ``shown``, as on other ranks than the first, does nothing."""
 
-    def __init__(self, total: int, what: str) -> None:
+    def __init__(self, total: int, what: str, *, shown: bool = True) -> None:
         options: dict[str, Any] = {"mininterval": EVERY, "miniters": 1, "delay": EVERY, "bar_format": LINE}
         if sys.stderr is None or sys.stderr.isatty():
             options = {"dynamic_ncols": True}
         desc = f"{what}: "
-        self._bar = tqdm(total=total, desc=desc, file=sys.stderr, leave=False, disable=sys.stderr is None, **options)
+        nowhere = sys.stderr is None or not shown
+        self._bar = tqdm(total=total, desc=desc, file=sys.stderr, leave=False, disable=nowhere, **options)
 
     def __enter__(self) -> Self:
         return self
