@@ -71,7 +71,7 @@ class Evaluation:
     Making one only looks at its arguments. Images are read, models run and the folder is read when a method needs it.
 
     Args:
-        model: as ``evaluate`` takes it, and so are all arguments but two.
+        model: as ``evaluate`` takes it, like all arguments that are not listed here.
         data: images with their labels, see ``SelectedImages.of``.
         out: the folder of the results.
         undefended: whether the classifier of a purified classifier is a baseline, "undefended".
