@@ -174,9 +174,9 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
     "cifar10": {
         "one-step-0.2": OneStep(level=0.2, n_latents=K),
         "one-step-ct-0.3": OneStep(level=0.3, n_latents=K),
+        "one-step-ct-0.4": OneStep(level=0.4, n_latents=K),
         "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "diffpure-40": diffpure(40),
-        "diffpure-60": diffpure(60),
         "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-6": near(1.2, 6),
     },

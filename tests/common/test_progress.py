@@ -66,10 +66,9 @@ def test_a_terminal_gets_a_progress_bar_that_is_removed(monkeypatch: pytest.Monk
     assert shown.endswith("\r")
 
 
-SMALL = ["--n-latents", "1", "--iterations", "2", "-o", "out"]
 TINY_NETWORK = ["--batch-size", "8", "--channels", "8,8", "--blocks", "1", "--attention", "none"]
 COMMANDS = {
-    "purify": ["image.png", "-b", "fashion-mnist-ct", *SMALL],
+    "purify": ["image.png", "-b", "fashion-mnist-ct", "--n-latents", "1", "-o", "out"],
     "train": ["--data", "data.npz", "--images", "16", *TINY_NETWORK, "-o", "out"],
 }
 

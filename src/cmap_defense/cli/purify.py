@@ -19,7 +19,6 @@ from cmap_defense.common.progress import Progress
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
-from cmap_defense.evaluation.evaluation import using_threads
 from cmap_defense.purifiers import CMAP
 from cmap_defense.purifiers.choice import recorded_settings
 from cmap_defense.purifiers.names import name_of
@@ -43,7 +42,7 @@ def run_purify(options: dict[str, Any]) -> Printed:
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     written, mismatches = [], []
     steps = settings.iterations if isinstance(purifier, CMAP) else max(1, getattr(purifier, "steps", 1))
-    with using_threads(options["threads"]), Progress(steps * len(groups), "purifying") as progress:
+    with Progress(steps * len(groups), "purifying") as progress:
         for number, group in enumerate(groups):
             originals = [read_image(path, channels) for path in group]
             batch = torch.cat([resize_images(image[None], size, resize or "bilinear") for image in originals])
