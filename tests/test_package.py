@@ -37,12 +37,15 @@ def run_installed(installed: Path, cwd: Path, *command: str) -> subprocess.Compl
     )
 
 
+CMAP = ["--images", "2", "--purifier", "cmap", "--n-latents", "1", "--iterations", "2"]
+
+
 def test_a_built_wheel_installed_elsewhere_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     where = run_installed(installed, tmp_path, "-c", "import cmap_defense; print(cmap_defense.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(installed), where.stderr
-    done = run_installed(installed, tmp_path, "-m", "cmap_defense", "demo", "--images", "2", "--n-latents", "1")
+    done = run_installed(installed, tmp_path, "-m", "cmap_defense", "demo", *CMAP)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "cmap-demo").iterdir()) == ["sheet.png"]
+    assert sorted(path.name for path in (tmp_path / "cmap-demo").iterdir()) == ["latents.png", "sheet.png"]
 
 
 def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:

@@ -169,7 +169,8 @@ def made_up_cifar10(folder: Path) -> tuple[Path, Path]:
 
 
 def test_busy_cores_compares_two_runs_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(command: list[str], **_: Any) -> SimpleNamespace:
+    def here(command: list[str], *, env: dict[str, str], **_: Any) -> SimpleNamespace:
+        assert "OMP_NUM_THREADS" not in env
         assert command[:3] == [sys.executable, "-m", "cmap_defense"]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             assert command_line(command[3:]) == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers import GDMP, Run
 from cmap_defense.purifiers.gdmp import _ssim_gradient
 from cmap_defense.purifiers.vp import vp_sigma
@@ -105,3 +106,9 @@ def test_the_ssim_guide_is_the_gradient_of_the_mean_ssim_of_the_image_alone() ->
     direction = noise(3, 16, 12, seed=3, dtype=DOUBLE)
     ends = [SSIMReference.of(target[:1]).ssim_sum(images[:1] + s * direction).item() for s in (1e-6, -1e-6)]
     assert (found[0] * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-6 / (3 * 16 * 12), rel=1e-6)
+
+
+def test_t_is_one_of_the_levels() -> None:
+    assert GDMP(t=250, levels=250).sigmas
+    with pytest.raises(SettingsError, match=r"GDMP\.t must be .*251"):
+        GDMP(t=251, levels=250)

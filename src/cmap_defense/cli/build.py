@@ -29,9 +29,9 @@ from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import load_classifier
-from cmap_defense.errors import BackboneFileError, SettingsError
+from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError
 from cmap_defense.purifiers import CMAP, Purifier, from_texts
-from cmap_defense.purifiers.choice import loaded_with, recorded_settings
+from cmap_defense.purifiers.choice import lacks_presets, loaded_with, recorded_settings
 from cmap_defense.purifiers.names import name_of
 
 PURIFIER_OPTIONS = ("n_latents", "iterations", "learning_rate")
@@ -60,7 +60,7 @@ def usage_errors(remedy: str = "") -> Iterator[None]:
     """Settings that are refused inside are wrong usage; the remedy ends the message."""
     try:
         yield
-    except SettingsError as error:
+    except (SettingsError, UnknownNameError) as error:
         raise click.UsageError(f"{error}{remedy}") from error
 
 
@@ -95,12 +95,13 @@ def normalize_of(options: Options) -> Any:
 
 def defended(classifier: Any, given: Any, options: Options) -> PurifiedClassifier:
     """A classifier behind the purifier of the options, in eval mode."""
+    normalize = normalize_of(options)
     backbone, purifier = backbone_and_purifier(given, options)
     return PurifiedClassifier(
         classifier,
         backbone,
         purifier=purifier,
-        normalize=normalize_of(options),
+        normalize=normalize,
         resize=options["resize"],
         vote=options["vote"],
         max_parallel=options["max_parallel"],
@@ -118,23 +119,29 @@ def backbone_and_purifier(given: Any, options: Options) -> tuple[nn.Module, Puri
     CMAP by name starts from the settings of CMAP in the backbone's record.
     """
     name, preset, texts = options["purifier"], options.get("purifier_preset"), _purifier_texts(options)
-    if preset and (texts or name not in (None, "cmap")):
+    keys = {text.partition("=")[0].strip() for text in texts}
+    if preset and (texts or name is not None):
         raise click.UsageError("--purifier-preset names a purifier with its settings: leave other options of it out.")
-    wanted = preset if preset or name is None else purifier_of(options)
+    if name is None and not preset and lacks_presets(given):  # so that mistakes are found before anything is fetched
+        name = "cmap"
+    named = {**options, "purifier": name}
+    wanted = preset if preset or name is None else purifier_of(named)
     backbone, purifier = loaded_with(given, wanted, device_of(options))
-    if name == "cmap" and not preset and not any(text.startswith("level=") for text in texts):  # does not fit a level
-        return backbone, purifier_of(options, CMAP(recorded_settings(purifier.member(backbone))))
-    if name is None and texts:
-        named = name_of(purifier)
-        with usage_errors(f" {named} is what goes with the backbone: --purifier takes another, such as cmap."):
-            purifier = from_texts(named, texts, purifier)
+    if name == "cmap" and "level" not in keys:  # a record's settings do not fit a level
+        purifier = purifier_of(named, CMAP(recorded_settings(purifier.member(backbone))))
+    elif name is None and texts:
+        named["purifier"] = default = name_of(purifier)
+        remedy = f" {default} is what goes with the backbone: --purifier takes another"
+        remedy += "." if default == "cmap" else ", such as cmap."
+        purifier = purifier_of(named, purifier, "" if keys <= purifier.to_dict().keys() else remedy)
+        with usage_errors():
             purifier.check(backbone)
     return backbone, purifier
 
 
-def purifier_of(options: Options, start: Purifier | None = None) -> Purifier:
-    """The purifier that the options name, as changes to another one of its class."""
-    with usage_errors():
+def purifier_of(options: Options, start: Purifier | None = None, remedy: str = "") -> Purifier:
+    """The purifier that the options name, as changes to another one of its class; see ``usage_errors``."""
+    with usage_errors(remedy):
         return from_texts(options["purifier"], _purifier_texts(options), start)
 
 

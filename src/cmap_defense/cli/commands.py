@@ -40,7 +40,9 @@ demo = command(
     """,
     DATA("--images", "Number of test images to purify.", type=click.IntRange(1, 256), default=64),
     of.pgd_options(0.05),
-    of.purifier,
+    of.purifier_option("cmap", "one-step", unset=of.DEFAULT_PURIFIER),
+    of.purifier_set("level=0.4"),
+    of.short_settings("the purifier's"),
     of.seed_option("Seed of the attack and of the purification's noise."),
     of.threads,
     of.out_option("cmap-demo"),
@@ -355,7 +357,7 @@ adapt = command(
     of.backbone,
     of.classifier,
     of.purifier_option(default="one-step"),
-    of.purifier_set,
+    of.purifier_set("level=0.8"),
     of.resize,
     of.data_option(
         f"Labelled data set: a name ({', '.join(of.DATASETS)}), an .npz file, or a folder of class folders."

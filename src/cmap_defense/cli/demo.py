@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import textwrap
 import time
 import webbrowser
 from pathlib import Path
@@ -56,13 +57,15 @@ def run_demo(options: dict[str, Any]) -> Printed:
     rows = [[row, *map(str, columns.values())] for row, columns in found.accuracy.items()]
     values = {row: {name: a.value for name, a in columns.items()} for row, columns in found.accuracy.items()}
     intervals = {row: {name: a.interval for name, a in columns.items()} for row, columns in found.accuracy.items()}
-    note = "the attacks did not know the defence."
+    note, adaptive = "the attacks did not know the defence.", {}
     if "adaptive" in found.accuracy["purified"]:
+        adaptive = {"adaptive attack": {"name": "PGD", "steps": ADAPTIVE_STEPS, "gradient": repr(Unrolled())}}
         note = (
             f"adaptive is PGD-{ADAPTIVE_STEPS} through the defence, to its exact gradient; more steps find more. "
             "The attack of the column before did not know the defence."
         )
     values |= {
+        **adaptive,
         "intervals": intervals,
         "note": note,
         "images": count,
@@ -79,7 +82,7 @@ def run_demo(options: dict[str, Any]) -> Printed:
         f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {threat.eps:g} on the bare classifier.",
         f"Purified by {purifier!r}. [95 % intervals]\n",
         *table_lines([["accuracy", *found.accuracy["bare"]], *rows]),
-        f"\nNote: {note}",
+        f"\n{textwrap.fill(f'Note: {note}', 100)}",
         f"{seconds:.0f} s in all, {each:.2g} s per purified image. Pictures: {listed(files)}",
     ]
 
@@ -158,7 +161,9 @@ def demonstrate(
         bare = {name: classifier(x).argmax(1) for name, x in sets.items()}
         voted = {name: result.labels for name, result in purified.items()}
         if "adaptive" in sets:  # with noise that the attack has not seen
+            progress.step("purifying the adaptive images")
             voted["adaptive"] = defended.purify(sets["adaptive"], seeds=seeds + 500_009).labels
+            progress.step()
         histories = {}
         if latent:
             progress.step("purifying without the latent constraint")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
-import functools
 import json
 import os
 import shlex
@@ -266,33 +265,39 @@ certified = OUTPUT(
     type=PathType(exists=True, file_okay=False),
 )
 
-purifier_set = PURIFICATION(
-    "--purifier-set",
-    "Set one of the purifier's settings to this value, such as t=75, or take a paper's constants, such as "
-    "preset=cifar10-linf. May be repeated.",
-    metavar="KEY=VALUE",
-    multiple=True,
-)
-cmap_options = functools.partial(options_of, CMAPSettings, "Purification")
-cmap_settings = decorators(
-    purifier_set, cmap_options("n_latents", "iterations", "learning_rate", unset="the backbone's")
-)
-"""The settings of what purifies."""
+
+def purifier_option(*names: str, **default: str) -> Decorator:
+    """What purifies, by name, one of all where no names are given; its default, or what the help says for none."""
+    return PURIFICATION("--purifier", "Method to purify by.", type=Choice(names or PURIFIERS), **default)
 
 
-def purifier_option(**default: str) -> Decorator:
-    """What purifies, by name; its default, or what the help says where there is none."""
-    return PURIFICATION("--purifier", "Method to purify by.", type=Choice(PURIFIERS), **default)
+def purifier_set(example: str) -> Decorator:
+    """The settings of what purifies."""
+    return PURIFICATION(
+        "--purifier-set",
+        f"Set one of the purifier's settings to this value, such as {example}, or take a paper's constants, such as "
+        "preset=cifar10-linf. May be repeated.",
+        metavar="KEY=VALUE",
+        multiple=True,
+    )
 
+
+def short_settings(unset: str) -> Decorator:
+    """Some of them as options of their own; what the help says where one is not given."""
+    return options_of(CMAPSettings, "Purification", "n_latents", "iterations", "learning_rate", unset=unset)
+
+
+DEFAULT_PURIFIER = "what the backbone's record names, or else cmap"
 
 purifier = decorators(
-    purifier_option(unset="what the backbone's record names, or else cmap"),
+    purifier_option(unset=DEFAULT_PURIFIER),
     PURIFICATION(
         "--purifier-preset",
         "Purify as the backbone's record names it, in place of the other options of the purifier.",
         type=Choice(PRESETS),
     ),
-    cmap_settings,
+    purifier_set("t=75"),
+    short_settings("the purifier's"),
 )
 """What purifies."""
 
@@ -343,7 +348,7 @@ wrapper = decorators(
 model = decorators(backbone, classifier, purifier, wrapper)
 """The defended classifier."""
 
-cmap_model = decorators(backbone, classifier, cmap_settings, wrapper)
+cmap_model = decorators(backbone, classifier, purifier_set("level=1"), short_settings("the backbone's"), wrapper)
 """The classifier behind CMAP, for commands about it alone."""
 
 data = decorators(

@@ -20,7 +20,7 @@ from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.names import purifier_from_dict
 from cmap_defense.purifiers.pair import BackbonePair
 
-__all__ = ["default_purifier", "loaded_with", "preset_purifier", "recorded_settings"]
+__all__ = ["default_purifier", "lacks_presets", "loaded_with", "preset_purifier", "recorded_settings"]
 
 Unloaded = str | os.PathLike[str] | nn.Module
 
@@ -40,7 +40,7 @@ def loaded_with(
         UnknownNameError, BackboneFileError: it cannot be loaded, or its record has no such preset.
     """
     kind = wanted.kind if isinstance(wanted, Purifier) else None
-    if wanted == PRESETS[0] or (wanted is None and _lacks_presets(given)):
+    if wanted == PRESETS[0] or (wanted is None and lacks_presets(given)):
         kind = CMAP().kind  # known before anything is fetched
     try:
         loaded = _loaded(given, kind, device)
@@ -56,7 +56,8 @@ def loaded_with(
     return loaded, wanted
 
 
-def _lacks_presets(given: Any) -> bool:
+def lacks_presets(given: Any) -> bool:
+    """Whether it is known without fetching it that a backbone's record names no purifier."""
     entry = None if isinstance(given, (nn.Module, tuple, list)) else entry_of(given)
     return entry is not None and not entry.presets
 
