@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
+from cmap_defense.attacks import PGD
 from cmap_defense.backbones.karras import NoiseRange
 from cmap_defense.backbones.ncsnpp import NCSNppConfig
 from cmap_defense.backbones.unet import CompactUNetConfig
@@ -16,6 +19,7 @@ from cmap_defense.data import Subset
 from cmap_defense.detection.deep import DeepKernelSettings
 from cmap_defense.errors import CmapError, SettingsError
 from cmap_defense.evaluation import Protocol
+from cmap_defense.gradients import Surrogate
 from cmap_defense.purifiers import ADP, GDMP, GNSP, DiffPure, LikelihoodMaximisation, OneStep
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training import TrainingConfig
@@ -117,3 +121,10 @@ def test_an_unknown_field_names_the_near_match_or_all(kind: type[Settings]) -> N
     with pytest.raises(SettingsError) as caught:
         kind.from_dict({"qqq": 3})
     assert all(repr(name) in str(caught.value) for name in names)
+
+
+def test_numbers_of_other_libraries_become_floats() -> None:
+    for made in (Surrogate(sigma=np.float32(0.5)), PGD(ThreatModel(eps=0.1), momentum=Fraction(1, 2))):  # pyright: ignore[reportArgumentType]
+        assert "0.5" in repr(made)
+        assert "float32" not in repr(made)
+        assert "Fraction" not in repr(made)

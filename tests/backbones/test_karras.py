@@ -36,6 +36,12 @@ class Net(nn.Module):
         return torch.sin(nn.functional.conv2d(x, self.weight, padding=1)) + noise_level[:, None, None, None]
 
 
+class SaysDenoiser(ConsistencyBackbone):
+    """Is given to purifiers of several steps all the same."""
+
+    kind = "denoiser"
+
+
 @settings(deadline=None, max_examples=50)
 @given(levels=noise_ranges(), seed=SEEDS, dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_f_at_sigma_min_is_the_identity_exactly(levels: NoiseRange, seed: int, dtype: torch.dtype):
@@ -43,6 +49,7 @@ def test_f_at_sigma_min_is_the_identity_exactly(levels: NoiseRange, seed: int, d
     noisy = noise(3, *SHAPE, seed=seed, dtype=dtype)
     assert torch.equal(backbone.denoise(noisy, levels.sigma_min), noisy)
     assert torch.equal(backbone.denoise(noisy, torch.full((3,), levels.sigma_min, dtype=dtype)), noisy)
+    assert torch.equal(SaysDenoiser(Net().to(dtype), SHAPE, levels).denoise(noisy, levels.sigma_min), noisy)
 
 
 @settings(deadline=None, max_examples=50)

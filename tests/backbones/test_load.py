@@ -2,15 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cmap_defense.backbones.folder import write_backbone
-from cmap_defense.backbones.karras import ConsistencyBackbone
+from cmap_defense.backbones.karras import ConsistencyBackbone, EDMDenoiser
 from cmap_defense.backbones.load import load_backbone, resolve_backbone
+from cmap_defense.backbones.registry.entry import LocalFolder, RegistryEntry
 from cmap_defense.backbones.unet import CompactUNet, CompactUNetConfig
-from cmap_defense.errors import BackboneFileError, CmapError, UnknownNameError
+from cmap_defense.errors import BackboneFileError, CmapError, UnknownNameError, WrongKindError
 from toys import noise
 
 CONFIG = CompactUNetConfig(
@@ -98,3 +100,16 @@ def test_unknown_name_lists_the_near_match():
 def test_what_is_neither_folder_nor_hub_id_is_an_unknown_name(source: str):
     with pytest.raises(UnknownNameError, match="no backbone"):
         load_backbone(source)
+
+
+def test_the_record_of_a_registered_folder_says_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry of a name says "consistency" where nothing is said."""
+    with torch.random.fork_rng(devices=[]):
+        network = CompactUNet(CONFIG)
+    write_backbone(EDMDenoiser(network, CONFIG.image_shape), tmp_path, name="toy")
+    place: Any = LocalFolder(folder=tmp_path)
+    entry = RegistryEntry(name="mine", description="", sources=(place,), image_shape=CONFIG.image_shape)
+    monkeypatch.setattr("cmap_defense.backbones.load.entry_of", lambda source: entry)
+    assert load_backbone("mine", kind="denoiser").kind == "denoiser"
+    with pytest.raises(WrongKindError, match="'toy' is a denoiser"):
+        load_backbone("mine", kind="consistency")

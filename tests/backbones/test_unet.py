@@ -15,9 +15,9 @@ SMALL = CompactUNetConfig(
 
 
 def test_image_of_a_single_patch_needs_groups_of_channels_and_works_alone_as_in_a_batch() -> None:
-    for channels in ((4, 8), (4, 16), (16, 8)):
+    for channels in ((4, 8), (4, 16), (16, 8), (3, 5)):
         with pytest.raises(SettingsError, match="each group of the normalisation has one value only"):
-            SMALL.replace(image_shape=(3, 4, 4), channels=channels)
+            SMALL.replace(image_shape=(3, 4, 4), channels=channels, head_channels=1)
     config = SMALL.replace(image_shape=(3, 4, 4), channels=(16, 16))
     with torch.random.fork_rng(devices=[]):
         network = randomised(CompactUNet(config).double())

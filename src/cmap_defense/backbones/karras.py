@@ -114,11 +114,15 @@ class KarrasModel(nn.Module):
         level = _levels(sigma, x)
         scalings = getattr(self.network, "scalings", boundary_scalings)  # a network that was trained with others has it
         broadcast = level[:, None, None, None]
-        lowest = self.noise.sigma_min if self.kind == "consistency" else 0.0
-        c_skip, c_out, c_in = scalings(broadcast, sigma_data=self.noise.sigma_data, sigma_min=lowest)
+        c_skip, c_out, c_in = scalings(broadcast, sigma_data=self.noise.sigma_data, sigma_min=self._identity_level)
         scaled = (c_in * x).to(dtype_of(self.network) or x.dtype)
         raw = self.network(scaled, level.log() / 4, *(() if labels is None else (labels,)))
         return c_skip * x + c_out * raw.to(x.dtype)
+
+    @property
+    def _identity_level(self) -> float:
+        """The noise level at which the model is the identity, whatever its network."""
+        return 0.0
 
 
 def _levels(sigma: Tensor | float, x: Tensor) -> Tensor:
@@ -147,6 +151,10 @@ class ConsistencyBackbone(KarrasModel):
     def generate(self, latents: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """G(u): one-step images in [-1, 1] from unit latents [B, C, H, W]. No gradient flows where the clip acts."""
         return self.denoise(self.noise.sigma_max * latents, self.noise.sigma_max, class_labels).clamp(-1, 1)
+
+    @property
+    def _identity_level(self) -> float:
+        return self.noise.sigma_min
 
 
 class EDMDenoiser(KarrasModel):

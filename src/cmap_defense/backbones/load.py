@@ -64,7 +64,7 @@ def load_backbone(
         require_choice("load_backbone", "kind", kind, KINDS)
     entry = entry_of(source)
     try:
-        if entry is not None:  # before it is fetched
+        if entry is not None and not isinstance(entry.sources[0], LocalFolder):  # before it is fetched
             check_kind(entry.name, entry.kind, kind)
         folder = resolve_backbone(source)
         with with_remedy(entry):

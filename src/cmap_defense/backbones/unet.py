@@ -94,7 +94,8 @@ class CompactUNetConfig(UNetConfig):
                     f"{self.head_channels}; choose another head_channels."
                 )
         coarsest = self.image_shape[1] * self.image_shape[2] // self._unit**2
-        if coarsest == 1 and any(8 % channels == 0 for channels in self.channels[-2:]):  # what comes there, and goes
+        there = {*self.channels[-2:], sum(self.channels[-2:])}  # what comes to the coarsest level, and goes
+        if coarsest == 1 and any(8 % channels == 0 for channels in there):
             raise SettingsError(
                 "CompactUNetConfig: at the coarsest level each group of the normalisation has one value only. "
                 "Use fewer levels, a smaller patch or more channels."

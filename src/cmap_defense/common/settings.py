@@ -135,7 +135,8 @@ def _checked(owner: str, name: str, value: Any, kinds: Sequence[Any], **bounds: 
     elif int in kinds:
         return require_integer(owner, name, value, **bounds)
     elif float in kinds:
-        require_number(owner, name, value, **bounds)
+        number = require_number(owner, name, value, **bounds)
+        return value if isinstance(value, (int, float)) else number
     elif str in kinds:
         pattern, what = bounds.get("pattern", ("(?s:.*)", "text"))
         if not isinstance(value, str) or not re.fullmatch(pattern, value):

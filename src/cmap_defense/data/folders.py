@@ -135,10 +135,14 @@ class FolderImages:
         return height, width
 
     def select(self, indices: Sequence[int] | Tensor) -> LabelledImages:
-        """The images at these positions, see ``ImageSource.select``, read now and rounded to 8 bits.
+        """The images at these positions, in this order, read now and rounded to 8 bits.
+
+        Args:
+            indices: integers from 0 to N - 1, or an int64 tensor [M] of them; none, or one several times, is fine.
 
         Raises:
-            DataError: also where one has another size than the first, and no size was given.
+            DataError: an index is no integer or out of range, a file cannot be read, or one has another size than the
+                first and no size was given.
         """
         chosen = positions_of(indices, len(self))
         images = torch.empty(len(chosen), self._channels, *self.image_size, dtype=torch.uint8)

@@ -73,7 +73,14 @@ class LabelledImages:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def select(self, indices: Sequence[int] | Tensor) -> LabelledImages:
-        """A copy of the images at these positions, see ``ImageSource.select``, with the same class names."""
+        """A copy of the images at these positions, in this order, with the same class names.
+
+        Args:
+            indices: integers from 0 to N - 1, or an int64 tensor [M] of them; none, or one several times, is fine.
+
+        Raises:
+            DataError: an index is no integer or out of range.
+        """
         chosen = positions_of(indices, len(self))
         return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 

@@ -66,10 +66,17 @@ def open_dataset(
 def load_dataset(
     source: str | os.PathLike[str], split: str = "train", *, size: int | None = None, channels: int | None = None
 ) -> LabelledImages:
-    """What ``open_dataset`` opens, with all images in memory; arguments and errors are those of ``open_dataset``.
+    """What ``open_dataset`` opens, with all images in memory.
+
+    Args:
+        source: as for ``open_dataset``.
+        split: as for ``open_dataset``.
+        size: as for ``open_dataset``.
+        channels: as for ``open_dataset``.
 
     Raises:
-        DataError: also where an image of a folder cannot be read or differs in size.
+        UnknownNameError: neither a known name nor a file nor a folder.
+        DataError: as of ``open_dataset``, or an image of a folder cannot be read or differs in size.
     """
     opened = open_dataset(source, split, size=size, channels=channels)
     return opened if isinstance(opened, LabelledImages) else opened.select(range(len(opened)))

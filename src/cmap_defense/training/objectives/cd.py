@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
-from cmap_defense.common.settings import setting
+from cmap_defense.common.settings import check_fields, setting
 from cmap_defense.errors import SettingsError
 from cmap_defense.training.objectives import base
 from cmap_defense.training.objectives.base import Batch, Denoise
@@ -55,6 +55,7 @@ class CD(base.NamedDistance):
     class_conditional: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)  # before it is asked whether they fit together
         if self.huber is not None and self.distance != "pseudo-huber":
             raise SettingsError(
                 f"CD.huber belongs to the distance 'pseudo-huber', but the distance is {self.distance!r}."

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cmap_defense.backbones.karras import NoiseRange
-from cmap_defense.common.settings import require_integer, setting
+from cmap_defense.common.settings import check_fields, require_integer, setting
 from cmap_defense.training.objectives import base
 from cmap_defense.training.objectives.base import Batch, Denoise
 
@@ -46,8 +46,9 @@ class CT(base.NamedDistance):
     distance: str = setting("l2", choices=("l2", "l1", "lpips"))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)  # before LPIPS is loaded
         require_integer("CT", "levels_end", self.levels_end, minimum=self.levels_start)
+        super().__post_init__()
 
     def losses(self, model: Denoise, batch: Batch, noise: NoiseRange, target: Denoise) -> Tensor:
         count = self.level_count(batch.progress)
