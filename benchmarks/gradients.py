@@ -93,8 +93,8 @@ def measure(name: str, mode: GradientMode, options: Options, wide: Tensor) -> di
     (gradient,) = torch.autograd.grad(loss(model, leaf, labels).sum(), leaf)
     both, added = time.perf_counter() - begun, passes[0] - plain
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    told = (gradient * directions).flatten(2).sum(2)
-    pairs = [torch.stack([wide[:, i], told[:, i]]) for i in range(len(images))]
+    predicted = (gradient * directions).flatten(2).sum(2)
+    pairs = [torch.stack([wide[:, i], predicted[:, i]]) for i in range(len(images))]
     agreement = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num()
     return {
         "mode": name,
