@@ -13,10 +13,12 @@ from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.demo import demonstrate
 from cmap_defense.common.modules import evaluating
+from cmap_defense.common.progress import Progress
 from cmap_defense.detection import EPS, deep_kernel, detect
 from cmap_defense.detection.deep import DeepKernelSettings
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.evaluation import Protocol, Subset, evaluate
+from cmap_defense.purifiers import OneStep
 from cmap_defense.quality import QualityRun
 from toys import uniform
 
@@ -127,6 +129,14 @@ def observed(model: PurifiedClassifier, x: Tensor, y: Tensor) -> None:
     deep_kernel(model, x, y, eps=small, settings=DeepKernelSettings(steps=1))
 
 
+def demonstrated(model: PurifiedClassifier, x: Tensor, y: Tensor) -> None:
+    for purifier in (model.purifier, OneStep(level=0.5, n_latents=2)):  # the second one is attacked itself
+        with Progress(0, "demo", shown=False) as progress:
+            demonstrate(
+                model.variant(purifier=purifier), x, y, threat=THREATS["linf"], steps=1, seed=0, progress=progress
+            )
+
+
 WORK: dict[str, Callable[..., Any]] = {
     **{name: attacked_with(name) for name in ("PGD", "SPSA", "Transfer", "LatentAttack", "ShortCMAP")},
     "PGD on the bare classifier": lambda model, x, y: PGD1(model.classifier, x, y),
@@ -138,7 +148,7 @@ WORK: dict[str, Callable[..., Any]] = {
     ),
     "quality": lambda model, x, y: QualityRun(model, (x, y), subset=Subset(count=len(x)), samples=2, attack=PGD1).run(),
     "observation": observed,
-    "demonstration": lambda model, x, y: demonstrate(model.classifier, model, x, y, eps=0.1, steps=1, seed=0, shown=1),
+    "demonstration": demonstrated,
 }
 
 

@@ -68,7 +68,7 @@ def test_options_below_the_home_folder(
     """A shell leaves ``--out=~/some`` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--images", "1", "--n-latents", "1", "--iterations", "1", "--out=~/some"]) == 0
+    assert main(["demo", "--images", "1", "--n-latents", "1", "--out=~/some"]) == 0
     assert (tmp_path / "some" / "sheet.png").is_file()
     assert not (tmp_path / "~").exists()
     capsys.readouterr()
