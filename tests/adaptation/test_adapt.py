@@ -212,6 +212,29 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
             adapt(model, Shrinking(), purifier, data(), tmp_path / "killed", **options, **keep)
 
 
+class Tied(Net):
+    """The same weights under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy = self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + self.copy(images.flatten(1).repeat(1, 2))
+
+
+def test_weights_under_two_names_stay_the_same_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = Tied().eval()
+    first = adapt(start, Shrinking(), PURIFIER, data(), tmp_path / "a", config=SMALL)
+    assert not torch.equal(first.classifier.head.weight, start.head.weight)
+    assert first.classifier.head.weight is first.classifier.copy.weight
+    read = load_adapted(tmp_path / "a", Tied())
+    assert same(read, first.classifier)
+    again = adapt(start, Shrinking(), PURIFIER, data(), tmp_path / "a", config=SMALL)
+    assert same(again.classifier, first.classifier)
+
+
 def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,12 @@ def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
     given = ["compare", "-b", "fashion-mnist-edm", "-b", "fashion-mnist-ct", *MODEL[2:6], "-n", 2]
     given += ["-p", "identity", "-p", "one-step level=0.4 n_latents=2", "-p", "cmap n_latents=1 iterations=1"]
     given += ["--only", "transfer", "--steps", 1, "--predictions", 1, "--reevaluations", 1, "--out", tmp_path]
+    costs = json.loads(run(*given, "--dry-run", "--json"))
+    assert [sum(cost["passes"].values()) for cost in costs.values()] == [0, 20, 20]
+    text = run(*given, "--dry-run")
+    assert "one-step-level=0.4-n_latents=2: 2 of 2 work units to do: 20 network passes" in text
+    assert "in all" in text.splitlines()[-1]
+    assert not any(tmp_path.iterdir()), "nothing was written"
     text = run(*given)
     assert "defence" in text
     assert "one-step-level=0.4-n_latents=2" in text

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from cmap_defense.training import TrainingConfig
 
@@ -11,6 +12,10 @@ def test_json_round_trips_are_exact() -> None:
     config = TrainingConfig(images=123, ema_half_life=(500, 20), betas=(0.5, 0.9), compile=True, micro_batch=3)
     assert TrainingConfig.from_json(config.to_json()) == config
     assert TrainingConfig.from_dict(config.to_dict()).ema_half_life == (500, 20)
+
+
+def test_the_device_may_be_one_of_torch() -> None:
+    assert TrainingConfig(device=torch.device("cuda", 1)) == TrainingConfig(device="cuda:1")  # pyright: ignore[reportArgumentType]
 
 
 def test_what_may_change_when_a_training_is_continued_is_not_compared() -> None:

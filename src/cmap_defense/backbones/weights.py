@@ -117,9 +117,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file. Raises ``BackboneFileError`` when there is no room or no permission."""
+    """Write a file, shared tensors once for each name. Raises ``BackboneFileError`` when there is no room or no
+    permission."""
+    written: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in written.values())
+        written[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # older versions need it
+        save_file(written, path)
     except (SafetensorError, OSError) as error:
         raise BackboneFileError(f"{path} could not be written ({error}). Is the disk full, or read-only?") from error
 

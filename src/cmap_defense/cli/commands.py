@@ -162,6 +162,7 @@ compare = command(
     of.data,
     of.attacks,
     of.protocol,
+    of.dry_run,
     of.out_option(),
     name="compare",
     attacks="exact",

@@ -12,10 +12,10 @@ from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli import build
 from cmap_defense.cli.output import duration, listed, plural
-from cmap_defense.common.ranks import ranks
+from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.tables import table_lines
-from cmap_defense.evaluation.comparison import compare, write_comparison
+from cmap_defense.evaluation.comparison import compare, compared, write_comparison
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import load_report, write_report
@@ -136,10 +136,21 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
         for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
             if name not in options["only"]:
                 del attacks[name]
+        if options["dry_run"]:
+            return _costs(compared(models, out=out, attacks=attacks, **selected), team)
         found = compare(models, out=out, attacks=attacks, progress=True, **selected)
         files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)
         team.wait()
     return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None
+
+
+def _costs(evaluations: dict[str, Evaluation], team: Ranks) -> build.Printed:
+    """What is left to do for each defence."""
+    costs = {name: evaluation.expected() for name, evaluation in evaluations.items()}
+    lines = [f"{name}: {cost_text(costs[name], evaluations[name], team.world)}" for name in costs]
+    seconds = duration(sum(cost.seconds for cost in costs.values()) / team.world)
+    found = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
+    return (found, [*lines, f"About {seconds} in all."]) if team.rank == 0 else None
 
 
 def _selected(options: dict[str, Any]) -> dict[str, Any]:

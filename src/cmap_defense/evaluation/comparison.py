@@ -115,6 +115,27 @@ def compare(
         EvaluationError: a folder is in use, or holds results of other settings.
         SettingsError: there is no defence or no attack, or a model is no ``PurifiedClassifier``.
     """
+    evaluations = compared(
+        models, data, out, attacks=attacks, threat=threat, protocol=protocol, subset=subset, threads=threads
+    )
+    rows, settings = [], {}
+    for name, evaluation in evaluations.items():
+        evaluation.run(functools.partial(progress, name) if callable(progress) else progress)
+        rows.append(_row(name, models[name], evaluation))
+        settings[name] = evaluation.folder.settings()
+    return Comparison(rows, settings)
+
+
+def compared(
+    models: Mapping[str, PurifiedClassifier],
+    data: Any,
+    out: str | Path,
+    *,
+    attacks: str | Mapping[str, Attack],
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """The evaluations that ``compare`` makes, by the name of the defence, with nothing done yet; it says what they take
+    and raise."""
     for name, model in models.items():
         if not isinstance(model, PurifiedClassifier):
             raise SettingsError(f"models[{name!r}] must be a PurifiedClassifier, but is a {type(model).__name__}.")
@@ -126,7 +147,6 @@ def compare(
     if not models:
         raise SettingsError("There is nothing to compare: give models by name.")
     variants = {name: (model, attacks) for name, model in models.items()}
-    options: dict[str, Any] = {"threat": threat, "protocol": protocol, "subset": subset, "threads": threads}
     evaluations = dict(evaluations_of(variants, data, out, **options))
     if not all(evaluation.attacks[DEFENDED] for evaluation in evaluations.values()):
         raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
@@ -134,12 +154,7 @@ def compare(
         evaluation.check_folder()
         for task in evaluation.tasks.values():
             task.passes_per_image()
-    rows, settings = [], {}
-    for name, evaluation in evaluations.items():
-        evaluation.run(functools.partial(progress, name) if callable(progress) else progress)
-        rows.append(_row(name, models[name], evaluation))
-        settings[name] = evaluation.folder.settings()
-    return Comparison(rows, settings)
+    return evaluations
 
 
 def evaluations_of(

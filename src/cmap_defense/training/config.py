@@ -40,7 +40,7 @@ class TrainingConfig(Settings):
             the device multiplies it natively. A continued training keeps its precision under "auto".
         seed: of the initial weights, the order of the data and the noise.
         checkpoint_every: images between checkpoints.
-        device: to train on.
+        device: to train on, by name or as a ``torch.device``.
         compile: whether the network runs through torch.compile.
         channels_last: whether weights are laid out with the channels last; None for yes on CUDA.
         hold_images: whether the images are kept on the device; None for yes where they take at most a quarter of its
@@ -110,6 +110,8 @@ class TrainingConfig(Settings):
     )
 
     def __post_init__(self) -> None:
+        if type(self.device).__name__ == "device":  # torch's own; this module does without torch
+            object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
         lives = self.ema_half_life
         if not lives or len(set(lives)) != len(lives):

@@ -113,6 +113,15 @@ def test_next_call_continues_what_was_given_up(hub: HubServer, target: Path):
     assert partial(target) is None
 
 
+def test_file_of_unknown_size_is_not_continued_by_the_next_call(hub: HubServer, target: Path):
+    """All of it may be there, and a server refuses what begins after the end."""
+    hub.put(PATH, Stored(OLD, chunked=True))
+    interrupted(hub, target, 30_000)
+    fetch_file(hub.address + PATH, target)
+    assert target.read_bytes() == OLD
+    assert ranges(hub) == [None]
+
+
 @pytest.mark.parametrize("change", ["address", "content", "size"])
 def test_partial_file_of_another_file_is_not_continued(hub: HubServer, target: Path, change: str):
     interrupted(hub, target, 30_000)

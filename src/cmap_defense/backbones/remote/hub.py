@@ -42,7 +42,8 @@ def fetch_folder(
 def fetch_file(url: str, path: Path) -> None:
     """Fetch a file of another server, which appears at ``path`` when it is whole.
 
-    A broken transfer is continued, by the next call too, as long as the server has the same version of the file.
+    A broken transfer is continued, by the next call too, as long as the server has the same version of the file and
+    says how large it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,7 +55,7 @@ def fetch_file(url: str, path: Path) -> None:
         for other in path.parent.glob(f"{path.name}.*.partial"):
             if other != partial or found.etag is None:
                 other.unlink()
-        with partial.open("ab") as file:
+        with partial.open("wb" if found.size is None else "ab") as file:
             same = {"If-Range": f'"{found.etag}"'}  # a file that was replaced meanwhile is sent from its beginning
             http_get(url, file, resume_size=file.tell(), headers=same, expected_size=found.size)
         partial.replace(path)
