@@ -4,18 +4,21 @@
     python benchmarks/comparison.py frontier --data fashion-mnist --out runs/fashion
     python benchmarks/comparison.py exact --data fashion-mnist --out runs/fashion
     python benchmarks/comparison.py paper --data fashion-mnist --out runs/fashion
+    python benchmarks/comparison.py speed --data fashion-mnist --count 32
 
 ``levels`` measures every candidate on held-out images: clean, under PGD on the bare classifier, and under PGD through
 the exact gradient of one-step purification at 0.3 and 0.5. The images are attacked once, for all candidates.
 ``frontier`` attacks the most promising ones on held-out images, each through its own exact gradient: the presets are
 chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and ``paper`` PGD on the bare classifier on
-the constants of the papers, both on test images. Everything takes K = 4 versions, and goes on where it was killed. For
+the constants of the papers, both on test images. ``speed`` times a prediction behind each purifier of the frontier, all
+in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed. For
 CIFAR-10 give ``--weights cifar10_resnet56.safetensors``.
 """
 
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -219,9 +222,31 @@ def attacked(options: argparse.Namespace) -> None:
     print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
 
 
+def speed(options: argparse.Namespace) -> None:
+    """Seconds of a prediction of an image, the median of five, and the ratio to the first purifier's."""
+    classifier, images, _ = setup(options, held_out=True)
+    models = {
+        name: PurifiedClassifier(classifier, backbones_for(name, options.data), purifier=purifier).eval()
+        for name, purifier in FRONTIER[options.data].items()
+        if not options.only or name in options.only
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for _ in range(1 + 5):
+            for name, model in models.items():
+                begun = time.perf_counter()
+                model(images)
+                seconds[name].append((time.perf_counter() - begun) / len(images))
+    found = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first prediction warms up
+    first = next(iter(found.values()))
+    print("| purifier | passes | seconds an image | ratio |\n| --- | --- | --- | --- |")
+    for name, median in found.items():
+        print(f"| {name} | {models[name].purifier.passes} | {median:.4f} | {median / first:.1f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["levels", "frontier", "exact", "paper"])
+    parser.add_argument("stage", choices=["levels", "frontier", "exact", "paper", "speed"])
     parser.add_argument("--data", choices=list(EPS), required=True)
     parser.add_argument("--weights", type=Path, help="safetensors of a CIFAR ResNet-56")
     parser.add_argument("--count", type=int, default=64, help="number of images")
@@ -230,9 +255,11 @@ def main() -> None:
         "--eot", type=int, default=2, help="predictions of K purifications that a gradient is averaged over"
     )
     parser.add_argument("--only", nargs="*", help="names of purifiers; all without")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder of the results; not for speed")
     options = parser.parse_args()
-    levels(options) if options.stage == "levels" else attacked(options)
+    if options.out is None and options.stage != "speed":
+        parser.error("give --out, the folder of the results")
+    {"levels": levels, "speed": speed}.get(options.stage, attacked)(options)
 
 
 if __name__ == "__main__":
