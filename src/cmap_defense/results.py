@@ -103,6 +103,17 @@ class PurificationResult:
             raise InputValueError(f"inputs must be {list(shape)}, one for each image, but are {list(first.shape)}.")
         return version_grid(self.images, first, scale=scale)
 
+    def plot(self) -> Image.Image:
+        """The objective and the moments of the latents over the iterations: ``history.plot()``.
+
+        Raises:
+            InputValueError: the purifier had no iterations.
+            MissingExtraError: matplotlib is not installed (extra report).
+        """
+        if self.history is None:
+            raise InputValueError("There are no iterations to plot: this purifier optimises no latents, as CMAP does.")
+        return self.history.plot()
+
     def save(self, folder: str | Path) -> list[Path]:
         """Write each purified image as ``<image>-<version>.png``, such as ``0003-0.png``.
 

@@ -68,6 +68,13 @@ def test_the_first_example_prints_what_the_page_shows(tmp_path: Path) -> None:
     assert all(abs(int(a) - int(b)) <= 1 for a, b in zip(found_counts, counts, strict=True)), "of another rounding"
 
 
+def test_the_readme_shows_the_same_example() -> None:
+    home, readme = (path.read_text(encoding="utf-8") for path in (DOCS / "index.md", DOCS.parent / "README.md"))
+    example = home[home.index("```python") : home.index("The attacker of this example")]
+    assert example.count("```") == 4, "a block of code and one of output"
+    assert example in readme
+
+
 def run_page(name: str, folder: Path) -> str:
     """What the Python blocks of a page print as one script, in which warnings are errors."""
     script = folder / "page.py"

@@ -1,5 +1,6 @@
 """Pictures of a purification."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,11 @@ def test_images_are_saved_and_shown(purified: tuple, tmp_path: Path) -> None:
 
 def test_the_history_is_drawn(purified: tuple) -> None:
     pytest.importorskip("matplotlib")
-    picture = purified[1].history.plot()
+    _, result, _ = purified
+    picture = result.history.plot()
+    assert result.plot() == picture
+    with pytest.raises(InputValueError, match="no iterations to plot"):
+        dataclasses.replace(result, history=None).plot()
     assert picture.format == "PNG"
     assert picture.size == (900, 320)
 
