@@ -1,4 +1,4 @@
-"""A hook of MkDocs: the notebooks of examples/notebooks as pages below tutorials/, with the outputs they have.
+"""Hooks of MkDocs: the notebooks of examples/notebooks as pages below tutorials/, and the version in the footer.
 
 Pages link to ``examples/notebooks/NAME.ipynb``, where a notebook is in the repository, and the site shows its page.
 """
@@ -9,8 +9,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / "examples" / "notebooks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "notebooks"
+PACKAGE = ROOT / "src" / "cmap_defense" / "__init__.py"
 NOTE = "*This page is the Jupyter notebook `examples/notebooks/{}`, with the outputs of one run.*"
+
+
+def on_config(config: Any) -> Any:
+    """Show the package's version in the footer of each page."""
+    config.copyright = f"cmap-defense {version()}"
+    return config
+
+
+def version() -> str:
+    """The version, read where the build of the distribution reads it."""
+    text = PACKAGE.read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    assert found is not None, f"no version in {PACKAGE}"
+    return found[1]
 
 
 def on_files(files: Any, config: Any) -> Any:
