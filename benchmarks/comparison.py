@@ -217,7 +217,7 @@ def attacked(options: argparse.Namespace) -> None:
         attacks=attacks,
         protocol=Protocol(predictions=2, reevaluations=4),
         threads=1,
-        progress=lambda name, unit, done, total: print(f"{name}: {unit.task}, {done} of {total}", flush=True),
+        progress=True,
     )
     print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
 

@@ -49,7 +49,7 @@ def main() -> None:
         options.out,
         attacks=exact_suite(ThreatModel(eps=options.eps), steps=options.steps, eot=options.eot),
         protocol=Protocol(predictions=3, reevaluations=5),
-        progress=lambda name, unit, done, total: print(f"{name}: {unit.task}, {done} of {total}", flush=True),
+        progress=True,
     )
     files, lacking = write_comparison(comparison, options.out)
     print(files[1].read_text())

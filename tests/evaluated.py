@@ -74,7 +74,7 @@ class Interrupted(Exception):
 def interrupt(after: int) -> Callable[..., None]:
     """A progress function that ends an evaluation when so many work units are done."""
 
-    def progress(_: object, number: int, __: int) -> None:
+    def progress(number: int, _: int) -> None:
         if number == after:
             raise Interrupted
 
@@ -162,8 +162,10 @@ def together(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     own: list[list[Any]] = []
 
-    def note(unit: Any, *_: int) -> None:
-        own.append([unit.task, unit.seed, unit.group])
+    class Noting(Evaluation):
+        def _do(self, unit: Any, team: Any) -> None:
+            own.append([unit.task, unit.seed, unit.group])
+            super()._do(unit, team)
 
     def report() -> dict[str, Any]:
         found = evaluate(defended(), **options(protocol=BRIEF)).to_dict()
@@ -176,7 +178,7 @@ def together(folder: Path) -> None:
         happened[name] = what_happened(do)
         (folder / f"rank-{rank}.json").write_text(json.dumps(happened))
 
-    try_to("whole", lambda: evaluation(folder / "whole", protocol=CHECKED).run(note))
+    try_to("whole", lambda: Noting(defended(), out=folder / "whole", **options(protocol=CHECKED)).run())
     happened["own"] = own
     with group(folder, rank):
         try_to("begun", lambda: evaluation(folder / "begun", protocol=BRIEF).run())

@@ -120,12 +120,13 @@ def test_seeds_rule_the_noise_and_global_generators_do_not(found: Detection) -> 
 
 
 def test_purified_kinds_may_be_left_out() -> None:
-    parts: list[str] = []
-    left = measured(purify=False, on_step=parts.append)
+    said: list[tuple[int, int]] = []
+    left = measured(purify=False, progress=lambda *now: said.append(now))
     assert tuple(left.distances) == KINDS[:4]
-    assert parts == ["attacking", "generating", "measuring distances"]
-    measured(on_step=parts.append, max_parallel=2)
-    assert parts.count("") == 2 * 2 * wrapped().settings.iterations
+    assert said == []
+    measured(progress=lambda *now: said.append(now), max_parallel=2)
+    steps = 2 * 2 * wrapped().settings.iterations
+    assert said == [(done + 1, steps) for done in range(steps)]
 
 
 def test_noise_is_the_perturbation_with_other_signs() -> None:

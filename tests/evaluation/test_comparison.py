@@ -58,8 +58,8 @@ def test_no_row_is_below_the_worst(found: tuple[Path, Comparison]) -> None:
 
 def test_what_is_done_is_not_done_again(found: tuple[Path, Comparison]) -> None:
     out, comparison = found
-    done: list[str] = []
-    again = compared(out, progress=lambda name, unit, number, total: done.append(name))
+    done: list[int] = []
+    again = compared(out, progress=lambda number, total: done.append(number))
     assert done == []
     assert again.to_dict()["rows"] == comparison.to_dict()["rows"]
     with pytest.raises(EvaluationError, match="eps"):
@@ -103,9 +103,9 @@ def test_wrong_models_are_refused(given: dict[str, Any], message: str, tmp_path:
 
 def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     """An attack on latents does not suit one-step purification, the second of the two."""
-    started: list[str] = []
+    started: list[int] = []
     latent = {"latent": LatentAttack(THREAT, steps=1, latents=1)}
     given = {"cmap": wrapped().eval(), "one": models()["one step"]}
     with pytest.raises(SettingsError, match="OneStep"):
-        compare(given, labelled(2), tmp_path, attacks=latent, progress=lambda name, *_: started.append(name))
+        compare(given, labelled(2), tmp_path, attacks=latent, progress=lambda done, _: started.append(done))
     assert started == []

@@ -112,9 +112,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(brief: Path, tmp_path: P
         first.run(interrupt(5))
     assert not (tmp_path / "results.jsonl").exists()
     assert evaluation(tmp_path, protocol=BRIEF).missing() == units[5:]
-    seen = []
-    evaluation(tmp_path, protocol=BRIEF).run(lambda unit, *_: seen.append(unit))
-    assert seen == units[5:]
+    seen: list[tuple[int, int]] = []
+    evaluation(tmp_path, protocol=BRIEF).run(lambda done, total: seen.append((done, total)))
+    left = len(units) - 5
+    assert seen == [(done, left) for done in range(left + 1)]
     assert results(tmp_path) == results(brief)
 
 

@@ -113,11 +113,11 @@ def test_without_the_distance_and_with_fid(found: Quality) -> None:
 def test_passes_and_steps_are_those_that_happen() -> None:
     model = wrapped(classifier=classifier(), max_parallel=5).eval()
     run = run_of(model=model, others={"second": Linear()}, group=2)
-    said: list[str] = []
+    said: list[tuple[int, int]] = []
     with counting_passes() as passes:
-        run.run(said.append)
+        run.run(lambda *now: said.append(now))
     assert passes.total == run.passes == 64 + 3 * 3 * 2 * (QUICK.iterations + 1)
-    assert said.count("") == run.steps
+    assert said == [(done + 1, run.steps) for done in range(run.steps)]
 
 
 def test_it_is_the_same_again_and_leaves_modes_alone() -> None:

@@ -21,7 +21,7 @@ from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
 from cmap_defense.common.modules import evaluating, weights_of
-from cmap_defense.common.progress import Progress
+from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.data import LabelledImages
@@ -76,7 +76,7 @@ def adapt(
     threat: ThreatModel | None = None,
     held_out: Any = None,
     config: AdaptationConfig | None = None,
-    progress: bool = False,
+    progress: OnProgress = None,
     on_step: Callable[[TrainState], None] | None = None,
     **options: Any,
 ) -> Adapted:
@@ -104,7 +104,7 @@ def adapt(
         held_out: images that are not trained on. The weights that are best on them are the result; None for the last
             weights.
         config: settings; None for the defaults. ``compile``, ``channels_last`` and ``hold_images`` have no effect here.
-        progress: show a bar on standard error.
+        progress: True for a bar on standard error, or a function of (done, total): steps.
         on_step: called after every step.
         options: of ``PurifiedClassifier``, such as ``normalize=(mean, std)``; not ``gradient``.
 
@@ -157,21 +157,15 @@ def adapt(
 
         config = settled(config, folder, parts, team, seconds_left, made, AdaptationLearner.evaluate)
         learner = made(config)
-        with Progress(config.steps, "adaptation", shown=progress and team.rank == 0) as bar:
-
-            def stepped(state: TrainState) -> None:
-                bar.at(state.step, state.steps, remark=f"loss={state.loss:.3f}")
-                if on_step is not None:
-                    on_step(state)
-
-            step = train(
-                learner,
-                folder,
-                parts=parts,
-                seconds_left=seconds_left,
-                on_step=stepped,
-                ended=lambda: learner.exhausted,
-            )
+        step = train(
+            learner,
+            folder,
+            parts=parts,
+            seconds_left=seconds_left,
+            on_step=on_step,
+            ended=lambda: learner.exhausted,
+            progress=progress,
+        )
         finished = step >= config.steps or learner.exhausted
         model.load_state_dict(learner.best if learner.scores else learner.averaged())
         model.eval()

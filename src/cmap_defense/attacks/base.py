@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cmap_defense.attacks.goal import Goal, margin
 from cmap_defense.attacks.oracle import Model, Oracle, usable
@@ -24,6 +23,7 @@ from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.common.settings import check_fields, require_integer, setting
 from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError
@@ -159,7 +159,7 @@ class Attack(NamedOptions, abc.ABC):
         targets: Tensor | None = None,
         indices: Tensor | Sequence[int] | None = None,
         reevaluations: int = 1,
-        progress: bool = False,
+        progress: OnProgress = None,
     ) -> AttackResult:
         """Attack every image.
 
@@ -173,7 +173,8 @@ class Attack(NamedOptions, abc.ABC):
             indices: [B] integers, the images' positions in their data set, which their noise depends on; None for
                 0, 1, ...
             reevaluations: J, predictions for the final images with independent noise.
-            progress: show a bar that counts evaluations.
+            progress: True for a bar on standard error, or a function of (done, total): evaluations of the model, and
+                None for their total, which nobody knows.
 
         Returns:
             The images, whether they succeed, and how they were found.
@@ -199,7 +200,7 @@ class Attack(NamedOptions, abc.ABC):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(isolated(self.seed, *index.tolist()))
             stack.enter_context(evaluating(model))
-            bar = stack.enter_context(tqdm(desc=name, unit="evaluation", disable=not progress))
+            bar = stack.enter_context(Progress(None, name, wanted=progress))
             clean = usable(images.detach()).to(torch.promote_types(images.dtype, torch.float32))
             wanted = [usable(part) for part in (labels, targets) if part is not None]
             goal = Goal(*wanted)
@@ -207,7 +208,7 @@ class Attack(NamedOptions, abc.ABC):
                 model,
                 derived_seeds(index, self.seed),
                 known=self.noise == "known",
-                tick=bar.update,
+                tick=bar.step,
                 needed=max((int(part.max()) + 1 for part in wanted if part.numel()), default=0),
             )
             found = self._attempts(oracle, clean, goal)

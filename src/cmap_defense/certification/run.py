@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
 from cmap_defense.common.files import locked, refuse_other_settings, tensor_checksum, write_json
 from cmap_defense.common.passes import counting_passes
-from cmap_defense.common.progress import Progress
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
 
@@ -59,7 +59,7 @@ def certify(
     seed: int = 0,
     indices: Tensor | Sequence[int] | None = None,
     out: str | Path | None = None,
-    progress: Callable[[int, int], None] | bool | None = None,
+    progress: OnProgress = None,
 ) -> CertificationResult:
     """The l2 radius within which the smoothed classifier keeps its class (CERTIFY of arXiv 1902.02918).
 
@@ -83,8 +83,7 @@ def certify(
         indices: [B] integers, all different, which image of its data set each one is; None for 0, 1, ...
         out: a folder for the counts; killed and called again with it, the same call goes on, and ends with the same
             counts. More images may be added. None for no folder.
-        progress: True for a bar on standard error; or called after each batch with the numbers of copies that are done
-            and that this process does in all.
+        progress: True for a bar on standard error, or a function of (done, total): copies of this process.
 
     Raises:
         SettingsError: an option is out of its range.
@@ -156,7 +155,7 @@ class _Certification:
             self.smoothed.count(self.images[0], 0, 0, timed, self.classes)
         return Cost(copies, passes.total * copies // timed, (time.perf_counter() - begun) * copies / timed)
 
-    def run(self, progress: Callable[[int, int], None] | bool | None) -> CertificationResult:
+    def run(self, progress: OnProgress) -> CertificationResult:
         rows = range(len(self.images))
         with ranks() as team, contextlib.ExitStack() as stack:
             if self.folder is not None:
@@ -165,14 +164,12 @@ class _Certification:
             found = [self._tally(row) for row in rows]
             missing = team.shared([row for row in rows if found[row].done < self.each])
             own = missing[team.rank :: team.world]
-            if progress is True:
-                progress = stack.enter_context(Progress(0, "certifying")).at if team.rank == 0 else None
             done, total = 0, sum(self.each - found[row].done for row in own)
+            shown = stack.enter_context(Progress(total, "certifying", wanted=progress, shown=team.rank == 0))
             for row in own:
                 for copies in self._certify(row, found[row]):
                     done += copies
-                    if callable(progress):
-                        progress(done, total)
+                    shown.at(done)
             for row in rows:  # each is known to one rank, for the sum
                 if row not in own and (team.rank or row in missing):
                     found[row] = self._empty()

@@ -38,6 +38,7 @@ from cmap_defense.common.modules import (
     weights_of,
 )
 from cmap_defense.common.options import unknown_option
+from cmap_defense.common.progress import OnProgress, showing_passes
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
@@ -220,6 +221,7 @@ class PurifiedClassifier(LatentAccess):
         latents: Tensor | None = None,
         seeds: Tensor | Sequence[int] | None = None,
         class_labels: Tensor | Sequence[int] | None = None,
+        progress: OnProgress = None,
     ) -> PurificationResult:
         """The K purified versions of each image, and how they were found.
 
@@ -231,6 +233,8 @@ class PurifiedClassifier(LatentAccess):
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for ``forward``; not together with ``latents``.
             class_labels: as for ``forward``; the labels in use are in the result.
+            progress: True for a bar on standard error, or a function of (done, total): network passes, and the most
+                that there can be.
 
         Returns:
             All of ``PurificationResult``. Its ``images`` have the size of the input and
@@ -238,10 +242,14 @@ class PurifiedClassifier(LatentAccess):
 
         It raises the errors of ``forward``.
         """
-        return self._purify(self._batch(images), latents, seeds, class_labels)
+        return self._purify(self._batch(images), latents, seeds, class_labels, progress)
 
     def predict(
-        self, images: Tensor | np.ndarray | Image.Image | Sequence[Any], *, seeds: Tensor | Sequence[int] | None = None
+        self,
+        images: Tensor | np.ndarray | Image.Image | Sequence[Any],
+        *,
+        seeds: Tensor | Sequence[int] | None = None,
+        progress: OnProgress = None,
     ) -> Prediction:
         """Labels with their confidence and, after ``calibrate``, whether they are withheld.
 
@@ -250,13 +258,14 @@ class PurifiedClassifier(LatentAccess):
         Args:
             images: as for ``purify``.
             seeds: as for ``forward``.
+            progress: as for ``purify``.
 
         Returns:
             The prediction, without gradients. It raises the errors of ``forward``.
         """
         batch = self._batch(images)
         with torch.no_grad():
-            result = self._purify(batch, None, seeds, None)
+            result = self._purify(batch, None, seeds, None, progress)
             unit = self.preprocessing.to_unit(batch, self._device())
             undefended = self._classify(unit[:, None]) if len(unit) else result.logits
             assert undefended is not None
@@ -270,6 +279,7 @@ class PurifiedClassifier(LatentAccess):
         restored: float = 0.99,
         score: str = "confidence",
         seeds: Tensor | Sequence[int] | None = None,
+        progress: OnProgress = None,
     ) -> Calibration:
         """Choose the thresholds of ``predict`` on clean images, and keep them as ``self.calibration``.
 
@@ -279,13 +289,14 @@ class PurifiedClassifier(LatentAccess):
             restored: share of clean images that count as restored.
             score: "confidence" in the predicted label, or "agreement" with the label before purification.
             seeds: as for ``forward``.
+            progress: as for ``purify``.
 
         Raises:
             SettingsError: a share is not above 0 and at most 1, or there is no such score.
             InputValueError: there are no images.
         """
         check_calibration(coverage, restored, score)
-        clean = self.predict(images, seeds=seeds)
+        clean = self.predict(images, seeds=seeds, progress=progress)
         self.calibration = calibration_of(clean, coverage=coverage, restored=restored, score=score)
         return self.calibration
 
@@ -389,6 +400,7 @@ class PurifiedClassifier(LatentAccess):
         latents: Tensor | None,
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
+        progress: OnProgress = None,
     ) -> PurificationResult:
         """A purification outside of inference mode, with gradients where the caller has them on."""
         wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
@@ -405,7 +417,9 @@ class PurifiedClassifier(LatentAccess):
             small = self.preprocessing.resized(unit, self.image_shape[1:])
             labels = self._labels(class_labels, unit, n_latents)
             extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
-            result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
+            passes = len(small) * self.purifier.passes * n_latents // self.purifier.n_latents
+            with showing_passes(passes, "purifying", progress):
+                result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
             flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
             shown = flat.unflatten(0, result.images.shape[:2])
             return self._judged(dataclasses.replace(result, images=shown), self._classify(shown))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -15,7 +14,6 @@ from cmap_defense.cli.build import Printed, cmap_model_of, data_of, subset_of, t
 from cmap_defense.cli.output import listed
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.modules import device_of
-from cmap_defense.common.progress import Progress
 from cmap_defense.common.tables import table_lines
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.detection import EPS, DeepKernelSettings, Detection, deep_kernel, detect, vp_sigmas
@@ -67,26 +65,13 @@ def _measured(
     (images, labels), (reference, _), *rest = parts
     purify, seed = options["purify"], options["seed"]
     score = EPS(sigmas=vp_sigmas(options["levels"]), seed=seed)
-    total = 2 * math.ceil(len(images) / GROUP) * model.settings.iterations * purify
-    with Progress(total, "detect") as progress:
-        kernel = None
-        for training, classes in rest:
-            progress.step("training the kernel")
-            trained = DeepKernelSettings(seed=seed)
-            kernel = deep_kernel(model, training, classes, eps=score, settings=trained, max_parallel=GROUP)
-        return detect(
-            model,
-            images,
-            labels,
-            reference=reference,
-            attack=attack,
-            eps=score,
-            kernel=kernel,
-            purify=purify,
-            seed=seed,
-            max_parallel=GROUP,
-            on_step=progress.step,
-        )
+    shared: dict[str, Any] = {"eps": score, "max_parallel": GROUP, "progress": True}
+    kernel = None
+    for training, classes in rest:
+        kernel = deep_kernel(model, training, classes, settings=DeepKernelSettings(seed=seed), **shared)
+    return detect(
+        model, images, labels, reference=reference, attack=attack, kernel=kernel, purify=purify, seed=seed, **shared
+    )
 
 
 def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str]:

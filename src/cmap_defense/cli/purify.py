@@ -15,7 +15,7 @@ from cmap_defense.cmap.losses import perceptual_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.common.inputs import check_shape, resize_images
-from cmap_defense.common.progress import Progress
+from cmap_defense.common.progress import showing_passes
 from cmap_defense.data.files import read_image, write_image
 from cmap_defense.data.folders import image_files
 from cmap_defense.errors import DataError, InputValueError
@@ -41,22 +41,15 @@ def run_purify(options: dict[str, Any]) -> Printed:
     paths = list(targets)
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     written, mismatches = [], []
-    steps = settings.iterations if isinstance(purifier, CMAP) else max(1, getattr(purifier, "steps", 1))
-    with Progress(steps * len(groups), "purifying") as progress:
-        for number, group in enumerate(groups):
+    with showing_passes(purifier.passes * len(paths), "purifying"):
+        for group in groups:
             originals = [read_image(path, channels) for path in group]
             batch = torch.cat([resize_images(image[None], size, resize or "bilinear") for image in originals])
             batch = batch.to(device)
             labels = None if label is None else torch.full((len(batch), purifier.n_latents), label, device=device)
             with torch.no_grad():
-                result = purifier(
-                    backbone,
-                    batch,
-                    seeds=torch.full((len(batch),), seed),
-                    class_labels=labels,
-                    callback=lambda _: progress.step(),
-                )
-            progress.at(steps * (number + 1), steps * len(groups))
+                seeds = torch.full((len(batch),), seed)
+                result = purifier(backbone, batch, seeds=seeds, class_labels=labels)
             mismatch = _mismatch(result.images, batch, settings)
             mismatches += mismatch.amin(dim=1).tolist()
             best = mismatch.argmin(dim=1)

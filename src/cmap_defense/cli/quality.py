@@ -18,7 +18,6 @@ from cmap_defense.cli import build
 from cmap_defense.cli.options import command_text
 from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet
 from cmap_defense.common.files import write_text
-from cmap_defense.common.progress import Progress
 from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.quality import Quality, QualityRun
@@ -60,8 +59,7 @@ def run_quality(options: dict[str, Any]) -> build.Printed:
             f"{run.comparison.generated} samples; {len(run.images)} images, purified clean and attacked with "
             f"K = {settings.n_latents}, N = {settings.iterations}: {run.passes:,} backbone passes."
         )
-    with Progress(run.steps, "quality") as progress:
-        found = run.run(progress.step)
+    found = run.run(True)
     chosen = f"{options['data']}, {options['split']}, {subset.order}"
     about = {"command": _command(click.get_current_context()), "data": chosen}
     facts = found.to_dict() | {"data": chosen, "figures": found.figures(**about)}

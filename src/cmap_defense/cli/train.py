@@ -21,8 +21,7 @@ from cmap_defense.backbones.networks import PRESETS, Network, refuse_other_netwo
 from cmap_defense.cli.build import Printed, device_of, settings_of, usage_errors
 from cmap_defense.cli.options import command_text
 from cmap_defense.cli.output import duration, sample_sheet, write_line_charts
-from cmap_defense.common.progress import Progress
-from cmap_defense.common.ranks import Ranks, ranks
+from cmap_defense.common.ranks import ranks
 from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_dataset, write_image
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import DataError, WrongKindError
@@ -46,7 +45,7 @@ def run_train(options: dict[str, Any]) -> Printed:
     begun, out = time.perf_counter(), options["out"]
     seconds_left = None if options["minutes"] is None else countdown(options["minutes"])
     with ranks() as team:
-        done = _trained(click.get_current_context(), team, seconds_left, options)
+        done = _trained(click.get_current_context(), seconds_left, options)
         if team.rank != 0:
             return None
     length, warmup = done.config.length, done.config.warmup_images
@@ -89,7 +88,7 @@ def next_commands(options: dict[str, Any]) -> list[str]:
 
 
 def _trained(
-    context: click.Context, team: Ranks, seconds_left: Callable[[], float] | None, options: dict[str, Any]
+    context: click.Context, seconds_left: Callable[[], float] | None, options: dict[str, Any]
 ) -> TrainedBackbone:
     device, out = device_of(options), options["out"]
     changes = network_changes(options)
@@ -122,20 +121,19 @@ def _trained(
         write_image(sample_sheet(samples), out / "samples.png")
         write_loss_chart(out / LOG_FILE, out / "loss.png")
 
-    with Progress(config.steps, "training", shown=team.rank == 0) as progress:
-        return train_backbone(
-            data.images,
-            out,
-            network=network,
-            objective=objective,
-            config=config,
-            labels=None if classes is None else data.labels,
-            start=start,
-            record=record,
-            seconds_left=seconds_left,
-            on_step=lambda state: progress.at(state.step, state.steps, remark=f"loss={state.loss:.3f}"),
-            on_samples=on_samples,
-        )
+    return train_backbone(
+        data.images,
+        out,
+        network=network,
+        objective=objective,
+        config=config,
+        labels=None if classes is None else data.labels,
+        start=start,
+        record=record,
+        seconds_left=seconds_left,
+        on_samples=on_samples,
+        progress=True,
+    )
 
 
 def write_loss_chart(log: Path, path: Path) -> Path | None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @dataclasses.dataclass(eq=False)
 class PassCounter:
-    """How many passes there were."""
+    """How many passes there were, and who is told."""
 
     total: int = 0
+    told: Callable[[int], None] | None = None
 
 
 _active: list[PassCounter] = []  # of all threads: autograd runs a backward pass in threads of its own
 
 
 @contextlib.contextmanager
-def counting_passes() -> Iterator[PassCounter]:
-    """A counter of the passes in its ``with`` block."""
-    counter = PassCounter()
+def counting_passes(told: Callable[[int], None] | None = None) -> Iterator[PassCounter]:
+    """A counter of the passes in its ``with`` block; ``told`` is called with their number as a call begins."""
+    counter = PassCounter(told=told)
     _active.append(counter)
     try:
         yield counter
@@ -42,4 +43,6 @@ def not_counting() -> Iterator[None]:
 def count_passes(number: int) -> None:
     """Add a call of a backbone with ``number`` latents or noisy images to all counters that are active."""
     for counter in _active:
+        if counter.told is not None:
+            counter.told(counter.total)
         counter.total += number

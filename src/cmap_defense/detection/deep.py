@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cmap_defense.attacks.steps import PGD
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import building, evaluating
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, generator_for, isolated
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.detection.eps import EPS, model_scores
@@ -138,13 +139,16 @@ def mmd_ratio(kernel: Kernel, first: Tensor, second: Tensor, regulariser: float 
     return mmd2 / (variance.clamp_min(0) + regulariser).sqrt()
 
 
-def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSettings | None = None) -> DeepKernel:
+def train_deep_kernel(
+    clean: Tensor, attacked: Tensor, settings: DeepKernelSettings | None = None, *, progress: OnProgress = None
+) -> DeepKernel:
     """A deep kernel that distinguishes ``attacked`` from ``clean``; a function of the two and the settings alone.
 
     Args:
         clean: [n, C, H, W], EPS of clean training images; both bandwidths start from their median heuristic.
         attacked: [m, C, H, W], EPS of attacked ones.
         settings: None for the defaults.
+        progress: True for a bar on standard error, or a function of (done, total): steps.
 
     Returns:
         The kernel, in eval mode, where the samples are, without gradients.
@@ -164,7 +168,8 @@ def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSetti
     if not 0 < scale < float("inf"):
         raise InputValueError("The clean samples must be finite and not all 0.")
     shape: tuple[int, int, int] = tuple(clean.shape[1:])  # pyright: ignore[reportAssignmentType]
-    with building(), isolated(settings.seed, 0), torch.enable_grad():
+    bar = Progress(settings.steps, "training the kernel", wanted=progress)
+    with building(), isolated(settings.seed, 0), torch.enable_grad(), bar:
         kernel = DeepKernel(shape, scale, settings).to(clean.device)
         some = clean[:256]
         pairs = torch.triu_indices(len(some), len(some), 1, device=some.device)
@@ -188,6 +193,7 @@ def train_deep_kernel(clean: Tensor, attacked: Tensor, settings: DeepKernelSetti
             (-ratio).backward()
             optimiser.step()
             ratios.append(ratio.item())
+            bar.step()
     kernel.ratios = tuple(ratios)
     return kernel.eval().requires_grad_(False)
 
@@ -200,6 +206,7 @@ def deep_kernel(
     eps: EPS | None = None,
     settings: DeepKernelSettings | None = None,
     max_parallel: int = 64,
+    progress: OnProgress = None,
 ) -> DeepKernel:
     """The paper's deep kernel: trained on EPS of training images and of their FGSM samples.
 
@@ -213,6 +220,7 @@ def deep_kernel(
         eps: the score; that of ``detect``, to which the kernel goes.
         settings: None for the defaults.
         max_parallel: images at a time.
+        progress: as for ``train_deep_kernel``.
 
     It raises the errors of ``EPS``, of the attack, and of ``train_deep_kernel``.
     """
@@ -228,4 +236,4 @@ def deep_kernel(
         model_scores(model, eps, part, derived_seeds(index, stream), max_parallel)
         for stream, part in ((CLEAN, images), (FGSM, torch.cat(found)))
     )
-    return train_deep_kernel(clean, attacked, settings)
+    return train_deep_kernel(clean, attacked, settings, progress=progress)

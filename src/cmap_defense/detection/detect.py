@@ -8,7 +8,7 @@ with the clean ones, and adversarial ones far away.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import fields_as_json
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
 from cmap_defense.common.modules import evaluating
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.common.statistics import AUROC, Accuracy
@@ -133,7 +134,7 @@ def detect(
     indices: Tensor | None = None,
     seed: int = 0,
     max_parallel: int = 64,
-    on_step: Callable[[str], None] | None = None,
+    progress: OnProgress = None,
 ) -> Detection:
     """The distances of clean, generated, noisy, adversarial and purified images from clean references.
 
@@ -162,7 +163,7 @@ def detect(
         indices: [B] integers, which image of the data set each one is; None for 0, 1, ... All noise depends on them.
         seed: of the generated images, the signs, the purifications, the attack and the score where none is given.
         max_parallel: images at a time. It changes memory, not the result beyond rounding.
-        on_step: called with the name of each part as it begins, and once per latent iteration with "".
+        progress: True for a bar on standard error, or a function of (done, total): latent iterations.
 
     Raises:
         InputTypeError, InputValueError: images, references or labels are not as above.
@@ -186,8 +187,9 @@ def detect(
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
     index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
     model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
-    labels, eps, say = labels.to(images.device), eps or EPS(seed=seed), on_step or (lambda name: None)
+    labels, eps = labels.to(images.device), eps or EPS(seed=seed)
     groups = torch.arange(len(images)).split(max_parallel)
+    steps = 2 * len(groups) * model.settings.iterations if purify else 0
 
     def seeds(stream: int) -> Tensor:
         return derived_seeds(derived_seeds(index, stream), seed)
@@ -198,10 +200,10 @@ def detect(
 
     def purified(given: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """The first of the K versions of each image, and [B], whether the vote is right."""
-        say(f"purifying {name} images")
+        shown_to.step(f"purifying {name} images")
         own = derived_seeds(seeds(PURIFIED), STREAMS[name])
         kept, correct = [], []
-        with model.register_latent_hook(lambda state: say("")):
+        with model.register_latent_hook(lambda state: shown_to.step()):
             for rows in groups:
                 result = model.purify(given[rows], seeds=own[rows] if model.seed is None else None)
                 assert result.labels is not None
@@ -209,7 +211,7 @@ def detect(
                 correct.append(result.labels == labels[rows])
         return torch.cat(kept), torch.cat(correct)
 
-    with evaluating(model):
+    with evaluating(model), Progress(steps, "detect", wanted=progress) as shown_to:
         with torch.no_grad():
             classes = bare_logits(model, images[:1], "defended").shape[1]
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
@@ -217,16 +219,16 @@ def detect(
             raise InputValueError(
                 f"labels must be from 0 to {classes - 1}, the classes of the classifier, but go from {low} to {high}."
             )
-        say("attacking")
+        shown_to.step("attacking")
         attacks = [attack(model.undefended, images[rows], labels[rows], indices=index[rows]).images for rows in groups]
         with torch.no_grad():
-            say("generating")
+            shown_to.step("generating")
             shown = {"clean": images, "generated": _generated(model, images, seeds(GENERATED), groups)}
             shown |= {"noise": flipped(images, torch.cat(attacks), seeds(SIGNS)), "adversarial": torch.cat(attacks)}
             correct = {name: right(shown[name]) for name in ("clean", "noise", "adversarial")}
             for name in ("adversarial", "clean") if purify else ():
                 shown[f"purified_{name}"], correct[f"purified_{name}"] = purified(shown[name], name)
-            say("measuring distances")
+            shown_to.step("measuring distances")
             order = {name: (shown[name], index) for name in KINDS if name in shown}
             order["reference"] = (reference, torch.arange(len(reference)))
             scores = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import fields_as_json, write_findings
+from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.selection import labelled_data
@@ -18,7 +19,6 @@ from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.evaluation import Evaluation
 from cmap_defense.evaluation.protocol import Protocol
-from cmap_defense.evaluation.results import WorkUnit
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED, is_file_name
 from cmap_defense.plots.comparison import comparison_plot
 
@@ -88,7 +88,7 @@ def compare(
     protocol: Protocol | None = None,
     subset: Subset | None = None,
     threads: int | None = None,
-    progress: Callable[[str, WorkUnit, int, int], None] | bool | None = None,
+    progress: OnProgress = None,
 ) -> Comparison:
     """Evaluate each defence in ``out/<name>``; what is done already is not done again.
 
@@ -105,8 +105,7 @@ def compare(
         protocol: how often each image is attacked and predicted.
         subset: which images; None for all.
         threads: of the CPU.
-        progress: True for a bar on standard error; or called before each work unit with the name of the defence, the
-            unit, how many are done, and how many there are.
+        progress: True for a bar on standard error, or a function of (done, total): work units of each defence in turn.
 
     Returns:
         The comparison; ``write_comparison`` writes it.
@@ -120,7 +119,7 @@ def compare(
     )
     rows, settings = [], {}
     for name, evaluation in evaluations.items():
-        evaluation.run(functools.partial(progress, name) if callable(progress) else progress)
+        evaluation.run(progress)
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
     return Comparison(rows, settings)

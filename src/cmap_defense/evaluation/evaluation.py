@@ -8,7 +8,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating, using_threads
 from cmap_defense.common.passes import counting_passes
-from cmap_defense.common.progress import Progress
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.rng import isolated
 from cmap_defense.common.settings import require_integer
@@ -38,9 +38,6 @@ from cmap_defense.evaluation.report import Report, build_report, write_report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import Runs, WorstCase, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
-
-OnUnit = Callable[[WorkUnit, int, int], None]
-"""Called before each work unit of this process: the unit, how many of its own are done, how many it has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,15 +219,15 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------------ doing it
 
-    def run(self, progress: OnUnit | bool | None = None) -> None:
+    def run(self, progress: OnProgress = None) -> None:
         """Do what is missing, and write ``results.jsonl`` when all is there.
 
         Under torchrun the work units are dealt out to the ranks, and each of them calls this; the folder is one that
         all of them see. Killed at any moment and called again, it goes on, and ends with the same lines.
 
         Args:
-            progress: True for a bar on standard error; or called before each work unit with the unit, how many are
-                done, and how many there are for this rank.
+            progress: True for a bar on standard error, or a function of (done, total): work units of this process,
+                before each of them and at the end.
 
         Raises:
             EvaluationError: another job has the folder, or it holds results of other settings. Images that are none or
@@ -246,13 +243,13 @@ class Evaluation:
             missing = team.shared(self.missing())
             own = missing[team.rank :: team.world]
             with contextlib.ExitStack() as stack:
-                show = stack.enter_context(_bar()) if progress is True and team.rank == 0 else progress
+                shown = stack.enter_context(Progress(0, "evaluating", wanted=progress, shown=team.rank == 0))
                 for model in self.models.values():
                     stack.enter_context(evaluating(_module(model)))
                 for number, unit in enumerate(own):
-                    if callable(show):
-                        show(unit, number, len(own))
+                    shown.at(number, len(own), what=f"{unit.task}, run {unit.seed}")
                     self._do(unit, team)
+                shown.at(len(own), len(own))
             team.wait()
             if team.rank == 0:
                 self._merge()
@@ -346,12 +343,6 @@ class Evaluation:
             raise EvaluationError(refusal)
 
 
-@contextlib.contextmanager
-def _bar() -> Iterator[OnUnit]:
-    with Progress(0, "evaluating") as bar:
-        yield lambda unit, done, total: bar.at(done, total, what=f"{unit.task}, run {unit.seed}")
-
-
 def evaluate(
     model: Model,
     data: Any,
@@ -366,7 +357,7 @@ def evaluate(
     threads: int | None = None,
     class_names: Sequence[str] | None = None,
     out: str | Path | None = None,
-    progress: OnUnit | bool | None = None,
+    progress: OnProgress = None,
 ) -> Report:
     """Attack a model, re-evaluate it with independent noise, check the attacks, report.
 
@@ -389,7 +380,7 @@ def evaluate(
         threads: of the CPU; None for what the folder was begun with, or else for torch's.
         class_names: for the report; None for the data set's own.
         out: the folder of the results, where the same call goes on after a kill; None for none.
-        progress: True for a bar on standard error, or a function.
+        progress: True for a bar on standard error, or a function of (done, total): work units.
 
     Returns:
         The report, which is written to the folder too: ``report.json``, ``report.md``, ``report.html``.

@@ -17,13 +17,13 @@ from cmap_defense.attacks.consistency_disruption import RELEASED_BETA
 from cmap_defense.backbones.karras import karras_levels
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import write_findings
+from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation.comparison import evaluations_of
-from cmap_defense.evaluation.evaluation import OnUnit
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.tasks import DEFENDED
 from cmap_defense.plots.studies import study_plot
@@ -150,7 +150,7 @@ def run_study(
     protocol: Protocol | None = None,
     subset: Subset | None = None,
     threads: int | None = None,
-    progress: OnUnit | bool | None = None,
+    progress: OnProgress = None,
 ) -> dict[str, Any]:
     """Evaluate each variant in ``out/<variant>``; what is done already is not done again.
 
@@ -162,7 +162,7 @@ def run_study(
         protocol: how often each image is attacked and predicted; its checks are left out.
         subset: which images; None for all.
         threads: of the CPU.
-        progress: as ``Evaluation.run`` takes it.
+        progress: True for a bar on standard error, or a function of (done, total): work units of each variant in turn.
 
     Returns:
         Everything as JSON: "rows" with "variant", "value", "attack" and the row of the report; and by variant the

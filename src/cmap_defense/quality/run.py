@@ -17,6 +17,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import as_json
 from cmap_defense.common.modules import device_of, evaluating
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
@@ -197,21 +198,21 @@ class QualityRun:
 
     @property
     def steps(self) -> int:
-        """How often ``run`` calls ``on_step`` with ""."""
+        """Of ``run``: groups of samples, and latent iterations."""
         groups = -(-len(self.images) // self.group)
         return self.comparison.steps + (1 + len(self.models)) * groups * self.model.settings.iterations
 
-    def run(self, on_step: Callable[[str], None] | None = None) -> Quality:
+    def run(self, progress: OnProgress = None) -> Quality:
         """Do it all.
 
         Args:
-            on_step: called with the name of each part as it begins, and with "" at each step.
+            progress: True for a bar on standard error, or a function of (done, total): ``steps``.
         """
-        report = on_step or (lambda name: None)
         record = getattr(self.model.backbone, "record", None)
         with contextlib.ExitStack() as stack:
             for model in self.models.values():
                 stack.enter_context(evaluating(model))
+            report = stack.enter_context(Progress(self.steps, "quality", wanted=progress)).step
             distances, samples = self.comparison.run(report)
             found = reconstruct(
                 self.models, self.images, attack=self.attack, seed=self.seed, group=self.group, on_step=report

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cmap_defense.common.files import write_text
 from cmap_defense.common.modules import restoring
+from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.errors import CheckpointError, TrainingError
 from cmap_defense.training.checkpoint import (
@@ -67,6 +68,7 @@ def train(
     on_step: Callable[[TrainState], None] | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
     ended: Callable[[], bool] | None = None,
+    progress: OnProgress = None,
 ) -> int:
     """Train a learner's model to the end of its training, or until the time is over.
 
@@ -83,6 +85,7 @@ def train(
         on_checkpoint: called after each checkpoint with the number of steps done, while the model holds the averages
             of the first half-life.
         ended: asked before each step; True ends the training early.
+        progress: True for a bar on standard error, or a function of (done, total): steps.
 
     Returns:
         The number of optimiser steps done.
@@ -102,20 +105,22 @@ def train(
         learner.load(checkpoint.tensors)
     log = LossLog(folder / LOG_FILE, learner.device)
     logged, late = step, False
-    while step < config.steps and not late and not (ended is not None and team.shared(ended())):
-        loss = learner.step(step)
-        step += 1
-        log.add(loss)
-        if on_step is not None:
-            on_step(TrainState(step, config.steps, log.newest))
-        late = seconds_left is not None and team.shared(seconds_left() <= 0)
-        if step % config.checkpoint_steps == 0 or step == config.steps or late:
-            means, state = log.means(step), Checkpoint(step, settings, learner.tensors())
-            team.by_first(functools.partial(log.write, logged, means, config.batch_size))
-            logged = step
-            team.by_first(functools.partial(save_checkpoint, folder, state, part_mb=config.checkpoint_part_mb))
-            if on_checkpoint is not None:
-                team.by_first(functools.partial(_with_averages, learner, on_checkpoint, step))
+    with Progress(0, "training", wanted=progress, shown=team.rank == 0) as bar:
+        while step < config.steps and not late and not (ended is not None and team.shared(ended())):
+            loss = learner.step(step)
+            step += 1
+            log.add(loss)
+            bar.at(step, config.steps, remark=f"loss={log.newest:.3f}")
+            if on_step is not None:
+                on_step(TrainState(step, config.steps, log.newest))
+            late = seconds_left is not None and team.shared(seconds_left() <= 0)
+            if step % config.checkpoint_steps == 0 or step == config.steps or late:
+                means, state = log.means(step), Checkpoint(step, settings, learner.tensors())
+                team.by_first(functools.partial(log.write, logged, means, config.batch_size))
+                logged = step
+                team.by_first(functools.partial(save_checkpoint, folder, state, part_mb=config.checkpoint_part_mb))
+                if on_checkpoint is not None:
+                    team.by_first(functools.partial(_with_averages, learner, on_checkpoint, step))
     return step
 
 

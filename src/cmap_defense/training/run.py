@@ -19,6 +19,7 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, Nois
 from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.modules import device_of
+from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import BackboneFileError, CheckpointError
@@ -60,6 +61,7 @@ def train_backbone(
     seconds_left: Callable[[], float] | None = None,
     on_step: Callable[[TrainState], None] | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
+    progress: OnProgress = None,
 ) -> TrainedBackbone:
     """Train a backbone, or continue a training, and write ``folder/backbone``.
 
@@ -79,6 +81,7 @@ def train_backbone(
         seconds_left: ``countdown`` of the minutes, where they began before this call.
         on_step: called after every step.
         on_samples: called at every checkpoint with 64 samples [64, C, H, W] in [0, 1], always from the same noise.
+        progress: True for a bar on standard error, or a function of (done, total): steps.
 
     Raises:
         DataError: the images do not fit the network.
@@ -138,7 +141,15 @@ def train_backbone(
                 written.add(step)
 
         learner = made(config)
-        step = train(learner, folder, parts=parts, seconds_left=seconds_left, on_step=on_step, on_checkpoint=checkpoint)
+        step = train(
+            learner,
+            folder,
+            parts=parts,
+            seconds_left=seconds_left,
+            on_step=on_step,
+            on_checkpoint=checkpoint,
+            progress=progress,
+        )
         model.eval()
         finished = step >= config.steps
         for average in reversed(learner.averages):
