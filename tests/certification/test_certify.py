@@ -264,6 +264,11 @@ def test_a_result_prints_on_one_screen_and_the_defaults_are_those_of_the_setting
     found = small()
     assert "3 images, sigma = 0.25, n0 = 5, n = 30" in repr(found)
     assert len(repr(found).splitlines()) < 8
+    shown = found._repr_markdown_()
+    sure, far = ((~found.abstained).sum().item() / 3, (found.radius >= 0.25).sum().item() / 3)
+    assert f"| 0 | {sure:.3f} [" in shown
+    assert f"| 0.25 | {far:.3f} [" in shown
+    assert f"3 images, sigma = 0.25, n0 = 5, n = 30, alpha = 0.001; {int(found.abstained.sum())} abstained" in shown
     assert found.seconds.min() > 0
     assert found.passes.tolist() == [0, 0, 0]
     assert (found.settings, found.sigma) == (CertificationSettings(**SMALL), 0.25)

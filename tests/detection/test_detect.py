@@ -192,6 +192,7 @@ def test_a_single_image_has_no_two_sample_mmd() -> None:
     assert {summary.mmd2 for summary in alone.summary.values()} == {None}
     assert len(alone.plot("svg")) > 1000
     assert "1 images of each kind" in repr(alone)
+    assert alone._repr_markdown_().splitlines()[2].startswith(f"| clean | {alone.summary['clean'].median:.3f} | ")
 
 
 def test_the_plot_is_a_function_of_the_detection(found: Detection) -> None:

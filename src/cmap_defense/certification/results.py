@@ -10,6 +10,7 @@ from torch import Tensor
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.common.inputs import check_seeds
 from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.tables import markdown_table
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The l2 radii, for images in [0, 1], at which tables show certified accuracy, as publications do."""
@@ -69,14 +70,24 @@ class CertificationResult:
             lines.append(f"{index}\t{label}\t{predicted}\t{radius:.6g}\t{int(predicted == label)}\t{time}")
         return "\n".join(lines) + "\n"
 
+    def _about(self) -> str:
+        settings = self.settings
+        counts = f"n0 = {settings.n0:,}, n = {settings.n:,}, alpha = {settings.alpha:g}"
+        return f"{len(self.radius)} images, sigma = {self.sigma:g}, {counts}"
+
+    def _repr_markdown_(self) -> str:
+        """How many images have each radius, which notebooks show formatted."""
+        rows = [["l2 radius", "share of images that have it, right or wrong"]]
+        rows += [[f"{radius:g}", str(Accuracy.mean(~self.abstained & (self.radius >= radius)))] for radius in RADII]
+        head = f"Certificates of {self._about()}; {int(self.abstained.sum())} abstained."
+        return f"{head}\n\n{markdown_table(rows)}\n\n`.accuracy(labels, radius)` is certified accuracy."
+
     def __repr__(self) -> str:
-        count, settings = len(self.radius), self.settings
         shares = ", ".join(
             f"{(self.radius >= radius).double().mean().item():.3f} at {radius:g}" for radius in RADII[1:]
         )
         return (
-            f"CertificationResult({count} images, sigma = {self.sigma:g}, n0 = {settings.n0:,}, n = {settings.n:,}, "
-            f"alpha = {settings.alpha:g}\n  abstained: {int(self.abstained.sum())}\n  l2 radius: median "
+            f"CertificationResult({self._about()}\n  abstained: {int(self.abstained.sum())}\n  l2 radius: median "
             f"{self.radius.median().item():.4g}, largest {self.radius.max().item():.4g}\n"
             f"  share of images that have a radius, right or wrong: {shares}\n"
             "  of the smoothed classifier; .accuracy(labels, radius) is certified accuracy)"

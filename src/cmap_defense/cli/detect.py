@@ -83,15 +83,10 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
     ]
     if "purified_clean" in found.summary:
         lines.append(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations.")
-    rows = [["kind", "median", "quartiles", "AUROC against clean", "accuracy"]]
-    for name, summary in found.summary.items():
-        quartiles = "{:.3f} to {:.3f}".format(*summary.quartiles)
-        shares = ["" if share is None else str(share) for share in (summary.auroc, summary.accuracy)]
-        rows.append([name.replace("_", " "), f"{summary.median:.3f}", quartiles, *shares])
     return [
         *lines,
         "[95 % intervals]\n",
-        *table_lines(rows),
+        *table_lines(found.table()),
         "\nDistance: squared MMD from the references.",
         "Accuracy: of the bare classifier; of the defended one where images are purified.\n",
         "The paper finds adversarial images far from clean ones, and generated ones with them. Here:",

@@ -25,6 +25,7 @@ from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import require_flag, require_integer
 from cmap_defense.common.statistics import AUROC, Accuracy
+from cmap_defense.common.tables import markdown_table
 from cmap_defense.detection.eps import EPS, model_scores
 from cmap_defense.detection.mmd import Gaussian, Kernel, mmd_distances, unbiased_mmd2
 from cmap_defense.errors import BackboneError, InputTypeError, InputValueError, SettingsError
@@ -107,6 +108,19 @@ class Detection:
         plain = {name: getattr(self, name) for name in ("references", "kernel", "attack", "seed", "largest_change")}
         against = self.auroc("adversarial", "noise").to_dict()
         return {"kinds": kinds, "adversarial_against_noise": against, "eps": self.eps.to_dict(), **plain}
+
+    def table(self) -> list[list[str]]:
+        """Headings, and a row of text for each kind of image."""
+        rows = [["kind", "median", "quartiles", "AUROC against clean", "accuracy"]]
+        for name, summary in self.summary.items():
+            quartiles = "{:.3f} to {:.3f}".format(*summary.quartiles)
+            shares = ["" if share is None else str(share) for share in (summary.auroc, summary.accuracy)]
+            rows.append([name.replace("_", " "), f"{summary.median:.3f}", quartiles, *shares])
+        return rows
+
+    def _repr_markdown_(self) -> str:
+        """The table, which notebooks show formatted."""
+        return markdown_table(self.table())
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {area}" for name, s in self.summary.items() if (area := s.auroc) is not None)
