@@ -28,8 +28,8 @@ def main() -> None:
     model = PurifiedClassifier(load_classifier(), options.backbone, preset="paper").eval()
     attacked = PGD(ThreatModel(eps=0.05), steps=20)(model.classifier, images, labels).images
     trajectory = Trajectory(every=options.every)
-    with torch.no_grad(), model.register_latent_hook(trajectory):
-        result = model.purify(attacked, seeds=options.images)
+    with torch.no_grad():
+        result = model.purify(attacked, seeds=options.images, callback=trajectory)
         bare = model.undefended(attacked).argmax(dim=1)
     for true, before, after in zip(labels, bare, result.labels, strict=True):
         print(f"{CLASS_NAMES[true]}: attacked {CLASS_NAMES[before]}, purified {CLASS_NAMES[after]}")

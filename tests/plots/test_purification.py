@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from cmap_defense.classifier import Trajectory
 from cmap_defense.data.files import read_image
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import InputTypeError, InputValueError, SettingsError
+from cmap_defense.gradients import GradientMode, StraightThrough, Unrolled
+from cmap_defense.purifiers import Chain, DiffPure, OneStep, Purifier
 from cmap_defense.results import PurificationResult
 
+BOTH = Chain(OneStep(n_latents=2), DiffPure(t=20, step=0.005))
 QUICK = CMAPSettings(n_latents=2, iterations=3)
 
 
@@ -23,8 +27,8 @@ def purified() -> tuple[torch.Tensor, PurificationResult, Trajectory]:
     images = load_test_images()[0][:3]
     model = PurifiedClassifier(load_classifier(), "fashion-mnist-ct", settings=QUICK)
     trajectory = Trajectory(every=2)
-    with torch.no_grad(), model.register_latent_hook(trajectory):
-        result = model.purify(images, seeds=[1, 2, 3])
+    with torch.no_grad():
+        result = model.purify(images, seeds=[1, 2, 3], callback=trajectory)
     return images, result, trajectory
 
 
@@ -65,16 +69,46 @@ def test_the_history_is_drawn(purified: tuple) -> None:
 
 
 def test_a_trajectory_is_animated(purified: tuple, tmp_path: Path) -> None:
-    images, _, trajectory = purified
+    images, result, trajectory = purified
     assert len(trajectory.frames) == 2
     assert torch.equal(trajectory.inputs, images)
     with Image.open(trajectory.animate(tmp_path / "a" / "course.gif")) as picture:
         assert picture.n_frames == 2
         assert picture.format == "GIF"
+    with Image.open(trajectory.animate(tmp_path / "whole.gif", result, scale=1)) as picture:
+        assert picture.n_frames == 3
+        picture.seek(2)
+        shown, last = picture.convert("RGB"), result.grid(images, scale=1)
+    assert shown.size == last.size
+    assert np.abs(np.asarray(shown, float) - np.asarray(last, float)).mean() < 4, "up to the colours of a GIF"
+    with pytest.raises(InputValueError, match="has 4 purified images, but 6 were seen"):
+        trajectory.animate(tmp_path / "none.gif", dataclasses.replace(result, images=result.images[:2]))
     with pytest.raises(SettingsError, match="nothing to animate"):
         Trajectory().animate(tmp_path / "none.gif")
     with pytest.raises(SettingsError, match="every"):
         Trajectory(every=0)
+
+
+@pytest.mark.parametrize(
+    ("purifier", "frames"), [(OneStep(n_latents=3), 1), (DiffPure(t=20, step=0.005, n_latents=2), 4), (BOTH, 4)]
+)
+@pytest.mark.parametrize("gradient", [StraightThrough(), Unrolled()])
+def test_every_purifier_with_steps_has_a_trajectory(
+    purifier: Purifier, frames: int, gradient: GradientMode, tmp_path: Path
+) -> None:
+    images, trajectory = load_test_images()[0][:2, :, :, 2:-2], Trajectory()
+    options: dict[str, Any] = {"purifier": purifier, "resize": True, "gradient": gradient}
+    model = PurifiedClassifier(load_classifier(), "fashion-mnist-edm", **options)
+    result = model.purify(images.requires_grad_(), seeds=[1, 2], callback=trajectory)
+    assert len(trajectory.frames) == frames
+    assert trajectory.inputs is not None
+    versions = len(trajectory.inputs), len(result.images[0]) * 2 // len(trajectory.inputs)
+    assert trajectory.frames[-1].shape == (*versions, 1, 28, 28)
+    with Image.open(trajectory.animate(tmp_path / "course.gif", result)) as picture:
+        assert picture.n_frames == frames + 1
+    assert torch.equal(model.purify(images, seeds=[1, 2]).images, result.images)
+    with pytest.raises(SettingsError, match="callback"):
+        model.purify(images, callback=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_an_image_that_has_stopped_stays_in_the_trajectory() -> None:

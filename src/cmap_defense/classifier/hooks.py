@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from cmap_defense.cmap.optimise import LatentState
+from cmap_defense.common.inputs import resize_images
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import InputValueError, SettingsError
 from cmap_defense.plots.purification import version_grid, write_animation
+from cmap_defense.purifiers.multi_step import StepState
+from cmap_defense.results import PurificationResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
         return None
 
     def run(state: Any) -> Any:
-        returned = [hook.function(state) for hook in hooks if hook.at(state.iteration)]
+        returned = [hook.function(state) for hook in hooks if hook.iterations is None or hook.at(state.iteration)]
         replaced = [latents for latents in returned if latents is not None]
         if len(replaced) > 1:
             raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
@@ -80,19 +83,20 @@ def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
 
 
 class Trajectory:
-    """The generated images at every few iterations of a latent optimisation.
+    """The images at every few steps of a purification: of CMAP the generated ones, of a purifier that adds noise and
+    denoises those with their noise. Of a chain it keeps those of the last purifier.
 
-        trajectory = Trajectory(every=5)
-        with model.register_latent_hook(trajectory):
-            model.purify(images)
-        trajectory.animate("purification.gif")
+        trajectory = Trajectory()
+        result = model.purify(images, callback=trajectory)
+        trajectory.animate("purification.gif", result)
 
     Args:
-        every: iterations from one frame to the next.
+        every: steps from one frame to the next.
 
     Attributes:
-        frames: [B, K, C, H, W] in [0, 1] each, on the CPU. An image that has stopped stays as it was.
-        inputs: [B, C, H, W] in [0, 1]; None before the first iteration.
+        frames: [B, K, C, H, W] each, on the CPU, in [0, 1] but for their noise. An image that has stopped stays as it
+            was.
+        inputs: [B, C, H, W] in [0, 1]; None before the first step.
 
     Raises:
         SettingsError: ``every`` is no integer above 0.
@@ -104,31 +108,49 @@ class Trajectory:
         self.inputs: Tensor | None = None
         self._last = -1
 
-    def __call__(self, state: LatentState) -> None:
-        if not self.frames or state.iteration <= self._last:  # another purification
-            self.frames, self.inputs = [], state.images.detach().cpu()
-        self._last = state.iteration
-        if state.iteration % self.every == 0:
-            images = (state.generated.detach().cpu().float() + 1) / 2
+    def __call__(self, state: LatentState | StepState) -> None:
+        if isinstance(state, StepState):
+            step, inputs, images, rows = state.step, state.inputs, state.images, slice(None)
+        else:
+            step, inputs, images, rows = state.iteration, state.images, state.generated, state.image_indices
+        if not self.frames or step <= self._last:  # another purification
+            self.frames, self.inputs = [], inputs.detach().cpu()
+        self._last = step
+        if step % self.every == 0 or not self.frames:
+            images = (images.detach().cpu().float() + 1) / 2
             frame = torch.empty_like(images) if not self.frames else self.frames[-1].clone()
-            frame[state.image_indices] = images
+            frame[rows] = images
             self.frames.append(frame)
 
-    def animate(self, path: str | Path, *, milliseconds: int = 100, scale: int | None = None) -> Path:
+    def animate(
+        self,
+        path: str | Path,
+        result: PurificationResult | None = None,
+        *,
+        milliseconds: int = 100,
+        scale: int | None = None,
+    ) -> Path:
         """Write a GIF: a row for each image, the input first, then its K versions as they change.
 
         Args:
             path: of the file.
+            result: of the same purification, for a last frame; None for none, as steps are seen before they are made.
             milliseconds: of a frame.
             scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
 
         Raises:
             SettingsError: no purification has been watched.
+            InputValueError: the result is of other images.
         """
         if not self.frames:
-            raise SettingsError(
-                "There is nothing to animate: purify images while this hook is registered, "
-                "with model.register_latent_hook(trajectory)."
-            )
-        pictures = [version_grid(frame, self.inputs, scale=scale) for frame in self.frames]
+            raise SettingsError("There is nothing to animate: first model.purify(images, callback=trajectory).")
+        frames, shape = list(self.frames), self.frames[-1].shape
+        if result is not None:
+            last = resize_images(result.images.detach().cpu().float().flatten(0, 1), shape[-2:], "bilinear")
+            if last.shape != (shape[0] * shape[1], *shape[2:]):
+                raise InputValueError(
+                    f"The result has {len(last)} purified images, but {shape[0] * shape[1]} were seen."
+                )
+            frames.append(last.view(shape))
+        pictures = [version_grid(frame, self.inputs, scale=scale) for frame in frames]
         return write_animation(pictures, path, milliseconds=milliseconds)

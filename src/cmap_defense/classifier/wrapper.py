@@ -19,7 +19,7 @@ from typing_extensions import Self
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
-from cmap_defense.classifier.hooks import LatentHooks, together
+from cmap_defense.classifier.hooks import LatentHook, LatentHooks, together
 from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
 from cmap_defense.cmap.optimise import Callback
@@ -221,6 +221,7 @@ class PurifiedClassifier(LatentAccess):
         latents: Tensor | None = None,
         seeds: Tensor | Sequence[int] | None = None,
         class_labels: Tensor | Sequence[int] | None = None,
+        callback: Callable[[Any], Any] | None = None,
         progress: OnProgress = None,
     ) -> PurificationResult:
         """The K purified versions of each image, and how they were found.
@@ -233,6 +234,8 @@ class PurifiedClassifier(LatentAccess):
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for ``forward``; not together with ``latents``.
             class_labels: as for ``forward``; the labels in use are in the result.
+            callback: called before each step of the purifier with its state, a ``LatentState`` of CMAP and a
+                ``StepState`` of purifiers that denoise: a hook for this call alone, such as ``Trajectory()``.
             progress: True for a bar on standard error, or a function of (done, total): network passes, and the most
                 that there can be.
 
@@ -242,7 +245,9 @@ class PurifiedClassifier(LatentAccess):
 
         It raises the errors of ``forward``.
         """
-        return self._purify(self._batch(images), latents, seeds, class_labels, progress)
+        if callback is not None and not callable(callback):
+            raise SettingsError(f"callback must be a function such as Trajectory(), but is {callback!r}.")
+        return self._purify(self._batch(images), latents, seeds, class_labels, progress, callback)
 
     def predict(
         self,
@@ -401,6 +406,7 @@ class PurifiedClassifier(LatentAccess):
         seeds: Tensor | Sequence[int] | None,
         class_labels: Tensor | Sequence[int] | None,
         progress: OnProgress = None,
+        callback: Callable[[Any], Any] | None = None,
     ) -> PurificationResult:
         """A purification outside of inference mode, with gradients where the caller has them on."""
         wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
@@ -419,13 +425,19 @@ class PurifiedClassifier(LatentAccess):
             extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
             passes = len(small) * self.purifier.passes * n_latents // self.purifier.n_latents
             with showing_passes(passes, "purifying", progress):
-                result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra))
+                result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra, callback))
             flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
             shown = flat.unflatten(0, result.images.shape[:2])
             return self._judged(dataclasses.replace(result, images=shown), self._classify(shown))
 
     def _purification(
-        self, images: Tensor, seeds: Tensor, latents: Tensor | None, labels: Tensor | None, extra: Mapping[str, Any]
+        self,
+        images: Tensor,
+        seeds: Tensor,
+        latents: Tensor | None,
+        labels: Tensor | None,
+        extra: Mapping[str, Any],
+        callback: Callable[[Any], Any] | None,
     ) -> Purification:
         """What the gradient mode is given; of ``extra`` the purifier gets what it names in ``call_options``."""
         options: dict[str, Any] = {
@@ -435,7 +447,7 @@ class PurifiedClassifier(LatentAccess):
             "class_labels": labels,
             "max_parallel": self.max_parallel,
         }
-        hooks = tuple(self._latent_hooks)
+        hooks = (*self._latent_hooks, *([] if callback is None else [LatentHook(callback)]))
         live = [hook for hook in hooks if hook.live]
         every, prepare = together(hooks), None
         if self.purifier.optimises_latents:
@@ -446,7 +458,7 @@ class PurifiedClassifier(LatentAccess):
                 return self.purifier(self.backbone, images.detach(), callback=every, **options)
 
         def differentiate(backward: Backward) -> PurificationResult:
-            return self.purifier.differentiate(self.backbone, images, backward=backward, **options)
+            return self.purifier.differentiate(self.backbone, images, backward=backward, callback=every, **options)
 
         return Purification(
             images,

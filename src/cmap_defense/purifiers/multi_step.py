@@ -36,12 +36,14 @@ class StepState:
         steps: passes of a version, at most.
         level: standard deviation of the noise in the images; where it differs between images, the largest.
         images: [B, K, C, H, W], detached, in units of [-1, 1], with their noise.
+        inputs: [B, C, H, W] in [0, 1], detached, what is purified.
     """
 
     step: int
     steps: int
     level: float
     images: Tensor
+    inputs: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +153,8 @@ class Run:
     def watch(self, step: int, level: float, images: Tensor) -> None:
         """Tell the callback of the pass that comes next: its number, its noise level, and its images [M, C, H, W]."""
         if self.callback is not None:
-            shown = images.detach().unflatten(0, self.first.shape[:2])
-            self.callback(StepState(step, self.steps, level, shown))
+            shown, inputs = (part.detach().unflatten(0, self.first.shape[:2]) for part in (images, self.images))
+            self.callback(StepState(step, self.steps, level, shown, (inputs[:, 0] + 1) / 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
