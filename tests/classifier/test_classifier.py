@@ -94,6 +94,20 @@ class TestAnswer:
     def test_a_plain_function_serves_as_classifier(self) -> None:
         assert make(classifier=lambda x: x.flatten(1)[:, :CLASSES])(images()).shape == (4, CLASSES)
 
+    def test_the_repr_is_a_few_lines_and_the_networks_are_attributes(self) -> None:
+        model = make(seed=3)
+        lines = repr(model).splitlines()
+        assert lines[:3] == [
+            "PurifiedClassifier(",
+            "  classifier: ToyClassifier, 725 parameters",
+            "  backbone: ToyBackbone, 440 parameters",
+        ]
+        assert lines[3:5] == [f"  purifier: {model.purifier!r}", "  K = 3, network passes per image: 15"]
+        assert len(lines) == 7
+        assert "ToyClassifier" in repr(nn.Sequential(model)), "also inside another module"
+        assert "linear" in repr(model.classifier)
+        assert "  classifier: relu\n" in repr(make(classifier=torch.relu))
+
     def test_an_empty_batch_gives_an_empty_result_and_leaves_the_classifier_alone(self) -> None:
         classifier = nn.Sequential(
             nn.Flatten(), nn.BatchNorm1d(144), nn.BatchNorm1d(144), nn.Linear(144, CLASSES)

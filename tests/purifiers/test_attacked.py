@@ -1,6 +1,7 @@
 """Purifiers under attacks and in an evaluation, as CMAP is: on toys, and on the denoisers of the package."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -120,6 +121,8 @@ def test_a_chain_with_the_package_s_pair() -> None:
     model = PurifiedClassifier(Pooled(), ("cifar10-ct-small", "cifar10-edm-small"), purifier=chain, seed=1).eval()
     assert model.variant(gradient=Unrolled()).purify(torch.rand(1, 3, 32, 32).requires_grad_()).images.requires_grad
     assert "Chain(DiffPure(" in repr(model)
+    pair = r"  consistency: cifar10-ct-small, [\d,]+ parameters\n  denoiser: cifar10-edm-small, [\d,]+ parameters\n"
+    assert re.search(pair, repr(model))
 
 
 if importlib.util.find_spec("pyautoattack") is None:

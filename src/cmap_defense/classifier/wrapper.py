@@ -45,6 +45,7 @@ from cmap_defense.gradients import GradientMode, Purification, StraightThrough, 
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
+from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import History, PurificationResult
 
 __all__ = ["PurifiedClassifier"]
@@ -395,9 +396,19 @@ class PurifiedClassifier(LatentAccess):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.purifier!r}, gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.preprocessing.inputs!r}, "
+            f"purifier: {self.purifier!r}\n"
+            f"K = {self.purifier.n_latents}, network passes per image: {self.purifier.passes:,}\n"
+            f"gradient={self.gradient!r}, vote={self.vote!r}, inputs={self.preprocessing.inputs!r}, "
             f"out_of_range={self.preprocessing.out_of_range!r}"
         )
+
+    def __repr__(self) -> str:
+        """A few lines. The networks in full are ``model.classifier`` and ``model.backbone``."""
+        parts = {"classifier": self.classifier, "backbone": self.backbone}
+        if isinstance(self.backbone, BackbonePair):
+            parts = {"classifier": self.classifier, **self.backbone._modules}
+        lines = [f"{name}: {_summary(part)}" for name, part in parts.items()]
+        return "\n  ".join(["PurifiedClassifier(", *lines, *self.extra_repr().split("\n")]) + "\n)"
 
     def _purify(
         self,
@@ -513,6 +524,14 @@ def _made(given: Any, option: str, kind: type[Any], examples: str, package: str)
     raise SettingsError(
         f"PurifiedClassifier.{option} must be an object such as {examples} from cmap_defense.{package}, {what}."
     )
+
+
+def _summary(part: object) -> str:
+    """A backbone's name, or else a class or function, and how many parameters it has."""
+    named = part if hasattr(part, "__name__") else type(part)
+    name = getattr(getattr(part, "record", None), "name", None) or named.__name__  # pyright: ignore[reportAttributeAccessIssue]
+    count = sum(weight.numel() for weight in part.parameters()) if isinstance(part, nn.Module) else 0
+    return f"{name}, {count:,} parameters" if count else name
 
 
 def _in_precision(backbone: nn.Module, wanted: torch.dtype | str | None) -> nn.Module:

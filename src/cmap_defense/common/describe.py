@@ -40,7 +40,7 @@ def describe_module(module: object) -> dict[str, Any]:
     """Class, layers, weights and precision. What is done between the layers, and other attributes, do not show."""
     network, weights = None, []
     if isinstance(module, nn.Module):
-        network = hashlib.sha256(ADDRESS.sub("", repr(module)).encode()).hexdigest()
+        network = hashlib.sha256(ADDRESS.sub("", nn.Module.__repr__(module)).encode()).hexdigest()
         weights = _weights(module)
     return {
         "class": qualified_name(module),
