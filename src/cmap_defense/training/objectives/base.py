@@ -17,6 +17,7 @@ from cmap_defense.errors import SettingsError
 from cmap_defense.training.objectives.distances import Distance, distance_named
 
 Model = ConsistencyBackbone | EDMDenoiser
+"""What an objective trains."""
 
 MODELS: dict[str, type[ConsistencyBackbone] | type[EDMDenoiser]] = {
     "consistency": ConsistencyBackbone,
