@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the notebooks of examples/notebooks as pages below tutorials/, and the version in the footer.
+"""Hooks of MkDocs: notebooks as pages below tutorials/, commands of at most 80 columns, the version in the footer.
 
 Pages link to ``examples/notebooks/NAME.ipynb``, where a notebook is in the repository, and the site shows its page.
 """
@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "notebooks"
 PACKAGE = ROOT / "src" / "cmap_defense" / "__init__.py"
+COLUMNS = 80
 NOTE = "*This page is the Jupyter notebook `examples/notebooks/{}`, with the outputs of one run.*"
 
 
@@ -48,12 +49,44 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links to notebooks to their pages."""
-    return re.sub(
+    """Lead links to notebooks to their pages, and break long commands."""
+    markdown = re.sub(
         r"((?:\.\./)*)\.\./examples/notebooks/([\w-]+)\.ipynb",
         r"\1tutorials/\2.md",
         markdown,
     )
+    block = re.compile(r"(?<=^```text\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
+    return block.sub(lambda found: broken(found[0]), markdown)
+
+
+def broken(block: str) -> str:
+    """A block of text, with its commands in lines of at most 80 columns where their words allow it."""
+    lines = re.sub(r" *\\\n *", " ", block).splitlines()
+    commands = re.compile(r"\w+=\S+ |(cmap-defense|python3?|torchrun|pip|pytest) ")
+    return "".join(
+        f"{command(line) if commands.match(line) else line}\n" for line in lines
+    )
+
+
+def command(line: str) -> str:
+    """A command over several lines; an option stays beside its value."""
+    if len(line) <= COLUMNS or " # " in line:
+        return line
+    words = re.findall(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""", line)
+    units: list[str] = []
+    for word in words:
+        last = units[-1] if units else ""
+        if re.fullmatch(r"--?\w[\w-]*", last) and not word.startswith("-"):
+            units[-1] = f"{last} {word}"
+        else:
+            units.append(word)
+    lines = [units[0]]
+    for unit in units[1:]:
+        if len(lines[-1]) + len(unit) + 3 <= COLUMNS:
+            lines[-1] += f" {unit}"
+        else:
+            lines.append(f"    {unit}")
+    return " \\\n".join(lines)
 
 
 def page_of(path: Path) -> tuple[str, dict[str, bytes]]:

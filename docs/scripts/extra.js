@@ -1,4 +1,5 @@
-// Formulas by KaTeX, and tables of the class "sortable" by a click on a heading. Nothing here reaches the network.
+// Formulas by KaTeX, tables of the class "sortable" by a click on a heading, and output of more than 80 columns in
+// smaller letters, and the parameters of a method at a click. Nothing here reaches the network.
 
 const formulas = (root) => {
   for (const element of root.querySelectorAll(".arithmatex")) {
@@ -26,5 +27,31 @@ const sortable = (root) => {
   }
 };
 
+const fitted = (root) => {
+  for (const code of root.querySelectorAll(".language-text pre > code")) {
+    const columns = Math.max(...code.textContent.split("\n").map((line) => line.length));
+    if (columns > 80 && columns <= 130) {
+      code.style.fontSize = `${(0.85 * 78) / columns}em`;
+    }
+  }
+};
+
+const folded = (root) => {
+  for (const body of root.querySelectorAll(".doc-class .doc-function > .doc-contents")) {
+    const parts = [...body.children];
+    const rest = parts.slice(parts.findIndex((part) => part.tagName === "P") + 1);
+    const titles = rest.flatMap((part) => [...part.querySelectorAll(".doc-section-title")]);
+    if (titles.length) {
+      const details = document.createElement("details");
+      const summary = document.createElement("summary");
+      summary.textContent = titles.map((title) => title.textContent.replace(":", "")).join(", ");
+      details.append(summary, ...rest);
+      body.append(details);
+    }
+  }
+};
+
+folded(document);
+fitted(document);
 formulas(document);
 sortable(document);

@@ -40,6 +40,8 @@ const open = (address) => new Promise((done) => {
       formulas: page.querySelectorAll(".arithmatex").length,
       set: page.querySelectorAll(".arithmatex .katex").length,
       wrong: page.querySelectorAll(".katex-error").length,
+      tall: Object.fromEntries([...page.querySelectorAll("h2.doc-heading")]
+        .map((heading) => [heading.id.split(".").pop(), heading.parentElement.clientHeight / frame.clientHeight])),
       fetched: fetched.filter((name) => !name.startsWith(location.origin)),
     };
   }
@@ -101,6 +103,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 def test_no_page_needs_a_horizontal_scroll_bar(pages: dict[str, dict[str, Any]]) -> None:
     assert {address: page["wide"] for address, page in pages.items() if page["wide"]} == {}
     assert len(pages) > 30
+
+
+def test_a_name_of_the_reference_takes_three_screens(pages: dict[str, dict[str, Any]]) -> None:
+    tall = {name: screens for page in pages.values() for name, screens in page["tall"].items()}
+    assert len(tall) > 100
+    assert {name for name, screens in tall.items() if screens > 3} <= {"PurifiedClassifier"}
+    assert tall["PurifiedClassifier"] < 4
 
 
 def test_every_formula_is_set(pages: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The drop-in defence: a classifier that sees only what a consistency model can generate."""
+"""The defence as a module: images in, logits out."""
 
 from __future__ import annotations
 
