@@ -10,7 +10,9 @@ import griffe
 class Defaults(griffe.Extension):
     """Show the first argument of ``setting`` as the default."""
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+    def on_attribute_instance(
+        self, *, attr: griffe.Attribute, **_: Any
+    ) -> None:
         """Replace the call."""
         call = attr.value
         if not isinstance(call, griffe.ExprCall):

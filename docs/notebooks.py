@@ -62,7 +62,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def broken(block: str) -> str:
     """A block of text, with its commands in lines of at most 80 columns where their words allow it."""
     lines = re.sub(r" *\\\n *", " ", block).splitlines()
-    commands = re.compile(r"\w+=\S+ |(cmap-defense|python3?|torchrun|pip|pytest) ")
+    commands = re.compile(
+        r"\w+=\S+ |(cmap-defense|python3?|torchrun|pip|pytest) "
+    )
     return "".join(
         f"{command(line) if commands.match(line) else line}\n" for line in lines
     )

@@ -21,7 +21,7 @@ END = "\x1e"
 
 
 def python_of(page: Path) -> str:
-    """The Python blocks of a page as one script, each line where it stands in the page, with a mark after each block."""
+    """The Python blocks of a page as one script, each line where it stands in the page, and marks between them."""
     lines, inside = [], False
     for line in page.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
