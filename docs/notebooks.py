@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "notebooks"
 PACKAGE = ROOT / "src" / "cmap_defense" / "__init__.py"
 COLUMNS = 80
-NOTE = "*This page is the Jupyter notebook `examples/notebooks/{}`, with the outputs of one run.*"
+NOTE = (
+    "*This page is the Jupyter notebook `examples/notebooks/{0}`, with the "
+    "outputs of one run: [download it]({0}).*"
+)
 
 
 def on_config(config: Any) -> Any:
@@ -31,13 +34,14 @@ def version() -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add a page for each notebook, and its pictures."""
+    """Add a page for each notebook, its pictures, and itself."""
     from mkdocs.structure.files import (
         File,
     )  # here, so that the tests need no MkDocs
 
     for path in sorted(FOLDER.glob("*.ipynb")):
         text, pictures = page_of(path)
+        pictures[path.name] = path.read_bytes()
         files.append(
             File.generated(config, f"tutorials/{path.stem}.md", content=text)
         )

@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from cmap_defense.detection import KINDS
 
@@ -26,12 +26,11 @@ def test_as_text_with_files(tmp_path: Path, run: Run) -> None:
     assert "K = 2 latents, N = 2 iterations" in text
     assert "- adversarial images can" in text
     assert "distinguished from noisy ones with AUROC" in text
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detection.json", "detection.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detection.json", "detection.svg"]
     written = json.loads((tmp_path / "out" / "detection.json").read_text(encoding="utf-8"))
     assert {kind["count"] for kind in written["kinds"].values()} == {3}
     assert written["references"] == 4
-    with Image.open(tmp_path / "out" / "detection.png") as picture:
-        assert picture.size[0] == 1600
+    assert ElementTree.parse(tmp_path / "out" / "detection.svg").getroot().tag.endswith("svg")
 
 
 def test_as_json_with_the_deep_kernel(tmp_path: Path, run: Run) -> None:
@@ -42,7 +41,7 @@ def test_as_json_with_the_deep_kernel(tmp_path: Path, run: Run) -> None:
     assert found["settings"]["n_latents"] == 2
     assert len(found["eps"]["sigmas"]) == 2
     assert found["lacking"] is None
-    assert [Path(path).name for path in found["files"]] == ["detection.json", "detection.png"]
+    assert [Path(path).name for path in found["files"]] == ["detection.json", "detection.svg"]
 
 
 def test_other_data_without_matplotlib(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

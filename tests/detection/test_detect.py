@@ -203,11 +203,11 @@ def test_the_plot_is_a_function_of_the_detection(found: Detection) -> None:
         assert found.plot() == drawn
     assert dict(mpl.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == interactive
-    with Image.open(io.BytesIO(drawn)) as image:
+    with Image.open(io.BytesIO(found.plot("png"))) as image:
         assert image.size[0] == 1600
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**20) or []}
     assert len(colours) > 20, "something is drawn"
-    assert ElementTree.fromstring(found.plot("svg")).tag.endswith("svg")
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
     with pytest.raises(errors.SettingsError, match="picture"):
         found.plot("gif")
 

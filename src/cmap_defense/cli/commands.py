@@ -206,7 +206,7 @@ detect = command(
 
     The distance is the squared MMD between the expected perturbation scores (EPS) of one image and of clean reference
     images. Without options the command uses what ships with the package and needs no network. Prints a table, and
-    writes detection.json and detection.png.
+    writes detection.json and detection.svg.
     """,
     of.cmap_model,
     of.data,

@@ -34,10 +34,10 @@ def run_detect(options: dict[str, Any]) -> Printed:
     attack = PGD(threat_of(options), steps=options["steps"], seed=options["seed"])
     model = cmap_model_of(options)
     found = _measured(model, _parts(options, model), attack, options)
-    files, lacking = write_findings(out, "detection", found.to_dict(), None, found.plot, "detection.png")
+    files, lacking = write_findings(out, "detection", found.to_dict(), None, found.plot, "detection.svg")
     more = {"settings": model.settings.to_dict(), "seconds": time.perf_counter() - start}
     values = {**found.to_dict(), **more, "files": [str(path) for path in files], "lacking": lacking}
-    names = listed(files, None if options["as_json"] else lacking, "detection.png")
+    names = listed(files, None if options["as_json"] else lacking, "detection.svg")
     return values, [*_lines(found, model, options["kernel"]), f"\n{more['seconds']:.0f} s. {names}"]
 
 

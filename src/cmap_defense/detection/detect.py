@@ -126,8 +126,8 @@ class Detection:
         shown = ", ".join(f"{name} {area}" for name, s in self.summary.items() if (area := s.auroc) is not None)
         return f"Detection({self.summary['clean'].count} images of each kind; AUROC against clean: {shown})"
 
-    def plot(self, picture: str = "png") -> bytes:
-        """Histograms of the distances as the bytes of a "png" (1600 pixels wide) or "svg" file; needs matplotlib."""
+    def plot(self, picture: str = "svg") -> bytes:
+        """Histograms of the distances as the bytes of an "svg" or "png" (1600 pixels wide) file; needs matplotlib."""
         count, levels = self.summary["clean"].count, len(self.eps.sigmas)
         subtitle = f"{count} images of each kind; T = {levels} noise levels, {self.references} clean reference images"
         distances = {name: values.tolist() for name, values in self.distances.items()}

@@ -34,7 +34,7 @@ def distance_plot(
     areas: Mapping[str, AUROC | None],
     subtitle: str,
     *,
-    picture: str = "png",
+    picture: str = "svg",
 ) -> bytes:
     """Histograms of distances, one row for each kind, the clean one's outline behind each. The fullest bin of each
     kind has full height, and a dark line marks its median. The axis is logarithmic where the distances span more than

@@ -22,15 +22,17 @@ def study_plot(study: Study) -> bytes:
         "latent-weight": [_accuracy_over_values, _accuracy_after, _moments_after],
     }
     chosen = panels.get(study["name"], [_accuracy_over_values])
+    columns = 3 if len(chosen) == 3 else min(len(chosen), 2)  # at most three fit on a page
+    rows = len(chosen) // columns
 
     def fill(figure: Figure) -> None:
-        for axes, panel in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, chosen, strict=True):
             panel(plain_axes(axes), study)
             axes.legend(frameon=False, fontsize=8)
         figure.suptitle(study["title"], fontsize=11)
         figure.set_layout_engine("constrained")
 
-    return draw((4.6 * len(chosen), 3.6), fill, purpose="The plot of a study is drawn with matplotlib")
+    return draw((4.6 * columns, 3.6 * rows), fill, purpose="The plot of a study is drawn with matplotlib")
 
 
 def _accuracy_over_values(axes: Axes, study: Study) -> None:
