@@ -9,7 +9,8 @@ from cmap_defense.backbones.folder import read_record
 from cmap_defense.backbones.registry import registry_entry
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.embedded import ASSETS, CLASS_NAMES, load_classifier, load_test_images
-from cmap_defense.purifiers import CMAP
+from cmap_defense.errors import ClassifierWarning, SettingsError
+from cmap_defense.purifiers import CMAP, OneStep
 
 
 def test_images_and_classifier() -> None:
@@ -22,6 +23,21 @@ def test_images_and_classifier() -> None:
     assert set(labels.tolist()) == set(range(len(CLASS_NAMES)))
     with torch.no_grad():
         assert (load_classifier()(images).argmax(1) == labels).float().mean() > 0.88
+
+
+def test_the_adapted_classifier_knows_what_it_was_adapted_to() -> None:
+    images, labels = load_test_images()
+    adapted = load_classifier("fashion-mnist-adapted")
+    model = PurifiedClassifier(adapted, "fashion-mnist-ct")  # a warning would be an error
+    with torch.no_grad():
+        assert (model(images, seeds=range(256)).argmax(1) == labels).float().mean() > 0.84
+    with pytest.warns(ClassifierWarning, match="another backbone: to a backbone with weights 9580381f267d, and is"):
+        PurifiedClassifier(adapted, "fashion-mnist-edm", purifier=OneStep(level=0.6))
+
+
+def test_an_unknown_classifier_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(SettingsError, match=r"load_classifier.name must be one of 'fashion-mnist', 'fashion-mnist-ad"):
+        load_classifier("cifar10")
 
 
 def test_the_attack_of_the_demo_takes_the_bare_classifier_below_20_percent() -> None:

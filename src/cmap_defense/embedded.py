@@ -1,16 +1,22 @@
-"""What ships with the package beside the backbone: a small Fashion-MNIST classifier and 256 test images.
+"""What ships with the package beside the backbones: two small Fashion-MNIST classifiers and 256 test images.
 
-Enough to try the defence, and to attack it, with no network. The classifier is an ordinary undefended one.
+Enough to try the defence, and to attack it, with no network.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cmap_defense.common.settings import require_choice
+
+CLASSIFIERS = ("fashion-mnist", "fashion-mnist-adapted")
+"""Names for ``load_classifier``."""
 
 ASSETS = Path(__file__).parent / "assets" / "fashion-mnist"
 
@@ -51,11 +57,23 @@ class FashionCNN(nn.Module):
         return self.head(self.features(images).mean(dim=(2, 3)))
 
 
-def load_classifier() -> FashionCNN:
-    """The embedded classifier, in eval mode, on the CPU."""
-    classifier = FashionCNN()
-    weights = load_file(ASSETS / "classifier.safetensors")
+def load_classifier(name: str = "fashion-mnist") -> FashionCNN:
+    """An embedded classifier, in eval mode, on the CPU.
+
+    Args:
+        name: "fashion-mnist", an ordinary one that has seen neither attacks nor purified images, or
+            "fashion-mnist-adapted", the same adversarially adapted to ``OneStep(level=0.6)`` on "fashion-mnist-ct".
+
+    Raises:
+        SettingsError: there is none of this name.
+    """
+    require_choice("load_classifier", "name", name, CLASSIFIERS)
+    classifier, folder = FashionCNN(), ASSETS.parent / name
+    weights = load_file(folder / "classifier.safetensors")
     classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
+    if (folder / "adaptation.json").exists():
+        record = json.loads((folder / "adaptation.json").read_text(encoding="utf-8"))
+        vars(classifier)["adapted_to"] = {key: record[key] for key in ("purifier", "backbone")}
     return classifier.eval()
 
 

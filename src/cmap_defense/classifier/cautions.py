@@ -80,12 +80,17 @@ def warn_of_another_adaptation(classifier: object, backbone: nn.Module, purifier
     here = adapted_to(backbone, purifier)
     other = [name for name in ("purifier", "backbone") if known.get(name) != here[name]]
     if other:
+        there, now = (", ".join(_target(name, record.get(name)) for name in other) for record in (known, here))
         _warn(
             classifier,
             "adaptation",
-            f"The classifier was adapted to another {' and '.join(other)}: to {known.get('purifier')}, and is behind "
-            f"{here['purifier']}. Wrap it with what it was adapted to, or adapt it again.",
+            f"The classifier was adapted to another {' and '.join(other)}: to {there}, and is behind {now}. "
+            "Wrap it with what it was adapted to, or adapt it again.",
         )
+
+
+def _target(name: str, value: object) -> str:
+    return f"a backbone with weights {str(value)[:12]}" if name == "backbone" else str(value)
 
 
 def _without(value: Any, key: str) -> Any:

@@ -28,7 +28,7 @@ from cmap_defense.common.settings import Settings, near_matches
 from cmap_defense.data import DATASETS, open_dataset
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.embedded import load_classifier
+from cmap_defense.embedded import CLASSIFIERS, load_classifier
 from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError
 from cmap_defense.purifiers import CMAP, Purifier, from_texts
 from cmap_defense.purifiers.choice import lacks_presets, loaded_with, recorded_settings
@@ -214,11 +214,12 @@ def imported_model(
 ) -> Callable[[Tensor], Tensor]:
     """The model at an import path, in eval mode, on a device; errors name the option that it was given by.
 
-    The path is ``package.module:name`` or ``file.py:name``, where name is a model or makes one without arguments, or
-    "embedded". The weights are a state dict, or an entry of what ``torch.save`` wrote, of which nothing is executed.
-    They require a gradient only where the model is to be trained.
+    The path is ``package.module:name`` or ``file.py:name``, where name is a model or makes one without arguments,
+    "embedded", or the name of an embedded classifier. The weights are a state dict, or an entry of what ``torch.save``
+    wrote, of which nothing is executed. They require a gradient only where the model is to be trained.
     """
-    model = load_classifier() if path == EMBEDDED else _imported(path, option)
+    path = CLASSIFIERS[0] if path == EMBEDDED else path
+    model = load_classifier(path) if path in CLASSIFIERS else _imported(path, option)
     if weights is not None:
         _load(model, weights, "--weights" if option == "--classifier" else option)
     if isinstance(model, nn.Module):
@@ -232,7 +233,7 @@ def _imported(path: str, option: str) -> Any:
     """The model that an import path names or makes; wrong usage, in one sentence, where the user's code raises."""
     module_name, _, name = path.rpartition(":")
     if not module_name or not name:
-        remedy = near_matches(path, [EMBEDDED]).replace("Known:", "Or give")
+        remedy = near_matches(path, [EMBEDDED, *CLASSIFIERS]).replace("Known:", "Or give")
         raise click.BadParameter(
             f"{path!r} is no import path such as my_models:resnet or my_models.py:resnet.{remedy}", param_hint=option
         )
