@@ -173,6 +173,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-3": near(1.2, 3),
         "cmap-2-6": near(2.0, 6),
+        "none": Identity(),
     },
     "cifar10": {
         "one-step-0.2": OneStep(level=0.2, n_latents=K),

@@ -1,5 +1,5 @@
-// Formulas by KaTeX, tables of the class "sortable" by a click on a heading, and output of more than 80 columns in
-// smaller letters, and the parameters of a method at a click. Nothing here reaches the network.
+// Formulas by KaTeX, tables of the class "sortable" by a click on a heading, wide code in smaller letters,
+// and the parameters of a method at a click. Nothing here reaches the network.
 
 const formulas = (root) => {
   for (const element of root.querySelectorAll(".arithmatex")) {
@@ -28,10 +28,13 @@ const sortable = (root) => {
 };
 
 const fitted = (root) => {
-  for (const code of root.querySelectorAll(".language-text pre > code")) {
-    const columns = Math.max(...code.textContent.split("\n").map((line) => line.length));
-    if (columns > 80 && columns <= 130) {
-      code.style.fontSize = `${(0.85 * 78) / columns}em`;
+  for (const code of root.querySelectorAll(".highlight pre > code")) {
+    code.style.whiteSpace = "pre";
+    const share = code.clientWidth / code.scrollWidth;
+    if (share < 0.6) {
+      code.style.whiteSpace = "";
+    } else if (share < 1) {
+      code.style.fontSize = `${0.84 * share}em`;
     }
   }
 };

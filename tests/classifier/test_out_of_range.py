@@ -88,6 +88,8 @@ def test_auto_clamps_in_silence_where_a_gradient_is_wanted(method: str) -> None:
     assert same(silent(model, method, images), silent(model, method, images.detach().clamp(0, 1)))
     with torch.no_grad(), pytest.raises(InputValueError):
         METHODS[method](model, images)
+    with pytest.raises(InputValueError, match=r"divide by 255 first\.$"):  # no attack left [0, 1] so far
+        METHODS[method](model, (255 * uniform(2, *SHAPE, seed=1)).requires_grad_())
 
 
 @pytest.mark.parametrize("out_of_range", ["auto", "clamp", "raise"])

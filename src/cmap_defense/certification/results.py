@@ -55,7 +55,8 @@ class CertificationResult:
             radius: in l2, for images in [0, 1].
 
         Raises:
-            InputTypeError, InputValueError: the labels are not integers, one per image.
+            InputTypeError: the labels are not integers.
+            InputValueError: they are not one per image.
         """
         right = self.prediction == check_seeds(labels, len(self.prediction), "labels")
         return Accuracy.mean(right & (self.radius >= radius))

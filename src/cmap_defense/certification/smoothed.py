@@ -72,7 +72,8 @@ class SmoothedClassifier(NamedOptions):
     Raises:
         SettingsError: sigma is not above 0, or stronger noise than the backbone was trained for.
         BackboneError: the backbone has no ``denoise``, or is class-conditional.
-        UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded.
+        UnknownNameError: there is no backbone of this name.
+        BackboneFileError: it cannot be loaded.
     """
 
     _synonyms: ClassVar[Mapping[str, str]] = {"denoiser": "backbone", "model": "classifier", "scale": "sigma"}

@@ -91,6 +91,9 @@ OUT_OF_RANGE = ("auto", "clamp", "raise")
 OVERSHOOT = 0.5
 """How far outside [0, 1] images may be under "auto" where no gradient is wanted."""
 
+EIGHT_BIT = 20.0
+"""Images from 0 to more than this are 8-bit under "auto", whether a gradient is wanted or not."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -157,7 +160,8 @@ class Preprocessing:
         if found is None:
             return images
         if self.out_of_range == "auto":
-            if images.requires_grad and torch.is_grad_enabled():
+            eight_bit = found[0] >= 0 and found[1] > EIGHT_BIT
+            if images.requires_grad and torch.is_grad_enabled() and not eight_bit:
                 return clamp_straight_through(images, slack)
             if found[0] >= -OVERSHOOT and found[1] <= 1 + OVERSHOOT:
                 self._warn_once(found)
@@ -166,14 +170,14 @@ class Preprocessing:
 
     def _range_message(self, found: tuple[float, float], done: str) -> str:
         """What is wrong with values in this range, what was done, and what to do."""
+        begin = f"Images must lie in [0, 1], but lie in {range_text(found)}{done} "
         hint = "After undoing normalize=(mean, std): are mean and std those that the images were normalised with?"
         if self.inputs != "normalized":
-            normalised = 'use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
-            hint = eight_bit_hint(found) or f"If they are normalised, {normalised}"
-        return (
-            f"Images must lie in [0, 1], but lie in {range_text(found)}{done} {hint} "
-            'For an attack that leaves [0, 1] on its way, use PurifiedClassifier(..., out_of_range="clamp")'
-        )
+            if eight_bit_hint(found):
+                return begin + eight_bit_hint(found).removesuffix(".")
+            hint = 'If they are normalised, use PurifiedClassifier(..., normalize=(mean, std), inputs="normalized").'
+        attack = 'For an attack that leaves [0, 1] on its way, use PurifiedClassifier(..., out_of_range="clamp")'
+        return f"{begin}{hint} {attack}"
 
     def _warn_once(self, found: tuple[float, float]) -> None:
         if not self._warned:

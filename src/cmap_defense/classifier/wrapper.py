@@ -109,8 +109,8 @@ class PurifiedClassifier(LatentAccess):
         SettingsError: an option is out of its range, there is more than one of settings, purifier and preset, or the
             backbone was not trained for the purifier's noise level.
         BackboneError: the backbone does not have what the purifier needs.
-        UnknownNameError, BackboneFileError: a backbone given by name cannot be loaded, or its record has no such
-            preset.
+        UnknownNameError: there is no backbone of this name, or its record has no such preset.
+        BackboneFileError: a backbone given by name cannot be loaded.
     """
 
     _synonyms: ClassVar[Mapping[str, str]] = {
@@ -207,7 +207,9 @@ class PurifiedClassifier(LatentAccess):
             with ``vote="label"``, the majority label of eq. 14 on top. An empty batch gives an empty result.
 
         Raises:
-            InputTypeError, InputValueError, DeviceError: the images or seeds are not as above; the message says how.
+            InputTypeError: the images or seeds are of another type; the message says what to do.
+            InputValueError: their values or shapes are not as above.
+            DeviceError: they are on another device.
             ClassifierError: the classifier did not return finite logits [M, classes].
             BackboneError: the backbone broke its promise.
         """
@@ -403,7 +405,6 @@ class PurifiedClassifier(LatentAccess):
         )
 
     def __repr__(self) -> str:
-        """A few lines. The networks in full are ``model.classifier`` and ``model.backbone``."""
         parts = {"classifier": self.classifier, "backbone": self.backbone}
         if isinstance(self.backbone, BackbonePair):
             parts = {"classifier": self.classifier, **self.backbone._modules}

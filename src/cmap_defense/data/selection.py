@@ -82,7 +82,10 @@ class SelectedImages:
             subset: which images; or their positions, int64 [M].
 
         Raises:
-            InputTypeError, InputValueError, DataError, UnknownNameError: it is something else.
+            InputTypeError: it is something else.
+            InputValueError: its images are not as above.
+            DataError: it cannot be read.
+            UnknownNameError: there is no data set of this name.
             SettingsError: it has too few images.
         """
         data = labelled_data(data)

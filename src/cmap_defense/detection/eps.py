@@ -106,8 +106,9 @@ class EPS(Settings):
 
         Raises:
             BackboneError: there is no ``denoise``, or it returned something else than finite images.
-            InputTypeError, InputValueError, SettingsError: arguments are not as above, or the backbone was not trained
-                for a noise level.
+            InputTypeError: the images are of another type.
+            InputValueError: their shape or values are not as above.
+            SettingsError: the backbone was not trained for a noise level.
         """
         denoise = getattr(backbone, "denoise", None)
         if denoise is None:

@@ -159,7 +159,8 @@ class Evaluation:
         """All that decides about the results, as JSON. Each model predicts the first image once.
 
         Raises:
-            ClassifierError, InputValueError: a model does not take the images, or lacks classes of the labels.
+            ClassifierError: a model does not take the images, or lacks classes of the labels.
+            InputValueError: the same, where it shows in the images.
         """
         chosen = self.images
         return {

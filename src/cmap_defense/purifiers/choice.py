@@ -37,7 +37,8 @@ def loaded_with(
 
     Raises:
         WrongKindError, BackboneError, SettingsError: the purifier does not run on it.
-        UnknownNameError, BackboneFileError: it cannot be loaded, or its record has no such preset.
+        UnknownNameError: there is no backbone of this name, or its record has no such preset.
+        BackboneFileError: it cannot be loaded.
     """
     kind = wanted.kind if isinstance(wanted, Purifier) else None
     if wanted == PRESETS[0] or (wanted is None and lacks_presets(given)):
