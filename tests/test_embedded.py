@@ -35,6 +35,14 @@ def test_the_adapted_classifier_knows_what_it_was_adapted_to() -> None:
         PurifiedClassifier(adapted, "fashion-mnist-edm", purifier=OneStep(level=0.6))
 
 
+def test_the_adversarially_trained_classifier_needs_no_purifier_and_may_have_any() -> None:
+    images, labels = (part[:64] for part in load_test_images())
+    trained = load_classifier("fashion-mnist-adversarial")
+    result = PGD(ThreatModel(eps=0.05), steps=20)(trained, images, labels)
+    assert result.success.float().mean() < 0.35
+    PurifiedClassifier(trained, "fashion-mnist-edm", purifier=OneStep(level=0.6))  # a warning would be an error
+
+
 def test_an_unknown_classifier_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(SettingsError, match=r"load_classifier.name must be one of 'fashion-mnist', 'fashion-mnist-ad"):
         load_classifier("cifar10")

@@ -1,4 +1,4 @@
-"""What ships with the package beside the backbones: two small Fashion-MNIST classifiers and 256 test images.
+"""What ships with the package beside the backbones: three small Fashion-MNIST classifiers and 256 test images.
 
 Enough to try the defence, and to attack it, with no network.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cmap_defense.common.settings import require_choice
 
-CLASSIFIERS = ("fashion-mnist", "fashion-mnist-adapted")
+CLASSIFIERS = ("fashion-mnist", "fashion-mnist-adapted", "fashion-mnist-adversarial")
 """Names for ``load_classifier``."""
 
 ASSETS = Path(__file__).parent / "assets" / "fashion-mnist"
@@ -62,7 +62,9 @@ def load_classifier(name: str = "fashion-mnist") -> FashionCNN:
 
     Args:
         name: "fashion-mnist", an ordinary one that has seen neither attacks nor purified images, or
-            "fashion-mnist-adapted", the same adversarially adapted to ``OneStep(level=0.6)`` on "fashion-mnist-ct".
+            "fashion-mnist-adapted", the same adversarially adapted to ``OneStep(level=0.6)`` on "fashion-mnist-ct", or
+            "fashion-mnist-adversarial", the same adversarially trained for as long without a purifier. Both know
+            attacks of linf 0.05.
 
     Raises:
         SettingsError: there is none of this name.

@@ -75,7 +75,8 @@ def adapted_to(backbone: nn.Module, purifier: Purifier) -> dict[str, Any]:
 def warn_of_another_adaptation(classifier: object, backbone: nn.Module, purifier: Purifier) -> None:
     """Warn of a classifier that ``cmap_defense.adapt`` has adapted to another purifier or backbone."""
     known = getattr(module_behind(classifier), "adapted_to", None)
-    if not isinstance(known, dict) or purifier.passes == 0 or "adaptation" in _said(classifier):
+    alone = isinstance(known, dict) and known.get("purifier") == {"class": "Identity"}
+    if not isinstance(known, dict) or alone or purifier.passes == 0 or "adaptation" in _said(classifier):
         return
     here = adapted_to(backbone, purifier)
     other = [name for name in ("purifier", "backbone") if known.get(name) != here[name]]

@@ -305,7 +305,7 @@ classifier = decorators(
     MODEL(
         "-c",
         "--classifier",
-        'Classifier to defend: package.module:factory, file.py:factory, "embedded" or "fashion-mnist-adapted".',
+        'Classifier to defend: package.module:factory, file.py:factory, or an embedded one such as "embedded".',
         required=True,
     ),
     MODEL(
