@@ -1,5 +1,6 @@
 """Warnings of a classifier in training mode, and of one that returns probabilities: once each, and where it is due."""
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +37,7 @@ class Noted(nn.Module):
         self.modes: set[bool] = set()
 
     def forward(self, images: Tensor) -> Tensor:
-        self.modes |= {part.training for part in self.modules()}
+        self.modes |= set(map(operator.attrgetter("training"), self.modules()))  # it asks for no mode of its own
         return self.linear(self.drop(self.norm(images)))
 
 

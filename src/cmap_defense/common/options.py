@@ -126,9 +126,10 @@ def _taken(owner: type[NamedOptions], name: str) -> list[type[NamedOptions]]:
 
 
 def _concrete(kind: type[NamedOptions]) -> list[type[NamedOptions]]:
-    """A class and its subclasses, less those that are abstract or private."""
+    """A class and its subclasses in this package, less those that are abstract or private."""
     own = [] if inspect.isabstract(kind) or kind is NamedOptions or kind.__name__.startswith("_") else [kind]
-    return own + [found for below in kind.__subclasses__() for found in _concrete(below)]
+    ours = [below for below in kind.__subclasses__() if below.__module__.startswith("cmap_defense.")]
+    return own + [found for below in ours for found in _concrete(below)]
 
 
 def _homes(options: Sequence[_Option]) -> list[type[NamedOptions]]:
