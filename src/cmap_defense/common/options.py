@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -117,12 +118,23 @@ def _parameters(kind: type[NamedOptions]) -> dict[str, inspect.Parameter]:
 def _taken(owner: type[NamedOptions], name: str) -> list[type[NamedOptions]]:
     """The classes with options that an option of a class may be an object of; for an abstract one, its subclasses."""
     try:
-        hint = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__).get(name)
+        hint = (
+            _hint(owner, name) if dataclasses.is_dataclass(owner) else typing.get_type_hints(owner.__init__).get(name)
+        )
     except NameError:  # a hint of the user's that is there for type checkers alone
         return []
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)]
     found = [below for kind in kinds if issubclass(kind, NamedOptions) for below in _concrete(kind)]
     return sorted(found, key=lambda kind: len(kind.__name__))  # PGD before FrozenResidual, as an example
+
+
+def _hint(owner: type, name: str) -> Any:
+    """The type of a field, by the nearest class that names it. ``get_type_hints`` of Python 3.10 refuses ``KW_ONLY``."""
+    for base in owner.__mro__:
+        found = inspect.get_annotations(base).get(name)
+        if found is not None:
+            return eval(found, vars(sys.modules[base.__module__])) if isinstance(found, str) else found
+    return None
 
 
 def _concrete(kind: type[NamedOptions]) -> list[type[NamedOptions]]:
