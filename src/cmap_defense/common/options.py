@@ -129,7 +129,7 @@ def _taken(owner: type[NamedOptions], name: str) -> list[type[NamedOptions]]:
 
 
 def _hint(owner: type, name: str) -> Any:
-    """The type of a field, by the nearest class that names it. ``get_type_hints`` of Python 3.10 refuses ``KW_ONLY``."""
+    """The type of a field, by the nearest class that names it. Python 3.10 has no hint of ``KW_ONLY``."""
     for base in owner.__mro__:
         found = inspect.get_annotations(base).get(name)
         if found is not None:
