@@ -9,7 +9,7 @@ PACKAGE = "cmap_defense"
 SOURCE = Path(__file__).parent.parent / "src" / PACKAGE
 
 ORDER = [
-    "common embedded errors plots results threat",
+    "cifar_resnet common embedded errors plots results threat",
     "backbones cmap data",
     "gradients purifiers",
     "classifier",
