@@ -4,6 +4,8 @@ All derive from ``CmapError`` and from the builtin that a caller would catch wit
 Messages say what was expected, what came, and what to do.
 """
 
+from __future__ import annotations
+
 __all__ = [
     "BackboneError",
     "BackboneFileError",
@@ -63,7 +65,15 @@ class ClassifierWarning(UserWarning):
 
 
 class BackboneError(CmapError, TypeError):
-    """An object does not satisfy the backbone protocol, or its ``generate`` broke its promise."""
+    """An object does not satisfy the backbone protocol, or one of its methods broke its promise."""
+
+    @classmethod
+    def without_graph(cls, what: str) -> BackboneError:
+        """Images do not depend for autograd on what they were made from: "latents" or "noisy images"."""
+        return cls(
+            f"The backbone returned images that do not depend on the {what} for autograd. Remove torch.no_grad, "
+            "torch.inference_mode and detach from it."
+        )
 
 
 class WrongKindError(BackboneError):

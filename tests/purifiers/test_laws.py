@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import denoisers
 from cmap_defense import errors
-from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -354,9 +353,49 @@ def test_every_purifier_of_a_chain_has_noise_of_its_own() -> None:
 
 
 @EVERY
-def test_memory_is_measured_on_a_pass_of_the_network_that_is_used(purifier: Purifier) -> None:
-    one = purifier.network_pass(backbone_for(purifier), torch.device("cpu"))
-    assert default_max_parallel(one, SHAPE, torch.device("cpu")) > 100
+def test_what_fits_is_measured_on_the_network_that_is_used(purifier: Purifier) -> None:
+    assert purifier.fitting(backbone_for(purifier), SHAPE, torch.device("cpu")) > 100
+
+
+def test_a_purifier_with_second_derivatives_fits_fewer_images_and_a_chain_what_each_of_its_parts_fits() -> None:
+    backbone, device = CurvedDenoiser(), torch.device("cpu")
+    plain, steep = OneStep(level=0.6), LikelihoodMaximisation()
+    few, many = (purifier.fitting(backbone, SHAPE, device) for purifier in (steep, plain))
+    assert few < many
+    assert Chain(plain, steep).fitting(backbone, SHAPE, device) == few
+
+
+DENOISING = {name: purifier for name, purifier in denoisers.SINGLE.items() if not isinstance(purifier, CMAP)}
+
+
+@pytest.mark.parametrize("purifier", DENOISING.values(), ids=DENOISING)
+def test_a_denoiser_without_a_graph_is_an_error_and_no_partial_gradient(purifier: Purifier) -> None:
+    class WithoutGraph(CurvedDenoiser):
+        def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+            with torch.no_grad():
+                return super().denoise(noisy, sigma)
+
+    with pytest.raises(errors.BackboneError, match="do not depend on the noisy images for autograd"):
+        gradient_of(model_of(purifier, WithoutGraph(), gradient=Unrolled()), images_of())
+
+
+def test_noise_after_the_given_latents_is_fresh_or_that_of_the_seeds() -> None:
+    model = model_of(DiffPure(t=4), seed=None)
+    images, start = images_of()[:1].expand(2, -1, -1, -1), noise(1, 1, *SHAPE, seed=1).expand(2, -1, -1, -1, -1)
+    one, other = model.purify(images, latents=start).images
+    assert not torch.equal(one, other)
+    given = [model.purify(images, latents=start, seeds=[3, 4]).images for _ in range(2)]
+    assert torch.equal(*given)
+    assert not torch.equal(*given[0])
+
+
+def test_a_chain_with_a_purifier_of_ones_own_can_be_described() -> None:
+    class Mine(OneStep):
+        pass
+
+    described = Chain(Mine(level=0.3), OneStep()).to_dict()
+    assert described["purifiers"][0] == Mine(level=0.3).to_dict()
+    assert described["purifiers"][1]["purifier"] == "one-step"
 
 
 def test_a_chain_has_seeds_in_place_of_latents() -> None:
@@ -491,7 +530,7 @@ def test_a_chain_is_made_of_purifiers() -> None:
         pass
 
     with pytest.raises(errors.SettingsError, match="Mine is not one of the purifiers that have a name"):
-        Chain(Mine()).to_dict()
+        Chain(Mine()).to_json()
     assert Chain(Mine()).replace(handed_on="mean") == Chain(Mine(), handed_on="mean")
 
 

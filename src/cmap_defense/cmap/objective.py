@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from cmap_defense.cmap.losses import ObjectiveTerms, combine_terms, latent_term,
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
 from cmap_defense.errors import BackboneError, InputValueError
+
+SECOND_ORDER = 3
+"""Memory of a latent's second derivatives, in units of that of its first ones."""
 
 Generate = Callable[..., Tensor]
 """Unit latents [M, C, H, W] to images [M, C, H, W] in [-1, 1].
@@ -44,8 +47,8 @@ class LatentObjective:
         n_latents: K.
         settings: the constants.
         class_labels: [B, K] integers, each handed to ``generate`` along with its latent; None for none.
-        max_parallel: latents per call of ``generate``; None for all B K at once. It changes memory, not the result
-            beyond rounding.
+        max_parallel: latents per call of ``generate``, a third of them for second derivatives; None for all B K at
+            once. It changes memory, not the result beyond rounding.
         fast: the same generator for first derivatives alone, such as a compiled one; None for ``generate``.
 
     Raises:
@@ -68,10 +71,12 @@ class LatentObjective:
             raise InputValueError(
                 f"Class labels must be [B, K] = {list(self.shape)}, but are {list(self.class_labels.shape)}."
             )
-        self.chunk = self.max_parallel or max(1, math.prod(self.shape))
+        every = max(1, math.prod(self.shape))
+        self.chunk = self.max_parallel or every
+        self._second = max(1, self.max_parallel // SECOND_ORDER) if self.max_parallel else every
         reference = SSIMReference.of(self.images)
-        owners = torch.arange(len(self.images), device=self.images.device).repeat_interleave(self.n_latents)
-        self._chunks = [_Chunk(part, reference.take(part)) for part in owners.split(self.chunk)]
+        self._owners = torch.arange(len(self.images), device=self.images.device).repeat_interleave(self.n_latents)
+        self._chunks = [_Chunk(part, reference.take(part)) for part in self._owners.split(self.chunk)]
 
     def take(self, rows: Tensor) -> LatentObjective:
         """The objective of the images at positions ``rows``."""
@@ -85,7 +90,8 @@ class LatentObjective:
             BackboneError: ``generate`` returned another shape, or something without a gradient.
         """
         l1s, ssims, gradients, kept = [], [], [], []
-        for (part, *labels), chunk in self._split(latents):
+        parts = latent_chunks(latents, self.class_labels, self.chunk)
+        for (part, *labels), chunk in zip(parts, self._chunks, strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 inputs = self.images if self.settings.level is None else self.images[chunk.owners]
@@ -96,7 +102,7 @@ class LatentObjective:
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
             if gradient is None:
-                raise _detached()
+                raise BackboneError.without_graph("latents")
             l1s.append(l1.detach())
             ssims.append(ssim.detach())
             gradients.append(gradient)
@@ -128,22 +134,23 @@ class LatentObjective:
         """
         smoothing = max(l1_smoothing, self.settings.l1_smoothing)
         products, to_all = [], torch.zeros_like(self.images)
-        directions = along.flatten(0, 1).split(self.chunk)
-        for ((part, *labels), chunk), direction in zip(self._split(latents), directions, strict=True):
+        parts = latent_chunks(latents, self.class_labels, self._second)
+        directions = along.flatten(0, 1).split(self._second)
+        for (part, *labels), owners, direction in zip(parts, self._owners.split(self._second), directions, strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                images = self.images[chunk.owners].requires_grad_(mixed)
+                images = self.images[owners].requires_grad_(mixed)
                 generated = self._generated(self.generate, leaf, images, *labels)
                 l1, ssim = perceptual_terms(generated, SSIMReference.of(images), smoothing, self.settings.tolerance)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
                 if gradient is None:
-                    raise _detached()
+                    raise BackboneError.without_graph("latents")
                 wanted = (leaf, images) if mixed else (leaf,)
                 product, *to_images = torch.autograd.grad(gradient, wanted, direction, materialize_grads=True)
             products.append(product)
             if mixed:
-                to_all.index_add_(0, chunk.owners, to_images[0])
+                to_all.index_add_(0, owners, to_images[0])
         with torch.enable_grad():
             leaf = latents.detach().requires_grad_()
             (pull,) = torch.autograd.grad(self._latent_weight * latent_term(leaf).sum(), leaf, create_graph=True)
@@ -160,9 +167,6 @@ class LatentObjective:
     def _latent_weight(self) -> float:
         return self.shape[1] * self.settings.latent_weight
 
-    def _split(self, latents: Tensor) -> Iterator[tuple[tuple[Tensor, ...], _Chunk]]:
-        return zip(latent_chunks(latents, self.class_labels, self.chunk), self._chunks, strict=True)
-
     @property
     def inputs(self) -> Tensor | None:
         """The images, where those of latents depend on them; None without a level."""
@@ -176,7 +180,7 @@ class LatentObjective:
             came = list(generated.shape) if isinstance(generated, Tensor) else type(generated).__name__
             raise BackboneError(f"The backbone must return images shaped {list(latents.shape)}, but returned {came}.")
         if not generated.requires_grad:
-            raise _detached()
+            raise BackboneError.without_graph("latents")
         return generated.to(latents.dtype)
 
 
@@ -234,10 +238,3 @@ def around_inputs(denoise: Callable[..., Tensor], level: float) -> Generate:
         return denoise(2 * inputs - 1 + level * latents, level, *class_labels).clamp(-1, 1)
 
     return generate
-
-
-def _detached() -> BackboneError:
-    return BackboneError(
-        "The backbone returned images that do not depend on the latents for autograd. "
-        "Remove torch.no_grad, torch.inference_mode and detach from it."
-    )

@@ -20,7 +20,6 @@ from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
-from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating, using_threads
@@ -451,9 +450,7 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
     chunk = (recorded or {}).get("max_parallel")
     with ranks() as team:
         if chunk is None:
-            conditional = getattr(model.backbone, "num_classes", None) is not None
-            one_pass = model.purifier.network_pass(model.backbone, device)
-            chunk = default_max_parallel(one_pass, model.image_shape, device, conditional=conditional)
+            chunk = model.purifier.fitting(model.backbone, model.image_shape, device)
         return model.variant(hooks=True, max_parallel=team.shared(chunk))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,11 @@ from typing_extensions import Self
 
 from cmap_defense.backbones.base import caster, check_backbone, kind_of
 from cmap_defense.backbones.registry import names_of_kind
+from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.options import NamedOptions
+from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
@@ -40,6 +42,8 @@ class Purifier(NamedOptions, abc.ABC):
     optimises_latents: ClassVar[bool] = False
     _sets_level: ClassVar[str] = "level"
     """The setting that decides about ``level``, the strongest noise, where there is one."""
+    _graphs: ClassVar[int] = 1
+    """Graphs of the network in memory at once, in units of that of a backward pass."""
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
@@ -134,23 +138,45 @@ class Purifier(NamedOptions, abc.ABC):
                 f"{strongest.sigma_max:g}: choose a lower {setting}."
             )
 
-    def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-        """One pass of the network, on which memory is measured.
+    def fitting(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
+        """The images that fit into one call of the backbone, with what a gradient keeps of them; 1 at least.
 
         Args:
             backbone: as for the call.
+            image_shape: (C, H, W).
+            device: where it is. On a CPU a fixed budget of 2 GiB takes the place of the free memory.
+        """
+        own, call = self._network(backbone, device)
+        conditional = getattr(own, "num_classes", None) is not None
+        owner = None if self.needs is None else own
+        fitting = default_max_parallel(call, image_shape, device, conditional=conditional, owner=owner)
+        return max(1, fitting // self._graphs)
+
+    def sample(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> Tensor:
+        """What the backbone makes of fixed noise in one pass, by which two backbones can be told apart.
+
+        Args:
+            backbone: as for the call.
+            image_shape: (C, H, W).
             device: where it is.
 
         Returns:
-            A function of latents or noisy images [M, C, H, W], and of class labels [M] where there are any.
+            [1, C, H, W] in units of [-1, 1], not clipped.
         """
+        own, call = self._network(backbone, device)
+        noise = draw_latents(torch.zeros(1, dtype=torch.int64), 1, image_shape)[0].to(device)
+        classes = getattr(own, "num_classes", None)
+        labels = () if classes is None or self.needs is None else (torch.zeros(1, dtype=torch.int64, device=device),)
+        with torch.no_grad():
+            return call(noise, *labels)
+
+    def _network(self, backbone: nn.Module, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
+        """The backbone that is used, and its network as a function of latents or noisy images and of class labels."""
+        own = self.member(backbone)
         if self.needs is None:
-            return lambda images, *_: images
-        call = caster(self.member(backbone), device, self.needs)
-        if self.needs == "generate":
-            return call
-        level = getattr(self, "level", 0.0) or 1.0
-        return lambda noisy, *labels: call(noisy, level, *labels)
+            return own, lambda images, *_: images
+        call, level = caster(own, device, self.needs), getattr(self, "level", 0.0) or 1.0
+        return own, call if self.needs == "generate" else lambda noisy, *labels: call(noisy, level, *labels)
 
     @classmethod
     def preset(cls, name: str) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -101,10 +101,13 @@ class Chain(Settings, Purifier):
                 f"{error} Purifiers of a chain that need different kinds take a pair: backbone=(consistency, denoiser)."
             ) from error
 
-    def network_pass(self, backbone: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-        """That of the first purifier that uses a network."""
-        first = next((purifier for purifier in self.purifiers if purifier.passes), self.purifiers[0])
-        return first.network_pass(backbone, device)
+    def fitting(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
+        """What fits for each of its purifiers."""
+        return min(purifier.fitting(backbone, image_shape, device) for purifier in self.purifiers)
+
+    def sample(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> Tensor:
+        """Those of its purifiers, [N, C, H, W]."""
+        return torch.cat([purifier.sample(backbone, image_shape, device) for purifier in self.purifiers])
 
     def __call__(self, backbone: nn.Module, images: Tensor, **options: Any) -> PurificationResult:
         """Purify images; differentiable.
@@ -209,6 +212,19 @@ class Chain(Settings, Purifier):
         named = [{"purifier": part} if isinstance(part, str) else part for part in parts]
         made = [purifier_from_dict(part) if isinstance(part, Mapping) else part for part in named]
         return cls(*made, **({"handed_on": values["handed_on"]} if "handed_on" in values else {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values; a purifier that has no name stands by its class."""
+        from cmap_defense.purifiers.names import name_of
+
+        parts: list[dict[str, Any]] = []
+        for purifier in self.purifiers:
+            try:
+                named = {"purifier": name_of(purifier)}
+            except UnknownNameError:
+                named = {}
+            parts.append(named | purifier.to_dict())
+        return {"purifiers": parts, "handed_on": self.handed_on}
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The fields as a JSON object, each purifier by its name with its settings.

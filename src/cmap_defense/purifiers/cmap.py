@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.backbones.base import caster
-from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
@@ -129,16 +128,13 @@ class CMAP(Purifier):
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
         images = images.to(dtype)
-        generate, one_latent = self._generator(self.member(backbone), images)
+        if max_parallel is None and start.numel():
+            max_parallel = self.fitting(backbone, images.shape[1:], images.device)
+        size = max(1, start.shape[0] * start.shape[1])
+        through = None if compiler is None else functools.partial(compiler, size=min(max_parallel or size, size))
+        generate = self._generator(backbone, images.device)
+        fast = None if through is None else self._generator(backbone, images.device, through)
         with torch.autocast(images.device.type, enabled=False):
-            if max_parallel is None and start.numel():
-                conditional = class_labels is not None
-                max_parallel = default_max_parallel(
-                    one_latent, images.shape[1:], images.device, conditional=conditional
-                )
-            size = max(1, start.shape[0] * start.shape[1])
-            through = None if compiler is None else functools.partial(compiler, size=min(max_parallel or size, size))
-            fast = None if through is None else self._generator(self.member(backbone), images, through)[0]
             objective = LatentObjective(
                 generate,
                 images.detach(),
@@ -150,14 +146,12 @@ class CMAP(Purifier):
             )
         return LatentProblem(objective, images, start, None if latents is not None else seeds, predict)
 
-    def _generator(self, backbone: nn.Module, images: Tensor, through: Any = None) -> tuple[Generate, Generate]:
-        """The generator, and the same of latents alone, by which its memory is measured."""
-        level = self.settings.level
+    def _generator(self, backbone: nn.Module, device: torch.device, through: Any = None) -> Generate:
+        """The generator, under the autocast state of this moment."""
+        own, level = self.member(backbone), self.settings.level
         if level is None:
-            generate = caster(backbone, images.device, through=through)
-            return generate, generate
-        denoise = caster(backbone, images.device, "denoise", through)
-        return around_inputs(denoise, level), lambda latents, *labels: denoise(level * latents, level, *labels)
+            return caster(own, device, through=through)
+        return around_inputs(caster(own, device, "denoise", through), level)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from cmap_defense.backbones.base import caster
 from cmap_defense.backbones.karras import KarrasModel
-from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import Settings, require_integer
@@ -76,7 +75,7 @@ class Denoiser:
             [M, C, H, W] in the precision of ``noisy``.
 
         Raises:
-            BackboneError: the backbone returned another shape.
+            BackboneError: the backbone returned another shape, or images that do not depend on ``noisy`` for autograd.
         """
         labels = self.class_labels if rows is None or self.class_labels is None else self.class_labels[rows]
         return self.in_chunks(self.once, noisy, sigma, labels)
@@ -91,6 +90,10 @@ class Denoiser:
             clean = self.call(noisy, sigma, *labels)
         if clean.shape != noisy.shape:
             raise BackboneError(f"denoise must return {list(noisy.shape)}, but returned {list(clean.shape)}.")
+        if torch.is_grad_enabled() and noisy.requires_grad and not clean.requires_grad:
+            raise BackboneError.without_graph(
+                "noisy images"
+            )  # or else the gradient would be that of the noisy images alone
         return clean.to(noisy.dtype)
 
     def in_chunks(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -166,8 +169,6 @@ class MultiStepPurifier(Settings, Purifier):
     """
 
     kind: ClassVar[str | None] = "denoiser"
-    _graphs: ClassVar[int] = 1
-    """Graphs of the denoiser in memory at once, in units of that of a backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,7 +232,7 @@ class MultiStepPurifier(Settings, Purifier):
         conditional = getattr(backbone, "num_classes", None) is not None  # of a pair perhaps only the other one
         own_labels = class_labels if conditional else None
         if max_parallel is None:
-            max_parallel = self._fitting(backbone, images, own_labels is not None)
+            max_parallel = self.fitting(backbone, images.shape[1:], images.device)
         with torch.autocast(images.device.type, enabled=False):
             run = Run(
                 (2 * images - 1).repeat_interleave(first.shape[1], dim=0),
@@ -261,10 +262,3 @@ class MultiStepPurifier(Settings, Purifier):
         self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
     ) -> PurificationResult:
         return self(backbone, images, checkpoint=backward.checkpoint, **options)
-
-    def _fitting(self, backbone: nn.Module, images: Tensor, conditional: bool) -> int:
-        """Images that fit into one call."""
-        one = self.network_pass(backbone, images.device)
-        shape = images.shape[1:]
-        fitting = default_max_parallel(one, shape, images.device, conditional=conditional, owner=backbone)
-        return max(1, fitting // self._graphs)
