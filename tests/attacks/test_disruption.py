@@ -29,20 +29,24 @@ def raw(attack: ConsistencyDisruption, model: PurifiedClassifier, images: Tensor
 
 @pytest.mark.parametrize("options", [{}, {"max_parallel": 1}, {"max_parallel": 3}])
 @pytest.mark.parametrize("released", [False, True])
-def test_the_first_steps_are_the_purification_itself(options: dict[str, Any], released: bool):
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_first_steps_are_the_purification_itself(options: dict[str, Any], released: bool, schedule: str):
     """With beta = 0 all of them are; a generator that is linear gives the latents back."""
     images, labels = labelled(2)
     backbone = LinearBackbone(SHAPE)
-    settings = CMAPSettings(n_latents=3, iterations=6, learning_rate=0.05)
+    settings = CMAPSettings(n_latents=3, iterations=6, learning_rate=0.05, schedule=schedule)
     model = wrapped(backbone=backbone, settings=settings, **options)
     attack = ConsistencyDisruption(WHOLE, steps=8, seed=2, released=released)
     result = attack(model, images, labels)
-    purified = model.variant(settings=settings.replace(iterations=8)).purify(images, seeds=search_seeds(range(2), 2, 1))
+    longer = settings if schedule == "cosine" else settings.replace(iterations=8)
+    purified = model.variant(settings=longer).purify(images, seeds=search_seeds(range(2), 2, 1))
     assert purified.history is not None
-    torch.testing.assert_close(result.history["objective"][:7], purified.history.total[:7], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result.history["objective"][:6], purified.history.total[:6], rtol=1e-5, atol=1e-4)
     assert torch.equal(result.history["cross_entropy"][:6], torch.zeros(6, 2))
     assert (result.history["cross_entropy"][6:] > 0).all()
     assert result.queries == 1 + 3 + 1
+    if schedule == "cosine":  # the rate goes up again after the purification
+        return
     blind = dataclasses.replace(attack, beta=0.0)(model, images, labels)
     torch.testing.assert_close(blind.candidates, purified.images, rtol=0, atol=1e-5)
     latents = (2 * blind.candidates - 1 - backbone.offset) / backbone.slope
@@ -60,6 +64,9 @@ def test_no_more_steps_than_the_purification_are_refused(steps: int, released: b
     with pytest.raises(SettingsError, match=rf"more than the 8 iterations of the .*, but is {steps}\."):
         ConsistencyDisruption(WHOLE, steps=steps, released=released)(model, *labelled())
     assert not classifier.calls
+    assert ConsistencyDisruption(WHOLE).passes_per_image(model) == 2 * 1001
+    longer = model.variant(settings=QUICK.replace(iterations=300))
+    assert ConsistencyDisruption(WHOLE).passes_per_image(longer) == 2 * 1501
     assert ConsistencyDisruption(WHOLE, steps=9, released=released)(model, *labelled()).queries == 1 + 2 + 1
 
 

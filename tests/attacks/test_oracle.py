@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attack_toys import DOUBLE, SHAPE, THREATS, Linear, Noisy, labelled, linear, wrapped
-from cmap_defense.attacks import PGD, CrossEntropy, Goal, Loss, Margin, ShortCMAP, ThreatModel, Transfer, VoteMargin
+from cmap_defense.attacks import (
+    APGD,
+    PGD,
+    Attack,
+    CrossEntropy,
+    Goal,
+    Loss,
+    Margin,
+    ShortCMAP,
+    Square,
+    ThreatModel,
+    Transfer,
+    VoteMargin,
+)
 from cmap_defense.attacks.oracle import REEVALUATION, RESTART, Oracle, gradient_to, unit
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.errors import GradientError, GradientWarning, SettingsError
@@ -188,6 +201,37 @@ def test_a_gradient_that_is_not_finite_is_zero_for_its_image_alone(broken: float
     found = gradient_to(leaf, (leaf * spoilt).sum())
     assert torch.equal(found[1], torch.zeros(SHAPE, dtype=DOUBLE))
     assert torch.equal(found[[0, 2]], factors[[0, 2]])
+
+
+class SometimesBroken(Noisy):
+    """The gradient of the image at position 1 is NaN in every other evaluation."""
+
+    calls = 0
+
+    def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            broken = images[1:2] + (images[1:2] - images[1:2]).sqrt()
+            images = torch.cat([images[:1], broken, images[2:]])
+        return super().__call__(images, seeds=seeds)
+
+
+@pytest.mark.parametrize("attack", [PGD(ThreatModel(), steps=2, eot=2), APGD(ThreatModel(), steps=3)])
+def test_gradients_that_are_not_finite_are_counted_and_told(attack: Attack):
+    with pytest.warns(
+        GradientWarning, match=r"16\.7% of the gradients were NaN or infinite and counted as zero, of 1 im"
+    ):
+        result = attack(SometimesBroken(), *labelled())
+    assert result.nonfinite is not None
+    assert result.nonfinite.tolist() == [0.0, 0.5, 0.0]
+    assert torch.isfinite(result.images).all()
+
+
+def test_a_search_without_gradients_has_none_that_are_not_finite():
+    assert Square(ThreatModel(), queries=2)(linear, *labelled()).nonfinite is None
+    sound = PGD(ThreatModel(), steps=1)(linear, *labelled()).nonfinite
+    assert sound is not None
+    assert not sound.any()
 
 
 @pytest.mark.parametrize("samples", [1, 3])

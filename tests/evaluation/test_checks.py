@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attack_toys import linear, wrapped
-from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, ThreatModel, Transfer
+from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, TargetSteer, ThreatModel, Transfer
 from cmap_defense.cli.commands import evaluate
 from cmap_defense.evaluation.checks import Check, gradient_table, make_checks
 from cmap_defense.evaluation.summary import Runs
@@ -156,6 +156,8 @@ def test_small_steps_and_clean_starts_are_weak(changes: dict[str, Any], passes: 
         (APGD(LINF), wrapped(), True),
         (APGD(LINF, gradient=Surrogate()), wrapped(), False),
         (ShortCMAP(LINF), wrapped(), True),
+        (ShortCMAP(LINF, gradient=Surrogate()), wrapped(), False),
+        (TargetSteer(LINF, gradient=Surrogate()), wrapped(), False),
         (SPSA(LINF), wrapped(), False),
         (LatentAttack(LINF), wrapped(), False),
         (Transfer(PGD(LINF)), wrapped(), False),
@@ -171,6 +173,14 @@ def test_images_whose_gradient_is_zero_are_counted() -> None:
     found = checks(attacked={"pgd": still})
     assert failed(found) == [GRADIENTS]
     assert found[GRADIENTS].found == "pgd: 2"
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.05, True), (0.2, False)])
+def test_a_few_gradients_may_be_no_numbers(share: float, passes: bool) -> None:
+    found = checks(attacked={"pgd": runs(0.2, nonfinite_gradients=share)})
+    assert failed(found) == ([] if passes else [GRADIENTS])
+    if not passes:
+        assert found[GRADIENTS].found == "pgd: 20% of its gradients were NaN or infinite, which counts as zero"
 
 
 def test_without_attacks_that_have_a_gradient_nothing_is_checked_of_it() -> None:

@@ -56,6 +56,14 @@ def moved(module: nn.Module, name: str) -> nn.Module:
     return other
 
 
+def brighter() -> Denoiser:
+    """The same class and weights with other code."""
+    backbone = Denoiser()
+    generate = backbone.generate
+    vars(backbone)["generate"] = lambda latents: 0.5 + generate(latents)
+    return backbone
+
+
 CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "K": (lambda: wrapped(settings=QUICK.replace(n_latents=3)), "n_latents: 2 before, 3 now"),
     "learning rate": (lambda: wrapped(settings=QUICK.replace(learning_rate=0.2)), "learning_rate: 0.1 before, 0.2 now"),
@@ -67,6 +75,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "normalize": (lambda: wrapped(normalize=(0.5, 0.25)), "normalize: None before, [[0.5"),
     "max_parallel": (lambda: wrapped(max_parallel=4), "max_parallel: None before, 4 now"),
     "backbone's weights": (lambda: wrapped(backbone=Denoiser(seed=1)), "backbone.weights: "),
+    "what it makes": (lambda: wrapped(backbone=brighter()), "backbone.sample: "),
     "one of them": (lambda: wrapped(backbone=moved(Denoiser(), "bias")), "backbone.weights: "),
     "classifier's weights": (lambda: wrapped(classifier=Linear(1.1)), "classifier.weights: "),
     "one of those": (lambda: wrapped(classifier=moved(Linear(), "weight")), "classifier.weights: "),
@@ -80,7 +89,7 @@ def test_a_changed_model_shows(name: str) -> None:
     """It, and nothing else about the model."""
     make, said = CHANGES[name]
     found = differences(describe_model(wrapped()), describe_model(make()))
-    assert found[0].startswith(said)
+    assert any(line.startswith(said) for line in found)
     assert all(line.startswith(said.split(".")[0]) for line in found)
 
 

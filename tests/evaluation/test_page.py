@@ -265,6 +265,14 @@ def test_searches_worst_attacks_checks_sweeps_gradients_and_costs() -> None:
     )
 
 
+def test_an_attack_that_knows_the_noise_is_named_where_its_success_counts() -> None:
+    said = "{} knows the noise that the defence draws while it searches"
+    full = markdown(example_report())
+    assert said.format("fixed-seed") in full
+    assert said.format("bpda-eot") not in full
+    assert "knows the noise" not in markdown(example_report(attacks=["bpda-eot", "transfer"]))
+
+
 def test_what_was_evaluated(report: Report) -> None:
     shown = dict(rows_of(report, "evaluated"))
     assert shown["Backbone"] == "cifar10-cd"

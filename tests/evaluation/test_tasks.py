@@ -141,7 +141,7 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SEARCHES if name.startswith(("PGD", "SPSA"))])
+@pytest.mark.parametrize("name", [name for name in SEARCHES if name.startswith(("PGD", "SPSA", "APGD"))])
 def test_the_predictions_of_a_search_are_counted(name: str) -> None:
     """All evaluations of the model but for the choice between the attempts, where there are some, and one judgement;
     and whether one of those predictions was wrong, the choice's included. By known noise it is one prediction again and
@@ -162,7 +162,9 @@ def test_the_predictions_of_a_search_are_counted(name: str) -> None:
 
 def test_a_search_that_evaluates_something_else_has_no_predictions() -> None:
     names = {
-        name: how.predictions_per_image() for name, how in suite(LINF).items() if not name.startswith(("PGD", "SPSA"))
+        name: how.predictions_per_image()
+        for name, how in suite(LINF).items()
+        if not name.startswith(("PGD", "SPSA", "APGD"))
     }
     assert set(names.values()) == {0}
     one = attacked(wrapped(), HOW["Transfer"])

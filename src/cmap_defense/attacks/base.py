@@ -68,6 +68,8 @@ class AttackResult:
         chosen: [B] int64, the position of ``images`` among the attempts.
         labels: [B] int64, the true classes.
         targets: [B] int64, the classes that a targeted attack aims at; None for an untargeted one.
+        nonfinite: [B], the share of the search's gradients that were NaN or infinite, and counted as 0; None where
+            they were not looked at, as in a search without gradients.
     """
 
     images: Tensor
@@ -81,6 +83,7 @@ class AttackResult:
     chosen: Tensor
     labels: Tensor
     targets: Tensor | None = None
+    nonfinite: Tensor | None = None
 
     def __repr__(self) -> str:
         names = ("success", "mean_success", "vote_success", "any_success", "any_candidate_success")
@@ -220,8 +223,17 @@ class Attack(NamedOptions, abc.ABC):
                     GradientWarning,
                     stacklevel=2,
                 )
+            nonfinite = 1 - torch.stack(oracle.finite).float().mean(dim=0) if oracle.finite else None
+            if nonfinite is not None and nonfinite.any():
+                warnings.warn(
+                    f"{name}: {nonfinite.mean():.1%} of the gradients were NaN or infinite and counted as zero, of "
+                    f"{int((nonfinite > 0).sum())} images. Until that is mended, what is left is no robustness.",
+                    GradientWarning,
+                    stacklevel=2,
+                )
             with torch.no_grad():
-                return self._reevaluated(oracle, clean, goal, found, reevaluations)
+                result = self._reevaluated(oracle, clean, goal, found, reevaluations)
+            return dataclasses.replace(result, nonfinite=nonfinite)
 
     def _attempts(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         """The attempts of all restarts, one after the other; norms of the oracle's gradients join a history without."""

@@ -40,7 +40,8 @@ class ConsistencyDisruption(Attack):
     ``Attack``.
 
     Args:
-        steps: number of steps, more than the N of the purification, which are the first of them.
+        steps: number of steps, more than the N of the purification, which are the first of them; None for the paper's
+            1000, or 5 N where that is more.
         beta: weight of the cross-entropy; None for the released 2e6 (linf) or 1e9 (l2). The paper tries several and
             reports the worst (Tab. X).
         penalty: weight of the excess, relative to the cross-entropy.
@@ -55,20 +56,20 @@ class ConsistencyDisruption(Attack):
 
     needs_latents: ClassVar[bool] = True
 
-    steps: int = setting(1000, minimum=1)
+    steps: int | None = setting(None, minimum=1)
     beta: float | None = setting(None, minimum=0.0)
     penalty: float = setting(0.03, minimum=0.0)
     released: bool = setting(False)
 
     def passes_per_image(self, model: PurifiedClassifier) -> int:
-        return self.restarts * model.purifier.n_latents * (self.steps + 1)
+        return self.restarts * model.purifier.n_latents * (self._steps(model) + 1)
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         wrapper = oracle.wrapper(self)
         if self.released and goal.targets is not None:
             raise SettingsError("ConsistencyDisruption(released=True) takes no targets: the released loss has none.")
-        settings, count = wrapper.settings, wrapper.settings.n_latents
-        if self.steps <= settings.iterations:
+        settings, count, steps = wrapper.settings, wrapper.settings.n_latents, self._steps(wrapper)
+        if steps <= settings.iterations:
             raise SettingsError(
                 f"ConsistencyDisruption.steps must be more than the {settings.iterations} iterations of the "
                 f"purification, which are part of them, but is {self.steps}."
@@ -79,7 +80,7 @@ class ConsistencyDisruption(Attack):
         small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta
         names = ("cross_entropy", "objective", "right", "latent_mean", "latent_std")
-        history = {name: torch.zeros((self.steps, len(clean)), device=clean.device) for name in names}
+        history = {name: torch.zeros((steps, len(clean)), device=clean.device) for name in names}
 
         def note(name: str, step: int, rows: slice, values: Tensor) -> None:
             history[name][step, rows] = values.detach().to(clean.device, torch.float32)
@@ -105,13 +106,19 @@ class ConsistencyDisruption(Attack):
                 return disrupted
             return disrupted + beta * self.penalty * excess(self.threat, images, own).sum(dim=1)
 
+        def rate(step: int) -> float:
+            return settings.rate_at(step) if step < settings.iterations else settings.learning_rate
+
         adam = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-        latents = searched.descend(loss, self.steps, whole=self.released, **adam)
+        latents = searched.descend(loss, steps, whole=self.released, rate=rate, **adam)
         with torch.no_grad():
             images = torch.cat([searched.generate(latents[rows], rows, clean) for rows in searched.parts()])
         if self.released:
             images = _released_projection(self.threat.norm, self.threat.eps, images, clean)
         return Candidates(images, history)
+
+    def _steps(self, model: PurifiedClassifier) -> int:
+        return max(1000, 5 * model.settings.iterations) if self.steps is None else self.steps
 
     def _projected_logits(self, searched: Searched, images: Tensor, clean: Tensor) -> Tensor:
         """The classifier's logits [b, K, classes] for the projected images."""

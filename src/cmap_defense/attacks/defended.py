@@ -13,7 +13,7 @@ from torch import Tensor
 from cmap_defense.attacks.base import A_MODE
 from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin
 from cmap_defense.attacks.latents import LatentAttack
-from cmap_defense.attacks.oracle import Feedback, Model, Oracle, gradient_to
+from cmap_defense.attacks.oracle import Feedback, Model, Oracle, finite_rows, raw_gradient
 from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.voting import log_mean_probability
@@ -48,7 +48,7 @@ class ShortCMAP(StepAttack):
     refresh: int | None = setting(None, minimum=1)
 
     def differentiates_defence(self, model: Model) -> bool:
-        return True
+        return self.gradient.differentiates_defence
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
         whole = oracle.wrapper(self, clean)
@@ -70,7 +70,7 @@ class ShortCMAP(StepAttack):
                 assert result.logits is not None
                 logits = log_mean_probability(result.logits)
                 loss = self.loss(logits[None], goal)
-                gradient = gradient_to(leaf, loss.sum())
+                gradient = oracle.gradient_to(leaf, loss.sum())
             carried[:] = [result.latents.detach()]
             return Feedback(loss.detach(), gradient, goal.reached(logits.detach().argmax(dim=1)).float())
 
@@ -110,7 +110,10 @@ class TargetSteer(StepAttack):
             raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
 
     def differentiates_defence(self, model: Model) -> bool:
-        return True
+        return self.gradient.differentiates_defence
+
+    def first_step(self) -> None:
+        return None  # the search starts from the target
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], Tensor | None]:
         wrapper = oracle.wrapper(self).variant(hooks=True, gradient=self.gradient)
@@ -137,7 +140,7 @@ class TargetSteer(StepAttack):
                     result = wrapper.purify(leaf, seeds=oracle.next_noise())
                 distance = (result.images - target[:, None]).square().flatten(2).sum(dim=2).mean(dim=1)
                 distance = torch.stack([distance, *on_the_way]).sum(dim=0)
-                gradient = gradient_to(leaf, distance.sum())
+                gradient = oracle.gradient_to(leaf, distance.sum())
             assert result.labels is not None
             return Feedback(-distance.detach(), -gradient, goal.reached(result.labels).float())
 
@@ -181,7 +184,7 @@ class FrozenResidual(StepAttack):
         residuals: list[Tensor] = []
         steps = 0
 
-        def feedback(images: Tensor) -> Feedback:
+        def feedback_of(images: Tensor) -> Feedback:
             nonlocal steps
             if steps % self.every == 0:
                 with torch.no_grad():
@@ -190,12 +193,17 @@ class FrozenResidual(StepAttack):
                         residuals.append((purified - images[:, None]).transpose(0, 1))
                     del residuals[: -(self.memory or self.purifications)]
             steps += 1
-            return self._feedback(wrapper, images, torch.cat(residuals), goal)
+            feedback, finite = self._feedback(wrapper, images, torch.cat(residuals), goal)
+            oracle.finite.append(finite)
+            return feedback
 
-        return feedback, None
+        return feedback_of, None
 
-    def _feedback(self, wrapper: PurifiedClassifier, images: Tensor, residuals: Tensor, goal: Goal) -> Feedback:
-        """Loss and gradient over all residuals [R, B, C, H, W], ``max_parallel`` images at a time.
+    def _feedback(
+        self, wrapper: PurifiedClassifier, images: Tensor, residuals: Tensor, goal: Goal
+    ) -> tuple[Feedback, Tensor]:
+        """Loss and gradient over all residuals [R, B, C, H, W], ``max_parallel`` images at a time; and for which images
+        [B] all gradients were finite.
 
         The logits of all come first, then the gradient of the loss to them is taken back to the images.
         """
@@ -208,9 +216,12 @@ class FrozenResidual(StepAttack):
             logits = found.unflatten(0, residuals.shape[:2]).requires_grad_()
             loss = self.loss(logits, goal)
             (pull,) = torch.autograd.grad(loss.sum(), logits)
-            gradient = torch.zeros_like(images)
+            gradient, finite = torch.zeros_like(images), torch.ones_like(goal.labels, dtype=torch.bool)
             for (own, part), weight in zip(pairs, pull.flatten(0, 1).split(size), strict=True):
                 leaf = images[own].requires_grad_()
                 pulled = (wrapper.undefended(leaf + part, check=False) * weight).sum()
-                gradient.index_add_(0, own, gradient_to(leaf, pulled))
-        return Feedback(loss.detach(), gradient, goal.reached(logits.detach().argmax(dim=2)).float().mean(dim=0))
+                found, own_finite = finite_rows(raw_gradient(leaf, pulled))
+                gradient.index_add_(0, own, found)
+                finite[own[~own_finite]] = False
+        reached = goal.reached(logits.detach().argmax(dim=2)).float().mean(dim=0)
+        return Feedback(loss.detach(), gradient, reached), finite

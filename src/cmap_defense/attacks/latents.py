@@ -214,12 +214,19 @@ class Searched:
         return (slice(first, first + size) for first in range(0, count, max(1, size)))
 
     def descend(
-        self, loss: Callable[[Tensor, slice, int], Tensor], steps: int, *, whole: bool = False, **adam: Any
+        self,
+        loss: Callable[[Tensor, slice, int], Tensor],
+        steps: int,
+        *,
+        whole: bool = False,
+        rate: Callable[[int], float] | None = None,
+        **adam: Any,
     ) -> Tensor:
         """Latents [B, M, C, H, W] after steps of ``torch.optim.Adam``, with these options, from the initial ones.
 
         ``loss`` takes latents [b, M, C, H, W] of a part, its positions and the step, and the sum of what it returns is
-        minimised. Each part has a graph of its own; with ``whole`` the batch is one part.
+        minimised. Each part has a graph of its own; with ``whole`` the batch is one part. ``rate`` is the learning rate
+        of a step by its number; None for the same throughout.
         """
         latents = self.begin.detach().clone().requires_grad_()
         optimiser = torch.optim.Adam([latents], **adam)
@@ -229,6 +236,8 @@ class Searched:
                 leaves = [(rows, latents.detach()[rows].requires_grad_()) for rows in parts]
                 gradients = [torch.autograd.grad(loss(leaf, rows, step).sum(), leaf)[0] for rows, leaf in leaves]
             latents.grad = torch.cat(gradients)
+            if rate is not None:
+                optimiser.param_groups[0]["lr"] = rate(step)
             optimiser.step()
         return latents.detach()
 

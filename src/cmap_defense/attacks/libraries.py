@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates, GradientAttack
 from cmap_defense.attacks.goal import Goal, margin
-from cmap_defense.attacks.oracle import Oracle, gradient_to
+from cmap_defense.attacks.oracle import Oracle, finite_rows, gradient_length, gradient_to
 from cmap_defense.attacks.steps import random_point
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.optional import optional_import
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.common.settings import setting
@@ -43,7 +44,7 @@ class APGD(GradientAttack):
 
     The attempts are the image of the highest loss and, without targets, the last misclassified one. Its history holds
     "margin", the mean ``margin`` over the evaluations, and "reached", the share of them that reached the goal, at the
-    start and after each step. Further arguments are those of ``Attack``.
+    start and after each step; and "gradient_norm" (l2), of each evaluation. Further arguments are those of ``Attack``.
 
     Args:
         steps: number of steps; each takes ``eot`` evaluations, and so does the start.
@@ -61,6 +62,16 @@ class APGD(GradientAttack):
     eot: int = setting(1, minimum=1)
     loss: str = setting("ce", choices=("ce", "dlr"))
 
+    def predictions_per_image(self) -> int:
+        return 1 if self.noise == "known" else self._evaluations
+
+    def passes_per_image(self, model: PurifiedClassifier) -> int:
+        return self._evaluations * model.purifier.passes
+
+    @property
+    def _evaluations(self) -> int:
+        return self.restarts * (self.steps + 1) * self.eot
+
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         targeted = goal.targets is not None
         if targeted and self.loss == "dlr":
@@ -68,7 +79,7 @@ class APGD(GradientAttack):
                 'APGD takes targets with loss="ce" only; PGD(..., loss=Margin()) and Square take them too.'
             )
         oracle = oracle.in_mode(self.gradient, self)
-        evaluate, rows = LibraryModel(oracle, clean, classes=3 if self.loss == "dlr" else 2), []
+        evaluate, rows = LibraryModel(oracle, clean, classes=3 if self.loss == "dlr" else 2, gradients_of=oracle), []
 
         def model(images: Tensor) -> Tensor:
             logits = evaluate(images)
@@ -186,15 +197,23 @@ class LibraryModel:
 
     The inner model gets images in the precision of the ``clean`` ones. The backward pass reaches the images and nothing
     else: FAB calls ``backward``, which would leave gradients in the model's weights. A call raises ``SettingsError``
-    where there are fewer than ``classes``, which the library's losses need.
+    where there are fewer than ``classes``, which the library's losses need. ``gradients_of`` remembers the lengths of
+    the gradients, and which were finite.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], clean: Tensor, *, classes: int = 2) -> None:
-        self.model, self.dtype, self.classes = model, clean.dtype, classes
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        clean: Tensor,
+        *,
+        classes: int = 2,
+        gradients_of: Oracle | None = None,
+    ) -> None:
+        self.model, self.dtype, self.classes, self.gradients_of = model, clean.dtype, classes, gradients_of
 
     def __call__(self, images: Tensor) -> Tensor:
         if images.requires_grad and torch.is_grad_enabled():
-            logits: Any = _ToImages.apply(images, self._logits)
+            logits: Any = _ToImages.apply(images, self._logits, self.gradients_of)
             return logits
         return self._logits(images).clone()  # Square writes into it
 
@@ -209,10 +228,11 @@ class LibraryModel:
 
 
 class _ToImages(torch.autograd.Function):
-    """A model's logits, with a gradient to the images alone."""
+    """A model's logits, with a gradient to the images alone: 0 for an image for which it is not finite."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, images: Tensor, model: Callable[[Tensor], Tensor], gradients_of: Oracle | None) -> Tensor:
+        ctx.gradients_of = gradients_of
         with torch.enable_grad():
             ctx.leaf = images.detach().requires_grad_()
             ctx.logits = model(ctx.leaf)
@@ -221,9 +241,13 @@ class _ToImages(torch.autograd.Function):
         return ctx.logits.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
-        (gradient,) = torch.autograd.grad(ctx.logits, ctx.leaf, grad_outputs[0], retain_graph=True)
-        return gradient, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        (found,) = torch.autograd.grad(ctx.logits, ctx.leaf, grad_outputs[0], retain_graph=True)
+        gradient, finite = finite_rows(found)
+        if ctx.gradients_of is not None:
+            ctx.gradients_of.finite.append(finite)
+            ctx.gradients_of.gradient_norms.append(gradient_length(gradient))
+        return gradient, None, None
 
 
 @contextlib.contextmanager

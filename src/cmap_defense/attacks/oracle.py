@@ -66,12 +66,23 @@ def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
 
     Raises ``GradientError`` where the loss does not depend on the images for autograd.
     """
+    return finite_rows(raw_gradient(images, loss))[0]
+
+
+def raw_gradient(images: Tensor, loss: Tensor) -> Tensor:
+    """The gradient as autograd returns it, NaN and infinite values included. Raises as ``gradient_to``."""
     found = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if found is None:
         raise GradientError(
             "This attack needs a gradient, but the model's logits do not depend on the images for autograd."
         )
-    return torch.where(torch.isfinite(found).flatten(1).all(dim=1)[:, None, None, None], found, 0.0)
+    return found
+
+
+def finite_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient [B, C, H, W] with 0 for images for which it is not finite, and for which it is, [B] bool."""
+    finite = torch.isfinite(gradient).flatten(1).all(dim=1)
+    return torch.where(finite[:, None, None, None], gradient, 0.0), finite
 
 
 def usable(tensor: Tensor) -> Tensor:
@@ -118,6 +129,7 @@ class Oracle:
         draws: [B] int64 on the CPU, seeds of the attack's own noise, such as a random start; by default ``seeds``.
         evaluations: [number of evaluations, number of the one that the noise belongs to], shared between oracles.
         gradient_norms: the l2 norms [B] of the gradients of ``feedback``, shared between oracles.
+        finite: by gradient, for which images [B] it was finite, shared between oracles and by all restarts.
         needed: the number of classes that the labels need.
     """
 
@@ -129,6 +141,7 @@ class Oracle:
     draws: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     evaluations: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
     gradient_norms: list[Tensor] = dataclasses.field(default_factory=list)
+    finite: list[Tensor] = dataclasses.field(default_factory=list)
     needed: int = 0
 
     def __post_init__(self) -> None:
@@ -204,7 +217,7 @@ class Oracle:
     def reevaluator(self) -> Oracle:
         """The same model with the noise of the re-evaluation, independent of the search unless known; own count."""
         seeds = self.seeds if self.known else derived_seeds(self.seeds, REEVALUATION)
-        return dataclasses.replace(self, seeds=seeds, draws=seeds, evaluations=[0, 0], gradient_norms=[])
+        return dataclasses.replace(self, seeds=seeds, draws=seeds, evaluations=[0, 0], gradient_norms=[], finite=[])
 
     def rows(self, index: Tensor, *, separate_count: bool = False) -> Oracle:
         """The oracle for some of the images, by their positions, each with its own noise; it counts with this one, or
@@ -212,7 +225,7 @@ class Oracle:
         index = index.cpu()
         counts = [*self.evaluations] if separate_count else self.evaluations
         return dataclasses.replace(
-            self, seeds=self.seeds[index], draws=self.draws[index], evaluations=counts, gradient_norms=[]
+            self, seeds=self.seeds[index], draws=self.draws[index], evaluations=counts, gradient_norms=[], finite=[]
         )
 
     def in_mode(self, gradient: GradientMode | None, attack: object) -> Oracle:
@@ -238,6 +251,12 @@ class Oracle:
             f"PurifiedClassifier, but the model is {type(self.model).__name__}. For images -> logits there are PGD, "
             "APGD, AutoAttack and Square without a gradient mode, and SPSA."
         )
+
+    def gradient_to(self, images: Tensor, loss: Tensor) -> Tensor:
+        """``gradient_to``, of which the oracle remembers for which images it was finite."""
+        gradient, finite = finite_rows(raw_gradient(images, loss))
+        self.finite.append(finite)
+        return gradient
 
     def averaged(self, samples: int) -> Model:
         """A model that predicts the log of the mean probability over some evaluations with independent noise."""
@@ -271,7 +290,7 @@ class Oracle:
             for group in groups:
                 logits = torch.stack([self(leaf) for _ in range(group)])
                 part = loss(logits, goal)
-                partial = gradient_to(leaf, part.sum())
+                partial = self.gradient_to(leaf, part.sum())
                 if balanced and not loss.joint:
                     partial = unit(partial)
                 value = value + part.detach() * group / samples

@@ -25,6 +25,9 @@ from cmap_defense.evaluation.tasks import CLEAN, check_attack, check_variants
 TOLERANCE = 2.0
 """Standard errors."""
 
+FEW = 0.05
+"""Share of an attack's gradients that may be NaN or infinite."""
+
 WITH_BPDA = "--attacks standard, with --only bpda-eot where --only is given"
 
 NOT_MADE = "Evaluate with checks: --sanity-images 16."
@@ -186,8 +189,13 @@ def _gradients_there(attacked: Mapping[str, Runs]) -> Check:
         for name, runs in attacked.items()
         if runs.lines[0][0].get("zero_gradient") is not None
     }
-    wrong = {name: count for name, count in zero.items() if count}
-    found = ", ".join(f"{name}: {count}" for name, count in wrong.items()) or f"none in {len(zero)} attacks"
+    wrong = {name: f"{name}: {count}" for name, count in zero.items() if count}
+    for name, runs in attacked.items():
+        shares = [line.get("nonfinite_gradients") for run in runs.lines for line in run]
+        share = statistics.mean(value or 0.0 for value in shares)
+        if share > FEW:
+            wrong[name] = f"{name}: {share:.0%} of its gradients were NaN or infinite, which counts as zero"
+    found = ", ".join(wrong.values()) or f"none in {len(zero)} attacks"
     remedy = f"Attack by another gradient, such as that of bpda-eot: {WITH_BPDA}; or by another loss, such as Margin()."
     return Check("no image's gradient is zero throughout an attack", not wrong if zero else None, found, remedy)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe_module, qualified_name
+from cmap_defense.common.modules import device_of
 
 
 def describe_model(model: object) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def describe_model(model: object) -> dict[str, Any]:
     normalisation = model.preprocessing.normalisation
     record = getattr(model.backbone, "record", None)
     labels = model.class_labels
+    device = device_of(model) or torch.device("cpu")
     return {
         "class": qualified_name(model),
         **_purifier(model),
@@ -33,7 +35,11 @@ def describe_model(model: object) -> dict[str, Any]:
         "max_parallel": model.max_parallel,
         "out_of_range": model.preprocessing.out_of_range,
         "classifier": describe_module(model.classifier),
-        "backbone": {"name": None if record is None else record.name, **describe_module(model.backbone)},
+        "backbone": {
+            "name": None if record is None else record.name,
+            **describe_module(model.backbone),
+            "sample": _described(model.purifier.sample(model.backbone, model.image_shape, device)),
+        },
     }
 
 
@@ -43,6 +49,12 @@ def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
     if model.purifier.optimises_latents:
         return {"purifier": kind, "settings": model.settings.to_dict()}
     return {"purifier": kind | model.purifier.to_dict()}
+
+
+def _described(images: Tensor) -> list[float]:
+    """A few of the values of images, rounded so that they are the same on all processors."""
+    values = images.flatten().double()
+    return [float(f"{value:.2g}") for value in values[:: max(1, len(values) // 8)].tolist()]
 
 
 def describe_logits(logits: Tensor) -> list[float]:

@@ -96,7 +96,8 @@ class PredictionTask(Task):
     predictions as a search may make. After an attack: "queries", evaluations of the model per image;
     "search_succeeded", whether any prediction during the search was wrong, and "search_predictions", how many there
     were (both null where the search evaluates something else than the model as it is); "zero_gradient", whether every
-    gradient was zero (null for an attack without); "distance".
+    gradient was zero, and "nonfinite_gradients", the share of them that were NaN or infinite (both null for an attack
+    without); "distance".
 
     Tensors: "images" [B, C, H, W], and "purified" of them, uint8; "history.<name>" [S, B] of an attack, "loop.<name>"
     [N, B] of the purification.
@@ -147,15 +148,19 @@ class PredictionTask(Task):
         count += attempts if attempts > 1 else 0
         norms = result.history.get("gradient_norm")
         zero = [None] * len(wrong) if norms is None else norms.eq(0).all(dim=0).tolist()
+        nonfinite = [None] * len(wrong) if result.nonfinite is None else result.nonfinite.tolist()
         facts = [
             {
                 "queries": result.queries,
                 "search_succeeded": succeeded if count else None,
                 "search_predictions": count or None,
                 "zero_gradient": none,
+                "nonfinite_gradients": share,
                 "distance": distance,
             }
-            for succeeded, none, distance in zip(wrong.tolist(), zero, result.distance.tolist(), strict=True)
+            for succeeded, none, share, distance in zip(
+                wrong.tolist(), zero, nonfinite, result.distance.tolist(), strict=True
+            )
         ]
         history = {f"history.{name}": values.detach().cpu().float() for name, values in result.history.items()}
         return result.images, facts, history
@@ -243,7 +248,7 @@ def make_tasks(
 
 def check_attack(model: Model, attacks: Mapping[str, Attack]) -> tuple[str | None, PGD]:
     """The attack that the checks are made with, and its name: "bpda-eot" where there is one, or else the first attack
-    that offers one (``probe``), or else (None) one with the standard suite's settings.
+    that offers one (``sweep_attack``), or else (None) one with the standard suite's settings.
     """
     for name in ("bpda-eot", *attacks):
         attack = attacks.get(name)

@@ -244,11 +244,22 @@ def _search(report: Report) -> Section:
         for row in ordered_rows(report)
         if row.search is not None
     ]
+    known = [
+        name
+        for name in strongest(report)
+        if report.settings["tasks"][f"{DEFENDED}/{name}"]["attack"].get("noise") == "known"
+    ]
     text = [
         "Success during a search is no success: a random defence gives a wrong prediction sooner or later. First the "
         "accuracy if any wrong prediction during the search counted; beside it the same for as many predictions of the "
         "clean images, where only chance is at work.",
         *([] if rows else ["No attack here evaluates the model as it is during its search."]),
+        *(
+            f"{name} knows the noise that the defence draws while it searches. So its success during the search is a "
+            "success against a defence with a seed that the attacker knows; in all other tables its images are "
+            "predicted with fresh noise, like those of the others."
+            for name in known
+        ),
     ]
     head = ["attack", "predictions", "during the search", "clean images, by chance"]
     return Section("search", "Success during the search", text, [head, *rows] if rows else ())
