@@ -63,7 +63,7 @@ class PurificationResult:
             class-conditional.
         logits: [B, K, classes], the classifier on each purified image.
         votes: [B, classes], how many of the K images are classified so.
-        labels: [B], the majority label (eq. 14).
+        labels: [B], the majority label (eq. 14), or that of the highest mean probability where ``vote="soft"``.
         margin: [B] in [0, 1], the lead of the majority label in shares of the K votes.
         passes: [B] int64, the network passes that each image took, where that depends on the image; None where it is
             what the purifier's ``passes`` says.

@@ -205,6 +205,7 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
     frozen.norm.requires_grad_(False)
     for model, purifier, options in (
         (net(0.2), PURIFIER.replace(level=0.4), {}),
+        (net(0.2), PURIFIER.replace(n_latents=PURIFIER.n_latents + 1), {}),
         (net(0.2), PURIFIER, {"normalize": (0.3, 0.2)}),
         (frozen, PURIFIER, {}),
     ):

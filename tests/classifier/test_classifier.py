@@ -17,6 +17,7 @@ from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.cmap.voting import log_mean_probability, majority_label
 from cmap_defense.errors import ClassifierError, CmapError
 from cmap_defense.gradients import StraightThrough
+from cmap_defense.purifiers import CMAP
 from toys import ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
@@ -76,6 +77,20 @@ class TestAnswer:
         model, x = make(vote="soft"), images()
         expected = log_mean_probability(model.purify(x, seeds=[1] * 4).logits)
         assert torch.equal(model(x, seeds=[1] * 4), expected)
+
+    def test_the_labels_of_a_soft_vote_are_those_of_its_logits(self) -> None:
+        """Two of three versions are just above one half for class 0, the third is sure of class 1."""
+
+        class Unsure(nn.Module):
+            def forward(self, shown: Tensor) -> Tensor:
+                sure = torch.arange(len(shown)) % 3 == 2
+                return torch.where(sure[:, None], torch.tensor([-9.0, 9.0]), torch.tensor([0.1, 0.0]))
+
+        found = {vote: make(classifier=Unsure(), vote=vote) for vote in ("label", "soft")}
+        for vote, label in (("label", 0), ("soft", 1)):
+            model, x = found[vote], images()
+            for labels in (model(x).argmax(1), model.purify(x).labels, model.predict(x).labels):
+                assert labels.tolist() == [label] * 4
 
     def test_the_classifier_runs_once_on_all_purified_images(self) -> None:
         classifier = ToyClassifier()
@@ -328,6 +343,9 @@ class TestPrecision:
             logits = model(images(), seeds=[1] * 4)
         assert {inside for _, inside in seen} == {torch.bfloat16}
         assert result.latents.dtype == result.history.total.dtype == logits.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            CMAP(QUICK)(Spy(SHAPE), images(), seeds=torch.arange(4), compiler=lambda method, size: method)
+        assert {inside for _, inside in seen} == {torch.bfloat16}, "compiled as well"
 
     def test_no_grad_and_inference_mode_callers_get_the_same_answer(self) -> None:
         model, x = make(seed=0), images()

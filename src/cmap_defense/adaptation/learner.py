@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmap_defense.adaptation.config import AdaptationConfig
+from cmap_defense.attacks.oracle import gradient_to, unit
+from cmap_defense.attacks.steps import random_point
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.modules import copied_state, evaluating, restoring
 from cmap_defense.common.ranks import Ranks
-from cmap_defense.common.rng import derived_seeds, draw_uniform, generator_for
+from cmap_defense.common.rng import derived_seeds, generator_for
 from cmap_defense.data import LabelledImages
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
@@ -197,20 +199,14 @@ def attacked_images(
         [B, C, H, W], allowed by the threat model, without a graph.
     """
     size = config.attack_step_size or min(threat.eps, 2.5 * threat.eps / config.attack_steps)
-    start = 2 * draw_uniform(derived_seeds(seeds, 0), images.shape[1:]).to(images) - 1
-    if threat.norm == "l2":
-        start = start / start.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
-    x = threat.project(images + threat.eps * start, images)
+    x = random_point(threat, derived_seeds(seeds, 0), images)
     with evaluating(purified.classifier), torch.enable_grad():
         for step in range(config.attack_steps):
             x = x.detach().requires_grad_()
             logits = purified(x, seeds=derived_seeds(seeds, 2 + step))
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
-            if threat.norm == "l2":
-                move = gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)
-            else:
-                move = gradient.sign()
-            x = threat.project(x.detach() + size * move, images)
+            gradient = gradient_to(x, F.cross_entropy(logits, labels, reduction="sum"))
+            direction = unit(gradient) if threat.norm == "l2" else gradient.sign()
+            x = threat.project(x.detach() + size * direction, images)
     return x.detach()
 
 

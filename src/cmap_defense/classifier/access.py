@@ -201,11 +201,14 @@ class LatentAccess(NamedOptions, nn.Module):
         return backbone or classifier
 
     def _seeds(self, seeds: Tensor | Sequence[int] | None, latents: Tensor | None, count: int) -> Tensor:
+        """The seeds [B]: those given, or the model's own, or fresh ones. Where the latents are all of the noise they
+        are not used, and 0."""
+        nothing_to_draw = latents is not None and self.purifier.optimises_latents
         if seeds is not None:
-            if latents is not None:
+            if nothing_to_draw:
                 raise InputValueError("Give latents or seeds, not both: with latents there is no noise to draw.")
             return check_seeds(seeds, count)
-        if latents is not None or self.seed is not None:
+        if nothing_to_draw or self.seed is not None:
             return torch.full((count,), signed_word(self.seed or 0), dtype=torch.int64, device="cpu")
         return fresh_seeds(count)
 

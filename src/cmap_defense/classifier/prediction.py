@@ -42,7 +42,7 @@ class Prediction:
     """Labels of images, and how far to trust them.
 
     Attributes:
-        labels: [B] int64, the majority labels (eq. 14).
+        labels: [B] int64, what the vote says: the majority labels (eq. 14), unless ``vote="soft"``.
         confidence: [B] in [0, 1], the mean probability of the label over the K purified versions.
         votes: [B, classes] int64, how many of the K versions are classified so.
         agreement: [B] in [0, 1], the mean probability that the versions give to the undefended classifier's label.

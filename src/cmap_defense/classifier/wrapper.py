@@ -26,7 +26,7 @@ from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
-from cmap_defense.cmap.voting import count_votes, majority_label, vote_logits, vote_margin
+from cmap_defense.cmap.voting import count_votes, log_mean_probability, majority_label, vote_logits, vote_margin
 from cmap_defense.common.compiling import StepCompiler
 from cmap_defense.common.convert import to_batch
 from cmap_defense.common.modules import (
@@ -235,7 +235,7 @@ class PurifiedClassifier(LatentAccess):
                 grey or RGB as the backbone's are; or a list of single images of one size. 8-bit and PIL images are
                 not normalised, whatever ``inputs`` says. What is no tensor is moved to the model's device.
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
-            seeds: as for ``forward``; not together with ``latents``.
+            seeds: as for ``forward``; not together with ``latents`` where these are all of the noise, as for CMAP.
             class_labels: as for ``forward``; the labels in use are in the result.
             callback: called before each step of the purifier with its state, a ``LatentState`` of CMAP and a
                 ``StepState`` of purifiers that denoise: a hook for this call alone, such as ``Trajectory()``.
@@ -494,10 +494,10 @@ class PurifiedClassifier(LatentAccess):
         return predict
 
     def _judged(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
-        votes = count_votes(logits.detach())
-        return dataclasses.replace(
-            result, logits=logits, votes=votes, labels=majority_label(logits.detach()), margin=vote_margin(votes)
-        )
+        alone = logits.detach()
+        votes = count_votes(alone)
+        labels = majority_label(alone) if self.vote == "label" else log_mean_probability(alone).argmax(dim=1)
+        return dataclasses.replace(result, logits=logits, votes=votes, labels=labels, margin=vote_margin(votes))
 
     def _empty(self, images: Tensor, n_latents: int, seeds: Tensor | None) -> PurificationResult:
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
