@@ -150,6 +150,7 @@ def test_suites_have_their_names_and_sizes():
     threat = ThreatModel(eps=0.1)
     assert attacks.suite("standard", threat, steps=3) == attacks.standard_suite(threat, steps=3)
     assert attacks.suite("full", threat).items() > attacks.suite("standard", threat).items()
+    assert set(attacks.suite("full", threat)) > set(attacks.suite("exact", threat))
     with pytest.raises(SettingsError, match="Did you mean 'standard'"):
         attacks.suite("standart", threat)
 

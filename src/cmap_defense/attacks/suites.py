@@ -112,9 +112,9 @@ def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int
 
 
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """``standard_suite`` and all other attacks, those with queries included. It takes hours rather than minutes."""
-    found = standard_suite(threat, steps=steps, eot=eot, seed=seed)
+    """``exact_suite``, ``standard_suite`` and all other attacks, those with queries included. It takes hours."""
     sizes: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed}
+    found = exact_suite(threat, **sizes) | standard_suite(threat, **sizes)
     whole = Unrolled(l1_smoothing=0.3, max_growth=1.0)
     implicit = Implicit(damping=1.0, l1_smoothing=0.3, iterations=8)
     known: dict[str, Any] = {"noise": "known", "keep": "best", "steps": steps * eot, "eot": 1}
