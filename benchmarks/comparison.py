@@ -155,8 +155,12 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "one-step": OneStep(level=0.8, n_latents=K),
         "one-step-ct": OneStep(level=0.6, n_latents=K),
         "diffpure": diffpure(80),
+        "gdmp": GDMP(t=36, rounds=2, eps=EPS["fashion-mnist"], n_latents=K),
+        "adp": ADP(noise=0.1, n_latents=K),
+        "cmap-level": near(0.8, 3),
+        "cmap-paper": near(None, 50),
     },
-    "cifar10": {},
+    "cifar10": {"cmap-paper": near(None, 50)},
 }
 """What ``levels`` chose: the highest sum of clean accuracy and the lowest of the three attacked ones."""
 
@@ -172,6 +176,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "diffpure-80": diffpure(80),
         "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-3": near(1.2, 3),
+        "cmap-1.2-6-prior": near(1.2, 6, latent_weight=12.8),
         "cmap-2-6": near(2.0, 6),
         "none": Identity(),
     },
@@ -207,6 +212,7 @@ def attacked(options: argparse.Namespace) -> None:
         attacks = {"exact-eot": dataclasses.replace(attacks["exact-eot"], gradient=Unrolled(l1_smoothing=0.3))}
     else:
         purifiers = CHOSEN[options.data]
+        attacks = {name: attack for name, attack in attacks.items() if not options.attacks or name in options.attacks}
     comparison = compare(
         {
             name: PurifiedClassifier(classifier, backbones_for(name, options.data), purifier=purifier).eval()
@@ -256,6 +262,7 @@ def main() -> None:
         "--eot", type=int, default=2, help="predictions of K purifications that a gradient is averaged over"
     )
     parser.add_argument("--only", nargs="*", help="names of purifiers; all without")
+    parser.add_argument("--attacks", nargs="*", help="names of attacks, for the stage exact; all without")
     parser.add_argument("--out", type=Path, help="folder of the results; not for speed")
     options = parser.parse_args()
     if options.out is None and options.stage != "speed":
