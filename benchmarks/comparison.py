@@ -178,6 +178,8 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "cmap-1.2-3": near(1.2, 3),
         "cmap-1.2-6-prior": near(1.2, 6, latent_weight=12.8),
         "cmap-2-6": near(2.0, 6),
+        "likelihood-0.06": LikelihoodMaximisation(learning_rate=0.06, n_latents=K),
+        "likelihood-0.1": LikelihoodMaximisation(n_latents=K),
         "none": Identity(),
     },
     "cifar10": {
@@ -186,6 +188,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "one-step-ct-0.4": OneStep(level=0.4, n_latents=K),
         "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "diffpure-40": diffpure(40),
+        "likelihood-0.06": LikelihoodMaximisation(learning_rate=0.06, n_latents=K),
         "cmap-0.8-3": near(0.8, 3),
         "cmap-1.2-6": near(1.2, 6),
     },
