@@ -199,3 +199,9 @@ def test_a_backbone_that_returns_nan_and_a_classifier_of_probabilities_are_notic
         SmoothedClassifier(HalfSpace(), Broken(SHAPE)).predict(images_of())
     with pytest.warns(errors.ClassifierWarning, match="sum to 1"):
         SmoothedClassifier(nn.Sequential(HalfSpace(), nn.Softmax(1)), None).predict(images_of(), n=12)
+
+
+def test_a_purified_classifier_normalises_by_itself() -> None:
+    model = PurifiedClassifier(load_classifier(), "fashion-mnist-edm", purifier=OneStep())
+    with pytest.raises(errors.SettingsError, match="normalises by itself: leave normalize out"):
+        SmoothedClassifier(model, None, normalize=(0.5, 0.25))

@@ -1,6 +1,7 @@
 """Defences side by side: the rows are those of evaluations, nothing is done twice, and the files agree."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,7 +10,7 @@ import pytest
 
 from attack_toys import Denoiser, Linear, labelled, wrapped
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import PGD, LatentAttack, ThreatModel, Transfer
+from cmap_defense.attacks import PGD, SUITES, LatentAttack, ThreatModel, Transfer
 from cmap_defense.errors import EvaluationError, SettingsError
 from cmap_defense.evaluation import Comparison, Protocol, compare, evaluate, write_comparison
 from cmap_defense.gradients import Unrolled
@@ -109,3 +110,25 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="OneStep"):
         compare(given, labelled(2), tmp_path, attacks=latent, progress=lambda done, _: started.append(done))
     assert started == []
+
+
+@pytest.mark.parametrize("order", [("cmap", "one step"), ("one step", "cmap")])
+def test_of_a_set_by_name_all_defences_meet_the_same_attacks(
+    order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent = LatentAttack(THREAT, steps=1, latents=1)
+    monkeypatch.setitem(SUITES, "standard", lambda threat: ATTACKS | {"latent": latent})  # pyright: ignore[reportArgumentType]
+    given = {"cmap": wrapped().eval(), "one step": models()["one step"]}
+    options: dict[str, Any] = {"attacks": "standard", "protocol": PROTOCOL, "threads": 1}
+    comparison = compare({name: given[name] for name in order}, labelled(2), tmp_path, **options)
+    assert [list(row.attacked) for row in comparison.rows] == 2 * [list(ATTACKS)]
+    assert comparison.left_out == ["latent"]
+    files, _ = write_comparison(comparison, tmp_path / "written")
+    assert "Left out, since not all of these purifiers have latents to attack: latent." in files[1].read_text()
+
+
+def test_a_work_unit_that_was_not_timed_has_no_seconds(tmp_path: Path) -> None:
+    """As after a kill between the two files."""
+    compared(tmp_path)
+    shutil.rmtree(tmp_path / "one step" / "timings")
+    assert [row.seconds is None for row in compared(tmp_path).rows] == [False, True]

@@ -16,6 +16,7 @@ from cmap_defense.attacks import PGD, ThreatModel, Transfer
 from cmap_defense.errors import EvaluationError, MissingExtraError, UnknownNameError
 from cmap_defense.evaluation import Accuracy, Protocol, Report, evaluate
 from cmap_defense.evaluation.report import load_report
+from cmap_defense.evaluation.report.report import _means
 from evaluated import BRIEF, IMAGES, Interrupted, Shaky, defended, evaluation, interrupt, options
 
 THREAT = ThreatModel(eps=0.02)
@@ -235,3 +236,10 @@ def test_what_is_no_report_cannot_be_read(tmp_path: Path, content: str | None) -
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(EvaluationError, match=r"report\.json"):
         load_report(tmp_path)
+
+
+def test_a_search_that_ends_earlier_for_some_images_keeps_its_last_step() -> None:
+    """An attack may stop when all images of its group are misclassified."""
+    short, long = torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0], [6.0], [7.0]])
+    parts = [{"history.loss": short, "history.odd": short}, {"history.loss": long}]
+    assert _means(parts, "history.") == {"loss": [3.0, 10 / 3, 11 / 3]}

@@ -17,7 +17,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import part_in_training_mode, warn_of_probabilities
 from cmap_defense.classifier.preprocessing import Normalisation
 from cmap_defense.cmap.memory import default_max_parallel
-from cmap_defense.common.describe import describe_module
+from cmap_defense.common.describe import describe_module, describe_values
 from cmap_defense.common.inputs import (
     check_device,
     check_finite,
@@ -70,7 +70,8 @@ class SmoothedClassifier(NamedOptions):
         normalize: (mean, std), or a transform that has both, applied after D.
 
     Raises:
-        SettingsError: sigma is not above 0, or stronger noise than the backbone was trained for.
+        SettingsError: sigma is not above 0, or stronger noise than the backbone was trained for; ``normalize`` together
+            with a ``PurifiedClassifier``.
         BackboneError: the backbone has no ``denoise``, or is class-conditional.
         UnknownNameError: there is no backbone of this name.
         BackboneFileError: it cannot be loaded.
@@ -89,6 +90,11 @@ class SmoothedClassifier(NamedOptions):
         if not callable(classifier) or isinstance(classifier, type):
             raise SettingsError(f"A classifier takes images and returns logits, but this is {classifier!r}.")
         if isinstance(classifier, PurifiedClassifier):
+            if normalize is not None:
+                raise SettingsError(
+                    "SmoothedClassifier.normalize is for a classifier that takes normalised images. A "
+                    "PurifiedClassifier normalises by itself: leave normalize out."
+                )
             classifier = classifier.variant(hooks=True, inputs="unit", out_of_range="clamp")
         if isinstance(backbone, (str, os.PathLike)):
             backbone = load_backbone(backbone).to(device_of(classifier) or "cpu")
@@ -245,7 +251,7 @@ class SmoothedClassifier(NamedOptions):
             "backbone": None if self.backbone is None else describe_module(self.backbone),
             "sigma": self.sigma,
             "normalize": None if normalisation is None else [normalisation.mean, normalisation.std],
-            "logits": [float(f"{value:.4g}") for value in logits[0].double().tolist()],
+            "logits": describe_values(logits[0]),
         }
 
     def _normalisation(self, images: Tensor) -> Normalisation:

@@ -15,7 +15,7 @@ from cmap_defense.cli.output import duration, listed, plural
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.tables import table_lines
-from cmap_defense.evaluation.comparison import compare, compared, write_comparison
+from cmap_defense.evaluation.comparison import LEFT_OUT, common_attacks, compare, compared, write_comparison
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import load_report, write_report
@@ -30,6 +30,9 @@ from cmap_defense.purifiers.names import NAMES
 PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"}
 """The paper's protocol, where other options do not say otherwise."""
 
+FIXED_ATTACKS = ("beta", "surrogate", "trajectory")
+"""Studies that make their own attacks."""
+
 STUDY_ATTACKS = ("transfer", "bpda-eot")
 """Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""
 
@@ -37,8 +40,7 @@ STUDY_ATTACKS = ("transfer", "bpda-eot")
 def run_evaluate(options: dict[str, Any]) -> build.Printed:
     """Carry out the command evaluate."""
     if options["preset"] == "paper":
-        source, default = click.get_current_context().get_parameter_source, click.core.ParameterSource.DEFAULT
-        options |= {name: value for name, value in PAPER.items() if source(name) == default}
+        options |= {name: value for name, value in PAPER.items() if not build.was_given(name)}
     out, as_json = options["out"], options["as_json"]
     attacks, selected = build.attacks_of(options), _selected(options)
     certified = None if options["certified"] is None else read_summary(options["certified"])
@@ -113,7 +115,10 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
 
 def run_study(options: dict[str, Any]) -> build.Printed:
     """Carry out the command study."""
-    if options["attacks"] == "standard" and not options["only"]:
+    if options["name"] in FIXED_ATTACKS:
+        for name in ("attacks", "only", "steps", "eot"):
+            build.refuse(name, f"the study {options['name']} has attacks of its own: leave the option out.")
+    elif options["attacks"] == "standard" and not options["only"]:
         options["only"] = STUDY_ATTACKS
     attacks, threat = build.attacks_of(options), build.threat_of(options)
     out, selected = options["out"], _selected(options)
@@ -133,12 +138,15 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
     attacks, out, selected = build.attacks_of(options), options["out"], _selected(options)
     with ranks() as team:
         models = _models(options)
-        for name in [name for name, attack in attacks.items() if not all(map(attack.suits, models.values()))]:
-            if name not in options["only"]:
-                del attacks[name]
+        left_out: list[str] = []
+        if not options["only"]:
+            attacks, left_out = common_attacks(attacks, models)
+        if left_out and team.rank == 0 and not options["as_json"]:
+            click.echo(f"{LEFT_OUT}: {', '.join(left_out)}.")
         if options["dry_run"]:
             return _costs(compared(models, out=out, attacks=attacks, **selected), team)
         found = compare(models, out=out, attacks=attacks, progress=True, **selected)
+        found = dataclasses.replace(found, left_out=left_out)
         files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)
         team.wait()
     return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None

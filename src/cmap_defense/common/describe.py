@@ -50,6 +50,12 @@ def describe_module(module: object) -> dict[str, Any]:
     }
 
 
+def describe_values(values: Tensor, digits: int = 4) -> list[float]:
+    """Numbers, rounded so that they are the same on all processors: what a description of classes and weights does not
+    show (functions, constants that are plain attributes) shows in what a model makes of an image."""
+    return [float(f"{value:.{digits}g}") for value in values.flatten().double().tolist()]
+
+
 def description_text(description: Any) -> str:
     """A description as it would be written in Python, such as ``PGD(threat=ThreatModel(norm='linf', eps=0.1))``."""
     if isinstance(description, list):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmap_defense.attacks import Attack, ThreatModel
+from cmap_defense.attacks import Attack, ThreatModel, suite
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import fields_as_json, write_findings
 from cmap_defense.common.progress import OnProgress
@@ -24,6 +24,7 @@ from cmap_defense.plots.comparison import comparison_plot
 
 FILES = ("comparison.json", "comparison.md", "comparison.svg")
 LONGEST_NAME = 150
+LEFT_OUT = "Left out, since not all of these purifiers have latents to attack"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,12 @@ class Comparison:
     Attributes:
         rows: the defences, in the order in which they were given.
         settings: of each defence's evaluation, by name.
+        left_out: attacks of the set that do not suit all of the purifiers, and were made on none.
     """
 
     rows: Sequence[Compared]
     settings: Mapping[str, Any]
+    left_out: Sequence[str] = ()
 
     def table(self) -> list[list[str]]:
         """Headings, and a row for each defence."""
@@ -100,7 +103,8 @@ def compare(
             folders.
         data: as ``Evaluation`` takes it.
         out: the folder.
-        attacks: "exact", another set by name, or attacks by name, which have to suit each of the purifiers.
+        attacks: "exact", another set by name, of which those are made that suit all of the purifiers, or attacks by
+            name, which have to suit each of them.
         threat: norm and eps of a set of attacks that is given by name.
         protocol: how often each image is attacked and predicted.
         subset: which images; None for all.
@@ -114,6 +118,10 @@ def compare(
         EvaluationError: a folder is in use, or holds results of other settings.
         SettingsError: there is no defence or no attack, or a model is no ``PurifiedClassifier``.
     """
+    left_out: list[str] = []
+    if isinstance(attacks, str):
+        attacks, left_out = common_attacks(suite(attacks, threat or ThreatModel()), models)
+        threat = None
     evaluations = compared(
         models, data, out, attacks=attacks, threat=threat, protocol=protocol, subset=subset, threads=threads
     )
@@ -122,7 +130,16 @@ def compare(
         evaluation.run(progress)
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
-    return Comparison(rows, settings)
+    return Comparison(rows, settings, left_out)
+
+
+def common_attacks(
+    attacks: Mapping[str, Attack], models: Mapping[str, PurifiedClassifier]
+) -> tuple[dict[str, Attack], list[str]]:
+    """The attacks that suit all of the models, and the names of the others: under different ones the accuracies under
+    the worst attack could not be compared."""
+    common = {name: attack for name, attack in attacks.items() if all(map(attack.suits, models.values()))}
+    return common, [name for name in attacks if name not in common]
 
 
 def compared(
@@ -130,7 +147,7 @@ def compared(
     data: Any,
     out: str | Path,
     *,
-    attacks: str | Mapping[str, Attack],
+    attacks: Mapping[str, Attack],
     **options: Any,
 ) -> dict[str, Evaluation]:
     """The evaluations that ``compare`` makes, by the name of the defence, with nothing done yet; it says what they take
@@ -180,6 +197,8 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
+    if comparison.left_out:
+        text += f" {LEFT_OUT}: {', '.join(comparison.left_out)}."
     page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
     values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)
@@ -189,14 +208,14 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
 def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:
     report, worst = evaluation.report(), evaluation.worst_case()
     assert worst is not None
-    timing, protocol = report.timings[f"{DEFENDED}/{CLEAN}"], evaluation.protocol
-    predictions = timing.images * (protocol.predictions + protocol.reevaluations)
+    timing, protocol = report.timings.get(f"{DEFENDED}/{CLEAN}"), evaluation.protocol
+    predictions = 0 if timing is None else timing.images * (protocol.predictions + protocol.reevaluations)
     return Compared(
         name=name,
         purifier=repr(model.purifier),
         n_latents=model.purifier.n_latents,
         passes=model.purifier.passes,
-        seconds=timing.seconds / predictions if timing.seconds else None,
+        seconds=timing.seconds / predictions if timing is not None and predictions and timing.seconds else None,
         clean=report.row(CLEAN).reevaluated,
         attacked={attack: report.row(attack).reevaluated for attack in evaluation.attacks[DEFENDED]},
         worst=worst.accuracy,

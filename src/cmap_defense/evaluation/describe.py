@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.describe import describe_module, qualified_name
+from cmap_defense.common.describe import describe_module, describe_values, qualified_name
 from cmap_defense.common.modules import device_of
 
 
@@ -23,6 +22,7 @@ def describe_model(model: object) -> dict[str, Any]:
     record = getattr(model.backbone, "record", None)
     labels = model.class_labels
     device = device_of(model) or torch.device("cpu")
+    sample = model.purifier.sample(model.backbone, model.image_shape, device).flatten()
     return {
         "class": qualified_name(model),
         **_purifier(model),
@@ -38,7 +38,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "backbone": {
             "name": None if record is None else record.name,
             **describe_module(model.backbone),
-            "sample": _described(model.purifier.sample(model.backbone, model.image_shape, device)),
+            "sample": describe_values(sample[:: max(1, len(sample) // 8)], digits=2),
         },
     }
 
@@ -49,18 +49,6 @@ def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
     if model.purifier.optimises_latents:
         return {"purifier": kind, "settings": model.settings.to_dict()}
     return {"purifier": kind | model.purifier.to_dict()}
-
-
-def _described(images: Tensor) -> list[float]:
-    """A few of the values of images, rounded so that they are the same on all processors."""
-    values = images.flatten().double()
-    return [float(f"{value:.2g}") for value in values[:: max(1, len(values) // 8)].tolist()]
-
-
-def describe_logits(logits: Tensor) -> list[float]:
-    """Logits [B, classes] of the first image, rounded: what a description of classes and weights does not show
-    (functions, constants that are plain attributes) shows in them."""
-    return [float(f"{value:.4g}") for value in logits[0].double().tolist()]
 
 
 def describe_software(device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
+from cmap_defense.common.describe import describe_values
 from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating, using_threads
@@ -31,7 +32,7 @@ from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import CmapError, EvaluationError, SettingsError
-from cmap_defense.evaluation.describe import describe_logits, describe_model, describe_software
+from cmap_defense.evaluation.describe import describe_model, describe_software
 from cmap_defense.evaluation.protocol import Protocol, run_indices
 from cmap_defense.evaluation.report import Report, build_report, write_report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
@@ -326,7 +327,7 @@ class Evaluation:
             if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have warned
                 warn_of_probabilities(model, outputs)
             self.images.check_classes(logits.shape[1], name)
-            found[name] = describe_logits(logits)
+            found[name] = describe_values(logits[0])
         return found
 
     def _agree(self, team: Ranks, settings: dict[str, Any]) -> None:

@@ -193,9 +193,13 @@ def _curves(tensors: Sequence[Mapping[str, Tensor]], lines: Sequence[Mapping[str
 
 
 def _means(tensors: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, list[float]]:
-    """Means over images and runs of the tensors [steps, B] whose names begin so."""
-    names = [name for name in tensors[0] if name.startswith(prefix)]
-    return {
-        name.removeprefix(prefix): torch.cat([part[name] for part in tensors], dim=1).double().mean(dim=1).tolist()
-        for name in names
-    }
+    """Means over images and runs of the tensors [steps, B] whose names begin so, those that all work units have. Where
+    a search of some images ended earlier, its last step stands for the rest."""
+    found = {}
+    for name in tensors[0]:
+        if name.startswith(prefix) and all(name in part and len(part[name]) for part in tensors):
+            longest = max(len(part[name]) for part in tensors)
+            rows = [torch.arange(longest).clamp_max(len(part[name]) - 1) for part in tensors]
+            whole = torch.cat([part[name][own] for part, own in zip(tensors, rows, strict=True)], dim=1)
+            found[name.removeprefix(prefix)] = whole.double().mean(dim=1).tolist()
+    return found
