@@ -188,6 +188,8 @@ MISTAKES = [
     (f"{JCM} --image-size 8", 2, "--config image_size"),
     ("checkpoint_80 out --from openai --config nf=8", 2, "--config"),
     ("checkpoint_80 out --from openai --image-size 0", 2, "--image-size"),
+    ("checkpoint_80 out --from openai --params params_ema", 2, "--params: goes with --from jcm"),
+    (f"{JCM} --head-channels 8", 2, "--head-channels: goes with --from openai"),
     (f"{JCM} TINY --params param_ema", 1, "'params_ema'"),
     (f"{JCM} TINY --config nf=16", 1, "does not fit this config"),
     ("garbage out --from jcm TINY", 1, "not a flax msgpack checkpoint"),

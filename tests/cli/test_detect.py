@@ -24,7 +24,7 @@ def test_as_text_with_files(tmp_path: Path, run: Run) -> None:
     for name in KINDS:
         assert any(line.startswith(name.replace("_", " ")) for line in text.splitlines())
     assert "K = 2 latents, N = 2 iterations" in text
-    assert "- adversarial images can" in text
+    assert "further than clean ones" in text
     assert "distinguished from noisy ones with AUROC" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["detection.json", "detection.svg"]
     written = json.loads((tmp_path / "out" / "detection.json").read_text(encoding="utf-8"))
@@ -42,6 +42,14 @@ def test_as_json_with_the_deep_kernel(tmp_path: Path, run: Run) -> None:
     assert len(found["eps"]["sigmas"]) == 2
     assert found["lacking"] is None
     assert [Path(path).name for path in found["files"]] == ["detection.json", "detection.svg"]
+
+
+def test_generated_images_are_those_of_noise_whatever_level_purifies(tmp_path: Path, run: Run) -> None:
+    found = [
+        json.loads(run(*TINY, "--no-purify", "--json", *more, "-o", tmp_path / str(number)))
+        for number, more in enumerate(([], ["--purifier-set", "level=1"]))
+    ]
+    assert found[0]["kinds"] == found[1]["kinds"]
 
 
 def test_other_data_without_matplotlib(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,3 +87,12 @@ def test_folders(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     run("purify", folder / names[-1], *options, "-o", tmp_path / "alone")
     alone, together = tmp_path / "alone" / names[-1].name, folder / "purified" / names[-1]
     assert np.array_equal(read_image(alone, 1), read_image(together, 1))
+
+
+@pytest.mark.parametrize(("names", "more"), [(["a", "a-0"], ["--all"]), (["a", "A"], [])])
+def test_no_file_is_written_twice(tmp_path: Path, run: Run, names: list[str], more: list[str]) -> None:
+    """Also where a system takes large and small letters for the same."""
+    given = [save(number, tmp_path / str(number) / f"{name}.png") for number, name in enumerate(names)]
+    error = run("purify", *given, *more, "-b", "fashion-mnist-ct", *TINY, "-o", tmp_path / "out", status=1)
+    assert "two images would be written to" in error
+    assert not (tmp_path / "out").exists()

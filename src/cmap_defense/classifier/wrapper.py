@@ -517,6 +517,18 @@ class PurifiedClassifier(LatentAccess):
         )
 
 
+def sampling(model: PurifiedClassifier) -> PurifiedClassifier:
+    """The model with its latents at the highest noise level, so that ``generate`` makes samples of the backbone, from
+    noise alone.
+
+    Raises:
+        WrongKindError: the backbone is a denoiser, which has no one-step samples.
+    """
+    if model.settings.level is None:
+        return model
+    return model.variant(settings=model.settings.replace(level=None))
+
+
 def _made(given: Any, option: str, kind: type[Any], examples: str, package: str) -> Any:
     """What was given for an option, an object of a kind or None; raises ``SettingsError``."""
     if given is None or isinstance(given, kind):

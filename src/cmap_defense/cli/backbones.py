@@ -16,7 +16,7 @@ from cmap_defense.backbones.registry import backbone_names, registry_entry
 from cmap_defense.backbones.remote.cache import pinned
 from cmap_defense.backbones.verify import push_backbone, verify_backbone
 from cmap_defense.backbones.weights import DTYPES, sha256_of, weights_files
-from cmap_defense.cli.build import Printed
+from cmap_defense.cli.build import Printed, refuse
 from cmap_defense.common.tables import table_lines
 from cmap_defense.errors import SettingsError
 
@@ -61,6 +61,7 @@ def convert_checkpoint(options: dict[str, Any]) -> Printed:
     if options["format_"] == "jcm":
         if image_size is not None:
             raise click.BadParameter("goes with --from openai; say --config image_size=N.", param_hint="--image-size")
+        refuse("head_channels", "goes with --from openai: leave the option out.")
         model: KarrasModel = convert_jcm(checkpoint, _config(options["config"]), options["params"])
         source["params"] = options["params"]
     else:
@@ -68,6 +69,7 @@ def convert_checkpoint(options: dict[str, Any]) -> Printed:
             raise click.BadParameter(
                 "the architecture of --from openai is read off the file: leave the option out.", param_hint="--config"
             )
+        refuse("params", "goes with --from jcm: leave the option out.")
         model = convert_openai(checkpoint, image_size=image_size, head_channels=options["head_channels"])
     if options["kind"] == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise, model.num_classes)

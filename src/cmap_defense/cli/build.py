@@ -150,6 +150,19 @@ def _purifier_texts(options: Options) -> list[str]:
     return [*options.get("purifier_set", ()), *short]
 
 
+def was_given(name: str) -> bool:
+    """Whether the user gave an option of the running command, rather than leaving it at its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+
+
+def refuse(name: str, why: str) -> None:
+    """Wrong usage where the user gave an option that would have no effect."""
+    if was_given(name):
+        parameters = {parameter.name: parameter for parameter in click.get_current_context().command.params}
+        raise click.BadParameter(why, param_hint=max(parameters[name].opts, key=len))
+
+
 def data_of(options: Options) -> Any:
     """The data set that the data options name."""
     if options["data"] != EMBEDDED:
@@ -159,6 +172,8 @@ def data_of(options: Options) -> Any:
             "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",
             param_hint="--split",
         )
+    if options.get("size") is not None:
+        raise click.BadParameter("the embedded images have one size: leave the option out.", param_hint="--size")
     return labelled_data(EMBEDDED)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.cli.build import Printed, cmap_model_of, data_of, subset_of, threat_of
+from cmap_defense.cli.build import Printed, cmap_model_of, data_of, refuse, subset_of, threat_of
 from cmap_defense.cli.output import listed
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.modules import device_of
@@ -46,6 +46,8 @@ def _parts(options: dict[str, Any], model: PurifiedClassifier) -> list[tuple[Ten
     counts = {"-n": options["count"], "--reference": options["reference"]}
     if options["kernel"] == "deep":
         counts["--training"] = options["training"]
+    else:
+        refuse("training", "only --kernel deep is trained: leave the option out.")
     data = labelled_data(data_of(options), model.image_shape[0])
     sizes, total = list(counts.values()), len(data)
     if total < sum(sizes):
@@ -91,7 +93,7 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
         "Accuracy: of the bare classifier; of the defended one where images are purified.\n",
         "The paper finds adversarial images far from clean ones, and generated ones with them. Here:",
         *(
-            f"- {images} can{'' if found.differs(kind) else 'not'} be distinguished from clean ones"
+            f"- {images} {'lie' if found.differs(kind) else 'do not lie'} further than clean ones"
             for kind, images in KINDS.items()
         ),
         f"- adversarial images are distinguished from noisy ones with AUROC {found.auroc('adversarial', 'noise')}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def run_purify(options: dict[str, Any]) -> Printed:
     targets = _targets(options["images"], options["out"])
     backbone: Any
     backbone, purifier = backbone_and_purifier(options["backbone"], options)
+    _refuse_twice(targets, purifier.n_latents if options["write_all"] else 0)
     settings = purifier.settings if isinstance(purifier, CMAP) else recorded_settings(backbone)
     label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
     channels, *size = backbone.image_shape
@@ -58,7 +59,7 @@ def run_purify(options: dict[str, Any]) -> Printed:
                 versions = resize_images(result.images[i], original.shape[-2:], resize or "bilinear")
                 written.append(write_image(versions[best[i]], target))
                 if options["write_all"]:
-                    written += [write_image(v, target.with_stem(f"{target.stem}-{k}")) for k, v in enumerate(versions)]
+                    written += [write_image(v, _version(target, k)) for k, v in enumerate(versions)]
     names = [str(path) for path in written]
     about = {"purifier": name_of(purifier), "settings": purifier.to_dict(), "backbone": options["backbone"]}
     return {"files": names, "mismatch": mismatches, **about, "seed": seed}, names
@@ -95,10 +96,14 @@ def _mismatch(purified: Tensor, images: Tensor, settings: CMAPSettings) -> Tenso
     return (l1 - settings.ssim_weight * ssim).unflatten(0, (-1, n_latents))
 
 
+def _version(target: Path, number: int) -> Path:
+    """Where a version goes, beside the best one of them."""
+    return target.with_stem(f"{target.stem}-{number}")
+
+
 def _targets(given: Sequence[Path], out: Path) -> dict[Path, Path]:
     """By the path of each image, where its purified version goes."""
     found: dict[Path, Path] = {}
-    taken: set[Path] = set()
     for path in given:
         if not path.exists():
             raise DataError(f"There is no file or folder {path}: give image files, or folders of them.")
@@ -109,11 +114,23 @@ def _targets(given: Sequence[Path], out: Path) -> dict[Path, Path]:
             raise DataError(f"{path} has no image files in it: name another folder, or image files.")
         for file in files:
             name = file.relative_to(path) if path.is_dir() else Path(file.name)
-            target = out / name.with_suffix(".png")
-            if target in taken:
-                raise DataError(f"{file}: two images would be written to {target}. Purify them into different folders.")
-            if target.resolve() == file.resolve():
-                raise DataError(f"{file} would be overwritten by its purified version. Give another folder with --out.")
-            found[file] = target
-            taken.add(target)
+            if file in found:
+                raise DataError(_twice(file, found[file]))
+            found[file] = out / name.with_suffix(".png")
     return found
+
+
+def _refuse_twice(targets: Mapping[Path, Path], versions: int) -> None:
+    """Raises ``DataError`` where two files would be one, of the best versions and so many others beside each."""
+    taken: set[str] = set()
+    for file, target in targets.items():
+        for place in (target, *(_version(target, number) for number in range(versions))):
+            if str(place).casefold() in taken:  # which is the same file on some systems
+                raise DataError(_twice(file, place))
+            if place.resolve() == file.resolve():
+                raise DataError(f"{file} would be overwritten by its purified version. Give another folder with --out.")
+            taken.add(str(place).casefold())
+
+
+def _twice(file: Path, target: Path) -> str:
+    return f"{file}: two images would be written to {target}. Purify them into different folders."

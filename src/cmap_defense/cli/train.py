@@ -15,7 +15,7 @@ import click
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
+from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel, NoiseRange
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.backbones.networks import PRESETS, Network, refuse_other_network
 from cmap_defense.cli.build import Printed, device_of, settings_of, usage_errors
@@ -266,7 +266,7 @@ def check_teacher(teacher: EDMDenoiser, network: Network, start: KarrasModel | N
     found: dict[str, tuple[Any, Any]] = {
         "images": (teacher.image_shape, network.image_shape),
         "classes": (teacher.num_classes, network.num_classes if teacher.num_classes is not None else None),
-        "noise levels": (teacher.noise, teacher.noise if start is None else start.noise),
+        "noise levels": (teacher.noise, NoiseRange() if start is None else start.noise),
     }
     for what, (its, others) in found.items():
         if its != others:

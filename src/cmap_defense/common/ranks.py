@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from cmap_defense.errors import CmapError
 
@@ -116,4 +115,6 @@ _groups = itertools.count()
 @functools.cache
 def _meeting_place() -> tuple[Any, int, int]:
     """The job's store, this process's rank, and how many there are, by what torchrun put into the environment."""
+    from torch.distributed.rendezvous import rendezvous  # which cannot be imported where torch is without distributed
+
     return next(rendezvous("env://"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.speed import bare_logits
+from cmap_defense.classifier.wrapper import sampling
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import fields_as_json
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
@@ -181,7 +182,7 @@ def detect(
 
     Raises:
         InputTypeError, InputValueError: images, references or labels are not as above.
-        BackboneError: the backbone has no ``denoise``.
+        BackboneError: the backbone has no ``denoise``, or is a denoiser, which generates no images in one step.
         SettingsError: an option is out of its range, or the attack needs the defence.
     """
     require_flag("detect", "purify", purify)
@@ -201,6 +202,7 @@ def detect(
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
     index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
     model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+    sampler = sampling(model)  # before any work is done
     labels, eps = labels.to(images.device), eps or EPS(seed=seed)
     groups = torch.arange(len(images)).split(max_parallel)
     steps = 2 * len(groups) * model.settings.iterations if purify else 0
@@ -237,7 +239,7 @@ def detect(
         attacks = [attack(model.undefended, images[rows], labels[rows], indices=index[rows]).images for rows in groups]
         with torch.no_grad():
             shown_to.step("generating")
-            shown = {"clean": images, "generated": _generated(model, images, seeds(GENERATED), groups)}
+            shown = {"clean": images, "generated": _generated(sampler, images, seeds(GENERATED), groups)}
             shown |= {"noise": flipped(images, torch.cat(attacks), seeds(SIGNS)), "adversarial": torch.cat(attacks)}
             correct = {name: right(shown[name]) for name in ("clean", "noise", "adversarial")}
             for name in ("adversarial", "clean") if purify else ():

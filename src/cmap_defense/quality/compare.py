@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.wrapper import sampling
 from cmap_defense.common.modules import device_of
 from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.data.selection import SelectedImages
@@ -47,7 +48,7 @@ def sample_images(
     classes = getattr(model.backbone, "num_classes", None)
     labels = None if classes is None else (numbers % classes).to(device)[:, None]
     with torch.no_grad():
-        return model.generate(latents, class_labels=labels, size=size)[:, 0]
+        return sampling(model).generate(latents, class_labels=labels, size=size)[:, 0]
 
 
 class SampleComparison:
@@ -63,6 +64,7 @@ class SampleComparison:
     def __init__(
         self, model: PurifiedClassifier, data: Any, *, samples: int, features: str | None, seed: int, group: int
     ) -> None:
+        sampling(model)  # raises before any work is done
         self.model, self.data, self.seed, self.group = model, data, seed, group
         total = len(data[0]) if isinstance(data, (tuple, list)) else len(cast(Sized, data))
         count = min(2 * samples, total)

@@ -147,6 +147,7 @@ class QualityRun:
     Raises:
         InputTypeError, InputValueError, DataError: the images are none, or do not fit the model.
         SettingsError: an option is out of its range, or there is no module of that name.
+        WrongKindError: the backbone is a denoiser, which has no one-step samples.
     """
 
     def __init__(
