@@ -81,20 +81,6 @@ def test_derivative_of_the_first_step_where_the_gradient_is_zero():
     torch.testing.assert_close(derivative, torch.full_like(derivative, -2.0), rtol=1e-9, atol=0)
 
 
-def test_with_a_constant_scale_the_first_step_is_no_sign_to_its_derivative():
-    """Of -lr g / (|g| + eps) it is then -lr / (|g| + eps), and lr eps / (|g| + eps)^2 without."""
-    chosen = CMAPSettings(learning_rate=0.5, eps=1e-3)
-    latents = noise(2, 1, 3, 2, seed=12, dtype=torch.float64)
-    gradient = noise(2, 1, 3, 2, seed=13, dtype=torch.float64).requires_grad_()
-    start, derivatives = AdamState.start(latents), []
-    for constant in (True, False):
-        moved, _ = adam_step(latents, gradient, start, chosen, constant_scale=constant)
-        derivatives.append(torch.autograd.grad(moved.sum(), gradient)[0])
-    size = gradient.detach().abs() + 1e-3
-    torch.testing.assert_close(derivatives[0], -0.5 / size, rtol=1e-9, atol=0)
-    torch.testing.assert_close(derivatives[1], -0.5e-3 / size**2, rtol=1e-6, atol=0)
-
-
 def test_elements_with_zero_gradient_stay():
     latents = noise(*SHAPE, seed=13)
     moved, _ = adam_step(latents, torch.zeros_like(latents), AdamState.start(latents), CMAPSettings())

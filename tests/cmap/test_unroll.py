@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from cmap_defense.cmap import unroll
-from cmap_defense.cmap.adam import AdamState, adam_step
 from cmap_defense.cmap.implicit import ImplicitReport, LinearSolve, implicit_latents
-from cmap_defense.cmap.objective import LatentObjective, objective_terms
+from cmap_defense.cmap.objective import LatentObjective
 from cmap_defense.cmap.optimise import Callback, LatentState, optimise_latents
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
@@ -72,22 +71,6 @@ def difference(settings: CMAPSettings, h: float, **options: object) -> float:
 def test_gradient_through_all_steps_is_that_of_finite_differences(iterations: int, options: dict):
     settings = settings_of(iterations)
     assert slope(IMAGES, settings, **options) == pytest.approx(difference(settings, 1e-6), rel=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"checkpoint": False}, {"chunk": 4}])
-def test_with_a_constant_scale_it_is_that_of_a_loop_whose_scale_is_detached(options: dict):
-    settings, leaf = settings_of(5), IMAGES.clone().requires_grad_()
-    latents, state = START.clone().requires_grad_(), AdamState.start(START)
-    for _ in range(5):
-        generated = GENERATOR.generate(latents.flatten(0, 1)).view_as(latents)
-        total = K * objective_terms(latents, generated, leaf, settings).total.sum()
-        (gradient,) = torch.autograd.grad(total, latents, create_graph=True)
-        latents, state = adam_step(latents, gradient, state, settings, constant_scale=True)
-    value = (GENERATOR.generate(latents.flatten(0, 1)).view_as(latents) * WEIGHTS).sum()
-    (expected,) = torch.autograd.grad(value, leaf)
-    found = slope(IMAGES, settings, constant_scale=True, **options)
-    assert found == pytest.approx((expected * DIRECTION).sum().item(), rel=1e-9)
-    assert found != pytest.approx(slope(IMAGES, settings, **options), rel=0.1)
 
 
 def test_adams_own_moments_and_weights_other_than_the_defaults_are_part_of_it():

@@ -28,19 +28,13 @@ class AdamState:
         return AdamState(self.step, self.first[rows], self.second[rows])
 
 
-def adam_step(
-    latents: Tensor, gradient: Tensor, state: AdamState, settings: CMAPSettings, *, constant_scale: bool = False
-) -> tuple[Tensor, AdamState]:
-    """The latents and the state after one step along ``gradient``; nothing is changed in place.
-
-    With ``constant_scale`` what the step is divided by is a constant of the derivative, see ``Backward``.
-    """
+def adam_step(latents: Tensor, gradient: Tensor, state: AdamState, settings: CMAPSettings) -> tuple[Tensor, AdamState]:
+    """The latents and the state after one step along ``gradient``; nothing is changed in place."""
     beta1, beta2 = settings.betas
     step = state.step + 1
     first = torch.lerp(state.first, gradient, 1 - beta1)
     second = torch.addcmul(beta2 * state.second, gradient, gradient, value=1 - beta2)
     root = second.clamp_min(torch.finfo(second.dtype).tiny).sqrt()  # at 0 the derivative of the root does not exist
     scale = root / (1 - beta2**step) ** 0.5 + settings.eps
-    scale = scale.detach() if constant_scale else scale
     moved = torch.addcdiv(latents, first, scale, value=-settings.rate_at(state.step) / (1 - beta1**step))
     return moved, AdamState(step, first, second)

@@ -36,15 +36,12 @@ class Backward:
         l1_smoothing: d of L1 in the second derivatives.
         max_growth: None for the exact derivative. Otherwise the cotangent of each latent is scaled down to this many
             times its length at the end of the loop wherever it is longer; a chaotic loop drowns the signal otherwise.
-        constant_scale: take what Adam divides its steps by, the root of the second moment, for a constant. The first
-            steps are nearly the sign of a gradient, whose exact derivative is nearly zero.
     """
 
     last: int | None = setting(None, minimum=1)
     checkpoint: bool = setting(True)
     l1_smoothing: float = setting(0.05, minimum=0.0)
     max_growth: float | None = setting(None, above=0.0)
-    constant_scale: bool = setting(False)
 
 
 def unrolled_latents(
@@ -228,8 +225,7 @@ def _back(plan: _Plan, visited: _Visited, whole: tuple[Tensor, ...], to_images: 
             for t in (visited.state.latents, visited.gradient, visited.state.adam.first, visited.state.adam.second)
         ]
         adam = AdamState(visited.state.adam.step, leaves[2], leaves[3])
-        constant = plan.backward.constant_scale
-        moved, after = adam_step(leaves[0], leaves[1], adam, plan.objective.settings, constant_scale=constant)
+        moved, after = adam_step(leaves[0], leaves[1], adam, plan.objective.settings)
         outputs = (moved, after.first, after.second)
         to_latents, to_gradient, to_first, to_second = torch.autograd.grad(
             outputs, leaves, cotangents, materialize_grads=True

@@ -16,8 +16,8 @@ class Unrolled(GradientMode, Backward):
     A purifier that adds noise and denoises, in one step or many, is differentiated as it is: through each step, its
     guidance and its adaptive step sizes. With ``checkpoint`` the denoiser's graph is made again in the backward pass,
     step by step and chunk by chunk, so that memory is that of one chunk of one step, and one or two image-sized states
-    for each step. Of the other arguments all but ``constant_scale`` are for the latent loop alone. Of a chain, the
-    gradients of its purifiers are composed.
+    for each step. The other arguments are for the latent loop alone. Of a chain, the gradients of its purifiers are
+    composed.
 
     Of CMAP it goes through every Adam step (moments, bias correction), the generator with its clip, SSIM and L1. It is
     exact for the objective with L1 smoothed; the forward pass is the shipped loop, with L1 as it is. Without smoothing
@@ -27,11 +27,6 @@ class Unrolled(GradientMode, Backward):
     Where images stop early (``CMAPSettings.stop_decrease``, ``stop_agreement``) it goes through the iterations that
     each made, whose number is a constant of the derivative: that is exact almost everywhere, and does not see the jumps
     where an input moves its stop. ``last`` counts from each image's own end.
-
-    Adam's first steps are nearly the sign of the objective's gradient, whatever its size, and the exact derivative of a
-    sign is nearly zero: of a loop of few steps it sees little more than what does not go through Adam.
-    ``constant_scale`` takes what Adam divides by for a constant, which is not exact, and goes through every step. This
-    holds for all purifiers with Adam steps, ``CMAP`` and ``LikelihoodMaximisation``.
 
     A long latent loop is a chaotic map, and its exact derivative can be large and useless. ``last`` and ``max_growth``
     trade exactness for a direction that points somewhere.
@@ -48,7 +43,6 @@ class Unrolled(GradientMode, Backward):
             exact derivative.
         max_growth: the longest that the gradient of a latent may become on its way back, relative to its length at the
             end of the loop; None for no bound, which is exact.
-        constant_scale: take what Adam divides its steps by, the root of the second moment, for a constant.
 
     Raises:
         SettingsError: a value is out of its range.

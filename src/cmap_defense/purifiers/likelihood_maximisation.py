@@ -74,7 +74,7 @@ class LikelihoodMaximisation(MultiStepPurifier):
             gradient = run.denoise.in_chunks(
                 _loss_gradient, x, noise, sigmas, run.denoise.class_labels, run.denoise.once
             )
-            x, state = adam_step(x, gradient, state, adam, constant_scale=run.constant_scale)
+            x, state = adam_step(x, gradient, state, adam)
         return x
 
 

@@ -127,7 +127,6 @@ class Run:
         first: [B, K, C, H, W], the first noise.
         steps: network passes of a version, at most.
         callback: called by ``watch``.
-        constant_scale: of the gradient through Adam steps, see ``Unrolled``.
         passes: [M] int64, the network passes made, set by a purifier that may stop early.
     """
 
@@ -137,7 +136,6 @@ class Run:
     first: Tensor
     steps: int
     callback: Callable[[StepState], Any] | None = None
-    constant_scale: bool = False
     passes: Tensor | None = None
     _drawn: int = 0
 
@@ -205,7 +203,6 @@ class MultiStepPurifier(Settings, Purifier):
         callback: Callable[[StepState], Any] | None = None,
         max_parallel: int | None = None,
         checkpoint: bool = True,
-        constant_scale: bool = False,
     ) -> PurificationResult:
         """Purify images; differentiable. Arguments as for ``Purifier``, and:
 
@@ -214,7 +211,6 @@ class MultiStepPurifier(Settings, Purifier):
             latents: the first noise; that of later steps is drawn from the seeds all the same.
             callback: called before each network pass with a ``StepState``.
             checkpoint: compute each pass again in the backward pass in place of keeping its graph.
-            constant_scale: as for ``Unrolled``.
 
         Raises:
             WrongKindError: the backbone is of another kind.
@@ -251,7 +247,6 @@ class MultiStepPurifier(Settings, Purifier):
                 first,
                 self.steps,
                 callback,
-                constant_scale,
             )
             found = self.reverse(run)
         if not torch.isfinite(found.detach()).all():
@@ -266,5 +261,4 @@ class MultiStepPurifier(Settings, Purifier):
     def differentiate(
         self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
     ) -> PurificationResult:
-        way = {"checkpoint": backward.checkpoint, "constant_scale": backward.constant_scale}
-        return self(backbone, images, **way, **options)
+        return self(backbone, images, checkpoint=backward.checkpoint, **options)
