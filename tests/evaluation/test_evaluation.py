@@ -430,7 +430,7 @@ def test_a_baseline_without_the_classes_is_refused_at_once(tmp_path: Path) -> No
 
 def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CUDA device, where what fits depends on what else is there. Here its memory is a stand-in."""
-    monkeypatch.setattr("cmap_defense.evaluation.evaluation.default_max_parallel", lambda *_, **__: 7)
+    monkeypatch.setattr("cmap_defense.purifiers.base.default_max_parallel", lambda *_, **__: 7)
     cuda, model = torch.device("cuda"), defended(max_parallel=None)
     assert fixed_chunk(model, None) is model
     assert fixed_chunk(model, None, cuda).max_parallel == 7
