@@ -193,7 +193,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "cmap-1.2-6": near(1.2, 6),
     },
 }
-"""At most eight settings with the best of clean accuracy and accuracy under the attacks of ``levels``."""
+"""The settings with the best of clean accuracy and accuracy under the attacks of ``levels``, and neighbours of them."""
 
 
 def paper(eps: float) -> dict[str, Purifier]:
