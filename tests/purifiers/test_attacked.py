@@ -1,5 +1,6 @@
 """Purifiers under attacks and in an evaluation, as CMAP is: on toys, and on the denoisers of the package."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -9,13 +10,13 @@ from torch import nn
 
 from attack_toys import Linear, labelled
 from cmap_defense import PurifiedClassifier, ThreatModel, evaluate
-from cmap_defense.attacks import APGD, PGD, NoiseAndDenoise, Transfer
+from cmap_defense.attacks import APGD, PGD, SUITES, Attack, NoiseAndDenoise, Transfer
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.gradients import StraightThrough, Unrolled
-from cmap_defense.purifiers import ADP, CMAP, GDMP, GNSP, Chain, DiffPure, LikelihoodMaximisation, Purifier
+from cmap_defense.purifiers import ADP, CMAP, GDMP, GNSP, Chain, DiffPure, LikelihoodMaximisation, OneStep, Purifier
 from denoisers import CurvedDenoiser
 
 THREAT = ThreatModel(eps=0.1)
@@ -42,6 +43,28 @@ def test_attacks_run(purifier: Purifier, name: str) -> None:
     result = ATTACKS[name](defended(purifier), images, labels)
     assert ((result.images - images).abs() <= THREAT.eps + 1e-6).all()
     assert result.queries > 0
+
+
+SIZES = {"steps": 1, "eot": 1, "queries": 1, "pairs": 1, "every": 1, "purifications": 1, "rounds": 1, "samples": 1}
+
+
+def small(attack: Attack) -> Attack:
+    """The same attack with as little to do as there can be."""
+    if isinstance(attack, Transfer):
+        return dataclasses.replace(attack, attack=small(attack.attack))
+    fields = {field.name for field in dataclasses.fields(attack)}
+    return dataclasses.replace(attack, **{name: size for name, size in SIZES.items() if name in fields})
+
+
+@pytest.mark.parametrize("name", sorted({name for made in SUITES.values() for name in made(THREAT)}))
+def test_what_suits_a_purifier_without_latents_runs_on_it(name: str) -> None:
+    """An evaluation finds out after hours otherwise."""
+    model = defended(OneStep(level=0.3, n_latents=2))
+    found = [made(THREAT)[name] for made in SUITES.values() if name in made(THREAT)]
+    for attack in {small(attack) for attack in found if attack.suits(model)}:
+        assert attack(model, *labelled(2)).queries > 0
+    latents = {"latent", "consistency-disruption", "short-cmap", "target-steer", "overpowered", "transfer-short"}
+    assert all(attack.suits(model) == (name not in {*latents, "implicit"}) for attack in found)
 
 
 def test_an_exact_gradient_finds_more_than_chance() -> None:

@@ -296,7 +296,7 @@ class Attack(NamedOptions, abc.ABC):
 
         By default all can, those with ``needs_latents`` where the model's purifier optimises latents.
         """
-        return not self.needs_latents or (isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents)
+        return not self.needs_latents or has_latents(model)
 
     def differentiates_defence(self, model: Model) -> bool:
         """Whether the search follows a gradient through this model's own defence, exact or approximate (BPDA).
@@ -357,11 +357,20 @@ class GradientAttack(Attack):
 
     gradient: GradientMode | None = setting(None, like=A_MODE)
 
+    def suits(self, model: Model) -> bool:
+        latents = self.gradient is not None and self.gradient.needs_latents
+        return super().suits(model) and (not latents or has_latents(model))
+
     def differentiates_defence(self, model: Model) -> bool:
         mode = self.gradient
         if mode is None and isinstance(model, PurifiedClassifier):
             mode = model.gradient
         return mode is None or mode.differentiates_defence
+
+
+def has_latents(model: Model) -> bool:
+    """Whether a model is a purified classifier whose purifier optimises latents."""
+    return isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents
 
 
 def _classes(name: str, given: Any, images: Tensor) -> Tensor:

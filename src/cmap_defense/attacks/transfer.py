@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates
+from cmap_defense.attacks.base import Attack, Candidates, has_latents
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Model, Oracle, SeededModel
 from cmap_defense.classifier import PurifiedClassifier
@@ -153,7 +153,7 @@ class Transfer(Attack):
 
     def suits(self, model: Model) -> bool:
         latents = isinstance(self.source, Source) and self.source.needs_latents
-        return not latents or (isinstance(model, PurifiedClassifier) and model.purifier.optimises_latents)
+        return not latents or has_latents(model)
 
     def evaluates_defence(self) -> bool:
         return isinstance(self.source, Source) and self.source.has_defence

@@ -68,9 +68,11 @@ class GradientMode(NamedOptions, abc.ABC):
     Attributes:
         differentiates_defence: whether its gradient goes through the purification itself, exactly or approximately;
             False for one of a surrogate.
+        needs_latents: whether it is of an optimisation over latents alone.
     """
 
     differentiates_defence = True
+    needs_latents = False
 
     def __post_init__(self) -> None:
         """Check the fields that ``setting`` made, of a mode that is a dataclass."""

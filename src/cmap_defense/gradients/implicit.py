@@ -41,6 +41,7 @@ class Implicit(GradientMode, LinearSolve):
 
     on_report: Callable[[ImplicitReport], None] | None = dataclasses.field(default=None, repr=False, compare=False)
     last_report: ClassVar[ImplicitReport | None] = None
+    needs_latents = True
 
     def purify(self, purification: Purification) -> PurificationResult:
         if not purification.wants_gradient:
