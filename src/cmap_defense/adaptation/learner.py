@@ -125,9 +125,9 @@ class AdaptationLearner(Trainee):
 
     def _loss(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         """Sum over the images of the mean cross entropy of their purified versions."""
-        with torch.no_grad(), evaluating(self.model):
-            purified = self.purified.purify(images, seeds=seeds).images
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with _arithmetic(self.device, self.config):
+            with torch.no_grad(), evaluating(self.model):
+                purified = self.purified.purify(images, seeds=seeds).images
             logits = self.purified.undefended(purified.flatten(0, 1), check=False)
         versions = purified.shape[1]
         return F.cross_entropy(logits.float(), labels.repeat_interleave(versions), reduction="sum") / versions
@@ -193,14 +193,14 @@ def attacked_images(
         labels: int64 [B].
         seeds: int64 [B], of the start and of the noise.
         threat: which images are allowed.
-        config: number and size of the steps.
+        config: number and size of the steps, and the precision.
 
     Returns:
         [B, C, H, W], allowed by the threat model, without a graph.
     """
     size = config.attack_step_size or min(threat.eps, 2.5 * threat.eps / config.attack_steps)
     x = random_point(threat, derived_seeds(seeds, 0), images)
-    with evaluating(purified.classifier), torch.enable_grad():
+    with evaluating(purified.classifier), torch.enable_grad(), _arithmetic(images.device, config):
         for step in range(config.attack_steps):
             x = x.detach().requires_grad_()
             logits = purified(x, seeds=derived_seeds(seeds, 2 + step))
@@ -208,6 +208,11 @@ def attacked_images(
             direction = unit(gradient) if threat.norm == "l2" else gradient.sign()
             x = threat.project(x.detach() + size * direction, images)
     return x.detach()
+
+
+def _arithmetic(device: torch.device, config: AdaptationConfig) -> torch.autocast:
+    """Purifier and classifier in the precision of the training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def _learns(module: nn.Module) -> bool:
