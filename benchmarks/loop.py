@@ -268,15 +268,15 @@ def main(
     values = [mean_objective(judge, images, u, settings) for u in final]
     rows = []
     for line, times, value in zip(lines, seconds, values, strict=True):
-        apart = abs(value - values[base]) / abs(values[base])
+        difference = abs(value - values[base]) / abs(values[base])
         rows.append(
             {
                 "loop": line.name,
                 "seconds": statistics.median(times),
                 "ratio": statistics.median(r / t for r, t in zip(seconds[base], times, strict=True)),
                 "objective": value,
-                "relative_difference": apart,
-                "agrees": apart <= AGREEMENT if line.same_work else None,
+                "relative_difference": difference,
+                "agrees": difference <= AGREEMENT if line.same_work else None,
             }
         )
 
@@ -285,7 +285,7 @@ def main(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     click.echo(f"objective (eq. 9) at the start: {start:.4f}")
-    click.echo(f"{'loop':<38}{'seconds':>9}{'ratio':>8}{'objective':>14}{'apart':>10}")
+    click.echo(f"{'loop':<38}{'seconds':>9}{'ratio':>8}{'objective':>14}{'difference':>12}")
     for row in rows:
         click.echo(
             f"{row['loop']:<38}{row['seconds']:>9.2f}{row['ratio']:>7.2f}x{row['objective']:>14.4f}"

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import PurifiedClassifier, ThreatModel, adapt, errors, load_adapted
-from cmap_defense.adaptation import AdaptationConfig
+from cmap_defense.adaptation import AdaptationConfig, learner
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import draw_latents
@@ -248,6 +249,35 @@ def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
     assert result.finished
     shorter = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
     assert same(shorter.classifier, result.classifier), "what has ended does not go on"
+
+
+@pytest.mark.parametrize(("trained_on", "held_out_steps"), [(1, 10), (12, 12)])
+def test_attacks_on_held_out_images_are_no_shorter_than_ten_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_on: int, held_out_steps: int
+) -> None:
+    """A classifier that has learned to withstand one step alone must not be taken for a robust one."""
+    found: list[tuple[int, int]] = []
+
+    def recorded(purified: PurifiedClassifier, images: Tensor, *rest: Any) -> Tensor:
+        *_, config = rest
+        found.append((len(images), config.attack_steps))
+        return attacked_images(purified, images, *rest)
+
+    monkeypatch.setattr(learner, "attacked_images", recorded)
+    config = SMALL.replace(images=12, attack_steps=trained_on, attack_step_size=0.02)
+    threat = ThreatModel(eps=0.05)
+    adapt(
+        net(),
+        Shrinking(),
+        PURIFIER,
+        data(),
+        tmp_path,
+        held_out=data(5, 2),
+        adversarial=True,
+        threat=threat,
+        config=config,
+    )
+    assert found == [(6, trained_on), (6, trained_on), (5, held_out_steps)]
 
 
 def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path: Path) -> None:

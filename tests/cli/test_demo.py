@@ -95,6 +95,10 @@ def test_what_denoises_is_attacked_through_its_own_gradient(tmp_path: Path, run:
     assert (found["purifier"], found["settings"]["n_latents"]) == ("one-step", 2)
     assert list(found["purified"]) == ["clean", "attacked", "adaptive"]
     assert found["purified"]["adaptive"] < found["purified"]["clean"]
+    assert found["predictions"] == 4
+    votes = {name: 32 * share for name, share in found["purified"].items()}
+    assert all(count == int(count) for count in votes.values()), "four predictions of eight images"
+    assert any(count % 4 for count in votes.values()), "which differ in their noise"
     assert found["bare"]["attacked"] < found["bare"]["adaptive"], "it was made for another model"
     assert [Path(path).name for path in found["files"]] == ["sheet.png"]
 

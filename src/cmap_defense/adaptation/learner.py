@@ -20,6 +20,10 @@ from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
 from cmap_defense.training.learner import Trainee, below
 
+HELD_OUT_STEPS = 10
+"""Least number of steps of the attack on held-out images. A classifier trained on attacks of one or two steps may learn
+these alone ("catastrophic overfitting", Wong et al. 2020, arXiv 2001.03994), which the same attack would not show."""
+
 AUGMENTATION, ORDER, NOISE, HELD_OUT = 0, 1, 2, 4
 """Streams of the generators of a step; ORDER is that of ``image_indices``, 3 that of dropout."""
 
@@ -161,6 +165,8 @@ class AdaptationLearner(Trainee):
     def _score(self, held_out: LabelledImages) -> float:
         """Accuracy on the held-out images; with attacks the mean of the clean and the attacked one."""
         right, size = 0.0, self.config.batch_size
+        steps = max(HELD_OUT_STEPS, self.config.attack_steps)
+        longer = self.config.replace(attack_steps=steps, attack_step_size=None)
         with evaluating(self.model):
             for start in range(0, len(held_out), size):
                 part = held_out[start : start + size]
@@ -168,7 +174,7 @@ class AdaptationLearner(Trainee):
                 seeds = derived_seeds(torch.arange(start, start + len(images)), HELD_OUT)
                 shown = [images]
                 if self.threat is not None:
-                    shown.append(attacked_images(self.purified, images, labels, seeds, self.threat, self.config))
+                    shown.append(attacked_images(self.purified, images, labels, seeds, self.threat, longer))
                 for x in shown:
                     with torch.no_grad():
                         found = self.purified.purify(x, seeds=derived_seeds(seeds, 1)).labels
