@@ -72,7 +72,7 @@ def entry_card(entry: RegistryEntry) -> str:
         lines += [entry.notes, ""]
     lines += table(entry)
     lines += [
-        f"| verified | {'yes' if entry.verified else '**no**: nobody has checked what is fetched'} |",
+        f"| verified | {'yes' if entry.verified else '**no**: no checksum of these weights has been recorded'} |",
         "",
     ]
     lines += ["## Where it comes from", ""]
@@ -125,7 +125,7 @@ def _known(checksum: str | None) -> str:
     return (
         f"`{checksum}`"
         if checksum
-        else "**not verified**; `cmap-defense backbones verify` fills it in"
+        else "not recorded; `cmap-defense backbones verify` records it on your machine, and refuses other files then"
     )
 
 

@@ -51,7 +51,7 @@ def main() -> None:
             found = model.predict(x, seeds=seeds + 10**6)
             kept = ~found.abstained
             right = (found.labels == labels)[kept].float().mean()
-            cells.append(f"{right:.3f} of {kept.float().mean():.3f} kept")
+            cells.append(f"{right:.3f} ({100 * kept.float().mean():.1f} % kept)")
         print(f"| {coverage:g} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -22,7 +22,7 @@ WEAKEST = ("transfer", "square", "spsa", "paper-pgd", "transfer-short", "overpow
 TITLES = (
     "the defence draws independent noise for each prediction",
     "a gradient attack goes through the defence itself",
-    "one of them starts at random with a step of eps / 4 at least",
+    "a gradient attack starts at random with a step of eps / 4 at least",
     "no image's gradient is zero throughout an attack",
     "attacks that evaluate the defence are no weaker than transfer",
     "more steps do not help the defence",

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attack_toys import labelled
 from cmap_defense import ThreatModel, evaluate
-from cmap_defense.attacks import Attack, Candidates, CrossEntropy, Goal, Oracle
+from cmap_defense.attacks import Attack, Candidates, CrossEntropy, Goal, Oracle, random_point
 from cmap_defense.evaluation import Protocol, Report
 from evaluated import Shaky
 
@@ -23,7 +22,7 @@ class SignSteps(Attack):
     steps: int = 3
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        images = clean + self.threat.eps * (2 * torch.rand_like(clean) - 1)
+        images = random_point(self.threat, oracle.draws, clean)
         for _ in range(self.steps):
             feedback = oracle.feedback(images, goal, CrossEntropy(), samples=2)
             images = self.threat.project(images + self.first_step() * feedback.gradient.sign(), clean)

@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "small steps": (
         {"attacks": ATTACKS | {"pgd": dataclasses.replace(ATTACKS["pgd"], step_size=0.004)}},
-        "one of them starts at random with a step of eps / 4 at least: 0 of 1",
+        "a gradient attack starts at random with a step of eps / 4 at least: 0 of 1",
     ),
     "a gradient that leads nowhere": (
         {"model": misleading},

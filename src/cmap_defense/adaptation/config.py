@@ -53,7 +53,7 @@ class AdaptationConfig(TrainingConfig):
     )
     attack_step_size: float | None = setting(
         None,
-        "Size of these steps, for images in [0, 1].",
+        "Size of the steps of that attack, for images in [0, 1].",
         group="Adversarial training",
         above=0.0,
         default_help="2.5 eps / attack steps, at most eps",

@@ -8,7 +8,7 @@ from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, Margin, VoteMarg
 from cmap_defense.attacks.latents import LatentAttack, Overpowered
 from cmap_defense.attacks.libraries import APGD, Square
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, SeededModel
-from cmap_defense.attacks.steps import PGD, SPSA, StepAttack
+from cmap_defense.attacks.steps import PGD, SPSA, StepAttack, random_point
 from cmap_defense.attacks.suites import SUITES, exact_suite, full_suite, paper_suite, standard_suite, suite
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Source, Transfer, Undefended
 from cmap_defense.threat import ThreatModel
@@ -48,6 +48,7 @@ __all__ = [
     "exact_suite",
     "full_suite",
     "paper_suite",
+    "random_point",
     "standard_suite",
     "suite",
 ]

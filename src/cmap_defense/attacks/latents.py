@@ -124,6 +124,7 @@ class Overpowered(LatentSearch):
         min_{u, u'}  penalty [ excess(G(u), x) + excess(G(u'), x) + excess(G(u), G(u')) ]
                      + max(confidence - lead(G(u)), 0) + max(confidence - margin(G(u')), 0)
 
+    where lead is the logit of the true class less the largest other one, and margin the opposite for the attack's aim.
     It searches pairs of latents whose images are in the ball and within eps of each other, one of them classified
     correctly and the other as the attack aims at. Where there is such a pair, no projection onto the manifold is right
     for both. The attempts are the misclassified image of each pair and the middle of the pair.

@@ -74,7 +74,8 @@ def raw_gradient(images: Tensor, loss: Tensor) -> Tensor:
     found = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if found is None:
         raise GradientError(
-            "This attack needs a gradient, but the model's logits do not depend on the images for autograd."
+            "This attack needs a gradient, but the model's logits do not depend on the images for autograd. Leave "
+            "torch.no_grad() and detach() out of the model, or use SPSA or Square, which need none."
         )
     return found
 
@@ -183,7 +184,8 @@ class Oracle:
         logits = check_logits(logits, count)
         if logits.shape[1] < self.needed:
             raise InputValueError(
-                f"Labels and targets go up to {self.needed - 1}, but the model has {logits.shape[1]} classes."
+                f"Labels and targets go up to {self.needed - 1}, but the model has {logits.shape[1]} classes: "
+                "number the labels as the classifier's classes."
             )
         return logits
 

@@ -206,7 +206,13 @@ class SPSA(StepAttack):
 def random_point(threat: ThreatModel, seeds: Tensor, clean: Tensor) -> Tensor:
     """A random image of the threat model: uniform in the ball (linf), or at distance eps in a uniform direction (l2).
 
-    ``seeds`` are [B] int64 on the CPU, the clean images [B, C, H, W] in [0, 1].
+    Args:
+        threat: the threat model.
+        seeds: [B] int64 on the CPU, such as ``oracle.draws``: an image's start depends on its own seed alone.
+        clean: [B, C, H, W] in [0, 1].
+
+    Returns:
+        [B, C, H, W], allowed by the threat model.
     """
     if threat.norm == "linf":
         noise = 2 * draw_uniform(seeds, clean.shape[1:]) - 1

@@ -80,6 +80,7 @@ def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: 
     """One adaptive attack of each kind, at sizes for a first look.
 
     Use more steps, restarts and EOT for published figures; the variance of the gradient flattens near 64 evaluations.
+    Arguments are those of ``exact_suite``.
     """
     return {
         **_common(threat, steps, eot, seed),
@@ -98,6 +99,12 @@ def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int
     and "surrogate-eot" its derivative as that of one denoising step. The others differentiate the purification: every
     step of a purifier that denoises, and the last five of an optimisation over latents, whose exact gradient through
     many steps points nowhere. Two of them need a backbone with ``denoise``.
+
+    Args:
+        threat: the threat model of all attacks.
+        steps: number of steps of each.
+        eot: number of evaluations that a gradient is averaged over.
+        seed: of the attacks' own noise.
     """
     exact = Unrolled(last=5, l1_smoothing=0.3)
     found = _common(threat, steps, eot, seed)
@@ -112,7 +119,10 @@ def exact_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 8, seed: int
 
 
 def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """``exact_suite``, ``standard_suite`` and all other attacks, those with queries included. It takes hours."""
+    """``exact_suite``, ``standard_suite`` and all other attacks, those with queries included. It takes hours.
+
+    Arguments are those of ``exact_suite``.
+    """
     sizes: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed}
     found = exact_suite(threat, **sizes) | standard_suite(threat, **sizes)
     whole = Unrolled(l1_smoothing=0.3, max_growth=1.0)

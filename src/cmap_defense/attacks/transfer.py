@@ -91,7 +91,10 @@ class NoiseAndDenoise(Source):
 
     def of(self, wrapper: PurifiedClassifier) -> Model:
         if wrapper.denoiser() is None:
-            raise GradientError(f"{self!r} needs a backbone with denoise(noisy, sigma), which this one has not.")
+            raise GradientError(
+                f"{self!r} needs a backbone with denoise(noisy, sigma), which this one lacks. "
+                "Give such a backbone, or attack another source, such as Undefended()."
+            )
         return _NoisedAndDenoised(wrapper, self)
 
 

@@ -26,7 +26,7 @@ class CertificationSettings(Settings):
     """
 
     n0: int = setting(100, "Number of noisy copies of an image by which its class is chosen.", minimum=1)
-    n: int = setting(10_000, "Number of fresh noisy copies by which its probability is bounded.", minimum=1)
+    n: int = setting(10_000, "Number of fresh noisy copies by which that class's probability is bounded.", minimum=1)
     alpha: float = setting(
         0.001, "Largest probability that the certificate of an image is wrong.", above=0.0, below=1.0
     )

@@ -57,7 +57,7 @@ class LatentAccess(NamedOptions, nn.Module):
         if isinstance(self.purifier, CMAP):
             return self.purifier
         raise SettingsError(
-            f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} has not. "
+            f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} lacks. "
             'The purifier and its own settings are model.purifier; purifier=CMAP() and preset="paper" optimise latents.'
         )
 

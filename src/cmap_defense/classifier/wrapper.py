@@ -440,7 +440,7 @@ class PurifiedClassifier(LatentAccess):
                 result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra, callback))
             flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
             shown = flat.unflatten(0, result.images.shape[:2])
-            return self._judged(dataclasses.replace(result, images=shown), self._classify(shown))
+            return self._with_votes(dataclasses.replace(result, images=shown), self._classify(shown))
 
     def _purification(
         self,
@@ -493,7 +493,7 @@ class PurifiedClassifier(LatentAccess):
 
         return predict
 
-    def _judged(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
+    def _with_votes(self, result: PurificationResult, logits: Tensor) -> PurificationResult:
         alone = logits.detach()
         votes = count_votes(alone)
         labels = majority_label(alone) if self.vote == "label" else log_mean_probability(alone).argmax(dim=1)
@@ -511,7 +511,7 @@ class PurifiedClassifier(LatentAccess):
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         conditional = getattr(self.backbone, "num_classes", None) is not None
         labels = torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None
-        return self._judged(
+        return self._with_votes(
             PurificationResult(shown, latents, history, seeds, labels, iterations=made),
             logits[:, None].expand(0, n_latents, logits.shape[1]),
         )

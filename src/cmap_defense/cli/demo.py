@@ -7,6 +7,7 @@ import dataclasses
 import textwrap
 import time
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,12 @@ def demonstrate(
             progress.step()
         seconds = time.perf_counter() - start
         bare = {name: classifier(x).argmax(1) for name, x in sets.items()}
-        right = {name: [torch.eq(result.labels, labels)] for name, result in purified.items()}
+        votes = {name: [result] for name, result in purified.items()}
         if not latent:  # with noise that the attack has not seen
             progress.step("predicting again with other noise")
             for name, x in sets.items():
-                while len(right.setdefault(name, [])) < PREDICTIONS:
-                    again = defended.purify(x, seeds=seeds + 500_009 + 7_919 * len(right[name])).labels
-                    right[name].append(torch.eq(again, labels))
+                while len(votes.setdefault(name, [])) < PREDICTIONS:
+                    votes[name].append(defended.purify(x, seeds=seeds + 500_009 + 7_919 * len(votes[name])))
             progress.step()
         histories = {}
         if latent:
@@ -184,7 +184,7 @@ def demonstrate(
                 histories["without"] = loose.purify(images[:shown], seeds=seeds[:shown]).history
     accuracy = {
         "bare": {name: Accuracy.of(given, labels) for name, given in bare.items()},
-        "purified": {name: Accuracy.mean(torch.stack(found).double().mean(dim=0)) for name, found in right.items()},
+        "purified": {name: _accuracy(results, labels) for name, results in votes.items()},
     }
     return Demonstration(
         images,
@@ -195,8 +195,14 @@ def demonstrate(
         accuracy,
         histories,
         seconds,
-        len(right["clean"]),
+        len(votes["clean"]),
     )
+
+
+def _accuracy(results: Sequence[PurificationResult], labels: Tensor) -> Accuracy:
+    """The mean over several predictions."""
+    predicted = torch.stack([result.labels for result in results if result.labels is not None])
+    return Accuracy.mean((predicted == labels).double().mean(dim=0))
 
 
 def _steps_of(model: PurifiedClassifier, progress: Progress) -> contextlib.AbstractContextManager[Any]:

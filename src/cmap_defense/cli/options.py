@@ -64,7 +64,7 @@ class Number(click.FloatRange):
         try:
             number = float(fractions.Fraction(str(value).strip()))
         except (ValueError, ZeroDivisionError, OverflowError):
-            self.fail(f"{value} is no number such as 0.05 or 8/255.", param, ctx)
+            self.fail(f"{value} is not a number: write for instance 0.05 or 8/255.", param, ctx)
         return super().convert(number, param, ctx)
 
 
@@ -82,7 +82,7 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
         try:
             return tuple(self.kind(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value} is no list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
+            self.fail(f"{value} is not a list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
 
 
 class Pair(click.ParamType[tuple[str, Any]]):
@@ -95,7 +95,7 @@ class Pair(click.ParamType[tuple[str, Any]]):
             return value
         key, equals, text = value.partition("=")
         if not key or not equals:
-            self.fail(f"{value!r} is not KEY=VALUE.", param, ctx)
+            self.fail(f"{value!r} is not KEY=VALUE, such as level=0.4.", param, ctx)
         return key, _value(text)
 
 
@@ -261,7 +261,7 @@ backbone = MODEL(
 )
 certified = OUTPUT(
     "--certified",
-    "Folder of cmap-defense certify, whose certified accuracy the report shows besides.",
+    "Folder of cmap-defense certify, whose certified accuracy the report also shows.",
     type=PathType(exists=True, file_okay=False),
 )
 
@@ -293,7 +293,7 @@ purifier = decorators(
     purifier_option(unset=DEFAULT_PURIFIER),
     PURIFICATION(
         "--purifier-preset",
-        "Purify as the backbone's record names it, in place of the other options of the purifier.",
+        "Use the purifier of this name in the backbone's record, in place of the other options of the purifier.",
         type=Choice(PRESETS),
     ),
     purifier_set("t=75"),
@@ -371,7 +371,7 @@ data = decorators(
 
 attacks = decorators(
     ATTACKS("--attacks", "Set of attacks to run.", type=Choice([*ATTACK_SETS, "none"]), default="standard"),
-    ATTACKS("--only", "Run this attack of the set alone. May be repeated.", multiple=True, metavar="NAME"),
+    ATTACKS("--only", "Run only this attack of the set. May be repeated.", multiple=True, metavar="NAME"),
     ATTACKS("--steps", "Number of steps of the attacks on the image.", least=1, unset="the set's"),
     ATTACKS(
         "--eot", "Number of evaluations of the defence that a gradient is averaged over.", least=1, unset="the set's"

@@ -192,7 +192,10 @@ def detect(
     if not isinstance(attack, Attack):
         raise SettingsError(f"detect.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
     if not hasattr(model.backbone, "denoise"):
-        raise BackboneError(f"EPS needs backbone.denoise(noisy, sigma), but {type(model.backbone).__name__} has none.")
+        raise BackboneError(
+            f"EPS needs backbone.denoise(noisy, sigma), but {type(model.backbone).__name__} has none: "
+            "use a ConsistencyBackbone."
+        )
     _check(images, "images")
     _check(reference, "reference", like=images)
     if len(reference) < 2:

@@ -107,8 +107,7 @@ class EPS(Settings):
         Raises:
             BackboneError: there is no ``denoise``, or it returned something else than finite images.
             InputTypeError: the images are of another type.
-            InputValueError: their shape or values are not as above.
-            SettingsError: the backbone was not trained for a noise level.
+            InputValueError: their shape or values are not as above, or the backbone was not trained for a noise level.
         """
         denoise = getattr(backbone, "denoise", None)
         if denoise is None:

@@ -176,7 +176,7 @@ def _first_step(gradient_attacks: Sequence[Attack]) -> Check:
     steps = [(attack.first_step(), attack.threat.eps / 4) for attack in gradient_attacks]
     good = [step for step, least in steps if step is not None and step >= least]
     return Check(
-        "one of them starts at random with a step of eps / 4 at least",
+        "a gradient attack starts at random with a step of eps / 4 at least",
         bool(good),
         f"{len(good)} of {len(gradient_attacks)}",
         f"Add a PGD with random_start=True and a step_size of eps / 4 or more, such as bpda-eot: {WITH_BPDA}.",

@@ -29,9 +29,17 @@ LEFT_OUT = "Left out, since not all of these purifiers have latents to attack"
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One defence of a comparison: network passes of an image, at most, and seconds of a prediction where timed.
+    """One defence of a comparison.
 
-    Accuracies are re-evaluated: on clean images, under each attack, and under the worst attack on each image.
+    Attributes:
+        name: of the defence.
+        purifier: its repr.
+        n_latents: K.
+        passes: largest number of network passes of an image.
+        seconds: of a prediction of one image; None where it was not timed.
+        clean: accuracy on clean images, re-evaluated as the others are.
+        attacked: accuracy under each attack.
+        worst: accuracy under the worst attack on each image.
     """
 
     name: str

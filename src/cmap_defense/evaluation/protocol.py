@@ -43,7 +43,9 @@ class Protocol(Settings):
     """
 
     predictions: int = setting(10, "Number of predictions with independent noise for each final image (N).", minimum=1)
-    reevaluations: int = setting(20, "Number of further such predictions (R), on which nothing is selected.", minimum=1)
+    reevaluations: int = setting(
+        20, "Number of further predictions for each final image (R), by which nothing is selected.", minimum=1
+    )
     seeds: tuple[int, ...] = setting((0,), "Seeds of the runs, one run for each.", minimum=0)
     group: int = setting(32, "Number of images that are attacked together.", minimum=1)
     search_on_clean: bool = setting(

@@ -58,7 +58,7 @@ class ResultsFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise EvaluationError(f"{path} is not what an evaluation writes: {error}") from error
+            raise EvaluationError(f"{path} is not what an evaluation writes ({error}): give another folder.") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise EvaluationError(f"{path} was written by another version of this package. Give another folder.")
         return found
@@ -109,7 +109,7 @@ class ResultsFolder:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise EvaluationError(f"{path} cannot be read: {error}") from error
+            raise EvaluationError(f"{path} cannot be read ({error}): delete it, and it is made again.") from error
 
     def note_timing(self, unit: WorkUnit, rank: int, timing: Timing) -> None:
         """Keep what a work unit cost, in a file of each process: it has no influence on the results."""

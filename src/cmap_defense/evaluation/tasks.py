@@ -242,7 +242,7 @@ def make_tasks(
     folded = [name.casefold() for name in names]  # some systems take these for the same file
     for name in names:
         if folded.count(name.casefold()) > 1 or not all(map(is_file_name, name.split("/"))):
-            raise SettingsError(f"{name!r} names two tasks, or is no name for a file on every system.")
+            raise SettingsError(f"{name!r} names two tasks, or is no name for a file on every system: rename it.")
     return tasks
 
 

@@ -1,7 +1,7 @@
 """How the gradient with respect to the input image is taken.
 
-A purification is an optimisation; what its derivative should be is a choice that decides how strong a gradient attack
-is. The choice is an object, handed to ``PurifiedClassifier(gradient=...)``, and never made silently.
+A purification may contain an optimisation; how its derivative is taken decides how strong a gradient attack is. The
+choice is an object, handed to ``PurifiedClassifier(gradient=...)``, and never made silently.
 """
 
 from cmap_defense.gradients.base import GradientMode, Purification

@@ -55,7 +55,7 @@ class Purification:
         if self.prepare is None:
             raise GradientError(
                 f"{mode!r} differentiates an optimisation over latents, which this purifier is not. "
-                "Use StraightThrough()."
+                "Use Unrolled(), which is exact for this purifier."
             )
         return self.prepare()
 

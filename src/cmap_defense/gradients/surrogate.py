@@ -25,14 +25,14 @@ STREAM = 0x5EED
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate(GradientMode):
-    """The values are CMAP's; the derivative is that of noising to ``sigma`` and denoising in ``steps`` steps.
+    """The values are the purifier's; the derivative is that of noising to ``sigma`` and denoising in ``steps`` steps.
 
     It is what the attacks of the CMAP paper differentiate (one step from level 5 of an 18-level Karras schedule,
     sigma = 0.1395), and, with more steps, what Lee and Kim 2023 (arXiv 2303.09051) do for diffusion purifiers. Each of
     the K images has noise of its own.
 
     Cost: ``steps`` forward passes of the backbone per latent, as many again and as many backward passes in the backward
-    pass. Not the gradient of the defence: an approximation that ignores the optimisation.
+    pass. Not the gradient of the defence: an approximation that ignores what the purifier does.
 
     Args:
         sigma: noise level, in units of images in [-1, 1].
@@ -54,7 +54,8 @@ class Surrogate(GradientMode):
             return result
         if purification.denoise is None:
             raise GradientError(
-                f"{self!r} needs a backbone with denoise(noisy, sigma), which this one has not. Use StraightThrough()."
+                f"{self!r} needs a backbone with denoise(noisy, sigma), which this one lacks. "
+                "Use Unrolled() or StraightThrough()."
             )
         images = purification.images
         seeds = result.seeds if result.seeds is not None else torch.zeros(len(images), dtype=torch.int64)

@@ -261,7 +261,7 @@ def load_report(folder: Path) -> Report:
             "give its command again to go on."
         ) from error
     if not isinstance(values, dict):
-        raise EvaluationError(f"{path} is no report of an evaluation.")
+        raise EvaluationError(f"{path} is not the report of an evaluation: give the folder of one.")
     try:
         return Report.from_dict(values)
     except EvaluationError as error:

@@ -25,7 +25,8 @@ class ECT(Objective):
 
     A training may start from the weights of a denoiser (``EDM``): the
     scalings of D and f differ by sigma_min alone, and the first stage ends at D. It may continue a consistency model
-    too, with ``halved`` as its training left it.
+    too: set ``halved`` to the number of halvings that the earlier training had made when its learning rate was that of
+    the new start. At its last number and a higher learning rate the training can diverge.
 
     Attributes:
         sigma_mean: mean of the normal distribution of ln sigma, which is clamped to the noise range.
@@ -36,6 +37,9 @@ class ECT(Objective):
         gap_scale: k of the gap's dependence on sigma, 1 + k sigmoid(-b sigma).
         gap_steepness: b of the same.
         huber: c of the Pseudo-Huber distance sqrt(d^2 + c^2) - c between whole images.
+
+    Raises:
+        SettingsError: a value is out of its range, or ``halved`` is above ``halvings``.
     """
 
     name: ClassVar[str] = "ect"
