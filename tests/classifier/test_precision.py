@@ -161,7 +161,7 @@ def test_what_cannot_be_compiled_runs_without_after_one_warning(monkeypatch: pyt
 
 
 def test_compile_needs_a_loop_and_copies_start_anew() -> None:
-    with pytest.raises(SettingsError, match="compile=True compiles the loop of CMAP, which OneStep has not"):
+    with pytest.raises(SettingsError, match="compile=True compiles the loop of CMAP, which OneStep lacks"):
         wrapped(settings=None, purifier=OneStep(), compile=True)
     with pytest.raises(SettingsError, match="compile must be True or False"):
         wrapped(compile="yes")

@@ -232,7 +232,7 @@ def test_what_belongs_to_the_optimisation_over_latents_says_so(purifier: Purifie
         model(images_of().requires_grad_())
     with pytest.raises(errors.SettingsError, match="A latent hook belongs to the optimisation"):
         model.register_latent_hook(lambda state: None)
-    with pytest.raises(errors.SettingsError, match=r"settings belongs to the optimisation .*which \w+ has not"):
+    with pytest.raises(errors.SettingsError, match=r"settings belongs to the optimisation .*which \w+ lacks"):
         model.settings  # noqa: B018
 
 

@@ -179,7 +179,7 @@ class PurifiedClassifier(LatentAccess):
         warn_of_another_adaptation(classifier, self.backbone, wanted)
         if require_flag(name, "compile", compile) and "compiler" not in wanted.call_options:
             raise SettingsError(
-                f"compile=True compiles the loop of CMAP, which {type(wanted).__name__} has not: leave it out."
+                f"compile=True compiles the loop of CMAP, which {type(wanted).__name__} lacks: leave it out."
             )
         self._compiler = StepCompiler() if compile else None
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
