@@ -51,7 +51,13 @@ def test_a_built_wheel_installed_elsewhere_runs_the_demo(installed: Path, tmp_pa
 def test_the_wheel_has_licences_types_and_weights(installed: Path) -> None:
     package = installed / "cmap_defense"
     backbones = [f"{name}/{file}" for name in ("fashion-mnist-ct", "cifar10-ct-small") for file in BACKBONE]
-    others = ["LICENSE.fashion-mnist", "fashion-mnist/classifier.safetensors", "fashion-mnist/test256.npz"]
+    others = [
+        "LICENSE.fashion-mnist",
+        "LICENSE.cifar-resnet",
+        "cifar10-adapted/adaptation.json",
+        "fashion-mnist/classifier.safetensors",
+        "fashion-mnist/test256.npz",
+    ]
     for name in ("py.typed", *(f"assets/{asset}" for asset in (*others, *backbones))):
         assert (package / name).is_file(), name
     (metadata,) = installed.glob("cmap_defense-*.dist-info")

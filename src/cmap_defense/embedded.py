@@ -1,11 +1,13 @@
-"""What ships with the package beside the backbones: three small Fashion-MNIST classifiers and 256 test images.
+"""What ships with the package beside the backbones: small classifiers, and 256 test images of Fashion-MNIST.
 
 Enough to try the defence, and to attack it, with no network.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmap_defense.cifar_resnet import CifarResNet
 from cmap_defense.common.settings import require_choice
-
-CLASSIFIERS = ("fashion-mnist", "fashion-mnist-adapted", "fashion-mnist-adversarial")
-"""Names for ``load_classifier``."""
 
 ASSETS = Path(__file__).parent / "assets" / "fashion-mnist"
 
@@ -57,20 +57,35 @@ class FashionCNN(nn.Module):
         return self.head(self.features(images).mean(dim=(2, 3)))
 
 
-def load_classifier(name: str = "fashion-mnist") -> FashionCNN:
-    """An embedded classifier, in eval mode, on the CPU.
+_RESNET20 = functools.partial(CifarResNet, 20, unit=True)
+_ARCHITECTURES: Mapping[str, Callable[[], FashionCNN | CifarResNet]] = {
+    "fashion-mnist": FashionCNN,
+    "fashion-mnist-adapted": FashionCNN,
+    "fashion-mnist-adversarial": FashionCNN,
+    "cifar10-adapted": _RESNET20,
+    "cifar10-adversarial": _RESNET20,
+}
+
+CLASSIFIERS = tuple(_ARCHITECTURES)
+"""Names for ``load_classifier``."""
+
+
+def load_classifier(name: str = "fashion-mnist") -> FashionCNN | CifarResNet:
+    """An embedded classifier of images in [0, 1], in eval mode, on the CPU.
 
     Args:
-        name: "fashion-mnist", an ordinary one that has seen neither attacks nor purified images, or
-            "fashion-mnist-adapted", the same adversarially adapted to ``OneStep(level=0.6)`` on "fashion-mnist-ct", or
-            "fashion-mnist-adversarial", the same adversarially trained for as long without a purifier. Both know
-            attacks of linf 0.05.
+        name: "fashion-mnist", an ordinary one that has seen neither attacks nor purified images;
+            "fashion-mnist-adapted", the same adversarially adapted to ``OneStep(level=0.6)`` on "fashion-mnist-ct";
+            "fashion-mnist-adversarial", the same adversarially trained for as long without a purifier;
+            "cifar10-adapted" and "cifar10-adversarial", a ResNet-20 adversarially adapted to ``OneStep(level=0.3)`` on
+            "cifar10-edm-small", and adversarially trained for as long without a purifier. They know attacks of linf
+            0.05 for Fashion-MNIST and of 8/255 for CIFAR-10.
 
     Raises:
         SettingsError: there is none of this name.
     """
     require_choice("load_classifier", "name", name, CLASSIFIERS)
-    classifier, folder = FashionCNN(), ASSETS.parent / name
+    classifier, folder = _ARCHITECTURES[name](), ASSETS.parent / name
     weights = load_file(folder / "classifier.safetensors")
     classifier.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in weights.items()})
     if (folder / "adaptation.json").exists():
