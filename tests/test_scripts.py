@@ -33,20 +33,6 @@ def test_the_benchmark_runs_and_its_loops_agree(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "figures.json").read_text())
 
 
-def test_the_audit_goes_on_where_it_was_and_refuses_other_settings(tmp_path: Path) -> None:
-    script = "benchmarks/attacks.py"
-    sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--reevaluations", "2", "--threads", "1"]
-    run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean")
-    printed = run(tmp_path, script, "--out", "audit", *sizes, "--only", "clean", "transfer")
-    rows = [json.loads(line) for line in (tmp_path / "audit/results.jsonl").read_text().splitlines()]
-    assert [row["attack"] for row in rows] == ["clean", "transfer"]
-    assert [len(row["predictions"]) for row in rows] == [10, 2]
-    assert "Predictions right under the worst attack" in printed
-    assert "with unrelated noise" in printed
-    with pytest.raises(AssertionError, match="holds results for"):
-        run(tmp_path, script, "--out", "audit", "--images", "3", *sizes[2:], "--only", "clean")
-
-
 def test_directions_are_compared(tmp_path: Path) -> None:
     sizes = ["--images", "2", "--latents", "2", "--iterations", "2", "--eot", "2", "--threads", "1"]
     chosen = ["StraightThrough()", "Unrolled(last=1, l1_smoothing=0.1)"]
