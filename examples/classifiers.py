@@ -27,7 +27,7 @@ def robustbench_gowal2021() -> nn.Module:
 
 
 def pyautoattack_resnet18() -> nn.Module:
-    """An adversarially trained CIFAR-10 ResNet-18, in the wheel of pyautoattack: the extra [attacks] has it."""
+    """An ordinary CIFAR-10 ResNet-18, not adversarially trained, in the wheel of pyautoattack (the extra [attacks])."""
     from pathlib import Path
 
     import pyautoattack
