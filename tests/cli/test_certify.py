@@ -88,7 +88,7 @@ def test_without_scipy_nothing_is_begun(tmp_path: Path, run: Run, monkeypatch: p
         ("-b fashion-mnist-edm -b fashion-mnist-edm", 2, "two backbones have one name"),
         ("--undefended --sigma 0", 2, "--sigma must be above 0"),
         ("--undefended --sigma none", 2, "one number at least"),
-        ("--undefended --sigma a", 2, "no list of numbers"),
+        ("--undefended --sigma a", 2, "not a list of numbers"),
         ("-b fashion-mnist-edm --sigma 41", 2, "--sigma must be at most 40"),
         ("--undefended --alpha 1", 2, "--alpha"),
         ("--undefended --samples 0", 2, "--samples"),
