@@ -146,9 +146,7 @@ def suite(threat: ThreatModel, **common: Any) -> dict[str, Attack]:
         "Overpowered": Overpowered(threat, steps=3, latents=2, **common),
         "FrozenResidual": FrozenResidual(threat, steps=3, every=2, purifications=2, memory=3, **common),
         "ShortCMAP": ShortCMAP(threat, steps=2, iterations=2, refresh=1, **common),
-        "TargetSteer": TargetSteer(
-            threat, steps=2, watched=1, target=LatentAttack(threat, steps=3, latents=2), **common
-        ),
+        "TargetSteer": TargetSteer(threat, steps=2, target=LatentAttack(threat, steps=3, latents=2), **common),
     }
 
 

@@ -1,6 +1,6 @@
 """All attacks on images of torchattacks, foolbox and ART, found in the libraries' own modules, small enough for a test.
 
-An attack of a newer release is found as well: arguments of the names below get these small values.
+Arguments of the names below get these small values.
 """
 
 import contextlib
@@ -139,18 +139,8 @@ def art_attacks(sizes: Mapping[str, Any] = SMALL) -> dict[str, Run]:
                 given["maxfun"] = 1
             if name == "UniversalPerturbation":
                 special["attacker_params"] = {"max_iter": 2, "verbose": False}
-            if name == "GeoDA":
-                special["max_iter"] = 500
             if name == "Wasserstein":
                 special["regularization"] = 100.0
-            if name == "LaserBeamAttack":
-                special["iterations"], special["max_laser_beam"] = 2, (780.0, 3.14, 12.0, 4)
-            if name == "GRAPHITEBlackbox":
-                special["noise_size"] = special["net_size"] = SHAPE[1:]
-                y, given["x_tar"] = np.roll(y, 1, axis=1), x[::-1].copy()
-            if name == "GRAPHITEWhiteboxPyTorch":
-                special["net_size"] = SHAPE[1:]
-                y = np.roll(y, 1, axis=1)
             if name == "FrameSaliencyAttack":
                 special["attacker"] = art.attacks.evasion.FastGradientMethod(estimator)
             if name == "ShadowAttack":

@@ -28,7 +28,6 @@ from cmap_defense.attacks import (
     VoteMargin,
 )
 from cmap_defense.errors import SettingsError
-from cmap_defense.gradients import Implicit, StraightThrough, Surrogate
 
 NAN, INF = float("nan"), float("inf")
 BASE = {
@@ -71,7 +70,7 @@ REFUSED: dict[type, dict[str, list[Any]]] = {
         "loss": ["vote", VoteMargin, None],
     },
     ShortCMAP: STEPS | {"iterations": [0], "refresh": [0, 1.5], "gradient": ["unrolled", None], "loss": [3]},
-    TargetSteer: STEPS | {"target": ["latent", PGD(ThreatModel())], "gradient": [None], "watched": [-1, 1.0]},
+    TargetSteer: STEPS | {"target": ["latent", PGD(ThreatModel())], "gradient": [None]},
     LatentAttack: LATENTS | {"growth": [0.5]},
     Overpowered: LATENTS,
     ConsistencyDisruption: {"steps": [0, 2.5], "beta": [-1.0, INF, "2e6"], "penalty": [-0.1, None], "released": ["no"]},
@@ -110,10 +109,6 @@ def test_wrong_settings_are_refused_by_name(attack: Any, name: str):
         (lambda: NoiseAndDenoise(0.0), "NoiseAndDenoise.sigma"),
         (lambda: NoiseAndDenoise(-1.0), "NoiseAndDenoise.sigma"),
         (lambda: NoiseAndDenoise(steps=0), "NoiseAndDenoise.steps"),
-        *(
-            (lambda mode=mode: TargetSteer(ThreatModel(), watched=1, gradient=mode), "watched needs gradient=Unrolled")
-            for mode in (StraightThrough(), Surrogate(), Implicit())
-        ),
     ],
 )
 def test_wrong_sources_and_combinations_are_refused_by_name(make: Any, named: str):
@@ -153,6 +148,12 @@ def test_suites_have_their_names_and_sizes():
     assert set(attacks.suite("full", threat)) > set(attacks.suite("exact", threat))
     with pytest.raises(SettingsError, match="Did you mean 'standard'"):
         attacks.suite("standart", threat)
+
+
+def test_the_step_size_grows_with_the_threat_where_there_is_something_to_grow_from() -> None:
+    wide, none = ThreatModel(eps=0.2), ThreatModel(eps=0.0)
+    assert PGD(ThreatModel(eps=0.1), step_size=0.03).under(wide).step_size == pytest.approx(0.06)
+    assert PGD(none, step_size=0.03).under(wide) == PGD(wide)
 
 
 def test_threat_restarts_seed_and_noise_of_a_transfer_are_the_inner_attacks():

@@ -20,7 +20,6 @@ from cmap_defense.attacks import (
     VoteMargin,
 )
 from cmap_defense.attacks.goal import margin
-from cmap_defense.cmap.optimise import LatentState
 from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.gradients import GradientMode, Implicit, StraightThrough, Surrogate, Unrolled
 
@@ -121,58 +120,31 @@ def test_a_target_outside_the_ball_is_brought_inside_for_the_start():
 
 
 @pytest.mark.parametrize("size", [None, (13, 11)])
-@pytest.mark.parametrize("watched", [0, 1, 3])
-def test_the_loss_is_the_distance_at_the_end_and_at_the_watched_iterations(watched: int, size: Any):
+def test_the_loss_is_the_distance_of_the_final_images(size: Any):
     images, labels = labelled(2) if size is None else labelled(2, size)
     model = wrapped(settings=SMOOTH, resize=None if size is None else "bilinear")
-    attack = TargetSteer(THREATS["l2"], steps=1, step_size=0.0, target=FIRST, watched=watched, gradient=Unrolled())
+    attack = TargetSteer(THREATS["l2"], steps=1, step_size=0.0, target=FIRST, gradient=Unrolled())
     result = attack(model, images, labels)
-    target, seen = result.images, list[LatentState]()
-    with model.register_latent_hook(seen.append, iterations=range(6 - watched, 6)):
-        purified = model.purify(target, seeds=search_seeds(range(2), 0, 2))
+    target = result.images
+    purified = model.purify(target, seeds=search_seeds(range(2), 0, 2))
     distance = (purified.images - target[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
-    small = model.preprocessing.resized(target, (8, 6))
-    assert len(seen) == watched
-    for state in seen:
-        generated = (state.generated + 1) / 2
-        distance = distance + (generated - small[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
     torch.testing.assert_close(result.history["loss"][0], -distance, rtol=1e-4, atol=1e-5)
     assert torch.equal(result.history["reached"][0], (purified.labels != labels).float())
 
 
-def test_images_that_stop_early_are_watched_until_then() -> None:
-    images, labels = labelled(2)
-    images = torch.cat([images[:1], 0.5 + 0 * images[1:]])
-    attack = TargetSteer(THREATS["l2"], steps=1, step_size=0.0, target=FIRST, watched=6, gradient=Unrolled())
-    model = wrapped(settings=SMOOTH.replace(stop_decrease=0.077, stop_window=1))
-    target, seen = attack(model, images, labels).images, list[LatentState]()
-    with model.register_latent_hook(seen.append):
-        purified = model.purify(target, seeds=search_seeds(range(2), 0, 2))
-    distance = (purified.images - target[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
-    assert {len(state.image_indices) for state in seen} == {1, 2}
-    for state in seen:
-        apart = (state.generated + 1) / 2 - target[state.image_indices][:, None]
-        distance[state.image_indices] += apart.square().sum(dim=(2, 3, 4)).mean(dim=1)
-    found = attack(model, images, labels).history["loss"][0]
-    torch.testing.assert_close(found, -distance, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("watched", [0, 2])
-def test_a_step_is_along_the_gradient_of_that_distance(watched: int):
+def test_a_step_is_along_the_gradient_of_that_distance() -> None:
     """Against finite differences of the loss, whose noise is known."""
     images, labels = labelled(2, dtype=DOUBLE)
-    options: Any = {"target": FIRST, "gradient": Unrolled(), "watched": watched, "noise": "known"}
+    options: Any = {"target": FIRST, "gradient": Unrolled(), "noise": "known"}
     wide = ThreatModel(norm="l2", eps=2.0)  # the target is well inside, so that nothing is projected
     moving, still = (TargetSteer(wide, steps=1, step_size=size, **options) for size in (1e-3, 0.0))
     begun, moved = (attack(precise(), images, labels) for attack in (still, moving))
     begin, moved = begun.images, moved.images
 
     def distance(where: Tensor) -> Tensor:
-        model, seen = precise(), []
-        with model.register_latent_hook(seen.append, iterations=range(6 - watched, 6)), torch.no_grad():
-            purified = model.purify(where, seeds=base_seeds(range(2), 0))
-        parts = [purified.images, *((state.generated + 1) / 2 for state in seen)]
-        return sum((part - begin[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1) for part in parts)
+        with torch.no_grad():
+            purified = precise().purify(where, seeds=base_seeds(range(2), 0))
+        return (purified.images - begin[:, None]).square().sum(dim=(2, 3, 4)).mean(dim=1)
 
     direction = (moved - begin) / (moved - begin).flatten(1).norm(dim=1)[:, None, None, None]
     slope = (distance(begin + 1e-6 * direction) - distance(begin - 1e-6 * direction)) / 2e-6
@@ -180,10 +152,9 @@ def test_a_step_is_along_the_gradient_of_that_distance(watched: int):
 
 
 @NORMS
-@pytest.mark.parametrize("watched", [0, 2])
-def test_the_distance_falls(norm: str, watched: int):
+def test_the_distance_falls(norm: str):
     eps = 0.1 if norm == "linf" else 1.5
-    options: Any = {"step_size": eps / 12, "target": FIRST, "gradient": Unrolled(), "watched": watched}
+    options: Any = {"step_size": eps / 12, "target": FIRST, "gradient": Unrolled()}
     attack = TargetSteer(ThreatModel(norm=norm, eps=eps), steps=10, **options)
     loss = attack(wrapped(settings=SMOOTH, seed=1), *labelled(2)).history["loss"]
     assert (loss < 0).all()
@@ -192,7 +163,7 @@ def test_the_distance_falls(norm: str, watched: int):
 
 
 @pytest.mark.parametrize("mode", [StraightThrough(), Surrogate(), Implicit(), Unrolled(last=1)], ids=repr)
-def test_gradient_modes_without_watched_iterations(mode: GradientMode):
+def test_gradient_modes(mode: GradientMode):
     moved, still = (
         TargetSteer(THREATS["l2"], steps=2, target=FIRST, gradient=mode, step_size=size)(wrapped(), *labelled(2))
         for size in (None, 0.0)

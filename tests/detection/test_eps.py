@@ -70,7 +70,7 @@ def test_levels_are_those_of_a_ddpm() -> None:
 
 @given(count=st.integers(2, 4), deviation=st.floats(0.1, 2.0))
 def test_with_the_best_denoiser_of_normal_data_it_is_the_mean_score(count: int, deviation: float) -> None:
-    backbone, images = Normal(deviation), uniform(count, *SHAPE, seed=count, dtype=torch.float64)
+    backbone, images = Normal(deviation).double(), uniform(count, *SHAPE, seed=count, dtype=torch.float64)
     found = FEW(backbone, images)
     scores = [backbone.score(x, s) for x, s in zip(clean_noisy(FEW, images), FEW.sigmas, strict=True)]
     torch.testing.assert_close(found, torch.stack(scores).mean(0).detach(), rtol=1e-9, atol=1e-9)
@@ -78,7 +78,7 @@ def test_with_the_best_denoiser_of_normal_data_it_is_the_mean_score(count: int, 
 
 @pytest.mark.parametrize(("sigma", "share"), [(0.001, 0.5), (400.0, 1.0)])
 def test_a_consistency_model_of_normal_data_gives_half_the_score_to_the_whole(sigma: float, share: float) -> None:
-    backbone, images, eps = Flow(), uniform(2, *SHAPE, seed=1, dtype=torch.float64), EPS(sigmas=(sigma,))
+    backbone, images, eps = Flow().double(), uniform(2, *SHAPE, seed=1, dtype=torch.float64), EPS(sigmas=(sigma,))
     whole = backbone.score(clean_noisy(eps, images)[0], sigma)
     torch.testing.assert_close(eps(backbone, images), share * whole.detach(), rtol=5e-3, atol=1e-9)
 
@@ -119,6 +119,23 @@ def test_nothing_else_is_touched() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert FEW(backbone, images[:0]).shape == (0, *SHAPE)
     assert FEW(backbone, images.half()).dtype == torch.float32
+
+
+class Smoothing(nn.Conv2d):
+    """A backbone of a user, which takes images of its weights' type alone."""
+
+    image_shape = SHAPE
+
+    def denoise(self, noisy: Tensor, sigma: float) -> Tensor:
+        return self(noisy) / (1 + sigma)
+
+
+def test_a_backbone_gets_images_of_its_own_type() -> None:
+    backbone, images = Smoothing(3, 3, 3, padding=1), uniform(2, *SHAPE, seed=1)
+    exact = FEW(backbone, images)
+    found = FEW(backbone.bfloat16(), images)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_class_labels_reach_a_conditional_backbone() -> None:

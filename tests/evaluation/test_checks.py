@@ -318,7 +318,7 @@ def test_the_table_of_gradients() -> None:
     assert gradient_table(lines(COSINES[:1]))[0]["error"] == 0.0
 
 
-def test_without_the_tasks_of_the_checks_only_the_attacks_are_vote_iterations() -> None:
+def test_without_the_tasks_of_the_checks_only_the_attacks_are_checked() -> None:
     found, sweeps = make_checks(linear, ATTACKS, SHAPE, {n: runs(s, n) for n, s in ATTACKED.items()}, {}, [])
     assert sweeps == []
     assert [check.name for check in found] == ALL[:7]

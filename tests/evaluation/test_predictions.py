@@ -186,8 +186,19 @@ def test_predictions_that_are_no_logits_are_refused(logits: Tensor) -> None:
         predict(lambda images: logits, images, labels, INDICES, range(2))
 
 
+def test_latents_at_a_level_without_iterations_have_no_history() -> None:
+    images, labels = images_for("label")
+    model = wrapped(settings=QUICK.replace(level=0.5, iterations=0))
+    found = predict(model, images, labels, INDICES, range(2))
+    seeds = [prediction_seeds(INDICES, number) for number in range(2)]
+    assert torch.equal(found.labels, torch.stack([model.purify(images, seeds=own).labels for own in seeds]))
+    assert found.vote_right is None
+    assert all(len(values) == 0 for values in found.loop.values())
+    assert vote_iterations(0) == [0]
+
+
 @given(iterations=st.integers(1, 400))
-def test_the_vote_is_vote_iterations_from_beginning_to_end(iterations: int) -> None:
+def test_the_vote_is_taken_from_beginning_to_end(iterations: int) -> None:
     found = vote_iterations(iterations)
     assert (found[0], found[-1]) == (0, iterations)
     assert found == sorted(set(found))

@@ -254,6 +254,18 @@ def test_cosines_and_variances(model: Any, how: PGD) -> None:
         assert max(line["cosines"]) < 0.9999
 
 
+def test_gradients_of_a_balanced_attack_have_one_length_before_they_are_averaged() -> None:
+    model, how, given = wrapped(gradient=Surrogate()), PGD(LINF, balanced=True), batch()
+    raw = drawn_gradients(model, PGD(LINF), given, 4)
+    units = raw / np.linalg.norm(raw, axis=2, keepdims=True)
+    for row, line in enumerate(gradient_task(model, how, 4).run(given)[0]):
+        one, other = units[:2, row].mean(axis=0), units[2:, row].mean(axis=0)
+        cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+        assert line["cosines"][1] == pytest.approx(cosine, rel=1e-4)
+        one, other = raw[:2, row].mean(axis=0), raw[2:, row].mean(axis=0)
+        assert abs(line["cosines"][1] - one @ other / np.linalg.norm(one) / np.linalg.norm(other)) > 1e-4
+
+
 def test_the_gradient_mode_of_the_attack_is_the_one_measured() -> None:
     given = batch()
     alone = gradient_task(wrapped(gradient=Surrogate()), PGD(LINF), 4).run(given)

@@ -35,7 +35,7 @@ def test_processes_share_what_one_would_draw(world: int, size: int, seed: int, s
     changes = {"batch_size": size, "seed": seed}
     whole = tensors(draws(**changes)(step))
     for rank in range(world):
-        part = tensors(draws(Ranks(rank, world, rank), **changes)(step))
+        part = tensors(draws(Ranks(rank, world), **changes)(step))
         for found, expected in zip(part, whole, strict=True):
             assert torch.equal(found, expected[rank::world])
 

@@ -196,8 +196,8 @@ class Attack(NamedOptions, abc.ABC):
         targets = None if targets is None else _classes("targets", targets, images)
         name = type(self).__name__
         require_integer(name, "reevaluations", reevaluations, minimum=1)
-        if isinstance(model, PurifiedClassifier) and model.preprocessing.inputs != "unit":
-            model = model.variant(hooks=True, inputs="unit")
+        if isinstance(model, PurifiedClassifier):
+            model = model.on_unit_images()
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))

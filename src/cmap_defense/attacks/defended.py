@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from cmap_defense.attacks.steps import StepAttack
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.settings import setting
-from cmap_defense.errors import SettingsError
 from cmap_defense.gradients import GradientMode, Unrolled
 
 
@@ -81,7 +80,7 @@ class ShortCMAP(StepAttack):
 class TargetSteer(StepAttack):
     """An attack of this package: move the image until its purification ends at a misclassified image G(u_t)
 
-        max_x  - (1/K) sum_k ||G(u_k*(x)) - G(u_t)||^2  - the same at each of the last ``watched`` iterations
+        max_x  - (1/K) sum_k ||G(u_k*(x)) - G(u_t)||^2
 
     G(u_t) is the best attempt of a ``LatentAttack``, and the search starts from it. The loss is a distance of images,
     with a slope where the classifier's loss is flat. The model must be a purified classifier. Further arguments are
@@ -91,8 +90,6 @@ class TargetSteer(StepAttack):
         target: the attack that finds G(u_t), within its own threat model; None for one with its defaults and this
             threat model. Its restarts, seed and noise are not used.
         gradient: the gradient mode during the search.
-        watched: iterations before the last whose generated images count with the same weight. It needs an unrolled
-            gradient that reaches them.
 
     Raises:
         SettingsError: a value is out of its range, or the model is something else.
@@ -102,12 +99,6 @@ class TargetSteer(StepAttack):
 
     target: LatentAttack | None = setting(None, like="a LatentAttack")
     gradient: GradientMode = setting(Unrolled(last=5), like=A_MODE)
-    watched: int = setting(0, minimum=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.watched and not isinstance(self.gradient, Unrolled):
-            raise SettingsError("TargetSteer.watched needs gradient=Unrolled(): no other reaches the iterations.")
 
     def differentiates_defence(self, model: Model) -> bool:
         return self.gradient.differentiates_defence
@@ -119,27 +110,12 @@ class TargetSteer(StepAttack):
         wrapper = oracle.wrapper(self).variant(hooks=True, gradient=self.gradient)
         _, images, margins, _ = (self.target or LatentAttack(self.threat)).search(oracle, clean, goal)
         target = images[torch.arange(len(clean), device=clean.device), margins.argmax(dim=1)]
-        small = 2 * wrapper.preprocessing.resized(target, wrapper.image_shape[1:])[:, None] - 1
-        iterations = wrapper.settings.iterations
-        late = range(max(0, iterations - self.watched), iterations)
-        on_the_way: list[Tensor] = []
-
-        def watch(state: Any) -> None:
-            running = state.image_indices.to(small.device)  # those that have not stopped early
-            distance = (state.generated - small[running]).square().flatten(2).sum(dim=2).mean(dim=1) / 4
-            on_the_way.append(distance.new_zeros(len(small)).index_add(0, running, distance))
 
         def feedback(images: Tensor) -> Feedback:
-            on_the_way.clear()
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                if self.watched:
-                    with wrapper.register_latent_hook(watch, iterations=late, live=True):
-                        result = wrapper.purify(leaf, seeds=oracle.next_noise())
-                else:
-                    result = wrapper.purify(leaf, seeds=oracle.next_noise())
+                result = wrapper.purify(leaf, seeds=oracle.next_noise())
                 distance = (result.images - target[:, None]).square().flatten(2).sum(dim=2).mean(dim=1)
-                distance = torch.stack([distance, *on_the_way]).sum(dim=0)
                 gradient = oracle.gradient_to(leaf, distance.sum())
             assert result.labels is not None
             return Feedback(-distance.detach(), -gradient, goal.reached(result.labels).float())

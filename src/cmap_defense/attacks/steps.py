@@ -59,8 +59,8 @@ class StepAttack(Attack):
     def under(self, threat: ThreatModel) -> StepAttack:
         size = self.step_size
         if size is not None:  # it grows with eps
-            size = size * threat.eps / self.threat.eps
-            size = min(size, 1.0) if threat.norm == "linf" else size
+            size = size * threat.eps / self.threat.eps if self.threat.eps else None
+            size = min(size, 1.0) if size is not None and threat.norm == "linf" else size
         return dataclasses.replace(self, threat=threat, step_size=size)
 
     def first_step(self) -> float | None:

@@ -77,7 +77,7 @@ def paper_suite(
 
 
 def standard_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int = 0) -> dict[str, Attack]:
-    """One adaptive attack of each kind, at sizes for a first look.
+    """One adaptive attack of each kind, at sizes for a first inspection.
 
     Use more steps, restarts and EOT for published figures; the variance of the gradient flattens near 64 evaluations.
     Arguments are those of ``exact_suite``.

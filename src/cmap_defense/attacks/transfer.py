@@ -163,7 +163,7 @@ class Transfer(Attack):
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         source = self.source.of(oracle.wrapper(self)) if isinstance(self.source, Source) else self.source
-        if isinstance(source, PurifiedClassifier) and source.preprocessing.inputs != "unit":
-            source = source.variant(hooks=True, inputs="unit")
+        if isinstance(source, PurifiedClassifier):
+            source = source.on_unit_images()
         with evaluating(source):
             return self.attack.run(oracle.of(source), clean, goal)

@@ -112,12 +112,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise BackboneFileError(
-            f"{path} is not a whole safetensors file ({error}){looks(path)}. Fetch or write the folder again."
+            f"{path} is not a whole safetensors file ({error}){apparent_kind(path)}. Fetch or write the folder again."
         ) from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file, shared tensors once for each name. Raises ``BackboneFileError`` when there is no room or no
+    """Write a file, shared tensors once for each name. Raises ``BackboneFileError`` when there is no space or no
     permission."""
     written: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -173,16 +173,17 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneFileError(
-            f"{path} is refused: it is no plain dictionary of tensors, or asks for code to be run on loading"
-            f"{looks(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you trust."
+            f"{path} is refused: it is no plain dictionary of tensors, or requires code to be run on loading"
+            f"{apparent_kind(path)}. Nothing of it was executed. Get the weights as safetensors, from somebody you "
+            "trust."
         ) from error
     except Exception as error:  # a malformed file makes the unpickler raise anything
         raise BackboneFileError(
-            f"{path} is not a whole PyTorch file ({error}){looks(path)}. Fetch it again."
+            f"{path} is not a whole PyTorch file ({error}){apparent_kind(path)}. Fetch it again."
         ) from error
 
 
-def looks(path: Path) -> str:
+def apparent_kind(path: Path) -> str:
     """What a broken file seems to be, for the end of a sentence."""
     try:
         with path.open("rb") as file:

@@ -247,7 +247,7 @@ class _Certification:
             now,
             EvaluationError,
             what=f"{self.folder} holds other certificates",
-            remedy="Give the same settings to go on with them, or another folder. (More copies after a look at the "
+            remedy="Give the same settings to go on with them, or another folder. (More copies after seeing the "
             "result would void alpha.)",
         )
 

@@ -153,7 +153,7 @@ class SmoothedClassifier(NamedOptions):
         indices: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """The smoothed classifier's prediction (PREDICT of arXiv 1902.02918), int64 [B] on the CPU; -1 where n copies
-        cannot tell the first two classes apart.
+        cannot distinguish the first two classes.
 
         Args:
             images: as for ``certify``, whose errors it raises.

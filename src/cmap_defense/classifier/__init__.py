@@ -1,4 +1,4 @@
-"""The wrapper, and the pieces of the defence that attacks work with."""
+"""The wrapper, and the parts of the defence that attacks work with."""
 
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.hooks import Trajectory

@@ -1,4 +1,4 @@
-"""The defence in pieces: everything between an image and the vote, public and differentiable."""
+"""The parts of the defence: everything between an image and the vote, public and differentiable."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class LatentAccess(NamedOptions, nn.Module):
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""
         flat = shown.flatten(0, 1)
         chunk = self.max_parallel or CLASSIFIER_CHUNK
-        logits = torch.cat([self._logits(piece) for piece in flat.split(chunk)])
+        logits = torch.cat([self._logits(part) for part in flat.split(chunk)])
         return logits.unflatten(0, shown.shape[:2])
 
     def _logits(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _WARNED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 def warn_of_training_mode(classifier: object, images: Tensor) -> None:
     """Warn of a classifier in training mode that is called where nothing can be trained: gradients are off, or neither
-    the images nor a weight requires one. Only modules count whose code asks for the mode, as BatchNorm and Dropout do.
+    the images nor a weight requires one. Only modules count whose code reads the mode, as BatchNorm and Dropout do.
     """
     module = module_behind(classifier)
     if module is None or "training" in _said(module):
@@ -40,7 +40,7 @@ def warn_of_training_mode(classifier: object, images: Tensor) -> None:
 
 
 def part_in_training_mode(classifier: object) -> nn.Module | None:
-    """The first part of a classifier that is in training mode and asks for it, as BatchNorm and Dropout do; or None."""
+    """The first part of a classifier that is in training mode and reads it, as BatchNorm and Dropout do; or None."""
     module = module_behind(classifier)
     parts = () if module is None else module.modules()
     return next((part for part in parts if part.training and _depends_on_mode(part)), None)

@@ -317,6 +317,11 @@ class PurifiedClassifier(LatentAccess):
             batch = self.preprocessing.to_classifier(batch)
         return batch
 
+    def on_unit_images(self) -> PurifiedClassifier:
+        """This wrapper where it takes images in [0, 1], as attacks and evaluations do; else a variant that does, which
+        shares its hooks."""
+        return self if self.preprocessing.inputs == "unit" else self.variant(hooks=True, inputs="unit")
+
     def variant(self, *, hooks: bool = False, **changes: Any) -> PurifiedClassifier:
         """Another wrapper around the same classifier and backbone, with some of the options changed.
 
@@ -421,7 +426,7 @@ class PurifiedClassifier(LatentAccess):
         callback: Callable[[Any], Any] | None = None,
     ) -> PurificationResult:
         """A purification outside of inference mode, with gradients where the caller has them on."""
-        wanted = torch.is_grad_enabled()  # asked before inference mode is left, which turns gradients on
+        wanted = torch.is_grad_enabled()  # read before inference mode is left, which turns gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
             unit = self.preprocessing.to_unit(images, self._device())
             chosen = self._seeds(seeds, latents, len(unit))

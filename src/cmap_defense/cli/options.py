@@ -49,7 +49,7 @@ OBJECTIVES = ("edm", "ct", "ict", "ect", "cd")
 
 
 class Choice(click.Choice[str]):
-    """One of several words; a mistyped one is answered with those that are near."""
+    """One of several words; a mistyped one is an error that names those that are near."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         return f"there is no {value!r}.{near_matches(str(value), self.choices)}"

@@ -58,7 +58,7 @@ def perceptual_terms(
 def latent_moments(latents: Tensor) -> tuple[Tensor, Tensor]:
     """m and s of eq. 12: mean and unbiased standard deviation [B, C, H, W] over the K latents [B, K, C, H, W].
 
-    For K = 1 there is no standard deviation; s is then 1, the value that the prior asks for.
+    For K = 1 there is no standard deviation; s is then 1, the value that the prior requires.
     """
     mean = latents.mean(dim=1)
     if latents.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""From the classifier's logits on K generated images to one answer: eq. 14 of arXiv 2412.08394."""
+"""From the classifier's logits on K generated images to one prediction: eq. 14 of arXiv 2412.08394."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def vote_margin(votes: Tensor) -> Tensor:
 
 
 def vote_logits(logits: Tensor, *, lift: bool = True) -> Tensor:
-    """The wrapper's answer: the log mean probability [B, classes], its argmax being the vote.
+    """The wrapper's prediction: the log mean probability [B, classes], its argmax being the vote.
 
     Where the majority label is not on top already, it is lifted just above the rest by a constant that carries no
     gradient.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cmap_defense.common.files import tensor_checksum
-from cmap_defense.common.modules import dtype_of
+from cmap_defense.common.modules import dtype_of, module_behind
 from cmap_defense.common.options import NamedOptions
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -21,7 +21,8 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 def describe(part: object) -> Any:
     """Settings as JSON: a dataclass by its fields, another object with options by these, a network as
-    ``describe_module``, a function by its name, anything else as its repr without its address in memory."""
+    ``describe_module``, a method of a network or a partial of one with that network, another function by its name,
+    anything else as its repr without its address in memory."""
     if isinstance(part, nn.Module):
         return describe_module(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
@@ -33,6 +34,9 @@ def describe(part: object) -> Any:
         return part
     if isinstance(part, NamedOptions):
         return {"class": type(part).__name__, **_options(part)}
+    module = module_behind(part)
+    if module is not None:
+        return {"function": qualified_name(getattr(part, "func", part)), **describe_module(module)}
     return qualified_name(part) if hasattr(part, "__qualname__") else ADDRESS.sub("", repr(part))
 
 

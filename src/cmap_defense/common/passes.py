@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator
 
 @dataclasses.dataclass(eq=False)
 class PassCounter:
-    """How many passes there were, and who is told."""
+    """How many passes there were, and what is called with their number."""
 
     total: int = 0
-    told: Callable[[int], None] | None = None
+    on_pass: Callable[[int], None] | None = None
 
 
 _active: list[PassCounter] = []  # of all threads: autograd runs a backward pass in threads of its own
 
 
 @contextlib.contextmanager
-def counting_passes(told: Callable[[int], None] | None = None) -> Iterator[PassCounter]:
-    """A counter of the passes in its ``with`` block; ``told`` is called with their number as a call begins."""
-    counter = PassCounter(told=told)
+def counting_passes(on_pass: Callable[[int], None] | None = None) -> Iterator[PassCounter]:
+    """A counter of the passes in its ``with`` block; ``on_pass`` is called with their number as a call begins."""
+    counter = PassCounter(on_pass=on_pass)
     _active.append(counter)
     try:
         yield counter
@@ -43,6 +43,6 @@ def not_counting() -> Iterator[None]:
 def count_passes(number: int) -> None:
     """Add a call of a backbone with ``number`` latents or noisy images to all counters that are active."""
     for counter in _active:
-        if counter.told is not None:
-            counter.told(counter.total)
+        if counter.on_pass is not None:
+            counter.on_pass(counter.total)
         counter.total += number

@@ -27,7 +27,7 @@ None or False: neither."""
 
 
 class Progress:
-    """Progress of some work, told to whom ``wanted`` says; a bar is removed at the end.
+    """Progress of some work, reported to whom ``wanted`` says; a bar is removed at the end.
 
     A total of 0 is one that the first ``at`` says, None one that nobody knows. There is no bar where it is not
     ``shown``, as on other ranks than the first.
@@ -39,7 +39,7 @@ class Progress:
                 "progress must be True for a bar on standard error, a function of (done, total), or None for neither, "
                 f"but is {wanted!r}."
             )
-        self._told = wanted if callable(wanted) else None
+        self._callback = wanted if callable(wanted) else None
         self._now = 0, total
         options: dict[str, Any] = {"mininterval": EVERY, "miniters": 1, "delay": EVERY}
         options["bar_format"] = COUNT if total is None else LINE
@@ -63,8 +63,8 @@ class Progress:
     def at(self, done: int, total: int | None = None, *, what: str | None = None, remark: str | None = None) -> None:
         """So many steps of all are done; None leaves the rest as it was."""
         before, self._now = self._now, (done, self._now[1] if total is None else total)
-        if self._told is not None and before != self._now:
-            self._told(*self._now)
+        if self._callback is not None and before != self._now:
+            self._callback(*self._now)
         if self._bar is None:
             return
         if self._bar.total == 0:  # what was done before counts for no time

@@ -30,12 +30,10 @@ class Ranks:
     Attributes:
         rank: of this process, from 0.
         world: how many processes there are.
-        local: the number of this process on its node.
     """
 
     rank: int = 0
     world: int = 1
-    local: int = 0
 
     def shared(self, value: T) -> T:
         """The value that the first rank has."""
@@ -103,7 +101,7 @@ def ranks() -> Iterator[Ranks]:
         part = dist.distributed_c10d.PrefixStore(f"cmap-defense-{next(_groups)}", store)
         dist.init_process_group(backend, store=part, rank=rank, world_size=world, timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         if made:
             dist.destroy_process_group()

@@ -225,7 +225,7 @@ def deep_kernel(
     It raises the errors of ``EPS``, of the attack, and of ``train_deep_kernel``.
     """
     eps, settings = eps or EPS(), settings or DeepKernelSettings()
-    model = model if model.preprocessing.inputs == "unit" else model.variant(inputs="unit")
+    model = model.on_unit_images()
     size = settings.fgsm_eps
     attack = PGD(ThreatModel(norm="linf", eps=size), steps=1, step_size=size, random_start=False, seed=settings.seed)
     index = torch.arange(len(images))

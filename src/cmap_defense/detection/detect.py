@@ -204,7 +204,7 @@ def detect(
     if not integers or labels.shape != images.shape[:1]:
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
     index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
-    model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+    model = model.on_unit_images()
     sampler = sampling(model)  # before any work is done
     labels, eps = labels.to(images.device), eps or EPS(seed=seed)
     groups = torch.arange(len(images)).split(max_parallel)

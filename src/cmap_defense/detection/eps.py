@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.backbones.base import caster
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.inputs import (
     check_class_labels,
@@ -109,8 +110,7 @@ class EPS(Settings):
             InputTypeError: the images are of another type.
             InputValueError: their shape or values are not as above, or the backbone was not trained for a noise level.
         """
-        denoise = getattr(backbone, "denoise", None)
-        if denoise is None:
+        if not hasattr(backbone, "denoise"):
             raise BackboneError(
                 f"EPS needs backbone.denoise(noisy, sigma), but {type(backbone).__name__} has none: "
                 "use a ConsistencyBackbone or an EDMDenoiser."
@@ -129,6 +129,7 @@ class EPS(Settings):
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
         labels = check_class_labels(class_labels, len(images), getattr(backbone, "num_classes", None))
         device = device_of(backbone) or images.device
+        denoise = caster(backbone, device, "denoise")
         with torch.inference_mode(False), torch.no_grad(), evaluating(backbone):
             images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
             scores = [images[:0].clone()]

@@ -65,7 +65,7 @@ class Expected:
 class Evaluation:
     """A model, its images, its attacks and a folder for the results; ``run`` does what is not done yet.
 
-    Making one only looks at its arguments. Images are read, models run and the folder is read when a method needs it.
+    Making one only checks its arguments. Images are read, models run and the folder is read when a method needs it.
 
     Args:
         model: as ``evaluate`` takes it, like all arguments that are not listed here.
@@ -437,9 +437,7 @@ def _on_unit_images(model: Model) -> Model:
     """The model on images in [0, 1]."""
     if not callable(model) or isinstance(model, type):
         raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
-    if isinstance(model, PurifiedClassifier) and model.preprocessing.inputs != "unit":
-        return model.variant(hooks=True, inputs="unit")
-    return model
+    return model.on_unit_images() if isinstance(model, PurifiedClassifier) else model
 
 
 def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:

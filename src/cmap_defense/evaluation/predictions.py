@@ -43,6 +43,8 @@ class Predictions:
 
 def vote_iterations(iterations: int) -> list[int]:
     """The iterations, of N, at which the vote is taken: about ten, 0 and N among them."""
+    if not iterations:
+        return [0]
     count = min(iterations, 10)
     return [round(iterations * part / count) for part in range(count + 1)]
 

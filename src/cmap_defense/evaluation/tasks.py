@@ -213,8 +213,9 @@ class GradientTask(Task):
         oracle = Oracle(self.model, seeds).in_mode(self.attack.gradient, self)
         point = random_point(self.attack.threat, batch.indices, usable(batch.images))
         goal = Goal(usable(batch.labels))
-        drawn = [oracle.feedback(point, goal, self.attack.loss, 1).gradient.flatten(1) for _ in range(self.samples)]
-        return torch.stack(drawn).double()
+        loss, balanced = self.attack.loss, self.attack.balanced
+        drawn = [oracle.feedback(point, goal, loss, 1, balanced=balanced).gradient for _ in range(self.samples)]
+        return torch.stack(drawn).flatten(2).double()
 
     def _passes(self, model: PurifiedClassifier) -> int:
         return model.purifier.passes * self.samples

@@ -47,7 +47,7 @@ class Purification:
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether anybody could ask for a gradient with respect to the images."""
+        """Whether a gradient could be requested with respect to the images."""
         return self.images.requires_grad and torch.is_grad_enabled()
 
     def problem(self, mode: GradientMode) -> LatentProblem:

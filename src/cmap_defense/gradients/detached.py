@@ -1,4 +1,4 @@
-"""No gradient, and an error for who asks."""
+"""No gradient, and an error where one is requested."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -30,7 +29,6 @@ class Implicit(GradientMode, LinearSolve):
             a minimum, where they are not positive.
         l1_smoothing: d of L1, as for ``Unrolled``; 0 leaves SSIM and the latent
             term alone in the second derivatives.
-        on_report: called with an ``ImplicitReport`` in each backward pass.
 
     Attributes:
         last_report: the latest report of this object, or None.
@@ -39,7 +37,6 @@ class Implicit(GradientMode, LinearSolve):
         SettingsError: a value is out of its range.
     """
 
-    on_report: Callable[[ImplicitReport], None] | None = dataclasses.field(default=None, repr=False, compare=False)
     last_report: ClassVar[ImplicitReport | None] = None
     needs_latents = True
 
@@ -57,5 +54,3 @@ class Implicit(GradientMode, LinearSolve):
 
     def _report(self, report: ImplicitReport) -> None:
         object.__setattr__(self, "last_report", report)
-        if self.on_report is not None:
-            self.on_report(report)

@@ -20,7 +20,7 @@ RHO, SIGMA_MIN = 7.0, 0.002
 """Of the schedule of noise levels (Karras et al. 2022, arXiv 2206.00364, eq. 5); f is the identity at the latter."""
 
 STREAM = 0x5EED
-"""Sets the surrogate's noise apart from the noise of the latents that is drawn from the same seeds."""
+"""Makes the surrogate's noise independent of the noise of the latents, which is drawn from the same seeds."""
 
 
 @dataclasses.dataclass(frozen=True)

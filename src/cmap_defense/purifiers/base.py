@@ -153,7 +153,7 @@ class Purifier(NamedOptions, abc.ABC):
         return max(1, fitting // self._graphs)
 
     def sample(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> Tensor:
-        """What the backbone makes of fixed noise in one pass, by which two backbones can be told apart.
+        """What the backbone makes of fixed noise in one pass, by which two backbones can be distinguished.
 
         Args:
             backbone: as for the call.

@@ -25,7 +25,7 @@ from cmap_defense.results import PurificationResult
 __all__ = ["Chain"]
 
 STREAM = 0xC4A1
-"""Sets the noise of later purifiers apart from that of the first."""
+"""Makes the noise of later purifiers independent of that of the first."""
 
 SHARED = ("callback", "max_parallel")
 """Arguments that every purifier of a chain is given."""

@@ -23,7 +23,7 @@ from cmap_defense.results import PurificationResult
 __all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
 
 UNIFORM = 0x0F0F
-"""Sets numbers that are uniform apart from the noise of the same seeds."""
+"""Makes uniform numbers independent of the noise of the same seeds."""
 
 
 @dataclasses.dataclass(frozen=True)

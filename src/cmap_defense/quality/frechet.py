@@ -14,7 +14,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     It is what FID is in the features of one Inception network (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in
     whatever features it is given; distances in other features are other quantities.
 
-    Few vectors make it too large: two sets of n vectors from one law lie apart by about c / n, where c is the law's own
+    Few vectors make it too large: two sets of n vectors from one law differ by about c / n, where c is the law's own
     (Chong and Forsyth 2020, arXiv 1911.07023). Compare it between
     sets of the same sizes only, such as with that of two halves of real data.
 

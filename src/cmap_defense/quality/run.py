@@ -171,7 +171,7 @@ class QualityRun:
             raise SettingsError(f"QualityRun.attack must be an attack such as PGD(ThreatModel()), but is {attack!r}.")
         if name in (others or {}):
             raise SettingsError(f"QualityRun.others must have other names than the classifier, which is {name!r}.")
-        self.model = model if model.preprocessing.inputs == "unit" else model.variant(hooks=True, inputs="unit")
+        self.model = model.on_unit_images()
         self.name, self.seed, self.group = name, seed, group
         self.attack = attack or PGD(ThreatModel(), steps=20, seed=seed)
         self.models = {name: self.model} | {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
-from cmap_defense.common.files import refuse_other_settings as refuse_changes
+from cmap_defense.common.files import refuse_other_settings
 from cmap_defense.errors import BackboneFileError, CheckpointError
 
 INDEX = "index.json"
@@ -70,7 +70,7 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     newest = newest_whole(folder)
     if newest is None:
         return None
-    refuse_other_settings(*newest, settings)
+    refuse_other_checkpoint(*newest, settings)
     return newest[0]
 
 
@@ -92,15 +92,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     index = _read_index(path)
     segments = {part["file"]: read_safetensors(path / part["file"]) for part in index["parts"]}
     tensors = {
-        name: torch.cat([segments[file][key] for file, key in entry["pieces"]]).reshape(entry["shape"])
+        name: torch.cat([segments[file][key] for file, key in entry["parts"]]).reshape(entry["shape"])
         for name, entry in index["tensors"].items()
     }
     return Checkpoint(index["step"], index["settings"], tensors)
 
 
-def refuse_other_settings(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def refuse_other_checkpoint(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises ``CheckpointError``, which lists what differs, a line per option, unless both are the same."""
-    refuse_changes(
+    refuse_other_settings(
         there,
         here,
         CheckpointError,
@@ -118,7 +118,7 @@ def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:
         parts.append({"file": file, "sha256": sha256_of(folder / file)})
         for key, (name, _) in segments.items():
             where.setdefault(name, []).append([file, key])
-    tensors = {name: {"shape": list(t.shape), "pieces": where[name]} for name, t in checkpoint.tensors.items()}
+    tensors = {name: {"shape": list(t.shape), "parts": where[name]} for name, t in checkpoint.tensors.items()}
     index = {"format": 1, "step": checkpoint.step, "settings": checkpoint.settings, "parts": parts, "tensors": tensors}
     (folder / INDEX).write_text(json.dumps(index | {"sha256": _digest(index)}) + "\n", encoding="utf-8")
     _sync(folder / INDEX)
@@ -127,18 +127,18 @@ def _write(folder: Path, checkpoint: Checkpoint, part_mb: int | None) -> None:
 
 def _parts(tensors: Mapping[str, Tensor], part_mb: int | None) -> Iterator[dict[str, tuple[str, Tensor]]]:
     """Flat segments of the tensors, as many as fit a file with its header: key -> (name of the tensor, segment)."""
-    room = limit = sys.maxsize if part_mb is None else part_mb * MEGABYTE - 1024
+    space = limit = sys.maxsize if part_mb is None else part_mb * MEGABYTE - 1024
     segments: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         flat, begin = tensor.detach().flatten(), 0
         while begin < len(flat) or (begin == 0 and not len(flat)):
             heading = len(name.encode()) + 192  # of the segment in the file's header
-            if room < heading + flat.itemsize:
+            if space < heading + flat.itemsize:
                 yield segments
-                segments, room = {}, limit
-            count = min(len(flat) - begin, (room - heading) // flat.itemsize)
+                segments, space = {}, limit
+            count = min(len(flat) - begin, (space - heading) // flat.itemsize)
             segments[f"{name}#{begin}"] = (name, flat[begin : begin + count])
-            room -= heading + count * flat.itemsize
+            space -= heading + count * flat.itemsize
             begin += max(1, count)
     yield segments
 

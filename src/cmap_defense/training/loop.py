@@ -30,7 +30,7 @@ from cmap_defense.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    refuse_other_settings,
+    refuse_other_checkpoint,
     save_checkpoint,
 )
 from cmap_defense.training.learner import Trainee
@@ -84,7 +84,7 @@ def train(
         on_step: called after each step.
         on_checkpoint: called after each checkpoint with the number of steps done, while the model holds the averages
             of the first half-life.
-        ended: asked before each step; True ends the training early.
+        ended: called before each step; True ends the training early.
         progress: True for a bar on standard error, or a function of (done, total): steps.
 
     Returns:
@@ -128,7 +128,7 @@ def _agree(team: Ranks, folder: Path, settings: Mapping[str, Any]) -> None:
     """All ranks were started with the settings of the first one; otherwise all of them raise."""
     other = None
     try:
-        refuse_other_settings(folder, team.shared(settings), settings)
+        refuse_other_checkpoint(folder, team.shared(settings), settings)
     except CheckpointError as error:
         other = f"Rank {team.rank} was started with other settings than the first: {error}"
     refusal = team.first_of(other)

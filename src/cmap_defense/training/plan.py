@@ -17,7 +17,7 @@ from cmap_defense.common.modules import copied_state, multiplies_bfloat16
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import require_integer
 from cmap_defense.errors import CheckpointError, SettingsError
-from cmap_defense.training.checkpoint import Checkpoint, newest_whole, refuse_other_settings, save_checkpoint
+from cmap_defense.training.checkpoint import Checkpoint, newest_whole, refuse_other_checkpoint, save_checkpoint
 from cmap_defense.training.config import PRECISIONS, TrainingConfig
 from cmap_defense.training.learner import Trainee
 
@@ -123,7 +123,7 @@ def read_plan(folder: Path, settings: Mapping[str, Any]) -> int | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no plan of a training ({error!r}). Delete it to plan anew.") from error
-    refuse_other_settings(path, before, settings)
+    refuse_other_checkpoint(path, before, settings)
     return images
 
 

@@ -17,7 +17,7 @@ from cmap_defense.backbones import EDMDenoiser, folder
 from cmap_defense.backbones.folder import RECORD_FILE
 from cmap_defense.backbones.load import resolve_backbone
 from cmap_defense.backbones.registry import register, registry_entry
-from cmap_defense.backbones.remote.cache import cache_folder, locked
+from cmap_defense.backbones.remote.cache import cache_folder, lock_or_wait
 from cmap_defense.backbones.remote.fetch import MIRROR, fetch_entry
 from cmap_defense.errors import BackboneFileError, UnknownNameError, WrongKindError
 from hubserver import HubServer, serving
@@ -347,7 +347,7 @@ def test_conversion_that_fails_is_cleared_away_and_the_file_used_by_the_next(
 
 
 def test_second_process_waits_for_the_first(cache: Path, capsys: pytest.CaptureFixture[str]):
-    with ThreadPoolExecutor() as pool, locked(cache / "model", NAME):
-        waiting = pool.submit(lambda: locked(cache / "model", NAME).__enter__())
+    with ThreadPoolExecutor() as pool, lock_or_wait(cache / "model", NAME):
+        waiting = pool.submit(lambda: lock_or_wait(cache / "model", NAME).__enter__())
         while "another process is at work on tiny-cd" not in capsys.readouterr().err:
             assert not waiting.done()

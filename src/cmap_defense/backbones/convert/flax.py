@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from cmap_defense.backbones.weights import looks
+from cmap_defense.backbones.weights import apparent_kind
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, UnknownNameError
 
@@ -71,7 +71,8 @@ def read_flax(path: str | os.PathLike[str], entry: str) -> dict[str, np.ndarray]
         raise
     except Exception as error:  # reading something else than msgpack of arrays may raise anything
         raise NotACheckpointError(
-            f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}){looks(path)}. Fetch it again."
+            f"{path} is not a flax msgpack checkpoint ({type(error).__name__}: {error}){apparent_kind(path)}. Fetch it "
+            "again."
         ) from error
     if entry not in names:
         raise UnknownNameError(f"{path} has no {entry!r}.{near_matches(entry, set(names))}")

@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def lock_or_wait(path: Path, what: str) -> Iterator[None]:
     """One process at a time; the others wait and print a line. Most systems free the lock of a process that dies."""
     lock = filelock.FileLock(f"{path}.lock")
     try:
@@ -54,7 +54,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # a timeout among them
         raise BackboneFileError(
             f"{path.parent} cannot be written to and locked ({error}). If no other process is at work on {what}, "
-            f"remove {path}.lock, or set CMAP_DEFENSE_CACHE to a folder of your own, with room and locks."
+            f"remove {path}.lock, or set CMAP_DEFENSE_CACHE to a folder of your own, with space and locks."
         ) from error
     try:
         yield
@@ -84,7 +84,7 @@ def pinned(entry: RegistryEntry, *, verified_only: bool = False) -> RegistryEntr
 def pin(name: str, source: Source, **found: str) -> Path:
     """Note a commit, a checksum or both for a name's source. Returns the file."""
     path = cache_folder() / PINS_FILE
-    with locked(path, "the list of verified backbones"):
+    with lock_or_wait(path, "the list of verified backbones"):
         pins = _read_pins()
         pins.setdefault(name, {}).setdefault(source.address, {}).update(found)
         write_json(path, pins)

@@ -17,7 +17,7 @@ from cmap_defense.backbones.convert.jcm import convert_jcm
 from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
-from cmap_defense.backbones.remote.cache import announce, cache_folder, locked, pin
+from cmap_defense.backbones.remote.cache import announce, cache_folder, lock_or_wait, pin
 from cmap_defense.backbones.remote.hub import fetch_file, fetch_folder
 from cmap_defense.backbones.weights import check_sha256, sha256_of, sha256_of_weights, weights_files
 from cmap_defense.errors import BackboneFileError, CmapError, SettingsError
@@ -143,15 +143,15 @@ def _fetch_official(entry: RegistryEntry, source: OfficialFile, force: bool) -> 
     if not force and _is_conversion_of(folder, source):
         return folder
     try:
-        with locked(folder, entry.name):
+        with lock_or_wait(folder, entry.name):
             if force or not _is_conversion_of(folder, source):
                 _convert(entry, source, folder, force)
     except BackboneFileError:
         raise
     except OSError as error:
         raise BackboneFileError(
-            f"{entry.name} could not be written to {cache_folder()} ({error}). Make room, or set CMAP_DEFENSE_CACHE "
-            "to another folder; what was fetched is kept."
+            f"{entry.name} could not be written to {cache_folder()} ({error}). Free some space, or set "
+            "CMAP_DEFENSE_CACHE to another folder; what was fetched is kept."
         ) from error
     return folder
 

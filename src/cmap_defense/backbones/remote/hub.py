@@ -61,8 +61,8 @@ def fetch_file(url: str, path: Path) -> None:
         partial.replace(path)
     except (_CLIENT_ERROR, OSError, RuntimeError, ValueError) as error:
         raise BackboneFileError(
-            f"{url} could not be fetched ({_reason(error)}). Check the network and its proxy, and the room on the disk "
-            "(CMAP_DEFENSE_CACHE moves the folder). What came is kept, and the next call continues it."
+            f"{url} could not be fetched ({_reason(error)}). Check the network and its proxy, and the space on the "
+            "disk (CMAP_DEFENSE_CACHE moves the folder). What came is kept, and the next call continues it."
         ) from error
 
 
@@ -100,7 +100,7 @@ def _translated(repo_id: str, revision: str | None, failed: str) -> Iterator[Non
             ) from error
         raise BackboneFileError(
             f"{shown} {failed} ({type(error).__name__}: {_reason(error)}). Check the network, "
-            "the room on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
+            "the space on the disk, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder."
         ) from error
 
 

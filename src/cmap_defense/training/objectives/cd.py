@@ -55,7 +55,7 @@ class CD(base.NamedDistance):
     class_conditional: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_fields(self)  # before it is asked whether they fit together
+        check_fields(self)  # before it is checked whether they fit together
         if self.huber is not None and self.distance != "pseudo-huber":
             raise SettingsError(
                 f"CD.huber belongs to the distance 'pseudo-huber', but the distance is {self.distance!r}."
