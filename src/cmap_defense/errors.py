@@ -23,7 +23,9 @@ __all__ = [
     "InputTypeError",
     "InputValueError",
     "MissingExtraError",
+    "NoLatentsError",
     "OptionError",
+    "PurifierError",
     "SettingsError",
     "TrainingError",
     "UnknownNameError",
@@ -37,6 +39,10 @@ class CmapError(Exception):
 
 class SettingsError(CmapError, ValueError):
     """A setting is missing, unknown, of the wrong type or out of its range."""
+
+
+class NoLatentsError(SettingsError, AttributeError):
+    """The purifier is no optimisation over latents, so that the model lacks what only such a one has."""
 
 
 class OptionError(CmapError, TypeError):
@@ -62,6 +68,10 @@ class ClassifierError(CmapError, ValueError):
 class ClassifierWarning(UserWarning):
     """A classifier is in training mode where nothing is trained, returns probabilities, or is adapted to another
     purifier."""
+
+
+class PurifierError(CmapError, ValueError):
+    """A purifier returned something else than its purified images."""
 
 
 class BackboneError(CmapError, TypeError):

@@ -283,6 +283,11 @@ def nan(images: Tensor) -> Tensor:
     return images.masked_fill(images == images.max(), float("nan"))
 
 
+def true_once(labels: Tensor) -> Tensor:
+    targets = (labels + 1) % CLASSES
+    return torch.cat([labels[:1], targets[1:]])
+
+
 CALLS: dict[str, tuple[type[Exception], str, Any]] = {
     "a list of images": (InputTypeError, "Images", lambda x, y: (x.tolist(), y, {})),
     "8-bit images": (InputTypeError, "255", lambda x, y: ((x * 255).to(torch.uint8), y, {})),
@@ -301,6 +306,11 @@ CALLS: dict[str, tuple[type[Exception], str, Any]] = {
     "negative labels": (InputValueError, "labels", lambda x, y: (x, y - CLASSES, {})),
     "too few targets": (InputValueError, "targets", lambda x, y: (x, y, {"targets": y[:2]})),
     "float targets": (InputTypeError, "targets", lambda x, y: (x, y, {"targets": y.float()})),
+    "targets that are true": (
+        InputValueError,
+        "true classes of 1 of 3",
+        lambda x, y: (x, y, {"targets": true_once(y)}),
+    ),
     "a target": (InputTypeError, "targets", lambda x, y: (x, y, {"targets": 1})),
     "too few indices": (InputValueError, "indices", lambda x, y: (x, y, {"indices": [1, 2]})),
     "float indices": (InputTypeError, "indices", lambda x, y: (x, y, {"indices": [1.0, 2.0, 3.0]})),

@@ -78,6 +78,15 @@ def live_value(model: PurifiedClassifier, images: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def test_a_live_hook_in_another_gradient_mode_is_an_error_not_a_detached_state() -> None:
+    model = wrapped(Unrolled())
+    with model.register_latent_hook(lambda state: None, live=True):
+        other = model.variant(hooks=True, gradient=StraightThrough())
+        other(IMAGES)
+        with pytest.raises(SettingsError, match="StraightThrough"):
+            other(IMAGES.clone().requires_grad_())
+
+
 @pytest.mark.parametrize("options", [{}, {"max_parallel": 4}])
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_live_states_are_part_of_the_graph(options: dict, checkpoint: bool):
@@ -135,7 +144,7 @@ def test_hook_is_gone_after_an_exception_inside_its_block():
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def test_pieces_make_up_the_forward_pass():
+def test_parts_make_up_the_forward_pass():
     model = wrapped()
     start = model.initial_latents(IMAGES)
     assert start.shape == (2, 3, *SHAPE)
@@ -157,7 +166,7 @@ def test_initial_latents_belong_to_the_seeds():
 
 
 @pytest.mark.parametrize("options", [{}, {"max_parallel": 2}])
-def test_pieces_are_differentiable_twice_in_latents_and_once_in_images(options: dict):
+def test_parts_are_differentiable_twice_in_latents_and_once_in_images(options: dict):
     model = wrapped(**options)
     latents = model.initial_latents(IMAGES).requires_grad_()
     images = IMAGES.clone().requires_grad_()
@@ -181,7 +190,7 @@ def test_pieces_are_differentiable_twice_in_latents_and_once_in_images(options: 
     torch.testing.assert_close(second, (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
-def test_pieces_of_a_wrapper_that_resizes_and_normalises():
+def test_parts_of_a_wrapper_that_resizes_and_normalises():
     backbone = ToyBackbone(SHAPE).double().requires_grad_(False)
     seen: list[tuple[int, ...]] = []
 

@@ -131,6 +131,7 @@ def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
     assert [row["passes"] for row in found["rows"]] == [0, 2, 2]
     assert "learning_rate=0.1" in found["rows"][2]["purifier"]
     assert json.loads(run(*given, "--json")) == found
+    assert "one-step-level=0.4-n_latents=2: All 2 work units are done." in run(*given)
     assert "given twice" in run(*given, "-p", "identity", status=2)
     assert "Did you mean 'one-step'" in run(*given, "-p", "one-stp", status=2)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.cmap.losses import latent_moments, latent_term, perceptual_terms
-from cmap_defense.cmap.objective import LatentObjective
+from cmap_defense.cmap.objective import LatentObjective, objective_terms
 from cmap_defense.cmap.optimise import LatentState, optimise_latents
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.ssim import SSIMReference
@@ -233,6 +233,10 @@ def test_callback_sees_latents_images_and_terms_that_belong_together(max_paralle
         torch.testing.assert_close(state.terms.latent, latent_term(state.latents), rtol=1e-12, atol=1e-12)
         assert torch.equal(state.images, images)
         assert state.image_indices.tolist() == list(range(len(images)))
+        leaf = state.latents.clone().requires_grad_()
+        terms = objective_terms(leaf, backbone.generate(leaf.flatten(0, 1)).view_as(leaf), images, SHORT)
+        (gradient,) = torch.autograd.grad(leaf.shape[1] * terms.total.sum(), leaf)
+        torch.testing.assert_close(state.gradient, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_callback_sees_no_graph():

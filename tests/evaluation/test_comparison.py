@@ -85,12 +85,14 @@ def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_p
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "give models by name"),
+        ({}, "must be defences by their names"),
+        ([wrapped()], "must be defences by their names"),
+        (wrapped(), "must be defences by their names, .* but are PurifiedClassifier"),
         ({"a/b": None}, "must be a PurifiedClassifier"),
         ({"bare": Linear()}, "must be a PurifiedClassifier"),
     ],
 )
-def test_wrong_models_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_models_are_refused(given: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         compare(given, labelled(2), tmp_path)
     for name in ("a/b", "..", "", "comparison.md", "a.", "x" * 300, "a\0b"):

@@ -194,6 +194,12 @@ class Attack(NamedOptions, abc.ABC):
         self.threat.require_fit(images.shape[1:])
         labels = _classes("labels", labels, images)
         targets = None if targets is None else _classes("targets", targets, images)
+        aimless = 0 if targets is None else int(targets.eq(labels).sum())
+        if aimless:
+            raise InputValueError(
+                f"targets are the true classes of {aimless} of {len(labels)} images, which need no attack: give other "
+                "classes, such as (labels + 1) % classes."
+            )
         name = type(self).__name__
         require_integer(name, "reevaluations", reevaluations, minimum=1)
         if isinstance(model, PurifiedClassifier):

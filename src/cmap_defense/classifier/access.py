@@ -20,7 +20,7 @@ from cmap_defense.common.inputs import check_class_labels, check_logits, check_s
 from cmap_defense.common.modules import device_of, dtype_of, evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
-from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, NoLatentsError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 
@@ -48,15 +48,20 @@ class LatentAccess(NamedOptions, nn.Module):
         """The settings of the optimisation over latents.
 
         Raises:
-            SettingsError: the purifier is another one than CMAP.
+            NoLatentsError: the purifier is another one than CMAP.
         """
         return self._cmap("settings").settings
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "settings":  # after an AttributeError of the property, whose message torch would replace
+            self._cmap(name)
+        return super().__getattr__(name)
+
     def _cmap(self, what: str) -> CMAP:
-        """The purifier, where it is CMAP; raises ``SettingsError`` otherwise."""
+        """The purifier, where it is CMAP; raises ``NoLatentsError`` otherwise."""
         if isinstance(self.purifier, CMAP):
             return self.purifier
-        raise SettingsError(
+        raise NoLatentsError(
             f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} lacks. "
             'The purifier and its own settings are model.purifier; purifier=CMAP() and preset="paper" optimise latents.'
         )

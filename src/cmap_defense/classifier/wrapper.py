@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 import os
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -42,7 +44,8 @@ from cmap_defense.common.progress import OnProgress, showing_passes
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.base import Purifier, check_purified
+from cmap_defense.purifiers.chain import Chain
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
@@ -63,8 +66,9 @@ class PurifiedClassifier(LatentAccess):
     Where settings, purifier and preset are left out, the backbone's record decides: its preset "balanced", else its
     preset "fast", else CMAP (arXiv 2412.08394). The object's repr shows which it is.
 
-    The default gradient to the input is the straight-through one (BPDA): attacks that need a gradient run
-    unchanged, and it is an approximation. ``cmap_defense.gradients`` has the others.
+    The gradient to the input is exact for purifiers that denoise, so that attacks and libraries that differentiate the
+    model attack the defence itself. Through an optimisation over latents (CMAP) it is the straight-through
+    approximation (BPDA) unless ``gradient`` says otherwise.
 
     Args:
         classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least, used
@@ -87,7 +91,8 @@ class PurifiedClassifier(LatentAccess):
             "nearest-exact" (True means "bilinear"); None refuses them.
         vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
         seed: every image uses the noise of this seed; None for fresh noise on each call.
-        gradient: how the gradient to the input is taken.
+        gradient: how the gradient to the input is taken, an object of ``cmap_defense.gradients``. None is
+            ``Unrolled()``, which is exact, and ``StraightThrough()`` where CMAP is the purifier or part of a chain.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
             "predicted", the classifier's top label on the input, which on an attacked image is the attacker's (an
             unconditional backbone has no such weakness); "spread", its K most likely ones, one per latent; or a
@@ -160,7 +165,9 @@ class PurifiedClassifier(LatentAccess):
         if max_parallel is not None:
             max_parallel = require_integer(name, "max_parallel", max_parallel, minimum=1)
         self.max_parallel = max_parallel
-        self.gradient = _made(gradient, "gradient", GradientMode, "StraightThrough()", "gradients") or StraightThrough()
+        self._gradient: GradientMode | None = _made(
+            gradient, "gradient", GradientMode, "Unrolled() or StraightThrough()", "gradients"
+        )
         self.class_labels = require_class_labels(class_labels)
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
@@ -185,6 +192,13 @@ class PurifiedClassifier(LatentAccess):
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
         self._latent_hooks = LatentHooks()
         self.calibration: Calibration | None = None
+
+    @property
+    def gradient(self) -> GradientMode:
+        """How the gradient to the input is taken."""
+        if self._gradient is not None:
+            return self._gradient
+        return StraightThrough() if _optimises_latents(self.purifier) else Unrolled()
 
     def forward(
         self,
@@ -340,7 +354,7 @@ class PurifiedClassifier(LatentAccess):
             "resize": self.preprocessing.resize,
             "vote": self.vote,
             "seed": self.seed,
-            "gradient": self.gradient,
+            "gradient": self._gradient,
             "class_labels": self.class_labels,
             "dtype": None,
             "compile": self._compiler is not None,
@@ -443,6 +457,7 @@ class PurifiedClassifier(LatentAccess):
             passes = len(small) * self.purifier.passes * n_latents // self.purifier.n_latents
             with showing_passes(passes, "purifying", progress):
                 result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra, callback))
+            check_purified(result, small, n_latents, type(self.purifier).__name__)
             flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
             shown = flat.unflatten(0, result.images.shape[:2])
             return self._with_votes(dataclasses.replace(result, images=shown), self._classify(shown))
@@ -466,6 +481,11 @@ class PurifiedClassifier(LatentAccess):
         }
         hooks = (*self._latent_hooks, *([] if callback is None else [LatentHook(callback)]))
         live = [hook for hook in hooks if hook.live]
+        if live and images.requires_grad and torch.is_grad_enabled() and not isinstance(self.gradient, Unrolled):
+            raise SettingsError(
+                f"A live hook needs a graph through the loop, which {self.gradient!r} has not: take "
+                "gradient=Unrolled(), of an attack too, or remove the hook first."
+            )
         every, prepare = together(hooks), None
         if self.purifier.optimises_latents:
             prepare = getattr(self.purifier, "prepare", None)
@@ -538,10 +558,21 @@ def _made(given: Any, option: str, kind: type[Any], examples: str, package: str)
     """What was given for an option, an object of a kind or None; raises ``SettingsError``."""
     if given is None or isinstance(given, kind):
         return given
-    what = f"not a class: write {given.__name__}()" if isinstance(given, type) else f"but is {given!r}"
+    what = f"not a class: write {given.__name__}()." if isinstance(given, type) else f"but is {given!r}."
+    if isinstance(given, str):
+        names = {name.lower(): name for name in importlib.import_module(f"cmap_defense.{package}").__all__}
+        name = names.get(re.sub(r"[^a-z]", "", given.lower()))
+        what += f" Did you mean {name}()?" if name else ""
     raise SettingsError(
-        f"PurifiedClassifier.{option} must be an object such as {examples} from cmap_defense.{package}, {what}."
+        f"PurifiedClassifier.{option} must be an object such as {examples} from cmap_defense.{package}, {what}"
     )
+
+
+def _optimises_latents(purifier: Purifier) -> bool:
+    """Whether a purifier is an optimisation over latents, or a chain with one."""
+    if isinstance(purifier, Chain):
+        return any(map(_optimises_latents, purifier.purifiers))
+    return purifier.optimises_latents
 
 
 def _summary(part: object) -> str:

@@ -143,8 +143,11 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
             attacks, left_out = common_attacks(attacks, models)
         if left_out and team.rank == 0 and not options["as_json"]:
             click.echo(f"{LEFT_OUT}: {', '.join(left_out)}.")
+        printed = _costs(compared(models, out=out, attacks=attacks, **selected), team)
         if options["dry_run"]:
-            return _costs(compared(models, out=out, attacks=attacks, **selected), team)
+            return printed
+        if printed is not None and not options["as_json"]:
+            click.echo("\n".join(printed[1]))
         found = compare(models, out=out, attacks=attacks, progress=True, **selected)
         found = dataclasses.replace(found, left_out=left_out)
         files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)

@@ -35,6 +35,8 @@ class LatentState:
         terms: the objective there.
         images: the inputs [B, C, H, W] in [0, 1].
         image_indices: [B] on the CPU, the position of each image in the caller's batch.
+        gradient: [B, K, C, H, W], of K times the objective with respect to the latents, which Adam is given; None for a
+            live hook, which can take it from ``terms``.
     """
 
     iteration: int
@@ -43,6 +45,7 @@ class LatentState:
     terms: ObjectiveTerms
     images: Tensor
     image_indices: Tensor
+    gradient: Tensor | None = None
 
 
 Callback = Callable[[LatentState], "Tensor | None"]
@@ -193,7 +196,7 @@ def run_loop(
         replaced = None
         if callback is not None:
             indices = torch.arange(len(latents), device="cpu") if going is None else going
-            replaced = callback(LatentState(n, latents, generated, terms, part.images, indices))
+            replaced = callback(LatentState(n, latents, generated, terms, part.images, indices, gradient))
             if replaced is not None:
                 latents = check_replaced(replaced, latents).detach()
                 terms, gradient, generated = part.gradient(latents, keep_images=checked)

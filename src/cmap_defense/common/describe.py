@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.modules import dtype_of, module_behind
 from cmap_defense.common.options import NamedOptions
+
+_WITH_VERSION = {"cmap_defense", "torch", "torchvision", "numpy", *sys.stdlib_module_names}
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -27,17 +31,37 @@ def describe(part: object) -> Any:
         return describe_module(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = {field.name: describe(getattr(part, field.name)) for field in dataclasses.fields(part)}
-        return {"class": type(part).__name__, **fields}
+        return {"class": type(part).__name__, **fields, **own_code(part)}
     if isinstance(part, (list, tuple)):
         return [describe(value) for value in part]
     if part is None or isinstance(part, (bool, int, str)) or (isinstance(part, float) and math.isfinite(part)):
         return part
     if isinstance(part, NamedOptions):
-        return {"class": type(part).__name__, **_options(part)}
+        return {"class": type(part).__name__, **_options(part), **own_code(part)}
     module = module_behind(part)
     if module is not None:
         return {"function": qualified_name(getattr(part, "func", part)), **describe_module(module)}
-    return qualified_name(part) if hasattr(part, "__qualname__") else ADDRESS.sub("", repr(part))
+    if hasattr(part, "__qualname__"):
+        code = own_code(part)
+        return {"function": qualified_name(part), **code} if code else qualified_name(part)
+    return ADDRESS.sub("", repr(part))
+
+
+def own_code(thing: object) -> dict[str, str]:
+    """The checksum of the source of a user's function or class, with the classes that it extends, as {"code": ...}.
+
+    {} for what is in a package that has a version, as this one and torch, and where the source is not known. What a
+    function calls does not show.
+    """
+    kind: Any = thing if hasattr(thing, "__qualname__") else type(thing)
+    parts = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
+    sources = []
+    for part in parts:
+        if str(part.__module__).partition(".")[0] in _WITH_VERSION:
+            continue
+        with contextlib.suppress(OSError, TypeError):
+            sources.append(inspect.getsource(part))
+    return {"code": hashlib.sha256("\n".join(sources).encode()).hexdigest()} if sources else {}
 
 
 def describe_module(module: object) -> dict[str, Any]:
@@ -66,7 +90,11 @@ def description_text(description: Any) -> str:
         return f"[{', '.join(map(description_text, description))}]"
     if not isinstance(description, Mapping):
         return repr(description)
-    parts = [f"{name}={description_text(value)}" for name, value in description.items() if name != "class"]
+    if "function" in description:
+        return str(description["function"])
+    parts = [
+        f"{name}={description_text(value)}" for name, value in description.items() if name not in ("class", "code")
+    ]
     return f"{description.get('class', '')}({', '.join(parts)})"
 
 

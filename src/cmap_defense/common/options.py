@@ -74,6 +74,9 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
             called = "It" if wanted == name else repr(wanted)
             places = " and ".join(f"of {option.home.__name__}: {option.text(shown)}" for option in _one_per_home(found))
             return f"{refusal} {called} is an option {places}."
+    near = _near(name, set(_parameters(owner)), cutoff=0.8)
+    if near:
+        return refusal + f" Did you mean {next(o for o in within if o.name == near[0]).text(shown)}?"
     elsewhere = sorted({kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind)})
     if elsewhere:
         return f"{refusal} It is an option of {', '.join(elsewhere[:3])}{' and others' if len(elsewhere) > 3 else ''}."
@@ -91,9 +94,9 @@ def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any])
     return " Known: " + ", ".join(repr(n) for n in sorted(known)) + "."
 
 
-def _near(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> list[str]:
+def _near(name: str, known: Sequence[str] | set[str] | Mapping[str, Any], cutoff: float = 0.5) -> list[str]:
     by_lower = {known_name.lower(): known_name for known_name in sorted(known)}
-    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)]
+    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=cutoff)]
 
 
 def _options(owner: type[NamedOptions], call: str = "{}", depth: int = 0) -> Iterator[_Option]:

@@ -127,6 +127,7 @@ def compare(
         SettingsError: there is no defence or no attack, or a model is no ``PurifiedClassifier``.
     """
     left_out: list[str] = []
+    _check_models(models)
     if isinstance(attacks, str):
         attacks, left_out = common_attacks(suite(attacks, threat or ThreatModel()), models)
         threat = None
@@ -139,6 +140,13 @@ def compare(
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
     return Comparison(rows, settings, left_out)
+
+
+def _check_models(models: object) -> None:
+    if not isinstance(models, Mapping) or not models:
+        raise SettingsError(
+            f'models must be defences by their names, such as {{"one-step": model}}, but are {type(models).__name__}.'
+        )
 
 
 def common_attacks(
@@ -160,6 +168,7 @@ def compared(
 ) -> dict[str, Evaluation]:
     """The evaluations that ``compare`` makes, by the name of the defence, with nothing done yet; it says what they take
     and raise."""
+    _check_models(models)
     for name, model in models.items():
         if not isinstance(model, PurifiedClassifier):
             raise SettingsError(f"models[{name!r}] must be a PurifiedClassifier, but is a {type(model).__name__}.")
@@ -168,8 +177,6 @@ def compared(
             raise SettingsError(
                 f"{name[:80]!r} cannot be the name of a folder of its own on every system: give the defence another."
             )
-    if not models:
-        raise SettingsError("There is nothing to compare: give models by name.")
     variants = {name: (model, attacks) for name, model in models.items()}
     evaluations = dict(evaluations_of(variants, data, out, **options))
     if not all(evaluation.attacks[DEFENDED] for evaluation in evaluations.values()):

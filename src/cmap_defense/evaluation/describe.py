@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.describe import describe_module, describe_values, qualified_name
+from cmap_defense.common.describe import describe, describe_module, describe_values, own_code, qualified_name
 from cmap_defense.common.modules import device_of
 
 
@@ -29,7 +29,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "vote": model.vote,
         "seed": model.seed,
         "gradient": repr(model.gradient),
-        "class_labels": labels if isinstance(labels, str) else qualified_name(labels),
+        "class_labels": labels if isinstance(labels, str) else describe(labels),
         "resize": model.preprocessing.resize,
         "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],
         "max_parallel": model.max_parallel,
@@ -45,7 +45,7 @@ def describe_model(model: object) -> dict[str, Any]:
 
 def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
     """The purifier's class with its settings, which of an optimisation over latents stand by themselves."""
-    kind = {"class": qualified_name(model.purifier)}
+    kind = {"class": qualified_name(model.purifier), **own_code(model.purifier)}
     if model.purifier.optimises_latents:
         return {"purifier": kind, "settings": model.settings.to_dict()}
     return {"purifier": kind | model.purifier.to_dict()}

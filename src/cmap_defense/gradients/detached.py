@@ -36,6 +36,6 @@ class _Refuse(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GradientError(
             "A gradient with respect to the input is needed, but this model was made with gradient=Detached(). "
-            "Use another of cmap_defense.gradients: StraightThrough() (the default), Unrolled(), Implicit(), "
+            "Leave gradient out, or use another of cmap_defense.gradients: Unrolled(), StraightThrough(), Implicit(), "
             "Surrogate()."
         )

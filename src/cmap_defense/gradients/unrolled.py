@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cmap_defense.cmap.unroll import Backward
+from cmap_defense.errors import GradientError
 from cmap_defense.gradients.base import GradientMode, Purification
 from cmap_defense.results import PurificationResult
 
@@ -52,7 +53,14 @@ class Unrolled(GradientMode, Backward):
         if not purification.wants_gradient:
             return purification.run()
         if purification.differentiate is not None:
-            return purification.differentiate(self)
+            result = purification.differentiate(self)
+            if not result.images.requires_grad:
+                raise GradientError(
+                    "The purifier returned images that do not depend on its input for autograd, so that there is no "
+                    "exact gradient. Leave out detach() and no_grad() in it, or give PurifiedClassifier(..., "
+                    "gradient=StraightThrough()), which takes the purification as the identity."
+                )
+            return result
         return purification.problem(self).unrolled(
             self, callback=purification.callback, live=purification.live, live_at=purification.live_at
         )

@@ -13,6 +13,7 @@ from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run, StepState
 from cmap_defense.purifiers.names import by_name, from_texts
 from cmap_defense.purifiers.one_step import OneStep
 from cmap_defense.purifiers.pair import BackbonePair
+from cmap_defense.purifiers.vp import vp_sigma
 
 __all__ = [
     "ADP",
@@ -31,4 +32,5 @@ __all__ = [
     "StepState",
     "by_name",
     "from_texts",
+    "vp_sigma",
 ]

@@ -17,11 +17,14 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents
-from cmap_defense.errors import SettingsError, UnknownNameError, WrongKindError
+from cmap_defense.errors import PurifierError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Purifier"]
+
+ROUNDING = 1e-3
+"""How far a purified image may be outside [0, 1]."""
 
 
 class Purifier(NamedOptions, abc.ABC):
@@ -202,6 +205,27 @@ class Purifier(NamedOptions, abc.ABC):
         """The settings as JSON-ready values; by default the class and the attributes by name."""
         attributes = {name: describe(value) for name, value in vars(self).items()}
         return {"class": qualified_name(self), **attributes}
+
+
+def check_purified(result: object, images: Tensor, n_latents: int, name: str) -> None:
+    """Raise ``PurifierError`` unless a purifier of this name returned K versions in [0, 1] of images [B, C, H, W]."""
+    if not isinstance(result, PurificationResult):
+        raise PurifierError(f"{name} must return a PurificationResult, but returned {type(result).__name__}.")
+    expected, purified = [len(images), n_latents, *images.shape[1:]], result.images
+    if not isinstance(purified, Tensor) or list(purified.shape) != expected:
+        came = list(purified.shape) if isinstance(purified, Tensor) else type(purified).__name__
+        raise PurifierError(
+            f"{name} must return images [B, K, C, H, W], here {expected} since its n_latents is {n_latents}, but "
+            f"returned {came}."
+        )
+    if not torch.isfinite(purified).all():
+        raise PurifierError(f"{name} returned NaN or infinite images.")
+    low, high = (value.item() for value in purified.detach().aminmax())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise PurifierError(
+            f"{name} must return images in [0, 1], but they go from {low:.4g} to {high:.4g}. From [-1, 1] it is "
+            "(images + 1) / 2."
+        )
 
 
 _CALLED = {"consistency": "a consistency model", "denoiser": "a denoiser"}

@@ -47,6 +47,10 @@ class DiffPure(MultiStepPurifier):
     """
 
     _sets_level: ClassVar[str] = "t"
+    _synonyms: ClassVar[Mapping[str, str]] = {"timestep": "t"}
+    _advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("level", "sigma"), "Its noise is t of 1000, whose level is vp_sigma(t), a function of cmap_defense.purifiers."
+    )
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {"t": 100},
         "cifar10-l2": {"t": 75},

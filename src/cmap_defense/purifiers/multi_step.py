@@ -88,8 +88,9 @@ class Denoiser:
             clean = torch.cat([self.call(*row) for row in rows])
         else:
             clean = self.call(noisy, sigma, *labels)
-        if clean.shape != noisy.shape:
-            raise BackboneError(f"denoise must return {list(noisy.shape)}, but returned {list(clean.shape)}.")
+        if not isinstance(clean, Tensor) or clean.shape != noisy.shape:
+            came = list(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+            raise BackboneError(f"The backbone's denoise must return {list(noisy.shape)}, but returned {came}.")
         if torch.is_grad_enabled() and noisy.requires_grad and not clean.requires_grad:
             raise BackboneError.without_graph(
                 "noisy images"

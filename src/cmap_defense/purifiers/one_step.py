@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -30,6 +31,11 @@ class OneStep(MultiStepPurifier):
     """
 
     kind: ClassVar[str | None] = None
+    _synonyms: ClassVar[Mapping[str, str]] = {"sigma": "level", "noise": "level"}
+    _advice: ClassVar[Mapping[str, str]] = {
+        "t": "Its noise is a level, in units of images in [-1, 1]: level=vp_sigma(t), a function of "
+        "cmap_defense.purifiers, for t of 1000."
+    }
 
     level: float = setting(0.5, minimum=0)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     n_latents: int = setting(4, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]

@@ -1,0 +1,150 @@
+"""A purifier of a user's own: what it returns is checked, its gradient is the exact one, and its code is recorded."""
+
+import importlib
+import linecache
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attack_toys import Denoiser, Linear, labelled
+from cmap_defense import CMAP, PurifiedClassifier
+from cmap_defense.errors import GradientError, NoLatentsError, PurifierError
+from cmap_defense.evaluation.describe import describe_model
+from cmap_defense.gradients import StraightThrough, Unrolled
+from cmap_defense.purifiers import Chain, Identity, OneStep, Purifier
+from cmap_defense.results import PurificationResult
+
+IMAGES = labelled(3)[0]
+
+
+class Own(Purifier):
+    """Two versions by some function of the images."""
+
+    needs, n_latents, passes = None, 2, 0
+
+    def __init__(self, returns: Callable[[Tensor], Any]) -> None:
+        self.returns = returns
+
+    def __call__(self, backbone: nn.Module, images: Tensor, *, seeds: Tensor, **options: Any) -> Any:
+        found = self.returns(images)
+        return PurificationResult(found, found, seeds=seeds) if isinstance(found, Tensor) else found
+
+
+def wrapped(returns: Callable[[Tensor], Any], **options: Any) -> PurifiedClassifier:
+    return PurifiedClassifier(Linear(), Denoiser(), purifier=Own(returns), **options).eval()
+
+
+def twice(images: Tensor) -> Tensor:
+    return images[:, None].repeat(1, 2, 1, 1, 1)
+
+
+WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "no result": (lambda images: None, "must return a PurificationResult, but returned NoneType"),
+    "no versions": (lambda images: images, r"here \[3, 2, 3, 8, 6\].*returned \[3, 3, 8, 6\]"),
+    "other batch": (lambda images: twice(images)[:2], r"returned \[2, 2, 3, 8, 6\]"),
+    "one version": (lambda images: images[:, None], "n_latents is 2"),
+    "other size": (lambda images: twice(images)[..., :4], r"returned \[3, 2, 3, 8, 4\]"),
+    "NaN": (lambda images: twice(images) * torch.nan, "NaN or infinite"),
+    "signed": (lambda images: 2 * twice(images) - 1, r"\(images \+ 1\) / 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_purification_is_refused_by_the_purifiers_name(name: str) -> None:
+    returns, said = WRONG[name]
+    with pytest.raises(PurifierError, match=f"^Own .*{said}"):
+        wrapped(returns)(IMAGES)
+
+
+def gradient_of(model: PurifiedClassifier) -> Tensor:
+    images = IMAGES.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images, seeds=range(3)).square().sum(), images)
+    return gradient
+
+
+def test_the_default_gradient_is_the_exact_one() -> None:
+    """Of images squared; the straight-through one leaves out the factor 2 x."""
+    square = wrapped(lambda images: twice(images.square()))
+    assert square.gradient == Unrolled()
+    exact = gradient_of(square)
+    torch.testing.assert_close(exact, 2 * IMAGES * gradient_of(square.variant(gradient=StraightThrough())))
+
+
+def test_images_that_do_not_depend_on_the_input_are_an_error_where_a_gradient_is_wanted() -> None:
+    detached = wrapped(lambda images: twice(images).detach())
+    detached(IMAGES)
+    with pytest.raises(GradientError, match=r"gradient=StraightThrough\(\)"):
+        detached(IMAGES.clone().requires_grad_())
+    torch.testing.assert_close(gradient_of(detached.variant(gradient=StraightThrough())), gradient_of(wrapped(twice)))
+
+
+@pytest.mark.parametrize(
+    ("purifier", "exact"),
+    [
+        (OneStep(), True),
+        (Identity(), True),
+        (Chain(OneStep(), OneStep()), True),
+        (CMAP(), False),
+        (Chain(OneStep(), CMAP()), False),
+        (Chain(Chain(CMAP()), OneStep()), False),
+    ],
+    ids=repr,
+)
+def test_the_default_gradient_by_purifier(purifier: Purifier, exact: bool) -> None:
+    model = PurifiedClassifier(Linear(), Denoiser(), purifier=purifier)
+    assert model.gradient == (Unrolled() if exact else StraightThrough())
+    assert model.variant(purifier=OneStep()).gradient == Unrolled()
+    chosen = model.variant(gradient=StraightThrough())
+    assert chosen.variant(purifier=OneStep()).gradient == StraightThrough()
+
+
+def test_a_model_without_latents_has_no_settings() -> None:
+    model = PurifiedClassifier(Linear(), Denoiser(), purifier=OneStep())
+    assert not hasattr(model, "settings")
+    with pytest.raises(NoLatentsError, match="settings belongs to the optimisation over latents"):
+        _ = model.settings
+    with pytest.raises(AttributeError, match="no attribute 'setting'"):
+        _ = model.setting
+
+
+BODY = """
+from cmap_defense.purifiers import Purifier
+
+
+class Edited(Purifier):
+    needs, n_latents, passes = None, 1, 0
+
+    def __call__(self, backbone, images, **options):
+        return images * {factor}
+"""
+
+
+def edited(folder: Path, factor: float) -> Any:
+    """A purifier of one class in one module, whose code is another each time."""
+    (folder / "edited.py").write_text(BODY.format(factor=factor))
+    sys.modules.pop("edited", None)
+    importlib.invalidate_caches()
+    linecache.clearcache()
+    return importlib.import_module("edited").Edited()
+
+
+def test_another_code_of_the_same_class_is_another_purifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def described(factor: float) -> Any:
+        return describe_model(PurifiedClassifier(Linear(), Denoiser(), purifier=edited(tmp_path, factor)))["purifier"]
+
+    first = described(1.0)
+    assert first["class"] == "edited.Edited"
+    assert described(0.5) != first == described(1.0)
+
+
+def test_the_packages_purifiers_have_a_version_in_place_of_code() -> None:
+    model = PurifiedClassifier(Linear(), Denoiser(), purifier=OneStep())
+    assert "code" not in describe_model(model)["purifier"]
