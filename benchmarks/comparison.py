@@ -157,7 +157,7 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "diffpure": diffpure(80),
         "gdmp": GDMP(t=36, rounds=2, eps=EPS["fashion-mnist"], n_latents=K),
         "adp": ADP(noise=0.1, n_latents=K),
-        "gnsp": GNSP(rounds=(8, 8, 16), n_latents=K),
+        "gnsp": GNSP(rounds=(20, 20, 50), n_latents=K),
         "likelihood": LikelihoodMaximisation(learning_rate=0.06, n_latents=K),
         "cmap-level": near(0.8, 3),
         "cmap-paper": near(None, 50),

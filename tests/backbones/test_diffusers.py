@@ -458,7 +458,7 @@ class Hostile:
 def test_hostile_pickle_is_refused_and_not_executed(folder: Path):
     mark = folder.parent / "was here"
     pickled({"conv_out.bias": Hostile(mark)})(folder)
-    check_refused(folder, "asks for code to be run")
+    check_refused(folder, "requires code to be run")
     assert not mark.exists()
 
 

@@ -107,7 +107,7 @@ class Harmful:
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path, file: Path) -> None:
     torch.save({"state_dict": state(), "more": Harmful(tmp_path / "executed")}, tmp_path / "w.pt")
-    with pytest.raises(click.BadParameter, match="asks for code to be run"):
+    with pytest.raises(click.BadParameter, match="requires code to be run"):
         loaded(file, tmp_path / "w.pt")
     assert not (tmp_path / "executed").exists()
 
@@ -117,7 +117,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a prefix of some": (prefixed("module.") | {"x": torch.zeros(1)}, r"holds besides module\.1\.weight"),
     "other shapes": (state() | {"1.bias": torch.zeros(7)}, r"is not of this model: it has other shapes for 1\.bias"),
     "no state dict": ({"weights": [1, 2]}, "holds no state dict, by itself or as state_dict"),
-    "a whole model": (nn.Linear(4, 3), r"asks for code to be run.*Save the state dict alone: torch\.save\(model\."),
+    "a whole model": (nn.Linear(4, 3), r"requires code to be run.*Save the state dict alone: torch\.save\(model\."),
     "numbers": ([1.5], "holds no state dict"),
 }
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from attack_toys import Linear, linear
+from attack_toys import Linear, labelled, linear
 from cmap_defense import ThreatModel
 from cmap_defense.attacks import PGD, Transfer
-from cmap_defense.common.describe import describe
+from cmap_defense.common.describe import describe, description_text
 
 SOURCES: dict[str, Callable[[Linear], Any]] = {
     "module": lambda network: network,
@@ -33,5 +33,9 @@ def test_methods_of_one_network_differ() -> None:
     assert describe(network.forward) != describe(network.train)
 
 
-def test_other_functions_have_their_names() -> None:
-    assert describe(linear) == "attack_toys.linear"
+def test_other_functions_have_their_names_and_code() -> None:
+    found = describe(linear)
+    assert found["function"] == "attack_toys.linear"
+    assert found["code"] != describe(labelled)["code"]
+    assert description_text(found) == "attack_toys.linear"
+    assert describe(describe) == "cmap_defense.common.describe.describe"

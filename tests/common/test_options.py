@@ -16,7 +16,7 @@ from cmap_defense.attacks import PGD, Attack, NoiseAndDenoise, Shortened, Threat
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import CmapError, OptionError
 from cmap_defense.gradients import Implicit, Unrolled
-from cmap_defense.purifiers import DiffPure
+from cmap_defense.purifiers import GNSP, DiffPure, OneStep
 
 NAMES = {**vars(attacks), **vars(gradients), **vars(cmap_defense), "torch": torch}
 
@@ -86,7 +86,11 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "device", r"\.to\(device\)"),
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
-        (DiffPure, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
+        (GNSP, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
+        (DiffPure, "level", r"t of 1000, whose level is vp_sigma\(t\)"),
+        (DiffPure, "steps", r"Did you mean DiffPure\(step="),
+        (OneStep, "t", r"level=vp_sigma\(t\)"),
+        (OneStep, "sigma", r"It is called 'level': OneStep\(level="),
         (PurifiedClassifier, "xyzzy", "Known: 'backbone'"),
         (PGD, "targeted", "targets=..."),
         (ThreatModel, "beta", "option of ConsistencyDisruption"),

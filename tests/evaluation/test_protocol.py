@@ -34,18 +34,6 @@ def test_json_gives_an_equal_protocol_back(**values: Any) -> None:
     assert hash(Protocol.from_dict(values)) == hash(protocol)
 
 
-def test_the_defaults_are_those_of_the_documentation() -> None:
-    assert Protocol().to_dict() == {
-        "predictions": 10,
-        "reevaluations": 20,
-        "seeds": [0],
-        "group": 32,
-        "search_on_clean": True,
-        "sanity_images": 16,
-        "gradient_samples": 64,
-    }
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -109,7 +109,9 @@ class SelectedImages:
             return cls._checked(part.unit, part.labels, positions, part.class_names)
         items = [data[position] for position in positions.tolist()]
         if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
-            raise DataError("Each item of a data set must be (image, label).")
+            raise DataError(
+                "Each item of a data set must be (image, label). Of two tensors give both, as a pair: (images, labels)."
+            )
         images, labels = zip(*items, strict=True)
         if not all(isinstance(image, Tensor) for image in images):
             raise DataError(

@@ -126,7 +126,7 @@ class Purifier(NamedOptions, abc.ABC):
         usable = any(callable(getattr(used, method, None)) for method in ("generate", "denoise"))
         if self.kind is not None and usable and kind_of(used) != self.kind:
             raise WrongKindError(
-                f"{type(self).__name__} needs {_CALLED[self.kind]}, but {type(used).__name__} is "
+                f"{type(self).__name__} needs {_CALLED[self.kind]}, but {_named(used)} is "
                 f"{_CALLED[kind_of(used)]}. {_WHY[self.kind]} Of that kind are: {names_of_kind(self.kind)}; "
                 f'and modules of yours with kind = "{self.kind}".'
             )
@@ -226,6 +226,11 @@ def check_purified(result: object, images: Tensor, n_latents: int, name: str) ->
             f"{name} must return images in [0, 1], but they go from {low:.4g} to {high:.4g}. From [-1, 1] it is "
             "(images + 1) / 2."
         )
+
+
+def _named(backbone: nn.Module) -> str:
+    """What a user knows a backbone by."""
+    return getattr(getattr(backbone, "record", None), "name", None) or type(backbone).__name__
 
 
 _CALLED = {"consistency": "a consistency model", "denoiser": "a denoiser"}

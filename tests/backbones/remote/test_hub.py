@@ -243,7 +243,7 @@ def small_disk() -> Iterator[Callable[[], None]]:
 
 @pytest.mark.usefixtures("repository")
 def test_full_disk_is_named_and_does_no_harm(small_disk: Callable[[], None]) -> None:
-    check_error(BackboneFileError, "room on the disk")
+    check_error(BackboneFileError, "space on the disk")
     small_disk()
     check_model()
 
