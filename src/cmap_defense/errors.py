@@ -42,7 +42,7 @@ class SettingsError(CmapError, ValueError):
 
 
 class NoLatentsError(SettingsError, AttributeError):
-    """The purifier is no optimisation over latents, so that the model lacks what only such a one has."""
+    """The model has no ``settings``, since its purifier is no optimisation over latents."""
 
 
 class OptionError(CmapError, TypeError):

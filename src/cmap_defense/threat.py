@@ -53,7 +53,7 @@ class ThreatModel(Settings):
         return 1.0 if self.norm == "linf" else math.sqrt(math.prod(image_shape))
 
     def require_fit(self, image_shape: Sequence[int]) -> None:
-        """Raises ``SettingsError`` when eps is larger than the distance of any two images of this shape (C, H, W)."""
+        """Raises ``SettingsError`` when eps is larger than any distance between images of this shape (C, H, W)."""
         largest = self.largest_eps(image_shape)
         if self.eps > largest * (1 + 1e-6):
             raise SettingsError(

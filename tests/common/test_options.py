@@ -87,7 +87,7 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
         (GNSP, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
-        (DiffPure, "level", r"t of 1000, whose level is vp_sigma\(t\)"),
+        (DiffPure, "level", r"choose t so that .*vp_sigma\(t\)"),
         (DiffPure, "steps", r"Did you mean DiffPure\(step="),
         (OneStep, "t", r"level=vp_sigma\(t\)"),
         (OneStep, "sigma", r"It is called 'level': OneStep\(level="),

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from attack_toys import Denoiser, Linear, labelled
 from cmap_defense import CMAP, PurifiedClassifier
+from cmap_defense.common.describe import _sources
 from cmap_defense.errors import GradientError, NoLatentsError, PurifierError
 from cmap_defense.evaluation.describe import describe_model
 from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.purifiers import Chain, Identity, OneStep, Purifier
 from cmap_defense.results import PurificationResult
+from toys import noise
 
 IMAGES = labelled(3)[0]
 
@@ -47,7 +49,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "no result": (lambda images: None, "must return a PurificationResult, but returned NoneType"),
     "no versions": (lambda images: images, r"here \[3, 2, 3, 8, 6\].*returned \[3, 3, 8, 6\]"),
     "other batch": (lambda images: twice(images)[:2], r"returned \[2, 2, 3, 8, 6\]"),
-    "one version": (lambda images: images[:, None], "n_latents is 2"),
+    "one version": (lambda images: images[:, None], "K is 2"),
     "other size": (lambda images: twice(images)[..., :4], r"returned \[3, 2, 3, 8, 4\]"),
     "NaN": (lambda images: twice(images) * torch.nan, "NaN or infinite"),
     "signed": (lambda images: 2 * twice(images) - 1, r"\(images \+ 1\) / 2"),
@@ -137,12 +139,29 @@ def test_another_code_of_the_same_class_is_another_purifier(tmp_path: Path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def described(factor: float) -> Any:
-        return describe_model(PurifiedClassifier(Linear(), Denoiser(), purifier=edited(tmp_path, factor)))["purifier"]
+    def described(factor: float, *others: Purifier) -> Any:
+        purifier = edited(tmp_path, factor)
+        purifier = Chain(purifier, *others) if others else purifier
+        return describe_model(PurifiedClassifier(Linear(), Denoiser(), purifier=purifier))["purifier"]
 
     first = described(1.0)
     assert first["class"] == "edited.Edited"
     assert described(0.5) != first == described(1.0)
+    assert described(0.5, OneStep()) != described(1.0, OneStep())
+
+
+def test_the_methods_of_a_class_stand_for_one_whose_source_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of one that was defined in a notebook."""
+    monkeypatch.setattr(Own, "__module__", "nowhere")
+    assert "code" in describe_model(wrapped(twice))["purifier"]
+    assert len(_sources(Own)) == 2
+
+
+@pytest.mark.parametrize("purifier", [OneStep(n_latents=2), Identity(), CMAP()], ids=repr)
+def test_given_latents_decide_about_k(purifier: Purifier) -> None:
+    model = PurifiedClassifier(Linear(), Denoiser(), purifier=purifier)
+    latents = noise(3, 5, *IMAGES.shape[1:], seed=1)
+    assert model.purify(IMAGES, latents=latents).images.shape == (3, 5, *IMAGES.shape[1:])
 
 
 def test_the_packages_purifiers_have_a_version_in_place_of_code() -> None:

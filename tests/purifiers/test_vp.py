@@ -1,11 +1,13 @@
 """Noise levels of the VP diffusion against the table of the papers, and against each other."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmap_defense.errors import SettingsError
 from cmap_defense.purifiers import GDMP
 from cmap_defense.purifiers.vp import TOTAL, vp_beta, vp_scale, vp_sigma, vp_sigma_at, vp_time
 
@@ -52,3 +54,9 @@ def test_level_100_is_reached_a_little_before_time_01() -> None:
 
 def test_respaced_levels() -> None:
     assert GDMP.preset("imagenet-linf").level == pytest.approx(0.627, abs=5e-4)
+
+
+@pytest.mark.parametrize("t", [-1, 1001, 0.5, "100", None])
+def test_what_is_no_level_of_the_1000_is_refused(t: Any) -> None:
+    with pytest.raises(SettingsError, match=r"vp_sigma\.t"):
+        vp_sigma(t)

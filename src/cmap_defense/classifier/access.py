@@ -20,7 +20,7 @@ from cmap_defense.common.inputs import check_class_labels, check_logits, check_s
 from cmap_defense.common.modules import device_of, dtype_of, evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
-from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, NoLatentsError
+from cmap_defense.errors import DeviceError, InputTypeError, InputValueError, NoLatentsError, SettingsError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 
@@ -50,18 +50,21 @@ class LatentAccess(NamedOptions, nn.Module):
         Raises:
             NoLatentsError: the purifier is another one than CMAP.
         """
-        return self._cmap("settings").settings
+        try:
+            return self._cmap("settings").settings
+        except SettingsError as error:
+            raise NoLatentsError(str(error)) from None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "settings":  # after an AttributeError of the property, whose message torch would replace
-            self._cmap(name)
+        if name == "settings":  # the property raised an AttributeError, whose message torch would replace
+            return type(self).settings.__get__(self)
         return super().__getattr__(name)
 
     def _cmap(self, what: str) -> CMAP:
-        """The purifier, where it is CMAP; raises ``NoLatentsError`` otherwise."""
+        """The purifier, where it is CMAP; raises ``SettingsError`` otherwise."""
         if isinstance(self.purifier, CMAP):
             return self.purifier
-        raise NoLatentsError(
+        raise SettingsError(
             f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} lacks. "
             'The purifier and its own settings are model.purifier; purifier=CMAP() and preset="paper" optimise latents.'
         )

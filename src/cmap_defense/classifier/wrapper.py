@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import math
 import os
 import re
@@ -66,7 +67,7 @@ class PurifiedClassifier(LatentAccess):
     Where settings, purifier and preset are left out, the backbone's record decides: its preset "balanced", else its
     preset "fast", else CMAP (arXiv 2412.08394). The object's repr shows which it is.
 
-    The gradient to the input is exact for purifiers that denoise, so that attacks and libraries that differentiate the
+    The gradient to the input is exact for all purifiers but CMAP, so that attacks and libraries that differentiate the
     model attack the defence itself. Through an optimisation over latents (CMAP) it is the straight-through
     approximation (BPDA) unless ``gradient`` says otherwise.
 
@@ -226,6 +227,8 @@ class PurifiedClassifier(LatentAccess):
             DeviceError: they are on another device.
             ClassifierError: the classifier did not return finite logits [M, classes].
             BackboneError: the backbone broke its promise.
+            PurifierError: the purifier returned something else than K images in [0, 1].
+            GradientError: the images require a gradient that the gradient mode cannot give.
         """
         logits = self._purify(images, None, seeds, class_labels).logits
         assert logits is not None
@@ -395,7 +398,8 @@ class PurifiedClassifier(LatentAccess):
                 Needs ``gradient=Unrolled()``, and an input that requires a gradient; without one, states are detached.
 
         Raises:
-            SettingsError: the hook is not callable, or live without an unrolled gradient.
+            SettingsError: the hook is not callable, or live without an unrolled gradient; a later call in another
+                gradient mode raises it too.
         """
         if not callable(hook):
             raise SettingsError(f"A latent hook must be callable, but is {hook!r}.")
@@ -483,8 +487,8 @@ class PurifiedClassifier(LatentAccess):
         live = [hook for hook in hooks if hook.live]
         if live and images.requires_grad and torch.is_grad_enabled() and not isinstance(self.gradient, Unrolled):
             raise SettingsError(
-                f"A live hook needs a graph through the loop, which {self.gradient!r} has not: take "
-                "gradient=Unrolled(), of an attack too, or remove the hook first."
+                f"A live hook needs a graph through the loop, which {self.gradient!r} does not have. Give the model, "
+                "and any attack on it, gradient=Unrolled(), or remove the hook."
             )
         every, prepare = together(hooks), None
         if self.purifier.optimises_latents:
@@ -560,7 +564,9 @@ def _made(given: Any, option: str, kind: type[Any], examples: str, package: str)
         return given
     what = f"not a class: write {given.__name__}()." if isinstance(given, type) else f"but is {given!r}."
     if isinstance(given, str):
-        names = {name.lower(): name for name in importlib.import_module(f"cmap_defense.{package}").__all__}
+        module = importlib.import_module(f"cmap_defense.{package}")
+        kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, kind)]
+        names = {one.__name__.lower(): one.__name__ for one in kinds if not inspect.isabstract(one)}
         name = names.get(re.sub(r"[^a-z]", "", given.lower()))
         what += f" Did you mean {name}()?" if name else ""
     raise SettingsError(

@@ -143,10 +143,14 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
             attacks, left_out = common_attacks(attacks, models)
         if left_out and team.rank == 0 and not options["as_json"]:
             click.echo(f"{LEFT_OUT}: {', '.join(left_out)}.")
-        printed = _costs(compared(models, out=out, attacks=attacks, **selected), team)
+        evaluations, printed = compared(models, out=out, attacks=attacks, **selected), None
+        for evaluation in evaluations.values():
+            evaluation.check_folder()
+        if team.rank == 0 and (options["dry_run"] or not options["as_json"]):
+            printed = _costs(evaluations, team)
         if options["dry_run"]:
             return printed
-        if printed is not None and not options["as_json"]:
+        if printed is not None:
             click.echo("\n".join(printed[1]))
         found = compare(models, out=out, attacks=attacks, progress=True, **selected)
         found = dataclasses.replace(found, left_out=left_out)
@@ -155,13 +159,13 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
     return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None
 
 
-def _costs(evaluations: dict[str, Evaluation], team: Ranks) -> build.Printed:
+def _costs(evaluations: dict[str, Evaluation], team: Ranks) -> tuple[dict[str, Any], list[str]]:
     """What is left to do for each defence."""
     costs = {name: evaluation.expected() for name, evaluation in evaluations.items()}
     lines = [f"{name}: {cost_text(costs[name], evaluations[name], team.world)}" for name in costs]
     seconds = duration(sum(cost.seconds for cost in costs.values()) / team.world)
     found = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
-    return (found, [*lines, f"About {seconds} in all."]) if team.rank == 0 else None
+    return found, [*lines, f"About {seconds} in all."]
 
 
 def _selected(options: dict[str, Any]) -> dict[str, Any]:

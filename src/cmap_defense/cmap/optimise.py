@@ -36,7 +36,7 @@ class LatentState:
         images: the inputs [B, C, H, W] in [0, 1].
         image_indices: [B] on the CPU, the position of each image in the caller's batch.
         gradient: [B, K, C, H, W], of K times the objective with respect to the latents, which Adam is given; None for a
-            live hook, which can take it from ``terms``.
+            live hook whose states are part of the graph: take it from ``terms``.
     """
 
     iteration: int

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import math
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,8 @@ from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.modules import dtype_of, module_behind
 from cmap_defense.common.options import NamedOptions
 
-_WITH_VERSION = {"cmap_defense", "torch", "torchvision", "numpy", *sys.stdlib_module_names}
+_STANDARD = {"abc", "builtins", "collections", "dataclasses", "enum", "functools", "typing"}
+"""Modules of Python whose classes other classes extend."""
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -55,13 +55,25 @@ def own_code(thing: object) -> dict[str, str]:
     """
     kind: Any = thing if hasattr(thing, "__qualname__") else type(thing)
     parts = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
-    sources = []
-    for part in parts:
-        if str(part.__module__).partition(".")[0] in _WITH_VERSION:
-            continue
-        with contextlib.suppress(OSError, TypeError):
-            sources.append(inspect.getsource(part))
+    sources = [source for part in parts for source in _sources(part) if not _has_version(part)]
     return {"code": hashlib.sha256("\n".join(sources).encode()).hexdigest()} if sources else {}
+
+
+def _sources(part: Any) -> list[str]:
+    """The source of a function or class; of a class of a notebook, whose source Python does not find, its methods'."""
+    with contextlib.suppress(OSError, TypeError):
+        return [inspect.getsource(part)]
+    found = []
+    for value in vars(part).values() if inspect.isclass(part) else ():
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if inspect.isfunction(function):
+            with contextlib.suppress(OSError, TypeError):
+                found.append(inspect.getsource(function))
+    return found
+
+
+def _has_version(part: Any) -> bool:
+    return str(part.__module__).partition(".")[0] in {"cmap_defense", "torch", "torchvision", "numpy", *_STANDARD}
 
 
 def describe_module(module: object) -> dict[str, Any]:

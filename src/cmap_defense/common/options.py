@@ -74,7 +74,8 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
             called = "It" if wanted == name else repr(wanted)
             places = " and ".join(f"of {option.home.__name__}: {option.text(shown)}" for option in _one_per_home(found))
             return f"{refusal} {called} is an option {places}."
-    near = _near(name, set(_parameters(owner)), cutoff=0.8)
+    own = {n for n, parameter in _parameters(owner).items() if parameter.kind is not parameter.VAR_POSITIONAL}
+    near = _near(name, own, cutoff=0.8)
     if near:
         return refusal + f" Did you mean {next(o for o in within if o.name == near[0]).text(shown)}?"
     elsewhere = sorted({kind.__name__ for kind in _concrete(NamedOptions) if name in _parameters(kind)})

@@ -12,6 +12,7 @@ import torch
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe, describe_module, describe_values, own_code, qualified_name
 from cmap_defense.common.modules import device_of
+from cmap_defense.purifiers import Chain, Purifier
 
 
 def describe_model(model: object) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "vote": model.vote,
         "seed": model.seed,
         "gradient": repr(model.gradient),
+        **({"gradient's code": code} if (code := own_code(model.gradient).get("code")) else {}),
         "class_labels": labels if isinstance(labels, str) else describe(labels),
         "resize": model.preprocessing.resize,
         "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],
@@ -45,10 +47,17 @@ def describe_model(model: object) -> dict[str, Any]:
 
 def _purifier(model: PurifiedClassifier) -> dict[str, Any]:
     """The purifier's class with its settings, which of an optimisation over latents stand by themselves."""
-    kind = {"class": qualified_name(model.purifier), **own_code(model.purifier)}
+    codes = [code for part in _parts(model.purifier) for code in own_code(part).values()]
+    kind = {"class": qualified_name(model.purifier), **({"code": codes} if codes else {})}
     if model.purifier.optimises_latents:
         return {"purifier": kind, "settings": model.settings.to_dict()}
     return {"purifier": kind | model.purifier.to_dict()}
+
+
+def _parts(purifier: Purifier) -> list[Purifier]:
+    """A purifier, and those of a chain."""
+    inner = purifier.purifiers if isinstance(purifier, Chain) else ()
+    return [purifier, *(part for one in inner for part in _parts(one))]
 
 
 def describe_software(device: torch.device) -> dict[str, Any]:

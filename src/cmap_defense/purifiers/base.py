@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -215,17 +216,15 @@ def check_purified(result: object, images: Tensor, n_latents: int, name: str) ->
     if not isinstance(purified, Tensor) or list(purified.shape) != expected:
         came = list(purified.shape) if isinstance(purified, Tensor) else type(purified).__name__
         raise PurifierError(
-            f"{name} must return images [B, K, C, H, W], here {expected} since its n_latents is {n_latents}, but "
-            f"returned {came}."
+            f"{name} must return images [B, K, C, H, W], here {expected} since K is {n_latents} (n_latents, or that of "
+            f"the latents given), but returned {came}."
         )
-    if not torch.isfinite(purified).all():
+    low, high = torch.stack(purified.detach().aminmax()).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise PurifierError(f"{name} returned NaN or infinite images.")
-    low, high = (value.item() for value in purified.detach().aminmax())
     if low < -ROUNDING or high > 1 + ROUNDING:
-        raise PurifierError(
-            f"{name} must return images in [0, 1], but they go from {low:.4g} to {high:.4g}. From [-1, 1] it is "
-            "(images + 1) / 2."
-        )
+        signed = " From [-1, 1] it is (images + 1) / 2." if low > -1 - ROUNDING and high < 1 + ROUNDING else ""
+        raise PurifierError(f"{name} must return images in [0, 1], but they go from {low:.4g} to {high:.4g}.{signed}")
 
 
 def _named(backbone: nn.Module) -> str:

@@ -57,7 +57,8 @@ class GDMP(MultiStepPurifier):
     _sets_level: ClassVar[str] = "t"
     _synonyms: ClassVar[Mapping[str, str]] = {"timestep": "t"}
     _advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("level", "sigma"), "Its noise is t of 1000, whose level is vp_sigma(t), a function of cmap_defense.purifiers."
+        ("level", "sigma"),
+        "Its noise is t of 1000: choose t so that vp_sigma(t), of cmap_defense.purifiers, is your level.",
     )
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {},

@@ -35,9 +35,12 @@ class Identity(Settings, Purifier):
         images: Tensor,
         *,
         seeds: Tensor,
+        latents: Tensor | None = None,
         class_labels: Tensor | None = None,
         **options: Any,
     ) -> PurificationResult:
-        """The images, float32 at least; there is no noise, so that ``latents`` of the result are 0."""
+        """The images, float32 at least; there is no noise, so that ``latents`` of the result are 0. Latents that are
+        given decide about K alone."""
         same = images.to(torch.promote_types(images.dtype, torch.float32))[:, None]
+        same = same if latents is None else same.expand(-1, latents.shape[1], -1, -1, -1)
         return PurificationResult(same, torch.zeros_like(same), seeds=seeds, class_labels=class_labels)

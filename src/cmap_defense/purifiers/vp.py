@@ -16,6 +16,8 @@ import math
 
 import numpy as np
 
+from cmap_defense.common.settings import require_integer
+
 __all__ = ["TOTAL", "vp_beta", "vp_scale", "vp_sigma", "vp_sigma_at", "vp_time"]
 
 TOTAL = 1000
@@ -23,8 +25,19 @@ TOTAL = 1000
 
 
 def vp_sigma(t: int) -> float:
-    """sigma of level t of 1000, counted from 1 as the papers do; 0 for t = 0. Index i of their codes is t = i + 1."""
-    return _sigmas()[t]
+    """The noise level, in units of images in [-1, 1], of t of the 1000 levels of a VP diffusion.
+
+    Args:
+        t: 0 to 1000, counted from 1 as the papers do. Index i of their codes is t = i + 1.
+
+    Returns:
+        sigma = sqrt((1 - abar) / abar) (Karras et al. 2022, arXiv 2206.00364, Tab. 1), the level that ``OneStep``
+        takes; 0 for t = 0.
+
+    Raises:
+        SettingsError: t is no integer from 0 to 1000.
+    """
+    return _sigmas()[require_integer("vp_sigma", "t", t, minimum=0, below=TOTAL + 1)]
 
 
 def vp_scale(sigma: float) -> float:
