@@ -67,10 +67,6 @@ class PurifiedClassifier(LatentAccess):
     Where settings, purifier and preset are left out, the backbone's record decides: its preset "balanced", else its
     preset "fast", else CMAP (arXiv 2412.08394). The object's repr shows which it is.
 
-    The gradient to the input is exact for all purifiers but CMAP, so that attacks and libraries that differentiate the
-    model attack the defence itself. Through an optimisation over latents (CMAP) it is the straight-through
-    approximation (BPDA) unless ``gradient`` says otherwise.
-
     Args:
         classifier: any ``nn.Module`` or callable, images [M, C, H, W] to logits [M, classes], 2 classes at least, used
             in the mode it is in. A ``ClassifierWarning`` says that it is in training mode where nothing can be trained,
@@ -93,7 +89,8 @@ class PurifiedClassifier(LatentAccess):
         vote: "label": the top logit is the majority vote of eq. 14. "soft": it is the highest mean probability.
         seed: every image uses the noise of this seed; None for fresh noise on each call.
         gradient: how the gradient to the input is taken, an object of ``cmap_defense.gradients``. None is
-            ``Unrolled()``, which is exact, and ``StraightThrough()`` where CMAP is the purifier or part of a chain.
+            ``Unrolled()``, which is exact, so that whatever differentiates the model attacks the defence itself; and
+            ``StraightThrough()``, an approximation (BPDA), where CMAP is the purifier or part of a chain.
         class_labels: for a class-conditional backbone, the class that the latents of an image are generated under:
             "predicted", the classifier's top label on the input, which on an attacked image is the attacker's (an
             unconditional backbone has no such weakness); "spread", its K most likely ones, one per latent; or a
