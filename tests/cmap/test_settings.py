@@ -45,6 +45,13 @@ def test_replace_changes_the_named_fields_alone():
     assert after.replace(n_latents=before.n_latents, betas=before.betas) == before
 
 
+def test_what_the_paper_does_not_have_is_named() -> None:
+    assert CMAPSettings(n_latents=3, ssim_weight=1.0).additions == {}
+    ours = CMAPSettings(n_latents=3, level=0.8, iterations=5, tolerance=0.1)
+    assert ours.additions == {"level": 0.8, "tolerance": 0.1}
+    assert ours.summary == "K = 3 latents, N = 5 iterations, level = 0.8, tolerance = 0.1"
+
+
 def test_presets_are_the_released_ones_and_that_of_cifar10_the_default():
     expected = {
         "n_latents": 10,

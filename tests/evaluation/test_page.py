@@ -4,6 +4,7 @@ is named."""
 from __future__ import annotations
 
 import base64
+import copy
 import dataclasses
 import html
 import itertools
@@ -284,6 +285,14 @@ def test_what_was_evaluated(report: Report) -> None:
     settings = {name: text for name, text, _ in rows_of(report, "settings")}
     assert settings["defended/bpda-eot"].startswith("PGD(threat=ThreatModel(norm='linf', eps=0.03")
     assert "gradient=StraightThrough()" in settings["defended/bpda-eot"]
+
+
+def test_settings_that_the_paper_does_not_have_are_shown(report: Report) -> None:
+    assert "Not the paper's" not in dict(rows_of(report, "evaluated"))
+    models = copy.deepcopy(report.settings["models"])
+    models["defended"]["settings"] |= {"level": 0.8, "schedule": "cosine"}
+    changed = dataclasses.replace(report, settings={**report.settings, "models": models})
+    assert dict(rows_of(changed, "evaluated"))["Not the paper's"] == "schedule cosine, level 0.8"
 
 
 def test_the_plots_show_what_the_tables_do(report: Report, tree: Element) -> None:

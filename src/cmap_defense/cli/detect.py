@@ -84,7 +84,7 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
         f"The largest change by the attack is {found.largest_change:.3g}; it was made on the bare classifier.",
     ]
     if "purified_clean" in found.summary:
-        lines.append(f"CMAP with K = {settings.n_latents} latents, N = {settings.iterations} iterations.")
+        lines.append(f"CMAP with {settings.summary}.")
     return [
         *lines,
         "[95 % intervals]\n",

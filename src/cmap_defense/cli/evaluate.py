@@ -91,9 +91,7 @@ def run_report(options: dict[str, Any]) -> build.Printed:
 def _summary(evaluation: Evaluation) -> str:
     model = evaluation.models[DEFENDED]
     assert isinstance(model, PurifiedClassifier)
-    settings = repr(model.purifier)
-    if isinstance(model.purifier, CMAP):
-        settings = f"K = {model.settings.n_latents} latents, N = {model.settings.iterations} iterations"
+    settings = model.settings.summary if isinstance(model.purifier, CMAP) else repr(model.purifier)
     return (
         f"{len(evaluation.images)} images of {len(evaluation.images.labels.unique())} classes, "
         f"{plural(len(evaluation.protocol.seeds), 'run')}, {plural(len(evaluation.attacks[DEFENDED]), 'attack')}; "

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
@@ -89,8 +89,19 @@ class CMAPSettings(Settings):
 
     def as_published(self) -> Self:
         """These settings without what is ours; the defaults where they are of a noise level."""
-        published = ("n_latents", "iterations", "learning_rate", "betas", "eps", "ssim_weight", "latent_weight")
-        return type(self)() if self.level else type(self)(**{name: getattr(self, name) for name in published})
+        return type(self)() if self.level else type(self)(**{name: getattr(self, name) for name in PUBLISHED})
+
+    @property
+    def additions(self) -> dict[str, Any]:
+        """The settings that the paper does not have, by name, where their values are not those of its method."""
+        ours = {field.name: field.default for field in dataclasses.fields(self) if field.name not in PUBLISHED}
+        return {name: getattr(self, name) for name, value in ours.items() if getattr(self, name) != value}
+
+    @property
+    def summary(self) -> str:
+        """K, N and ``additions`` in a line."""
+        ours = "".join(f", {name} = {value}" for name, value in self.additions.items())
+        return f"K = {self.n_latents} latents, N = {self.iterations} iterations{ours}"
 
     @property
     def stops(self) -> bool:
@@ -110,6 +121,9 @@ class CMAPSettings(Settings):
             raise UnknownNameError(f"There is no preset {name!r}.{near_matches(str(name), PRESETS)}")
         return cls.from_dict(PRESETS[name])
 
+
+PUBLISHED = ("n_latents", "iterations", "learning_rate", "betas", "eps", "ssim_weight", "latent_weight")
+"""The settings that the paper has too, by name."""
 
 PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {

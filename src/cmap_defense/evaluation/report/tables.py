@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cmap_defense.certification.summary import MEANING, table
+from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.settings import in_255ths
 from cmap_defense.common.tables import Table, markdown_page, markdown_table
@@ -172,11 +173,13 @@ def _model(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("Model", _last(model["class"]))]
     backbone = model["backbone"]
     if "settings" in model:
-        loop = model["settings"]
+        loop = CMAPSettings.from_dict(model["settings"])
+        ours = ", ".join(f"{name} {value}" for name, value in loop.additions.items())
         purifier = [
-            ("Latents", f"K = {loop['n_latents']}"),
-            ("Iterations", f"N = {loop['iterations']}, learning rate {loop['learning_rate']:g}"),
-            ("Weights", f"w_ssim {loop['ssim_weight']:g}, w_latent {loop['latent_weight']:g}"),
+            ("Latents", f"K = {loop.n_latents}"),
+            ("Iterations", f"N = {loop.iterations}, learning rate {loop.learning_rate:g}"),
+            ("Weights", f"w_ssim {loop.ssim_weight:g}, w_latent {loop.latent_weight:g}"),
+            *([("Not the paper's", ours)] if ours else []),
         ]
     else:
         purifier = [("Purifier", description_text(model["purifier"]))]
