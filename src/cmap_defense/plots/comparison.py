@@ -1,49 +1,52 @@
-"""The plot of a comparison: accuracy on clean images and under the worst attack, over the cost."""
+"""The plots of a comparison: accuracy on clean images and under the worst attack, and the cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cmap_defense.plots.figure import COLOURS, DASHES, MARKERS, MUTED, draw, plain_axes, printable
+from cmap_defense.plots.figure import COLOURS, DASHES, GRID, MARKERS, MUTED, draw, plain_axes, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COST = "network passes of one prediction of an image, at most"
+
+
 def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
-    """An SVG: for each defence a line from its accuracy on clean images down to that under the worst attack."""
+    """An SVG of two plots: for each defence, accuracy under the worst attack over the cost, with that on clean images
+    above it; and accuracy under the worst attack over that on clean images."""
     rows = comparison["rows"]
 
     def fill(figure: Figure) -> None:
-        axes = plain_axes(figure.subplots(), "Clean (hollow) and under the worst attack (filled)")
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
+        over_cost = plain_axes(left, "Clean (hollow), under the worst attack (filled)", COST, "accuracy")
+        over_clean = plain_axes(right, "Under the worst attack and clean", "accuracy on clean images", "accuracy under the worst attack")
+        over_clean.grid(axis="x", color=GRID, linewidth=0.8)
         for number, row in enumerate(rows):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            cycle, place = divmod(number, len(COLOURS))
+            colour, marker = COLOURS[place], MARKERS[(place + cycle) % len(MARKERS)]
             clean, worst = row["clean"]["value"], row["worst"]["value"]
             low, high = row["worst"]["interval"]
-            passes = max(1, row["passes"])  # an axis of powers of ten has no 0
-            axes.plot([passes, passes], [worst, clean], color=MUTED, linewidth=0.8, zorder=1)
-            axes.plot(passes, clean, marker, color=colour, markerfacecolor="white")
-            axes.errorbar(
-                passes,
-                worst,
-                yerr=[[max(0.0, worst - low)], [max(0.0, high - worst)]],
-                marker=marker,
-                color=colour,
-                capsize=3,
-                linestyle="none",
-                label=printable(row["name"], 40),
-            )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("network passes of one prediction of an image, at most")
-        axes.set_ylabel("accuracy")
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+            beside = sum(other["passes"] == row["passes"] for other in rows[:number])
+            passes = max(1, row["passes"]) * 1.06**beside  # an axis of powers of ten has no 0
+            over_cost.plot([passes, passes], [worst, clean], color=MUTED, linewidth=0.8, zorder=1)
+            over_cost.plot(passes, clean, marker, color=colour, markerfacecolor="white")
+            error = [[max(0.0, worst - low)], [max(0.0, high - worst)]]
+            style: Any = {"marker": marker, "color": colour, "linestyle": "none"}
+            over_cost.errorbar(passes, worst, yerr=error, capsize=3, **style)
+            over_clean.plot(clean, worst, label=printable(row["name"], 40), **style)
+        over_cost.set_xscale("log")
+        over_cost.xaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+        over_cost.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        over_cost.xaxis.set_minor_formatter(lambda value, _: "")
+        over_cost.set_ylim(-0.02, 1.02)
+        over_clean.margins(0.12)
+        over_clean.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         figure.set_layout_engine("constrained")
 
-    return draw((8.2, 4.2), fill, purpose="The plot of a comparison is drawn with matplotlib")
+    return draw((11.5, 4.2), fill, purpose="The plot of a comparison is drawn with matplotlib")
 
 
 def certified_plot(
