@@ -22,7 +22,9 @@ def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
         over_cost = plain_axes(left, "Clean (hollow), under the worst attack (filled)", COST, "accuracy")
-        over_clean = plain_axes(right, "Under the worst attack and clean", "accuracy on clean images", "accuracy under the worst attack")
+        over_clean = plain_axes(
+            right, "Under the worst attack and clean", "accuracy on clean images", "accuracy under the worst attack"
+        )
         over_clean.grid(axis="x", color=GRID, linewidth=0.8)
         for number, row in enumerate(rows):
             cycle, place = divmod(number, len(COLOURS))
