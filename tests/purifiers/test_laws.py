@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import denoisers
-from cmap_defense import errors
+from cmap_defense import CMAPSettings, errors
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -29,7 +29,7 @@ from cmap_defense.purifiers import (
     by_name,
     from_texts,
 )
-from cmap_defense.purifiers.names import NAMES
+from cmap_defense.purifiers.names import NAMES, purifier_from_dict, words_of
 from denoisers import DOUBLE, SHAPE, Classifier, CurvedDenoiser, backbone_for, images_of, model_of
 from toys import ToyBackbone, noise
 
@@ -576,6 +576,57 @@ def test_by_name(name: str) -> None:
 )
 def test_from_texts(name: str, texts: list[str], expected: Purifier) -> None:
     assert from_texts(name, texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "chain purifiers=(diffpure t=60 step=0.01, cmap level=1/2 iterations=3) handed_on=mean",
+            Chain(DiffPure(t=60, step=0.01), CMAP(CMAPSettings(level=0.5, iterations=3)), handed_on="mean"),
+        ),
+        ("chain purifiers=[diffpure preset=cifar10-l2,  one-step]", Chain(DiffPure(t=75), OneStep())),
+        ("chain purifiers=gnsp", Chain(GNSP())),
+        (
+            "chain purifiers=(chain purifiers=(one-step level=1, gnsp rounds=(30, 50)), identity)",
+            Chain(Chain(OneStep(level=1.0), GNSP(rounds=(30, 50))), Identity()),
+        ),
+    ],
+)
+def test_purifiers_of_a_chain_have_settings_in_one_text(text: str, expected: Purifier) -> None:
+    name, *settings = words_of(text)
+    found = from_texts(name, settings)
+    assert found == expected
+    assert purifier_from_dict({"purifier": "chain", **json.loads(json.dumps(found.to_dict()))}) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("purifiers=diffpure,cmpa", r"^Purifier 2 of the chain, 'cmpa': There is no purifier 'cmpa'. .* 'cmap'"),
+        (
+            "purifiers=(diffpure tt=6, cmap)",
+            "^Purifier 1 of the chain, 'diffpure tt=6': DiffPure has no setting 'tt'. Did you mean 't'",
+        ),
+        (
+            "purifiers=chain purifiers=(identity, cmap levle=1)",
+            r"^Purifier 1 of the chain, .*: Purifier 2 of the chain, 'cmap levle=1': .* mean 'level'",
+        ),
+        ("purifiers=diffpure t=many", "Purifier 1 of the chain, 'diffpure t=many': DiffPure.t must be an integer"),
+        ("purifiers=gnsp rounds=30,50", r"Purifier 2 of the chain, '50': .* needs brackets: gnsp rounds=\(30,50\)"),
+        ("purifiers=diffpure t", "Purifier 1 of the chain, 'diffpure t': A setting of a purifier is written key=value"),
+        ("purifiers=(diffpure t=6", "A bracket in .* is not closed: write"),
+        ("purifiers=diffpure t=6)", "A bracket in .* is not opened: write"),
+        ("purifiers=", "Purifier 1 of the chain, '': There is no purifier ''"),
+        ("purifiers=3", r"but got \(3,\). As text: purifiers=\(diffpure t=100, cmap\)"),
+        ("t=60", r"Chain has no setting 't'. .* follow their names: purifiers=\(diffpure t=60, cmap\)"),
+        ("handed=mean", "Did you mean 'handed_on'"),
+        ("cmap", r"but is 'cmap'. A value with spaces needs brackets: purifiers=\(diffpure t=60, cmap\)"),
+    ],
+)
+def test_texts_of_a_chain_that_do_not_fit(text: str, message: str) -> None:
+    with pytest.raises((errors.SettingsError, errors.UnknownNameError), match=message):
+        from_texts("chain", [text])
 
 
 def test_texts_that_do_not_fit() -> None:

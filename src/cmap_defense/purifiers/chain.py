@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds
-from cmap_defense.common.settings import Settings, require_choice
+from cmap_defense.common.settings import Settings, near_matches, require_choice
 from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
@@ -63,7 +63,8 @@ class Chain(Settings, Purifier):
     def __init__(self, *purifiers: Purifier, handed_on: str = "versions") -> None:
         if not purifiers or not all(isinstance(purifier, Purifier) for purifier in purifiers):
             raise SettingsError(
-                f"A Chain is made of purifiers, such as Chain(DiffPure(t=100), CMAP()), but got {purifiers!r}."
+                f"A Chain is made of purifiers, such as Chain(DiffPure(t=100), CMAP()), but got {purifiers!r}. As "
+                "text: purifiers=(diffpure t=100, cmap)."
             )
         object.__setattr__(self, "purifiers", purifiers)
         object.__setattr__(self, "handed_on", require_choice("Chain", "handed_on", handed_on, ("versions", "mean")))
@@ -98,7 +99,8 @@ class Chain(Settings, Purifier):
             if isinstance(backbone, BackbonePair) or self.kind is not None:
                 raise
             raise WrongKindError(
-                f"{error} Purifiers of a chain that need different kinds take a pair: backbone=(consistency, denoiser)."
+                f"{error} Purifiers of a chain that need different kinds take a pair: backbone=(consistency, "
+                "denoiser), on the command line --backbone twice."
             ) from error
 
     def fitting(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
@@ -198,19 +200,30 @@ class Chain(Settings, Purifier):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A chain from a mapping of its fields; each purifier is an object, a name, or settings with "purifier": name.
+        """A chain from a mapping of its fields.
+
+        Args:
+            values: "handed_on", and "purifiers": objects, settings with "purifier": name, and texts such as
+                "diffpure t=60"; or one text of several, such as "diffpure t=60, cmap level=0.5".
 
         Raises:
-            SettingsError: they do not fit. UnknownNameError: there is no purifier of a name.
+            SettingsError: they do not fit; the message says which purifier it is about.
+            UnknownNameError: there is no purifier of a name; likewise.
         """
-        from cmap_defense.purifiers.names import purifier_from_dict
+        from cmap_defense.purifiers.names import parts_of
 
-        if not isinstance(values, Mapping) or set(values) - {"purifiers", "handed_on"}:
-            raise SettingsError(f'A Chain is made from "purifiers" and "handed_on", but got {values!r}.')
+        known = ("purifiers", "handed_on")
+        if not isinstance(values, Mapping):
+            raise SettingsError(f"Chain is made from a mapping of its fields, but got {type(values).__name__}.")
+        for name in values:
+            if name not in known:
+                raise SettingsError(
+                    f"Chain has no setting {name!r}.{near_matches(str(name), known)} Settings of its purifiers follow "
+                    "their names: purifiers=(diffpure t=60, cmap)."
+                )
         given = values.get("purifiers", ())
-        parts = given.split(",") if isinstance(given, str) else given
-        named = [{"purifier": part} if isinstance(part, str) else part for part in parts]
-        made = [purifier_from_dict(part) if isinstance(part, Mapping) else part for part in named]
+        parts = parts_of(given) if isinstance(given, str) else given if isinstance(given, Iterable) else [given]
+        made = [_part(number, part) for number, part in enumerate(parts, start=1)]
         return cls(*made, **({"handed_on": values["handed_on"]} if "handed_on" in values else {}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,6 +255,21 @@ class Chain(Settings, Purifier):
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.purifiers))}, handed_on={self.handed_on!r})"
+
+
+def _part(number: int, given: Any) -> Any:
+    """A purifier of a chain from its text or its settings; anything else as it is."""
+    from cmap_defense.purifiers.names import from_texts, purifier_from_dict, words_of
+
+    try:
+        if isinstance(given, str):
+            name, *settings = words_of(given) or [""]
+            return from_texts(name, settings)
+        return purifier_from_dict(given) if isinstance(given, Mapping) else given
+    except (SettingsError, UnknownNameError) as error:
+        comma = isinstance(given, str) and given and not given[0].isalpha()
+        remedy = " A value with commas needs brackets: gnsp rounds=(30,50)." if comma else ""
+        raise type(error)(f"Purifier {number} of the chain, {given!r}: {error}{remedy}") from error
 
 
 def _seeds_of(seeds: Tensor, n: int, versions: int) -> Tensor:

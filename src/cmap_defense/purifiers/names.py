@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import fractions
+import string
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +24,7 @@ from cmap_defense.purifiers.identity import Identity
 from cmap_defense.purifiers.likelihood_maximisation import LikelihoodMaximisation
 from cmap_defense.purifiers.one_step import OneStep
 
-__all__ = ["NAMES", "by_name", "from_texts", "name_of", "purifier_from_dict"]
+__all__ = ["NAMES", "by_name", "from_texts", "name_of", "parts_of", "purifier_from_dict", "words_of"]
 
 NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
     {
@@ -39,6 +40,10 @@ NAMES: Mapping[str, type[Purifier]] = MappingProxyType(
     }
 )
 """The purifiers of the package by name."""
+
+
+OPENING, CLOSING = "([", ")]"
+"""Brackets in the texts of a command line, all of one kind."""
 
 
 def by_name(name: Any) -> type[Purifier]:
@@ -83,7 +88,7 @@ def from_texts(name: str, settings: Iterable[str] = (), start: Purifier | None =
         name: of ``NAMES``.
         settings: texts "key=value". Values are numbers (also fractions such as 8/255), true, false, none, numbers with
             commas between them, or words. "preset=name" begins from ``Purifier.preset``. Of "chain" the purifiers
-            are names with commas between them.
+            are texts for ``words_of`` with commas between them: "purifiers=diffpure t=60, cmap level=0.5".
         start: one of this name, whose settings change; None to start from the defaults.
 
     Raises:
@@ -94,13 +99,60 @@ def from_texts(name: str, settings: Iterable[str] = (), start: Purifier | None =
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise SettingsError(f"A setting of a purifier is written key=value, such as t=75, but is {text!r}.")
+            remedy = " A value with spaces needs brackets: purifiers=(diffpure t=60, cmap)." if kind is Chain else ""
+            raise SettingsError(f"A setting of a purifier is written key=value, such as t=75, but is {text!r}.{remedy}")
         if key.strip() in values:
             raise SettingsError(f"{key.strip()} is given twice; leave one of them out.")
         values[key.strip()] = value.strip()
     start = kind.preset(values.pop("preset")) if "preset" in values else start
     kept = {} if start is None else _fields(start)
     return kind.from_dict(kept | {key: _value(kind, key, text) for key, text in values.items()})
+
+
+def words_of(text: str) -> list[str]:
+    """The name and the settings of a purifier that is one text, such as "diffpure t=60 step=0.01".
+
+    Args:
+        text: name and settings with spaces between them. Brackets hold a value with spaces together, as in
+            "chain purifiers=(diffpure t=60, cmap level=0.5) handed_on=mean".
+
+    Raises:
+        SettingsError: a bracket is not closed, or not opened.
+    """
+    return [word for word in _split(text, string.whitespace) if word]
+
+
+def parts_of(text: str) -> list[str]:
+    """The texts of a chain's purifiers, each for ``words_of``.
+
+    Args:
+        text: such as "diffpure t=60, cmap level=0.5", with brackets around all of it or without. In a purifier's
+            settings, values with commas have brackets: "gnsp rounds=(30,50), cmap".
+
+    Raises:
+        SettingsError: a bracket is not closed, or not opened.
+    """
+    bracketed = text[:1] in OPENING and text[-1:] in CLOSING
+    return [part.strip() for part in _split(text[1:-1] if text and bracketed else text, ",")]
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """What is between separators that are outside of brackets."""
+    depth, parts = 0, [""]
+    for character in text:
+        depth += (character in OPENING) - (character in CLOSING)
+        if depth < 0:
+            break
+        if not depth and character in separators:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth:
+        missing = "closed" if depth > 0 else "opened"
+        raise SettingsError(
+            f"A bracket in {text!r} is not {missing}: write for instance purifiers=(diffpure t=60, cmap)."
+        )
+    return parts
 
 
 def _fields(purifier: Purifier) -> dict[str, Any]:
