@@ -38,6 +38,16 @@ def test_it_writes_weights_for_the_other_commands(run: Run, data: Path, tmp_path
     assert "other settings" in run("adapt", *model, *OPTIONS, "-o", out, status=1)
 
 
+def test_behind_a_chain_on_two_backbones(run: Run, data: Path, tmp_path: Path) -> None:
+    given = ["adapt", "-b", "fashion-mnist-ct", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, *OPTIONS[2:]]
+    parts = "purifiers=diffpure t=10 step=0.01, cmap n_latents=1 iterations=1"
+    given += ["--purifier", "chain", "--purifier-set", parts, "-o", tmp_path / "adapted", "--json"]
+    record = json.loads(run(*given))
+    assert record["finished"]
+    assert [part["purifier"] for part in record["purifier"]["purifiers"]] == ["diffpure", "cmap"]
+    assert "give one backbone, or two" in run(*given, "-b", "fashion-mnist-ct", status=2)
+
+
 def test_wrong_usage(run: Run, data: Path, tmp_path: Path) -> None:
     model = ["adapt", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, "-o", tmp_path / "adapted"]
     assert "did you mean 8/255?" in run(*model, "--adversarial", "--eps", "8", status=2)

@@ -33,6 +33,17 @@ def test_as_text_with_files(tmp_path: Path, run: Run) -> None:
     assert ElementTree.parse(tmp_path / "out" / "detection.svg").getroot().tag.endswith("svg")
 
 
+def test_two_backbones(tmp_path: Path, run: Run) -> None:
+    """The images are generated as by the consistency model, and the scores are the denoiser's."""
+    names, found = ["fashion-mnist-ct", "fashion-mnist-edm"], []
+    for backbones in (names, names[::-1], names[:1]):
+        given = [word for name in backbones for word in ("-b", name)]
+        printed = json.loads(run(*TINY, *given, "--no-purify", "--json", "-o", tmp_path))
+        found.append(printed["kinds"]["clean"])
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
 def test_as_json_with_the_deep_kernel(tmp_path: Path, run: Run) -> None:
     arguments = [*TINY, "--kernel", "deep", "--training", 4, "--no-purify", "--json", "-o", tmp_path]
     found = json.loads(run(*arguments))

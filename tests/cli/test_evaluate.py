@@ -136,6 +136,59 @@ def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
     assert "Did you mean 'one-step'" in run(*given, "-p", "one-stp", status=2)
 
 
+BOTH = ["-b", "fashion-mnist-edm", "-b", "fashion-mnist-ct", *MODEL[2:]]
+LITTLE = ["-n", "2", "--only", "transfer", "--steps", "1", "--predictions", "1", "--reevaluations", "1"]
+
+
+def test_a_chain_on_two_backbones_with_settings_of_its_purifiers(tmp_path: Path, run: Run) -> None:
+    parts = "purifiers=diffpure t=10 step=0.01 n_latents=2, cmap n_latents=1 iterations=1"
+    given = [*BOTH, *LITTLE, "--sanity-images", 0, "--purifier", "chain", "--purifier-set", parts, "--out", tmp_path]
+    text = run("evaluate", *given)
+    assert "; Chain(DiffPure(t=10, solver='sde', step=0.01, " in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    first, second = report["settings"]["models"]["defended"]["purifier"]["purifiers"]
+    assert {"purifier": "diffpure", "t": 10, "step": 0.01, "n_latents": 2}.items() <= first.items()
+    assert {"purifier": "cmap", "n_latents": 1, "iterations": 1}.items() <= second.items()
+    assert {row["attack"] for row in report["rows"]} >= {"clean", "transfer"}
+
+
+def test_chains_are_compared_in_folders_of_valid_names(tmp_path: Path, run: Run) -> None:
+    """The second one is too long for a name, which has a checksum then."""
+    short = "chain purifiers=(diffpure t=10 step=0.01, cmap n_latents=1 iterations=1 betas=(0.5, 9/10)) handed_on=mean"
+    long = "chain purifiers=(" + ", ".join(["diffpure t=10 step=0.01 solver=ode variance=posterior"] * 3) + ")"
+    given = ["compare", *BOTH, *LITTLE, "-p", short, "-p", long, "-p", long.replace("t=10", "t=20"), "--out", tmp_path]
+    costs = json.loads(run(*given, "--dry-run", "--json"))
+    assert [sum(cost["passes"].values()) for cost in costs.values()] == [30, 30, 60]
+    first, *others = costs
+    assert first == (
+        "chain-purifiers=(diffpure-t=10-step=0.01,cmap-n_latents=1-iterations=1-betas=(0.5,9_10))-handed_on=mean"
+    )
+    assert [len(name) for name in others] == [150, 150]
+    run(*given)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(costs)
+    assert "All 2 work units are done." in run(*given, "--dry-run")
+    assert "not closed" in run(*given, "-p", "chain purifiers=(identity", status=2)
+    assert "Purifier 2 of the chain, 'cmpa x=1': There is no purifier 'cmpa'. Did you mean 'cmap'" in run(
+        *given, "-p", "chain purifiers=(identity, cmpa x=1)", status=2
+    )
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["compare", "-p", "identity"], ["study", "vote"]])
+@pytest.mark.parametrize(
+    ("names", "status", "message"),
+    [
+        (["fashion-mnist-ct"] * 2, 1, "one consistency model and one denoiser, but got consistency, consistency."),
+        (["fashion-mnist-ct", "fashion-mnist-edm", "x"], 2, "'--backbone': give one backbone, or two of different"),
+    ],
+)
+def test_other_backbones_than_one_or_two_of_different_kinds_are_refused(
+    command: list[str], names: list[str], status: int, message: str, tmp_path: Path, run: Run
+) -> None:
+    backbones = [word for name in names for word in ("-b", name)]
+    assert message in run(*command, *backbones, *MODEL[2:], *LITTLE, "-o", tmp_path / "out", status=status)
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_several_ranks_the_first_one_alone_prints_and_reports(
     evaluated: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Mistakes on the command line: a message with a remedy, a status, and no files."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,21 @@ MISTAKES = [
     (f"purify boot.png {PURIFY} --purifier-set preset=cifar10-linf", 2, "--purifier takes another, such as cmap."),
     (f"purify boot.png {PURIFY} --purifier-set level=200", 2, "choose a lower level."),
     ("purify boot.png -b cifar10-cd -o out --purifier-set bogus=1", 2, "CMAPSettings has no setting 'bogus'"),
+    (
+        f"purify boot.png {PURIFY} --purifier chain --purifier-set 'purifiers=identity, cmap levle=1'",
+        2,
+        "Purifier 2 of the chain, 'cmap levle=1': CMAPSettings has no setting 'levle'. Did you mean 'level'?",
+    ),
+    (
+        f"purify boot.png {PURIFY} --purifier chain --purifier-set purifiers=identity --n-latents 2",
+        2,
+        "Settings of its purifiers follow their names: purifiers=(diffpure t=60, cmap).",
+    ),
+    (
+        f"purify boot.png {PURIFY} --purifier chain --purifier-set purifiers=cmap,diffpure",
+        1,
+        "take a pair: backbone=(consistency, denoiser), on the command line --backbone twice.",
+    ),
     ("demo --purifier diffpure -o out", 2, "there is no 'diffpure'"),
     (f"purify boot.png {PURIFY} --purifier-preset quick", 2, "there is no 'quick'"),
     (f"evaluate {MODEL} -o out --size 64", 2, "--size: the embedded images have one size: leave the option out."),
@@ -56,7 +72,12 @@ MISTAKES = [
     (f"study surrogate {MODEL} -o out --only pgd", 2, "--only: the study surrogate has attacks of its own"),
     ("detect -o out --training 9", 2, "--training: only --kernel deep is trained: leave the option out."),
     ("detect -b fashion-mnist-edm --purifier-set level=1 -o out", 1, "CMAP needs a consistency model"),
-    (f"quality {MODEL} -b fashion-mnist-edm --purifier-set level=1 -o out", 1, "CMAP needs a consistency model"),
+    (
+        "quality -b fashion-mnist-edm -c embedded -d embedded --purifier-set level=1 -o out",
+        1,
+        "CMAP needs a consistency model",
+    ),
+    (f"quality {MODEL} -b fashion-mnist-edm -o out", 2, "--backbone: the figures are those of one backbone: give it"),
     (f"evaluate {MODEL} -o out -c embeded", 2, "Did you mean 'embedded'?"),
     (f"evaluate {MODEL} -o out -c nowhere", 2, "--classifier: 'nowhere' is no import path such as my_models:resnet"),
     (f"evaluate {MODEL} -o out -c no_such_module:x", 2, "cannot be imported"),
@@ -140,5 +161,5 @@ def test_mistakes_get_a_message_a_status_and_no_files(
     Path("notes.txt").write_text("no weights")
     np.savez("data.npz", images=np.zeros((40, 8, 12, 3), dtype=np.uint8))
     before = sorted(Path().rglob("*"))
-    assert message in run(*line.split(), status=status)
+    assert message in run(*shlex.split(line), status=status)
     assert sorted(Path().rglob("*")) == before

@@ -48,6 +48,23 @@ def test_files_of_the_same_name_and_size_are_written(tmp_path: Path, run: Run, m
     assert not np.array_equal(*versions)
 
 
+def test_two_backbones(tmp_path: Path, run: Run) -> None:
+    """In any order; each purifier of the chain takes its own."""
+    image, parts = save(0, tmp_path / "boot.png"), "purifiers=diffpure t=10 step=0.01, cmap n_latents=2 iterations=1"
+    found = []
+    for first, second in (("fashion-mnist-ct", "fashion-mnist-edm"), ("fashion-mnist-edm", "fashion-mnist-ct")):
+        given = ["-b", first, "-b", second, "--purifier", "chain", "--purifier-set", parts]
+        printed = json.loads(run("purify", image, *given, "--all", "--json", "-o", tmp_path / first))
+        assert printed["backbone"] == [first, second]
+        assert [part["purifier"] for part in printed["settings"]["purifiers"]] == ["diffpure", "cmap"]
+        found.append([Path(path).read_bytes() for path in printed["files"]])
+    assert len(found[0]) == 3
+    assert found[0] == found[1]
+    assert "fashion-mnist-ct with fashion-mnist-edm is not class-conditional" in run(
+        "purify", image, *given[2:4], *given[:2], "--class-label", 3, "-o", tmp_path / "none", status=2
+    )
+
+
 def test_settings_of_the_purifier(tmp_path: Path, run: Run) -> None:
     given = ["--purifier-set", "latent_weight=0.5", "--purifier-set", "betas=0.8,0.9", "--learning-rate", "1/20"]
     image = save(0, tmp_path / "boot.png")

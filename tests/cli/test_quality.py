@@ -155,6 +155,6 @@ def test_a_name_is_no_folder_even_where_a_folder_has_it(
     own = tiny_folder(tmp_path / "fashion-mnist-ct", 0)
     before = (own / "backbone.json").read_bytes()
     monkeypatch.chdir(tmp_path)
-    error = run(*TINY, "-b", "fashion-mnist-ct", "--record", "-o", "out", status=2)
+    error = run(*TINY, "--record", "-o", "out", status=2)
     assert "must be a folder with a backbone.json" in error
     assert (own / "backbone.json").read_bytes() == before

@@ -18,7 +18,7 @@ ADVERSARIAL, ARCHITECTURE, CHECKPOINT = map(in_group, ("Adversarial training", "
 CERTIFICATES, DISTANCE, NETWORK = map(in_group, ("Certificates", "Distance", "Network"))
 FETCHING, OBJECTIVE, REPOSITORY, SAMPLES = map(in_group, ("Fetching", "Objective", "Repository", "Samples"))
 
-EMBEDDED = {"backbone": "fashion-mnist-ct", "classifier": of.EMBEDDED, "data": of.EMBEDDED, "count": 64}
+EMBEDDED = {"backbone": ["fashion-mnist-ct"], "classifier": of.EMBEDDED, "data": of.EMBEDDED, "count": 64}
 """What ships with the package."""
 
 NOT_ADAPTED = ("device", "compile", "channels_last", "hold_images", "weights")
@@ -139,21 +139,14 @@ compare = command(
     put them side by side. Killed at any moment, the same command continues. Compare at equal n_latents: a vote gets
     more robust as it grows.
     """,
-    MODEL(
-        "-b",
-        "--backbone",
-        "backbones",
-        "Backbone to purify with: a name, a folder or a Hub id. Twice for a consistency model and a denoiser; each "
-        "purifier takes the one that it needs.",
-        multiple=True,
-        required=True,
-    ),
+    of.backbone,
     of.classifier,
     PURIFICATION(
         "-p",
         "--purifier",
         "purifiers",
-        'Purifier to compare, in quotes with its settings: "diffpure t=75 n_latents=4". May be repeated.',
+        'Purifier to compare, in quotes with its settings: "diffpure t=75 n_latents=4", or "chain purifiers=(diffpure '
+        't=60, cmap level=0.5)". May be repeated.',
         multiple=True,
         required=True,
         metavar='"NAME KEY=VALUE ..."',
@@ -358,7 +351,7 @@ adapt = command(
     of.backbone,
     of.classifier,
     of.purifier_option(default="one-step"),
-    of.purifier_set("level=0.8"),
+    of.purifier_set(of.CHAINED.replace("t=75", "level=0.8")),
     of.resize,
     of.data_option(
         f"Labelled data set: a name ({', '.join(of.DATASETS)}), an .npz file, or a folder of class folders."

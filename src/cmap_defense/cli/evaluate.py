@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 from typing import Any
 
 import click
@@ -15,7 +17,14 @@ from cmap_defense.cli.output import duration, listed, plural
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.tables import table_lines
-from cmap_defense.evaluation.comparison import LEFT_OUT, common_attacks, compare, compared, write_comparison
+from cmap_defense.evaluation.comparison import (
+    LEFT_OUT,
+    LONGEST_NAME,
+    common_attacks,
+    compare,
+    compared,
+    write_comparison,
+)
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import load_report, write_report
@@ -25,7 +34,7 @@ from cmap_defense.paper import make_study, write_study
 from cmap_defense.paper import run_study as run_variants
 from cmap_defense.paper.studies import study_rows
 from cmap_defense.purifiers import CMAP
-from cmap_defense.purifiers.names import NAMES
+from cmap_defense.purifiers.names import NAMES, words_of
 
 PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"}
 """The paper's protocol, where other options do not say otherwise."""
@@ -177,17 +186,15 @@ def _compared(rows: list[list[str]], files: list[Any], lacking: str | None, opti
 
 
 def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
-    """The defences by name: the texts of ``--purifier`` with hyphens for spaces."""
-    device = build.device_of(options)
-    if len(options["backbones"]) > 2:
-        raise click.BadParameter("give one backbone, or two of different kinds.", param_hint="--backbone")
-    classifier = build.classifier_of(options)
-    loaded = [load_backbone(name).to(device) for name in options["backbones"]]
+    """The defences by name, that of ``_folder_name``."""
+    device, classifier, given = build.device_of(options), build.classifier_of(options), options["backbone"]
+    loaded = [load_backbone(name).to(device) for name in ([given] if isinstance(given, str) else given)]
     backbone: Any = loaded[0] if len(loaded) == 1 else tuple(loaded)
     found: dict[str, PurifiedClassifier] = {}
     for text in options["purifiers"]:
-        words = text.split()
-        name = "-".join(words).replace("/", "_")
+        with build.usage_errors():
+            words = words_of(text)
+        name = _folder_name(text)
         if not words or name in found:
             raise click.BadParameter(f"{text!r} is empty or given twice.", param_hint="--purifier")
         if words[0] not in NAMES:
@@ -197,3 +204,11 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
             purifier = {"purifier": words[0], "purifier_set": words[1:]}
             found[name] = build.defended(classifier, backbone, options | purifier)
     return found
+
+
+def _folder_name(text: str) -> str:
+    """The text of a purifier with hyphens for spaces; where it is too long, its beginning and a checksum."""
+    name = "-".join(re.sub(r"\s*,\s*", ",", text).split()).replace("/", "_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -186,7 +186,8 @@ def command_text(command: str, parameters: Sequence[click.Parameter], values: Ma
         if value is None or value == "":
             continue
         flag = max(option.opts, key=len)
-        for single in value if option.multiple else [value]:  # pyright: ignore[reportAttributeAccessIssue]
+        several = option.multiple and not isinstance(value, str)  # pyright: ignore[reportAttributeAccessIssue]
+        for single in value if several else [value]:
             if single is True or single is False:
                 words += [flag] if single else option.secondary_opts[:1]
             elif isinstance(option.type, Pair):
@@ -253,11 +254,23 @@ resize = PURIFICATION(
     "Resize images to the backbone's size and back in this way. Without it other sizes are refused.",
     type=Choice(RESIZE_MODES),
 )
+
+
+def one_or_two(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | tuple[str, ...]:
+    """The one backbone that was given, or two for a pair; more are refused."""
+    if len(given) > 2:
+        raise click.BadParameter("give one backbone, or two of different kinds.", context, parameter)
+    return given[0] if len(given) == 1 else given
+
+
 backbone = MODEL(
     "-b",
     "--backbone",
-    'Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id.',
+    'Backbone to purify with: a name ("cmap-defense backbones list"), a folder or a Hub id. Twice for a consistency '
+    "model and a denoiser; each purifier takes the one that it needs.",
+    multiple=True,
     required=True,
+    callback=one_or_two,
 )
 certified = OUTPUT(
     "--certified",
@@ -287,6 +300,9 @@ def short_settings(unset: str) -> Decorator:
     return options_of(CMAPSettings, "Purification", "n_latents", "iterations", "learning_rate", unset=unset)
 
 
+CHAINED = 't=75, or "purifiers=diffpure t=60, cmap level=0.5" of a chain'
+"""Settings of a purifier, for the help."""
+
 DEFAULT_PURIFIER = "what the backbone's record names, or else cmap"
 
 purifier = decorators(
@@ -296,7 +312,7 @@ purifier = decorators(
         "Use the purifier of this name in the backbone's record, in place of the other options of the purifier.",
         type=Choice(PRESETS),
     ),
-    purifier_set("t=75"),
+    purifier_set(CHAINED),
     short_settings("the purifier's"),
 )
 """What purifies."""

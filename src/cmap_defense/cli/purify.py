@@ -34,8 +34,8 @@ def run_purify(options: dict[str, Any]) -> Printed:
     backbone: Any
     backbone, purifier = backbone_and_purifier(options["backbone"], options)
     _refuse_twice(targets, purifier.n_latents if options["write_all"] else 0)
-    settings = purifier.settings if isinstance(purifier, CMAP) else recorded_settings(backbone)
-    label = _class_label(options["class_label"], backbone.num_classes, options["backbone"])
+    settings = purifier.settings if isinstance(purifier, CMAP) else recorded_settings(CMAP().member(backbone))
+    label = _class_label(options["class_label"], purifier.member(backbone).num_classes, options["backbone"])
     channels, *size = backbone.image_shape
     for path in targets:  # before any work is done
         _check_size(path, read_image(path, channels), backbone.image_shape, resizes=resize is not None)
@@ -65,10 +65,11 @@ def run_purify(options: dict[str, Any]) -> Printed:
     return {"files": names, "mismatch": mismatches, **about, "seed": seed}, names
 
 
-def _class_label(label: int | None, num_classes: int | None, backbone: str) -> int | None:
+def _class_label(label: int | None, num_classes: Any, backbone: str | tuple[str, ...]) -> int | None:
     """The class label, or wrong usage where the backbone's number of classes does not allow it."""
     if (label is None) == (num_classes is None) and (label is None or label < (num_classes or 0)):
         return label
+    backbone = backbone if isinstance(backbone, str) else " with ".join(backbone)
     remedy = (
         f"the backbone {backbone} is not class-conditional: leave the option out."
         if num_classes is None

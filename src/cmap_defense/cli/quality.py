@@ -37,6 +37,8 @@ def run_quality(options: dict[str, Any]) -> build.Printed:
     """Carry out the command."""
     start = time.perf_counter()
     out, seed, as_json = options["out"], options["seed"], options["as_json"]
+    if not isinstance(options["backbone"], str):
+        raise click.BadParameter("the figures are those of one backbone: give it once.", param_hint="--backbone")
     folder = _recorded(options["backbone"]) if options["record"] else None
     attack = PGD(build.threat_of(options), steps=STEPS, seed=seed)
     name = options["classifier"].rpartition(":")[2]
