@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from attack_toys import QUICK, Denoiser, Linear, linear, suite, wrapped
+from cmap_defense import PurifiedClassifier, load_backbone
 from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import differences, tensor_checksum
 from cmap_defense.evaluation.describe import describe_model, describe_software
 from cmap_defense.gradients import Unrolled
+from cmap_defense.purifiers import BackbonePair, OneStep
 
 PARTS = [("weight", torch.arange(6.0).view(2, 3)), ("bias", torch.tensor([1.0, -0.0])), ("steps", torch.tensor(3))]
 
@@ -158,3 +160,9 @@ def test_the_software_is_named() -> None:
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_pair_of_backbones_is_described_by_both_names() -> None:
+    pair = BackbonePair.of([load_backbone("fashion-mnist-edm"), load_backbone("fashion-mnist-ct")])
+    model = PurifiedClassifier(nn.Flatten(), pair, purifier=OneStep())
+    assert describe_model(model)["backbone"]["name"] == "fashion-mnist-ct and fashion-mnist-edm"

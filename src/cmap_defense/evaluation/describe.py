@@ -13,6 +13,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe, describe_module, describe_values, own_code, qualified_name
 from cmap_defense.common.modules import device_of
 from cmap_defense.purifiers import Chain, Purifier
+from cmap_defense.purifiers.pair import members_of
 
 
 def describe_model(model: object) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def describe_model(model: object) -> dict[str, Any]:
     if not isinstance(model, PurifiedClassifier):
         return describe_module(model)
     normalisation = model.preprocessing.normalisation
-    record = getattr(model.backbone, "record", None)
+    names = [getattr(getattr(member, "record", None), "name", None) for member in members_of(model.backbone)]
     labels = model.class_labels
     device = device_of(model) or torch.device("cpu")
     sample = model.purifier.sample(model.backbone, model.image_shape, device).flatten()
@@ -38,7 +39,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "out_of_range": model.preprocessing.out_of_range,
         "classifier": describe_module(model.classifier),
         "backbone": {
-            "name": None if record is None else record.name,
+            "name": None if None in names else " and ".join(map(str, names)),
             **describe_module(model.backbone),
             "sample": describe_values(sample[:: max(1, len(sample) // 8)], digits=2),
         },

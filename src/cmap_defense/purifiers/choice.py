@@ -18,7 +18,7 @@ from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameErr
 from cmap_defense.purifiers.base import Purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.names import purifier_from_dict
-from cmap_defense.purifiers.pair import BackbonePair
+from cmap_defense.purifiers.pair import BackbonePair, members_of
 
 __all__ = ["default_purifier", "lacks_presets", "loaded_with", "preset_purifier", "recorded_settings"]
 
@@ -99,7 +99,7 @@ def preset_purifier(backbone: nn.Module, name: str) -> Purifier:
     """
     require_choice("PurifiedClassifier", "preset", name, PRESETS)
     known = _named(backbone)
-    consistent = [member for member in _members(backbone) if kind_of(member) == "consistency"]
+    consistent = [member for member in members_of(backbone) if kind_of(member) == "consistency"]
     if name == PRESETS[0] and consistent:
         return CMAP(recorded_settings(consistent[0]).as_published())
     if name not in known:
@@ -130,13 +130,9 @@ def default_purifier(backbone: nn.Module) -> Purifier:
     return CMAP(recorded_settings(CMAP().member(backbone)))
 
 
-def _members(backbone: nn.Module) -> tuple[nn.Module, ...]:
-    return (backbone.consistency, backbone.denoiser) if isinstance(backbone, BackbonePair) else (backbone,)
-
-
 def _named(backbone: nn.Module) -> Mapping[str, Mapping[str, Any]]:
     """The presets of the records by name; of a pair the consistency model's come before the denoiser's."""
     found: dict[str, Mapping[str, Any]] = {}
-    for member in reversed(_members(backbone)):
+    for member in reversed(members_of(backbone)):
         found |= getattr(getattr(member, "record", None), "presets", {})
     return found

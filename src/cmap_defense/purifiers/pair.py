@@ -65,6 +65,11 @@ class BackbonePair(nn.Module):
         return _call(self.denoiser, "denoise", class_labels, noisy, sigma)
 
 
+def members_of(backbone: nn.Module) -> tuple[nn.Module, ...]:
+    """The backbone itself, or the consistency model and the denoiser of a pair."""
+    return (backbone.consistency, backbone.denoiser) if isinstance(backbone, BackbonePair) else (backbone,)
+
+
 def _call(member: nn.Module, method: str, class_labels: Tensor | None, first: Tensor, *rest: Any) -> Tensor:
     """A method of one of the two, its input in that one's precision; who calls the pair counts the passes."""
     conditional = class_labels is not None and getattr(member, "num_classes", None) is not None
