@@ -11,8 +11,9 @@ the exact gradient of one-step purification at 0.3 and 0.5. The images are attac
 ``frontier`` attacks the most promising ones on held-out images, each through its own exact gradient: the presets are
 chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and ``paper`` PGD on the bare classifier on
 the constants of the papers, both on test images. ``speed`` times a prediction behind each purifier of the frontier, all
-in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed. For
-CIFAR-10 give ``--weights cifar10_resnet56.safetensors``.
+in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed; a folder of
+``levels`` is refused where the images in it were attacked with other options. For CIFAR-10 give
+``--weights cifar10_resnet56.safetensors``.
 """
 
 import argparse
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 
 from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel
 from cmap_defense.attacks import PGD, NoiseAndDenoise, Transfer, Undefended, exact_suite
+from cmap_defense.common.files import refuse_other_settings, tensor_checksum, write_json
 from cmap_defense.data import load_dataset
 from cmap_defense.embedded import load_classifier, load_test_images
+from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation import Protocol, compare, write_comparison
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import (
@@ -112,14 +115,30 @@ def setup(options: argparse.Namespace, held_out: bool) -> tuple[nn.Module, Tenso
     return classifier.eval(), images, labels
 
 
+def go_on_with(made_with: dict[str, object], recorded: Path, begun: bool) -> None:
+    """Record the options of results, or refuse to go on with results of others, also where none were recorded."""
+    if begun or recorded.exists():
+        refuse_other_settings(
+            json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {},
+            made_with,
+            EvaluationError,
+            what=f"{recorded.parent} holds images that were attacked with other options",
+            remedy="Give the same options to go on with them, or another folder.",
+        )
+    write_json(recorded, made_with)
+
+
 def levels(options: argparse.Namespace) -> None:
     """A line of JSON for each candidate."""
     classifier, images, labels = setup(options, held_out=True)
     threat, results = ThreatModel(eps=EPS[options.data]), options.out / "levels.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
+    stored = options.out / "attacked.pt"
+    made_with = {"data": options.data, "count": options.count, "steps": options.steps}
+    made_with["weights"] = tensor_checksum(classifier.state_dict().items())
+    go_on_with(made_with, options.out / "levels-options.json", stored.exists() or results.exists())
     lines = map(json.loads, results.open()) if results.exists() else ()
     done = {(line["purifier"], line["settings"]) for line in lines}
-    stored = options.out / "attacked.pt"
     if not stored.exists():
         bare = PurifiedClassifier(classifier, BACKBONES[options.data], purifier=Identity()).eval()
         attacked = {"clean": images}

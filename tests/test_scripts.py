@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cmap_defense.cli.main import main as command_line
+from cmap_defense.errors import EvaluationError
 from processes import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -95,9 +96,25 @@ def test_levels_are_chosen_and_accuracy_is_set_against_coverage(tmp_path: Path) 
     run(tmp_path, "benchmarks/comparison.py", *levels, CMAP_DEFENSE_DATA=str(tmp_path))
     (row,) = map(json.loads, (tmp_path / "runs" / "levels.jsonl").read_text().splitlines())
     assert (row["purifier"], row["passes"]) == ("none", 0)
+    changed = [*levels, "--count", "3", "--steps", "2"]
+    with pytest.raises(AssertionError, match=r"other options:\n  count: 2 before, 3 now\n  steps: 1 before, 2 now"):
+        run(tmp_path, "benchmarks/comparison.py", *changed, CMAP_DEFENSE_DATA=str(tmp_path))
     sizes = ["--count", "4", "--steps", "1", "--eot", "1", "--coverage", "1", "0.5"]
     printed = run(tmp_path, "examples/abstain.py", *sizes, CMAP_DEFENSE_DATA=str(tmp_path))
     assert [line.split(" ")[1] for line in printed.splitlines()[2:]] == ["1", "0.5"]
+
+
+def test_levels_go_on_with_the_same_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the script appends
+    go_on_with = runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"))["go_on_with"]
+    recorded = tmp_path / "options.json"
+    for begun in (False, True):
+        go_on_with({"steps": 1}, recorded, begun)
+    with pytest.raises(EvaluationError, match="steps: 1 before, 2 now"):
+        go_on_with({"steps": 2}, recorded, True)
+    recorded.unlink()
+    with pytest.raises(EvaluationError, match="steps: not given before, 1 now"):
+        go_on_with({"steps": 1}, recorded, True)
 
 
 def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:
