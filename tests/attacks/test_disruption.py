@@ -72,6 +72,19 @@ def test_no_more_steps_than_the_purification_are_refused(steps: int, released: b
     assert ConsistencyDisruption(WHOLE, steps=9, released=released)(model, *labelled()).queries == 1 + 2 + 1
 
 
+def test_early_stops_are_left_out_of_the_search():
+    images, labels = labelled(2)
+    settings = QUICK.replace(iterations=8)
+    model = wrapped(settings=settings.replace(stop_decrease=0.9, stop_window=1))
+    stopped = model.purify(images, seeds=search_seeds(range(2), 2, 1)).iterations
+    assert stopped is not None
+    assert (stopped < 8).all()
+    attack = ConsistencyDisruption(WHOLE, steps=10, seed=2)
+    result, whole = (attack(one, images, labels) for one in (model, wrapped(settings=settings)))
+    assert torch.equal(result.history["objective"], whole.history["objective"])
+    assert torch.equal(result.candidates, whole.candidates)
+
+
 def plain(attack: ConsistencyDisruption, model: Any, images: Tensor, goal: Goal, beta: float) -> tuple[Tensor, Tensor]:
     """Algorithm 2 written out: the generated images after all steps, and the cross-entropy [., B] of later steps."""
     settings, count, eps = model.settings, model.settings.n_latents, attack.threat.eps

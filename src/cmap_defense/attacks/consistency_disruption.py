@@ -26,7 +26,9 @@ RELEASED_BETA = {"linf": 2e6, "l2": 1e9}
 class ConsistencyDisruption(Attack):
     """Consistency disruption (Algorithm 2 and eq. 15 of arXiv 2412.08394).
 
-    The first N steps are the purification of the clean image. Then the K latents go on with the objective
+    The first N steps are the purification of the clean image, all N of them: early stops of the settings
+    (``stop_decrease``, ``stop_agreement``) are left out of the search, for Adam goes on from step N. Then the K latents
+    go on with the objective
 
         L - beta (1/K) sum_k CE(C(P(G(u_k))), y) + beta penalty (1/K) sum_k excess(G(u_k), x),
 
