@@ -29,10 +29,11 @@ class ADP(MultiStepPurifier):
     good where alpha <= 1e-3. The result's ``passes`` says how many network passes each image took.
 
     Differences from the official code (jmyoon1/adp): f there is the output of a score network that does not know the
-    noise level. A denoiser has to be given one: f(x) = (D(x, s) - x) / s with s = noise at first, and s <- max(s -
-    alpha, sigma_min) after each step, for x + alpha f(x) has less noise by alpha. This schedule is ours. The official
-    code stretches the contrast by 256 / 255 in each iteration, which is left out. It sums the logits of the 10 runs,
-    where the vote here is that of the wrapper: ``vote="soft"`` comes near to it.
+    noise level. A denoiser has to be given one: f(x) = (D(x, s) - x) / s, which is s times the score (Karras et al.
+    2022, arXiv 2206.00364, eq. 3), with s = noise at first, and s <- max(s - alpha, sigma_min) after each step, for
+    x + alpha f(x) has less noise by alpha. This schedule is ours. The official code stretches the contrast by 256 / 255
+    in each iteration, which is left out. It sums the logits of the 10 runs, where the vote here is that of the wrapper:
+    ``vote="soft"`` comes near to it.
 
     Args:
         noise: standard deviation of the noise that is added, in units of images in [0, 1]; the paper also has 0.1.

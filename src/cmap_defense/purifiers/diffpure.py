@@ -25,9 +25,10 @@ END = 1e-5
 class DiffPure(MultiStepPurifier):
     """Noise to level t, then back (Nie et al. 2022, arXiv 2205.07460, section 3).
 
-    "sde" is the reverse VP-SDE by Euler and Maruyama, "ode" the probability flow by Euler, both with steps of ``step``
-    in continuous time; "ddpm" takes the t discrete steps. The paper classifies one purification (K = 1); more of them
-    are voted on.
+    "sde" is the reverse VP-SDE (Song et al. 2021, arXiv 2011.13456, eq. 6 and 11) by Euler and Maruyama, "ode" the
+    probability flow (eq. 13 there) by Euler, both with steps of ``step`` in continuous time; "ddpm" takes the t
+    discrete steps (Ho et al. 2020, arXiv 2006.11239, eq. 7 and 11). The paper classifies one purification (K = 1); more
+    of them are voted on.
 
     Differences from the official code (NVlabs/DiffPure): the last step adds no noise, where theirs leaves noise of
     standard deviation 0.011; the output is clamped; the solver starts at the time at which the noise level of the

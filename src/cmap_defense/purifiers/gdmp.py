@@ -27,11 +27,11 @@ PIXELS = 3072
 class GDMP(MultiStepPurifier):
     """Guided diffusion (Wang et al. 2022, arXiv 2205.14969, algorithm 1).
 
-    Every round noises what the round before left to the level of ``t`` and takes all DDPM steps down, with the
-    denoiser's output clipped and variance beta. The mean of step i is moved by var_i s_i g, where
-    s_i = 3 strength sigma_i / (2 eps), and g is the gradient of -MSE or SSIM between the image of the step and the
-    input, freshly noised to the level of the step. The input is the first one in every round. The K versions are voted
-    on.
+    Every round noises what the round before left to the level of ``t`` and takes all DDPM steps down (Ho et al. 2020,
+    arXiv 2006.11239, eq. 7 and 11), with the denoiser's output clipped and variance beta. The mean of step i is moved
+    by var_i s_i g, where s_i = 3 strength sigma_i / (2 eps), and g is the gradient of -MSE or SSIM between the image of
+    the step and the input, freshly noised to the level of the step. The input is the first one in every round. The K
+    versions are voted on.
 
     Differences from the official code (JinyiW/GuidedDiffusionPur): its MSE and SSIM are means over the batch, so that
     the strength depends on the batch size: the constant 60000 closes 2.6 % of the gap to the input in a round at a

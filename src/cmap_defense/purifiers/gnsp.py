@@ -20,8 +20,9 @@ __all__ = ["GNSP"]
 class GNSP(MultiStepPurifier):
     """Rounds of noise and reverse diffusion, from low levels to high (Lee and Kim 2023, arXiv 2303.09051, section 5).
 
-    Every round noises what the round before left to level t of 1000 and takes all t DDPM steps down; the denoiser's
-    output is not clipped. The K versions are voted on, 10 in the paper. The output is clamped.
+    Every round noises what the round before left to level t of 1000 and takes all t DDPM steps down (those of eq. 12 of
+    Song et al. 2021, arXiv 2010.02502, with eta = 1); the denoiser's output is not clipped. The K versions are voted
+    on, 10 in the paper. The output is clamped.
 
     Args:
         rounds: t of each round, of 1000; none give the input back.

@@ -22,9 +22,9 @@ __all__ = ["LikelihoodMaximisation"]
 class LikelihoodMaximisation(MultiStepPurifier):
     """Adam steps on x of the denoising loss (Chen et al. 2024, arXiv 2305.15241, section 3.2).
 
-    The loss is the mean over the pixels of (D(x + sigma e, sigma) - x)^2, with fresh noise e and a fresh level sigma in
-    each step, x in [-1, 1]. Its gradient goes through D, so that the exact gradient of the purification has second
-    derivatives of D.
+    The loss is that of denoising (Karras et al. 2022, arXiv 2206.00364, eq. 2), the mean over the pixels of
+    (D(x + sigma e, sigma) - x)^2, with fresh noise e and a fresh level sigma in each step, x in [-1, 1]. Its gradient
+    goes through D, so that the exact gradient of the purification has second derivatives of D.
 
     Differences from the official code (huanranchen/DiffusionClassifier): its loss is a mean over the batch as well, and
     its noise the same for every call; the result of an image does not depend on the others here, and its noise comes
