@@ -4,7 +4,9 @@
 The reference below does what the release does: one image after the other, the weights collect gradients that nobody
 uses, the SSIM of both images is computed from scratch, the classifier runs in every iteration, a ``torch.optim.Adam``
 moves the latents. Its wastes are then removed one after the other; each line of the table has one less than the line
-above. The ratio of the same loop on all images together is printed besides, for those who batch already.
+above. The ratio of the same loop on all images together is printed besides, for those who batch already. ``--compile``
+adds lines through torch.compile, and ``--preset fast`` sets the release's loop at N = 200 against a preset of the
+backbone.
 
 A ratio counts only when both loops do the same work: every float32 loop must end at the same objective (eq. 9, mean
 over the images, evaluated the same way for all) within 0.1 %; otherwise the exit status is 1. The loops take turns, and
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -36,6 +39,9 @@ from cmap_defense.embedded import load_classifier, load_test_images
 
 AGREEMENT = 1e-3
 """How far, relative to the reference, the final objectives of float32 loops may be apart."""
+
+FASTEST = "ours, dtype auto and compiled"
+"""The line with all that ``PurifiedClassifier`` has for speed."""
 
 PAD = (5, 5, 5, 5)
 
@@ -158,9 +164,9 @@ class _KeptSSIM:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def our_loop(backbone: ConsistencyBackbone, classifier: nn.Module, settings: CMAPSettings) -> Loop:
+def our_loop(backbone: ConsistencyBackbone, classifier: nn.Module, settings: CMAPSettings, **options: Any) -> Loop:
     """The whole defence as its users call it: checks, loop, generation from the final latents, classification, vote."""
-    model = PurifiedClassifier(classifier, backbone=backbone, settings=settings)
+    model = PurifiedClassifier(classifier, backbone=backbone, settings=settings, **options)
 
     def run(images: Tensor, latents: Tensor) -> Tensor:
         with torch.no_grad():
@@ -191,9 +197,9 @@ def entries(
     found.append(Entry("- weights laid out channels last", reference_loop(faster, classifier, settings, wastes)))
     found.append(Entry("ours", our_loop(load_backbone(name), classifier, settings)))
     if compiled:
-        backbone = load_backbone(name)
-        backbone.network.compile()
-        found.append(Entry("ours, network compiled", our_loop(backbone, classifier, settings)))
+        found.append(Entry("ours, network compiled", our_loop(load_backbone(name), classifier, settings, compile=True)))
+        fastest = our_loop(load_backbone(name), classifier, settings, dtype="auto", compile=True)
+        found.append(Entry(FASTEST, fastest, same_work=False))
     half = load_backbone(name, dtype=torch.bfloat16)
     found.append(Entry("ours, network in bfloat16", our_loop(half, classifier, settings), same_work=False))
     return found if image_by_image else found[1:]
@@ -214,6 +220,43 @@ def measure(
     return seconds, final
 
 
+def against_preset(
+    preset: str,
+    name: str,
+    classifier: nn.Module,
+    settings: CMAPSettings,
+    images: Tensor,
+    latents: Tensor,
+    repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """The release's loop, image by image, and a preset of the backbone, which has a K and an N of its own."""
+    backbone = load_backbone(name).to(memory_format=torch.contiguous_format)
+    model = PurifiedClassifier(classifier, name, preset=preset).eval()
+
+    @torch.no_grad()
+    def predict(images: Tensor, latents: Tensor) -> Tensor:
+        return model(images, seeds=torch.arange(len(images))).argmax(dim=1)
+
+    both = [
+        Entry("the release's loop", reference_loop(backbone, classifier, settings, Wastes())),
+        Entry(preset, predict, same_work=False),
+    ]
+    predict(images, latents)  # the first call is slow
+    (release, ours), (found, labels) = measure(both, images, latents, repeats, clock)
+    with torch.no_grad():
+        logits = classifier((backbone.generate(found.flatten(0, 1)) + 1) / 2)
+    voted = logits.argmax(dim=1).view(found.shape[:2]).mode(dim=1).values
+    return {
+        "preset": preset,
+        "purifier": repr(model.purifier),
+        "settings": settings.to_dict(),
+        "seconds": [statistics.median(release), statistics.median(ours)],
+        "ratio": statistics.median(r / t for r, t in zip(release, ours, strict=True)),
+        "right": [(labels == load_test_images()[1][: len(images)]).sum().item() for labels in (voted, labels)],
+    }
+
+
 @torch.no_grad()
 def mean_objective(backbone: ConsistencyBackbone, images: Tensor, latents: Tensor, settings: CMAPSettings) -> float:
     """L (9), mean over the images, by the reference's formulas in float32."""
@@ -229,7 +272,11 @@ def mean_objective(backbone: ConsistencyBackbone, images: Tensor, latents: Tenso
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True, help="N")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--image-by-image/--no-image-by-image", default=True, help="have that line, or leave it out")
-@click.option("--compile", "compiled", is_flag=True, help="have a line with the network through torch.compile")
+@click.option("--compile", "compiled", is_flag=True, help="have lines with the network through torch.compile")
+@click.option("--preset", help="set the release's loop against this preset of the backbone, such as fast")
+@click.option(
+    "--preset-iterations", type=click.IntRange(1), default=200, show_default=True, help="N of the release's loop there"
+)
 @click.option("--threads", type=click.IntRange(1), help="of torch; its own choice by default")
 @click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall", show_default=True)
 @click.option("--json", "report", type=click.Path(path_type=Path, dir_okay=False), help="write the figures there")
@@ -241,6 +288,8 @@ def main(
     repeats: int,
     image_by_image: bool,
     compiled: bool,
+    preset: str | None,
+    preset_iterations: int,
     threads: int | None,
     clock: str,
     report: Path | None,
@@ -296,6 +345,18 @@ def main(
     batch = statistics.median(r / t for r, t in zip(seconds[together], seconds[index], strict=True))
     click.echo(f"{names[base]} / ours, float32 in both: {ours['ratio']:.2f}")
     click.echo(f"the same with all images together / ours: {batch:.2f}")
+    if compiled:
+        index = names.index(FASTEST)
+        fastest = statistics.median(r / t for r, t in zip(seconds[together], seconds[index], strict=True))
+        click.echo(f"the same / {FASTEST}: {fastest:.2f}")
+    beside = None
+    if preset is not None:
+        longer = settings.replace(iterations=preset_iterations)
+        beside = against_preset(preset, name, classifier, longer, images, latents, repeats, CLOCKS[clock])
+        click.echo(
+            f"{names[0]}, at K = {n_latents}, N = {preset_iterations} / preset {preset}: {beside['ratio']:.2f} "
+            f"({beside['right'][0]} and {beside['right'][1]} of {n_images} images right)"
+        )
     if report is not None:
         setting = {"backbone": name, "images": n_images, "repeats": repeats, "clock": clock}
         setting["threads"] = torch.get_num_threads()
@@ -305,6 +366,7 @@ def main(
             "ratio_same_batch": batch,
             "start": start,
             "rows": rows,
+            "against_preset": beside,
         }
         report.write_text(json.dumps(figures, indent=2) + "\n")
     if any(row["agrees"] is False for row in rows):

@@ -30,8 +30,13 @@ def run(cwd: Path, script: str, *arguments: str, **environment: str) -> str:
 
 def test_the_benchmark_runs_and_its_loops_agree(tmp_path: Path) -> None:
     arguments = ["--images", "1", "--latents", "2", "--iterations", "2", "--repeats", "1", "--json", "figures.json"]
-    run(tmp_path, "benchmarks/loop.py", *arguments)
-    assert json.loads((tmp_path / "figures.json").read_text())
+    more = ["--compile", "--preset", "fast", "--preset-iterations", "3"]
+    printed = run(tmp_path, "benchmarks/loop.py", *arguments, *more, TORCHDYNAMO_DISABLE="1")
+    assert re.search(r"^the same / ours, dtype auto and compiled: [\d.]+$", printed, re.MULTILINE)
+    assert re.search(r"at K = 2, N = 3 / preset fast: [\d.]+ \([01] and [01] of 1 images right\)\n", printed)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["against_preset"]["purifier"] == "OneStep(level=0.6, n_latents=4)"
+    assert "ours, dtype auto and compiled" in [row["loop"] for row in figures["rows"]]
 
 
 def test_directions_are_compared(tmp_path: Path) -> None:
