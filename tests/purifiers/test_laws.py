@@ -545,8 +545,13 @@ def test_presets() -> None:
         errors.UnknownNameError, match=r"DiffPure has no preset 'mnist'. There are: cifar10-linf, cifar10-l2,"
     ):
         DiffPure.preset("mnist")
-    with pytest.raises(errors.UnknownNameError, match="It has none"):
+    with pytest.raises(errors.UnknownNameError, match=r"It has none: it is the step .*OneStep\(level=\.\.\.\)"):
         OneStep.preset("cifar10-linf")
+    with pytest.raises(errors.UnknownNameError, match=r"no preset 'cifar10'. It has none\.$"):
+        Identity.preset("cifar10")
+    assert CMAP.preset("imagenet100-linf") == CMAP.preset("imagenet100")
+    with pytest.raises(errors.UnknownNameError, match=r"'imagenet-linf'\. There are: .*imagenet100-linf"):
+        CMAP.preset("imagenet-linf")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,6 +49,7 @@ class Purifier(NamedOptions, abc.ABC):
     _graphs: ClassVar[int] = 1
     """Graphs of the network in memory at once, in units of that of a backward pass."""
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    _without_presets: ClassVar[str] = "It has none."
 
     @property
     @abc.abstractmethod
@@ -193,7 +194,7 @@ class Purifier(NamedOptions, abc.ABC):
             UnknownNameError: there is no such preset; the message lists those that there are.
         """
         if name not in cls._presets:
-            known = f"There are: {', '.join(cls._presets)}." if cls._presets else "It has none."
+            known = f"There are: {', '.join(cls._presets)}." if cls._presets else cls._without_presets
             raise UnknownNameError(f"{cls.__name__} has no preset {name!r}. {known}")
         return cls.from_dict(cls._presets[name])
 

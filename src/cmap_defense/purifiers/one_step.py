@@ -36,6 +36,10 @@ class OneStep(MultiStepPurifier):
         "t": "Its noise is a level, in units of images in [-1, 1]: level=vp_sigma(t), a function of "
         "cmap_defense.purifiers, for t of 1000."
     }
+    _without_presets: ClassVar[str] = (
+        "It has none: it is the step that several methods share, not the constants of one paper. Choose its level on "
+        "held-out images: OneStep(level=...)."
+    )
 
     level: float = setting(0.5, minimum=0)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     n_latents: int = setting(4, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
