@@ -107,5 +107,5 @@ def images_of(count: int = 2, dtype: torch.dtype = DOUBLE) -> Tensor:
 
 
 def model_of(purifier: Purifier, backbone: Any = None, **options: Any) -> PurifiedClassifier:
-    chosen = {"seed": 3, "vote": "soft"} | options
-    return PurifiedClassifier(Classifier(), backbone or backbone_for(purifier), purifier=purifier, **chosen).eval()
+    chosen = {"classifier": Classifier(), "seed": 3, "vote": "soft"} | options
+    return PurifiedClassifier(backbone=backbone or backbone_for(purifier), purifier=purifier, **chosen).eval()
