@@ -97,6 +97,8 @@ def candidates(eps: float) -> dict[str, list[Purifier]]:
             near(1.2, 6, latent_weight=12.8),
             near(1.2, 6, ssim_weight=8.0),
             Chain(OneStep(level=1.2, n_latents=K), near(1.2, 6), handed_on="mean"),
+            near(1.2, 6, tolerance=2.0),  # SSIM alone: L1 is 0 up to the largest difference that there is
+            Chain(near(2.0, 3), near(0.8, 3), handed_on="mean"),  # from a high level to a low one
         ],
         "diffpure, then cmap": [Chain(diffpure(t), near(0.5, 3)) for t in (40, 60, 80)],
     }
