@@ -184,9 +184,16 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "cmap-paper": near(None, 50),
         "diffpure, then cmap": Chain(diffpure(60), near(0.5, 3)),
     },
-    "cifar10": {"cmap-paper": near(None, 50)},
+    "cifar10": {
+        "none": Identity(),
+        "one-step": OneStep(level=0.2, n_latents=K),
+        "one-step-ct": OneStep(level=0.3, n_latents=K),
+        "diffpure": diffpure(40),
+        "cmap-level": near(1.2, 6),
+        "cmap-paper": near(None, 50),
+    },
 }
-"""What ``levels`` chose: the highest sum of clean accuracy and the lowest of the three attacked ones."""
+"""What ``levels`` chose of what it has measured: the highest sum of clean accuracy and the lowest attacked one."""
 
 
 FRONTIER: dict[str, dict[str, Purifier]] = {
