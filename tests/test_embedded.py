@@ -31,8 +31,26 @@ def test_the_adapted_classifier_knows_what_it_was_adapted_to() -> None:
     model = PurifiedClassifier(adapted, "fashion-mnist-ct")  # a warning would be an error
     with torch.no_grad():
         assert (model(images, seeds=range(256)).argmax(1) == labels).float().mean() > 0.84
-    with pytest.warns(ClassifierWarning, match="another backbone: to a backbone with weights 9580381f267d, and is"):
+    with pytest.warns(ClassifierWarning, match="another backbone: to a backbone with weights 4227423589bc, and is"):
         PurifiedClassifier(adapted, "fashion-mnist-edm", purifier=OneStep(level=0.6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_precision_of_the_backbone_is_no_difference(dtype: torch.dtype) -> None:
+    for loaded, cast in ((torch.float32, dtype), (dtype, None), (dtype, torch.float32)):
+        adapted = load_classifier("fashion-mnist-adapted")
+        own, other = (load_backbone(name, dtype=loaded) for name in ("fashion-mnist-ct", "fashion-mnist-edm"))
+        PurifiedClassifier(adapted, own, dtype=cast)  # a warning would be an error
+        with pytest.warns(ClassifierWarning, match="another backbone"):
+            PurifiedClassifier(adapted, other, purifier=OneStep(level=0.6), dtype=cast)
+
+
+def test_a_backbone_in_float16_is_not_compared() -> None:
+    adapted = load_classifier("fashion-mnist-adapted")
+    PurifiedClassifier(adapted, load_backbone("fashion-mnist-ct", dtype=torch.float16))
+    PurifiedClassifier(adapted, "fashion-mnist-edm", purifier=OneStep(level=0.6), dtype=torch.float16)
+    with pytest.warns(ClassifierWarning, match="another purifier: to"):
+        PurifiedClassifier(adapted, "fashion-mnist-edm", purifier=OneStep(level=0.5), dtype=torch.float16)
 
 
 def test_the_adversarially_trained_classifier_needs_no_purifier_and_may_have_any() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmap_defense.common.describe import describe_module
+from cmap_defense.common.describe import named_weights
+from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.modules import module_behind, weights_of
 from cmap_defense.errors import ClassifierWarning
 from cmap_defense.purifiers.base import Purifier
@@ -65,10 +66,11 @@ def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:
 
 
 def adapted_to(backbone: nn.Module, purifier: Purifier) -> dict[str, Any]:
-    """What a classifier behind them is adapted to: the purifier without its number of versions, and the backbone."""
+    """What a classifier behind them is adapted to: the purifier without its number of versions, and the checksum of the
+    backbone's weights, None where it is not known."""
     return {
         "purifier": {"class": type(purifier).__name__, **_without(purifier.to_dict(), "n_latents")},
-        "backbone": describe_module(purifier.member(backbone))["weights"],
+        "backbone": _checksum(purifier.member(backbone)),
     }
 
 
@@ -79,7 +81,7 @@ def warn_of_another_adaptation(classifier: object, backbone: nn.Module, purifier
     if not isinstance(known, dict) or alone or purifier.passes == 0 or "adaptation" in _said(classifier):
         return
     here = adapted_to(backbone, purifier)
-    other = [name for name in ("purifier", "backbone") if known.get(name) != here[name]]
+    other = [name for name in here if known.get(name) != here[name] and None not in (known.get(name), here[name])]
     if other:
         there, now = (", ".join(_target(name, record.get(name)) for name in other) for record in (known, here))
         _warn(
@@ -88,6 +90,18 @@ def warn_of_another_adaptation(classifier: object, backbone: nn.Module, purifier
             f"The classifier was adapted to another {' and '.join(other)}: to {there}, and is behind {now}. "
             "Wrap it with what it was adapted to, or adapt it again.",
         )
+
+
+def _checksum(backbone: nn.Module) -> str | None:
+    """The checksum of the weights in bfloat16, which is the same for a backbone in float32, in float64 and in bfloat16.
+
+    None where a weight is in float16 or less, from which the one in bfloat16 cannot be computed.
+    """
+    weights = named_weights(backbone)
+    floats = {weight.dtype for _, weight in weights if weight.is_floating_point()}
+    if not floats <= {torch.bfloat16, torch.float32, torch.float64}:
+        return None
+    return tensor_checksum((name, w.float().bfloat16() if w.is_floating_point() else w) for name, w in weights)
 
 
 def _target(name: str, value: object) -> str:

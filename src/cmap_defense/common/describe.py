@@ -81,7 +81,7 @@ def describe_module(module: object) -> dict[str, Any]:
     network, weights = None, []
     if isinstance(module, nn.Module):
         network = hashlib.sha256(ADDRESS.sub("", nn.Module.__repr__(module)).encode()).hexdigest()
-        weights = _weights(module)
+        weights = named_weights(module)
     return {
         "class": qualified_name(module),
         "network": network,
@@ -126,7 +126,7 @@ def _options(value: NamedOptions) -> dict[str, Any]:
     return {name: describe(attributes[name]) for name in names if name in attributes}
 
 
-def _weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers, also those that are not saved with the rest, as a model's own normalisation often is."""
     saved = module.state_dict()
     return [*saved.items(), *((name, buffer) for name, buffer in module.named_buffers() if name not in saved)]
