@@ -104,6 +104,22 @@ def test_it_learns_a_copy_and_leaves_the_original_alone(tmp_path: Path) -> None:
     assert not same(adapted.get_submodule("norm"), before.norm)
 
 
+def test_modules_without_parameters_go_with_the_nearest_one_around_them_that_has_some() -> None:
+    model, still, moving = net(), nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(2, affine=False)
+    model.frozen.append(nn.Sequential(still, nn.Dropout(0.5)))
+    model.norm = nn.Sequential(model.norm, nn.Sequential(moving, nn.Dropout(0.5)))
+    purified = PurifiedClassifier(model, Shrinking(), purifier=PURIFIER)
+    modes: dict[str, bool] = {}
+    for name, part in model.named_modules():
+        part.register_forward_pre_hook(lambda part, _, name=name: modes.update({name: part.training}))
+    AdaptationLearner(purified, data(), None, None, SMALL).step(0)
+    assert still.num_batches_tracked == 0
+    assert moving.num_batches_tracked == 1
+    assert {name for name, mode in modes.items() if not mode} == {
+        name for name in modes if name.partition(".")[0] == "frozen"
+    }
+
+
 def test_the_optimum_of_a_linear_classifier_is_found(tmp_path: Path) -> None:
     """Least loss of one weight on purified images in closed form: here of logistic regression by Newton's method."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,8 @@ class AdaptationLearner(Trainee):
     """A classifier behind a purifier in training.
 
     Every draw is a function of (seed, step, position in the batch). Parameters that require no gradient stay as they
-    are, and so do the running statistics of the modules that hold nothing else.
+    are. Modules that hold no others are in eval mode with all that is in them: their running statistics stay, and their
+    dropout is off.
 
     Args:
         purified: the classifier behind the purifier, with the gradient that the attack follows. Its classifier, a
@@ -64,7 +65,7 @@ class AdaptationLearner(Trainee):
         )
         self.scores: list[float] = []
         self.best = copied_state(self.model)
-        self.trained = [part for part in self.model.modules() if _learns(part)]
+        self.trained = list(_trained(self.model))
 
     def step(self, number: int) -> Tensor:
         loss = super().step(number)
@@ -221,10 +222,16 @@ def _arithmetic(device: torch.device, config: AdaptationConfig) -> torch.autocas
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def _learns(module: nn.Module) -> bool:
-    """Whether a module has a parameter to learn, or none at all (Dropout, activations)."""
+def _trained(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it; without the ones whose parameters all require no gradient, and all that is in these.
+
+    A module without parameters (Dropout, BatchNorm2d(affine=False)) so goes with the nearest one around it with some.
+    """
     own = list(module.parameters())
-    return not own or any(p.requires_grad for p in own)
+    if not own or any(p.requires_grad for p in own):
+        yield module
+        for part in module.children():
+            yield from _trained(part)
 
 
 def _shifted(images: Tensor, moves: Tensor, most: int) -> Tensor:
