@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cmap_defense import load_adapted
+from cmap_defense.cli.build import imported_model
 from cmap_defense.embedded import load_classifier
 
 from .conftest import Run
@@ -32,6 +34,8 @@ def test_it_writes_weights_for_the_other_commands(run: Run, data: Path, tmp_path
     assert len(printed["held_out_scores"]) == 2
     assert (out / "loss.png").is_file()
     assert not load_adapted(out, load_classifier()).training
+    read = imported_model("embedded", out / "classifier.safetensors", torch.device("cpu"), "--classifier")
+    assert vars(read)["adapted_to"] == load_adapted(out, load_classifier()).adapted_to
     again = run("adapt", *model, *attack, *OPTIONS, "-o", out)
     assert "8 held-out images" in again
     assert "32 images seen" in again

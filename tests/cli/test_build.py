@@ -1,5 +1,7 @@
 """Models by import path, and their weights in files of other libraries."""
 
+import json
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cmap_defense import PurifiedClassifier
 from cmap_defense.cli.build import imported_model
+from cmap_defense.embedded import ASSETS
+from cmap_defense.errors import ClassifierWarning
+from cmap_defense.purifiers import OneStep
 
 CPU = torch.device("cpu")
 CODE = """
@@ -165,3 +171,27 @@ def test_a_module_that_raises_is_named(tmp_path: Path, code: str, message: str) 
     (tmp_path / "broken.py").write_text(code)
     with pytest.raises(click.BadParameter, match=rf"broken\.py:net .*{message}"):
         imported_model(f"{tmp_path}/broken.py:net", None, CPU, "--classifier")
+
+
+ADAPTED, PLAIN = (ASSETS.parent / name / "classifier.safetensors" for name in ("fashion-mnist-adapted", ASSETS.name))
+
+
+def behind_level_half(name: str, weights: Path) -> None:
+    classifier = imported_model(name, weights, CPU, "--classifier")
+    PurifiedClassifier(classifier, "fashion-mnist-ct", purifier=OneStep(level=0.5))
+
+
+def test_weights_of_an_adaptation_bring_what_they_were_adapted_to(tmp_path: Path) -> None:
+    with pytest.warns(ClassifierWarning, match="adapted to another purifier"):
+        behind_level_half("embedded", ADAPTED)
+    for record in ("not JSON", "{}", json.dumps({"weights_sha256": "0" * 64, "purifier": {}, "backbone": ""}), None):
+        shutil.copy(ADAPTED, tmp_path / "w.safetensors")
+        if record is None:  # that of the package, beside other weights
+            shutil.copy(PLAIN, tmp_path / "w.safetensors")
+            record = (ADAPTED.parent / "adaptation.json").read_text()
+        (tmp_path / "adaptation.json").write_text(record)
+        behind_level_half("embedded", tmp_path / "w.safetensors")  # a warning would be an error
+
+
+def test_what_an_adapted_classifier_was_adapted_to_goes_with_its_own_weights() -> None:
+    behind_level_half("fashion-mnist-adapted", PLAIN)  # a warning would be an error

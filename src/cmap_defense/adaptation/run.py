@@ -194,13 +194,7 @@ def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
         ClassifierError: the weights are of another architecture.
     """
     folder = Path(folder)
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        checksum, target = record["weights_sha256"], {name: record[name] for name in ("purifier", "backbone")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneFileError(
-            f"{folder / RECORD_FILE} is no record of an adaptation ({error!r}). Give the folder that adapt wrote."
-        ) from error
+    checksum, target = recorded_target(folder)
     check_sha256(folder / WEIGHTS_FILE, checksum)
     model = copy.deepcopy(classifier)
     try:
@@ -208,6 +202,21 @@ def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
     except RuntimeError as error:
         raise ClassifierError(f"The weights in {folder} are of another architecture: {error}") from error
     return _marked(model.eval(), target)
+
+
+def recorded_target(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The checksum of the weights that ``adapt`` wrote to a folder, and what they are adapted to.
+
+    Raises:
+        BackboneFileError: the record is missing or damaged.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        return record["weights_sha256"], {name: record[name] for name in ("purifier", "backbone")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneFileError(
+            f"{folder / RECORD_FILE} is no record of an adaptation ({error!r}). Give the folder that adapt wrote."
+        ) from error
 
 
 def _marked(model: AnyModule, target: Mapping[str, Any]) -> AnyModule:

@@ -18,9 +18,10 @@ import click
 import torch
 from torch import Tensor, nn
 
+from cmap_defense.adaptation.run import recorded_target
 from cmap_defense.attacks import Attack, ThreatModel
 from cmap_defense.attacks.suites import SUITES
-from cmap_defense.backbones.weights import read_state_dict
+from cmap_defense.backbones.weights import read_state_dict, sha256_of
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import COUNT, EMBEDDED
 from cmap_defense.common.paths import expanded
@@ -306,6 +307,11 @@ def _load(model: Any, weights: Path, option: str) -> None:
     if listed:
         raise click.BadParameter(f"{weights} is not of this model: {listed}.", param_hint=option)
     model.load_state_dict(state, strict=False)  # counts of batches may be missing, which eval mode does not use
+    vars(model).pop("adapted_to", None)  # of the weights before these
+    with contextlib.suppress(BackboneFileError):
+        checksum, target = recorded_target(weights.parent)
+        if checksum == sha256_of(weights):
+            vars(model)["adapted_to"] = target
 
 
 def _without_prefixes(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
