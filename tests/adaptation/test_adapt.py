@@ -91,7 +91,7 @@ def accuracy(model: PurifiedClassifier, images: LabelledImages) -> float:
 def test_it_learns_a_copy_and_leaves_the_original_alone(tmp_path: Path) -> None:
     original = net(dropout=0.2)
     before = copy.deepcopy(original)
-    result = adapt(original, Shrinking(), PURIFIER, data(), tmp_path, config=SMALL.replace(images=600))
+    result = adapt(original, Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL.replace(images=600))
     assert same(original, before)
     assert not original.training
     assert result.finished
@@ -139,7 +139,7 @@ def test_the_optimum_of_a_linear_classifier_is_found(tmp_path: Path) -> None:
     kept = LabelledImages((255 * images).to(torch.uint8), labels)
     changes = {"batch_size": 16, "learning_rate": 0.05, "ema_half_life": (400,), "weight_decay": 0.0, "shift": 0}
     config = SMALL.replace(images=16 * 400, checkpoint_every=16 * 400, **changes)
-    found = adapt(Mean(), Shrinking(), Identity(), kept, tmp_path, config=config).classifier.get_parameter("weight")
+    found = adapt(Mean(), Shrinking(), Identity(), kept, out=tmp_path, config=config).classifier.get_parameter("weight")
     best = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     half = 10 * (kept.unit[..., :3].mean((1, 2, 3)) - kept.unit[..., 3:].mean((1, 2, 3))).double()
     for _ in range(30):
@@ -193,7 +193,7 @@ def test_adversarial_training_lowers_the_loss_under_attack(tmp_path: Path) -> No
     for adversarial in (False, True):
         attack = {"threat": threat, "config": config} if adversarial else {"config": plain}
         keep = {"adversarial": adversarial, **attack}
-        found = adapt(net(), Shrinking(), PURIFIER, data(60), tmp_path / str(adversarial), **keep)
+        found = adapt(net(), Shrinking(), PURIFIER, data(60), out=tmp_path / str(adversarial), **keep)
         model = PurifiedClassifier(found.classifier, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
         attacked = attacked_images(model, test.unit, test.labels, seeds, threat, config.replace(attack_steps=5))
         with torch.no_grad():
@@ -203,21 +203,21 @@ def test_adversarial_training_lowers_the_loss_under_attack(tmp_path: Path) -> No
 
 def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> None:
     keep = {"held_out": data(9, 2), "adversarial": True, "threat": ThreatModel(eps=0.05), "config": SMALL}
-    whole = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "whole", **keep)
+    whole = adapt(net(0.2), Shrinking(), PURIFIER, data(), out=tmp_path / "whole", **keep)
 
     def kill(state: object) -> None:
         if state.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", on_step=kill, **keep)
-    continued = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", **keep)
+        adapt(net(0.2), Shrinking(), PURIFIER, data(), out=tmp_path / "killed", on_step=kill, **keep)
+    continued = adapt(net(0.2), Shrinking(), PURIFIER, data(), out=tmp_path / "killed", **keep)
     assert same(whole.classifier, continued.classifier)
     assert whole.record == continued.record
     assert len(whole.record["held_out_scores"]) == 4
-    again = adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", **keep)
+    again = adapt(net(0.2), Shrinking(), PURIFIER, data(), out=tmp_path / "killed", **keep)
     assert same(again.classifier, whole.classifier)
-    adapt(net(0.2), Shrinking(), PURIFIER, data(), tmp_path / "killed", max_parallel=5, normalize=None, **keep)
+    adapt(net(0.2), Shrinking(), PURIFIER, data(), out=tmp_path / "killed", max_parallel=5, normalize=None, **keep)
     frozen = net(0.2)
     frozen.norm.requires_grad_(False)
     for model, purifier, options in (
@@ -227,7 +227,7 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
         (frozen, PURIFIER, {}),
     ):
         with pytest.raises(errors.CheckpointError, match="other settings"):
-            adapt(model, Shrinking(), purifier, data(), tmp_path / "killed", **options, **keep)
+            adapt(model, Shrinking(), purifier, data(), out=tmp_path / "killed", **options, **keep)
 
 
 class Tied(Net):
@@ -244,12 +244,12 @@ class Tied(Net):
 def test_weights_under_two_names_stay_the_same_ones(tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = Tied().eval()
-    first = adapt(start, Shrinking(), PURIFIER, data(), tmp_path / "a", config=SMALL)
+    first = adapt(start, Shrinking(), PURIFIER, data(), out=tmp_path / "a", config=SMALL)
     assert not torch.equal(first.classifier.head.weight, start.head.weight)
     assert first.classifier.head.weight is first.classifier.copy.weight
     read = load_adapted(tmp_path / "a", Tied())
     assert same(read, first.classifier)
-    again = adapt(start, Shrinking(), PURIFIER, data(), tmp_path / "a", config=SMALL)
+    again = adapt(start, Shrinking(), PURIFIER, data(), out=tmp_path / "a", config=SMALL)
     assert same(again.classifier, first.classifier)
 
 
@@ -259,11 +259,11 @@ def test_the_best_weights_on_held_out_images_are_kept_and_patience_ends_it(
     scores = iter([0.5, 0.8, 0.6, 0.7, 0.9])
     monkeypatch.setattr(AdaptationLearner, "_score", lambda self, held_out: next(scores))
     keep = {"held_out": data(6, 2), "config": SMALL.replace(images=600, patience=2)}
-    result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
+    result = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, **keep)
     assert result.record["held_out_scores"] == [0.5, 0.8, 0.6, 0.7]
     assert result.record["images_seen"] == 4 * 12
     assert result.finished
-    shorter = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, **keep)
+    shorter = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, **keep)
     assert same(shorter.classifier, result.classifier), "what has ended does not go on"
 
 
@@ -287,7 +287,7 @@ def test_attacks_on_held_out_images_are_no_shorter_than_ten_steps(
         Shrinking(),
         PURIFIER,
         data(),
-        tmp_path,
+        out=tmp_path,
         held_out=data(5, 2),
         adversarial=True,
         threat=threat,
@@ -297,7 +297,7 @@ def test_attacks_on_held_out_images_are_no_shorter_than_ten_steps(
 
 
 def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path: Path) -> None:
-    result = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, config=SMALL)
+    result = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL)
     read = load_adapted(tmp_path, net())
     assert same(read, result.classifier)
     with warnings.catch_warnings():
@@ -318,7 +318,7 @@ def test_the_weights_are_read_again_and_know_what_they_were_adapted_to(tmp_path:
 def test_the_training_images_are_never_taken_for_normalised_ones(tmp_path: Path) -> None:
     keep = {"config": SMALL.replace(images=12), "normalize": (0.3, 0.2)}
     found = [
-        adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / inputs, inputs=inputs, **keep).classifier
+        adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / inputs, inputs=inputs, **keep).classifier
         for inputs in ("unit", "normalized")
     ]
     assert same(*found)
@@ -326,10 +326,10 @@ def test_the_training_images_are_never_taken_for_normalised_ones(tmp_path: Path)
 
 def test_a_classifier_may_be_adapted_again(tmp_path: Path) -> None:
     config = SMALL.replace(images=12)
-    first = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / "first", config=config).classifier
+    first = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / "first", config=config).classifier
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = adapt(first, Shrinking(), OneStep(level=0.5), data(), tmp_path / "again", config=config).classifier
+        again = adapt(first, Shrinking(), OneStep(level=0.5), data(), out=tmp_path / "again", config=config).classifier
     assert (first.adapted_to["purifier"]["level"], again.adapted_to["purifier"]["level"]) == (0.3, 0.5)
 
 
@@ -344,7 +344,7 @@ def test_a_length_in_minutes_leaves_time_for_the_evaluations(tmp_path: Path, mon
 
     monkeypatch.setattr("cmap_defense.training.plan.planned_images", planned)
     config = SMALL.replace(images=None, minutes=5.0, checkpoint_every=60)
-    adapt(net(), Shrinking(), PURIFIER, data(), tmp_path, held_out=data(6, 2), config=config)
+    adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, held_out=data(6, 2), config=config)
     assert len(evaluated) == 1
     given[0]()
     assert len(evaluated) == 2
@@ -380,10 +380,12 @@ def test_wrong_arguments(tmp_path: Path, changes: dict, error: type[Exception], 
         adapt(**arguments, out=tmp_path)
 
 
-def test_a_data_set_is_read_as_evaluate_reads_it(tmp_path: Path) -> None:
+def test_a_data_set_is_read_as_evaluate_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     pairs = TensorDataset(data().unit, data().labels)
-    first = adapt(net(), Shrinking(), PURIFIER, pairs, tmp_path / "pairs", config=SMALL)
-    second = adapt(net(), Shrinking(), PURIFIER, data(), tmp_path / "images", config=SMALL)
+    first = adapt(net(), Shrinking(), PURIFIER, pairs, config=SMALL)
+    assert same(load_adapted("runs/adapted", net()), first.classifier)
+    second = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / "images", config=SMALL)
     assert same(first.classifier, second.classifier)
 
 

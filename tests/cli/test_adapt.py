@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from cmap_defense import load_adapted
+from cmap_defense import CMAP, CMAPSettings, load_adapted
 from cmap_defense.cli.build import imported_model
 from cmap_defense.embedded import load_classifier
+from cmap_defense.errors import SettingsError
+from cmap_defense.purifiers import ADP, GDMP, Identity, OneStep, Purifier
 
 from .conftest import Run
 
-OPTIONS = ["--purifier-set", "n_latents=1", "--images", "32", "--batch-size", "8", "--checkpoint-every", "16"]
+OPTIONS = ["--images", "32", "--batch-size", "8", "--checkpoint-every", "16"]
 
 
 @pytest.fixture
@@ -30,6 +32,7 @@ def test_it_writes_weights_for_the_other_commands(run: Run, data: Path, tmp_path
     printed = json.loads(run("adapt", *model, *attack, *OPTIONS, "-o", out, "--json"))
     assert printed["finished"]
     assert printed["purifier"] == {"class": "OneStep", "level": 0.5}
+    assert printed["versions"] == 1
     assert printed["threat"]["eps"] == 0.05
     assert len(printed["held_out_scores"]) == 2
     assert (out / "loss.png").is_file()
@@ -57,3 +60,28 @@ def test_wrong_usage(run: Run, data: Path, tmp_path: Path) -> None:
     assert "did you mean 8/255?" in run(*model, "--adversarial", "--eps", "8", status=2)
     assert "has no setting" in run(*model, "--purifier-set", "sigma=1", status=2)
     assert "leaves nothing" in run(*model, "--hold-out", "24", status=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "purifier"),
+    [
+        ([], OneStep(n_latents=1)),
+        (["--purifier-set", "n_latents=3", "--purifier-set", "level=0.6"], OneStep(level=0.6, n_latents=3)),
+        (["--purifier", "gdmp", "--purifier-set", "preset=cifar10-spsa"], GDMP.preset("cifar10-spsa")),
+        (["--purifier", "adp"], ADP(n_latents=1)),
+        (["--purifier", "cmap"], CMAP(CMAPSettings(n_latents=1))),
+        (["--purifier", "identity"], Identity()),
+    ],
+)
+def test_one_version_is_trained_on_unless_another_number_is_given(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], purifier: Purifier
+) -> None:
+    found = []
+
+    def adapt(*arguments: object, **_: object) -> None:
+        found.append(arguments[2])
+        raise SettingsError("no more is needed")
+
+    monkeypatch.setattr("cmap_defense.cli.adapt.adapt", adapt)
+    run("adapt", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, *options, "-o", tmp_path / "out", status=1)
+    assert found == [purifier]

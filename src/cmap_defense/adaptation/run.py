@@ -70,8 +70,8 @@ def adapt(
     backbone: Any,
     purifier: Purifier | None,
     data: Any,
-    out: str | Path,
     *,
+    out: str | Path = "runs/adapted",
     adversarial: bool = False,
     threat: ThreatModel | None = None,
     held_out: Any = None,
@@ -87,18 +87,19 @@ def adapt(
     is then ``clean_weight`` times that of clean images and the rest times that of attacked ones; their balance is the
     subject of TRADES (Zhang et al. 2019, arXiv 1901.08573). With ``Identity()`` it is plain adversarial training.
 
-    Killed or stopped by ``config.minutes``, the same call continues from the last checkpoint, and ends with the same
-    weights. Under torchrun every process calls this.
+    Killed or stopped by ``config.minutes``, the same call continues from the last checkpoint in ``out``, and ends with
+    the same weights. Under torchrun every process calls this.
 
     Args:
         classifier: a module from images [M, C, H, W] to logits [M, classes]. It is never changed. Parameters that
             require no gradient stay as they are.
         backbone: as ``PurifiedClassifier`` takes it; a module is moved to ``config.device``.
-        purifier: what purifies; None for ``OneStep()``, whose gradient is one network pass. Versions are averaged in
-            the loss, and ``n_latents=1`` is enough.
+        purifier: what purifies; None for ``OneStep(n_latents=1)``, whose gradient is one network pass. Versions are
+            averaged in the loss, and one is enough.
         data: training images as ``evaluate`` takes them, read into memory as 8-bit images: a pair of images
             [N, C, H, W] in [0, 1] and labels int64 [N], a ``Dataset``, or what ``load_dataset`` returns.
-        out: the folder: ``classifier.safetensors``, ``adaptation.json``, ``log.jsonl`` and checkpoints.
+        out: the folder of this adaptation alone: ``classifier.safetensors``, ``adaptation.json``, ``log.jsonl`` and
+            checkpoints.
         adversarial: attack the training images.
         threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
         held_out: images that are not trained on. The weights that are best on them are the result; None for the last

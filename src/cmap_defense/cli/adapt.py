@@ -8,11 +8,21 @@ import torch
 
 from cmap_defense.adaptation import AdaptationConfig, adapt
 from cmap_defense.adaptation.run import RECORD_FILE, WEIGHTS_FILE
-from cmap_defense.cli.build import Printed, classifier_of, device_of, normalize_of, purifier_of, settings_of, threat_of
+from cmap_defense.cli.build import (
+    Options,
+    Printed,
+    classifier_of,
+    device_of,
+    normalize_of,
+    purifier_of,
+    settings_of,
+    threat_of,
+)
 from cmap_defense.cli.output import listed
 from cmap_defense.cli.train import training_set, write_loss_chart
 from cmap_defense.common.ranks import ranks
 from cmap_defense.data import FolderImages
+from cmap_defense.purifiers import Purifier
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.loop import LOG_FILE
 
@@ -31,9 +41,9 @@ def run_adapt(options: dict[str, Any]) -> Printed:
         done = adapt(
             classifier,
             options["backbone"],
-            purifier_of({name: options[name] for name in ("purifier", "purifier_set")}),
+            _purifier(options),
             chosen.loaded(),
-            out,
+            out=out,
             adversarial=options["adversarial"],
             threat=threat_of(options) if options["adversarial"] or threat_of(options) != ThreatModel() else None,
             held_out=held_out,
@@ -52,3 +62,13 @@ def run_adapt(options: dict[str, Any]) -> Printed:
         lines.append(f"Score on {options['hold_out']} held-out images: {max(scores):.3f} (the best of {len(scores)}).")
     lines.append(f"{done.record['images_seen']:,} images seen. {listed(files)}")
     return dict(done.record) | {"finished": done.finished, "files": [str(file) for file in files]}, lines
+
+
+def _purifier(options: Options) -> Purifier:
+    """The purifier of the options; of those that have a number of versions, with one unless another is given."""
+    given = {name: options[name] for name in ("purifier", "purifier_set")}
+    purifier = purifier_of(given)
+    keys = {text.partition("=")[0].strip() for text in given["purifier_set"]}
+    if "n_latents" in keys or "n_latents" not in purifier.to_dict():
+        return purifier
+    return purifier_of(given | {"n_latents": 1})
