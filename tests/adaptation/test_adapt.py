@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from cmap_defense import PurifiedClassifier, ThreatModel, adapt, errors, load_ad
 from cmap_defense.adaptation import AdaptationConfig, learner
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
-from cmap_defense.common.rng import draw_latents
+from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.data import LabelledImages
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import Identity, OneStep
@@ -34,13 +35,20 @@ class Shrinking(nn.Module):
         return noisy * (0.25 / (0.25 + torch.as_tensor(sigma).to(noisy) ** 2))
 
 
+class Mirroring(Shrinking):
+    """A denoiser whose derivative is no multiple of the identity: it mirrors and inverts the image."""
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        return -super().denoise(noisy, sigma).flip(-1)
+
+
 class Net(nn.Module):
     """Normalisation, dropout, a frozen layer and one to learn."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.frozen = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)).requires_grad_(False)
-        self.norm = nn.BatchNorm2d(2)
+        self.norm: nn.Module = nn.BatchNorm2d(2)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(2 * 4 * 6, 3)
 
@@ -120,8 +128,11 @@ def test_modules_without_parameters_go_with_the_nearest_one_around_them_that_has
     }
 
 
-def test_the_optimum_of_a_linear_classifier_is_found(tmp_path: Path) -> None:
-    """Least loss of one weight on purified images in closed form: here of logistic regression by Newton's method."""
+def test_the_optimum_of_a_linear_classifier_on_purified_images_is_found(tmp_path: Path) -> None:
+    """Logistic regression on a number that is Gaussian behind the purifier: Newton's method on its expected loss."""
+
+    def half(images: Tensor) -> Tensor:
+        return 10 * (images[..., :3].mean((1, 2, 3)) - images[..., 3:].mean((1, 2, 3)))
 
     class Mean(nn.Module):
         def __init__(self) -> None:
@@ -129,27 +140,32 @@ def test_the_optimum_of_a_linear_classifier_is_found(tmp_path: Path) -> None:
             self.weight = nn.Parameter(torch.zeros(2))
 
         def forward(self, images: Tensor) -> Tensor:
-            half = images[..., :3].mean((1, 2, 3)) - images[..., 3:].mean((1, 2, 3))
-            return torch.stack([torch.zeros_like(half), self.weight[0] * 10 * half + self.weight[1]], 1)
+            return torch.stack([torch.zeros(len(images)), self.weight[0] * half(images) + self.weight[1]], 1)
 
-    generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 2
-    images = torch.rand(16, *SHAPE, generator=generator) * 0.5
+    images = 0.4 + 0.15 * torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(0))
     images[labels == 1, :, :, :3] += 0.05
     kept = LabelledImages((255 * images).to(torch.uint8), labels)
     changes = {"batch_size": 16, "learning_rate": 0.05, "ema_half_life": (400,), "weight_decay": 0.0, "shift": 0}
-    config = SMALL.replace(images=16 * 400, checkpoint_every=16 * 400, **changes)
-    found = adapt(Mean(), Shrinking(), Identity(), kept, out=tmp_path, config=config).classifier.get_parameter("weight")
-    best = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    half = 10 * (kept.unit[..., :3].mean((1, 2, 3)) - kept.unit[..., 3:].mean((1, 2, 3))).double()
+    config = SMALL.replace(images=16 * 400, checkpoint_every=16 * 400, precision="float32", **changes)
+    purifier = OneStep(level=0.2, n_latents=8)
+    found = adapt(Mean(), Shrinking(), purifier, kept, out=tmp_path, config=config).classifier.get_parameter("weight")
+
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(40))
+    shrunk = 0.25 / (0.25 + 0.2**2)  # what the denoiser leaves of an image, and of the noise
+    noise = 10 * shrunk * 0.2 / 2 * (1 / 12 + 1 / 12) ** 0.5  # of the means of twelve pixels each, for images in [0, 1]
+    behind = shrunk * half(kept.unit).double()[:, None] + noise * nodes
+    truth = labels.double()[:, None].expand_as(behind)
+
+    def expected(weight: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(weight[0] * behind + weight[1], truth, reduction="none")
+        return (losses @ weights).mean() / weights.sum()
+
+    best = torch.zeros(2, dtype=torch.float64)
     for _ in range(30):
-        loss = F.binary_cross_entropy_with_logits(best[0] * half + best[1], labels.double())
-        (gradient,) = torch.autograd.grad(loss, best)
-        curve = torch.autograd.functional.hessian(
-            lambda w: F.binary_cross_entropy_with_logits(w[0] * half + w[1], labels.double()), best.detach()
-        )
-        best = (best.detach() - torch.linalg.solve(curve, gradient)).requires_grad_()
-    torch.testing.assert_close(found.detach().double(), best.detach(), rtol=0.02, atol=0.02)
+        gradient, curve = torch.func.grad(expected)(best), torch.autograd.functional.hessian(expected, best)
+        best -= torch.linalg.solve(curve, gradient)
+    torch.testing.assert_close(found.detach().double(), best, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -173,6 +189,70 @@ def test_the_attack_climbs_the_exact_gradient(norm: str) -> None:
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
     with torch.no_grad():
         assert loss(attacked) > loss(images)
+
+
+def test_adapt_attacks_along_the_exact_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signs of a step are those of finite differences; the straight-through gradient has others."""
+    found: list[PurifiedClassifier] = []
+
+    def recorded(purified: PurifiedClassifier, *rest: Any) -> Tensor:
+        found.append(copy.deepcopy(purified).double())
+        return attacked_images(purified, *rest)
+
+    monkeypatch.setattr(learner, "attacked_images", recorded)
+    threat, config = ThreatModel(eps=0.1), SMALL.replace(images=6, attack_steps=1)
+    adapt(net(), Mirroring(), PURIFIER, data(), out=tmp_path, adversarial=True, threat=threat, config=config)
+    purified, images, labels, seeds = found[0], data(5).unit.double() * 0.5 + 0.2, data(5).labels, torch.arange(5)
+    start, moved = (
+        attacked_images(purified, images, labels, seeds, threat, config.replace(attack_step_size=size))
+        for size in (1e-12, 1e-3)
+    )
+
+    @torch.no_grad()
+    def losses(x: Tensor) -> Tensor:
+        return F.cross_entropy(purified(x, seeds=derived_seeds(seeds, 2)), labels, reduction="none")
+
+    steps = 1e-6 * torch.eye(images[0].numel(), dtype=torch.float64).reshape(-1, *SHAPE)
+    slopes = torch.stack([losses(start + step) - losses(start - step) for step in steps], 1).reshape(images.shape)
+    inside = (start - images).abs() < 0.098  # where the step is not cut off
+    assert inside.float().mean() > 0.9
+    assert torch.equal((moved - start).sign()[inside], slopes.sign()[inside])
+
+
+def test_dropout_and_batch_statistics_belong_to_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, attacking, calls = net(0.5), [], []
+    expected = copy.deepcopy(model.norm).train()
+
+    def recorded(*arguments: Any) -> Tensor:
+        attacking.append(True)
+        attacked = attacked_images(*arguments)
+        attacking.clear()
+        return attacked
+
+    def note(part: nn.Module, inputs: tuple[Tensor]) -> None:
+        phase = "attack" if attacking else "loss" if torch.is_grad_enabled() else "purification"
+        calls.append((part, phase, part.training, inputs[0].detach().clone()))
+
+    monkeypatch.setattr(learner, "attacked_images", recorded)
+    for part in (model.norm, model.dropout):
+        part.register_forward_pre_hook(note)
+    purified = PurifiedClassifier(model, Shrinking(), purifier=PURIFIER, gradient=Unrolled())
+    config = SMALL.replace(precision="float32")
+    trained = AdaptationLearner(purified, data(), data(6, 2), ThreatModel(eps=0.05), config)
+    for number in range(3):  # with an evaluation on held-out images after the second one
+        trained.step(number)
+    assert trained.scores
+    assert {(part, phase, mode) for part, phase, mode, _ in calls} == {
+        (part, phase, phase == "loss")
+        for part in (model.norm, model.dropout)
+        for phase in ("attack", "purification", "loss")
+    }
+    batches = [batch for part, phase, _, batch in calls if part is model.norm and phase == "loss"]
+    assert len(batches) == 3 * 2
+    for batch in batches:
+        expected(batch)
+    for name, statistic in expected.named_buffers():
+        torch.testing.assert_close(model.norm.get_buffer(name), statistic)
 
 
 def test_the_start_of_the_attack_is_independent_of_the_noise_of_the_loss() -> None:
