@@ -46,7 +46,7 @@ def test_it_writes_weights_for_the_other_commands(run: Run, data: Path, tmp_path
 
 
 def test_behind_a_chain_on_two_backbones(run: Run, data: Path, tmp_path: Path) -> None:
-    given = ["adapt", "-b", "fashion-mnist-ct", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, *OPTIONS[2:]]
+    given = ["adapt", "-b", "fashion-mnist-ct", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, *OPTIONS]
     parts = "purifiers=diffpure t=10 step=0.01, cmap n_latents=1 iterations=1"
     given += ["--purifier", "chain", "--purifier-set", parts, "-o", tmp_path / "adapted", "--json"]
     record = json.loads(run(*given))
