@@ -303,6 +303,8 @@ def main(
         raise click.UsageError(f"The images are {list(images.shape[1:])}, but {name} has {list(judge.image_shape)}.")
     if len(images) < n_images:
         raise click.UsageError(f"There are only {len(images)} images.")
+    if preset is not None:
+        PurifiedClassifier(classifier, name, preset=preset)  # refuses one that is not there before anything is timed
     settings = CMAPSettings.from_dict(judge.default_settings or {})
     settings = settings.replace(n_latents=n_latents, iterations=iterations)
     latents = draw_latents(torch.arange(n_images), n_latents, judge.image_shape)
@@ -354,8 +356,8 @@ def main(
         longer = settings.replace(iterations=preset_iterations)
         beside = against_preset(preset, name, classifier, longer, images, latents, repeats, CLOCKS[clock])
         click.echo(
-            f"{names[0]}, at K = {n_latents}, N = {preset_iterations} / preset {preset}: {beside['ratio']:.2f} "
-            f"({beside['right'][0]} and {beside['right'][1]} of {n_images} images right)"
+            f"the release's loop, image by image, at K = {n_latents}, N = {preset_iterations} / preset {preset}: "
+            f"{beside['ratio']:.2f} ({beside['right'][0]} and {beside['right'][1]} of {n_images} images right)"
         )
     if report is not None:
         setting = {"backbone": name, "images": n_images, "repeats": repeats, "clock": clock}

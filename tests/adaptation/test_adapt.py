@@ -1,5 +1,6 @@
 """Adapting a classifier to a purifier."""
 
+import contextlib
 import copy
 import json
 import warnings
@@ -308,6 +309,14 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
     ):
         with pytest.raises(errors.CheckpointError, match="other settings"):
             adapt(model, Shrinking(), purifier, data(), out=tmp_path / "killed", **options, **keep)
+
+
+def test_another_backbone_in_float16_does_not_continue_an_adaptation(tmp_path: Path) -> None:
+    for weight, refused in ((0.5, False), (0.5, False), (0.9, True)):
+        backbone = Shrinking()
+        backbone.gain = nn.Parameter(torch.tensor(weight, dtype=torch.float16), requires_grad=False)
+        with pytest.raises(errors.CheckpointError, match="other settings") if refused else contextlib.nullcontext():
+            adapt(net(), backbone, PURIFIER, data(), out=tmp_path / "out", config=SMALL)
 
 
 class Tied(Net):

@@ -290,9 +290,9 @@ def test_what_was_evaluated(report: Report) -> None:
 def test_settings_that_the_paper_does_not_have_are_shown(report: Report) -> None:
     assert "Not the paper's" not in dict(rows_of(report, "evaluated"))
     models = copy.deepcopy(report.settings["models"])
-    models["defended"]["settings"] |= {"level": 0.8, "schedule": "cosine"}
+    models["defended"]["settings"] |= {"level": 0.8, "schedule": "cosine", "of a subclass": 3}
     changed = dataclasses.replace(report, settings={**report.settings, "models": models})
-    assert dict(rows_of(changed, "evaluated"))["Not the paper's"] == "schedule cosine, level 0.8"
+    assert dict(rows_of(changed, "evaluated"))["Not the paper's"] == "schedule cosine, level 0.8, of a subclass 3"
 
 
 def test_the_plots_show_what_the_tables_do(report: Report, tree: Element) -> None:

@@ -135,10 +135,11 @@ def test_a_denoiser_without_presets_needs_a_purifier(monkeypatch: pytest.MonkeyP
             wrapped("cifar10-edm", **wanted)
 
 
-def test_a_pair_has_the_presets_of_both() -> None:
+def test_a_pair_has_the_presets_of_both_that_run_on_their_own_backbone() -> None:
     denoiser: Any = CurvedDenoiser()
     denoiser.record = record({"fast": FAST, "balanced": FAST})
-    pair = BackbonePair(backbone({"balanced": BALANCED}), denoiser)
+    restoring = backbone({"balanced": BALANCED | {"level": None}, "fast": BALANCED})  # a level takes the denoiser
+    pair = BackbonePair(restoring, denoiser)
     assert preset_purifier(pair, "fast") == OneStep(level=0.3, n_latents=2)
     assert preset_purifier(pair, "balanced").n_latents == 3
     assert preset_purifier(pair, "paper").n_latents == 2

@@ -606,6 +606,8 @@ def test_from_texts(name: str, texts: list[str], expected: Purifier) -> None:
         ),
         ("chain purifiers=[diffpure preset=cifar10-l2,  one-step]", Chain(DiffPure(t=75), OneStep())),
         ("chain purifiers=gnsp", Chain(GNSP())),
+        ("chain purifiers=((one-step), (gnsp rounds=(30,50)))", Chain(OneStep(), GNSP(rounds=(30, 50)))),
+        ("chain purifiers=(one-step),(identity)", Chain(OneStep(), Identity())),
         (
             "chain purifiers=(chain purifiers=(one-step level=1, gnsp rounds=(30, 50)), identity)",
             Chain(Chain(OneStep(level=1.0), GNSP(rounds=(30, 50))), Identity()),
@@ -633,6 +635,7 @@ def test_purifiers_of_a_chain_have_settings_in_one_text(text: str, expected: Pur
         ),
         ("purifiers=diffpure t=many", "Purifier 1 of the chain, 'diffpure t=many': DiffPure.t must be an integer"),
         ("purifiers=gnsp rounds=30,50", r"Purifier 2 of the chain, '50': .* needs brackets: gnsp rounds=\(30,50\)"),
+        ("purifiers=cmap betas=0.8,0.9", r"Purifier 1 of .*: CMAPSettings.betas must .* needs brackets"),
         ("purifiers=diffpure t", "Purifier 1 of the chain, 'diffpure t': A setting of a purifier is written key=value"),
         ("purifiers=(diffpure t=6", "A bracket in .* is not closed: write"),
         ("purifiers=diffpure t=6)", "A bracket in .* is not opened: write"),

@@ -144,6 +144,7 @@ def adapt(
         "classifier": describe_module(classifier),
         "trained_weights": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         **target,
+        "backbone_weights": describe_module(purified.purifier.member(purified.backbone))["weights"],
         "versions": purified.purifier.n_latents,
         "options": {
             name: describe(option) for name, option in options.items() if name not in FREE and option is not None

@@ -344,7 +344,8 @@ adapt = command(
     "adapt:run_adapt",
     """Fine-tune a copy of a classifier on purified training images; with --adversarial on attacked ones.
 
-    It is trained on one purified version of each image, unless --purifier-set n_latents=K says otherwise.
+    It is trained on one purified version of each image, unless --purifier-set n_latents=K says otherwise; the
+    purifiers of a chain keep their own numbers.
 
     OUT/classifier.safetensors is for --weights of the other commands. Killed, interrupted or stopped by --minutes, the
     same command continues from the last checkpoint, and ends with the same weights. Under torchrun

@@ -18,6 +18,7 @@ def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
     """An SVG of two plots: for each defence, accuracy under the worst attack over the cost, with that on clean images
     above it; and accuracy under the worst attack over that on clean images."""
     rows = comparison["rows"]
+    costs = [max(1, row["passes"]) for row in rows]  # an axis of powers of ten has no 0
 
     def fill(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1.0))
@@ -31,17 +32,17 @@ def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
             colour, marker = COLOURS[place], MARKERS[(place + cycle) % len(MARKERS)]
             clean, worst = row["clean"]["value"], row["worst"]["value"]
             low, high = row["worst"]["interval"]
-            beside = sum(other["passes"] == row["passes"] for other in rows[:number])
-            passes = max(1, row["passes"]) * 1.06**beside  # an axis of powers of ten has no 0
+            beside = costs[:number].count(costs[number])
+            passes = costs[number] * 1.06**beside
             over_cost.plot([passes, passes], [worst, clean], color=MUTED, linewidth=0.8, zorder=1)
             over_cost.plot(passes, clean, marker, color=colour, markerfacecolor="white")
             error = [[max(0.0, worst - low)], [max(0.0, high - worst)]]
             style: Any = {"marker": marker, "color": colour, "linestyle": "none"}
             over_cost.errorbar(passes, worst, yerr=error, capsize=3, **style)
-            over_clean.plot(clean, worst, label=printable(row["name"], 40), **style)
+            over_clean.plot(clean, worst, label=_short(row["name"]), **style)
         over_cost.set_xscale("log")
         locator: Any = over_cost.xaxis.get_major_locator()
-        locator.set_params(subs=(1.0, 2.0, 5.0))
+        locator.set_params(subs=(1.0, 2.0, 5.0) if max(costs) < 1000 * min(costs) else (1.0,))
         over_cost.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         over_cost.xaxis.set_minor_formatter(lambda value, _: "")
         over_cost.set_ylim(-0.02, 1.02)
@@ -50,6 +51,12 @@ def comparison_plot(comparison: Mapping[str, Any]) -> bytes:
         figure.set_layout_engine("constrained")
 
     return draw((11.5, 4.2), fill, purpose="The plot of a comparison is drawn with matplotlib")
+
+
+def _short(name: str) -> str:
+    """A name of 44 characters at most: of a longer one both ends, as names of chains often begin alike."""
+    shown = printable(name, len(name))
+    return shown if len(shown) <= 44 else f"{shown[:24]}…{shown[-19:]}"
 
 
 def certified_plot(

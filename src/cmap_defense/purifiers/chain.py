@@ -222,8 +222,9 @@ class Chain(Settings, Purifier):
                     "their names: purifiers=(diffpure t=60, cmap)."
                 )
         given = values.get("purifiers", ())
-        parts = parts_of(given) if isinstance(given, str) else given if isinstance(given, Iterable) else [given]
-        made = [_part(number, part) for number, part in enumerate(parts, start=1)]
+        given = parts_of(given) if isinstance(given, str) else given
+        parts = list(given) if isinstance(given, Iterable) else [given]
+        made = [_part(number, part, parts) for number, part in enumerate(parts, start=1)]
         return cls(*made, **({"handed_on": values["handed_on"]} if "handed_on" in values else {}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,8 +258,8 @@ class Chain(Settings, Purifier):
         return f"Chain({', '.join(map(repr, self.purifiers))}, handed_on={self.handed_on!r})"
 
 
-def _part(number: int, given: Any) -> Any:
-    """A purifier of a chain from its text or its settings; anything else as it is."""
+def _part(number: int, given: Any, parts: Sequence[Any]) -> Any:
+    """Purifier ``number`` of a chain from its text or its settings; anything else as it is."""
     from cmap_defense.purifiers.names import from_texts, purifier_from_dict, words_of
 
     try:
@@ -267,7 +268,8 @@ def _part(number: int, given: Any) -> Any:
             return from_texts(name, settings)
         return purifier_from_dict(given) if isinstance(given, Mapping) else given
     except (SettingsError, UnknownNameError) as error:
-        comma = isinstance(given, str) and given and not given[0].isalpha()
+        near = [part for part in parts[number - 1 : number + 1] if isinstance(part, str) and part]
+        comma = any(not part[0].isalpha() for part in near)  # the rest of a value that was split
         remedy = " A value with commas needs brackets: gnsp rounds=(30,50)." if comma else ""
         raise type(error)(f"Purifier {number} of the chain, {given!r}: {error}{remedy}") from error
 

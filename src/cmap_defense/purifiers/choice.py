@@ -16,6 +16,7 @@ from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.settings import require_choice
 from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.chain import Chain
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.names import purifier_from_dict
 from cmap_defense.purifiers.pair import BackbonePair, members_of
@@ -131,8 +132,19 @@ def default_purifier(backbone: nn.Module) -> Purifier:
 
 
 def _named(backbone: nn.Module) -> Mapping[str, Mapping[str, Any]]:
-    """The presets of the records by name; of a pair the consistency model's come before the denoiser's."""
+    """The presets of the records by name; of a pair those that run on the backbone whose they are, and the consistency
+    model's before the denoiser's."""
     found: dict[str, Mapping[str, Any]] = {}
     for member in reversed(members_of(backbone)):
-        found |= getattr(getattr(member, "record", None), "presets", {})
+        presets = getattr(getattr(member, "record", None), "presets", {})
+        found |= {name: preset for name, preset in presets.items() if _runs_on(member, preset, backbone)}
     return found
+
+
+def _runs_on(member: nn.Module, preset: Mapping[str, Any], backbone: nn.Module) -> bool:
+    """Whether a preset's purifier takes this one of the backbones; also where it is not valid, or a chain."""
+    try:
+        purifier = purifier_from_dict(preset)
+    except (SettingsError, UnknownNameError, TypeError):
+        return True
+    return isinstance(purifier, Chain) or purifier.member(backbone) is member

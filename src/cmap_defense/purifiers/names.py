@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import fractions
+import itertools
 import string
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -126,14 +127,21 @@ def parts_of(text: str) -> list[str]:
     """The texts of a chain's purifiers, each for ``words_of``.
 
     Args:
-        text: such as "diffpure t=60, cmap level=0.5", with brackets around all of it or without. In a purifier's
-            settings, values with commas have brackets: "gnsp rounds=(30,50), cmap".
+        text: such as "diffpure t=60, cmap level=0.5", with brackets around all of it or around each, or without. In a
+            purifier's settings, values with commas have brackets: "gnsp rounds=(30,50), cmap".
 
     Raises:
         SettingsError: a bracket is not closed, or not opened.
     """
-    bracketed = text[:1] in OPENING and text[-1:] in CLOSING
-    return [part.strip() for part in _split(text[1:-1] if text and bracketed else text, ",")]
+    return [_unwrapped(part.strip()) for part in _split(_unwrapped(text.strip()), ",")]
+
+
+def _unwrapped(text: str) -> str:
+    """The text without brackets around all of it."""
+    if not text or text[0] not in OPENING or text[-1] not in CLOSING:
+        return text
+    depths = list(itertools.accumulate((c in OPENING) - (c in CLOSING) for c in text))
+    return text[1:-1].strip() if min(depths[:-1]) > 0 and not depths[-1] else text
 
 
 def _split(text: str, separators: str) -> list[str]:

@@ -173,8 +173,10 @@ def _model(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("Model", _last(model["class"]))]
     backbone = model["backbone"]
     if "settings" in model:
-        loop = CMAPSettings.from_dict(model["settings"])
-        ours = ", ".join(f"{name} {value}" for name, value in loop.additions.items())
+        known = {field.name for field in dataclasses.fields(CMAPSettings)}
+        loop = CMAPSettings.from_dict({name: value for name, value in model["settings"].items() if name in known})
+        others = {name: value for name, value in model["settings"].items() if name not in known}
+        ours = ", ".join(f"{name} {value}" for name, value in (loop.additions | others).items())
         purifier = [
             ("Latents", f"K = {loop.n_latents}"),
             ("Iterations", f"N = {loop.iterations}, learning rate {loop.learning_rate:g}"),
