@@ -197,7 +197,7 @@ def entries(
     found.append(Entry("- weights laid out channels last", reference_loop(faster, classifier, settings, wastes)))
     found.append(Entry("ours", our_loop(load_backbone(name), classifier, settings)))
     if compiled:
-        found.append(Entry("ours, network compiled", our_loop(load_backbone(name), classifier, settings, compile=True)))
+        found.append(Entry("ours, compiled", our_loop(load_backbone(name), classifier, settings, compile=True)))
         fastest = our_loop(load_backbone(name), classifier, settings, dtype="auto", compile=True)
         found.append(Entry(FASTEST, fastest, same_work=False))
     half = load_backbone(name, dtype=torch.bfloat16)
@@ -272,7 +272,7 @@ def mean_objective(backbone: ConsistencyBackbone, images: Tensor, latents: Tenso
 @click.option("--iterations", type=click.IntRange(1), default=20, show_default=True, help="N")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--image-by-image/--no-image-by-image", default=True, help="have that line, or leave it out")
-@click.option("--compile", "compiled", is_flag=True, help="have lines with the network through torch.compile")
+@click.option("--compile", "compiled", is_flag=True, help="have lines through torch.compile")
 @click.option("--preset", help="set the release's loop against this preset of the backbone, such as fast")
 @click.option(
     "--preset-iterations", type=click.IntRange(1), default=200, show_default=True, help="N of the release's loop there"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.classifier import wrapper
+from cmap_defense.common import compiling
 from cmap_defense.common.modules import dtype_of
 from cmap_defense.errors import CompileWarning, SettingsError
 from cmap_defense.gradients import Implicit, StraightThrough, Unrolled
@@ -118,6 +119,7 @@ def test_the_loop_is_compiled_for_one_size(counting: CountingCompiler, level: fl
     result, plain = model.purify(IMAGES), wrapped(settings=settings).purify(IMAGES)
     torch.testing.assert_close(result.images, plain.images, rtol=1e-4, atol=1e-4)
     assert torch.equal(result.labels, plain.labels)  # pyright: ignore[reportArgumentType]
+    assert counting.graphs == 2  # the backbone and the distances
     assert set(counting.sizes) == {chunk or 12}
     assert len(counting.sizes) > 1
     graphs = counting.graphs
@@ -158,6 +160,76 @@ def test_what_cannot_be_compiled_runs_without_after_one_warning(monkeypatch: pyt
     model.variant(vote="soft").purify(IMAGES)
     assert torch.equal(result.images, wrapped().purify(IMAGES).images)
     torch.compiler.reset()
+
+
+def test_the_filters_of_the_distances_are_not_padded(counting: CountingCompiler) -> None:
+    images, settings = uniform(8, *SHAPE, seed=1), QUICK.replace(n_latents=1)  # as many latents as rows
+    expected = wrapped(settings=settings).purify(images)
+    found = wrapped(settings=settings, compile=True, max_parallel=7).purify(images)
+    torch.testing.assert_close(found.history, expected.history, rtol=1e-4, atol=1e-4)
+    assert counting.graphs == 2
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradients"])
+def test_what_is_compiled_to_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    def compiled(function: Any, **_: Any) -> Any:
+        if wrong == "values":
+            return lambda latents, *others, **named: 1.2 * function(latents, *others, **named)
+        return lambda latents, *others, **named: function(latents.detach() + 0 * latents, *others, **named)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.warns(CompileWarning, match=f"its {wrong} differ by "):
+        result = wrapped(compile=True).purify(IMAGES)
+    assert torch.equal(result.images, wrapped().purify(IMAGES).images)
+
+
+class Recorded(torch.autograd.Function):
+    """A function as its CUDA graphs run it: the results of each replay lie where those of the last one lay."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, function: Any, others: Any, memory: dict[str, Tensor]) -> Tensor:
+        ctx.function, ctx.others, ctx.memory = function, others, memory
+        ctx.save_for_backward(latents)
+        return _kept(memory, "value", function(latents, *others)).view_as(latents)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (latents,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = latents.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(ctx.function(leaf, *ctx.others), leaf, cotangents[0])
+        return _kept(ctx.memory, "gradient", gradient).view_as(gradient), None, None, None
+
+
+def _kept(memory: dict[str, Tensor], name: str, result: Tensor) -> Tensor:
+    return memory.setdefault(name, torch.empty_like(result)).copy_(result)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_results_of_a_recorded_graph_outlive_its_next_replay(
+    monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    modes = []
+
+    def compiled(function: Any, *, dynamic: bool, mode: str | None) -> Any:
+        modes.append(mode)
+        if mode is None:
+            return function
+        memory: dict[str, Tensor] = {}
+        return lambda latents, *others: Recorded.apply(latents, function, others, memory)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(compiling, "has_graphs", lambda device: True)
+    states: list[Tensor] = []
+    model, plain = (wrapped(compile=recorded, max_parallel=chunk) for recorded in (True, False))
+    for each in (model, plain):
+        with each.register_latent_hook(lambda state: states.append(state.generated)):
+            result = each.purify(IMAGES)
+        states.extend((result.images, *vars(result.history).values()))
+    half = len(states) // 2
+    for found, expected in zip(states[:half], states[half:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert modes == ["reduce-overhead", None]  # the backbone's graph alone
 
 
 def test_compile_needs_a_loop_and_copies_start_anew() -> None:

@@ -50,6 +50,7 @@ class LatentObjective:
         max_parallel: latents per call of ``generate``, a third of them for second derivatives; None for all B K at
             once. It changes memory, not the result beyond rounding.
         fast: the same generator for first derivatives alone, such as a compiled one; None for ``generate``.
+        compile_terms: compiles the distances of eq. 10 for first derivatives; None for as they are.
 
     Raises:
         InputValueError: the labels do not fit.
@@ -63,6 +64,7 @@ class LatentObjective:
     class_labels: Tensor | None = None
     max_parallel: int | None = None
     fast: Generate | None = None
+    compile_terms: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.images = self.images.detach()
@@ -96,9 +98,7 @@ class LatentObjective:
                 leaf = part.detach().requires_grad_()
                 inputs = self.images if self.settings.level is None else self.images[chunk.owners]
                 generated = self._generated(self.fast or self.generate, leaf, inputs, *labels)
-                l1, ssim = perceptual_terms(
-                    generated, chunk.reference, self.settings.l1_smoothing, self.settings.tolerance
-                )
+                l1, ssim = self._terms(generated, chunk.reference)
                 loss = (l1 - self.settings.ssim_weight * ssim).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
             if gradient is None:
@@ -163,6 +163,17 @@ class LatentObjective:
             chunks = latent_chunks(latents, self.class_labels, self.chunk, self.inputs)
             return torch.cat([self.generate(*given) for given in chunks]).to(latents.dtype).unflatten(0, self.shape)
 
+    def _terms(self, generated: Tensor, reference: SSIMReference) -> tuple[Tensor, Tensor]:
+        """``perceptual_terms`` with the settings' constants, for first derivatives."""
+        smoothing, tolerance = self.settings.l1_smoothing, self.settings.tolerance
+        if self.compile_terms is None:
+            return perceptual_terms(generated, reference, smoothing, tolerance)
+        of_images = (reference.images, reference.mean, reference.variance)
+        filters = {"rows": reference.rows, "columns": reference.columns}
+        both = self.compile_terms(_stacked_terms)(generated, *of_images, smoothing, tolerance, **filters)
+        l1, ssim = both.unbind(dim=1)
+        return l1, ssim
+
     @property
     def _latent_weight(self) -> float:
         return self.shape[1] * self.settings.latent_weight
@@ -182,6 +193,22 @@ class LatentObjective:
         if not generated.requires_grad:
             raise BackboneError.without_graph("latents")
         return generated.to(latents.dtype)
+
+
+def _stacked_terms(
+    generated: Tensor,
+    images: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    l1_smoothing: float,
+    tolerance: float,
+    *,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """``perceptual_terms`` as a function of tensors to one tensor [M, 2], which is what ``StepCompiler`` takes."""
+    reference = SSIMReference(images, mean, variance, rows, columns)
+    return torch.stack(perceptual_terms(generated, reference, l1_smoothing, tolerance), dim=1)
 
 
 def objective_terms(

@@ -116,7 +116,8 @@ class CMAP(Purifier):
             class_labels: [B, K] integers for a class-conditional backbone, None for another.
             max_parallel: latents at once; None for what fits.
             predict: images to labels, needed where the settings have ``stop_agreement``.
-            compiler: compiles the backbone for the loop; second derivatives and the images at its end go without it.
+            compiler: compiles the backbone and the distances for the loop; second derivatives and the images at its
+                end go without it.
 
         Returns:
             The problem, in float32 or the images' precision where that is higher.
@@ -143,6 +144,7 @@ class CMAP(Purifier):
                 class_labels=class_labels,
                 max_parallel=max_parallel,
                 fast=fast,
+                compile_terms=None if through is None else functools.partial(through, graphs=False),
             )
         return LatentProblem(objective, images, start, None if latents is not None else seeds, predict)
 
