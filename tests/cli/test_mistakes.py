@@ -17,6 +17,12 @@ PURIFY = "-b fashion-mnist-ct -o out"
 MISTAKES = [
     ("dmeo", 2, "Did you mean 'demo'?"),
     ("demo --images 0 -o out", 2, "--images"),
+    ("purify boot.png -b fashion-mnist-ct", 2, "Missing option '-o' / '--out'"),
+    ("quality -b fashion-mnist-ct -c embedded -d embedded", 2, "Missing option '-o' / '--out'"),
+    (f"evaluate {MODEL}", 2, "Missing option '-o' / '--out'"),
+    (f"compare {MODEL} -p one-step -p diffpure", 2, "Missing option '-o' / '--out'"),
+    (f"study beta {MODEL}", 2, "Missing option '-o' / '--out'"),
+    ("train -d fashion-mnist", 2, "Missing option '-o' / '--out'"),
     ("demo --eps 8 -o out", 2, "--eps is in units of images in [0, 1], so that it must be at most 1"),
     ("demo --eps -0.1 -o out", 2, "--eps"),
     ("demo -o boot.png/below", 2, "cannot be written to: name another folder"),

@@ -209,7 +209,8 @@ def out_option(default: str | None = None) -> Decorator:
     """``-o/--out DIR``: where a command writes; required when it has no default."""
     kind: dict[str, Any] = {"type": PathType(file_okay=False), "callback": writable_folder}
     text = "Folder to write to. It is made when it is not there."
-    return OUTPUT("-o", "--out", text, default=default, required=default is None, **kind)
+    kind |= {"required": True} if default is None else {"default": default}  # click takes default=None as given
+    return OUTPUT("-o", "--out", text, **kind)
 
 
 def seed_option(about: str) -> Decorator:
