@@ -103,7 +103,7 @@ class UnknownNameError(CmapError, LookupError):
 
 
 class CompileWarning(UserWarning):
-    """torch.compile failed, and the loop runs without it."""
+    """torch.compile failed, or what it made has other results; the loop runs without it."""
 
 
 class GradientError(CmapError, RuntimeError):

@@ -344,7 +344,7 @@ class TestPrecision:
         assert {inside for _, inside in seen} == {torch.bfloat16}
         assert result.latents.dtype == result.history.total.dtype == logits.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
-            CMAP(QUICK)(Spy(SHAPE), images(), seeds=torch.arange(4), compiler=lambda method, size, **_: method)
+            CMAP(QUICK)(Spy(SHAPE), images(), seeds=torch.arange(4), max_parallel=9, compiler=lambda f, size, **_: f)
         assert {inside for _, inside in seen} == {torch.bfloat16}, "compiled as well"
 
     def test_no_grad_and_inference_mode_callers_get_the_same_answer(self) -> None:

@@ -101,7 +101,8 @@ class PurifiedClassifier(LatentAccess):
             capability 8), and None elsewhere.
         compile: whether the backbone and the distances of eq. 10 run through torch.compile in the loop of CMAP, for one
             batch size; on CUDA the backbone then as CUDA graphs. The first call compiles, which takes up to minutes.
-            Where it fails, or has other results, the loop runs without, after one ``CompileWarning``.
+            Where it fails, or has other results, the loop runs without, after one ``CompileWarning``; replicas of
+            ``nn.DataParallel``, which are new in each call, run without it.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256. Methods that take latents run all of them at once for None.
         out_of_range: what is done with values more than 1e-4 outside [0, 1]. "clamp": they are clamped, and the
@@ -455,7 +456,8 @@ class PurifiedClassifier(LatentAccess):
                 return self._empty(unit, n_latents, chosen if latents is None else None)
             small = self.preprocessing.resized(unit, self.image_shape[1:])
             labels = self._labels(class_labels, unit, n_latents)
-            extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": self._compiler}
+            compiler = None if getattr(self, "_is_replica", False) else self._compiler  # one of DataParallel is new
+            extra = {"predict": self._predicting(small.device, unit.shape[2:]), "compiler": compiler}
             passes = len(small) * self.purifier.passes * n_latents // self.purifier.n_latents
             with showing_passes(passes, "purifying", progress):
                 result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra, callback))

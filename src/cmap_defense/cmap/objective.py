@@ -50,7 +50,7 @@ class LatentObjective:
         max_parallel: latents per call of ``generate``, a third of them for second derivatives; None for all B K at
             once. It changes memory, not the result beyond rounding.
         fast: the same generator for first derivatives alone, such as a compiled one; None for ``generate``.
-        compile_terms: compiles the distances of eq. 10 for first derivatives; None for as they are.
+        fast_terms: ``stacked_terms`` for first derivatives alone, likewise; None for ``perceptual_terms``.
 
     Raises:
         InputValueError: the labels do not fit.
@@ -64,7 +64,7 @@ class LatentObjective:
     class_labels: Tensor | None = None
     max_parallel: int | None = None
     fast: Generate | None = None
-    compile_terms: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+    fast_terms: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.images = self.images.detach()
@@ -166,12 +166,11 @@ class LatentObjective:
     def _terms(self, generated: Tensor, reference: SSIMReference) -> tuple[Tensor, Tensor]:
         """``perceptual_terms`` with the settings' constants, for first derivatives."""
         smoothing, tolerance = self.settings.l1_smoothing, self.settings.tolerance
-        if self.compile_terms is None:
+        if self.fast_terms is None:
             return perceptual_terms(generated, reference, smoothing, tolerance)
         of_images = (reference.images, reference.mean, reference.variance)
         filters = {"rows": reference.rows, "columns": reference.columns}
-        both = self.compile_terms(_stacked_terms)(generated, *of_images, smoothing, tolerance, **filters)
-        l1, ssim = both.unbind(dim=1)
+        l1, ssim = self.fast_terms(generated, *of_images, smoothing, tolerance, **filters).unbind(dim=1)
         return l1, ssim
 
     @property
@@ -195,7 +194,7 @@ class LatentObjective:
         return generated.to(latents.dtype)
 
 
-def _stacked_terms(
+def stacked_terms(
     generated: Tensor,
     images: Tensor,
     mean: Tensor,
@@ -206,7 +205,7 @@ def _stacked_terms(
     rows: Tensor,
     columns: Tensor,
 ) -> Tensor:
-    """``perceptual_terms`` as a function of tensors to one tensor [M, 2], which is what ``StepCompiler`` takes."""
+    """``perceptual_terms`` as a function of tensors to one tensor [M, 2], as ``StepCompiler`` takes it."""
     reference = SSIMReference(images, mean, variance, rows, columns)
     return torch.stack(perceptual_terms(generated, reference, l1_smoothing, tolerance), dim=1)
 

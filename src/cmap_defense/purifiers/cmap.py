@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cmap_defense.backbones.base import caster
-from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs
+from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs, stacked_terms
 from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.problem import LatentProblem
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
@@ -130,11 +130,15 @@ class CMAP(Purifier):
         start = start.to(images.device, dtype)
         images = images.to(dtype)
         if max_parallel is None and start.numel():
-            max_parallel = self.fitting(backbone, images.shape[1:], images.device)
-        size = max(1, start.shape[0] * start.shape[1])
-        through = None if compiler is None else functools.partial(compiler, size=min(max_parallel or size, size))
-        generate = self._generator(backbone, images.device)
-        fast = None if through is None else self._generator(backbone, images.device, through)
+            fitting = functools.partial(self.fitting, backbone, images.shape[1:], images.device)
+            place = (images.shape[1:], images.device, dtype)
+            max_parallel = fitting() if compiler is None else compiler.kept_size(place, fitting)
+        generate, fast, fast_terms = self._generator(backbone, images.device), None, None
+        if compiler is not None:
+            every = max(1, start.shape[0] * start.shape[1])
+            through = functools.partial(compiler, size=min(max_parallel or every, every))
+            fast = self._generator(backbone, images.device, functools.partial(through, graphs=True))
+            fast_terms = through(stacked_terms)
         with torch.autocast(images.device.type, enabled=False):
             objective = LatentObjective(
                 generate,
@@ -144,7 +148,7 @@ class CMAP(Purifier):
                 class_labels=class_labels,
                 max_parallel=max_parallel,
                 fast=fast,
-                compile_terms=None if through is None else functools.partial(through, graphs=False),
+                fast_terms=fast_terms,
             )
         return LatentProblem(objective, images, start, None if latents is not None else seeds, predict)
 
