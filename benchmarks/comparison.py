@@ -6,14 +6,14 @@
     python benchmarks/comparison.py paper --data fashion-mnist --out runs/fashion
     python benchmarks/comparison.py speed --data fashion-mnist --count 32
 
-``levels`` measures every candidate on held-out images: clean, under PGD on the bare classifier, and under PGD through
-the exact gradient of one-step purification at 0.3 and 0.5. The images are attacked once, for all candidates.
+``levels`` measures every candidate on held-out images: clean, under PGD on the undefended classifier, and under PGD
+through the exact gradient of one-step purification at 0.3 and 0.5. The images are attacked once, for all candidates.
 ``frontier`` attacks the most promising ones on held-out images, each through its own exact gradient: the presets are
-chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and ``paper`` PGD on the bare classifier on
-the constants of the papers, both on test images. ``speed`` times a prediction behind each purifier of the frontier, all
-in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed; a folder of
-``levels`` is refused where the images in it were attacked with other options. For CIFAR-10 give
-``--weights cifar10_resnet56.safetensors``.
+chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and ``paper`` PGD on the undefended
+classifier on the constants of the papers, both on test images. ``speed`` times a prediction behind each purifier of the
+frontier, all in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed; a
+folder of ``levels`` is refused where the images in it were attacked with other options. For CIFAR-10 give ``--weights
+cifar10_resnet56.safetensors``.
 """
 
 import argparse
@@ -144,7 +144,9 @@ def levels(options: argparse.Namespace) -> None:
     if not stored.exists():
         bare = PurifiedClassifier(classifier, BACKBONES[options.data], purifier=Identity()).eval()
         attacked = {"clean": images}
-        attacked["bare"] = Transfer(PGD(threat, steps=options.steps), source=Undefended())(bare, images, labels).images
+        attacked["undefended"] = Transfer(PGD(threat, steps=options.steps), source=Undefended())(
+            bare, images, labels
+        ).images
         for sigma in (0.3, 0.5):
             attack = PGD(threat, steps=options.steps, eot=8, momentum=0.75, schedule="cosine")
             found = Transfer(attack, source=NoiseAndDenoise(sigma=sigma))(bare, images, labels)

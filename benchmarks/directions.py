@@ -5,8 +5,8 @@
 On the embedded model: gradients of a few evaluations with noise of their own are divided by their lengths, averaged,
 and followed for one step of h along their signs; then the loss is taken with other noise. That is a wide finite
 difference along the one direction that an attack takes, averaged over the noise that it cannot know. A random direction
-and the gradient of the bare classifier are there to compare with. "alike" is the mean cosine between the gradients of
-one image under different noise.
+and the gradient of the undefended classifier are there to compare with. "alike" is the mean cosine between the
+gradients of one image under different noise.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     report("random signs", torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).sign())
     leaf = images.clone().requires_grad_()
     (bare,) = torch.autograd.grad(F.cross_entropy(classifier(leaf), labels, reduction="sum"), leaf)
-    report("the bare classifier's", bare.sign())
+    report("the undefended classifier's", bare.sign())
     for name in options.only or MODES:
         attacked, begun = model.variant(gradient=MODES[name]), time.perf_counter()
         found = torch.stack([gradient(attacked, seeds=noise + 77_777 * (e + 1)) for e in range(options.eot)])

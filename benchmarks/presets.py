@@ -3,10 +3,10 @@
     python benchmarks/presets.py --data fashion-mnist --count 256
     python benchmarks/presets.py --data cifar10 --count 512 --weights cifar10_resnet56.safetensors
 
-The test images are taken clean and under PGD-20 on the bare classifier, which does not know the defence. They come in
-parts: on each, the defence of the other commit (in a temporary git worktree) and every preset of this checkout take
-turns, each in a process of its own. Only the calls are timed, after one on two images. A ratio of times is the median
-over the parts; the times themselves depend on the machine.
+The test images are taken clean and under PGD-20 on the undefended classifier, which does not know the defence. They
+come in parts: on each, the defence of the other commit (in a temporary git worktree) and every preset of this checkout
+take turns, each in a process of its own. Only the calls are timed, after one on two images. A ratio of times is the
+median over the parts; the times themselves depend on the machine.
 """
 
 from __future__ import annotations

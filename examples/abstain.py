@@ -3,7 +3,7 @@
     python examples/abstain.py --count 256
 
 The threshold is chosen on held-out training images of Fashion-MNIST, and measured on the embedded test images: clean,
-under PGD on the bare classifier, and under PGD through the exact gradient of the defence.
+under PGD on the undefended classifier, and under PGD through the exact gradient of the defence.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     threat = ThreatModel(eps=0.05)
     shown = {
         "clean": images,
-        "PGD on the bare classifier": PGD(threat, steps=options.steps)(model.classifier, images, labels).images,
+        "PGD on the undefended classifier": PGD(threat, steps=options.steps)(model.classifier, images, labels).images,
         "PGD through the defence": PGD(threat, steps=options.steps, eot=options.eot)(
             model.variant(purifier=purifier.replace(n_latents=2)), images, labels
         ).images,

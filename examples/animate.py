@@ -30,8 +30,8 @@ def main() -> None:
     trajectory = Trajectory(every=options.every)
     with torch.no_grad():
         result = model.purify(attacked, seeds=options.images, callback=trajectory)
-        bare = model.undefended(attacked).argmax(dim=1)
-    for true, before, after in zip(labels, bare, result.labels, strict=True):
+        undefended = model.undefended(attacked).argmax(dim=1)
+    for true, before, after in zip(labels, undefended, result.labels, strict=True):
         print(f"{CLASS_NAMES[true]}: attacked {CLASS_NAMES[before]}, purified {CLASS_NAMES[after]}")
     print(trajectory.animate(options.out, scale=2, milliseconds=120))
 

@@ -4,7 +4,7 @@
     python examples/app.py
 
 Models and images are those of the package: nothing is fetched, neither by the page nor by the program. The attack is
-PGD on the bare classifier, which does not know the defence.
+PGD on the undefended classifier, which does not know the defence.
 """
 
 import argparse
@@ -73,14 +73,14 @@ def picture(image: Tensor) -> Image.Image:
 
 
 def probabilities(image: Tensor) -> dict[str, float]:
-    """What the bare classifier makes of an image [1, 1, 28, 28], by class."""
+    """What the undefended classifier makes of an image [1, 1, 28, 28], by class."""
     with torch.no_grad():
         found = load_classifier()(image).softmax(dim=1)[0]
     return dict(zip(CLASS_NAMES, found.tolist(), strict=True))
 
 
 def attack(image: Tensor, eps: float, steps: int) -> Tensor:
-    """PGD in linf on the bare classifier, away from the class that it sees now."""
+    """PGD in linf on the undefended classifier, away from the class that it sees now."""
     classifier = load_classifier()
     with torch.no_grad():
         label = classifier(image).argmax(dim=1)
@@ -176,10 +176,10 @@ def build() -> Any:
             with gr.Column():
                 eps = gr.Slider(0, 0.2, 0.05, step=0.01, label="Largest change of a pixel (eps, images in [0, 1])")
                 steps = gr.Slider(1, 50, 20, step=1, label="Steps of PGD")
-                attack_button = gr.Button("2. Attack the bare classifier", elem_id="attack")
+                attack_button = gr.Button("2. Attack the undefended classifier", elem_id="attack")
                 attacked_picture = gr.Image(type="pil", label="Attacked", height=160, interactive=False)
-                before = gr.Label(num_top_classes=3, label="Bare classifier, before the attack")
-                after = gr.Label(num_top_classes=3, label="Bare classifier, after it", elem_id="after")
+                before = gr.Label(num_top_classes=3, label="Undefended classifier, before the attack")
+                after = gr.Label(num_top_classes=3, label="Undefended classifier, after it", elem_id="after")
             with gr.Column():
                 name = gr.Dropdown(choices, value=choices[0], label="Purifier or preset", elem_id="purifier")
                 seed = gr.Number(0, label="Seed of the noise", precision=0)

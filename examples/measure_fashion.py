@@ -1,4 +1,4 @@
-"""Measure the embedded model: classifier and PGD-20, bare and behind the wrapper, one line of JSON per settings.
+"""Measure the embedded model: classifier and PGD-20, undefended and behind the wrapper, one line of JSON per settings.
 
     python examples/measure_fashion.py --on test                  the card's figures, on the 256 embedded images
     python examples/measure_fashion.py --on held-out --count 64 --latents 4 --iterations 25 50 --learning-rate 0.05 0.1

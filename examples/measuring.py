@@ -1,4 +1,4 @@
-"""What measure_fashion.py and measure_cifar10.py share: PGD-20 on the bare classifier, a line of JSON per settings."""
+"""PGD-20 on the undefended classifier and behind the defence, for measure_fashion.py and measure_cifar10.py."""
 
 import argparse
 import itertools
@@ -39,19 +39,21 @@ def last(data: LabelledImages, count: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(classifier: nn.Module, images: Tensor, labels: Tensor, options: argparse.Namespace) -> None:
-    """Print the bare classifier's accuracies, then those behind the defence for each combination of settings.
+    """Print the undefended classifier's accuracies, then those behind the defence for each combination of settings.
 
     classifier: of images [B, C, H, W] in [0, 1].
     """
     backbone = load_backbone(options.backbone, dtype=getattr(torch, options.dtype))
     attacked = PGD(ThreatModel(eps=options.eps), steps=20, seed=options.seed)(classifier, images, labels).images
     with torch.no_grad():
-        bare = {
+        undefended = {
             name: Accuracy.of(classifier(x).argmax(1), labels)
             for name, x in (("clean", images), ("attacked", attacked))
         }
     print(
-        json.dumps({"bare": {n: str(a) for n, a in bare.items()}, "images": len(images), "eps": options.eps}),
+        json.dumps(
+            {"undefended": {n: str(a) for n, a in undefended.items()}, "images": len(images), "eps": options.eps}
+        ),
         flush=True,
     )
     both = {"clean": images, "attacked": attacked}

@@ -87,7 +87,7 @@ def main() -> None:
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     with torch.no_grad():
-        bare = int((classifier((images - mean) / std).argmax(1) == labels).sum())
+        undefended = int((classifier((images - mean) / std).argmax(1) == labels).sum())
         begun = time.perf_counter()
         result = model.purify(images)
         seconds = time.perf_counter() - begun
@@ -100,7 +100,7 @@ def main() -> None:
                 "backbone": backbone.record.name if backbone.record else None,
                 "images": len(images),
                 "settings": settings.to_dict(),
-                "bare": [bare / len(images), *wilson_interval(bare, len(images))],
+                "undefended": [undefended / len(images), *wilson_interval(undefended, len(images))],
                 "purified": [purified / len(images), *wilson_interval(purified, len(images))],
                 "objective_first": result.history.total[0].mean().item(),
                 "objective_last": result.history.total[-1].mean().item(),

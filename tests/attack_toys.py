@@ -120,7 +120,7 @@ def reachable(count: int = 3, iterations: int = 40) -> tuple[PurifiedClassifier,
 
 
 def labelled(count: int = 3, size: tuple[int, int] = SHAPE[1:], **options: Any) -> tuple[Tensor, Tensor]:
-    """Images and the bare classifier's predictions for them."""
+    """Images and the undefended classifier's predictions for them."""
     images = uniform(count, 3, *size, seed=1, **options)
     with torch.no_grad():
         return images, Linear().to(images.dtype)(images).argmax(dim=1)

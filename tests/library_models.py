@@ -1,4 +1,4 @@
-"""Models for the tests of attack libraries: the embedded classifier, bare and behind CMAP, on images it gets right."""
+"""Models for the tests of attack libraries: the embedded classifier, undefended and behind CMAP, and images."""
 
 import torch
 from torch import Tensor, nn
@@ -7,18 +7,18 @@ from cmap_defense import CMAPSettings, PurifiedClassifier
 from cmap_defense.embedded import load_classifier, load_test_images
 
 EPS = 0.1
-"""Large enough to break the bare classifier on all of them."""
+"""Large enough to break the undefended classifier on all of them."""
 
 
 def images_and_labels(count: int = 4) -> tuple[Tensor, Tensor]:
-    """The first images that the bare classifier gets right."""
+    """The first images that the undefended classifier gets right."""
     images, labels = (part[:32] for part in load_test_images())
     with torch.no_grad():
         right = load_classifier()(images).argmax(dim=1) == labels
     return images[right][:count], labels[right][:count]
 
 
-def bare() -> nn.Module:
+def undefended() -> nn.Module:
     return load_classifier()
 
 

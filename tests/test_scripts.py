@@ -44,7 +44,7 @@ def test_directions_are_compared(tmp_path: Path) -> None:
     chosen = ["StraightThrough()", "Unrolled(last=1, l1_smoothing=0.1)"]
     lines = run(tmp_path, "benchmarks/directions.py", *sizes, "--only", *chosen).splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["direction"] for row in rows] == ["none", "random signs", "the bare classifier's", *chosen]
+    assert [row["direction"] for row in rows] == ["none", "random signs", "the undefended classifier's", *chosen]
     assert all(-1 <= row["alike"] <= 1 for row in rows[3:])
 
 

@@ -79,7 +79,7 @@ def test_the_classifier_is_evaluated_once_per_purification(refresh: int | None, 
 
 
 def target_of(model: PurifiedClassifier, images: Tensor, labels: Tensor, found: LatentAttack) -> Tensor:
-    """The best of a latent attack by the bare classifier."""
+    """The best of a latent attack by the undefended classifier."""
     attempts = found(model, images, labels).candidates
     leads = torch.stack([margin(model.undefended(part).detach(), Goal(labels)) for part in attempts.unbind(1)], dim=1)
     return attempts[torch.arange(len(images)), leads.argmax(dim=1)]

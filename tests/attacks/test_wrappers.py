@@ -155,7 +155,7 @@ def test_each_latent_is_searched_under_the_class_that_was_chosen_for_it(name: st
     for column, values in first.history.items():
         torch.testing.assert_close(values, second.history[column], rtol=1e-4, atol=1e-4)
     other = wrapped(backbone=Baked(chosen.flip(0)), settings=settings)
-    if name != "Transfer":  # the bare classifier knows of no class labels
+    if name != "Transfer":  # the undefended classifier knows of no class labels
         changed = suite(THREATS["linf"], seed=5)[name](other, images, labels)
         assert (changed.candidates - first.candidates).abs().max() > 1e-3
 

@@ -140,11 +140,11 @@ def demonstrated(model: PurifiedClassifier, x: Tensor, y: Tensor) -> None:
 
 WORK: dict[str, Callable[..., Any]] = {
     **{name: attacked_with(name) for name in ("PGD", "SPSA", "Transfer", "LatentAttack", "ShortCMAP")},
-    "PGD on the bare classifier": lambda model, x, y: PGD1(model.classifier, x, y),
+    "PGD on the undefended classifier": lambda model, x, y: PGD1(model.classifier, x, y),
     "PGD on a method": lambda model, x, y: PGD1(model.undefended, x, y),
     "Transfer from another model": lambda model, x, y: Transfer(PGD1, source=model.classifier)(Linear(), x, y),
     "evaluate": lambda model, x, y: evaluate(model, (x, y), attacks={"pgd": PGD1}, protocol=BRIEF),
-    "evaluate the bare classifier": lambda model, x, y: evaluate(
+    "evaluate the undefended classifier": lambda model, x, y: evaluate(
         model.classifier, (x, y), attacks={"pgd": PGD1}, protocol=BRIEF
     ),
     "quality": lambda model, x, y: QualityRun(model, (x, y), subset=Subset(count=len(x)), samples=2, attack=PGD1).run(),

@@ -1,4 +1,4 @@
-"""Variants that share their weights, and the pieces that attacks ask for: the bare classifier, the denoiser, labels."""
+"""Variants that share their weights, and the parts that attacks use: the classifier, the denoiser, labels."""
 
 from typing import Any
 
@@ -155,7 +155,7 @@ def test_changes_that_make_no_sense_are_refused(changes: dict[str, Any], message
         wrapped().variant(**changes)
 
 
-# -------------------------------------------------------------------------------------------------- the bare classifier
+# -------------------------------------------------------------------------------------------- the undefended classifier
 
 
 def test_undefended_is_the_classifier_on_the_images_as_they_come():

@@ -26,12 +26,12 @@ TINY = ["demo", "--images", "3", "--purifier", "cmap", "--n-latents", "1", "--it
 def test_the_attacked_classifier_recovers_and_pictures_show_it(tmp_path: Path, run: Run) -> None:
     given = ["--purifier", "cmap", "--n-latents", 1, "--iterations", 20]
     found = json.loads(run("demo", "--images", 6, *given, "--json", "-o", tmp_path))
-    for kind in ("bare", "purified"):
+    for kind in ("undefended", "purified"):
         assert list(found[kind]) == ["clean", "attacked"]
         for state in found[kind]:
             low, high = found["intervals"][kind][state]
             assert 0 <= low <= found[kind][state] <= high <= 1
-    assert found["bare"]["attacked"] < 0.2 < found["purified"]["attacked"]
+    assert found["undefended"]["attacked"] < 0.2 < found["purified"]["attacked"]
     assert (found["settings"]["n_latents"], found["settings"]["iterations"]) == (1, 20)
     assert found["note"] == "the attacks did not know the defence."
     assert [Path(path).name for path in found["files"]] == ["sheet.png", "latents.png"]
@@ -49,7 +49,9 @@ def test_as_text(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert "the attacks did not know the defence" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["accuracy", "clean", "attacked"] in rows
-    assert {row[0] for row in rows if len(row) == 7} == {"bare", "purified"}, "two rows of accuracy [low, high] pairs"
+    assert {row[0] for row in rows if len(row) == 7} == {"undefended", "purified"}, (
+        "two rows of accuracy [low, high] pairs"
+    )
 
 
 def test_without_matplotlib_there_is_a_sheet(
@@ -99,12 +101,12 @@ def test_what_denoises_is_attacked_through_its_own_gradient(tmp_path: Path, run:
     votes = {name: 32 * share for name, share in found["purified"].items()}
     assert all(count == int(count) for count in votes.values()), "four predictions of eight images"
     assert any(count % 4 for count in votes.values()), "which differ in their noise"
-    assert found["bare"]["attacked"] < found["bare"]["adaptive"], "it was made for another model"
+    assert found["undefended"]["attacked"] < found["undefended"]["adaptive"], "it was made for another model"
     assert [Path(path).name for path in found["files"]] == ["sheet.png"]
 
 
 @pytest.mark.slow
 def test_the_demo_without_arguments_recovers(tmp_path: Path, run: Run) -> None:
     found = json.loads(run("demo", "--json", "-o", tmp_path))
-    assert found["bare"]["attacked"] < 0.2
-    assert found["purified"]["attacked"] > found["bare"]["attacked"] + 0.3
+    assert found["undefended"]["attacked"] < 0.2
+    assert found["purified"]["attacked"] > found["undefended"]["attacked"] + 0.3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyautoattack import checks
 
-from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, images_and_labels, purified, traces, undefended
 
 RANDOM, DYNAMIC = "randomized defense", "dynamic defense"
 
@@ -33,7 +33,7 @@ def quick(model: torch.nn.Module, version: str) -> pyautoattack.AutoAttack:
 
 def test_the_standard_version_breaks_the_bare_classifier_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     images, labels = images_and_labels()
-    model = bare()
+    model = undefended()
     attack = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=0)
     found, predictions = attack.run_standard_evaluation(images, labels, batch_size=len(images))
     assert_legal_and_moved(found, images)
@@ -59,7 +59,7 @@ def test_the_rand_version_runs_on_the_purified_classifier_and_leaves_nothing_beh
 
 def test_gradients_of_its_losses_reach_every_image() -> None:
     images, labels = images_and_labels(2)
-    for loss in (torch.nn.functional.cross_entropy, quick(bare(), "rand").apgd.dlr_loss):
+    for loss in (torch.nn.functional.cross_entropy, quick(undefended(), "rand").apgd.dlr_loss):
         leaf = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(purified(seed=0)(leaf), labels).sum(), leaf)
         assert (gradient.flatten(1).norm(dim=1) > 0).all()

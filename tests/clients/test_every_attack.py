@@ -1,4 +1,4 @@
-"""Every attack of torchattacks, foolbox and ART that runs on a bare classifier runs behind the defence."""
+"""Every attack of torchattacks, foolbox and ART that runs on an undefended classifier runs behind the defence."""
 
 import contextlib
 import io
@@ -48,7 +48,7 @@ RUN_ON_BARE = {
         SquareAttack TargetedUniversalPerturbation UniversalPerturbation VirtualAdversarialMethod Wasserstein ZooAttack
     """,
 }
-"""Those that run on the bare classifier with what the tests install, each class once."""
+"""Those that run on the undefended classifier with what the tests install, each class once."""
 
 ATTACKS: dict[str, Run] = {
     f"{library}.{name}": FOUND[library][name] for library, names in RUN_ON_BARE.items() for name in names.split()

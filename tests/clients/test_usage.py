@@ -11,7 +11,7 @@ from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from library_models import EPS, accuracy, assert_legal_and_moved, bare, images_and_labels, purified, traces
+from library_models import EPS, accuracy, assert_legal_and_moved, images_and_labels, purified, traces, undefended
 
 with warnings.catch_warnings():  # foolbox.attacks.blur imports from a place that SciPy has deprecated
     warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ EVERY = pytest.mark.parametrize("attack", [by_torchattacks, by_foolbox, by_art])
 @EVERY
 def test_pgd_breaks_the_bare_classifier(attack: Any) -> None:
     images, labels = images_and_labels()
-    model = bare()
+    model = undefended()
     found = attack(model, images, labels, 10)
     assert_legal_and_moved(found, images)
     assert accuracy(model, images, labels) == 1
@@ -58,7 +58,7 @@ def test_pgd_breaks_the_bare_classifier(attack: Any) -> None:
 def test_pgd_runs_on_the_purified_classifier_and_leaves_what_it_leaves_on_any(attack: Any) -> None:
     """foolbox and ART call ``backward()``, which reaches the weights of any model."""
     images, labels = images_and_labels(2)
-    model, plain = purified(), bare()
+    model, plain = purified(), undefended()
     modes, weights = traces(model)
     assert not weights
     found = attack(model, images, labels, 2)

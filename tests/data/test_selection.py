@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import PurifiedClassifier
-from cmap_defense.classifier.speed import bare_logits
+from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.data import SelectedImages, Subset, load_dataset, open_dataset
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.embedded import CLASS_NAMES, load_classifier, load_test_images
@@ -197,13 +197,13 @@ def test_what_the_command_line_takes_is_opened(tmp_path: Path) -> None:
 def test_a_classifier_that_does_not_take_the_images_is_named() -> None:
     grey, three = torch.rand(1, 1, 28, 28), torch.nn.Conv2d(3, 2, 3)
     with pytest.raises(ClassifierError, match=r"'other' raised RuntimeError for an image \[1, 1, 28, 28\].*expand"):
-        bare_logits(three, grey, "other")
+        undefended_logits(three, grey, "other")
     behind = PurifiedClassifier(three, backbone="fashion-mnist-ct").eval()
     with pytest.raises(ClassifierError, match="'defended' raised RuntimeError"):
-        bare_logits(behind, grey, "defended")
+        undefended_logits(behind, grey, "defended")
 
     def own(images: Tensor) -> Tensor:
         raise DataError("own")
 
     with pytest.raises(DataError, match="own"):
-        bare_logits(own, grey, "defended")
+        undefended_logits(own, grey, "defended")

@@ -95,7 +95,7 @@ def test_json_and_back(found: Detection) -> None:
     assert values["adversarial_against_noise"]["value"] == area.value == 1 - found.auroc("noise", "adversarial").value
     assert values["eps"] == EPS_FEW.to_dict()
     assert values["attack"].startswith("PGD(")
-    assert values["attack"].endswith("on the bare classifier")
+    assert values["attack"].endswith("on the undefended classifier")
 
 
 def test_it_is_the_same_whatever_runs_together(found: Detection) -> None:

@@ -54,7 +54,7 @@ def test_no_row_is_below_the_worst(found: tuple[Path, Comparison]) -> None:
     for row in found[1].rows:
         assert row.worst.value <= min(share.value for share in (row.clean, *row.attacked.values()))
     without = found[1].rows[0]
-    assert without.worst.value < without.clean.value, "the bare classifier falls to its own gradient"
+    assert without.worst.value < without.clean.value, "the undefended classifier falls to its own gradient"
 
 
 def test_what_is_done_is_not_done_again(found: tuple[Path, Comparison]) -> None:

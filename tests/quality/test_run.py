@@ -70,7 +70,7 @@ def test_the_values_and_a_records_entry(found: Quality) -> None:
     inner = figures["measured"]
     assert (inner["command"], inner[NAME]["images in each set"]) == ("a command", 6)
     assert inner["accuracy"]["own"]["clean"] == str(found.reconstructions.accuracies["own"]["clean"])
-    assert inner["attack"] == "PGD-2, linf 0.1, on the bare classifier: the attacker does not know the defence"
+    assert inner["attack"] == "PGD-2, linf 0.1, on the undefended classifier: the attacker does not know the defence"
     assert dataclasses.replace(found, attack=LatentAttack(THREATS["l2"], steps=3)).attack_name == "LatentAttack-3, l2 1"
 
 

@@ -65,10 +65,11 @@ class LatentAttack(LatentSearch):
 
     with the distance outside the ball of ``excess`` and the margin of ``margin``, whose hinge is that of Carlini and
     Wagner 2017 (arXiv 1608.04644, f6). The attempt of each latent is the projected image of the highest margin under
-    the bare classifier. An image that needed no projection is on the manifold, so that a purification has no reason to
-    change it. The latent loop is not differentiated.
+    the undefended classifier. An image that needed no projection is on the manifold, so that a purification has no
+    reason to change it. The latent loop is not differentiated.
 
-    Its history holds "margin", of the bare classifier on the projected images, and "excess", means over the M latents.
+    Its history holds "margin", of the undefended classifier on the projected images, and "excess", means over the M
+    latents.
     Further arguments are those of ``LatentSearch``.
 
     Args:
@@ -89,7 +90,7 @@ class LatentAttack(LatentSearch):
         """Search, for attacks that use the attempts; arguments are those of ``run``.
 
         Returns:
-            The initial latents with their purified classifier; the attempts [B, M, C, H, W], projected; the bare
+            The initial latents with their purified classifier; the attempts [B, M, C, H, W], projected; the undefended
             classifier's margins [B, M] on them; the history.
         """
         searched = self._searched(oracle, clean)
@@ -205,7 +206,7 @@ class Searched:
         return self.wrapper.generate(latents, self.clean[rows], class_labels=labels, size=size)
 
     def classify(self, images: Tensor) -> Tensor:
-        """The bare classifier's logits [b M, classes] for images [b, M, C, H, W] in [0, 1]."""
+        """The undefended classifier's logits [b M, classes] for images [b, M, C, H, W] in [0, 1]."""
         return self.wrapper.undefended(images.flatten(0, 1))
 
     def parts(self) -> Iterator[slice]:

@@ -241,7 +241,7 @@ class Oracle:
     def wrapper(self, attack: object, clean: Tensor | None = None) -> PurifiedClassifier:
         """The model, for an attack that needs its latents or gradient modes. Raises ``SettingsError`` for any other.
 
-        With ``clean`` images, for an attack on the bare classifier, the number of its classes is checked on one.
+        With ``clean`` images, for an attack on the undefended classifier, the number of its classes is checked on one.
         """
         if isinstance(self.model, PurifiedClassifier):
             if clean is not None:

@@ -134,7 +134,7 @@ class LatentAccess(NamedOptions, nn.Module):
         return self._classify(self.generate(latents, images, **others))
 
     def undefended(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """The bare classifier's logits [B, classes] on images as ``forward`` takes them, not purified.
+        """The undefended classifier's logits [B, classes] on images as ``forward`` takes them, not purified.
 
         Args:
             check: False for images in [0, 1] or beyond that need not be valid ones, as some attacks make on their way.

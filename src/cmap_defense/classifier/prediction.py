@@ -76,8 +76,8 @@ class Prediction:
 def prediction_of(
     result: PurificationResult, images: Tensor, undefended: Tensor, calibration: Calibration | None
 ) -> Prediction:
-    """The prediction of images [B, C, H, W] in [0, 1] that were purified, ``undefended`` being the bare classifier's
-    logits [B, classes] on them."""
+    """The prediction of images [B, C, H, W] in [0, 1] that were purified, ``undefended`` being the classifier's logits
+    [B, classes] on them without purification."""
     assert result.logits is not None
     assert result.labels is not None
     assert result.votes is not None

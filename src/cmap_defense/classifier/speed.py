@@ -54,7 +54,7 @@ def measure_speed(model: PurifiedClassifier, images: Tensor) -> Speed:
     return Speed(seconds / max(1, passes.total), peak)
 
 
-def bare_logits(model: Any, image: Tensor, name: str) -> Any:
+def undefended_logits(model: Any, image: Tensor, name: str) -> Any:
     """The outputs of a model, without its defence, for one image [1, C, H, W] in [0, 1] on the model's device.
 
     Raises:

@@ -82,7 +82,7 @@ def model_of(options: Options) -> PurifiedClassifier:
 
 
 def classifier_of(options: Options, *, trained: bool = False) -> Any:
-    """The bare classifier that the options describe; see ``imported_model``."""
+    """The undefended classifier that the options describe; see ``imported_model``."""
     given = options["classifier"], options["weights"]
     return imported_model(*given, device_of(options), "--classifier", trained=trained)
 

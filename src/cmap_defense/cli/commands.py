@@ -33,10 +33,10 @@ demo = command(
     "demo:run_demo",
     """Attack a small classifier, purify, and compare; under half a minute on two cores, with no network.
 
-    Prints bare and purified accuracy on clean images, on images that were attacked without knowledge of the defence,
-    and on images that were attacked through it; and writes a sheet of images. With --purifier cmap it leaves the last
-    attack out, takes minutes, and draws, where matplotlib is installed, the latents' mean and standard deviation over
-    the iterations, with and without the latent constraint.
+    Prints undefended and purified accuracy on clean images, on images that were attacked without knowledge of the
+    defence, and on images that were attacked through it; and writes a sheet of images. With --purifier cmap it leaves
+    the last attack out, takes minutes, and draws, where matplotlib is installed, the latents' mean and standard
+    deviation over the iterations, with and without the latent constraint.
     """,
     DATA("--images", "Number of test images to purify.", type=click.IntRange(1, 256), default=64),
     of.pgd_options(0.05),
@@ -235,7 +235,7 @@ quality = command(
 
     Its samples are compared with real images, by the Frechet distance in the classifier's features and, where its
     network is there, by FID. Clean images are purified and classified, and so are attacked ones; PGD with 20 steps
-    attacks the bare classifier, which does not know the defence. The cost is printed first. Writes quality.json,
+    attacks the undefended classifier, which does not know the defence. The cost is printed first. Writes quality.json,
     quality.md, samples.png and reconstructions.png.
     """,
     of.cmap_model,

@@ -84,9 +84,9 @@ def run_demo(options: dict[str, Any]) -> Printed:
         "files": [str(path) for path in files],
     }
     return values, [
-        f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {threat.eps:g} on the bare classifier.",
+        f"Fashion-MNIST, first {count} test images; PGD-{steps} at linf {threat.eps:g} on the undefended classifier.",
         f"Purified by {purifier!r}{averaged}. [95 % intervals]\n",
-        *table_lines([["accuracy", *found.accuracy["bare"]], *rows]),
+        *table_lines([["accuracy", *found.accuracy["undefended"]], *rows]),
         f"\n{textwrap.fill(f'Note: {note}', 100)}",
         f"{seconds:.0f} s in all, {each:.2g} s per purified image. Pictures: {listed(files)}",
     ]
@@ -94,15 +94,15 @@ def run_demo(options: dict[str, Any]) -> Printed:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """Images, the purification of those that were attacked without knowledge of it, accuracies ("bare" and "purified")
-    by the kind of images, each the mean of so many predictions behind the purifier, and for CMAP the histories of the
-    clean images' latents with eq. 12 and without it."""
+    """Images, the purification of those that were attacked without knowledge of it, accuracies ("undefended" and
+    "purified") by the kind of images, each the mean of so many predictions behind the purifier, and for CMAP the
+    histories of the clean images' latents with eq. 12 and without it."""
 
     clean: Tensor
     attacked: Tensor
     labels: Tensor
     purified: PurificationResult
-    bare_labels: Tensor
+    undefended_labels: Tensor
     accuracy: dict[str, dict[str, Accuracy]]
     histories: dict[str, History]
     seconds: float
@@ -140,7 +140,7 @@ def demonstrate(
     seed: int,
     progress: Progress,
 ) -> Demonstration:
-    """Attack the bare classifier with PGD, and the defence unless it is an optimisation; purify and classify it all.
+    """Attack the undefended classifier with PGD, and the defence unless it is an optimisation; purify and classify all.
 
     Of CMAP the first images are purified without eq. 12 too (Fig. 6 of the paper).
     """
@@ -149,7 +149,7 @@ def demonstrate(
     shown = min(SHOWN, len(images))
     seeds = torch.arange(len(images)) + 1_000_003 * seed
     total = 4 if not latent else 3 * (defended.settings.iterations + 1)
-    progress.at(0, total, what="attacking the bare classifier")
+    progress.at(0, total, what="attacking the undefended classifier")
     attack = PGD(threat, steps=steps, seed=seed)
     sets = {"clean": images, "attacked": attack(classifier, images, labels).images}
     if not latent:
@@ -165,7 +165,7 @@ def demonstrate(
             purified[name] = defended.purify(images if name == "clean" else sets[name], seeds=seeds)
             progress.step()
         seconds = time.perf_counter() - start
-        bare = {name: classifier(x).argmax(1) for name, x in sets.items()}
+        undefended = {name: classifier(x).argmax(1) for name, x in sets.items()}
         votes = {name: [result] for name, result in purified.items()}
         if not latent:  # with noise that the attack has not seen
             progress.step("predicting again with other noise")
@@ -183,7 +183,7 @@ def demonstrate(
             with _steps_of(loose, progress):
                 histories["without"] = loose.purify(images[:shown], seeds=seeds[:shown]).history
     accuracy = {
-        "bare": {name: Accuracy.of(given, labels) for name, given in bare.items()},
+        "undefended": {name: Accuracy.of(given, labels) for name, given in undefended.items()},
         "purified": {name: _accuracy(results, labels) for name, results in votes.items()},
     }
     return Demonstration(
@@ -191,7 +191,7 @@ def demonstrate(
         sets["attacked"],
         labels,
         purified["attacked"],
-        bare["attacked"],
+        undefended["attacked"],
         accuracy,
         histories,
         seconds,
@@ -222,7 +222,7 @@ def _sheet(found: Demonstration, eps: float) -> Image.Image:
     captions = [
         [
             f"true: {CLASS_NAMES[found.labels[row]]}",
-            f"bare: {CLASS_NAMES[found.bare_labels[row]]}",
+            f"undefended: {CLASS_NAMES[found.undefended_labels[row]]}",
             "",
             f"vote: {CLASS_NAMES[result.labels[row]]}",
         ]
@@ -234,7 +234,7 @@ def _sheet(found: Demonstration, eps: float) -> Image.Image:
         "difference x 10": (0.5 + 10 * (found.attacked - found.clean)[rows]).clamp(0, 1),
         "purified": result.images[rows, voter[rows]],
     }
-    attack = f"PGD at linf {eps:g} on the bare classifier, which did not know the defence"
+    attack = f"PGD at linf {eps:g} on the undefended classifier, which did not know the defence"
     return image_sheet(columns, captions, f"{attack}\n{NEAREST};\nimages spread evenly over the vote's margin")
 
 

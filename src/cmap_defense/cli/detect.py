@@ -81,7 +81,7 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
     lines = [
         f"{count} images of each kind, {found.references} references, T = {len(found.eps.sigmas)} noise levels, "
         f"{kernel} kernel.",
-        f"The largest change by the attack is {found.largest_change:.3g}; it was made on the bare classifier.",
+        f"The largest change by the attack is {found.largest_change:.3g}; it was made on the undefended classifier.",
     ]
     if "purified_clean" in found.summary:
         lines.append(f"CMAP with {settings.summary}.")
@@ -90,7 +90,7 @@ def _lines(found: Detection, model: PurifiedClassifier, kernel: str) -> list[str
         "[95 % intervals]\n",
         *table_lines(found.table()),
         "\nDistance: squared MMD from the references.",
-        "Accuracy: of the bare classifier; of the defended one where images are purified.\n",
+        "Accuracy: of the undefended classifier; of the defended one where images are purified.\n",
         "The paper finds adversarial images far from clean ones, and generated ones with them. Here:",
         *(
             f"- {images} {'lie' if found.differs(kind) else 'do not lie'} further than clean ones"

@@ -43,7 +43,7 @@ FIXED_ATTACKS = ("beta", "surrogate", "trajectory")
 """Studies that make their own attacks."""
 
 STUDY_ATTACKS = ("transfer", "bpda-eot")
-"""Attacks of the standard set that are run where none is named: one on the bare classifier, one on the defence."""
+"""Attacks of the standard set that are run where none is named, on the undefended classifier and the defence."""
 
 
 def run_evaluate(options: dict[str, Any]) -> build.Printed:

@@ -234,10 +234,10 @@ def data_option(about: str) -> Decorator:
 
 
 def pgd_options(default: float | None = None) -> Decorator:
-    """The attack on the bare classifier: its eps, with this default where there is one, and with it its steps."""
+    """The attack on the undefended classifier: its eps, with this default where there is one, and with it its steps."""
     defaults = {} if default is None else {"eps": default}
-    eps = options_of(ThreatModel, "PGD (linf) on the bare classifier", "eps", defaults=defaults)
-    steps = in_group("PGD (linf) on the bare classifier")("--steps", "Number of PGD steps.", least=1, default=20)
+    eps = options_of(ThreatModel, "PGD (linf) on the undefended classifier", "eps", defaults=defaults)
+    steps = in_group("PGD (linf) on the undefended classifier")("--steps", "Number of PGD steps.", least=1, default=20)
     return decorators(eps, steps) if default is not None else eps
 
 
@@ -341,7 +341,7 @@ classifier = decorators(
         type=Numbers(float),
     ),
 )
-"""The bare classifier."""
+"""The undefended classifier."""
 
 wrapper = decorators(
     PURIFICATION(

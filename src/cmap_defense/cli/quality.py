@@ -114,11 +114,11 @@ def _sheet(found: Quality, class_names: tuple[str, ...] | None) -> Image.Image:
     captions = [
         [f"true: {class_name(found.reconstructions.labels[row])}"]
         + [
-            f"{'bare' if kind == 'attacked' else 'vote'}: {class_name(predicted[kind][row])}"
+            f"{'undefended' if kind == 'attacked' else 'vote'}: {class_name(predicted[kind][row])}"
             for kind in list(shown)[1:]
         ]
         for row in range(len(found.reconstructions.labels))
     ]
     columns = {kind.replace("_", ", "): images for kind, images in shown.items()}
-    title = f"{found.attack_name}, on the bare classifier {found.classifier};\n{NEAREST}"
+    title = f"{found.attack_name}, on the undefended classifier {found.classifier};\n{NEAREST}"
     return image_sheet(columns, captions, title, scale=max(1, SIDE // shown["input"].shape[-1]))

@@ -210,7 +210,7 @@ def deep_kernel(
 ) -> DeepKernel:
     """The paper's deep kernel: trained on EPS of training images and of their FGSM samples.
 
-    The FGSM samples (Goodfellow et al. 2015, arXiv 1412.6572) are one sign step of ``fgsm_eps`` against the bare
+    The FGSM samples (Goodfellow et al. 2015, arXiv 1412.6572) are one sign step of ``fgsm_eps`` against the undefended
     classifier. The two samples share no noise.
 
     Args:

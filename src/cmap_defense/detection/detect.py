@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.classifier.speed import bare_logits
+from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.classifier.wrapper import sampling
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import fields_as_json
@@ -52,7 +52,7 @@ class KindSummary:
         quartiles: 25 % and 75 % of them.
         auroc: of distinguishing it from clean images by its larger distance; None for clean images.
         mmd2: MMD^2_u between the EPS of all of them and of all references; None for a single image.
-        accuracy: of the bare classifier on clean, noise and adversarial images, of the defended one (its vote) on
+        accuracy: of the undefended classifier on clean, noise and adversarial images, of the defended one (its vote) on
             purified ones; None for generated ones, which have no label.
     """
 
@@ -214,7 +214,7 @@ def detect(
         return derived_seeds(derived_seeds(index, stream), seed)
 
     def right(given: Tensor) -> Tensor:
-        """[B], whether the bare classifier is right."""
+        """[B], whether the undefended classifier is right."""
         return torch.cat([model.undefended(given[rows]).argmax(dim=1) for rows in groups]) == labels
 
     def purified(given: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ def detect(
 
     with evaluating(model), Progress(steps, "detect", wanted=progress) as shown_to:
         with torch.no_grad():
-            classes = bare_logits(model, images[:1], "defended").shape[1]
+            classes = undefended_logits(model, images[:1], "defended").shape[1]
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
             low, high = (int(label) for label in labels.aminmax())
             raise InputValueError(
@@ -273,7 +273,7 @@ def detect(
         references=len(reference),
         eps=eps,
         kernel=_described(kernel),
-        attack=f"{description_text(attack.to_dict())} on the bare classifier",
+        attack=f"{description_text(attack.to_dict())} on the undefended classifier",
         seed=seed,
         largest_change=(shown["adversarial"] - images).abs().max().item(),
     )

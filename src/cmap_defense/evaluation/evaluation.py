@@ -19,7 +19,7 @@ from cmap_defense.attacks import PGD, Attack, ThreatModel, suite
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
-from cmap_defense.classifier.speed import Speed, bare_logits, measure_speed
+from cmap_defense.classifier.speed import Speed, measure_speed, undefended_logits
 from cmap_defense.common.describe import describe_values
 from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
@@ -322,7 +322,7 @@ class Evaluation:
         for name, model in self.models.items():
             first = self.images.images[:1].to(_device(model))
             with torch.no_grad(), isolated(0), evaluating(_module(model)):
-                outputs = bare_logits(model, first, name)
+                outputs = undefended_logits(model, first, name)
             logits = check_logits(outputs, 1)
             if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have warned
                 warn_of_probabilities(model, outputs)

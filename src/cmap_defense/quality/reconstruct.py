@@ -32,7 +32,7 @@ class Reconstructions:
         l1: mean absolute difference between clean images and their K purified versions, per pixel and channel, of
             images in [0, 1].
         ssim: mean SSIM of the same pairs.
-        accuracies: by the classifiers' names, of "clean" and "attacked" images by the bare classifier, and of
+        accuracies: by the classifiers' names, of "clean" and "attacked" images by the undefended classifier, and of
             "purified" (clean ones) and "attacked_purified" by the defended one.
         shown: by "input", "purified", "attacked" and "attacked_purified", the first images [<= 8, C, H, W] in [0, 1] on
             the CPU, of the K purified ones the nearest in L1 among those that are classified as the vote says.
@@ -66,7 +66,7 @@ def reconstruct(
         models: by name, in eval mode, with one backbone and one set of settings. The first purifies the clean images,
             all classify them. Images are in [0, 1].
         images: which, float32 [n, C, H, W].
-        attack: made on each bare classifier.
+        attack: made on each undefended classifier.
         seed: of the purifications.
         group: images at a time. It changes memory, not the result beyond rounding.
         on_step: called with the name of each part as it begins, and once per latent iteration with "".
@@ -76,7 +76,7 @@ def reconstruct(
     groups = torch.arange(len(images)).split(group)
     seeds = derived_seeds(derived_seeds(images.positions, PURIFIED), seed)
 
-    def bare(model: PurifiedClassifier, given: Tensor) -> Tensor:
+    def undefended(model: PurifiedClassifier, given: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([model.undefended(given[rows].to(device)).argmax(dim=1).cpu() for rows in groups])
 
@@ -108,7 +108,7 @@ def reconstruct(
         attacked = torch.cat([_attacked(attack, model, images, rows, device) for rows in groups])
         on_step(f"purifying attacked images for {name}")
         recovered, pictures, *_ = purified(model, attacked, [model])
-        labels = {"clean": bare(model, images.images), "purified": vote, "attacked": bare(model, attacked)}
+        labels = {"clean": undefended(model, images.images), "purified": vote, "attacked": undefended(model, attacked)}
         labels["attacked_purified"] = recovered
         accuracies[name] = {kind: Accuracy.of(found, images.labels) for kind, found in labels.items()}
         if not shown:
@@ -124,6 +124,6 @@ def reconstruct(
 def _attacked(
     attack: Attack, model: PurifiedClassifier, images: SelectedImages, rows: Tensor, device: torch.device
 ) -> Tensor:
-    """Some of the images, attacked through the bare classifier, on the CPU."""
+    """Some of the images, attacked through the undefended classifier, on the CPU."""
     given, labels = images.images[rows].to(device), images.labels[rows].to(device)
     return attack(model.undefended, given, labels, indices=images.positions[rows]).images.cpu()

@@ -71,10 +71,10 @@ def sections(quality: Mapping[str, Any]) -> list[tuple[str, list[str], Table, li
         f"mean L1 {near['l1']:.4f} per pixel of images in [0, 1], mean SSIM {near['ssim']:.3f}."
     )
     attack = [
-        "Clean and attacked images are classified by the bare classifier, purified ones by the vote of their K "
+        "Clean and attacked images are classified by the undefended classifier, purified ones by the vote of their K "
         "versions. Accuracies have 95 % Wilson intervals.",
-        f"The attack is {quality['attack']}, made on each bare classifier: {quality['attacker']}. This shows how the "
-        "defence works, not how robust it is.",
+        f"The attack is {quality['attack']}, made on each undefended classifier: {quality['attacker']}. This shows how "
+        "the defence works, not how robust it is.",
     ]
     return [
         ("Samples", [], distance_rows(quality), [about, source]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.classifier.speed import bare_logits
+from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import as_json
@@ -44,7 +44,7 @@ class Quality:
         images: number of clean images that were purified.
         settings: of CMAP.
         vote: of the defended classifier.
-        attack: on the bare classifiers.
+        attack: on the undefended classifiers.
         seed: of everything.
     """
 
@@ -114,7 +114,7 @@ class Quality:
             name: {kind.replace("_", ", "): str(accuracy) for kind, accuracy in accuracies.items()}
             for name, accuracies in near.accuracies.items()
         }
-        found["attack"] = f"{self.attack_name}, on the bare classifier: {ATTACKER}"
+        found["attack"] = f"{self.attack_name}, on the undefended classifier: {ATTACKER}"
         found["settings"] = {"n_latents": self.settings.n_latents, "iterations": self.settings.iterations}
         return {"measured": {**about, **_short(found), "seed": self.seed}}
 
@@ -127,8 +127,8 @@ class QualityRun:
 
     Samples are compared with real images by the Frechet distance in the classifier's own features, which needs no
     network that must be fetched, beside the distance of two halves of the real images; and by FID, where the weights of
-    its network are there. Clean images are purified and classified; so are images that were attacked through the bare
-    classifier, which shows how the defence works and not how robust it is.
+    its network are there. Clean images are purified and classified; so are images that were attacked through the
+    undefended classifier, which shows how the defence works and not how robust it is.
 
     Args:
         model: the defended classifier.
@@ -140,7 +140,7 @@ class QualityRun:
         samples: generated images. They are compared with real ones drawn from the data by ``seed``, twice as many, in
             two halves of that size; with fewer where the data has no more. FID is between all of both.
         features: name of the classifier's module whose input is the features; None for the last ``nn.Linear``.
-        attack: on the bare classifiers; None for PGD with linf 8/255 and 20 steps.
+        attack: on the undefended classifiers; None for PGD with linf 8/255 and 20 steps.
         seed: of samples, real images, attack and purifications.
         group: images at a time. It changes memory, not the result beyond rounding.
 
@@ -181,7 +181,7 @@ class QualityRun:
         self.images = SelectedImages.of(data, subset or Subset(count=512))
         for other, model in self.models.items():
             with torch.no_grad(), evaluating(model):
-                logits = bare_logits(model, self.images.images[:1].to(device_of(model)), other)
+                logits = undefended_logits(model, self.images.images[:1].to(device_of(model)), other)
             self.images.check_classes(logits.shape[1], other)
         with evaluating(self.model):
             self.comparison = SampleComparison(
