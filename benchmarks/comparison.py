@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel
 from cmap_defense.attacks import PGD, NoiseAndDenoise, Transfer, Undefended, exact_suite
-from cmap_defense.common.files import refuse_other_settings, tensor_checksum, write_json
+from cmap_defense.common.files import refuse_other_settings, tensor_checksum
 from cmap_defense.data import load_dataset
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import EvaluationError
@@ -117,17 +117,19 @@ def setup(options: argparse.Namespace, held_out: bool) -> tuple[nn.Module, Tenso
     return classifier.eval(), images, labels
 
 
-def go_on_with(made_with: dict[str, object], recorded: Path, begun: bool) -> None:
-    """Record the options of results, or refuse to go on with results of others, also where none were recorded."""
-    if begun or recorded.exists():
-        refuse_other_settings(
-            json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {},
-            made_with,
-            EvaluationError,
-            what=f"{recorded.parent} holds images that were attacked with other options",
-            remedy="Give the same options to go on with them, or another folder.",
-        )
-    write_json(recorded, made_with)
+def attacked_images(stored: Path, made_with: dict[str, object]) -> dict[str, Tensor] | None:
+    """The images that an earlier call attacked, or None. Refuses those that were attacked with other options."""
+    if not stored.exists():
+        return None
+    kept = torch.load(stored)
+    refuse_other_settings(
+        kept["made_with"],
+        made_with,
+        EvaluationError,
+        what=f"{stored.parent} holds images that were attacked with other options",
+        remedy="Give the same options to go on with them, or another folder.",
+    )
+    return kept["images"]
 
 
 def levels(options: argparse.Namespace) -> None:
@@ -135,24 +137,22 @@ def levels(options: argparse.Namespace) -> None:
     classifier, images, labels = setup(options, held_out=True)
     threat, results = ThreatModel(eps=EPS[options.data]), options.out / "levels.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
+    undefended = PurifiedClassifier(classifier, BACKBONES[options.data], purifier=Identity()).eval()
     stored = options.out / "attacked.pt"
     made_with = {"data": options.data, "count": options.count, "steps": options.steps}
-    made_with["weights"] = tensor_checksum(classifier.state_dict().items())
-    go_on_with(made_with, options.out / "levels-options.json", stored.exists() or results.exists())
+    made_with["weights"] = tensor_checksum(undefended.state_dict().items())
+    attacked = attacked_images(stored, made_with)
     lines = map(json.loads, results.open()) if results.exists() else ()
     done = {(line["purifier"], line["settings"]) for line in lines}
-    if not stored.exists():
-        bare = PurifiedClassifier(classifier, BACKBONES[options.data], purifier=Identity()).eval()
+    if attacked is None:
         attacked = {"clean": images}
-        attacked["undefended"] = Transfer(PGD(threat, steps=options.steps), source=Undefended())(
-            bare, images, labels
-        ).images
+        attack = PGD(threat, steps=options.steps)
+        attacked["undefended"] = Transfer(attack, source=Undefended())(undefended, images, labels).images
         for sigma in (0.3, 0.5):
             attack = PGD(threat, steps=options.steps, eot=8, momentum=0.75, schedule="cosine")
-            found = Transfer(attack, source=NoiseAndDenoise(sigma=sigma))(bare, images, labels)
+            found = Transfer(attack, source=NoiseAndDenoise(sigma=sigma))(undefended, images, labels)
             attacked[f"one-step at {sigma}"] = found.images
-        torch.save(attacked, stored)
-    attacked = torch.load(stored)
+        torch.save({"made_with": made_with, "images": attacked}, stored)
     for kind, purifiers in candidates(EPS[options.data]).items():
         for purifier in purifiers:
             if (kind, repr(purifier)) in done or (options.only and kind not in options.only):

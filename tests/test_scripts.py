@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -111,15 +112,13 @@ def test_levels_are_chosen_and_accuracy_is_set_against_coverage(tmp_path: Path) 
 
 def test_levels_go_on_with_the_same_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])  # to which the script appends
-    go_on_with = runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"))["go_on_with"]
-    recorded = tmp_path / "options.json"
-    for begun in (False, True):
-        go_on_with({"steps": 1}, recorded, begun)
+    attacked_images = runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"))["attacked_images"]
+    stored = tmp_path / "attacked.pt"
+    assert attacked_images(stored, {"steps": 1}) is None
+    torch.save({"made_with": {"steps": 1}, "images": {"clean": torch.zeros(2)}}, stored)
+    assert attacked_images(stored, {"steps": 1}).keys() == {"clean"}
     with pytest.raises(EvaluationError, match="steps: 1 before, 2 now"):
-        go_on_with({"steps": 2}, recorded, True)
-    recorded.unlink()
-    with pytest.raises(EvaluationError, match="steps: not given before, 1 now"):
-        go_on_with({"steps": 1}, recorded, True)
+        attacked_images(stored, {"steps": 2})
 
 
 def test_the_classifiers_training_writes_its_assets(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 TINY: dict[str, dict[str, Any]] = {
     "1-wrap-attack-inspect": {"count": 3, "held_out": 2, "steps": 2, "iterations": 2},
-    "2-how-robust-is-it": {"count": 2, "steps": 1, "eot": 1, "repeats": 2, "sanity": 1},
+    "2-measure-robustness": {"count": 2, "steps": 1, "eot": 1, "repeats": 2, "sanity": 1},
     "3-compare-purifiers": {"count": 2, "steps": 1, "eot": 1, "predictions": 1, "k": 1},
     "4-make-it-faster": {"count": 2, "many": 2, "versions": 2, "iterations": 2, "compiled": False},
     "5-train-a-backbone": {"digits": 200, "images": 256, "count": 4},
