@@ -99,10 +99,9 @@ class PurifiedClassifier(LatentAccess):
             is: float32 where it is loaded by name, so that figures do not depend on the processor. "auto" is bfloat16
             where the backbone's device multiplies it natively (CPUs with AMX or AVX-512 BF16, CUDA devices from compute
             capability 8), and None elsewhere.
-        compile: whether the backbone and the distances of eq. 10 run through torch.compile in the loop of CMAP, for one
-            batch size; on CUDA the backbone then as CUDA graphs. The first call compiles, which takes up to minutes.
-            Where it fails, or has other results, the loop runs without, after one ``CompileWarning``; replicas of
-            ``nn.DataParallel``, which are new in each call, run without it.
+        compile: whether the loop of CMAP runs through torch.compile, for one batch size; on CUDA the backbone as CUDA
+            graphs. The first call takes up to minutes. Where it fails, or gives other results, there is one
+            ``CompileWarning``, and the loop runs without; so do replicas of ``nn.DataParallel``.
         max_parallel: latents in one call of the backbone, images in one call of the classifier; None for what fits
             and for 256. Methods that take latents run all of them at once for None.
         out_of_range: what is done with values more than 1e-4 outside [0, 1]. "clamp": they are clamped, and the
