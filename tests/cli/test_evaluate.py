@@ -203,7 +203,9 @@ def test_of_several_ranks_the_first_one_alone_prints_and_reports(
 def test_attacks_on_latents_are_left_out_for_purifiers_without_latents(tmp_path: Path, run: Run) -> None:
     given = ["-b", "fashion-mnist-edm", "-c", "embedded", "-d", "embedded", "-n", 2, "--purifier", "one-step"]
     text = run("evaluate", *given, "--dry-run", "--out", tmp_path / "out")
-    assert "Left out, since this purifier has no latents to attack: latent, consistency-disruption." in text
+    assert "Left out, since they need a purifier that optimises latents: latent, consistency-disruption." in text
+    text = run("evaluate", *given, "--attacks", "full", "--dry-run", "--out", tmp_path / "out")
+    assert "Left out, since each is the same here as an attack before it: unrolled-last, unrolled." in text
     assert "latents" in run("evaluate", *given, "--only", "latent", "--out", tmp_path / "out", status=1)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -10,14 +11,17 @@ from torch import nn
 
 from attack_toys import Linear, labelled
 from cmap_defense import PurifiedClassifier, ThreatModel, evaluate
-from cmap_defense.attacks import APGD, PGD, SUITES, Attack, NoiseAndDenoise, Transfer
+from cmap_defense.attacks import APGD, PGD, SUITES, Attack, NoiseAndDenoise, Transfer, full_suite
+from cmap_defense.attacks.suites import REPEATED, choose
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import SettingsError
 from cmap_defense.evaluation import Protocol
 from cmap_defense.gradients import StraightThrough, Unrolled
 from cmap_defense.purifiers import ADP, CMAP, GDMP, GNSP, Chain, DiffPure, LikelihoodMaximisation, OneStep, Purifier
-from denoisers import CurvedDenoiser
+from cmap_defense.purifiers.pair import BackbonePair
+from denoisers import SHAPE, CurvedDenoiser
+from toys import ToyBackbone
 
 THREAT = ThreatModel(eps=0.1)
 PROTOCOL = Protocol(predictions=2, reevaluations=1, group=2, sanity_images=1, gradient_samples=2)
@@ -65,6 +69,33 @@ def test_what_suits_a_purifier_without_latents_runs_on_it(name: str) -> None:
         assert attack(model, *labelled(2)).queries > 0
     latents = {"latent", "consistency-disruption", "short-cmap", "target-steer", "overpowered", "transfer-short"}
     assert all(attack.suits(model) == (name not in {*latents, "implicit"}) for attack in found)
+
+
+@pytest.mark.parametrize(
+    ("purifier", "repeated"),
+    [
+        (OneStep(level=0.3), ["unrolled-last", "unrolled"]),
+        (Chain(OneStep(level=0.3), DiffPure(t=2)), ["unrolled-last", "unrolled"]),
+        (Chain(OneStep(level=0.3), CMAP()), []),
+        (CMAP(), []),
+    ],
+)
+def test_a_set_has_no_attack_twice(purifier: Purifier, repeated: list[str]) -> None:
+    """Where there are no latents, the settings of the gradient through their optimisation have no effect."""
+    attacks, pair = full_suite(THREAT), BackbonePair(ToyBackbone(SHAPE), CurvedDenoiser())
+    one, cmap = (PurifiedClassifier(Linear(), pair, purifier=part) for part in (purifier, CMAP()))
+    chosen, left_out = choose(attacks, [one])
+    assert left_out.get(REPEATED, []) == repeated
+    assert sorted([*chosen, *itertools.chain(*left_out.values())]) == sorted(attacks)
+    assert {"unrolled-last", "unrolled"} <= choose(attacks, [one, cmap])[0].keys(), "on one of the two they differ"
+
+
+def test_what_is_left_out_as_a_repetition_finds_the_same_images() -> None:
+    images, labels = labelled(3)
+    model, attacks = defended(DiffPure(t=3, n_latents=2)), full_suite(THREAT, steps=2, eot=1)
+    found = [attacks[name](model, images, labels).images for name in ("exact-eot", "unrolled-last", "unrolled")]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_an_exact_gradient_finds_more_than_chance() -> None:

@@ -304,6 +304,11 @@ class Attack(NamedOptions, abc.ABC):
         """
         return not self.needs_latents or has_latents(model)
 
+    def on(self, model: Model) -> Attack:
+        """The attack that this one is on a model, with the settings that have no effect there at their defaults; by
+        default itself. A set of attacks by name leaves out those that are the same as an earlier one."""
+        return self
+
     def differentiates_defence(self, model: Model) -> bool:
         """Whether the search follows a gradient through this model's own defence, exact or approximate (BPDA).
 
@@ -366,6 +371,11 @@ class GradientAttack(Attack):
     def suits(self, model: Model) -> bool:
         latents = self.gradient is not None and self.gradient.needs_latents
         return super().suits(model) and (not latents or has_latents(model))
+
+    def on(self, model: Model) -> Attack:
+        if self.gradient is None or not isinstance(model, PurifiedClassifier) or model.purifier.involves_latents:
+            return self
+        return dataclasses.replace(self, gradient=self.gradient.without_latents())
 
     def differentiates_defence(self, model: Model) -> bool:
         mode = self.gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cmap_defense.attacks.autoattack import AutoAttack
@@ -13,6 +13,7 @@ from cmap_defense.attacks.defended import FrozenResidual, ShortCMAP, TargetSteer
 from cmap_defense.attacks.goal import Margin, VoteMargin
 from cmap_defense.attacks.latents import LatentAttack, Overpowered
 from cmap_defense.attacks.libraries import APGD, Square
+from cmap_defense.attacks.oracle import Model
 from cmap_defense.attacks.steps import PGD, SPSA
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Transfer, Undefended
 from cmap_defense.common.settings import near_matches
@@ -145,6 +146,24 @@ def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int 
     }
 
 
+def choose(attacks: Mapping[str, Attack], models: Iterable[Model]) -> tuple[dict[str, Attack], dict[str, list[str]]]:
+    """Those of a set of attacks that suit all of the models, each once, and the names of the others by the reason."""
+    models = list(models)
+    chosen: dict[str, Attack] = {}
+    made: list[list[Attack]] = []
+    left_out: dict[str, list[str]] = {}
+    for name, attack in attacks.items():
+        here = [attack.on(model) for model in models]
+        if not all(map(attack.suits, models)):
+            left_out.setdefault(NO_LATENTS, []).append(name)
+        elif here in made:
+            left_out.setdefault(REPEATED, []).append(name)
+        else:
+            chosen[name] = attack
+            made.append(here)
+    return chosen, left_out
+
+
 def _pgd(threat: ThreatModel, gradient: Any, steps: int, eot: int, seed: int, **others: Any) -> PGD:
     sizes: dict[str, Any] = {"steps": steps, "eot": eot, "seed": seed}
     return PGD(threat, gradient=gradient, momentum=0.75, schedule="cosine", **sizes, **others)
@@ -157,6 +176,10 @@ def _common(threat: ThreatModel, steps: int, eot: int, seed: int) -> dict[str, A
         "surrogate-eot": _pgd(threat, Surrogate(), steps, eot, seed),
     }
 
+
+NO_LATENTS = "they need a purifier that optimises latents"
+REPEATED = "each is the same here as an attack before it"
+"""Why an attack of a set is left out."""
 
 SUITES: Mapping[str, Callable[..., dict[str, Attack]]] = {
     "standard": standard_suite,

@@ -46,7 +46,6 @@ from cmap_defense.common.settings import require_choice, require_flag, require_i
 from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.purifiers.base import Purifier, check_purified
-from cmap_defense.purifiers.chain import Chain
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
@@ -197,7 +196,7 @@ class PurifiedClassifier(LatentAccess):
         """How the gradient to the input is taken."""
         if self._gradient is not None:
             return self._gradient
-        return StraightThrough() if _optimises_latents(self.purifier) else Unrolled()
+        return StraightThrough() if self.purifier.involves_latents else Unrolled()
 
     def forward(
         self,
@@ -571,13 +570,6 @@ def _made(given: Any, option: str, kind: type[Any], examples: str, package: str)
     raise SettingsError(
         f"PurifiedClassifier.{option} must be an object such as {examples} from cmap_defense.{package}, {what}"
     )
-
-
-def _optimises_latents(purifier: Purifier) -> bool:
-    """Whether a purifier is an optimisation over latents, or a chain with one."""
-    if isinstance(purifier, Chain):
-        return any(map(_optimises_latents, purifier.purifiers))
-    return purifier.optimises_latents
 
 
 def _summary(part: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cmap_defense.attacks.suites import choose
 from cmap_defense.backbones.load import load_backbone
 from cmap_defense.certification.summary import read_summary
 from cmap_defense.classifier import PurifiedClassifier
@@ -18,11 +19,10 @@ from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.settings import near_matches
 from cmap_defense.common.tables import table_lines
 from cmap_defense.evaluation.comparison import (
-    LEFT_OUT,
     LONGEST_NAME,
-    common_attacks,
     compare,
     compared,
+    left_out_lines,
     write_comparison,
 )
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
@@ -55,19 +55,19 @@ def run_evaluate(options: dict[str, Any]) -> build.Printed:
     certified = None if options["certified"] is None else read_summary(options["certified"])
     with ranks() as team:
         model = build.model_of(options)
-        left_out = [name for name, attack in attacks.items() if not attack.suits(model) and name not in options["only"]]
+        chosen, left_out = (attacks, {}) if options["only"] else choose(attacks, [model])
         evaluation = Evaluation(
             model,
             out=out,
-            attacks={name: attack for name, attack in attacks.items() if name not in left_out},
+            attacks=chosen,
             baselines=build.imported_models(options["baseline"], options, "--baseline"),
             **selected,
         )
         evaluation.check_folder()
         if team.rank == 0 and not as_json:
             click.echo(_summary(evaluation))
-            if left_out:
-                click.echo(f"Left out, since this purifier has no latents to attack: {', '.join(left_out)}.")
+            for line in left_out_lines(left_out):
+                click.echo(line)
             click.echo(cost_text(evaluation.expected(), evaluation, team.world))
         if options["dry_run"]:
             return (dataclasses.asdict(evaluation.expected()), []) if as_json else None
@@ -145,11 +145,10 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
     attacks, out, selected = build.attacks_of(options), options["out"], _selected(options)
     with ranks() as team:
         models = _models(options)
-        left_out: list[str] = []
-        if not options["only"]:
-            attacks, left_out = common_attacks(attacks, models)
-        if left_out and team.rank == 0 and not options["as_json"]:
-            click.echo(f"{LEFT_OUT}: {', '.join(left_out)}.")
+        attacks, left_out = (attacks, {}) if options["only"] else choose(attacks, models.values())
+        if team.rank == 0 and not options["as_json"]:
+            for line in left_out_lines(left_out):
+                click.echo(line)
         evaluations, printed = compared(models, out=out, attacks=attacks, **selected), None
         for evaluation in evaluations.values():
             evaluation.check_folder()

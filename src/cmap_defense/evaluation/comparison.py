@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmap_defense.attacks import Attack, ThreatModel, suite
+from cmap_defense.attacks.suites import choose
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import fields_as_json, write_findings
 from cmap_defense.common.progress import OnProgress
@@ -24,7 +25,6 @@ from cmap_defense.plots.comparison import comparison_plot
 
 FILES = ("comparison.json", "comparison.md", "comparison.svg")
 LONGEST_NAME = 150
-LEFT_OUT = "Left out, since not all of these purifiers have latents to attack"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,14 @@ class Comparison:
     Attributes:
         rows: the defences, in the order in which they were given.
         settings: of each defence's evaluation, by name.
-        left_out: attacks of the set that do not suit all of the purifiers, and were made on none.
+        left_out: attacks of the set that were made on none of the purifiers, by the reason: that not all of these have
+            latents, or that the attack is the same on each of them as an earlier one. Under different attacks their
+            accuracies under the worst could not be compared.
     """
 
     rows: Sequence[Compared]
     settings: Mapping[str, Any]
-    left_out: Sequence[str] = ()
+    left_out: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def table(self) -> list[list[str]]:
         """Headings, and a row for each defence."""
@@ -111,8 +113,8 @@ def compare(
             folders.
         data: as ``Evaluation`` takes it.
         out: the folder.
-        attacks: "exact", another set by name, of which those are made that suit all of the purifiers, or attacks by
-            name, which have to suit each of them.
+        attacks: "exact", another set by name, of which those are made, each once, that suit all of the purifiers, or
+            attacks by name, which have to suit each of them.
         threat: norm and eps of a set of attacks that is given by name.
         protocol: how often each image is attacked and predicted.
         subset: which images; None for all.
@@ -126,10 +128,10 @@ def compare(
         EvaluationError: a folder is in use, or holds results of other settings.
         SettingsError: there is no defence or no attack, or a model is no ``PurifiedClassifier``.
     """
-    left_out: list[str] = []
+    left_out: dict[str, list[str]] = {}
     _check_models(models)
     if isinstance(attacks, str):
-        attacks, left_out = common_attacks(suite(attacks, threat or ThreatModel()), models)
+        attacks, left_out = choose(suite(attacks, threat or ThreatModel()), models.values())
         threat = None
     evaluations = compared(
         models, data, out, attacks=attacks, threat=threat, protocol=protocol, subset=subset, threads=threads
@@ -147,15 +149,6 @@ def _check_models(models: object) -> None:
         raise SettingsError(
             f'models must be defences by their names, such as {{"one-step": model}}, but are {type(models).__name__}.'
         )
-
-
-def common_attacks(
-    attacks: Mapping[str, Attack], models: Mapping[str, PurifiedClassifier]
-) -> tuple[dict[str, Attack], list[str]]:
-    """The attacks that suit all of the models, and the names of the others: under different ones the accuracies under
-    the worst attack could not be compared."""
-    common = {name: attack for name, attack in attacks.items() if all(map(attack.suits, models.values()))}
-    return common, [name for name in attacks if name not in common]
 
 
 def compared(
@@ -205,6 +198,11 @@ def evaluations_of(
         yield name, Evaluation(model, data, folder, attacks=attacks, protocol=without, undefended=False, **options)
 
 
+def left_out_lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which attacks of a set are left out, for people, a line for each reason."""
+    return [f"Left out, since {reason}: {', '.join(names)}." for reason, names in left_out.items()]
+
+
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[Path], str | None]:
     """``comparison.json``, ``comparison.md`` and, where the extra ``[report]`` is installed, ``comparison.svg``: the
     files written into the folder, and what is missing for the plot, if anything is."""
@@ -212,8 +210,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
         "Accuracy is re-evaluated with noise that no attack has used; in square brackets 95 % intervals on the images. "
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
-    if comparison.left_out:
-        text += f" {LEFT_OUT}: {', '.join(comparison.left_out)}."
+    text = " ".join([text, *left_out_lines(comparison.left_out)])
     page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
     values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, suite
 from cmap_defense.attacks.oracle import Model
+from cmap_defense.attacks.suites import choose
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.classifier.speed import Speed, measure_speed, undefended_logits
@@ -456,10 +457,9 @@ def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.
 def _attacks_by_name(
     attacks: str | Mapping[str, Attack], threat: ThreatModel | None, model: Model
 ) -> dict[str, Attack]:
-    """Those of a set that suit the model; of attacks of your own all, or an error."""
+    """Those of a set that suit the model, each once; of attacks of your own all, or an error."""
     if isinstance(attacks, str):
-        chosen = suite(attacks, threat or ThreatModel())
-        return {name: attack for name, attack in chosen.items() if attack.suits(model)}
+        return choose(suite(attacks, threat or ThreatModel()), [model])[0]
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
     if not isinstance(attacks, Mapping):

@@ -78,6 +78,11 @@ class GradientMode(NamedOptions, abc.ABC):
         """Check the fields that ``setting`` made, of a mode that is a dataclass."""
         check_fields(self)
 
+    def without_latents(self) -> GradientMode:
+        """The mode that this one is for a purifier in which no optimisation over latents takes part, with the settings
+        that have no effect there at their defaults; by default itself."""
+        return self
+
     @abc.abstractmethod
     def purify(self, purification: Purification) -> PurificationResult:
         """The result, its ``images`` [B, K, C, H, W] tied to ``purification.images``."""

@@ -49,6 +49,9 @@ class Unrolled(GradientMode, Backward):
         SettingsError: a value is out of its range.
     """
 
+    def without_latents(self) -> Unrolled:
+        return Unrolled(checkpoint=self.checkpoint)
+
     def purify(self, purification: Purification) -> PurificationResult:
         if not purification.wants_gradient:
             return purification.run()

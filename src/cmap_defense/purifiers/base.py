@@ -90,6 +90,11 @@ class Purifier(NamedOptions, abc.ABC):
         """
 
     @property
+    def involves_latents(self) -> bool:
+        """Whether it optimises latents, or is a chain with a purifier that does."""
+        return self.optimises_latents
+
+    @property
     def call_options(self) -> frozenset[str]:
         """Arguments that its call takes besides those above, and that ``PurifiedClassifier`` gives: "predict", a
         function from images [M, C, H, W] in [0, 1] of the backbone's size to labels [M]; "compiler", a ``StepCompiler``

@@ -84,6 +84,10 @@ class Chain(Settings, Purifier):
         return sum(self._versions(n) * purifier.passes for n, purifier in enumerate(self.purifiers))
 
     @property
+    def involves_latents(self) -> bool:
+        return any(purifier.involves_latents for purifier in self.purifiers)
+
+    @property
     def call_options(self) -> frozenset[str]:
         return frozenset().union(*(purifier.call_options for purifier in self.purifiers))
 
