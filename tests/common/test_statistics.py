@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from torch import Tensor
 
-from cmap_defense.common.statistics import AUROC, Accuracy, wilson_interval
+from cmap_defense.common.statistics import AUROC, Accuracy, student_quantile, wilson_interval
 from cmap_defense.errors import CmapError, InputValueError
 
 
@@ -63,6 +64,15 @@ def test_json_and_back() -> None:
         assert values["interval"] == list(accuracy.interval)
     assert Accuracy(0, 0).to_dict()["value"] is None
     assert str(Accuracy(0, 0)) == "no images"
+
+
+@given(p=st.floats(0.9, 0.999), degrees=st.integers(1, 200))
+def test_student_s_quantile(p: float, degrees: int) -> None:
+    assert student_quantile(p, degrees) == pytest.approx(student.ppf(p, degrees), rel=0.01)
+
+
+def test_the_area_compares_in_the_finer_precision() -> None:
+    assert AUROC.of(torch.tensor([1 + 1e-12], dtype=torch.float64), torch.tensor([1.0])).value == 1
 
 
 values = st.lists(st.integers(-3, 3), min_size=1, max_size=8).map(lambda drawn: torch.tensor(drawn).double())

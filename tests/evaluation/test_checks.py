@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from attack_toys import linear, wrapped
 from cmap_defense.attacks import APGD, PGD, SPSA, Attack, LatentAttack, ShortCMAP, TargetSteer, ThreatModel, Transfer
 from cmap_defense.cli.commands import evaluate
-from cmap_defense.evaluation.checks import Check, gradient_table, make_checks
+from cmap_defense.evaluation.checks import Check, _falls, gradient_table, make_checks
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.gradients import Surrogate, Unrolled
 from evaluated import runs_of
@@ -253,30 +254,58 @@ def test_accuracy_that_rises_along_a_sweep(changed: dict[str, float], wrong: lis
 
 @pytest.mark.parametrize(("right", "passes"), [(6, True), (7, True), (11, False)])
 def test_a_rise_has_a_tolerance_of_its_standard_error(right: int, passes: bool) -> None:
-    """From 5 of 12 images to more of them, image by image, and as chance would explain in three comparisons."""
+    """From 5 of 12 images to more of them, image by image, and as chance would explain in six comparisons."""
     shares = [(torch.arange(IMAGES) < count).double() for count in (5, right)]
     gap = shares[1] - shares[0]
-    tolerance = 2.128  # the normal quantile of 1 - 0.05 / 3
+    tolerance = student.ppf(1 - 0.05 / 6, IMAGES - 1)  # six pairs of four points
     assert passes == (gap.mean().item() <= tolerance * (gap.std() / math.sqrt(IMAGES)).item())
     found = checks(checked={"steps-1": shares[0], "steps-2": shares[1]})
     assert found[STEPS].passed == passes
 
 
 def test_a_rise_is_seen_image_by_image() -> None:
-    """From a quarter of the predictions to 0.56: less than two standard errors of either mean, but all of it on
-    images that had none right before."""
+    """From a quarter of the predictions to 0.65: chance would explain it of other images, but all of it is on images
+    that had none right before."""
     before = torch.tensor([1.0] * 3 + [0.0] * 9)
-    after = torch.tensor([1.0] * 3 + [0.0] * 4 + [0.8] * 5)
+    after = torch.tensor([1.0] * 3 + [0.0] * 3 + [0.8] * 6)
     found = checks(checked={"steps-1": before, "steps-2": after})
     assert failed(found) == [STEPS]
 
 
 def test_a_rise_over_several_points_is_seen() -> None:
     """None of its steps is large, the whole is."""
-    slow = [(torch.arange(IMAGES) < count).double() for count in (2, 4, 6, 8)]
+    slow = [(torch.arange(IMAGES) < count).double() for count in (2, 4, 7, 10)]
     points = dict(zip(("eps-0.25x", "eps-0.5x", "eps-2x", "eps-4x"), slow, strict=True))
     found = checks(attacked={"pgd": slow[1]}, checked=points)
     assert found[SIZES].passed is False
+
+
+@pytest.mark.parametrize("count", [4, 7])
+def test_chance_alone_seldom_makes_a_rise(count: int) -> None:
+    """Of images that are equally hard at each of some points, in 5 % of the sweeps or less."""
+    torch.manual_seed(0)
+    rises = 0
+    for _ in range(400):
+        chance = torch.empty(16, 1).uniform_(0.1, 0.9).expand(16, 11)
+        points = {float(value): torch.bernoulli(chance).mean(dim=1).double() for value in range(count)}
+        rises += not _falls("eps", points, REPEATED).passed
+    assert rises <= 0.05 * 400 + 2 * math.sqrt(0.05 * 0.95 * 400)
+
+
+def test_one_image_says_nothing_of_a_rise_or_a_direction() -> None:
+    one = {name: runs(share, name).first(1) for name, share in CHECKED.items()}
+    found = checks(checked=one, cosines=COSINES[:1])
+    assert failed(found) == [STEPS, SIZES, DIRECTION]
+    assert {found[name].passed for name in (STEPS, SIZES, DIRECTION)} == {None}
+    assert "--sanity-images 16" in found[STEPS].reason
+
+
+def test_images_of_one_class_say_nothing_of_the_labels() -> None:
+    right = torch.ones(1, IMAGES, PREDICTIONS, dtype=torch.bool)
+    found = checks(attacked={"clean": runs_of(right, right, torch.zeros(IMAGES, dtype=torch.int64), attack="clean")})
+    assert failed(found) == [CLEAN]
+    assert found[CLEAN].passed is None
+    assert "several classes" in found[CLEAN].remedy
 
 
 def test_an_attack_that_does_nothing_makes_no_rise() -> None:

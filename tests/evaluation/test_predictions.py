@@ -179,6 +179,21 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
     assert len(model._latent_hooks) == 0
 
 
+def test_an_image_that_stopped_keeps_its_last_vote() -> None:
+    """The vote after its last iteration, and not that of the last iteration at which votes are taken."""
+    images, labels = labelled(24)
+    indices = torch.arange(24)
+    model = wrapped(settings=QUICK.replace(iterations=40, stop_agreement=2, n_latents=3, learning_rate=0.3))
+    found = predict(model, images, labels, indices, range(1))
+    made = model.purify(images, seeds=prediction_seeds(indices, 0)).iterations
+    assert made is not None
+    assert found.vote_right is not None
+    assert (made < 40).any()
+    for image, stop in enumerate(made.tolist()):
+        after = [n for n, iteration in enumerate(vote_iterations(40)) if iteration >= stop]
+        assert (found.vote_right[after, image] == (found.labels[0, image] == labels[image])).all()
+
+
 @pytest.mark.parametrize("logits", [torch.full((5, CLASSES), torch.nan), torch.zeros(4, CLASSES), torch.zeros(5)])
 def test_predictions_that_are_no_logits_are_refused(logits: Tensor) -> None:
     images, labels = images_for("function")

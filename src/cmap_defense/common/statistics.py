@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class AUROC:
             )
         if not (torch.isfinite(values).all() and torch.isfinite(against).all()):
             raise InputValueError("AUROC is of finite numbers, but these have NaN or infinite values.")
-        order = against.sort().values
+        order = against.double().sort().values
         below, upto = (torch.searchsorted(order, values.to(order), right=right) for right in (False, True))
         area = (below + upto).double().sum().item() / (2 * len(values) * len(against))
         return cls(area, len(values), len(against))
@@ -176,6 +177,23 @@ class AUROC:
 def standard_error(values: Tensor) -> float:
     """Of the mean of values [B]; 0 for one value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """The p-quantile of Student's t distribution, to 1 % for p up to 0.999: in closed form for one and two degrees of
+    freedom, and for more by the expansion in powers of 1 / degrees (Abramowitz and Stegun 1964, 26.7.5)."""
+    if degrees == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
+    z = statistics.NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def interval_text(value: float, interval: tuple[float, float]) -> str:

@@ -1,8 +1,8 @@
 """Whether the attacks worked as attacks should: without that, accuracy under them says nothing.
 
 The list follows section 5 of "On Evaluating Adversarial Robustness" (Carlini et al. 2019, arXiv 1902.06705). A check
-compares predictions of the same images by the same noise, image by image, and allows for two standard errors, or for
-more where it makes several comparisons.
+compares predictions of the same images, image by image, and allows for two standard errors, or for more where it makes
+several comparisons. Predictions of a purified classifier are by the same noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from cmap_defense.attacks import PGD, Attack
 from cmap_defense.attacks.oracle import Model
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.statistics import Accuracy, standard_error
+from cmap_defense.common.statistics import Accuracy, standard_error, student_quantile
 from cmap_defense.evaluation.summary import Runs
 from cmap_defense.evaluation.tasks import CLEAN, check_attack, check_variants
 
@@ -31,6 +31,7 @@ FEW = 0.05
 WITH_BPDA = "--attacks standard, with --only bpda-eot where --only is given"
 
 NOT_MADE = "Evaluate with checks: --sanity-images 16."
+MORE_IMAGES = "Compare more images: --sanity-images 16."
 
 FALLS = {"steps": "more steps do not help the defence", "eps": "a larger eps does not help the defence"}
 """What must hold along a sweep, by its name."""
@@ -115,7 +116,9 @@ def make_checks(
         Sweep(sweep, list(points), [s.mean().item() for s in points.values()], [*map(standard_error, points.values())])
         for sweep, points in swept.items()
     ]
-    return [*found, _any_image(checked["eps-any"], repeated), _direction(gradients, repeated.eot)], sweeps
+    any_image = checked["eps-any"]
+    found += [_any_image(any_image, repeated), _direction(gradients, repeated.eot, len(any_image.truth))]
+    return found, sweeps
 
 
 def _swept(
@@ -155,8 +158,11 @@ def _clean(clean: Runs) -> Check:
     what is in them, nothing is left to attack, and all other checks pass."""
     found = Accuracy.mean(clean.shares())
     guess = clean.truth.bincount().max().item() / len(clean.truth)
+    title = "clean images are classified better than by always predicting one class"
+    if guess == 1:
+        return Check(title, None, "all images are of one class", "Evaluate images of several classes.")
     return Check(
-        "clean images are classified better than by always predicting one class",
+        title,
         found.value > guess,
         f"{found}, against {guess:.3f} for the most frequent class",
         "See whether the labels are numbered as the classifier's classes are, and whether --mean, --std and --resize "
@@ -221,9 +227,12 @@ def _transfer(attacks: Mapping[str, Attack], attacked: Mapping[str, Runs]) -> Ch
 
 def _falls(sweep: str, points: Mapping[float, Tensor], repeated: PGD) -> Check:
     """Accuracy does not rise along a sweep: no point lies above the lowest before it, image by image, by more than
-    chance would explain in as many comparisons (5 % for all of them)."""
+    chance would explain among all pairs of points (Student's t, 5 % for all of them together)."""
     shares = list(points.values())
-    tolerance = max(TOLERANCE, statistics.NormalDist().inv_cdf(1 - 0.05 / (len(shares) - 1)))
+    images, pairs = len(shares[0]), len(shares) * (len(shares) - 1) // 2
+    if images < 2:
+        return Check(FALLS[sweep], None, "one image", MORE_IMAGES)
+    tolerance = max(TOLERANCE, student_quantile(1 - 0.05 / pairs, images - 1))
     lowest, rises = shares[0], False
     for share in shares[1:]:
         gap = share - lowest
@@ -253,12 +262,14 @@ def _any_image(runs: Runs, repeated: PGD) -> Check:
     )
 
 
-def _direction(gradients: Sequence[Mapping[str, float]], eot: int) -> Check:
+def _direction(gradients: Sequence[Mapping[str, float]], eot: int, images: int) -> Check:
     """Two averages of as many gradients as the attack takes point the same way more often than not."""
     title = "averaged gradients have a direction"
     table = [row for row in gradients if row["samples"] <= max(1, eot)]
     if not table:
         return Check(title, None, "not measured", NOT_MADE)
+    if images < 2:
+        return Check(title, None, "one image", MORE_IMAGES)
     row = table[-1]
     shown = f"cosine {row['cosine']:.3f} ± {row['error']:.3f} between two averages of {row['samples']:.0f}"
     remedy = f"Average more gradients: --eot {4 * max(1, eot)}; or measure more images: --sanity-images 64."

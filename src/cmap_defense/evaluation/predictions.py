@@ -89,6 +89,8 @@ def _predict_purified(
         for field in dataclasses.fields(History) if result.history is not None else ():
             values = _held(getattr(result.history, field.name).double().cpu())
             sums[field.name] = sums.get(field.name, 0) + values / len(numbers)
+        if number == numbers[0] and result.iterations is not None:
+            recorder.end(result.iterations, predicted[0] == labels)
     found = torch.stack(predicted).cpu()
     return Predictions(
         found,
@@ -124,4 +126,9 @@ class _VoteRecorder:
         predicted = vote_logits(logits, lift=self.model.vote == "label").argmax(dim=1).cpu()
         rows = state.image_indices
         for number in [n for n, iteration in enumerate(self.iterations) if iteration == state.iteration]:
-            self.right[number:, rows] = predicted == self.labels[rows]  # for good, where an image stops early
+            self.right[number, rows] = predicted == self.labels[rows]
+
+    def end(self, made: Tensor, right: Tensor) -> None:
+        """An image that stopped after ``made`` [B] iterations keeps its last vote, which was right or not."""
+        stopped = torch.tensor(self.iterations)[:, None] >= made
+        self.right = torch.where(stopped, right.cpu(), self.right)
