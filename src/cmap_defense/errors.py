@@ -132,3 +132,11 @@ class CheckpointError(CmapError, RuntimeError):
 
 class TrainingError(CmapError, RuntimeError):
     """A training cannot go on: its loss is infinite or no number."""
+
+    @classmethod
+    def diverged(cls, what: str) -> TrainingError:
+        """From what is not finite, as the beginning of a sentence."""
+        return cls(
+            f"{what}: the training has diverged, and no checkpoint of it is written. Start again in another folder "
+            "with a lower learning rate, a longer warm-up, or float32."
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cmap_defense import PurifiedClassifier, ThreatModel, adapt, errors, load_adapted
-from cmap_defense.adaptation import AdaptationConfig, learner
+from cmap_defense.adaptation import AdaptationConfig, learner, run
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import derived_seeds, draw_latents
@@ -306,9 +306,31 @@ def test_a_killed_adaptation_continues_to_the_same_weights(tmp_path: Path) -> No
         (net(0.2), PURIFIER.replace(n_latents=PURIFIER.n_latents + 1), {}),
         (net(0.2), PURIFIER, {"normalize": (0.3, 0.2)}),
         (frozen, PURIFIER, {}),
+        (net(0.2), PURIFIER, {"config": SMALL.replace(micro_batch=2)}),  # other statistics in BatchNorm
     ):
         with pytest.raises(errors.CheckpointError, match="other settings"):
-            adapt(model, Shrinking(), purifier, data(), out=tmp_path / "killed", **options, **keep)
+            adapt(model, Shrinking(), purifier, data(), out=tmp_path / "killed", **(keep | options))
+
+
+def test_without_held_out_images_a_stop_has_the_last_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between two checkpoints, which are every fourth step."""
+    config, found = SMALL.replace(checkpoint_every=24, minutes=1.0), {}
+    for steps in (5, 7):
+        left = iter([1.0] * (steps - 1) + [-1.0] * 9)
+        monkeypatch.setattr(run, "countdown", lambda minutes, left=left: lambda: next(left))
+        monkeypatch.setattr(run, "settled", lambda config, *_: config.replace(minutes=None))
+        result = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / str(steps), config=config)
+        assert not result.finished
+        found[result.record["images_seen"]] = result.classifier
+    whole = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / "30", config=SMALL.replace(images=30))
+    assert list(found) == [30, 42]
+    assert not same(found[30], found[42])
+    assert whole.finished
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(errors.TrainingError, match="diverged"):
+        adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL.replace(learning_rate=1e20))
 
 
 def test_another_backbone_in_float16_does_not_continue_an_adaptation(tmp_path: Path) -> None:
@@ -456,6 +478,8 @@ LABELS = torch.zeros(2, dtype=torch.int64)
         ({"data": (2 * torch.ones(2, *SHAPE), LABELS)}, errors.CmapError, r"\[0, 1\]"),
         ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, errors.CmapError, "from 0 to 2"),
         ({"data": DataLoader(TensorDataset(torch.zeros(2, *SHAPE), LABELS))}, errors.CmapError, "loader.dataset"),
+        ({"data": data(0)}, errors.DataError, "one image at least"),
+        ({"held_out": data(0)}, errors.DataError, "one image at least"),
         ({"threat": ThreatModel()}, errors.SettingsError, "adversarial=True"),
         ({"config": SMALL.replace(attack_steps=9)}, errors.SettingsError, "adversarial=True"),
         ({"epochs": 2}, errors.OptionError, r"AdaptationConfig\(images"),

@@ -254,11 +254,22 @@ def test_the_table_is_what_analysis_scripts_read() -> None:
     rows = list(csv.DictReader(found.to_tsv(labels).splitlines(), delimiter="\t"))
     assert list(rows[0]) == ["idx", "label", "predict", "radius", "correct", "time"]
     assert [int(row["idx"]) for row in rows] == [7, 3, 5]
-    assert [float(row["radius"]) for row in rows] == pytest.approx(found.radius.tolist(), rel=1e-5)
+    assert [float(row["radius"]) for row in rows] == pytest.approx(found.radius.tolist(), abs=1e-6)
     assert [int(row["correct"]) for row in rows] == (found.prediction == labels).long().tolist()
     assert all(re.fullmatch(r"\d+:\d\d:\d\d(\.\d+)?", row["time"]) for row in rows)
     with pytest.raises(InputValueError, match="labels"):
         found.to_tsv(labels[:2])
+
+
+def test_an_abstention_is_never_right_and_no_radius_is_rounded_up() -> None:
+    radius = torch.tensor([0.0, 0.0, 0.12345678], dtype=torch.float64)
+    abstained = torch.tensor([True, True, False])
+    found = dataclasses.replace(small(), prediction=torch.tensor([-1, -1, 0]), abstained=abstained, radius=radius)
+    labels = torch.tensor([-1, 0, 0])
+    assert found.accuracy(labels).correct == 1
+    rows = list(csv.DictReader(found.to_tsv(labels).splitlines(), delimiter="\t"))
+    assert [row["correct"] for row in rows] == ["0", "0", "1"]
+    assert [row["radius"] for row in rows] == ["0.000000", "0.000000", "0.123456"]
 
 
 def test_a_result_prints_on_one_screen_and_the_defaults_are_those_of_the_settings() -> None:

@@ -85,6 +85,13 @@ def test_predictions_are_those_of_the_half_space_and_abstain_on_its_border() -> 
     assert again.tolist() == [1, 0]
 
 
+def test_so_few_copies_that_every_prediction_would_be_an_abstention_are_refused() -> None:
+    smoothed, images = SmoothedClassifier(HalfSpace(threshold=-1e3), None), images_of(1)
+    assert smoothed.predict(images, n=11).tolist() == [1]
+    with pytest.raises(errors.SettingsError, match="n of at least 11 with alpha"):
+        smoothed.predict(images, n=10)
+
+
 @pytest.mark.parametrize("name", ["fashion-mnist-ct", "fashion-mnist-edm"])
 def test_consistency_models_and_denoisers_take_a_pass_for_each_copy(name: str) -> None:
     images, _ = load_test_images()

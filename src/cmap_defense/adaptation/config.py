@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from cmap_defense.common.settings import setting
 from cmap_defense.training.config import TrainingConfig
@@ -72,6 +73,10 @@ class AdaptationConfig(TrainingConfig):
         minimum=1,
         default_help="never",
     )
+
+    def reproducible(self) -> dict[str, Any]:
+        """Those of ``TrainingConfig``, and ``micro_batch``: the statistics of BatchNorm are those of a micro-batch."""
+        return {**super().reproducible(), "micro_batch": self.micro_batch}
 
     @property
     def length(self) -> int:

@@ -16,6 +16,7 @@ from cmap_defense.common.modules import copied_state, evaluating, restoring
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import derived_seeds, generator_for
 from cmap_defense.data import LabelledImages
+from cmap_defense.errors import ClassifierError, TrainingError
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.draws import image_indices
 from cmap_defense.training.learner import Trainee, below
@@ -68,9 +69,14 @@ class AdaptationLearner(Trainee):
         self.trained = list(_trained(self.model))
 
     def step(self, number: int) -> Tensor:
-        loss = super().step(number)
-        if (number + 1) % self.config.checkpoint_steps == 0 or number + 1 == self.config.steps:
-            self.evaluate()
+        try:
+            loss = super().step(number)
+            if (number + 1) % self.config.checkpoint_steps == 0 or number + 1 == self.config.steps:
+                self.evaluate()
+        except ClassifierError as error:
+            if number == 0:
+                raise
+            raise TrainingError.diverged("The classifier's logits are NaN or infinite") from error
         return loss
 
     @property
@@ -153,12 +159,13 @@ class AdaptationLearner(Trainee):
                 buffer.div_(self.team.world)
 
     def evaluate(self) -> None:
-        """Score the averaged weights on the held-out images, and keep the best ones."""
-        averaged, score = self.averaged(), float(len(self.scores))
-        if self.held_out is not None:
-            with restoring(self.model):
-                self.model.load_state_dict(averaged)
-                score = self._score(self.held_out)
+        """Score the averaged weights on the held-out images, if there are any, and keep the best ones."""
+        if self.held_out is None:
+            return
+        averaged = self.averaged()
+        with restoring(self.model):
+            self.model.load_state_dict(averaged)
+            score = self._score(self.held_out)
         if not self.scores or score > max(self.scores):
             self.best = averaged
         self.scores.append(score)

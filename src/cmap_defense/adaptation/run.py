@@ -27,7 +27,14 @@ from cmap_defense.common.settings import near_matches
 from cmap_defense.data import LabelledImages
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.errors import BackboneFileError, CheckpointError, ClassifierError, OptionError, SettingsError
+from cmap_defense.errors import (
+    BackboneFileError,
+    CheckpointError,
+    ClassifierError,
+    DataError,
+    OptionError,
+    SettingsError,
+)
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import OneStep, Purifier
 from cmap_defense.threat import ThreatModel
@@ -178,7 +185,7 @@ def adapt(
             "adversarial": adversarial,
             "train": config.reproducible(),
             "images_seen": step * config.batch_size,
-            "held_out_scores": learner.scores if kept_back is not None else [],
+            "held_out_scores": learner.scores,
         }
         team.by_first(functools.partial(_write, folder, model, record, config.weights))
     return Adapted(_marked(model, target), record, finished)
@@ -243,6 +250,8 @@ def _labelled(data: Any, model: PurifiedClassifier) -> LabelledImages:
     else:
         found = SelectedImages.of(data, Subset())
         chosen = LabelledImages((found.images * 255).round().to(torch.uint8), found.labels)
+    if not len(chosen):
+        raise DataError("There must be one image at least, but the data set is empty.")
     with torch.no_grad(), evaluating(model.classifier):
         first = chosen.images[:1].to(next(iter(weights_of(model.classifier)))) / 255
         classes = model.undefended(first, check=False).shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 
 from torch import Tensor
 
@@ -58,18 +59,22 @@ class CertificationResult:
             InputTypeError: the labels are not integers.
             InputValueError: they are not one per image.
         """
-        right = self.prediction == check_seeds(labels, len(self.prediction), "labels")
-        return Accuracy.mean(right & (self.radius >= radius))
+        return Accuracy.mean(self._right(check_seeds(labels, len(self.prediction), "labels")) & (self.radius >= radius))
 
     def to_tsv(self, labels: Tensor) -> str:
         """A line per image with the columns ``COLUMNS``, tabs between them; labels and errors as for ``accuracy``."""
-        true = check_seeds(labels, len(self.prediction), "labels").tolist()
-        fields = (self.indices, self.prediction, self.radius, self.seconds)
+        labels = check_seeds(labels, len(self.prediction), "labels")
+        fields = (self.indices, labels, self.prediction, self.radius, self._right(labels), self.seconds)
         lines = ["\t".join(COLUMNS)]
-        for label, index, predicted, radius, seconds in zip(true, *(part.tolist() for part in fields), strict=True):
+        for index, label, predicted, radius, right, seconds in zip(*(part.tolist() for part in fields), strict=True):
             time = datetime.timedelta(seconds=seconds)
-            lines.append(f"{index}\t{label}\t{predicted}\t{radius:.6g}\t{int(predicted == label)}\t{time}")
+            shown = math.floor(radius * 1e6) / 1e6  # never more than is certified
+            lines.append(f"{index}\t{label}\t{predicted}\t{shown:.6f}\t{int(right)}\t{time}")
         return "\n".join(lines) + "\n"
+
+    def _right(self, labels: Tensor) -> Tensor:
+        """[B] bool; an abstention is never right."""
+        return (self.prediction == labels) & ~self.abstained
 
     def _about(self) -> str:
         settings = self.settings

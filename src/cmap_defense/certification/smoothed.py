@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -162,8 +163,17 @@ class SmoothedClassifier(NamedOptions):
             batch_size: as for ``certify``.
             seed: likewise.
             indices: likewise.
+
+        Raises:
+            SettingsError: with so few copies every image would be -1, even if all of them agreed.
         """
         settings = CertificationSettings(n=n, alpha=alpha, batch_size=batch_size, seed=seed)
+        least = math.ceil(1 - math.log2(alpha))  # 2 / 2^n is the test's p where all agree
+        if settings.n < least:
+            raise SettingsError(
+                f"predict needs n of at least {least} with alpha = {alpha:g}, but n is {n}: with fewer copies no two "
+                "classes can be distinguished, even if all copies agree."
+            )
         keys = self.keys(self.check(images, indices), seed, PREDICTION)
         size = self.batch_size(images, batch_size)
         classes = self.count_classes(images, size)

@@ -20,8 +20,9 @@ class TrainingConfig(Settings):
     """Settings of a training. Lengths are counted in images, so that they do not depend on the batch size.
 
     The fields of the group "Running", ``minutes`` and ``weights`` may change when a training is continued: they change
-    what is computed only by rounding, and by the dropout masks, which depend on the layout of the weights. A change
-    between the CPU and CUDA draws other noise from there on, since these have other generators.
+    what is computed only by rounding, and by the dropout masks, which depend on the layout of the weights. (Not so
+    ``micro_batch`` of an adaptation, since the statistics of BatchNorm are those of a micro-batch.) A change between
+    the CPU and CUDA draws other noise from there on, since these have other generators.
 
     Attributes:
         images: length of the training, counted with repetition; None for the length that was chosen before, else what

@@ -2,8 +2,8 @@
 
 Every draw is a function of (seed, step). So a killed and continued training ends with the same weights, bit for bit on
 the same machine with the same number of threads. Under torchrun the processes share each batch. They end with the
-weights of one process, up to rounding and up to dropout, whose masks each process draws by itself. Another number of
-processes may continue a training.
+weights of one process, up to rounding, to dropout, whose masks each process draws by itself, and to BatchNorm, whose
+statistics are those of a process's share. Another number of processes may continue a training.
 """
 
 from __future__ import annotations
@@ -192,10 +192,8 @@ class LossLog:
         found = torch.stack(self._unread).tolist()
         self._unread = []
         if not all(map(math.isfinite, found)):
-            raise TrainingError(
-                f"The loss, or its gradient, is {next(loss for loss in found if not math.isfinite(loss))}: the "
-                "training has diverged, and no checkpoint of it is written. Start again in another folder with a "
-                "lower learning rate, a longer warm-up, or float32."
+            raise TrainingError.diverged(
+                f"The loss, or its gradient, is {next(loss for loss in found if not math.isfinite(loss))}"
             )
         self._since += found
         self.newest = found[-1]
