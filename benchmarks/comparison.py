@@ -191,6 +191,8 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "one-step": OneStep(level=0.2, n_latents=K),
         "one-step-ct": OneStep(level=0.3, n_latents=K),
         "diffpure": diffpure(40),
+        "adp": ADP(noise=0.1, n_latents=K),
+        "likelihood": LikelihoodMaximisation(learning_rate=0.03, n_latents=K),
         "cmap-level": near(1.2, 6),
         "cmap-paper": near(None, 50),
     },
