@@ -223,9 +223,7 @@ FRONTIER: dict[str, dict[str, Purifier]] = {
         "one-step-ct-0.4": OneStep(level=0.4, n_latents=K),
         "one-step-ct-0.6": OneStep(level=0.6, n_latents=K),
         "diffpure-40": diffpure(40),
-        "likelihood-0.06": LikelihoodMaximisation(learning_rate=0.06, n_latents=K),
         "cmap-0.8-3": near(0.8, 3),
-        "cmap-1.2-6": near(1.2, 6),
     },
 }
 """The settings with the best of clean accuracy and accuracy under the attacks of ``levels``, and neighbours of them."""
