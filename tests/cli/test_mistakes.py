@@ -92,6 +92,12 @@ MISTAKES = [
     (f"evaluate {MODEL} -o out -c math:sqrt", 2, "Name a model, or a function without arguments"),
     (f"evaluate {MODEL} -o out -c time:time", 2, "gives float, which is no model"),
     (f"evaluate {MODEL} -o out --only bpda", 2, "Did you mean 'bpda-eot'"),
+    (
+        f"evaluate {MODEL} -o out --only exact-eot",
+        2,
+        "not in the set 'standard': give --attacks exact or --attacks full",
+    ),
+    (f"evaluate {MODEL} -o out --only exact-eoot", 2, "Did you mean 'exact-eot'"),
     (f"evaluate {MODEL} -o out --attacks standart", 2, "Did you mean 'standard'?"),
     (f"evaluate {MODEL} -o out --eps none", 2, "none is not a number: write for instance 0.05 or 8/255"),
     (f"evaluate {MODEL} -o out --eps 8", 2, "did you mean 8/255?"),

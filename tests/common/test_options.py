@@ -31,6 +31,7 @@ def error_of(kind: type, *given: Any, **options: Any) -> str:
 
 HOMES: list[tuple[type, dict[str, Any], str]] = [
     (PurifiedClassifier, {"n_latents": 4}, "PurifiedClassifier(..., settings=CMAPSettings(n_latents=4))"),
+    (PurifiedClassifier, {"n_latents": 4}, "and of OneStep: PurifiedClassifier(..., purifier=OneStep(n_latents=4))"),
     (PurifiedClassifier, {"iterations": 7}, "PurifiedClassifier(..., settings=CMAPSettings(iterations=7))"),
     (PurifiedClassifier, {"k": 4}, "PurifiedClassifier(..., settings=CMAPSettings(n_latents=4))"),
     (PurifiedClassifier, {"steps": 7}, "PurifiedClassifier(..., settings=CMAPSettings(iterations=7))"),

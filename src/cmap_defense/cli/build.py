@@ -204,7 +204,11 @@ def attacks_of(options: Options) -> dict[str, Attack]:
     suite = SUITES[options["attacks"]](threat, **sizes)
     for name in options["only"]:
         if name not in suite:
-            raise click.BadParameter(f"there is no attack {name!r}.{near_matches(name, suite)}", param_hint="--only")
+            known = {given: set(made(threat)) for given, made in SUITES.items()}
+            others = " or ".join(f"--attacks {given}" for given, names in known.items() if name in names)
+            missing = f"there is no attack {name!r}.{near_matches(name, set().union(*known.values()))}"
+            elsewhere = f"{name!r} is not in the set {options['attacks']!r}: give {others} with it."
+            raise click.BadParameter(elsewhere if others else missing, param_hint="--only")
     return {name: attack for name, attack in suite.items() if not options["only"] or name in options["only"]}
 
 

@@ -101,8 +101,9 @@ def _summary(evaluation: Evaluation) -> str:
     model = evaluation.models[DEFENDED]
     assert isinstance(model, PurifiedClassifier)
     settings = model.settings.summary if isinstance(model.purifier, CMAP) else repr(model.purifier)
+    classes = len(evaluation.images.labels.unique())
     return (
-        f"{len(evaluation.images)} images of {len(evaluation.images.labels.unique())} classes, "
+        f"{plural(len(evaluation.images), 'image')} of {classes} class{'' if classes == 1 else 'es'}, "
         f"{plural(len(evaluation.protocol.seeds), 'run')}, {plural(len(evaluation.attacks[DEFENDED]), 'attack')}; "
         f"{settings}; {plural(evaluation.threads, 'thread')}, {evaluation.device.type}."
     )

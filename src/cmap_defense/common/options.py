@@ -21,10 +21,11 @@ class NamedOptions:
     An unknown option raises ``OptionError``. It is looked for among the options of the class
     and of the objects that the class takes, which are read from its type hints. Signatures stay those of ``__init__``.
 
-    A subclass may set ``_synonyms``, other names of its options, and ``_advice``, sentences about names that are no
-    option of any object.
+    A subclass may set ``_synonyms``, other names of its options, ``_advice``, sentences about names that are no option
+    of any object, and ``_example``, whether it is the one to name where several classes have an option.
     """
 
+    _example: ClassVar[bool] = False
     _synonyms: ClassVar[Mapping[str, str]] = {}
     _advice: ClassVar[Mapping[str, str]] = {}
 
@@ -129,7 +130,7 @@ def _taken(owner: type[NamedOptions], name: str) -> list[type[NamedOptions]]:
         return []
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)]
     found = [below for kind in kinds if issubclass(kind, NamedOptions) for below in _concrete(kind)]
-    return sorted(found, key=lambda kind: len(kind.__name__))  # PGD before FrozenResidual, as an example
+    return sorted(found, key=lambda kind: (not kind._example, len(kind.__name__)))  # PGD before FrozenResidual
 
 
 def _hint(owner: type, name: str) -> Any:

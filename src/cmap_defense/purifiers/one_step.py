@@ -31,6 +31,7 @@ class OneStep(MultiStepPurifier):
     """
 
     kind: ClassVar[str | None] = None
+    _example: ClassVar[bool] = True
     _synonyms: ClassVar[Mapping[str, str]] = {"sigma": "level", "noise": "level"}
     _advice: ClassVar[Mapping[str, str]] = {
         "t": "Its noise is a level, in units of images in [-1, 1]: level=vp_sigma(t), a function of "
