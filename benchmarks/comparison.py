@@ -4,20 +4,23 @@
     python benchmarks/comparison.py frontier --data fashion-mnist --out runs/fashion
     python benchmarks/comparison.py exact --data fashion-mnist --out runs/fashion
     python benchmarks/comparison.py paper --data fashion-mnist --out runs/fashion
+    python benchmarks/comparison.py differences --data fashion-mnist --count 128 --out runs/fashion
     python benchmarks/comparison.py speed --data fashion-mnist --count 32
 
 ``levels`` measures every candidate on held-out images: clean, under PGD on the undefended classifier, and under PGD
 through the exact gradient of one-step purification at 0.3 and 0.5. The images are attacked once, for all candidates.
 ``frontier`` attacks the most promising ones on held-out images, each through its own exact gradient: the presets are
 chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and ``paper`` PGD on the undefended
-classifier on the constants of the papers, both on test images. ``speed`` times a prediction behind each purifier of the
-frontier, all in turns, as ratios to the first. Everything takes K = 4 versions, and goes on where it was killed; a
-folder of ``levels`` is refused where the images in it were attacked with other options. For CIFAR-10 give ``--weights
-cifar10_resnet56.safetensors``.
+classifier on the constants of the papers, both on test images. ``differences`` compares what ``exact`` has attacked,
+image by image: the mean difference of each two defences, with 95 % intervals that hold for each of them by itself.
+``speed`` times a prediction behind each purifier of the frontier, all in turns, as ratios to the first. Everything
+takes K = 4 versions, and goes on where it was killed; a folder of ``levels`` is refused where the images in it were
+attacked with other options. For CIFAR-10 give ``--weights cifar10_resnet56.safetensors``.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -265,6 +268,33 @@ def attacked(options: argparse.Namespace) -> None:
     print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
 
 
+def shares(results: Path) -> dict[str, dict[int, float]]:
+    """By attack and image, the share of re-evaluations that are right."""
+    found: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, results.read_text(encoding="utf-8").splitlines()):
+        right = [predicted == line["label"] for predicted in line["reevaluated"]]
+        found.setdefault(line["attack"], {})[line["image"]] = statistics.mean(right)
+    return found
+
+
+def differences(options: argparse.Namespace) -> None:
+    """Mean differences of each two defences in the folder of ``exact``, image by image."""
+    folders = sorted((options.out / f"exact-{options.count}").glob("*/results.jsonl"))
+    found = {path.parent.name: shares(path) for path in folders}
+    print("| first | second | images | " + " | ".join(["clean", "exact-eot"]) + " |\n| --- | --- | --- | --- | --- |")
+    for first, second in itertools.combinations(found, 2):
+        if options.only and not {first, second} <= set(options.only):
+            continue
+        cells, images = [], set[int]()
+        for attack in ("clean", "exact-eot"):
+            one, other = found[first][attack], found[second][attack]
+            images = one.keys() & other.keys()
+            gaps = [one[image] - other[image] for image in images]
+            half = 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
+            cells.append(f"{statistics.mean(gaps):+.3f} ± {half:.3f}")
+        print(f"| {first} | {second} | {len(images)} | {' | '.join(cells)} |")
+
+
 def speed(options: argparse.Namespace) -> None:
     """Seconds of a prediction of an image, the median of five, and the ratio to the first purifier's."""
     classifier, images, _ = setup(options, held_out=True)
@@ -289,7 +319,7 @@ def speed(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["levels", "frontier", "exact", "paper", "speed"])
+    parser.add_argument("stage", choices=["levels", "frontier", "exact", "paper", "differences", "speed"])
     parser.add_argument("--data", choices=list(EPS), required=True)
     parser.add_argument("--weights", type=Path, help="safetensors of a CIFAR ResNet-56")
     parser.add_argument("--count", type=int, default=64, help="number of images")
@@ -303,7 +333,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.out is None and options.stage != "speed":
         parser.error("give --out, the folder of the results")
-    {"levels": levels, "speed": speed}.get(options.stage, attacked)(options)
+    {"levels": levels, "differences": differences, "speed": speed}.get(options.stage, attacked)(options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmark and the examples run, on tiny settings."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -108,6 +109,25 @@ def test_levels_are_chosen_and_accuracy_is_set_against_coverage(tmp_path: Path) 
     sizes = ["--count", "4", "--steps", "1", "--eot", "1", "--coverage", "1", "0.5"]
     printed = run(tmp_path, "examples/abstain.py", *sizes, CMAP_DEFENSE_DATA=str(tmp_path))
     assert [line.split(" ")[1] for line in printed.splitlines()[2:]] == ["1", "0.5"]
+
+
+def test_differences_are_taken_image_by_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is right where the other is, and on one of four images more: a mean of 1/4 with a standard error of 1/4."""
+    for name, extra in (("better", 1), ("worse", 0)):
+        folder = tmp_path / "exact-4" / name
+        folder.mkdir(parents=True)
+        lines = [
+            {"attack": attack, "image": image, "label": 0, "reevaluated": [0, 0] if image < 2 + extra else [1, 1]}
+            for attack in ("clean", "exact-eot")
+            for image in range(4)
+        ]
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the script appends
+    differences = runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"))["differences"]
+    differences(argparse.Namespace(out=tmp_path, count=4, only=None))
+    assert "| better | worse | 4 | +0.250 ± 0.490 | +0.250 ± 0.490 |" in capsys.readouterr().out
 
 
 def test_levels_go_on_with_the_same_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
