@@ -194,6 +194,7 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "one-step": OneStep(level=0.2, n_latents=K),
         "one-step-ct": OneStep(level=0.3, n_latents=K),
         "diffpure": diffpure(40),
+        "gdmp": GDMP(t=10, rounds=2, eps=EPS["cifar10"], n_latents=K),
         "adp": ADP(noise=0.1, n_latents=K),
         "likelihood": LikelihoodMaximisation(learning_rate=0.03, n_latents=K),
         "cmap-level": near(1.2, 6),
