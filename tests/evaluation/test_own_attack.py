@@ -58,3 +58,19 @@ def test_an_attack_that_declares_nothing_is_taken_for_one_that_does_not_differen
     report = report_of(Undeclared(THREAT))
     assert report.headline is None
     assert any("a gradient attack goes through the defence itself" in reason for reason in report.refused)
+
+
+class InPlace(SignSteps):
+    """One that changes the images that it is given."""
+
+    def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+        return Candidates(clean.mul_(0.5)[:, None])
+
+
+def test_an_attack_that_changes_its_images_in_place_stays_in_its_ball() -> None:
+    images, labels = labelled(3)
+    before = images.clone()
+    result = InPlace(THREAT)(Shaky(), images, labels)
+    assert images.equal(before)
+    assert ((result.images - before).abs() <= THREAT.eps + 1e-6).all()
+    assert result.distance.min() > 0

@@ -248,7 +248,7 @@ class Attack(NamedOptions, abc.ABC):
         runs = []
         for restart in range(self.restarts):
             own = oracle.restarted(restart)
-            found = self.run(own, clean, goal)
+            found = self.run(own, clean.clone(), goal)  # a search that changes them in place would move its ball
             history = dict(found.history)
             if own.gradient_norms:
                 history.setdefault("gradient_norm", torch.stack(own.gradient_norms))
