@@ -7,6 +7,7 @@ Messages say what was expected, what came, and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "AttackError",
     "BackboneError",
     "BackboneFileError",
     "CheckpointError",
@@ -72,6 +73,10 @@ class ClassifierWarning(UserWarning):
 
 class PurifierError(CmapError, ValueError):
     """A purifier returned something else than its purified images."""
+
+
+class AttackError(CmapError, ValueError):
+    """The search of an attack returned something else than candidates."""
 
 
 class BackboneError(CmapError, TypeError):

@@ -92,7 +92,7 @@ class PurificationResult:
             scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
 
         Raises:
-            InputValueError: the inputs are not as many, or not of that shape.
+            InputValueError: there are no images, or the inputs are not as many, or not of that shape.
             InputTypeError: they are no images.
         """
         if inputs is None:

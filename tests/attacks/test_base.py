@@ -1,6 +1,8 @@
 """What holds for every attack: a legal image, a re-evaluation that can be repeated by hand, and refused arguments."""
 
 import functools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,9 +28,9 @@ from attack_toys import (
     suite,
     wrapped,
 )
-from cmap_defense.attacks import PGD, SPSA, AttackResult, Goal, ThreatModel, Transfer
+from cmap_defense.attacks import PGD, SPSA, Attack, AttackResult, Candidates, Goal, Oracle, ThreatModel, Transfer
 from cmap_defense.attacks.goal import margin
-from cmap_defense.errors import CmapError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.errors import AttackError, CmapError, InputTypeError, InputValueError, SettingsError
 from toys import noise, uniform
 
 INDICES = range(3)
@@ -345,3 +347,31 @@ def test_logits_that_are_not_numbers_are_refused():
 def test_attacks_on_latents_name_the_model_that_they_need(name: str):
     with pytest.raises(SettingsError, match=r"needs the latents .* PurifiedClassifier, but the model is function"):
         suite(ThreatModel())[name](linear, *labelled())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda clean: clean[:, None], "must return Candidates(images), but returned Tensor"),
+        (lambda clean: None, "must return Candidates(images), but returned NoneType"),
+        (lambda clean: Candidates(clean), "return Candidates(images[:, None])"),
+        (
+            lambda clean: Candidates(clean[:1, None]),
+            "[B, M, C, H, W], here [3, M, 3, 8, 6], but returned [1, 1, 3, 8, 6]",
+        ),
+        (lambda clean: Candidates(clean[:, None, :, :4]), "but returned [3, 1, 3, 4, 6]"),
+        (lambda clean: Candidates(clean[:, None][:, :0]), "but returned [3, 0, 3, 8, 6]"),
+        (lambda clean: Candidates(clean.numpy()[:, None]), "but returned ndarray"),
+        (lambda clean: Candidates(clean[:, None] / 0), "NaN, infinity or integers"),
+        (lambda clean: Candidates(clean[:, None].long()), "NaN, infinity or integers"),
+        (lambda clean: Candidates(clean[:, None], {"loss": clean.new_zeros(3)}), "'loss' is [3]"),
+        (lambda clean: Candidates(clean[:, None], {"loss": [0.0]}), "'loss' is list"),
+    ],
+)
+def test_what_a_search_returns_is_checked(returned: Callable[[Tensor], Any], message: str):
+    class Own(Attack):
+        def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+            return returned(clean)
+
+    with pytest.raises(AttackError, match=re.escape(message)):
+        Own(THREATS["linf"])(wrapped(), *labelled())

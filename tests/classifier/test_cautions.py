@@ -56,6 +56,15 @@ def said() -> Iterator[Callable[[], list[str]]]:
         yield lambda: [str(w.message) for w in caught if issubclass(w.category, ClassifierWarning)]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
+def test_a_model_inside_torch_compile_has_the_same_logits() -> None:
+    """They are kept by classifier, which a traced program cannot do."""
+    images, _ = labelled(2)
+    model = PurifiedClassifier(Linear(), Denoiser(), purifier=OneStep(n_latents=2), seed=0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager")(images), model(images))
+
+
 def frozen(classifier: nn.Module) -> nn.Module:
     return classifier.requires_grad_(False)
 

@@ -104,6 +104,12 @@ def test_wrong_models_are_refused(given: Any, message: str, tmp_path: Path) -> N
         compare(models(), labelled(2), tmp_path, attacks={})
 
 
+def test_the_folder_of_an_evaluation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(EvaluationError, match="a single evaluation"):
+        compare(models(), labelled(2), tmp_path)
+
+
 def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     """An attack on latents does not suit one-step purification, the second of the two."""
     started: list[int] = []

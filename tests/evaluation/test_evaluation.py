@@ -369,7 +369,27 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "a class for a baseline": ({"baselines": {"other": Linear}}, SettingsError, "A model takes images"),
     "no threads": ({"threads": 0}, SettingsError, "threads must be at least 1"),
     "no data": ({"data": None}, InputTypeError, "NoneType has none"),
+    "data as a dictionary": ({"data": {"images": 1}}, InputTypeError, r"give a pair, \(images, labels\)"),
+    "a number for a subset": ({"subset": 2}, SettingsError, r"such as Subset\(count=512\), but is 2"),
+    "a dictionary for a protocol": ({"protocol": {"predictions": 2}}, SettingsError, "such as Protocol"),
+    "too few names": ({"class_names": ["a"]}, SettingsError, "for each of the 4 classes of defended"),
+    "one text as names": ({"class_names": "abcd"}, SettingsError, "class_names must be a list"),
 }
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "report.html", "comparison.json"])
+def test_no_file_of_something_else_is_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("kept")
+    for work in (evaluation(tmp_path).run, evaluation(tmp_path).check_folder):
+        with pytest.raises(EvaluationError, match=f"holds {name} of"):
+            work()
+    assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_folder_may_begin_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert evaluation(Path("~/runs")).folder.path == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -39,6 +39,15 @@ def test_tensors_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path
         store.tensors(UNIT)
 
 
+def test_lines_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.write(UNIT, LINES, TENSORS)
+    path = tmp_path / "units/defended/pgd/7-00012.jsonl"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(EvaluationError, match=r"7-00012\.jsonl cannot be read .* delete it"):
+        store.lines(UNIT)
+
+
 def failing(*_: Any, **__: Any) -> None:
     raise OSError("the disk is full")
 

@@ -135,5 +135,7 @@ def test_wrong_inputs_and_the_name_of_a_picture_are_refused(tmp_path: Path) -> N
         result.grid(torch.rand(1, 1, 4, 6))
     with pytest.raises(InputTypeError, match="are int"):
         result.grid(3)
+    with pytest.raises(InputValueError, match="no images to show"):
+        PurificationResult(torch.rand(0, 3, 1, 4, 6), torch.rand(0, 3, 1, 4, 6)).grid()
     with pytest.raises(InputValueError, match="a folder is needed"):
         result.save(tmp_path / "result.png")

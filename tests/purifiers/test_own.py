@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from attack_toys import Denoiser, Linear, labelled
 from cmap_defense import CMAP, PurifiedClassifier
-from cmap_defense.common.describe import _sources
 from cmap_defense.errors import GradientError, NoLatentsError, PurifierError
 from cmap_defense.evaluation.describe import describe_model
 from cmap_defense.gradients import StraightThrough, Unrolled
@@ -150,11 +149,65 @@ def test_another_code_of_the_same_class_is_another_purifier(tmp_path: Path, monk
     assert described(0.5, OneStep()) != described(1.0, OneStep())
 
 
-def test_the_methods_of_a_class_stand_for_one_whose_source_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of one that was defined in a notebook."""
-    monkeypatch.setattr(Own, "__module__", "nowhere")
-    assert "code" in describe_model(wrapped(twice))["purifier"]
-    assert len(_sources(Own)) == 2
+def unsourced(body: str) -> Any:
+    """A purifier that was defined where Python finds no source, as in a program from standard input."""
+    names: dict[str, Any] = {"__name__": "nowhere"}
+    exec(body, names)
+    return names["Edited"]()
+
+
+def test_the_compiled_code_of_a_class_stands_for_one_whose_source_is_not_found() -> None:
+    def described(body: str) -> Any:
+        return describe_model(PurifiedClassifier(Linear(), Denoiser(), purifier=unsourced(body)))["purifier"]
+
+    first = described(BODY.format(factor=1.0))
+    assert "code" in first
+    assert described("# moved by a line\n" + BODY.format(factor=1.0)) == first
+    assert described(BODY.format(factor=0.5)) != first
+    assert described(BODY.format(factor=1.0).replace("1, 0", "1, 2")) != first
+    inner = BODY.format(factor="sum(x in {1, 2, 3} for x in (1, {}))")
+    assert (
+        described(inner.replace("{}", "2"))
+        == described(inner.replace("{}", "2"))
+        != described(inner.replace("{}", "5"))
+    )
+
+
+def test_a_call_that_lacks_an_argument_is_refused_when_the_model_is_made() -> None:
+    class Short(Own):
+        def __call__(self, backbone: nn.Module, images: Tensor, *, seeds: Tensor, latents: Any = None) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    with pytest.raises(PurifierError, match=r"^Short must be called as .*seeds, latents.*'class_labels'"):
+        PurifiedClassifier(Linear(), Denoiser(), purifier=Short(twice))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_works_in_place_changes_nothing_of_the_caller(grad: bool) -> None:
+    """Neither a purifier nor a classifier; predictions, gradients and the result's images are those without."""
+
+    class InPlace(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mul_(0.5))
+
+    class Scaled(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images * 0.5)
+
+    models = [
+        PurifiedClassifier(InPlace(), Denoiser(), purifier=Own(lambda images: twice(images.mul_(0.5)))),
+        PurifiedClassifier(Scaled(), Denoiser(), purifier=Own(lambda images: twice(images * 0.5))),
+    ]
+    found = []
+    for model in (made.eval() for made in models):
+        images = IMAGES.clone().requires_grad_(grad)
+        result = model.purify(images, seeds=range(3))
+        bare = model.undefended(images)
+        total = model(images, seeds=range(3)).square().sum() + bare.square().sum()
+        gradient = torch.autograd.grad(total, images)[0] if grad else torch.zeros(0)
+        assert torch.equal(images, IMAGES)
+        found.append([result.images, result.logits, bare, gradient])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("purifier", [OneStep(n_latents=2), Identity(), CMAP()], ids=repr)

@@ -21,6 +21,7 @@ from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
 from cmap_defense.common.modules import evaluating, weights_of
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
@@ -131,7 +132,7 @@ def adapt(
     if isinstance(classifier, PurifiedClassifier):
         raise ClassifierError("This classifier purifies already: give the one inside it, model.classifier.")
     _check_options(options)
-    config, folder = config or AdaptationConfig(), Path(out)
+    config, folder = config or AdaptationConfig(), expanded(out)
     attack = {name: getattr(AdaptationConfig(), name) for name in ("attack_steps", "attack_step_size", "clean_weight")}
     if not adversarial and (threat is not None or any(getattr(config, name) != attack[name] for name in attack)):
         raise SettingsError(
@@ -202,7 +203,7 @@ def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
         BackboneFileError: a file is missing or damaged.
         ClassifierError: the weights are of another architecture.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     checksum, target = recorded_target(folder)
     check_sha256(folder / WEIGHTS_FILE, checksum)
     model = copy.deepcopy(classifier)

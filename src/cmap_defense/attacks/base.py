@@ -26,7 +26,7 @@ from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.common.settings import check_fields, require_integer, setting
-from cmap_defense.errors import GradientWarning, InputTypeError, InputValueError
+from cmap_defense.errors import AttackError, GradientWarning, InputTypeError, InputValueError
 from cmap_defense.gradients import GradientMode
 from cmap_defense.threat import ThreatModel
 
@@ -188,6 +188,7 @@ class Attack(NamedOptions, abc.ABC):
             SettingsError: the attack needs a ``PurifiedClassifier``, or eps is larger
                 than the distance of any two such images.
             GradientError: the attack needs a gradient that the model does not give.
+            AttackError: its search returned something else than ``Candidates`` of finite images.
         """
         check_finite(check_images(images))
         check_unit_range(images)
@@ -248,7 +249,8 @@ class Attack(NamedOptions, abc.ABC):
         runs = []
         for restart in range(self.restarts):
             own = oracle.restarted(restart)
-            found = self.run(own, clean.clone(), goal)  # a search that changes them in place would move its ball
+            given = clean.clone()  # a search that changes its copy in place does not move the ball
+            found = _checked(self.run(own, given, goal), clean, type(self).__name__)
             history = dict(found.history)
             if own.gradient_norms:
                 history.setdefault("gradient_norm", torch.stack(own.gradient_norms))
@@ -382,6 +384,28 @@ class GradientAttack(Attack):
         if mode is None and isinstance(model, PurifiedClassifier):
             mode = model.gradient
         return mode is None or mode.differentiates_defence
+
+
+def _checked(found: object, clean: Tensor, name: str) -> Candidates:
+    """What the search of an attack of this name returned. Raises ``AttackError`` where it is something else."""
+    if not isinstance(found, Candidates):
+        raise AttackError(f"{name}.run must return Candidates(images), but returned {type(found).__name__}.")
+    images, shape = found.images, list(clean.shape)
+    given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.ndim != 5 or not images.shape[1] or images[:, 0].shape != clean.shape:
+        hint = " If that is one attempt for each image, return Candidates(images[:, None])." if given == shape else ""
+        expected = [shape[0], "M", *shape[1:]]
+        raise AttackError(
+            f"{name}.run must return Candidates of images [B, M, C, H, W], here [{', '.join(map(str, expected))}], but "
+            f"returned {given}.{hint}"
+        )
+    if not images.is_floating_point() or not images.isfinite().all():
+        raise AttackError(f"{name}.run must return finite images of a float type, but NaN, infinity or integers came.")
+    for key, values in found.history.items():
+        if not isinstance(values, Tensor) or values.ndim != 2 or values.shape[1] != shape[0]:
+            came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise AttackError(f"{name}.run must return a history of tensors [steps, B], but {key!r} is {came}.")
+    return found
 
 
 def has_latents(model: Model) -> bool:

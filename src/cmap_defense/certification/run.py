@@ -20,6 +20,7 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
 from cmap_defense.common.files import locked, refuse_other_settings, tensor_checksum, write_json
 from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
@@ -140,7 +141,7 @@ class _Certification:
             raise SettingsError("certify.indices must all be different: the noise of an image depends on its own.")
         self.batch_size = smoothed.batch_size(images, settings.batch_size)
         self.classes = smoothed.count_classes(images, self.batch_size)
-        self.folder = None if out is None else Path(out)
+        self.folder = None if out is None else expanded(out)
         self.each = settings.n0 + settings.n
         self.keys = [smoothed.keys(self.indices, settings.seed, stream) for stream in (SELECTION, ESTIMATION)]
 

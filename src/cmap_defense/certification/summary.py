@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cmap_defense.certification.results import RADII, CertificationResult
+from cmap_defense.common.paths import expanded
 from cmap_defense.errors import EvaluationError
 
 FILE = "certified.json"
@@ -63,7 +64,7 @@ def table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
     """The certificates in a folder of ``cmap-defense certify``. Raises ``EvaluationError`` where there are none."""
-    path = Path(folder) / FILE
+    path = expanded(folder) / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         table(found)

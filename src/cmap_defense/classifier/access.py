@@ -242,7 +242,7 @@ class LatentAccess(NamedOptions, nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         """The classifier's logits [M, classes], float32 at least, checked."""
-        images = self.preprocessing.to_classifier(images)
+        images = self.preprocessing.to_classifier(images.clone())  # a classifier may change its input in place
         dtype = dtype_of(self.classifier)
         warn_of_training_mode(self.classifier, images)
         outputs = self.classifier(images if dtype is None else images.to(dtype))

@@ -25,7 +25,7 @@ def warn_of_training_mode(classifier: object, images: Tensor) -> None:
     the images nor a weight requires one. Only modules count whose code reads the mode, as BatchNorm and Dropout do.
     """
     module = module_behind(classifier)
-    if module is None or "training" in _said(module):
+    if module is None or torch.compiler.is_compiling() or "training" in _said(module):
         return
     wanted = images.requires_grad or any(weight.requires_grad for weight in weights_of(module))
     if wanted and torch.is_grad_enabled():
@@ -49,7 +49,7 @@ def part_in_training_mode(classifier: object) -> nn.Module | None:
 
 def warn_of_probabilities(classifier: object, outputs: Tensor) -> None:
     """Warn where all outputs [M, classes] of a classifier lie in [0, 1] and each row sums to 1, within rounding."""
-    if not len(outputs) or "probabilities" in _said(classifier):
+    if not len(outputs) or torch.compiler.is_compiling() or "probabilities" in _said(classifier):
         return
     rounding = max(1e-5, 4 * torch.finfo(outputs.dtype).eps)
     values = outputs.detach().float()

@@ -45,7 +45,7 @@ from cmap_defense.common.progress import OnProgress, showing_passes
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
-from cmap_defense.purifiers.base import Purifier, check_purified
+from cmap_defense.purifiers.base import Purifier, check_call, check_purified
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
@@ -180,7 +180,7 @@ class PurifiedClassifier(LatentAccess):
         self.backbone: nn.Module = _in_precision(loaded, dtype)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
-        self.purifier = wanted
+        self.purifier = check_call(wanted)
         warn_of_another_adaptation(classifier, self.backbone, wanted)
         if require_flag(name, "compile", compile) and "compiler" not in wanted.call_options:
             raise SettingsError(
@@ -494,10 +494,12 @@ class PurifiedClassifier(LatentAccess):
 
         def run() -> PurificationResult:
             with torch.no_grad():
-                return self.purifier(self.backbone, images.detach(), callback=every, **options)
+                return self.purifier(self.backbone, images.detach().clone(), callback=every, **options)
 
         def differentiate(backward: Backward) -> PurificationResult:
-            return self.purifier.differentiate(self.backbone, images, backward=backward, callback=every, **options)
+            return self.purifier.differentiate(
+                self.backbone, images.clone(), backward=backward, callback=every, **options
+            )
 
         return Purification(
             images,

@@ -115,9 +115,11 @@ def cost_text(expected: Expected, evaluation: Evaluation, world: int) -> str:
     if not left:
         return f"All {total} work units are done."
     unknown = [name for name, passes in expected.passes.items() if passes is None]
-    shown = duration(expected.seconds / world)
+    shown, bound = duration(expected.seconds / world), "at least" if unknown else "about"
     memory = "" if expected.bytes is None else f", {expected.bytes / 2**30:.1f} GiB of memory or more"
-    text = f"{left} of {total} work units to do: {expected.total_passes:,} network passes, about {shown} here{memory}."
+    text = (
+        f"{left} of {total} work units to do: {expected.total_passes:,} network passes, {bound} {shown} here{memory}."
+    )
     return text + (f"\nNot included, measured in their first work unit: {', '.join(unknown)}." if unknown else "")
 
 
@@ -172,7 +174,8 @@ def _costs(evaluations: dict[str, Evaluation], team: Ranks) -> tuple[dict[str, A
     lines = [f"{name}: {cost_text(costs[name], evaluations[name], team.world)}" for name in costs]
     seconds = duration(sum(cost.seconds for cost in costs.values()) / team.world)
     found = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
-    return found, [*lines, f"About {seconds} in all."]
+    least = any(passes is None for cost in costs.values() for passes in cost.passes.values())
+    return found, [*lines, f"{'At least' if least else 'About'} {seconds} in all."]
 
 
 def _selected(options: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +198,10 @@ def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
         with build.usage_errors():
             words = words_of(text)
         name = _folder_name(text)
-        if not words or name in found:
-            raise click.BadParameter(f"{text!r} is empty or given twice.", param_hint="--purifier")
+        if not words:
+            raise click.BadParameter(f"{text!r} is no purifier: give one such as 'one-step'.", param_hint="--purifier")
+        if name in found:
+            raise click.BadParameter(f"{text!r} is given twice.", param_hint="--purifier")
         if words[0] not in NAMES:
             hint = near_matches(words[0], NAMES)
             raise click.BadParameter(f"there is no purifier {words[0]!r}.{hint}", param_hint="--purifier")

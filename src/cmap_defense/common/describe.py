@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,9 +49,9 @@ def describe(part: object) -> Any:
 
 
 def own_code(thing: object) -> dict[str, str]:
-    """The checksum of the source of a user's function or class, with the classes that it extends, as {"code": ...}.
+    """The checksum of the code of a user's function or class, with the classes that it extends, as {"code": ...}.
 
-    {} for what is in a package that has a version, as this one and torch, and where the source is not known. What a
+    {} for what is in a package that has a version, as this one and torch, and for what is not written in Python. What a
     function calls does not show.
     """
     kind: Any = thing if hasattr(thing, "__qualname__") else type(thing)
@@ -60,16 +61,34 @@ def own_code(thing: object) -> dict[str, str]:
 
 
 def _sources(part: Any) -> list[str]:
-    """The source of a function or class; of a class of a notebook, whose source Python does not find, its methods'."""
+    """The source of a function or class. Where Python does not find it, as for code from standard input, what a
+    function is compiled to; of a class, as in a notebook, its methods' and its plain values."""
     with contextlib.suppress(OSError, TypeError):
         return [inspect.getsource(part)]
+    if not inspect.isclass(part):
+        code = getattr(part, "__code__", None)
+        return [] if code is None else [_compiled(code)]
     found = []
-    for value in vars(part).values() if inspect.isclass(part) else ():
+    for name, value in vars(part).items():
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if inspect.isfunction(function):
-            with contextlib.suppress(OSError, TypeError):
-                found.append(inspect.getsource(function))
+            found += _sources(function)
+        elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
+            found.append(f"{name} = {value!r}")
     return found
+
+
+def _compiled(code: CodeType) -> str:
+    """What a function is compiled to, the same in every process of one version of Python."""
+    constants = [
+        _compiled(value)
+        if isinstance(value, CodeType)
+        else sorted(map(repr, value))
+        if isinstance(value, frozenset)
+        else value
+        for value in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, code.co_varnames, constants))
 
 
 def _has_version(part: Any) -> bool:

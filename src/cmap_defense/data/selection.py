@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -101,6 +102,8 @@ class SelectedImages:
                 raise InputTypeError(f"There are {len(images)} images, but {len(labels)} labels.")
             positions = chosen(len(images))
             return cls._checked(images.detach()[positions].cpu(), labels.detach()[positions].cpu(), positions, None)
+        if isinstance(data, Mapping):
+            raise InputTypeError("data is a dictionary: give a pair, (images, labels).")
         if not hasattr(data, "__len__") or not (hasattr(data, "__getitem__") or isinstance(data, ImageSource)):
             raise InputTypeError(f"A data set has a length and items, but {type(data).__name__} has none.")
         positions = chosen(len(data))

@@ -12,13 +12,14 @@ from cmap_defense.attacks import Attack, ThreatModel, suite
 from cmap_defense.attacks.suites import choose
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.files import fields_as_json, write_findings
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.errors import SettingsError
-from cmap_defense.evaluation.evaluation import Evaluation
+from cmap_defense.errors import EvaluationError, SettingsError
+from cmap_defense.evaluation.evaluation import Evaluation, require_kind
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED, is_file_name
 from cmap_defense.plots.comparison import comparison_plot
@@ -191,10 +192,13 @@ def evaluations_of(
 ) -> Iterator[tuple[str, Evaluation]]:
     """Name and evaluation of each model under its attacks, in ``out/<name>``, all of the same images. The checks that a
     headline needs are left out; ``options`` are those of ``Evaluation``."""
-    without = (protocol or Protocol()).replace(sanity_images=0, search_on_clean=False)
+    without = require_kind("protocol", protocol, Protocol(), "Protocol(predictions=5)")
+    without = without.replace(sanity_images=0, search_on_clean=False)
+    if (expanded(out) / "settings.json").exists():
+        raise EvaluationError(f"{out} holds the results of a single evaluation. Give another folder.")
     data = labelled_data(data, next(iter(variants.values()))[0].image_shape[0])
     for name, (model, attacks) in variants.items():
-        folder = Path(out) / name
+        folder = expanded(out) / name
         yield name, Evaluation(model, data, folder, attacks=attacks, protocol=without, undefended=False, **options)
 
 
@@ -214,7 +218,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
     page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
     values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)
-    return write_findings(Path(folder), "comparison", values, page, drawn, "comparison.svg")
+    return write_findings(expanded(folder), "comparison", values, page, drawn, "comparison.svg")
 
 
 def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:

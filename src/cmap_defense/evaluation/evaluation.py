@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import device_of, evaluating, using_threads
 from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import Ranks, ranks
 from cmap_defense.common.rng import isolated
@@ -39,6 +40,8 @@ from cmap_defense.evaluation.report import Report, build_report, write_report
 from cmap_defense.evaluation.results import ResultsFolder, Timing, WorkUnit
 from cmap_defense.evaluation.summary import Runs, WorstCase, worst_case
 from cmap_defense.evaluation.tasks import CHECKS, CLEAN, DEFENDED, UNDEFENDED, Batch, Task, make_tasks
+
+Kind = TypeVar("Kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +97,9 @@ class Evaluation:
         threads: int | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.folder = ResultsFolder(Path(out))
-        self.protocol, self.subset = protocol or Protocol(), subset or Subset()
+        self.folder = ResultsFolder(expanded(out))
+        self.protocol = require_kind("protocol", protocol, Protocol(), "Protocol(predictions=5)")
+        self.subset = require_kind("subset", subset, Subset(), "Subset(count=512)")
         self._data, self._class_names = data, class_names
         self._speeds: dict[str, Speed] = {}
         self._threads = None if threads is None else require_integer("Evaluation", "threads", threads, minimum=1)
@@ -328,6 +332,12 @@ class Evaluation:
             if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have warned
                 warn_of_probabilities(model, outputs)
             self.images.check_classes(logits.shape[1], name)
+            given = self._class_names
+            if given is not None and (isinstance(given, str) or len(given) != logits.shape[1]):
+                raise SettingsError(
+                    f"class_names must be a list with one name for each of the {logits.shape[1]} classes of {name}, "
+                    f"but is {given!r}."
+                )
             found[name] = describe_values(logits[0])
         return found
 
@@ -388,7 +398,7 @@ def evaluate(
         The report, which is written to the folder too: ``report.json``, ``report.md``, ``report.html``.
     """
     with ranks() as team, contextlib.ExitStack() as stack:
-        folder = Path(out) if out is not None else None
+        folder = expanded(out) if out is not None else None
         if folder is None:
             made = stack.enter_context(tempfile.TemporaryDirectory()) if team.rank == 0 else ""
             folder = Path(team.shared(made))
@@ -419,6 +429,13 @@ class _Undefended(functools.partial[Tensor]):
     @property
     def wrapper(self) -> PurifiedClassifier:
         return self.func.__self__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def require_kind(name: str, given: Any, default: Kind, example: str) -> Kind:
+    """What was given for an argument, or its default. Raises ``SettingsError`` where it is of another kind."""
+    if given is None or isinstance(given, type(default)):
+        return default if given is None else given
+    raise SettingsError(f"{name} must be an object such as {example}, but is {given!r}.")
 
 
 def _device(model: Model) -> torch.device:

@@ -22,6 +22,9 @@ from cmap_defense.errors import EvaluationError
 
 FORMAT = 3
 
+WRITTEN = ("results.jsonl", "report.json", "report.md", "report.html", "comparison.json")
+"""Files at the end of an evaluation or a comparison."""
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class WorkUnit:
@@ -65,9 +68,10 @@ class ResultsFolder:
 
     def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
         """Write the settings, or compare them with those that are there."""
+        self.compare(settings)
         if self.settings() is not None:
-            self.compare(settings)
-        elif first:
+            return
+        if first:
             write_text(self.path / "settings.json", json.dumps(_with_format(settings), indent=1))
         else:
             raise EvaluationError(f"{self.path} is not the folder of the first process: all must see the same disk.")
@@ -75,7 +79,9 @@ class ResultsFolder:
     def compare(self, settings: Mapping[str, Any]) -> None:
         """Compare the settings with those of the results that are there, if there are some. Nothing is written."""
         before = self.settings()
-        if before is not None:
+        if before is None:
+            self._refuse_foreign()
+        else:
             refuse_other_settings(
                 before,
                 _with_format(settings),
@@ -84,6 +90,17 @@ class ResultsFolder:
                 remedy="Give the same settings to go on with it, or another folder.",
                 derived=("checks/", "search"),
             )
+
+    def _refuse_foreign(self) -> None:
+        """Raise where the folder, which has no settings, has files that an evaluation would overwrite."""
+        found = [name for name in WRITTEN if (self.path / name).exists()]
+        if found:
+            of = (
+                "a comparison"
+                if "comparison.json" in found
+                else "something else, or of an evaluation whose settings.json is gone"
+            )
+            raise EvaluationError(f"{self.path} holds {', '.join(found)} of {of}. Give another folder.")
 
     def done(self, unit: WorkUnit) -> bool:
         """Whether a work unit is finished."""
@@ -98,8 +115,11 @@ class ResultsFolder:
 
     def lines(self, unit: WorkUnit) -> list[dict[str, Any]]:
         """The lines of a finished work unit."""
-        text = self._file(unit, ".jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        path = self._file(unit, ".jsonl")
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path} cannot be read ({error}): delete it, and it is made again.") from error
 
     def tensors(self, unit: WorkUnit) -> dict[str, Tensor]:
         """The tensors of a finished work unit, by name; none where it has none."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.errors import InputValueError
 from cmap_defense.plots.figure import COLOURS, draw, plain_axes
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def version_grid(images: Tensor, inputs: Tensor | None = None, *, scale: int | N
         images: [B, K, C, H, W] in [0, 1].
         inputs: [B, C, H, W] in [0, 1].
         scale: pixels of the picture per pixel of an image; None for images of about 96 pixels.
+
+    Raises:
+        InputValueError: there is no image.
     """
+    if not images.numel():
+        raise InputValueError("There are no images to show.")
     from torchvision.utils import make_grid  # here, since torchvision takes a second to import
 
     if inputs is not None:

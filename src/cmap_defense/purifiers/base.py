@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -212,6 +213,19 @@ class Purifier(NamedOptions, abc.ABC):
         """The settings as JSON-ready values; by default the class and the attributes by name."""
         attributes = {name: describe(value) for name, value in vars(self).items()}
         return {"class": qualified_name(self), **attributes}
+
+
+def check_call(purifier: Purifier) -> Purifier:
+    """The purifier. Raises ``PurifierError`` where its call does not take what ``PurifiedClassifier`` gives."""
+    given = ("seeds", "latents", "class_labels", "callback", "max_parallel", *purifier.call_options)
+    try:
+        inspect.signature(purifier).bind(None, None, **dict.fromkeys(given))
+    except TypeError as error:
+        raise PurifierError(
+            f"{type(purifier).__name__} must be called as purifier(backbone, images, *, {', '.join(given)}), but its "
+            f"__call__ does not take that: {error}. Arguments that it does not use can be **options."
+        ) from error
+    return purifier
 
 
 def check_purified(result: object, images: Tensor, n_latents: int, name: str) -> None:
