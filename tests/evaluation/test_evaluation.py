@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def shot(**changes: Any) -> dict[str, Any]:
 CHANGES: dict[str, tuple[Any, ...]] = {
     "steps of an attack": ({"attacks": shot(steps=3)}, "steps: 2 before, 3 now"),
     "seed of an attack": ({"attacks": shot(seed=1)}, "seed: 0 before, 1 now"),
-    "another attack": ({"attacks": shot() | {"spsa": SPSA(THREAT)}}, "defended/spsa: not given before, given now"),
+    "an attack with a longer search": ({"attacks": shot() | {"spsa": SPSA(THREAT)}}, "search: "),
     "an attack less": ({"attacks": {"bpda-eot": shot()["bpda-eot"]}}, "defended/transfer: given before, not given now"),
     "an attack on a baseline": ({"baseline_attacks": {"pgd": PGD(THREAT, steps=3)}}, "steps: 2 before, 3 now"),
     "a baseline": ({"baselines": {"trained": Linear(2.0)}}, "trained: not given before, attack_toys.Linear now"),
@@ -228,6 +229,17 @@ def test_a_changed_setting_is_refused_and_named(name: str, undisturbed: Path) ->
     for part in said:
         assert any(line.startswith(part) if part.endswith(" ") else line == part for line in found), found
     assert results(undisturbed) == before
+
+
+def test_an_attack_can_be_added(brief: Path, tmp_path: Path) -> None:
+    """What is done stays, and in the end the folder is that of an evaluation with all attacks."""
+    folder, more = tmp_path / "added", attacks() | {"one-step": PGD(THREAT, steps=1)}
+    shutil.copytree(brief, folder)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "units").rglob("*.jsonl")}
+    evaluation(folder, attacks=more, protocol=BRIEF).run()
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    evaluation(tmp_path / "whole", attacks=more, protocol=BRIEF).run()
+    assert results(folder) == results(tmp_path / "whole") != results(brief)
 
 
 def test_threads_are_those_that_the_folder_was_begun_with(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_what_was_left_half_written_is_no_work_unit(tmp_path: Path) -> None:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = {"protocol": {"predictions": 10, "seeds": [0, 1]}, "models": {"defended": {"seed": None}}}
+TASKS = {"defended/pgd": {"steps": 2}}
+SETTINGS = {"protocol": {"predictions": 10, "seeds": [0, 1]}, "models": {"defended": {"seed": None}}, "tasks": TASKS}
 
 
 def test_settings_are_noted_once_and_compared_afterwards(tmp_path: Path) -> None:
@@ -95,7 +96,8 @@ def test_settings_are_noted_once_and_compared_afterwards(tmp_path: Path) -> None
     store.begin(SETTINGS)
     assert store.settings() == {"format": FORMAT, **SETTINGS}
     noted = (tmp_path / "settings.json").read_bytes()
-    store.begin({"models": {"defended": {"seed": None}}, "protocol": {"seeds": (0, 1), "predictions": 10}})
+    reordered = {"models": {"defended": {"seed": None}}, "protocol": {"seeds": (0, 1), "predictions": 10}}
+    store.begin({"tasks": TASKS, **reordered})
     assert (tmp_path / "settings.json").read_bytes() == noted
 
 
@@ -103,17 +105,33 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path)
     store = ResultsFolder(tmp_path)
     store.begin(SETTINGS)
     noted = (tmp_path / "settings.json").read_bytes()
+    changed = {"protocol": {"predictions": 20, "seeds": [0]}, "models": {"defended": {}}, "new": 1}
     with pytest.raises(EvaluationError) as caught:
-        store.begin({"protocol": {"predictions": 20, "seeds": [0]}, "models": {"defended": {}}, "new": 1})
+        store.begin({**changed, "tasks": {"defended/apgd": {}}})
     assert str(caught.value) == (
         f"{tmp_path} holds results of another evaluation:\n"
         "  seed: None before, not given now\n"
         "  new: not given before, 1 now\n"
         "  predictions: 10 before, 20 now\n"
         "  seeds: [0, 1] before, [0] now\n"
+        "  defended/pgd: given before, not given now\n"
         "Give the same settings to go on with it, or another folder."
     )
     assert (tmp_path / "settings.json").read_bytes() == noted
+
+
+def test_tasks_may_be_added_and_are_noted_by_the_first_process(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS)
+    more = SETTINGS | {"tasks": TASKS | {"defended/apgd": {"steps": 3}}}
+    store.compare(more)
+    with pytest.raises(EvaluationError, match="not the folder of the first process"):
+        store.begin(more, first=False)
+    assert store.settings() == {"format": FORMAT, **SETTINGS}
+    store.begin(more)
+    assert store.settings() == {"format": FORMAT, **more}
+    with pytest.raises(EvaluationError, match="defended/apgd: given before, not given now"):
+        store.begin(SETTINGS)
 
 
 @pytest.mark.parametrize("content", ['{"format": 1, "prot', "", "\x00" * 40])

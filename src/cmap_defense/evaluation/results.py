@@ -67,24 +67,28 @@ class ResultsFolder:
         return found
 
     def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
-        """Write the settings, or compare them with those that are there."""
+        """Write the settings, or compare them with those that are there and note the tasks that they add."""
         self.compare(settings)
-        if self.settings() is not None:
+        before, now = self.settings(), _with_format(settings)
+        wanted = now if before is None else before | {"tasks": now["tasks"]}
+        if wanted == before:
             return
         if first:
-            write_text(self.path / "settings.json", json.dumps(_with_format(settings), indent=1))
+            write_text(self.path / "settings.json", json.dumps(wanted, indent=1))
         else:
             raise EvaluationError(f"{self.path} is not the folder of the first process: all must see the same disk.")
 
     def compare(self, settings: Mapping[str, Any]) -> None:
-        """Compare the settings with those of the results that are there, if there are some. Nothing is written."""
+        """Compare the settings with those of the results that are there, if there are some; there may be more tasks
+        than before. Nothing is written."""
         before = self.settings()
         if before is None:
             self._refuse_foreign()
         else:
+            now = _with_format(settings)
             refuse_other_settings(
-                before,
-                _with_format(settings),
+                before | {"tasks": now["tasks"] | before["tasks"]},
+                now,
                 EvaluationError,
                 what=f"{self.path} holds results of another evaluation",
                 remedy="Give the same settings to go on with it, or another folder.",
@@ -95,11 +99,7 @@ class ResultsFolder:
         """Raise where the folder, which has no settings, has files that an evaluation would overwrite."""
         found = [name for name in WRITTEN if (self.path / name).exists()]
         if found:
-            of = (
-                "a comparison"
-                if "comparison.json" in found
-                else "something else, or of an evaluation whose settings.json is gone"
-            )
+            of = "a comparison" if "comparison.json" in found else "something else, or settings.json has been removed"
             raise EvaluationError(f"{self.path} holds {', '.join(found)} of {of}. Give another folder.")
 
     def done(self, unit: WorkUnit) -> bool:

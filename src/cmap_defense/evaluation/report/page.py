@@ -258,7 +258,7 @@ def load_report(folder: Path) -> Report:
     except (OSError, ValueError) as error:
         raise EvaluationError(
             f"{path} cannot be read: {error}. It is written when an evaluation has ended: "
-            "give its command again to go on."
+            "give its command again to go on. A comparison or study has no reports."
         ) from error
     if not isinstance(values, dict):
         raise EvaluationError(f"{path} is not the report of an evaluation: give the folder of one.")
