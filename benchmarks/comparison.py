@@ -333,6 +333,14 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="*", help="names of attacks, for the stage exact; all without")
     parser.add_argument("--out", type=Path, help="folder of the results; not for speed")
     options = parser.parse_args()
+    known = {
+        "levels": candidates(EPS[options.data]),
+        "frontier": FRONTIER[options.data],
+        "paper": paper(EPS[options.data]),
+    }
+    unknown = set(options.only or ()) - known.get(options.stage, CHOSEN[options.data]).keys()
+    if unknown:
+        parser.error(f"--only: {options.stage} has no {', '.join(sorted(unknown))}")
     if options.out is None and options.stage != "speed":
         parser.error("give --out, the folder of the results")
     {"levels": levels, "differences": differences, "speed": speed}.get(options.stage, attacked)(options)

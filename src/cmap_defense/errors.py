@@ -72,7 +72,7 @@ class ClassifierWarning(UserWarning):
 
 
 class PurifierError(CmapError, ValueError):
-    """A purifier returned something else than its purified images."""
+    """A purifier returned something else than its purified images, or cannot be called as one."""
 
 
 class AttackError(CmapError, ValueError):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmap_defense.common.convert import to_batch
 from cmap_defense.common.inputs import check_images
+from cmap_defense.common.paths import expanded
 from cmap_defense.errors import InputValueError
 from cmap_defense.plots.purification import as_html, as_picture, history_plot, version_grid
 
@@ -126,7 +127,7 @@ class PurificationResult:
         Raises:
             InputValueError: it is the name of a picture.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         if folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
             raise InputValueError(
                 f"{folder} is the name of a file, but a folder is needed; grid().save(...) writes one."

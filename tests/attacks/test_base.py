@@ -362,10 +362,11 @@ def test_attacks_on_latents_name_the_model_that_they_need(name: str):
         (lambda clean: Candidates(clean[:, None, :, :4]), "but returned [3, 1, 3, 4, 6]"),
         (lambda clean: Candidates(clean[:, None][:, :0]), "but returned [3, 0, 3, 8, 6]"),
         (lambda clean: Candidates(clean.numpy()[:, None]), "but returned ndarray"),
-        (lambda clean: Candidates(clean[:, None] / 0), "NaN, infinity or integers"),
-        (lambda clean: Candidates(clean[:, None].long()), "NaN, infinity or integers"),
+        (lambda clean: Candidates(clean[:, None] / 0), "NaN or infinite images"),
+        (lambda clean: Candidates(clean[:, None].long()), "but they are torch.int64"),
         (lambda clean: Candidates(clean[:, None], {"loss": clean.new_zeros(3)}), "'loss' is [3]"),
         (lambda clean: Candidates(clean[:, None], {"loss": [0.0]}), "'loss' is list"),
+        (lambda clean: Candidates(clean[:, None], None), "'history' is NoneType"),
     ],
 )
 def test_what_a_search_returns_is_checked(returned: Callable[[Tensor], Any], message: str):
@@ -373,5 +374,7 @@ def test_what_a_search_returns_is_checked(returned: Callable[[Tensor], Any], mes
         def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
             return returned(clean)
 
-    with pytest.raises(AttackError, match=re.escape(message)):
-        Own(THREATS["linf"])(wrapped(), *labelled())
+    own = Own(THREATS["linf"])
+    for attack in (own, Transfer(own)):
+        with pytest.raises(AttackError, match="^Own.run .*" + re.escape(message)):
+            attack(wrapped(), *labelled())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attack_toys import CLASSES, SHAPE, THREATS, Denoiser, Linear, labelled, suite, wrapped
 from cmap_defense.attacks import PGD, Transfer
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.classifier.cautions import warn_of_probabilities, warn_of_training_mode
 from cmap_defense.cli.demo import demonstrate
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.progress import Progress
@@ -56,9 +57,24 @@ def said() -> Iterator[Callable[[], list[str]]]:
         yield lambda: [str(w.message) for w in caught if issubclass(w.category, ClassifierWarning)]
 
 
+def test_the_cautions_are_no_part_of_a_compiled_program() -> None:
+    """What was said is kept by classifier outside of any graph, so that a traced model is not warned of."""
+    classifier = Linear()
+
+    def traced(images: Tensor) -> Tensor:
+        warn_of_training_mode(classifier, images)
+        outputs = classifier(images)
+        warn_of_probabilities(classifier, outputs)
+        return outputs
+
+    images, _ = labelled(2)
+    with torch.no_grad():
+        compiled = torch.compile(traced, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), classifier(images))
+
+
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
-def test_a_model_inside_torch_compile_has_the_same_logits() -> None:
-    """They are kept by classifier, which a traced program cannot do."""
+def test_a_compiled_model_has_the_same_logits() -> None:
     images, _ = labelled(2)
     model = PurifiedClassifier(Linear(), Denoiser(), purifier=OneStep(n_latents=2), seed=0).eval()
     with torch.no_grad():

@@ -106,7 +106,7 @@ def test_wrong_models_are_refused(given: Any, message: str, tmp_path: Path) -> N
 
 def test_the_folder_of_an_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="a single evaluation"):
+    with pytest.raises(EvaluationError, match="one evaluation or certification"):
         compare(models(), labelled(2), tmp_path)
 
 

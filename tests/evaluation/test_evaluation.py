@@ -384,18 +384,41 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "data as a dictionary": ({"data": {"images": 1}}, InputTypeError, r"give a pair, \(images, labels\)"),
     "a number for a subset": ({"subset": 2}, SettingsError, r"such as Subset\(count=512\), but is 2"),
     "a dictionary for a protocol": ({"protocol": {"predictions": 2}}, SettingsError, "such as Protocol"),
-    "too few names": ({"class_names": ["a"]}, SettingsError, "for each of the 4 classes of defended"),
+    "too few names": ({"class_names": ["a"]}, SettingsError, "for each of the 4 classes"),
+    "a number for names": ({"class_names": 4}, SettingsError, "class_names must be a list"),
     "one text as names": ({"class_names": "abcd"}, SettingsError, "class_names must be a list"),
 }
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", "report.html", "comparison.json"])
+@pytest.mark.parametrize("name", ["results.jsonl", "report.html", "one-step/settings.json"])
 def test_no_file_of_something_else_is_overwritten(name: str, tmp_path: Path) -> None:
+    """Nor is an evaluation begun in the folder of a comparison."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("kept")
+    message = "evaluations of a comparison" if "/" in name else f"holds {name} of"
     for work in (evaluation(tmp_path).run, evaluation(tmp_path).check_folder):
-        with pytest.raises(EvaluationError, match=f"holds {name} of"):
+        with pytest.raises(EvaluationError, match=message):
             work()
     assert (tmp_path / name).read_text() == "kept"
+
+
+def test_a_model_that_works_in_place_changes_no_other_results(tmp_path: Path) -> None:
+    class InPlace(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.mul_(0.5))
+
+    class Scaled(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images * 0.5)
+
+    found = []
+    for number, other in enumerate((InPlace(), Scaled())):
+        made = evaluation(tmp_path / str(number), baselines={"other": other}, protocol=BRIEF)
+        checksum = made.images.checksum()
+        made.run()
+        assert made.images.checksum() == checksum == (made.folder.settings() or {})["data"]["checksum"]
+        found.append(lines(tmp_path / str(number)))
+    assert found[0] == found[1]
 
 
 def test_a_folder_may_begin_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

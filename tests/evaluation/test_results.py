@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmap_defense.errors import EvaluationError
-from cmap_defense.evaluation.results import FORMAT, ResultsFolder, Timing, WorkUnit
+from cmap_defense.evaluation.results import FORMAT, WRITTEN, ResultsFolder, Timing, WorkUnit
 
 UNIT = WorkUnit("defended/pgd", 7, 12)
 LINES = [{"image": 3, "predictions": [1, 0]}, {"image": 4, "predictions": []}]
@@ -104,6 +104,7 @@ def test_settings_are_noted_once_and_compared_afterwards(tmp_path: Path) -> None
 def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path) -> None:
     store = ResultsFolder(tmp_path)
     store.begin(SETTINGS)
+    store.write(UNIT, LINES, {})
     noted = (tmp_path / "settings.json").read_bytes()
     changed = {"protocol": {"predictions": 20, "seeds": [0]}, "models": {"defended": {}}, "new": 1}
     with pytest.raises(EvaluationError) as caught:
@@ -130,8 +131,45 @@ def test_tasks_may_be_added_and_are_noted_by_the_first_process(tmp_path: Path) -
     assert store.settings() == {"format": FORMAT, **SETTINGS}
     store.begin(more)
     assert store.settings() == {"format": FORMAT, **more}
-    with pytest.raises(EvaluationError, match="defended/apgd: given before, not given now"):
+
+
+def test_a_task_of_which_nothing_is_done_may_change_or_go(tmp_path: Path) -> None:
+    """As where an attack has failed; once a work unit is done it stays."""
+    store = ResultsFolder(tmp_path)
+    attacks = {"defended/apgd": {"steps": 3}}
+    store.begin(SETTINGS | {"tasks": TASKS | attacks})
+    store.begin(SETTINGS)
+    assert store.settings() == {"format": FORMAT, **SETTINGS}
+    store.begin(SETTINGS | {"tasks": {"defended/pgd": {"steps": 3}}})
+    store.write(UNIT, LINES, {})
+    with pytest.raises(EvaluationError, match="steps: 3 before, 2 now"):
         store.begin(SETTINGS)
+    with pytest.raises(EvaluationError, match="defended/pgd: given before, not given now"):
+        store.begin(SETTINGS | {"tasks": attacks})
+
+
+def test_what_was_written_about_other_tasks_is_removed(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS)
+    for name in WRITTEN:
+        (tmp_path / name).write_text("of pgd alone")
+    store.begin(SETTINGS)
+    assert files(tmp_path) == sorted([*WRITTEN, "settings.json"])
+    store.begin(SETTINGS | {"tasks": TASKS | {"defended/apgd": {"steps": 3}}})
+    assert files(tmp_path) == ["settings.json"]
+
+
+def test_differences_that_follow_from_the_attacks_say_so(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    for name in ("checks/steps-2", "defended/clean"):
+        store.write(WorkUnit(name, 0, 0), LINES, {})
+    tasks = {"checks/steps-2": {"eot": 1}, "defended/clean": {"search": 2}}
+    store.begin(SETTINGS | {"tasks": tasks})
+    for changed in ({"checks/steps-2": {"eot": 4}}, {"defended/clean": {"search": 3}}):
+        with pytest.raises(EvaluationError, match="This follows from the attacks"):
+            store.compare(SETTINGS | {"tasks": tasks | changed})
+    with pytest.raises(EvaluationError, match=r"another folder\.$"):
+        store.compare(SETTINGS | {"tasks": tasks, "protocol": {}})
 
 
 @pytest.mark.parametrize("content", ['{"format": 1, "prot', "", "\x00" * 40])

@@ -2,6 +2,8 @@
 
 import importlib
 import linecache
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -165,12 +167,37 @@ def test_the_compiled_code_of_a_class_stands_for_one_whose_source_is_not_found()
     assert described("# moved by a line\n" + BODY.format(factor=1.0)) == first
     assert described(BODY.format(factor=0.5)) != first
     assert described(BODY.format(factor=1.0).replace("1, 0", "1, 2")) != first
-    inner = BODY.format(factor="sum(x in {1, 2, 3} for x in (1, {}))")
-    assert (
-        described(inner.replace("{}", "2"))
-        == described(inner.replace("{}", "2"))
-        != described(inner.replace("{}", "5"))
+    for one, other in (("images, **", "images, a=1, **"), ("**options):", "*, a=1, **options):")):
+        changed = BODY.format(factor="a").replace(one, other)
+        assert described(changed) != described(changed.replace("a=1", "a=2"))
+    wrapped_call = BODY.format(factor=1.0).replace("    def", "    @torch.no_grad()\n    def")
+    assert described("import torch\n" + wrapped_call) != described(
+        "import torch\n" + wrapped_call.replace("1.0", "0.5")
     )
+
+
+PROGRAM = """
+from cmap_defense.common.describe import own_code
+
+names = {"__name__": "nowhere"}
+exec("def found(x): return x in {'one', 'two', 'three', 'four'} and sorted(len(y) for y in x)", names)
+print(own_code(names["found"])["code"])
+"""
+
+
+def test_compiled_code_is_the_same_in_every_process() -> None:
+    """Whatever the order of a set of texts is there."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1
 
 
 def test_a_call_that_lacks_an_argument_is_refused_when_the_model_is_made() -> None:

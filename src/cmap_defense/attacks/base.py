@@ -250,7 +250,7 @@ class Attack(NamedOptions, abc.ABC):
         for restart in range(self.restarts):
             own = oracle.restarted(restart)
             given = clean.clone()  # a search that changes its copy in place does not move the ball
-            found = _checked(self.run(own, given, goal), clean, type(self).__name__)
+            found = check_candidates(self.run(own, given, goal), clean, self)
             history = dict(found.history)
             if own.gradient_norms:
                 history.setdefault("gradient_norm", torch.stack(own.gradient_norms))
@@ -386,11 +386,12 @@ class GradientAttack(Attack):
         return mode is None or mode.differentiates_defence
 
 
-def _checked(found: object, clean: Tensor, name: str) -> Candidates:
-    """What the search of an attack of this name returned. Raises ``AttackError`` where it is something else."""
+def check_candidates(found: object, clean: Tensor, attack: Attack) -> Candidates:
+    """What the search of an attack returned. Raises ``AttackError`` where it is something else."""
+    name, shape = type(attack).__name__, list(clean.shape)
     if not isinstance(found, Candidates):
         raise AttackError(f"{name}.run must return Candidates(images), but returned {type(found).__name__}.")
-    images, shape = found.images, list(clean.shape)
+    images, history = found.images, found.history
     given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.ndim != 5 or not images.shape[1] or images[:, 0].shape != clean.shape:
         hint = " If that is one attempt for each image, return Candidates(images[:, None])." if given == shape else ""
@@ -399,9 +400,11 @@ def _checked(found: object, clean: Tensor, name: str) -> Candidates:
             f"{name}.run must return Candidates of images [B, M, C, H, W], here [{', '.join(map(str, expected))}], but "
             f"returned {given}.{hint}"
         )
-    if not images.is_floating_point() or not images.isfinite().all():
-        raise AttackError(f"{name}.run must return finite images of a float type, but NaN, infinity or integers came.")
-    for key, values in found.history.items():
+    if not images.is_floating_point():
+        raise AttackError(f"{name}.run must return images in [0, 1] of a float type, but they are {images.dtype}.")
+    if not images.isfinite().all():
+        raise AttackError(f"{name}.run returned NaN or infinite images.")
+    for key, values in history.items() if isinstance(history, Mapping) else [("history", history)]:
         if not isinstance(values, Tensor) or values.ndim != 2 or values.shape[1] != shape[0]:
             came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise AttackError(f"{name}.run must return a history of tensors [steps, B], but {key!r} is {came}.")

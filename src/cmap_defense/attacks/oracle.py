@@ -167,13 +167,14 @@ class Oracle:
         seeds = self.next_noise(again=again)
         if len(images) != len(self.seeds):
             seeds = None
+        given = images if isinstance(self.model, PurifiedClassifier) else images.clone()  # it may change it in place
         if seeds is not None and isinstance(self.model, (PurifiedClassifier, SeededModel)):
-            logits = self.model(images, seeds=seeds)
+            logits = self.model(given, seeds=seeds)
         elif self.known and len(self.seeds):
             with isolated(int(self.seeds[0])):
-                logits = self.model(images)
+                logits = self.model(given)
         else:
-            logits = self.model(images)
+            logits = self.model(given)
         checked = self.checked(logits, len(images))
         if not isinstance(self.model, SeededModel) and not isinstance(module_behind(self.model), LatentAccess):
             warn_of_probabilities(self.model, logits)

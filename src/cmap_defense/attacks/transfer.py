@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates, has_latents
+from cmap_defense.attacks.base import Attack, Candidates, check_candidates, has_latents
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Model, Oracle, SeededModel
 from cmap_defense.classifier import PurifiedClassifier
@@ -166,4 +166,4 @@ class Transfer(Attack):
         if isinstance(source, PurifiedClassifier):
             source = source.on_unit_images()
         with evaluating(source):
-            return self.attack.run(oracle.of(source), clean, goal)
+            return check_candidates(self.attack.run(oracle.of(source), clean, goal), clean, self.attack)

@@ -66,29 +66,34 @@ def _sources(part: Any) -> list[str]:
     with contextlib.suppress(OSError, TypeError):
         return [inspect.getsource(part)]
     if not inspect.isclass(part):
-        code = getattr(part, "__code__", None)
-        return [] if code is None else [_compiled(code)]
+        function = inspect.unwrap(part)
+        code = getattr(function, "__code__", None)
+        defaults = [function.__defaults__, function.__kwdefaults__] if code else []
+        return [] if code is None else [ADDRESS.sub("", repr([_compiled(code), *defaults]))]
     found = []
     for name, value in vars(part).items():
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        function = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
         if inspect.isfunction(function):
             found += _sources(function)
-        elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
-            found.append(f"{name} = {value!r}")
+        elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("__"):
+            found.append(ADDRESS.sub("", f"{name} = {value!r}"))
     return found
 
 
-def _compiled(code: CodeType) -> str:
+def _compiled(code: CodeType) -> tuple[Any, ...]:
     """What a function is compiled to, the same in every process of one version of Python."""
-    constants = [
-        _compiled(value)
-        if isinstance(value, CodeType)
-        else sorted(map(repr, value))
-        if isinstance(value, frozenset)
-        else value
-        for value in code.co_consts
-    ]
-    return repr((code.co_code, code.co_names, code.co_varnames, constants))
+    place = code.co_firstlineno if "__firstlineno__" in code.co_names else None  # from Python 3.13 on, of a class
+    constants = [_constant(value) for value in code.co_consts if place is None or value != place]
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return code.co_code, getattr(code, "co_exceptiontable", b""), names, constants
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _compiled(value)
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    return tuple(map(_constant, value)) if isinstance(value, tuple) else value
 
 
 def _has_version(part: Any) -> bool:

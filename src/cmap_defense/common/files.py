@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.settings import in_255ths
 from cmap_defense.errors import CmapError, MissingExtraError
@@ -91,10 +92,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_findings(
-    folder: Path, name: str, values: Any, text: str | None, drawn: Callable[[], str | bytes], file: str
+    folder: str | Path, name: str, values: Any, text: str | None, drawn: Callable[[], str | bytes], file: str
 ) -> tuple[list[Path], str | None]:
     """``name.json``, with a text ``name.md``, and what is drawn where its extra is installed: the files, and what is
     missing."""
+    folder = expanded(folder)
     written = [folder / f"{name}.json"]
     write_json(written[0], values)
     if text is not None:
@@ -156,13 +158,16 @@ def refuse_other_settings(
     what: str,
     remedy: str,
     derived: Sequence[str] = (),
+    why_derived: str = "",
 ) -> None:
     """Refuse to go on with results that were made with other settings, by an error that names each difference.
 
-    ``what`` begins the message and ``remedy`` ends it.
+    ``what`` begins the message and ``remedy`` ends it, with ``why_derived`` where nothing differs but what is derived.
     """
-    lines = differences(before, json.loads(json.dumps(now, allow_nan=False)), derived=derived)
+    now = json.loads(json.dumps(now, allow_nan=False))
+    lines = differences(before, now, derived=derived)
     if lines:
+        remedy += why_derived if all(_is_derived(place, derived) for place, _, _ in _changes(before, now, ())) else ""
         more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
         raise error("\n  ".join([f"{what}:", *lines[:LISTED], *more]) + f"\n{remedy}")
 
@@ -174,8 +179,7 @@ def differences(before: Any, now: Any, *, derived: Sequence[str] = ()) -> list[s
     entries that follow from others, or how they begin up to a "/"; they are left out where others differ.
     """
     found = [(place, *_shown(old, new)) for place, old, new in _changes(before, now, ())]
-    groups = tuple(name for name in derived if name.endswith("/"))
-    kept = [change for change in found if not any(part in derived or part.startswith(groups) for part in change[0])]
+    kept = [change for change in found if not _is_derived(change[0], derived)]
     changes = kept or found
     names = {place: _name(place) for place, _, _ in changes}
     values: dict[str, set[tuple[str, str]]] = {}
@@ -186,6 +190,11 @@ def differences(before: Any, now: Any, *, derived: Sequence[str] = ()) -> list[s
         for place, old, new in changes
     }
     return list(lines)
+
+
+def _is_derived(place: Place, derived: Sequence[str]) -> bool:
+    groups = tuple(name for name in derived if name.endswith("/"))
+    return any(part in derived or part.startswith(groups) for part in place)
 
 
 def _changes(before: Any, now: Any, place: Place) -> Iterator[tuple[Place, Any, Any]]:

@@ -195,7 +195,7 @@ def evaluations_of(
     without = require_kind("protocol", protocol, Protocol(), "Protocol(predictions=5)")
     without = without.replace(sanity_images=0, search_on_clean=False)
     if (expanded(out) / "settings.json").exists():
-        raise EvaluationError(f"{out} holds the results of a single evaluation. Give another folder.")
+        raise EvaluationError(f"{out} holds the results of one evaluation or certification. Give another folder.")
     data = labelled_data(data, next(iter(variants.values()))[0].image_shape[0])
     for name, (model, attacks) in variants.items():
         folder = expanded(out) / name
@@ -218,7 +218,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
     page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
     values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)
-    return write_findings(expanded(folder), "comparison", values, page, drawn, "comparison.svg")
+    return write_findings(folder, "comparison", values, page, drawn, "comparison.svg")
 
 
 def _row(name: str, model: PurifiedClassifier, evaluation: Evaluation) -> Compared:

@@ -325,19 +325,15 @@ class Evaluation:
         """By model, the logits of the first image without the defence: each takes it, and has the labels' classes."""
         found = {}
         for name, model in self.models.items():
-            first = self.images.images[:1].to(_device(model))
+            first = self.images.images[:1].to(_device(model), copy=True)  # a model may change it in place
             with torch.no_grad(), isolated(0), evaluating(_module(model)):
                 outputs = undefended_logits(model, first, name)
             logits = check_logits(outputs, 1)
             if not isinstance(model, (PurifiedClassifier, _Undefended)):  # which have warned
                 warn_of_probabilities(model, outputs)
             self.images.check_classes(logits.shape[1], name)
-            given = self._class_names
-            if given is not None and (isinstance(given, str) or len(given) != logits.shape[1]):
-                raise SettingsError(
-                    f"class_names must be a list with one name for each of the {logits.shape[1]} classes of {name}, "
-                    f"but is {given!r}."
-                )
+            if name == DEFENDED and self._class_names is not None:
+                _check_class_names(self._class_names, logits.shape[1])
             found[name] = describe_values(logits[0])
         return found
 
@@ -436,6 +432,13 @@ def require_kind(name: str, given: Any, default: Kind, example: str) -> Kind:
     if given is None or isinstance(given, type(default)):
         return default if given is None else given
     raise SettingsError(f"{name} must be an object such as {example}, but is {given!r}.")
+
+
+def _check_class_names(given: object, classes: int) -> None:
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != classes:
+        raise SettingsError(
+            f"class_names must be a list with one name for each of the {classes} classes, but is {given!r}."
+        )
 
 
 def _device(model: Model) -> torch.device:

@@ -60,11 +60,12 @@ def predict(model: Model, images: Tensor, labels: Tensor, indices: Tensor, numbe
         predicted = []
         for number in numbers:
             seeds = prediction_seeds(indices, number)
+            given = images.clone()  # a model may change it in place
             if isinstance(model, SeededModel):
-                logits = model(images, seeds=None if model.seed is not None else seeds)
+                logits = model(given, seeds=None if model.seed is not None else seeds)
             else:
                 with isolated(*seeds.tolist()):
-                    logits = model(images)
+                    logits = model(given)
             predicted.append(check_logits(logits, len(images)).argmax(dim=1))
     return Predictions(torch.stack(predicted).cpu())
 

@@ -22,8 +22,8 @@ from cmap_defense.errors import EvaluationError
 
 FORMAT = 3
 
-WRITTEN = ("results.jsonl", "report.json", "report.md", "report.html", "comparison.json")
-"""Files at the end of an evaluation or a comparison."""
+WRITTEN = ("results.jsonl", "report.json", "report.md", "report.html")
+"""Files at the end of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -67,40 +67,54 @@ class ResultsFolder:
         return found
 
     def begin(self, settings: Mapping[str, Any], *, first: bool = True) -> None:
-        """Write the settings, or compare them with those that are there and note the tasks that they add."""
+        """Write the settings, or compare them with those that are there and note the tasks that they change: files of
+        a report on other tasks are removed."""
         self.compare(settings)
         before, now = self.settings(), _with_format(settings)
         wanted = now if before is None else before | {"tasks": now["tasks"]}
         if wanted == before:
             return
         if first:
+            for name in WRITTEN:
+                (self.path / name).unlink(missing_ok=True)
             write_text(self.path / "settings.json", json.dumps(wanted, indent=1))
         else:
             raise EvaluationError(f"{self.path} is not the folder of the first process: all must see the same disk.")
 
     def compare(self, settings: Mapping[str, Any]) -> None:
-        """Compare the settings with those of the results that are there, if there are some; there may be more tasks
-        than before. Nothing is written."""
+        """Compare the settings with those of the results that are there, if there are some. Tasks may be added, and
+        those changed or left out of which nothing is done. Nothing is written."""
         before = self.settings()
         if before is None:
             self._refuse_foreign()
         else:
             now = _with_format(settings)
+            begun = {name: task for name, task in before["tasks"].items() if self._begun(name)}
             refuse_other_settings(
-                before | {"tasks": now["tasks"] | before["tasks"]},
+                before | {"tasks": now["tasks"] | begun},
                 now,
                 EvaluationError,
                 what=f"{self.path} holds results of another evaluation",
                 remedy="Give the same settings to go on with it, or another folder.",
                 derived=("checks/", "search"),
+                why_derived=" This follows from the attacks: the checks repeat one of them, and clean images are "
+                "predicted as often as the longest search does.",
             )
 
     def _refuse_foreign(self) -> None:
         """Raise where the folder, which has no settings, has files that an evaluation would overwrite."""
+        if any(self.path.glob("*/settings.json")):
+            raise EvaluationError(f"{self.path} holds the evaluations of a comparison or study. Give another folder.")
         found = [name for name in WRITTEN if (self.path / name).exists()]
         if found:
-            of = "a comparison" if "comparison.json" in found else "something else, or settings.json has been removed"
-            raise EvaluationError(f"{self.path} holds {', '.join(found)} of {of}. Give another folder.")
+            raise EvaluationError(
+                f"{self.path} holds {', '.join(found)} of something else, or settings.json has been removed. Give "
+                "another folder."
+            )
+
+    def _begun(self, task: str) -> bool:
+        """Whether a work unit of a task is finished."""
+        return any((self.path / "units" / task).glob("*.jsonl"))
 
     def done(self, unit: WorkUnit) -> bool:
         """Whether a work unit is finished."""
@@ -118,7 +132,7 @@ class ResultsFolder:
         path = self._file(unit, ".jsonl")
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise EvaluationError(f"{path} cannot be read ({error}): delete it, and it is made again.") from error
 
     def tensors(self, unit: WorkUnit) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
     return markdown_page(study["title"], text, markdown_table(study_rows(study)))
 
 
-def write_study(study: Mapping[str, Any], folder: Path) -> tuple[list[Path], str | None]:
+def write_study(study: Mapping[str, Any], folder: str | Path) -> tuple[list[Path], str | None]:
     """``study.json``, ``study.md`` and, where the extra ``[report]`` is installed, ``study.svg``: the files, and what
     is missing for the plot, if anything is."""
     drawn = functools.partial(study_plot, study)

@@ -223,7 +223,8 @@ def check_call(purifier: Purifier) -> Purifier:
     except TypeError as error:
         raise PurifierError(
             f"{type(purifier).__name__} must be called as purifier(backbone, images, *, {', '.join(given)}), but its "
-            f"__call__ does not take that: {error}. Arguments that it does not use can be **options."
+            f"__call__ is another: {error}. Arguments that it does not use can be **options, and settings belong to "
+            "its constructor."
         ) from error
     return purifier
 

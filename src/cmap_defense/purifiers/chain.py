@@ -16,7 +16,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.common.settings import Settings, near_matches, require_choice
 from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError, WrongKindError
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.base import Purifier, check_call
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.diffpure import DiffPure
 from cmap_defense.purifiers.pair import BackbonePair
@@ -66,7 +66,7 @@ class Chain(Settings, Purifier):
                 f"A Chain is made of purifiers, such as Chain(DiffPure(t=100), CMAP()), but got {purifiers!r}. As "
                 "text: purifiers=(diffpure t=100, cmap)."
             )
-        object.__setattr__(self, "purifiers", purifiers)
+        object.__setattr__(self, "purifiers", tuple(map(check_call, purifiers)))
         object.__setattr__(self, "handed_on", require_choice("Chain", "handed_on", handed_on, ("versions", "mean")))
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cmap_defense.common.files import write_findings
 from cmap_defense.common.optional import optional_import
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.statistics import Accuracy
 from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation.report import tables
@@ -243,16 +244,16 @@ def _first(
     return lines[:count], {name: torch.cat([part[name] for part in parts])[:count] for name in shared}
 
 
-def write_report(report: Report, folder: Path) -> tuple[list[Path], str | None]:
+def write_report(report: Report, folder: str | Path) -> tuple[list[Path], str | None]:
     """``report.json``, ``report.md`` and, where the extra ``[report]`` is installed, ``report.html``: the files written
     into the evaluation's folder, and what is missing for the page, if anything is."""
-    page_of = functools.partial(page, report, ResultsFolder(folder))
+    page_of = functools.partial(page, report, ResultsFolder(expanded(folder)))
     return write_findings(folder, "report", report.to_dict(), tables.markdown(report), page_of, "report.html")
 
 
-def load_report(folder: Path) -> Report:
+def load_report(folder: str | Path) -> Report:
     """What ``report.json`` holds. Raises ``EvaluationError`` where it is not there, or something else."""
-    path = folder / "report.json"
+    path = expanded(folder) / "report.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
