@@ -198,7 +198,7 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "adp": ADP(noise=0.1, n_latents=K),
         "gnsp": GNSP(rounds=(8, 8, 16), n_latents=K),
         "likelihood": LikelihoodMaximisation(learning_rate=0.03, n_latents=K),
-        "cmap-level": near(1.2, 6),
+        "cmap-level": near(1.2, 12),
         "cmap-paper": near(None, 50),
     },
 }
