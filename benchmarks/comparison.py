@@ -200,6 +200,7 @@ CHOSEN: dict[str, dict[str, Purifier]] = {
         "likelihood": LikelihoodMaximisation(learning_rate=0.03, n_latents=K),
         "cmap-level": near(1.2, 12),
         "cmap-paper": near(None, 50),
+        "diffpure, then cmap": Chain(diffpure(40), near(0.5, 3)),
     },
 }
 """What ``levels`` chose of what it has measured: the highest sum of clean accuracy and the lowest attacked one."""
