@@ -378,3 +378,16 @@ def test_what_a_search_returns_is_checked(returned: Callable[[Tensor], Any], mes
     for attack in (own, Transfer(own)):
         with pytest.raises(AttackError, match="^Own.run .*" + re.escape(message)):
             attack(wrapped(), *labelled())
+
+
+@pytest.mark.parametrize("names", [("loss", "gain"), ("loss", None), (None, "loss")])
+def test_a_history_has_the_same_names_in_each_restart(names: tuple[str | None, str | None]) -> None:
+    left = list(names)
+
+    class Own(Attack):
+        def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
+            name = left.pop(0)
+            return Candidates(clean[:, None], {} if name is None else {name: clean.new_zeros(1, len(clean))})
+
+    with pytest.raises(AttackError, match=r"^Own\.run must return a history of the same names in each restart"):
+        Own(THREATS["linf"], restarts=2)(linear, *labelled())

@@ -24,6 +24,7 @@ from certified import SHAPE, SMALL, HalfSpace, images_of, killed, small
 from cmap_defense import SmoothedClassifier, certify
 from cmap_defense.certification import CertificationResult, CertificationSettings, expected_cost, lower_bounds, run
 from cmap_defense.errors import EvaluationError, InputValueError, SettingsError
+from cmap_defense.evaluation.results import ResultsFolder
 from patience import HANGS
 from processes import run_together
 from toys import noise
@@ -230,6 +231,9 @@ def test_a_folder_takes_more_images_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("[")
     with pytest.raises(EvaluationError, match="not what a certification writes"):
         certify(smoothed, images, out=tmp_path, **SMALL)
+    ResultsFolder(tmp_path / "comparison" / "one-step").begin({"tasks": {}})
+    with pytest.raises(EvaluationError, match="holds other evaluations"):
+        certify(smoothed, images, out=tmp_path / "comparison", **SMALL)
 
 
 @pytest.mark.parametrize(

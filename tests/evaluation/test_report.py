@@ -47,7 +47,7 @@ def report() -> Report:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """Of a purified classifier, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, evaluate(defended(), **options(out=folder, class_names=("a", "b", "c", "d")))
+    return folder, evaluate(defended(), **options(out=folder, class_names=np.array(list("abcd"))))
 
 
 def test_images_and_labels_may_be_two_arguments() -> None:

@@ -1,5 +1,6 @@
 """The folder of an evaluation: whole files or none, one job at a time, of one kind or refused by name."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,16 @@ def test_tensors_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path
     store.write(UNIT, LINES, TENSORS)
     path = tmp_path / "units/defended/pgd/7-00012.safetensors"
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(EvaluationError, match=r"7-00012\.safetensors cannot be read"):
+    with pytest.raises(EvaluationError, match=r"7-00012\.safetensors cannot .* delete it and 7-00012\.jsonl beside it"):
         store.tensors(UNIT)
 
 
-def test_lines_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 20, -1])
+def test_lines_that_cannot_be_read_are_an_error_that_names_them(tmp_path: Path, kept: int) -> None:
     store = ResultsFolder(tmp_path)
     store.write(UNIT, LINES, TENSORS)
     path = tmp_path / "units/defended/pgd/7-00012.jsonl"
-    path.write_bytes(path.read_bytes()[:20])
+    path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(EvaluationError, match=r"7-00012\.jsonl cannot be read .* delete it"):
         store.lines(UNIT)
 
@@ -116,7 +118,8 @@ def test_other_settings_are_refused_and_each_difference_is_named(tmp_path: Path)
         "  predictions: 10 before, 20 now\n"
         "  seeds: [0, 1] before, [0] now\n"
         "  defended/pgd: given before, not given now\n"
-        "Give the same settings to go on with it, or another folder."
+        "Give the same settings to go on with it, or another folder. To do without results of this one, delete "
+        f"{tmp_path / 'units/defended/pgd'}."
     )
     assert (tmp_path / "settings.json").read_bytes() == noted
 
@@ -161,15 +164,27 @@ def test_what_was_written_about_other_tasks_is_removed(tmp_path: Path) -> None:
 
 def test_differences_that_follow_from_the_attacks_say_so(tmp_path: Path) -> None:
     store = ResultsFolder(tmp_path)
-    for name in ("checks/steps-2", "defended/clean"):
-        store.write(WorkUnit(name, 0, 0), LINES, {})
     tasks = {"checks/steps-2": {"eot": 1}, "defended/clean": {"search": 2}}
     store.begin(SETTINGS | {"tasks": tasks})
+    for name in tasks:
+        store.write(WorkUnit(name, 0, 0), LINES, {})
     for changed in ({"checks/steps-2": {"eot": 4}}, {"defended/clean": {"search": 3}}):
         with pytest.raises(EvaluationError, match="This follows from the attacks"):
             store.compare(SETTINGS | {"tasks": tasks | changed})
     with pytest.raises(EvaluationError, match=r"another folder\.$"):
         store.compare(SETTINGS | {"tasks": tasks, "protocol": {}})
+
+
+def test_a_task_whose_results_are_deleted_as_the_message_says_may_go(tmp_path: Path) -> None:
+    """As an attack that fails at some image, of which other images have results."""
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS | {"tasks": TASKS | {"defended/failing": {}}})
+    store.write(WorkUnit("defended/failing", 0, 0), LINES, {})
+    with pytest.raises(EvaluationError, match="defended/failing: given before, not given now") as caught:
+        store.begin(SETTINGS)
+    shutil.rmtree(str(caught.value).rpartition("delete ")[2].removesuffix("."))
+    store.begin(SETTINGS)
+    assert store.settings() == {"format": FORMAT, **SETTINGS}
 
 
 @pytest.mark.parametrize("content", ['{"format": 1, "prot', "", "\x00" * 40])
@@ -181,11 +196,59 @@ def test_damaged_settings_are_an_error_that_names_the_file(tmp_path: Path, conte
         ResultsFolder(tmp_path).begin(SETTINGS)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"format": 1}', "null"])
-def test_settings_of_another_version_are_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "is not that of an evaluation"),
+        ("null", "is not that of an evaluation"),
+        ('{"format": 1, "settings": {}, "model": {}}', "is not that of an evaluation"),  # of a certification
+        ('{"format": 1, "tasks": {}}', "was written by another version of this package"),
+    ],
+)
+def test_settings_of_something_else_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(EvaluationError, match="was written by another version of this package"):
+    with pytest.raises(EvaluationError, match=message):
         ResultsFolder(tmp_path).begin(SETTINGS)
+
+
+def test_results_whose_settings_were_removed_are_not_gone_on_with(tmp_path: Path) -> None:
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS)
+    store.write(UNIT, LINES, {})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(EvaluationError, match=r"holds units of something else, or settings\.json has been removed"):
+        store.begin(SETTINGS)
+
+
+def test_the_folder_of_a_comparison_is_refused(tmp_path: Path) -> None:
+    """What has settings of another kind in it is not taken for one."""
+    other = tmp_path / "other" / "settings.json"
+    other.parent.mkdir()
+    other.write_text("{}")
+    ResultsFolder(tmp_path).compare(SETTINGS)
+    ResultsFolder(tmp_path / "one-step").begin(SETTINGS)
+    with pytest.raises(EvaluationError, match=r"holds other evaluations, such as .*one-step\. Give another folder"):
+        ResultsFolder(tmp_path).compare(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "goes_on"),
+    [(None, None, True), (None, "0.2", True), ("0.2", "0.2", True), ("0.2", "0.3", False), ("0.2", None, False)],
+)
+def test_a_library_of_attacks_may_be_installed_later(
+    tmp_path: Path, before: str | None, now: str | None, goes_on: bool
+) -> None:
+    """But not changed once it was there."""
+    store = ResultsFolder(tmp_path)
+    store.begin(SETTINGS | {"computation": {"threads": 1, "pyautoattack": before}})
+    store.write(UNIT, LINES, {})
+    wanted = SETTINGS | {"computation": {"threads": 1, "pyautoattack": now}}
+    if goes_on:
+        store.begin(wanted)
+        assert store.settings() == {"format": FORMAT, **wanted}
+    else:
+        with pytest.raises(EvaluationError, match=r"pyautoattack: 0\.2 before"):
+            store.begin(wanted)
 
 
 def test_timings_are_sums_by_task_over_all_ranks(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attack_toys import Denoiser, Linear, labelled
 from cmap_defense import CMAP, PurifiedClassifier
+from cmap_defense.common.describe import own_code
 from cmap_defense.errors import GradientError, NoLatentsError, PurifierError
 from cmap_defense.evaluation.describe import describe_model
 from cmap_defense.gradients import StraightThrough, Unrolled
@@ -176,12 +177,54 @@ def test_the_compiled_code_of_a_class_stands_for_one_whose_source_is_not_found()
     )
 
 
+MADE = """
+import functools
+
+def times(factor):
+    def decorator(function):
+        @functools.wraps(function)
+        def call(*given):
+            return function(*given) * factor
+        return call
+    return decorator
+
+class Found:
+    {}
+"""
+
+DIFFERENT = {
+    "list": ("sizes = [1]", "sizes = [2]"),
+    "dictionary": ("sizes = {'a': 1}", "sizes = {'a': 2}"),
+    "set": ("sizes = {'a', 'b'}", "sizes = {'a', 'c'}"),
+    "None": ("size = None", "size = 1"),
+    "class inside": ("class Inner: size = 1", "class Inner: size = 2"),
+    "default": ("def size(self, by={'a': 1}): return by", "def size(self, by={'a': 2}): return by"),
+    "class method": ("size = classmethod(lambda kind: 1)", "size = classmethod(lambda kind: 2)"),
+    "setter": ("size = property(None, lambda self, x: 1)", "size = property(None, lambda self, x: 2)"),
+    "partial": ("size = functools.partialmethod(int, base=2)", "size = functools.partialmethod(int, base=3)"),
+    "decorator": ("@times(2)\n    def size(self): return 1", "@times(3)\n    def size(self): return 1"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_a_class_without_source_is_made_of_shows(name: str) -> None:
+    def code(body: str) -> dict[str, str]:
+        names: dict[str, Any] = {"__name__": "nowhere"}
+        exec(MADE.format(body), names)
+        return own_code(names["Found"])
+
+    one, other = DIFFERENT[name]
+    assert code(one) == code(one) != code(other) != {}
+
+
 PROGRAM = """
 from cmap_defense.common.describe import own_code
 
 names = {"__name__": "nowhere"}
 exec("def found(x): return x in {'one', 'two', 'three', 'four'} and sorted(len(y) for y in x)", names)
-print(own_code(names["found"])["code"])
+exec("def other(x, sizes={'one', 'two', 'three'}): return x in sizes", names)
+exec("class Third: sizes = (frozenset({'one', 'two', 'three'}), 1)", names)
+print([own_code(names[name])["code"] for name in ("found", "other", "Third")])
 """
 
 

@@ -246,16 +246,23 @@ class Attack(NamedOptions, abc.ABC):
         """The attempts of all restarts, one after the other; norms of the oracle's gradients join a history without."""
         if not len(clean):
             return Candidates(clean[:, None])
-        runs = []
+        runs, names = [], None
         for restart in range(self.restarts):
             own = oracle.restarted(restart)
             given = clean.clone()  # a search that changes its copy in place does not move the ball
             found = check_candidates(self.run(own, given, goal), clean, self)
+            names = found.history.keys() if names is None else names
+            if found.history.keys() != names:
+                raise AttackError(
+                    f"{type(self).__name__}.run must return a history of the same names in each restart, but returned "
+                    f"{sorted(found.history)} after {sorted(names)}."
+                )
             history = dict(found.history)
             if own.gradient_norms:
                 history.setdefault("gradient_norm", torch.stack(own.gradient_norms))
             runs.append(Candidates(found.images, history))
-        history = {name: torch.cat([run.history[name] for run in runs]) for name in runs[0].history}
+        shared = [name for name in runs[0].history if all(name in run.history for run in runs)]
+        history = {name: torch.cat([run.history[name] for run in runs]) for name in shared}
         return Candidates(torch.cat([run.images.detach() for run in runs], dim=1), history)
 
     def _reevaluated(

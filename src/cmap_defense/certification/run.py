@@ -24,6 +24,7 @@ from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
+from cmap_defense.evaluation.results import refuse_evaluations_below
 
 FORMAT = 1
 
@@ -240,6 +241,7 @@ class _Certification:
         path, settings = self.folder / "settings.json", self.settings.replace(batch_size=None).to_dict()
         now = {"format": FORMAT, "settings": settings, "model": self.smoothed.describe(self.images)}
         if not path.exists():
+            refuse_evaluations_below(self.folder)
             if write:
                 write_json(path, now)
             return

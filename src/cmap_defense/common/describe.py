@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import math
 import re
-from collections.abc import Mapping
-from types import CodeType
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from cmap_defense.common.options import NamedOptions
 
 _STANDARD = {"abc", "builtins", "collections", "dataclasses", "enum", "functools", "typing"}
 """Modules of Python whose classes other classes extend."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -62,26 +65,47 @@ def own_code(thing: object) -> dict[str, str]:
 
 def _sources(part: Any) -> list[str]:
     """The source of a function or class. Where Python does not find it, as for code from standard input, what a
-    function is compiled to; of a class, as in a notebook, its methods' and its plain values."""
+    function is compiled to, with its defaults and the plain values that it was made with; of a class, its methods and
+    its plain values."""
     with contextlib.suppress(OSError, TypeError):
         return [inspect.getsource(part)]
     if not inspect.isclass(part):
-        function = inspect.unwrap(part)
-        code = getattr(function, "__code__", None)
-        defaults = [function.__defaults__, function.__kwdefaults__] if code else []
-        return [] if code is None else [ADDRESS.sub("", repr([_compiled(code), *defaults]))]
+        return [
+            ADDRESS.sub("", repr(_compiled_function(layer))) for layer in _layers(part) if inspect.isfunction(layer)
+        ]
     found = []
     for name, value in vars(part).items():
-        function = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
-        if inspect.isfunction(function):
-            found += _sources(function)
-        elif isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("__"):
-            found.append(ADDRESS.sub("", f"{name} = {value!r}"))
+        if inspect.isclass(value) and value.__qualname__ == f"{part.__qualname__}.{name}":
+            found += _sources(value)
+        elif isinstance(value, _PLAIN) and not name.startswith("__"):
+            found.append(ADDRESS.sub("", f"{name} = {_constant(value)!r}"))
+        else:
+            given = [getattr(value, place, None) for place in ("fget", "fset", "fdel", "func", "__func__")]
+            found += [
+                source for function in (value, *given) if inspect.isfunction(function) for source in _sources(function)
+            ]
+            if isinstance(value, (functools.partial, functools.partialmethod)):
+                found.append(ADDRESS.sub("", repr((_constant(value.args), _constant(value.keywords)))))
     return found
 
 
+def _layers(function: Any) -> Iterator[Any]:
+    """What a function is wrapped in by decorators, and it."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _compiled_function(function: FunctionType) -> tuple[Any, ...]:
+    """What a function is made of, the same in every process of one version of Python."""
+    enclosed = []
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            enclosed += [(name, _constant(cell.cell_contents))] if isinstance(cell.cell_contents, _PLAIN) else []
+    return _compiled(function.__code__), _constant(function.__defaults__), _constant(function.__kwdefaults__), enclosed
+
+
 def _compiled(code: CodeType) -> tuple[Any, ...]:
-    """What a function is compiled to, the same in every process of one version of Python."""
     place = code.co_firstlineno if "__firstlineno__" in code.co_names else None  # from Python 3.13 on, of a class
     constants = [_constant(value) for value in code.co_consts if place is None or value != place]
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
@@ -89,11 +113,14 @@ def _compiled(code: CodeType) -> tuple[Any, ...]:
 
 
 def _constant(value: Any) -> Any:
+    """A value with its sets in an order that is the same in every process."""
     if isinstance(value, CodeType):
         return _compiled(value)
-    if isinstance(value, frozenset):
-        return sorted(map(repr, value))
-    return tuple(map(_constant, value)) if isinstance(value, tuple) else value
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_constant(part)) for part in value)
+    if isinstance(value, dict):
+        return [(_constant(name), _constant(part)) for name, part in value.items()]
+    return [_constant(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _has_version(part: Any) -> bool:

@@ -8,7 +8,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -435,7 +435,8 @@ def require_kind(name: str, given: Any, default: Kind, example: str) -> Kind:
 
 
 def _check_class_names(given: object, classes: int) -> None:
-    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != classes:
+    names = tuple(given) if isinstance(given, Collection) and not isinstance(given, (str, Set)) else ()
+    if len(names) != classes or not all(isinstance(name, str) for name in names):
         raise SettingsError(
             f"class_names must be a list with one name for each of the {classes} classes, but is {given!r}."
         )

@@ -62,7 +62,9 @@ class ResultsFolder:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise EvaluationError(f"{path} is not what an evaluation writes ({error}): give another folder.") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if not isinstance(found, dict) or "format" not in found or "tasks" not in found:
+            raise EvaluationError(f"{path} is not that of an evaluation. Give another folder.")
+        if found["format"] != FORMAT:
             raise EvaluationError(f"{path} was written by another version of this package. Give another folder.")
         return found
 
@@ -71,7 +73,7 @@ class ResultsFolder:
         a report on other tasks are removed."""
         self.compare(settings)
         before, now = self.settings(), _with_format(settings)
-        wanted = now if before is None else before | {"tasks": now["tasks"]}
+        wanted = now if before is None else _installed_since(before, now) | {"tasks": now["tasks"]}
         if wanted == before:
             return
         if first:
@@ -87,25 +89,28 @@ class ResultsFolder:
         before = self.settings()
         if before is None:
             self._refuse_foreign()
-        else:
-            now = _with_format(settings)
-            begun = {name: task for name, task in before["tasks"].items() if self._begun(name)}
-            refuse_other_settings(
-                before | {"tasks": now["tasks"] | begun},
-                now,
-                EvaluationError,
-                what=f"{self.path} holds results of another evaluation",
-                remedy="Give the same settings to go on with it, or another folder.",
-                derived=("checks/", "search"),
-                why_derived=" This follows from the attacks: the checks repeat one of them, and clean images are "
-                "predicted as often as the longest search does.",
-            )
+            return
+        now = _with_format(settings)
+        begun = {name: task for name, task in before["tasks"].items() if self._begun(name)}
+        other = [name for name, task in begun.items() if now["tasks"].get(name) != task]
+        again = ", ".join(str(self.path / "units" / name) for name in other)
+        refuse_other_settings(
+            _installed_since(before, now) | {"tasks": now["tasks"] | begun},
+            now,
+            EvaluationError,
+            what=f"{self.path} holds results of another evaluation",
+            remedy="Give the same settings to go on with it, or another folder."
+            + (f" To do without results of this one, delete {again}." if other else ""),
+            derived=("checks/", "search"),
+            why_derived=" This follows from the attacks: the checks repeat one of them, and clean images are "
+            "predicted as often as the longest search does.",
+        )
 
     def _refuse_foreign(self) -> None:
-        """Raise where the folder, which has no settings, has files that an evaluation would overwrite."""
-        if any(self.path.glob("*/settings.json")):
-            raise EvaluationError(f"{self.path} holds the evaluations of a comparison or study. Give another folder.")
+        """Raise where the folder, which has no settings, has results, or files that an evaluation would overwrite."""
+        refuse_evaluations_below(self.path)
         found = [name for name in WRITTEN if (self.path / name).exists()]
+        found += ["units"] if any((self.path / "units").rglob("*.jsonl")) else []
         if found:
             raise EvaluationError(
                 f"{self.path} holds {', '.join(found)} of something else, or settings.json has been removed. Give "
@@ -131,7 +136,10 @@ class ResultsFolder:
         """The lines of a finished work unit."""
         path = self._file(unit, ".jsonl")
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):
+                raise ValueError("it is cut off")
+            return [json.loads(line) for line in text.splitlines()]
         except ValueError as error:
             raise EvaluationError(f"{path} cannot be read ({error}): delete it, and it is made again.") from error
 
@@ -143,7 +151,10 @@ class ResultsFolder:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}): delete it, and it is made again.") from error
+            lines = self._file(unit, ".jsonl")
+            raise EvaluationError(
+                f"{path} cannot be read ({error}): delete it and {lines.name} beside it, and both are made again."
+            ) from error
 
     def note_timing(self, unit: WorkUnit, rank: int, timing: Timing) -> None:
         """Keep what a work unit cost, in a file of each process: it has no influence on the results."""
@@ -173,6 +184,24 @@ class ResultsFolder:
 
     def _file(self, unit: WorkUnit, suffix: str) -> Path:
         return self.path / "units" / unit.task / f"{unit.seed}-{unit.group:05d}{suffix}"
+
+
+def refuse_evaluations_below(path: Path) -> None:
+    """Raise ``EvaluationError`` where folders in this one hold evaluations, as in that of a comparison or study."""
+    for settings in path.glob("[!.]*/settings.json"):
+        try:
+            ResultsFolder(settings.parent).settings()
+        except EvaluationError:
+            continue
+        raise EvaluationError(f"{path} holds other evaluations, such as {settings.parent}. Give another folder.")
+
+
+def _installed_since(before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's settings with the version of a library of attacks that was not there before: no result is its."""
+    computation, name = before.get("computation", {}), "pyautoattack"
+    if computation.get(name, name) is not None:
+        return before
+    return before | {"computation": computation | {name: now.get("computation", {}).get(name)}}
 
 
 def _with_format(settings: Mapping[str, Any]) -> dict[str, Any]:
