@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of the purifiers; all without")
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
     options = parser.parse_args()
+    if options.count < 1:
+        parser.error("--count must be at least 1")
 
     images, labels = (tensor[: options.count] for tensor in load_test_images())
     classifier = load_classifier()
@@ -38,6 +40,9 @@ def main() -> None:
         "cmap-level-1": near,
         "diffpure-then-cmap": Chain(DiffPure(t=20, n_latents=4), near),
     }
+    unknown = set(options.only or ()) - purifiers.keys()
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}, but there are {', '.join(purifiers)}")
     models = {
         name: PurifiedClassifier(classifier, backbones, purifier=purifier).eval()
         for name, purifier in purifiers.items()

@@ -72,7 +72,8 @@ class ClassifierWarning(UserWarning):
 
 
 class PurifierError(CmapError, ValueError):
-    """A purifier returned something else than its purified images, or cannot be called as one."""
+    """A purifier returned something else than its purified images, declares something that is not valid, or cannot be
+    called as one."""
 
 
 class AttackError(CmapError, ValueError):

@@ -177,7 +177,12 @@ def test_chains_are_compared_in_folders_of_valid_names(tmp_path: Path, run: Run)
 @pytest.mark.parametrize(
     ("names", "status", "message"),
     [
-        (["fashion-mnist-ct"] * 2, 1, "one consistency model and one denoiser, but got consistency, consistency."),
+        (
+            ["fashion-mnist-ct"] * 2,
+            1,
+            "but got consistency, consistency. For one backbone give it without a list; "
+            'of the kind "denoiser" are: cifar10-edm-small, fashion-mnist-edm',
+        ),
         (["fashion-mnist-ct", "fashion-mnist-edm", "x"], 2, "'--backbone': give one backbone, or two of different"),
     ],
 )

@@ -77,6 +77,19 @@ MISTAKES = [
     (f"study beta {MODEL} -o out --steps 3", 2, "--steps: the study beta has attacks of its own"),
     (f"study surrogate {MODEL} -o out --only pgd", 2, "--only: the study surrogate has attacks of its own"),
     ("detect -o out --training 9", 2, "--training: only --kernel deep is trained: leave the option out."),
+    ("detect -b fashion-mnist-edm -o out", 1, "and a consistency model is needed"),
+    (
+        "study vote -b fashion-mnist-edm -c embedded -d embedded -o out",
+        1,
+        "With this one, give CMAP a noise level: --purifier-set level=1.",
+    ),
+    (f"evaluate {MODEL} -o out -d embeded", 1, "There is no data set 'embeded'. Did you mean 'embedded'?"),
+    (f"evaluate {MODEL} -o out --purifier gdmp --purifier-set eps=8", 2, "at most 1, but is 8; did you mean 8/255?"),
+    (
+        f"evaluate {MODEL} -o out --purifier diffpure --purifier-set step=1",
+        2,
+        "DiffPure.step must be below 1, but is 1.",
+    ),
     ("detect -b fashion-mnist-edm --purifier-set level=1 -o out", 1, "CMAP needs a consistency model"),
     (
         "quality -b fashion-mnist-edm -c embedded -d embedded --purifier-set level=1 -o out",

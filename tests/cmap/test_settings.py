@@ -76,7 +76,10 @@ def test_presets_are_the_released_ones_and_that_of_cifar10_the_default():
 
 
 def test_there_are_these_presets_and_no_others():
-    assert set(PRESETS) == {"cifar10", "imagenet100"}
+    """Those of a threat model are the ones of the data set: the paper has one set of constants for both norms."""
+    assert set(PRESETS) == {name + norm for name in ("cifar10", "imagenet100") for norm in ("", "-linf", "-l2")}
+    for name in ("cifar10", "imagenet100"):
+        assert PRESETS[name] == PRESETS[f"{name}-linf"] == PRESETS[f"{name}-l2"]
 
 
 def test_unknown_preset_names_the_near_match():

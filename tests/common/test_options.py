@@ -14,9 +14,9 @@ import cmap_defense
 from cmap_defense import CMAPSettings, PurifiedClassifier, attacks, gradients
 from cmap_defense.attacks import PGD, Attack, NoiseAndDenoise, Shortened, ThreatModel, Transfer
 from cmap_defense.common.options import NamedOptions
-from cmap_defense.errors import CmapError, OptionError
+from cmap_defense.errors import CmapError, OptionError, SettingsError
 from cmap_defense.gradients import Implicit, Unrolled
-from cmap_defense.purifiers import GNSP, DiffPure, OneStep
+from cmap_defense.purifiers import ADP, GDMP, GNSP, Chain, DiffPure, Identity, LikelihoodMaximisation, OneStep
 
 NAMES = {**vars(attacks), **vars(gradients), **vars(cmap_defense), "torch": torch}
 
@@ -87,7 +87,15 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
         (PurifiedClassifier, "device", r"\.to\(device\)"),
         (PurifiedClassifier, "eps", "ThreatModel.*CMAPSettings"),
         (PurifiedClassifier, "queries", "option of AutoAttack, Square"),
-        (GNSP, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
+        (Identity, "level", r"option of CMAPSettings, (\w+, )*OneStep\.$"),
+        (GNSP, "level", r"GNSP\(rounds=\(30, 50\)\)"),
+        (GNSP, "t", r"GNSP\(rounds=\(30, 50\)\)"),
+        (ADP, "sigma", r"ADP\(noise=level / 2\)"),
+        (LikelihoodMaximisation, "level", "sigmas"),
+        (LikelihoodMaximisation, "lr", r"It is called 'learning_rate': LikelihoodMaximisation\(learning_rate=1\)"),
+        (GDMP, "K", r"It is called 'n_latents': GDMP\(n_latents=1\)"),
+        (CMAPSettings, "K", r"It is called 'n_latents': CMAPSettings\(n_latents=1\)"),
+        (Chain, "purifiers", r"one by one, without a name: Chain\(DiffPure\(t=100\), CMAP\(\)\)"),
         (DiffPure, "level", r"choose t so that .*vp_sigma\(t\)"),
         (DiffPure, "steps", r"Did you mean DiffPure\(step="),
         (OneStep, "t", r"level=vp_sigma\(t\)"),
@@ -99,6 +107,23 @@ def test_every_setting_of_the_loop_is_found(field: dataclasses.Field[Any]) -> No
 )
 def test_names_that_are_no_option_of_an_object_within_reach(kind: type, name: str, words: str) -> None:
     assert re.search(words, error_of(kind, **{name: 1}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        (DiffPure, "level", r"DiffPure has no setting 'level'\. Its noise is t of 1000"),
+        (DiffPure, "timestep", r"DiffPure has no setting 'timestep'\. It is called 't'\."),
+        (OneStep, "K", r"OneStep has no setting 'K'\. It is called 'n_latents'\."),
+        (CMAPSettings, "N", r"CMAPSettings has no setting 'N'\. It is called 'iterations'\."),
+        (DiffPure, "stp", r"DiffPure has no setting 'stp'\. Did you mean 'step'"),
+    ],
+)
+def test_settings_by_other_names_are_known_to_a_mapping_too(kind: Any, name: str, words: str) -> None:
+    """As on a command line, and by ``replace``."""
+    for make in (kind.from_dict, lambda values: kind().replace(**values)):
+        with pytest.raises(SettingsError, match=f"^{words}"):
+            make({name: 1})
 
 
 def test_a_long_value_is_left_out() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import denoisers
-from cmap_defense import CMAPSettings, errors
+from cmap_defense import CMAPSettings, PurifiedClassifier, errors
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -246,7 +246,8 @@ def test_what_belongs_to_the_optimisation_over_latents_says_so(purifier: Purifie
         model(images_of().requires_grad_())
     with pytest.raises(errors.SettingsError, match="A latent hook belongs to the optimisation"):
         model.register_latent_hook(lambda state: None)
-    with pytest.raises(errors.SettingsError, match=r"settings belongs to the optimisation .*which \w+ lacks"):
+    where = "is out of reach inside a" if purifier.involves_latents else "is no part of"
+    with pytest.raises(errors.SettingsError, match=rf"settings belongs to the optimisation .*which {where} \w+\."):
         model.settings  # noqa: B018
 
 
@@ -346,7 +347,7 @@ def test_a_pair_of_backbones_serves_each_purifier() -> None:
     )
     assert "backbone.consistency.enter" in first.state_dict()
     for wrong in ((consistency, consistency), (denoiser,), (consistency, denoiser, denoiser)):
-        with pytest.raises(errors.BackboneError, match="one consistency model and one denoiser"):
+        with pytest.raises(errors.WrongKindError, match="one consistency model and one denoiser"):
             model_of(chain, wrong)
     with pytest.raises(errors.BackboneError, match="images of one shape"):
         model_of(chain, (ToyBackbone((3, 4, 4)), denoiser))
@@ -563,6 +564,8 @@ def test_presets() -> None:
         OneStep.preset("cifar10-linf")
     with pytest.raises(errors.UnknownNameError, match=r"no preset 'cifar10'. It has none\.$"):
         Identity.preset("cifar10")
+    with pytest.raises(errors.UnknownNameError, match=r"DiffPure has no preset \[\]"):
+        DiffPure.preset([])  # pyright: ignore[reportArgumentType]
     assert CMAP.preset("imagenet100-linf") == CMAP.preset("imagenet100")
     with pytest.raises(errors.UnknownNameError, match=r"'imagenet-linf'\. There are: .*imagenet100-linf"):
         CMAP.preset("imagenet-linf")
@@ -688,3 +691,78 @@ def test_versions_of_a_purifier_of_ones_own_are_checked(count: Any) -> None:
     assert Own().n_latents == 2
     with pytest.raises(errors.SettingsError, match=r"Own\.n_latents"):
         Own(n_latents=count)
+
+
+def test_cmap_is_frozen_and_replaces_its_settings() -> None:
+    purifier = CMAP(CMAPSettings(iterations=3))
+    for name in ("settings", "other"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(purifier, name, CMAPSettings())
+    changed = purifier.replace(n_latents=4)
+    assert changed == CMAP(CMAPSettings(iterations=3, n_latents=4)) != purifier
+    assert len({changed, purifier, CMAP(CMAPSettings(iterations=3))}) == 2
+    with pytest.raises(errors.SettingsError, match="n_latents must be at least 1"):
+        purifier.replace(n_latents=0)
+
+
+def test_a_chain_takes_its_purifiers_without_a_list() -> None:
+    with pytest.raises(errors.SettingsError, match=r"one by one: Chain\(DiffPure\(t=100\), CMAP\(\)\), without a list"):
+        Chain([OneStep(), CMAP()])  # pyright: ignore[reportArgumentType]
+
+
+def test_the_remedy_for_a_chain_without_a_denoiser_is_a_pair() -> None:
+    with pytest.raises(errors.WrongKindError, match="DiffPure needs a denoiser") as caught:
+        PurifiedClassifier(nn.Flatten(), "fashion-mnist-ct", purifier=Chain(DiffPure(), CMAP()))
+    assert "--backbone twice" in str(caught.value)
+    assert "OneStep" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"denoise": lambda noisy: noisy}, r"must have denoise\(noisy, sigma\), but its own is another"),
+        ({"num_classes": 10}, r"must have denoise\(noisy, sigma, class_labels\), but its own is another"),
+    ],
+)
+def test_a_backbone_whose_method_takes_other_arguments_is_refused(changes: dict[str, Any], message: str) -> None:
+    backbone = CurvedDenoiser()
+    for name, value in changes.items():
+        setattr(backbone, name, value)
+    with pytest.raises(errors.BackboneError, match=f"^CurvedDenoiser {message}"):
+        model_of(OneStep(), backbone)
+
+
+@pytest.mark.parametrize("purifier", [OneStep(), ADP(iterations=1), LikelihoodMaximisation(iterations=1)], ids=repr)
+def test_what_a_denoiser_returns_is_checked(purifier: Purifier) -> None:
+    backbone = CurvedDenoiser()
+    backbone.noise = 0.1  # something of the module's own, no range of levels
+    model = model_of(purifier, backbone)
+    assert model.purify(images_of()).images.isfinite().all()
+    for wrong in (
+        lambda noisy, sigma: None,
+        lambda noisy, sigma: noisy.detach().numpy(),
+        lambda noisy, sigma: noisy[..., :1],
+    ):
+        backbone.denoise = wrong
+        with pytest.raises(errors.BackboneError, match="denoise must return"), torch.no_grad():
+            model(images_of())
+
+
+def test_images_of_other_units_are_not_clamped_silently() -> None:
+    class Bytes(CurvedDenoiser):
+        def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+            return 127.5 * (super().denoise(noisy, sigma) + 1)
+
+    with pytest.raises(errors.BackboneError, match=r"denoise must return images in \[-1, 1\]; where it does, OneStep"):
+        model_of(OneStep(), Bytes())(images_of())
+
+
+@pytest.mark.parametrize("solver", ["sde", "ddpm"])
+def test_functional_gradients_run_without_recomputation(solver: str) -> None:
+    """As docs/gradients.md says."""
+    model = model_of(DiffPure(t=3, solver=solver), gradient=Unrolled(checkpoint=False), max_parallel=8)
+    images = images_of()
+    found = torch.func.grad(lambda given: model(given, seeds=SEEDS[:2]).square().sum())(images)
+    expected = images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(model(expected, seeds=SEEDS[:2]).square().sum(), expected)
+    torch.testing.assert_close(found, wanted)

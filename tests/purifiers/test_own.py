@@ -251,6 +251,45 @@ def test_a_call_that_lacks_an_argument_is_refused_when_the_model_is_made() -> No
         PurifiedClassifier(Linear(), Denoiser(), purifier=Short(twice))
 
 
+@pytest.mark.parametrize("name", WRONG)
+def test_the_same_where_a_gradient_is_wanted_and_in_a_chain(name: str) -> None:
+    returns, said = WRONG[name]
+    for model in (wrapped(returns), PurifiedClassifier(Linear(), Denoiser(), purifier=Chain(Own(returns), OneStep()))):
+        for images in (IMAGES, IMAGES.clone().requires_grad_()):
+            with pytest.raises(PurifierError, match=f"^Own .*{said}"):
+                model(images)
+
+
+def test_an_image_in_place_of_a_result_is_named_in_each_gradient_mode() -> None:
+    class Plain(Own):
+        def __call__(self, backbone: nn.Module, images: Tensor, **options: Any) -> Any:
+            return twice(images)
+
+    for gradient in (Unrolled(), StraightThrough()):
+        model = PurifiedClassifier(Linear(), Denoiser(), purifier=Plain(twice), gradient=gradient)
+        with pytest.raises(PurifierError, match="Plain must return a PurificationResult, but returned Tensor"):
+            model(IMAGES.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"needs": "denoize"}, "needs must be 'generate', 'denoise' or None, but is 'denoize'"),
+        ({"kind": "denoizer"}, "kind must be 'consistency', 'denoiser' or None, but is 'denoizer'"),
+        ({"n_latents": 0}, "n_latents must be at least 1, but is 0"),
+        ({"n_latents": "3"}, "n_latents must be an integer, but is '3'"),
+        ({"passes": None}, "passes must be an integer, but is None"),
+        ({"level": "a"}, "level must be a number, but is 'a'"),
+        ({"level": -1.0}, "level must be at least 0"),
+    ],
+)
+def test_what_a_purifier_declares_is_checked_when_the_model_is_made(changed: dict[str, Any], message: str) -> None:
+    purifier = type("Declared", (Own,), changed)(twice)
+    for wanted in (lambda: PurifiedClassifier(Linear(), Denoiser(), purifier=purifier), lambda: Chain(purifier)):
+        with pytest.raises(PurifierError, match=f"^Declared.{message}"):
+            wanted()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_works_in_place_changes_nothing_of_the_caller(grad: bool) -> None:
     """Neither a purifier nor a classifier; predictions, gradients and the result's images are those without."""

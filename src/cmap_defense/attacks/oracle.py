@@ -245,6 +245,12 @@ class Oracle:
         With ``clean`` images, for an attack on the undefended classifier, the number of its classes is checked on one.
         """
         if isinstance(self.model, PurifiedClassifier):
+            purifier = self.model.purifier
+            if getattr(attack, "needs_latents", False) and not purifier.optimises_latents:
+                raise SettingsError(
+                    f"{type(attack).__name__} is an attack on latents, which {type(purifier).__name__} does not "
+                    "optimise: attack a model with purifier=CMAP(), or by another attack, such as PGD."
+                )
             if clean is not None:
                 with torch.no_grad():
                     self.checked(self.model.undefended(clean[:1]), len(clean[:1]))

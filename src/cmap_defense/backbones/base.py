@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -82,11 +84,26 @@ def check_backbone(backbone: object, needs: str | None = "generate") -> nn.Modul
     classes = getattr(backbone, "num_classes", None)
     if classes is not None and (type(classes) is not int or classes < 1):
         raise BackboneError(f"num_classes must be a positive integer or None, but {name} has {classes!r}.")
+    if needs is not None:
+        _check_call(backbone, needs, conditional=classes is not None)
     if any(p.is_inference() for p in backbone.parameters()):
         raise BackboneError(
             f"{name}'s weights were made under torch.inference_mode, which bars gradients: load it outside."
         )
     return backbone
+
+
+def _check_call(backbone: nn.Module, method: str, *, conditional: bool) -> None:
+    """Raise ``BackboneError`` where a method does not take what it is called with."""
+    given = ["latents"] if method == "generate" else ["noisy", "sigma"]
+    given += ["class_labels"] if conditional else []
+    with contextlib.suppress(ValueError):  # code without a signature
+        try:
+            inspect.signature(getattr(backbone, method)).bind(*given)
+        except TypeError as error:
+            raise BackboneError(
+                f"{type(backbone).__name__} must have {method}({', '.join(given)}), but its own is another: {error}."
+            ) from error
 
 
 def _refuse_wrapped(backbone: nn.Module) -> None:

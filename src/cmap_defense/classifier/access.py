@@ -64,8 +64,10 @@ class LatentAccess(NamedOptions, nn.Module):
         """The purifier, where it is CMAP; raises ``SettingsError`` otherwise."""
         if isinstance(self.purifier, CMAP):
             return self.purifier
+        inside = self.purifier.involves_latents
+        where = "is out of reach inside a" if inside else "is no part of"
         raise SettingsError(
-            f"{what} belongs to the optimisation over latents, which {type(self.purifier).__name__} lacks. "
+            f"{what} belongs to the optimisation over latents, which {where} {type(self.purifier).__name__}. "
             'The purifier and its own settings are model.purifier; purifier=CMAP() and preset="paper" optimise latents.'
         )
 

@@ -45,7 +45,7 @@ from cmap_defense.common.progress import OnProgress, showing_passes
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
 from cmap_defense.errors import ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
-from cmap_defense.purifiers.base import Purifier, check_call, check_purified
+from cmap_defense.purifiers.base import Purifier, check_purified, check_purifier
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.pair import BackbonePair
@@ -121,8 +121,8 @@ class PurifiedClassifier(LatentAccess):
         "model": "classifier",
         "random_state": "seed",
         "steps": "iterations",
-        "K": "n_latents",
-        "N": "iterations",
+        "k": "n_latents",
+        "n": "iterations",
     }
     _advice: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("mean", "std"), "Give both together: PurifiedClassifier(..., normalize=(mean, std))."),
@@ -170,6 +170,8 @@ class PurifiedClassifier(LatentAccess):
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(f"PurifiedClassifier.settings must be CMAPSettings, but is {settings!r}.")
         _made(purifier, "purifier", Purifier, "CMAP() or OneStep(level=0.5)", "purifiers")
+        if purifier is not None:
+            check_purifier(purifier)
         if sum(given is not None for given in (settings, purifier, preset)) > 1:
             raise SettingsError(
                 "Give settings, purifier or preset, one of them: settings=... is the short form of "
@@ -180,7 +182,7 @@ class PurifiedClassifier(LatentAccess):
         self.backbone: nn.Module = _in_precision(loaded, dtype)
         self.backbone.eval()
         self.classifier = classifier  # after the backbone: attacks on features take the module that is registered last
-        self.purifier = check_call(wanted)
+        self.purifier = wanted
         warn_of_another_adaptation(classifier, self.backbone, wanted)
         if require_flag(name, "compile", compile) and "compiler" not in wanted.call_options:
             raise SettingsError(
@@ -488,17 +490,20 @@ class PurifiedClassifier(LatentAccess):
                 f"A live hook needs a graph through the loop, which {self.gradient!r} does not have. Give the model, "
                 "and any attack on it, gradient=Unrolled(), or remove the hook."
             )
-        every, prepare = together(hooks), None
+        every, prepare, name = together(hooks), None, type(self.purifier).__name__
+        n_latents = self.purifier.n_latents if latents is None else latents.shape[1]
         if self.purifier.optimises_latents:
             prepare = getattr(self.purifier, "prepare", None)
 
         def run() -> PurificationResult:
             with torch.no_grad():
-                return self.purifier(self.backbone, images.detach().clone(), callback=every, **options)
+                found = self.purifier(self.backbone, images.detach().clone(), callback=every, **options)
+            return check_purified(found, images, n_latents, name)
 
         def differentiate(backward: Backward) -> PurificationResult:
-            return self.purifier.differentiate(
-                self.backbone, images.clone(), backward=backward, callback=every, **options
+            given = {"backward": backward, "callback": every, **options}
+            return check_purified(
+                self.purifier.differentiate(self.backbone, images.clone(), **given), images, n_latents, name
             )
 
         return Purification(

@@ -26,8 +26,9 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cli.options import COUNT, EMBEDDED
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import Settings, near_matches
-from cmap_defense.data import DATASETS, open_dataset
+from cmap_defense.data import DATASETS
 from cmap_defense.data.selection import labelled_data
+from cmap_defense.data.sources import open_named
 from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASSIFIERS, load_classifier
 from cmap_defense.errors import BackboneFileError, SettingsError, UnknownNameError
@@ -109,9 +110,9 @@ def defended(classifier: Any, given: Any, options: Options) -> PurifiedClassifie
     ).eval()
 
 
-def cmap_model_of(options: Options) -> PurifiedClassifier:
-    """The same for a command about CMAP alone."""
-    return model_of({**options, "purifier": "cmap"})
+def cmap_model_of(options: Options, remedy: str = "") -> PurifiedClassifier:
+    """The same for a command about CMAP alone; the remedy ends the message where it does not run on the backbone."""
+    return model_of({**options, "purifier": "cmap", "remedy": remedy})
 
 
 def backbone_and_purifier(given: Any, options: Options) -> tuple[nn.Module, Purifier]:
@@ -127,7 +128,8 @@ def backbone_and_purifier(given: Any, options: Options) -> tuple[nn.Module, Puri
         name = "cmap"
     named = {**options, "purifier": name}
     wanted = preset if preset or name is None else purifier_of(named)
-    backbone, purifier = loaded_with(given, wanted, device_of(options))
+    remedy = {"remedy": options["remedy"]} if "remedy" in options else {}
+    backbone, purifier = loaded_with(given, wanted, device_of(options), **remedy)
     if name == "cmap" and "level" not in keys:  # a record's settings do not fit a level
         purifier = purifier_of(named, CMAP(recorded_settings(purifier.member(backbone))))
     elif name is None and texts:
@@ -167,7 +169,7 @@ def refuse(name: str, why: str) -> None:
 def data_of(options: Options) -> Any:
     """The data set that the data options name."""
     if options["data"] != EMBEDDED:
-        return open_dataset(options["data"], options["split"], size=options["size"])
+        return open_named(options["data"], options["split"], options["size"], None, (*DATASETS, EMBEDDED))
     if options["split"] != "test":
         raise click.BadParameter(
             "the embedded images are all of the test set: leave the option out, or give --data fashion-mnist.",

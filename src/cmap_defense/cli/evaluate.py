@@ -133,7 +133,7 @@ def run_study(options: dict[str, Any]) -> build.Printed:
     attacks, threat = build.attacks_of(options), build.threat_of(options)
     out, selected = options["out"], _selected(options)
     with ranks() as team:
-        model = build.cmap_model_of(options)
+        model = build.cmap_model_of(options, "give CMAP a noise level: --purifier-set level=1")
         chosen = make_study(options["name"], model, attacks, threat)
         if team.rank == 0 and not options["as_json"]:
             click.echo(f"{chosen.title}. {len(chosen.variants)} variants.")

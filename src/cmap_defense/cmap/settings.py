@@ -127,9 +127,12 @@ PUBLISHED = ("n_latents", "iterations", "learning_rate", "betas", "eps", "ssim_w
 
 PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "cifar10": MappingProxyType({}),
-        "imagenet100": MappingProxyType(
-            {"n_latents": 5, "iterations": 300, "eps": 1.6e-4, "ssim_weight": 0.5, "latent_weight": 1.28}
+        **dict.fromkeys(("cifar10", "cifar10-linf", "cifar10-l2"), MappingProxyType({})),
+        **dict.fromkeys(
+            ("imagenet100", "imagenet100-linf", "imagenet100-l2"),
+            MappingProxyType(
+                {"n_latents": 5, "iterations": 300, "eps": 1.6e-4, "ssim_weight": 0.5, "latent_weight": 1.28}
+            ),
         ),
     }
 )

@@ -36,9 +36,10 @@ class NamedOptions:
             raise OptionError(f"{cls.__name__} takes its options by name, such as {cls.__name__}({shown or ''}).")
         if options:
             names = {parameter.name for parameter in known}
+            several = {parameter.name for parameter in known if parameter.kind is parameter.VAR_POSITIONAL}
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
                 for name, value in options.items():
-                    if name not in names:
+                    if name not in names - several:
                         raise OptionError(unknown_option(cls, name, value))
         return super().__new__(cls)
 
@@ -60,12 +61,12 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
     refusal = f"{owner.__name__} has no option {name!r}."
     shown = repr(value)
     shown = shown if len(shown) <= 40 and "\n" not in shown else "..."
-    advice = owner._advice.get(name)
+    advice = _of(owner, "_advice").get(name)
     if advice is not None:
         return f"{refusal} {advice}"
     within = list(_options(owner))
-    synonyms = [home._synonyms[name] for home in _homes(within) if name in home._synonyms]
-    wanted_names = [*synonyms, name] if name in owner._synonyms else [name, *synonyms]
+    synonyms = [called for home in _homes(within) if (called := _synonym(home, name))]
+    wanted_names = [*synonyms, name] if _synonym(owner, name) else [name, *synonyms]
     for wanted in wanted_names:
         found = [option for option in within if option.name == wanted]
         own = [option for option in found if option.home is owner]
@@ -86,6 +87,15 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
     if near:
         return f"{refusal} Did you mean {next(option for option in within if option.name == near[0]).text(shown)}?"
     return refusal + near_matches(name, _parameters(owner))
+
+
+def other_name(owner: type[NamedOptions], name: str) -> str:
+    """A sentence about a name for which a class has another one, or advice; starts with a space, "" for any other."""
+    advice = _of(owner, "_advice").get(name)
+    if advice is not None:
+        return f" {advice}"
+    called = _synonym(owner, name)
+    return f" It is called {called!r}." if called in _parameters(owner) else ""
 
 
 def near_matches(name: str, known: Sequence[str] | set[str] | Mapping[str, Any]) -> str:
@@ -147,6 +157,19 @@ def _concrete(kind: type[NamedOptions]) -> list[type[NamedOptions]]:
     own = [] if inspect.isabstract(kind) or kind is NamedOptions or kind.__name__.startswith("_") else [kind]
     ours = [below for below in kind.__subclasses__() if below.__module__.startswith("cmap_defense.")]
     return own + [found for below in ours for found in _concrete(below)]
+
+
+def _of(kind: type[NamedOptions], attribute: str) -> dict[str, str]:
+    """``_synonyms`` or ``_advice`` of a class and of those that it extends."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        found |= vars(base).get(attribute, {})
+    return found
+
+
+def _synonym(kind: type[NamedOptions], name: str) -> str | None:
+    """What an option is called in a class; K and k are one name."""
+    return _of(kind, "_synonyms").get(name.lower())
 
 
 def _homes(options: Sequence[_Option]) -> list[type[NamedOptions]]:

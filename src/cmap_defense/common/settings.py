@@ -23,7 +23,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from cmap_defense.common.options import NamedOptions, near_matches
+from cmap_defense.common.options import NamedOptions, near_matches, other_name
 from cmap_defense.errors import SettingsError
 
 BOUNDS = ("minimum", "above", "maximum", "below", "choices", "pattern", "like")
@@ -57,7 +57,8 @@ class Settings(NamedOptions):
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise SettingsError(f"{cls.__name__} has no setting {name!r}.{near_matches(str(name), known)}")
+                meant = other_name(cls, str(name)) or near_matches(str(name), known)
+                raise SettingsError(f"{cls.__name__} has no setting {name!r}.{meant}")
         try:
             return cls(**values)
         except TypeError as error:

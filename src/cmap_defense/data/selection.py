@@ -17,7 +17,7 @@ from cmap_defense.common.files import tensor_checksum
 from cmap_defense.common.inputs import check_finite, check_images, check_unit_range
 from cmap_defense.data.folders import FolderImages
 from cmap_defense.data.images import ImageSource, LabelledImages
-from cmap_defense.data.sources import open_dataset
+from cmap_defense.data.sources import DATASETS, open_named
 from cmap_defense.data.subset import Subset
 from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import DataError, InputTypeError, InputValueError
@@ -40,7 +40,7 @@ def labelled_data(data: Any, channels: int | None = None) -> Any:
         images, labels = load_test_images()
         data = LabelledImages((images * 255).round().to(torch.uint8), labels, CLASS_NAMES)
     elif isinstance(data, (str, os.PathLike)):
-        data = open_dataset(data, "test")
+        data = open_named(data, "test", None, None, (*DATASETS, "embedded"))
     if isinstance(data, DataLoader):
         raise InputTypeError("data is a DataLoader, which gives batches: give its data set, loader.dataset.")
     if isinstance(data, FolderImages) and data.channels is None and channels is not None:

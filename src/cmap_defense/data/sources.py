@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cmap_defense.common.paths import expanded
@@ -38,6 +39,13 @@ def open_dataset(
         DataError: the data set is damaged or holds something else, has another size or other channels, or the download
             failed.
     """
+    return open_named(source, split, size, channels, DATASETS)
+
+
+def open_named(
+    source: str | os.PathLike[str], split: str, size: int | None, channels: int | None, names: Sequence[str]
+) -> ImageSource:
+    """The same for a caller who takes ``names``, those of which a mistyped one is compared with."""
     if split not in ("train", "test"):
         raise DataError(f'split must be "train" or "test", but is {split!r}.')
     text = os.fspath(source)
@@ -50,7 +58,7 @@ def open_dataset(
         data = npz_images(path)
     else:
         raise UnknownNameError(
-            f"There is no data set {text!r}.{near_matches(text, DATASETS)} "
+            f"There is no data set {text!r}.{near_matches(text, names)} "
             "An .npz file or a folder of class folders may be given too."
         )
     _, found, height, width = data.images.shape

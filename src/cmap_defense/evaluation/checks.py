@@ -167,7 +167,7 @@ def _clean(clean: Runs) -> Check:
         f"{found}, against {guess:.3f} for the most frequent class",
         "See whether the labels are numbered as the classifier's classes are, and whether --mean, --std and --resize "
         "are what it was trained with. Where the undefended model is right on the same images, the purification loses "
-        "what is in them: more --iterations, or a better backbone.",
+        "what is in them: choose less noise, for CMAP more iterations, or a better backbone.",
     )
 
 

@@ -147,9 +147,8 @@ def compare(
 
 def _check_models(models: object) -> None:
     if not isinstance(models, Mapping) or not models:
-        raise SettingsError(
-            f'models must be defences by their names, such as {{"one-step": model}}, but are {type(models).__name__}.'
-        )
+        given = "there are none" if isinstance(models, Mapping) else f"are {type(models).__name__}"
+        raise SettingsError(f'models must be defences by their names, such as {{"one-step": model}}, but {given}.')
 
 
 def compared(
@@ -174,7 +173,7 @@ def compared(
     variants = {name: (model, attacks) for name, model in models.items()}
     evaluations = dict(evaluations_of(variants, data, out, **options))
     if not all(evaluation.attacks[DEFENDED] for evaluation in evaluations.values()):
-        raise SettingsError('A comparison needs attacks: give attacks="exact", or some by name.')
+        raise SettingsError('A comparison needs attacks: give the name of a set, such as "exact", or attacks by name.')
     for evaluation in evaluations.values():  # before any work is done
         evaluation.check_folder()
         for task in evaluation.tasks.values():

@@ -497,6 +497,6 @@ def _attacks_by_name(
     if wrong and isinstance(model, PurifiedClassifier):
         raise SettingsError(
             f"{', '.join(wrong)}: attacks on latents, which {type(model.purifier).__name__} does not optimise. "
-            'Leave them out, or take a set by name, such as attacks="exact".'
+            'Leave them out, or take a set by its name, such as "exact", which leaves them out.'
         )
     return dict(attacks)

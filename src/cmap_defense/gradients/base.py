@@ -55,7 +55,7 @@ class Purification:
         if self.prepare is None:
             raise GradientError(
                 f"{mode!r} differentiates an optimisation over latents, which this purifier is not. "
-                "Use Unrolled(), which is exact for this purifier."
+                "Use Unrolled(), which differentiates every step of any purifier."
             )
         return self.prepare()
 

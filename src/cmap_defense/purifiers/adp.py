@@ -46,6 +46,10 @@ class ADP(MultiStepPurifier):
     """
 
     _sets_level: ClassVar[str] = "noise"
+    _synonyms: ClassVar[Mapping[str, str]] = {"steps": "iterations"}
+    _advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("level", "sigma"), "Its noise is half the level, for images in [0, 1]: ADP(noise=level / 2)."
+    )
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-low-noise": {"noise": 0.1}}
 
     noise: float = setting(0.25, above=0)
@@ -62,8 +66,8 @@ class ADP(MultiStepPurifier):
         return 2 * self.iterations
 
     def reverse(self, run: Run) -> Tensor:
-        known = getattr(run.denoise.backbone, "noise", None)
-        smallest = 0.001 if known is None else known.sigma_min / 2
+        known = getattr(getattr(run.denoise.backbone, "noise", None), "sigma_min", None)
+        smallest = 0.001 if known is None else known / 2
         x = ((run.images + 1) / 2 + self.noise * run.noise()).clamp(0, 1)
         levels = x.new_full((len(x),), self.noise)
         rows = torch.arange(len(x), device=x.device)

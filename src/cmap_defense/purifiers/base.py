@@ -19,6 +19,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents
+from cmap_defense.common.settings import require_integer, require_number
 from cmap_defense.errors import PurifierError, SettingsError, UnknownNameError, WrongKindError
 from cmap_defense.purifiers.pair import BackbonePair
 from cmap_defense.results import PurificationResult
@@ -49,6 +50,7 @@ class Purifier(NamedOptions, abc.ABC):
     """The setting that decides about ``level``, the strongest noise, where there is one."""
     _graphs: ClassVar[int] = 1
     """Graphs of the network in memory at once, in units of that of a backward pass."""
+    _synonyms: ClassVar[Mapping[str, str]] = {"k": "n_latents", "lr": "learning_rate"}
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     _without_presets: ClassVar[str] = "It has none."
 
@@ -139,14 +141,15 @@ class Purifier(NamedOptions, abc.ABC):
                 f'and modules of yours with kind = "{self.kind}".'
             )
         check_backbone(used, self.needs)
-        level, strongest = getattr(self, "level", None), getattr(used, "noise", None)
-        if level is not None and strongest is not None and level > strongest.sigma_max:
+        level = getattr(self, "level", None)
+        strongest = getattr(getattr(used, "noise", None), "sigma_max", None)
+        if level is not None and strongest is not None and level > strongest:
             setting = self._sets_level
             meaning = "" if setting == "level" else f", noise of level {level:g}"
             value = level if setting == "level" else getattr(self, setting)
             raise SettingsError(
                 f"{type(self).__name__}.{setting} is {value}{meaning}, but the backbone was trained for levels up to "
-                f"{strongest.sigma_max:g}: choose a lower {setting}."
+                f"{strongest:g}: choose a lower {setting}."
             )
 
     def fitting(self, backbone: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
@@ -199,7 +202,7 @@ class Purifier(NamedOptions, abc.ABC):
         Raises:
             UnknownNameError: there is no such preset; the message lists those that there are.
         """
-        if name not in cls._presets:
+        if not isinstance(name, str) or name not in cls._presets:
             known = f"There are: {', '.join(cls._presets)}." if cls._presets else cls._without_presets
             raise UnknownNameError(f"{cls.__name__} has no preset {name!r}. {known}")
         return cls.from_dict(cls._presets[name])
@@ -215,22 +218,36 @@ class Purifier(NamedOptions, abc.ABC):
         return {"class": qualified_name(self), **attributes}
 
 
-def check_call(purifier: Purifier) -> Purifier:
-    """The purifier. Raises ``PurifierError`` where its call does not take what ``PurifiedClassifier`` gives."""
+def check_purifier(purifier: Purifier) -> Purifier:
+    """The purifier. Raises ``PurifierError`` where what it declares is not valid, or its call does not take what
+    ``PurifiedClassifier`` gives."""
+    name = type(purifier).__name__
+    for attribute, known in (("needs", ("generate", "denoise", None)), ("kind", ("consistency", "denoiser", None))):
+        found = getattr(purifier, attribute)
+        if found not in known:
+            raise PurifierError(f"{name}.{attribute} must be {known[0]!r}, {known[1]!r} or None, but is {found!r}.")
+    try:
+        require_integer(name, "n_latents", purifier.n_latents, minimum=1)
+        require_integer(name, "passes", purifier.passes, minimum=0)
+        if getattr(purifier, "level", None) is not None:
+            require_number(name, "level", purifier.level, minimum=0)  # pyright: ignore[reportAttributeAccessIssue]
+    except SettingsError as error:
+        raise PurifierError(str(error)) from error
     given = ("seeds", "latents", "class_labels", "callback", "max_parallel", *purifier.call_options)
     try:
         inspect.signature(purifier).bind(None, None, **dict.fromkeys(given))
     except TypeError as error:
         raise PurifierError(
-            f"{type(purifier).__name__} must be called as purifier(backbone, images, *, {', '.join(given)}), but its "
+            f"{name} must be called as purifier(backbone, images, *, {', '.join(given)}), but its "
             f"__call__ is another: {error}. Arguments that it does not use can be **options, and settings belong to "
             "its constructor."
         ) from error
     return purifier
 
 
-def check_purified(result: object, images: Tensor, n_latents: int, name: str) -> None:
-    """Raise ``PurifierError`` unless a purifier of this name returned K versions in [0, 1] of images [B, C, H, W]."""
+def check_purified(result: object, images: Tensor, n_latents: int, name: str) -> PurificationResult:
+    """The result. Raises ``PurifierError`` unless a purifier of this name returned K versions in [0, 1] of images
+    [B, C, H, W]."""
     if not isinstance(result, PurificationResult):
         raise PurifierError(f"{name} must return a PurificationResult, but returned {type(result).__name__}.")
     expected, purified = [len(images), n_latents, *images.shape[1:]], result.images
@@ -240,12 +257,15 @@ def check_purified(result: object, images: Tensor, n_latents: int, name: str) ->
             f"{name} must return images [B, K, C, H, W], here {expected} since K is {n_latents} (n_latents, or that of "
             f"the latents given), but returned {came}."
         )
+    if not purified.numel():
+        return result
     low, high = torch.stack(purified.detach().aminmax()).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise PurifierError(f"{name} returned NaN or infinite images.")
     if low < -ROUNDING or high > 1 + ROUNDING:
         signed = " From [-1, 1] it is (images + 1) / 2." if low > -1 - ROUNDING and high < 1 + ROUNDING else ""
         raise PurifierError(f"{name} must return images in [0, 1], but they go from {low:.4g} to {high:.4g}.{signed}")
+    return result
 
 
 def _named(backbone: nn.Module) -> str:

@@ -16,7 +16,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds
 from cmap_defense.common.settings import Settings, near_matches, require_choice
 from cmap_defense.errors import InputValueError, SettingsError, UnknownNameError, WrongKindError
-from cmap_defense.purifiers.base import Purifier, check_call
+from cmap_defense.purifiers.base import Purifier, check_purified, check_purifier
 from cmap_defense.purifiers.cmap import CMAP
 from cmap_defense.purifiers.diffpure import DiffPure
 from cmap_defense.purifiers.pair import BackbonePair
@@ -53,6 +53,9 @@ class Chain(Settings, Purifier):
     """
 
     needs: ClassVar[str | None] = None
+    _advice: ClassVar[Mapping[str, str]] = {
+        "purifiers": "Give them one by one, without a name: Chain(DiffPure(t=100), CMAP())."
+    }
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: {"purifiers": (DiffPure.preset(name), CMAP.preset(name))} for name in ("cifar10-linf", "cifar10-l2")
     }
@@ -61,12 +64,16 @@ class Chain(Settings, Purifier):
     handed_on: str = "versions"
 
     def __init__(self, *purifiers: Purifier, handed_on: str = "versions") -> None:
+        if len(purifiers) == 1 and isinstance(purifiers[0], (list, tuple)):
+            raise SettingsError(
+                "A Chain takes its purifiers one by one: Chain(DiffPure(t=100), CMAP()), without a list."
+            )
         if not purifiers or not all(isinstance(purifier, Purifier) for purifier in purifiers):
             raise SettingsError(
                 f"A Chain is made of purifiers, such as Chain(DiffPure(t=100), CMAP()), but got {purifiers!r}. As "
                 "text: purifiers=(diffpure t=100, cmap)."
             )
-        object.__setattr__(self, "purifiers", tuple(map(check_call, purifiers)))
+        object.__setattr__(self, "purifiers", tuple(map(check_purifier, purifiers)))
         object.__setattr__(self, "handed_on", require_choice("Chain", "handed_on", handed_on, ("versions", "mean")))
 
     @property
@@ -167,7 +174,8 @@ class Chain(Settings, Purifier):
             first = n == 0 and not isinstance(purifier, Chain)  # which would derive the seeds of this chain again
             given = seeds if first else _seeds_of(seeds, n, self._versions(n))
             own = {name: value for name, value in options.items() if name in {*SHARED, *purifier.call_options}}
-            results.append(apply(purifier, backbone, current, seeds=given, class_labels=labels, **own))
+            found = apply(purifier, backbone, current, seeds=given, class_labels=labels, **own)
+            results.append(check_purified(found, current, purifier.n_latents, type(purifier).__name__))
         last, shape = results[-1], (count, self.n_latents)
         return dataclasses.replace(
             last,

@@ -27,7 +27,10 @@ Unloaded = str | os.PathLike[str] | nn.Module
 
 
 def loaded_with(
-    given: Unloaded | Sequence[Unloaded], wanted: Purifier | str | None, device: torch.device | None
+    given: Unloaded | Sequence[Unloaded],
+    wanted: Purifier | str | None,
+    device: torch.device | None,
+    remedy: str = "take a purifier that denoises, such as OneStep (--purifier one-step)",
 ) -> tuple[nn.Module, Purifier]:
     """A backbone, or a pair, and the purifier that runs on it.
 
@@ -35,6 +38,7 @@ def loaded_with(
         given: as for ``PurifiedClassifier``.
         wanted: a purifier, the name of a preset, or None for the one that goes with the backbone.
         device: where what is loaded here goes; None for the CPU.
+        remedy: what to do with a denoiser where CMAP needs a consistency model; empty for nothing.
 
     Raises:
         WrongKindError, BackboneError, SettingsError: the purifier does not run on it.
@@ -50,11 +54,9 @@ def loaded_with(
             wanted = default_purifier(loaded) if wanted is None else preset_purifier(loaded, wanted)
         wanted.check(loaded)
     except WrongKindError as error:
-        if kind == "denoiser":
+        if kind == "denoiser" or isinstance(wanted, Chain) or isinstance(given, (tuple, list)) or not remedy:
             raise
-        raise WrongKindError(
-            f"{error} With this one, take a purifier that denoises, such as OneStep (--purifier one-step)."
-        ) from error
+        raise WrongKindError(f"{error} With this one, {remedy}.") from error
     return loaded, wanted
 
 

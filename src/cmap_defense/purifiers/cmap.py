@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -26,28 +27,35 @@ from cmap_defense.results import PurificationResult
 __all__ = ["CMAP"]
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class CMAP(Purifier):
     """Consistency-model adversarial purification (arXiv 2412.08394, algorithm 1 without the classifier).
 
     With ``CMAPSettings(level=s)`` the latents live around the input at the noise level s, which is not the paper's: see
     ``CMAPSettings``.
+
+    Args:
+        settings: K, N and the other constants; None for the defaults.
+
+    Raises:
+        SettingsError: they are something else.
     """
 
-    optimises_latents = True
-    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **PRESETS,
-        "cifar10-linf": PRESETS["cifar10"],
-        "cifar10-l2": PRESETS["cifar10"],
-        "imagenet100-linf": PRESETS["imagenet100"],
-        "imagenet100-l2": PRESETS["imagenet100"],
-    }
+    optimises_latents: ClassVar[bool] = True
+    _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    settings: CMAPSettings
 
     def __init__(self, settings: CMAPSettings | None = None) -> None:
         if settings is not None and not isinstance(settings, CMAPSettings):
             raise SettingsError(
                 f"CMAP is made from CMAPSettings, such as CMAP(CMAPSettings(n_latents=4)), but got {settings!r}."
             )
-        self.settings = settings or CMAPSettings()
+        object.__setattr__(self, "settings", settings or CMAPSettings())
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields of its settings changed, validated again. Raises ``SettingsError``."""
+        return dataclasses.replace(self, settings=self.settings.replace(**changes))
 
     @property
     def needs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -170,9 +178,3 @@ class CMAP(Purifier):
 
     def __repr__(self) -> str:
         return f"CMAP({self.settings})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CMAP) and self.settings == other.settings
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.settings))

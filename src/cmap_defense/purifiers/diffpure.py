@@ -38,7 +38,7 @@ class DiffPure(MultiStepPurifier):
     Args:
         t: noise level, of 1000; 100 is a standard deviation of 0.34 for images in [-1, 1]. 0 gives the input back.
         solver: "sde", "ode" or "ddpm".
-        step: of the SDE and the ODE, in continuous time (0 to 1); 1e-3 is one step for each of the 1000 levels.
+        step: of the SDE and the ODE, in continuous time (1e-5 to 1); 1e-3 is one step for each of the 1000 levels.
         variance: of "ddpm": "fixedlarge" (beta) or "posterior".
         clip_denoised: clip the denoiser's output of "ddpm" to [-1, 1] in every step.
         n_latents: K, the purified versions of an image.
@@ -62,7 +62,7 @@ class DiffPure(MultiStepPurifier):
 
     t: int = setting(100, minimum=0, below=TOTAL + 1)
     solver: str = setting("sde", choices=("sde", "ode", "ddpm"))
-    step: float = setting(1e-3, above=0, maximum=1)
+    step: float = setting(1e-3, minimum=END, below=1)
     variance: str = setting("fixedlarge", choices=VARIANCES)
     clip_denoised: bool = setting(True)
     n_latents: int = setting(1, minimum=1)  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]

@@ -16,6 +16,7 @@ from cmap_defense.common.settings import require_integer, setting
 from cmap_defense.purifiers.multi_step import MultiStepPurifier, Run
 from cmap_defense.purifiers.steps import ddpm_step
 from cmap_defense.purifiers.vp import TOTAL, vp_scale, vp_sigma
+from cmap_defense.threat import require_linf_size
 
 __all__ = ["GDMP"]
 
@@ -87,6 +88,7 @@ class GDMP(MultiStepPurifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_linf_size("GDMP", "eps", self.eps)
         require_integer("GDMP", "t", self.t, minimum=0, below=self.levels + 1)
 
     @property

@@ -34,6 +34,9 @@ class GNSP(MultiStepPurifier):
     """
 
     _sets_level: ClassVar[str] = "rounds"
+    _advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("t", "level", "sigma"), "Its noise is that of its rounds, t of 1000 for each: GNSP(rounds=(30, 50))."
+    )
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "cifar10-linf": {},
         "cifar10-l2": {},

@@ -42,6 +42,10 @@ class LikelihoodMaximisation(MultiStepPurifier):
     """
 
     _sets_level: ClassVar[str] = "sigmas"
+    _synonyms: ClassVar[Mapping[str, str]] = {"steps": "iterations"}
+    _advice: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("level", "sigma"), "Its levels are drawn between two: LikelihoodMaximisation(sigmas=(0.4, 0.6))."
+    )
     _graphs: ClassVar[int] = 3
     _presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar10-linf": {}, "cifar10-l2": {}}
 

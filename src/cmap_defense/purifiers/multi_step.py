@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,6 +22,9 @@ from cmap_defense.purifiers.base import Purifier
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
+
+LARGEST = 100.0
+"""Magnitude of an image in [-1, 1], before it is clamped, from which it is taken for one of other units."""
 
 UNIFORM = 0x0F0F
 """Makes uniform numbers independent of the noise of the same seeds."""
@@ -85,12 +89,9 @@ class Denoiser:
         labels = () if class_labels is None else (class_labels,)
         if isinstance(sigma, Tensor) and not isinstance(self.backbone, KarrasModel):  # which may take numbers alone
             rows = zip(noisy.split(1), sigma, *(given.split(1) for given in labels), strict=True)
-            clean = torch.cat([self.call(*row) for row in rows])
+            clean = torch.cat([_denoised(self.call(*row), row[0]) for row in rows])
         else:
-            clean = self.call(noisy, sigma, *labels)
-        if not isinstance(clean, Tensor) or clean.shape != noisy.shape:
-            came = list(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-            raise BackboneError(f"The backbone's denoise must return {list(noisy.shape)}, but returned {came}.")
+            clean = _denoised(self.call(noisy, sigma, *labels), noisy)
         if torch.is_grad_enabled() and noisy.requires_grad and not clean.requires_grad:
             raise BackboneError.without_graph(
                 "noisy images"
@@ -115,6 +116,14 @@ class Denoiser:
             part = [argument[rows] if isinstance(argument, Tensor) else argument for argument in arguments]
             found.append(recomputed(function, *part, use_reentrant=False) if again else function(*part))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _denoised(clean: Any, noisy: Tensor) -> Tensor:
+    """What a backbone's ``denoise`` returned. Raises ``BackboneError`` where it is no tensor of the images' shape."""
+    if not isinstance(clean, Tensor) or clean.shape != noisy.shape:
+        came = list(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+        raise BackboneError(f"The backbone's denoise must return {list(noisy.shape)}, but returned {came}.")
+    return clean
 
 
 @dataclasses.dataclass
@@ -250,10 +259,16 @@ class MultiStepPurifier(Settings, Purifier):
                 callback,
             )
             found = self.reverse(run)
-        if not torch.isfinite(found.detach()).all():
+        largest = found.detach().abs().amax().item()
+        if not math.isfinite(largest):
             raise BackboneError(
                 "The backbone's images became NaN or infinite. A backbone in float16 overflows easily: use bfloat16 or "
                 "float32."
+            )
+        if largest > LARGEST:
+            raise BackboneError(
+                f"The purified images go up to {largest:.4g} before they are clamped to [-1, 1]. The backbone's "
+                f"denoise must return images in [-1, 1]; where it does, {self!r} diverges."
             )
         purified = ((found.clamp(-1, 1) + 1) / 2).unflatten(0, first.shape[:2])
         made = None if run.passes is None else run.passes.view(first.shape[:2]).sum(dim=1)

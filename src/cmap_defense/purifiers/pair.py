@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from cmap_defense.backbones.base import kind_of
+from cmap_defense.backbones.record import KINDS
+from cmap_defense.backbones.registry import names_of_kind
 from cmap_defense.common.modules import dtype_of
-from cmap_defense.errors import BackboneError
+from cmap_defense.errors import BackboneError, WrongKindError
 
 __all__ = ["BackbonePair"]
 
@@ -45,11 +47,15 @@ class BackbonePair(nn.Module):
 
     @classmethod
     def of(cls, backbones: Sequence[nn.Module]) -> BackbonePair:
-        """The pair of two backbones in any order. Raises ``BackboneError`` unless there is one of each kind."""
+        """The pair of two backbones in any order. Raises ``WrongKindError`` unless there is one of each kind."""
         by_kind = {kind_of(backbone): backbone for backbone in backbones}
         if len(backbones) != 2 or len(by_kind) != 2:
             kinds = ", ".join(kind_of(backbone) for backbone in backbones) or "nothing"
-            raise BackboneError(f"A pair of backbones is one consistency model and one denoiser, but got {kinds}.")
+            lacking = [f'of the kind "{kind}" are: {names_of_kind(kind)}' for kind in KINDS if kind not in by_kind]
+            remedy = f" For one backbone give it without a list; {'; '.join(lacking)}." if lacking else ""
+            raise WrongKindError(
+                f"A pair of backbones is one consistency model and one denoiser, but got {kinds}.{remedy}"
+            )
         return cls(by_kind["consistency"], by_kind["denoiser"])
 
     def member(self, kind: str | None) -> nn.Module:
