@@ -232,7 +232,7 @@ def test_a_folder_takes_more_images_and_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="not what a certification writes"):
         certify(smoothed, images, out=tmp_path, **SMALL)
     ResultsFolder(tmp_path / "comparison" / "one-step").begin({"tasks": {}})
-    with pytest.raises(EvaluationError, match="holds other evaluations"):
+    with pytest.raises(EvaluationError, match="holds evaluations"):
         certify(smoothed, images, out=tmp_path / "comparison", **SMALL)
 
 

@@ -1,9 +1,13 @@
 """What holds for every purifier: shapes, noise, chunks, cost, settings, and an exact gradient."""
 
+import copy
 import dataclasses
+import functools
 import json
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 
 import denoisers
 from cmap_defense import CMAPSettings, PurifiedClassifier, errors
+from cmap_defense.common.describe import describe
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -705,6 +710,23 @@ def test_cmap_is_frozen_and_replaces_its_settings() -> None:
         purifier.replace(n_latents=0)
 
 
+class Stronger(CMAP):
+    """CMAP with an option of its own."""
+
+    def __init__(self, settings: CMAPSettings | None = None, strength: float = 1.0) -> None:
+        super().__init__(settings)
+        self.strength = strength
+
+
+def test_a_subclass_of_cmap_keeps_its_options() -> None:
+    purifier = Stronger(strength=2.0)
+    for same in (purifier.replace(n_latents=3), copy.deepcopy(purifier), pickle.loads(pickle.dumps(purifier))):
+        assert isinstance(same, Stronger)
+        assert same.strength == 2.0
+    assert purifier.replace(n_latents=3).n_latents == 3
+    assert describe(Stronger(strength=1.0)) != describe(purifier)
+
+
 def test_a_chain_takes_its_purifiers_without_a_list() -> None:
     with pytest.raises(errors.SettingsError, match=r"one by one: Chain\(DiffPure\(t=100\), CMAP\(\)\), without a list"):
         Chain([OneStep(), CMAP()])  # pyright: ignore[reportArgumentType]
@@ -722,6 +744,10 @@ def test_the_remedy_for_a_chain_without_a_denoiser_is_a_pair() -> None:
     [
         ({"denoise": lambda noisy: noisy}, r"must have denoise\(noisy, sigma\), but its own is another"),
         ({"num_classes": 10}, r"must have denoise\(noisy, sigma, class_labels\), but its own is another"),
+        (
+            {"denoise": functools.wraps(lambda noisy, sigma: noisy)(lambda noisy: noisy)},
+            r"must have denoise\(noisy, sigma\), but its own is another",
+        ),
     ],
 )
 def test_a_backbone_whose_method_takes_other_arguments_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -730,6 +756,28 @@ def test_a_backbone_whose_method_takes_other_arguments_is_refused(changes: dict[
         setattr(backbone, name, value)
     with pytest.raises(errors.BackboneError, match=f"^CurvedDenoiser {message}"):
         model_of(OneStep(), backbone)
+
+
+def test_a_method_that_is_wrapped_counts_by_what_it_takes_itself() -> None:
+    backbone = CurvedDenoiser()
+    backbone.num_classes = 4
+    denoise = backbone.denoise
+
+    @functools.wraps(denoise)
+    def labelled(noisy: Tensor, sigma: Tensor | float, labels: Tensor) -> Tensor:
+        return denoise(noisy, sigma)
+
+    backbone.denoise = labelled
+    assert model_of(OneStep(), backbone, class_labels="spread")(images_of()).isfinite().all()
+
+
+@pytest.mark.parametrize("level", [torch.tensor(0.5), np.float32(0.5)], ids=["tensor", "numpy"])
+def test_a_level_may_be_a_number_of_a_library(level: Any) -> None:
+    class Own(Identity):
+        pass
+
+    Own.level = level
+    assert model_of(Own())(images_of()).isfinite().all()
 
 
 @pytest.mark.parametrize("purifier", [OneStep(), ADP(iterations=1), LikelihoodMaximisation(iterations=1)], ids=repr)
@@ -757,10 +805,10 @@ def test_images_of_other_units_are_not_clamped_silently() -> None:
         model_of(OneStep(), Bytes())(images_of())
 
 
-@pytest.mark.parametrize("solver", ["sde", "ddpm"])
-def test_functional_gradients_run_without_recomputation(solver: str) -> None:
+@pytest.mark.parametrize("purifier", [OneStep(), DiffPure(t=3), DiffPure(t=3, solver="ddpm")], ids=repr)
+def test_functional_gradients_run_without_recomputation(purifier: Purifier) -> None:
     """As docs/gradients.md says."""
-    model = model_of(DiffPure(t=3, solver=solver), gradient=Unrolled(checkpoint=False), max_parallel=8)
+    model = model_of(purifier, gradient=Unrolled(checkpoint=False), max_parallel=3)
     images = images_of()
     found = torch.func.grad(lambda given: model(given, seeds=SEEDS[:2]).square().sum())(images)
     expected = images.clone().requires_grad_()

@@ -202,6 +202,7 @@ DIFFERENT = {
     "class method": ("size = classmethod(lambda kind: 1)", "size = classmethod(lambda kind: 2)"),
     "setter": ("size = property(None, lambda self, x: 1)", "size = property(None, lambda self, x: 2)"),
     "partial": ("size = functools.partialmethod(int, base=2)", "size = functools.partialmethod(int, base=3)"),
+    "nested constant": ("size = (1, frozenset({1}))", "size = (1, frozenset({2}))"),
     "decorator": ("@times(2)\n    def size(self): return 1", "@times(3)\n    def size(self): return 1"),
 }
 
@@ -215,6 +216,41 @@ def test_what_a_class_without_source_is_made_of_shows(name: str) -> None:
 
     one, other = DIFFERENT[name]
     assert code(one) == code(one) != code(other) != {}
+
+
+def test_a_bound_method_without_source_has_the_code_of_its_function() -> None:
+    def code(value: int) -> dict[str, str]:
+        names: dict[str, Any] = {"__name__": "nowhere"}
+        exec(MADE.format(f"def size(self): return {value}"), names)
+        return own_code(names["Found"]().size)
+
+    assert code(1) == code(1) != code(2) != {}
+
+
+REMEMBERING = """
+def counted(function):
+    calls, seen = 0, {}
+    def call(self, x):
+        nonlocal calls
+        calls, seen[x] = calls + 1, True
+        return function(self, x)
+    return call
+
+class Found:
+    _cache = {}
+
+    @counted
+    def size(self, x):
+        self._cache[x] = True
+"""
+
+
+def test_what_code_without_source_remembers_is_no_part_of_it() -> None:
+    names: dict[str, Any] = {"__name__": "nowhere"}
+    exec(REMEMBERING, names)
+    before = own_code(names["Found"])
+    names["Found"]().size(3)
+    assert own_code(names["Found"]) == before != {}
 
 
 PROGRAM = """

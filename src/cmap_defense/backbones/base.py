@@ -99,7 +99,7 @@ def _check_call(backbone: nn.Module, method: str, *, conditional: bool) -> None:
     given += ["class_labels"] if conditional else []
     with contextlib.suppress(ValueError):  # code without a signature
         try:
-            inspect.signature(getattr(backbone, method)).bind(*given)
+            inspect.signature(getattr(backbone, method), follow_wrapped=False).bind(*given)
         except TypeError as error:
             raise BackboneError(
                 f"{type(backbone).__name__} must have {method}({', '.join(given)}), but its own is another: {error}."

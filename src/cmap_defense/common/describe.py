@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import functools
 import hashlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -23,6 +24,7 @@ _STANDARD = {"abc", "builtins", "collections", "dataclasses", "enum", "functools
 """Modules of Python whose classes other classes extend."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
+_MUTABLE = (list, dict, set)
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -35,7 +37,8 @@ def describe(part: object) -> Any:
         return describe_module(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = {field.name: describe(getattr(part, field.name)) for field in dataclasses.fields(part)}
-        return {"class": type(part).__name__, **fields, **own_code(part)}
+        options = _options(part, fields) if isinstance(part, NamedOptions) else {}
+        return {"class": type(part).__name__, **fields, **options, **own_code(part)}
     if isinstance(part, (list, tuple)):
         return [describe(value) for value in part]
     if part is None or isinstance(part, (bool, int, str)) or (isinstance(part, float) and math.isfinite(part)):
@@ -65,10 +68,11 @@ def own_code(thing: object) -> dict[str, str]:
 
 def _sources(part: Any) -> list[str]:
     """The source of a function or class. Where Python does not find it, as for code from standard input, what a
-    function is compiled to, with its defaults and the plain values that it was made with; of a class, its methods and
-    its plain values."""
+    function is compiled to, with its defaults and the constants that it was made with; of a class, its methods and its
+    plain values, but for private lists, dictionaries and sets, which are what a class remembers."""
     with contextlib.suppress(OSError, TypeError):
         return [inspect.getsource(part)]
+    part = getattr(part, "__func__", part)
     if not inspect.isclass(part):
         return [
             ADDRESS.sub("", repr(_compiled_function(layer))) for layer in _layers(part) if inspect.isfunction(layer)
@@ -77,7 +81,7 @@ def _sources(part: Any) -> list[str]:
     for name, value in vars(part).items():
         if inspect.isclass(value) and value.__qualname__ == f"{part.__qualname__}.{name}":
             found += _sources(value)
-        elif isinstance(value, _PLAIN) and not name.startswith("__"):
+        elif isinstance(value, _PLAIN) and not name.startswith("_" if isinstance(value, _MUTABLE) else "__"):
             found.append(ADDRESS.sub("", f"{name} = {_constant(value)!r}"))
         else:
             given = [getattr(value, place, None) for place in ("fget", "fset", "fdel", "func", "__func__")]
@@ -98,11 +102,13 @@ def _layers(function: Any) -> Iterator[Any]:
 
 def _compiled_function(function: FunctionType) -> tuple[Any, ...]:
     """What a function is made of, the same in every process of one version of Python."""
-    enclosed = []
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+    enclosed, code = [], function.__code__
+    changing = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a cell that is empty
-            enclosed += [(name, _constant(cell.cell_contents))] if isinstance(cell.cell_contents, _PLAIN) else []
-    return _compiled(function.__code__), _constant(function.__defaults__), _constant(function.__kwdefaults__), enclosed
+            kept = isinstance(cell.cell_contents, _PLAIN) and not isinstance(cell.cell_contents, _MUTABLE)
+            enclosed += [(name, _constant(cell.cell_contents))] if kept and name not in changing else []
+    return _compiled(code), _constant(function.__defaults__), _constant(function.__kwdefaults__), enclosed
 
 
 def _compiled(code: CodeType) -> tuple[Any, ...]:
@@ -167,14 +173,15 @@ def qualified_name(thing: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _options(value: NamedOptions) -> dict[str, Any]:
-    """The constructor's options, which are attributes of the object or of a dataclass among these."""
+def _options(value: NamedOptions, less: Collection[str] = ()) -> dict[str, Any]:
+    """The constructor's options, which are attributes of the object or of a dataclass among these; ``less`` are left
+    out."""
     attributes = dict(vars(value))
     for part in vars(value).values():
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             attributes = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | attributes
     names = inspect.signature(type(value).__init__).parameters
-    return {name: describe(attributes[name]) for name in names if name in attributes}
+    return {name: describe(attributes[name]) for name in names if name in attributes and name not in less}
 
 
 def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:

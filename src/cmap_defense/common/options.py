@@ -61,7 +61,7 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
     refusal = f"{owner.__name__} has no option {name!r}."
     shown = repr(value)
     shown = shown if len(shown) <= 40 and "\n" not in shown else "..."
-    advice = _of(owner, "_advice").get(name)
+    advice = _of(owner, "_advice").get(name.lower())
     if advice is not None:
         return f"{refusal} {advice}"
     within = list(_options(owner))
@@ -91,7 +91,7 @@ def unknown_option(owner: type[NamedOptions], name: str, value: object) -> str:
 
 def other_name(owner: type[NamedOptions], name: str) -> str:
     """A sentence about a name for which a class has another one, or advice; starts with a space, "" for any other."""
-    advice = _of(owner, "_advice").get(name)
+    advice = _of(owner, "_advice").get(name.lower())
     if advice is not None:
         return f" {advice}"
     called = _synonym(owner, name)
@@ -160,10 +160,10 @@ def _concrete(kind: type[NamedOptions]) -> list[type[NamedOptions]]:
 
 
 def _of(kind: type[NamedOptions], attribute: str) -> dict[str, str]:
-    """``_synonyms`` or ``_advice`` of a class and of those that it extends."""
+    """``_synonyms`` or ``_advice`` of a class and of those that it extends, by names in lower case."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        found |= vars(base).get(attribute, {})
+        found |= {name.lower(): words for name, words in vars(base).get(attribute, {}).items()}
     return found
 
 

@@ -92,15 +92,18 @@ class ResultsFolder:
             return
         now = _with_format(settings)
         begun = {name: task for name, task in before["tasks"].items() if self._begun(name)}
+        old = _installed_since(before, now)
         other = [name for name, task in begun.items() if now["tasks"].get(name) != task]
-        again = ", ".join(str(self.path / "units" / name) for name in other)
+        remedy = "Give the same settings to go on with it, or another folder."
+        if old | {"tasks": {}} == now | {"tasks": {}}:
+            folders = ", ".join(str(self.path / "units" / name) for name in other)
+            remedy += f" To do without the results of these tasks, delete {folders}."
         refuse_other_settings(
-            _installed_since(before, now) | {"tasks": now["tasks"] | begun},
+            old | {"tasks": now["tasks"] | begun},
             now,
             EvaluationError,
             what=f"{self.path} holds results of another evaluation",
-            remedy="Give the same settings to go on with it, or another folder."
-            + (f" To do without results of this one, delete {again}." if other else ""),
+            remedy=remedy,
             derived=("checks/", "search"),
             why_derived=" This follows from the attacks: the checks repeat one of them, and clean images are "
             "predicted as often as the longest search does.",
@@ -189,11 +192,10 @@ class ResultsFolder:
 def refuse_evaluations_below(path: Path) -> None:
     """Raise ``EvaluationError`` where folders in this one hold evaluations, as in that of a comparison or study."""
     for settings in path.glob("[!.]*/settings.json"):
-        try:
-            ResultsFolder(settings.parent).settings()
-        except EvaluationError:
-            continue
-        raise EvaluationError(f"{path} holds other evaluations, such as {settings.parent}. Give another folder.")
+        with contextlib.suppress(ValueError):
+            found = json.loads(settings.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and {"format", "tasks"} <= found.keys():
+                raise EvaluationError(f"{path} holds evaluations, such as {settings.parent}: give another folder.")
 
 
 def _installed_since(before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,13 +229,14 @@ def check_purifier(purifier: Purifier) -> Purifier:
     try:
         require_integer(name, "n_latents", purifier.n_latents, minimum=1)
         require_integer(name, "passes", purifier.passes, minimum=0)
-        if getattr(purifier, "level", None) is not None:
-            require_number(name, "level", purifier.level, minimum=0)  # pyright: ignore[reportAttributeAccessIssue]
+        level = getattr(purifier, "level", None)
+        if level is not None:
+            require_number(name, "level", level.item() if getattr(level, "ndim", 1) == 0 else level, minimum=0)
     except SettingsError as error:
         raise PurifierError(str(error)) from error
     given = ("seeds", "latents", "class_labels", "callback", "max_parallel", *purifier.call_options)
     try:
-        inspect.signature(purifier).bind(None, None, **dict.fromkeys(given))
+        inspect.signature(purifier, follow_wrapped=False).bind(None, None, **dict.fromkeys(given))
     except TypeError as error:
         raise PurifierError(
             f"{name} must be called as purifier(backbone, images, *, {', '.join(given)}), but its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -55,7 +56,9 @@ class CMAP(Purifier):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields of its settings changed, validated again. Raises ``SettingsError``."""
-        return dataclasses.replace(self, settings=self.settings.replace(**changes))
+        changed = copy.copy(self)
+        object.__setattr__(changed, "settings", self.settings.replace(**changes))
+        return changed
 
     @property
     def needs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
