@@ -103,6 +103,7 @@ def _check_call(backbone: nn.Module, method: str, *, conditional: bool) -> None:
         except TypeError as error:
             raise BackboneError(
                 f"{type(backbone).__name__} must have {method}({', '.join(given)}), but its own is another: {error}."
+                + (" It has num_classes, as a class-conditional backbone does." if conditional else "")
             ) from error
 
 

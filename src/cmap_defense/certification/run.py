@@ -18,13 +18,18 @@ from cmap_defense.certification.bounds import ABSTAIN, certified_radii, lower_bo
 from cmap_defense.certification.results import CertificationResult
 from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.certification.smoothed import ESTIMATION, SELECTION, SmoothedClassifier
-from cmap_defense.common.files import locked, refuse_other_settings, tensor_checksum, write_json
+from cmap_defense.common.files import (
+    locked,
+    refuse_evaluations_below,
+    refuse_other_settings,
+    tensor_checksum,
+    write_json,
+)
 from cmap_defense.common.passes import counting_passes
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.errors import EvaluationError, SettingsError
-from cmap_defense.evaluation.results import refuse_evaluations_below
 
 FORMAT = 1
 
@@ -241,7 +246,7 @@ class _Certification:
         path, settings = self.folder / "settings.json", self.settings.replace(batch_size=None).to_dict()
         now = {"format": FORMAT, "settings": settings, "model": self.smoothed.describe(self.images)}
         if not path.exists():
-            refuse_evaluations_below(self.folder)
+            refuse_evaluations_below(self.folder, EvaluationError)
             if write:
                 write_json(path, now)
             return

@@ -150,6 +150,15 @@ def tensor_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def refuse_evaluations_below(path: Path, error: type[CmapError]) -> None:
+    """Raise ``error`` where folders in this one hold evaluations, as in that of a comparison or study."""
+    for settings in path.glob("[!.]*/settings.json"):
+        with contextlib.suppress(ValueError):
+            found = json.loads(settings.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and {"format", "tasks"} <= found.keys():
+                raise error(f"{path} holds evaluations, such as {settings.parent}: give another folder.")
+
+
 def refuse_other_settings(
     before: Mapping[str, Any],
     now: Mapping[str, Any],

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cmap_defense.common.files import refuse_other_settings, write_text, written_whole
+from cmap_defense.common.files import refuse_evaluations_below, refuse_other_settings, write_text, written_whole
 from cmap_defense.errors import EvaluationError
 
 FORMAT = 3
@@ -111,7 +111,7 @@ class ResultsFolder:
 
     def _refuse_foreign(self) -> None:
         """Raise where the folder, which has no settings, has results, or files that an evaluation would overwrite."""
-        refuse_evaluations_below(self.path)
+        refuse_evaluations_below(self.path, EvaluationError)
         found = [name for name in WRITTEN if (self.path / name).exists()]
         found += ["units"] if any((self.path / "units").rglob("*.jsonl")) else []
         if found:
@@ -187,15 +187,6 @@ class ResultsFolder:
 
     def _file(self, unit: WorkUnit, suffix: str) -> Path:
         return self.path / "units" / unit.task / f"{unit.seed}-{unit.group:05d}{suffix}"
-
-
-def refuse_evaluations_below(path: Path) -> None:
-    """Raise ``EvaluationError`` where folders in this one hold evaluations, as in that of a comparison or study."""
-    for settings in path.glob("[!.]*/settings.json"):
-        with contextlib.suppress(ValueError):
-            found = json.loads(settings.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and {"format", "tasks"} <= found.keys():
-                raise EvaluationError(f"{path} holds evaluations, such as {settings.parent}: give another folder.")
 
 
 def _installed_since(before: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
