@@ -131,3 +131,10 @@ def test_an_l2_eps_larger_than_any_two_images_are_apart_is_refused():
     assert PGD(ThreatModel(norm="l2", eps=largest), steps=1)(linear, images, labels).images.shape == images.shape
     with pytest.raises(SettingsError, match=r"at most 12 apart in l2, but is 32; did you mean 32/255\?"):
         PGD(ThreatModel(norm="l2", eps=32), steps=1)(linear, images, labels)
+
+
+def test_linf_has_a_default_size_and_l2_has_none():
+    """8/255 in l2 is a ball in which nothing happens, and a headline about it would say nothing."""
+    assert ThreatModel().eps == 8 / 255
+    with pytest.raises(SettingsError, match=r"ThreatModel\.eps has no default in l2: give one, such as 0\.5"):
+        ThreatModel(norm="l2")

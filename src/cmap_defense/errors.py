@@ -77,7 +77,8 @@ class PurifierError(CmapError, ValueError):
 
 
 class AttackError(CmapError, ValueError):
-    """The search of an attack returned something else than candidates."""
+    """The search of an attack returned something else than candidates, or a loss something else than a number for each
+    image."""
 
 
 class BackboneError(CmapError, TypeError):

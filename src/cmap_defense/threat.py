@@ -33,17 +33,23 @@ class ThreatModel(Settings):
 
     Attributes:
         norm: "linf" (largest absolute difference) or "l2" (Euclidean norm over C x H x W).
-        eps: the distance, 0 at least, in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", and for
-            "l2" at most sqrt(C H W) of the images attacked.
+        eps: the distance, 0 at least, in units of images in [0, 1]: 8/255, not 8. It is at most 1 for "linf", where
+            8/255 is the default, and for "l2", which has none, at most sqrt(C H W) of the images attacked.
 
     Raises:
         SettingsError: a value is out of its range.
     """
 
     norm: str = setting("linf", "Norm that bounds the perturbation.", choices=("linf", "l2"))
-    eps: float = setting(8 / 255, "Largest perturbation, for images in [0, 1]: 8/255, not 8.", minimum=0)
+    eps: float = setting(
+        None, "Largest perturbation, for images in [0, 1]: 8/255, not 8.", minimum=0, default_help="8/255; l2 has none"
+    )
 
     def __post_init__(self) -> None:
+        if self.eps is None:
+            if self.norm == "l2":
+                raise SettingsError("ThreatModel.eps has no default in l2: give one, such as 0.5 for 3 x 32 x 32.")
+            object.__setattr__(self, "eps", 8 / 255)
         super().__post_init__()
         if self.norm == "linf":
             require_linf_size("ThreatModel", "eps", self.eps)

@@ -28,7 +28,20 @@ from attack_toys import (
     suite,
     wrapped,
 )
-from cmap_defense.attacks import PGD, SPSA, Attack, AttackResult, Candidates, Goal, Oracle, ThreatModel, Transfer
+from cmap_defense import PurifiedClassifier
+from cmap_defense.attacks import (
+    PGD,
+    SPSA,
+    Attack,
+    AttackResult,
+    Candidates,
+    CrossEntropy,
+    Goal,
+    Loss,
+    Oracle,
+    ThreatModel,
+    Transfer,
+)
 from cmap_defense.attacks.goal import margin
 from cmap_defense.errors import AttackError, CmapError, InputTypeError, InputValueError, SettingsError
 from toys import noise, uniform
@@ -391,3 +404,62 @@ def test_a_history_has_the_same_names_in_each_restart(names: tuple[str | None, s
 
     with pytest.raises(AttackError, match=r"^Own\.run must return a history of the same names in each restart"):
         Own(THREATS["linf"], restarts=2)(linear, *labelled())
+
+
+def normalised() -> PurifiedClassifier:
+    return wrapped(normalize=(0.5, 0.25), inputs="normalized").eval()
+
+
+def test_a_method_of_a_model_for_normalised_images_is_attacked_on_unit_images() -> None:
+    images, labels = labelled()
+    plain = PGD(THREATS["linf"], steps=2)(wrapped(normalize=(0.5, 0.25)).eval().undefended, images, labels)
+    found = PGD(THREATS["linf"], steps=2)(normalised().undefended, images, labels)
+    torch.testing.assert_close(found.images, plain.images)
+
+
+@pytest.mark.parametrize("inside", [torch.nn.Sequential, torch.nn.DataParallel])
+def test_a_model_for_normalised_images_inside_another_is_refused(inside: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"In this {inside.__name__} is a PurifiedClassifier for n"):
+        PGD(THREATS["linf"], steps=1)(inside(normalised()), *labelled())
+    PGD(THREATS["linf"], steps=1)(inside(normalised().variant(inputs="unit")), *labelled())
+
+
+@pytest.mark.parametrize("model", ["fashion-mnist-ct", torch.nn.Linear], ids=["name", "class"])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(SettingsError, match="A model takes images and returns logits"):
+        PGD(THREATS["linf"], steps=1)(model, *labelled())
+
+
+class Own(Loss):
+    """A loss of a user's."""
+
+    def __init__(self, returns: Callable[[Tensor, Goal], Any]) -> None:
+        self.returns = returns
+
+    def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
+        return self.returns(logits, goal)
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        (lambda logits, goal: logits.sum(), r"must return one number for each image, \[3\] here, .* but returned \[\]"),
+        (lambda logits, goal: logits.sum(dim=2), r"must .* returned \[1, 3\]"),
+        (lambda logits, goal: [0.0] * 3, "must .* returned list"),
+        (lambda logits, goal: logits.detach().sum(dim=(0, 2)), "does not depend on the logits for autograd"),
+    ],
+)
+def test_what_a_loss_returns_is_checked(returns: Callable[[Tensor, Goal], Any], message: str) -> None:
+    with pytest.raises(AttackError, match=f"^Own {message}"):
+        PGD(THREATS["linf"], steps=1, loss=Own(returns))(linear, *labelled())
+    if "autograd" not in message:
+        with pytest.raises(AttackError, match=f"^Own {message}"):
+            SPSA(THREATS["linf"], steps=1, loss=Own(returns))(linear, *labelled())
+
+
+def test_feedback_takes_a_goal_and_a_loss() -> None:
+    images, labels = labelled()
+    oracle = Oracle(linear, torch.arange(3))
+    for goal, loss in ((labels, CrossEntropy()), (Goal(labels), torch.nn.functional.cross_entropy)):
+        with pytest.raises(SettingsError, match="feedback takes a Goal"):
+            oracle.feedback(images, goal, loss, 1)  # pyright: ignore[reportArgumentType]

@@ -112,10 +112,13 @@ def test_without_the_library_the_error_names_the_extra(attack: type[Attack], mon
 
 
 @pytest.mark.parametrize("which", [0, 1, 3, 4])
-def test_a_model_without_a_gradient_is_an_error(which: int) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_without_a_gradient_is_an_error(which: int, trained: bool) -> None:
+    """Also where its logits have one to its own weights."""
     images, labels = labelled()
+    weight = torch.ones((), requires_grad=trained)
     with pytest.raises(GradientError):
-        small(ThreatModel())[which](lambda x: linear(x).detach(), images, labels)
+        small(ThreatModel())[which](lambda x: weight * linear(x).detach(), images, labels)
 
 
 @pytest.mark.parametrize("attack", [APGD, AutoAttack])

@@ -147,7 +147,7 @@ def test_help_shows_the_groups(run: Run) -> None:
         "Other options:",
     ]
     assert lines[-1].split() == ["-h,", "--help", "Show", "this", "message", "and", "exit."]
-    assert "[default: 8/255; x>=0]" in " ".join(" ".join(lines).split())
+    assert "[default: (8/255; l2 has none); x>=0]" in " ".join(" ".join(lines).split())
 
 
 @pytest.mark.parametrize("path", [path for path, command in COMMANDS.items() if isinstance(command, click.Group)])

@@ -90,6 +90,7 @@ MISTAKES = [
         2,
         "DiffPure.step must be below 1, but is 1.",
     ),
+    (f"evaluate {MODEL} -o out --norm l2", 2, "has no default in l2: give one, such as 0.5"),
     ("detect -b fashion-mnist-edm --purifier-set level=1 -o out", 1, "CMAP needs a consistency model"),
     (
         "quality -b fashion-mnist-edm -c embedded -d embedded --purifier-set level=1 -o out",

@@ -42,7 +42,7 @@ HOMES: list[tuple[type, dict[str, Any], str]] = [
     (PurifiedClassifier, {"normalise": (0.5, 0.5)}, "PurifiedClassifier(..., normalize=(0.5, 0.5))"),
     (PurifiedClassifier, {"level": 0.5}, "of OneStep: PurifiedClassifier(..., purifier=OneStep(level=0.5))"),
     (PGD, {"eps": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
-    (PGD, {"norm": "l2", "steps": 3}, "PGD(ThreatModel(norm='l2'), ...)"),
+    (PGD, {"norm": "linf", "steps": 3}, "PGD(ThreatModel(norm='linf'), ...)"),
     (PGD, {"epsilon": 0.1}, "PGD(ThreatModel(eps=0.1), ...)"),
     (PGD, {"iterations": 3}, "PGD(..., steps=3)"),
     (PGD, {"restart": 3}, "PGD(..., restarts=3)"),

@@ -15,7 +15,7 @@ from cmap_defense.attacks import PGD, Margin, ThreatModel, Transfer
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import differences, tensor_checksum
 from cmap_defense.evaluation.describe import describe_model, describe_software
-from cmap_defense.gradients import Unrolled
+from cmap_defense.gradients import GradientMode, Unrolled
 from cmap_defense.purifiers import BackbonePair, OneStep
 
 PARTS = [("weight", torch.arange(6.0).view(2, 3)), ("bias", torch.tensor([1.0, -0.0])), ("steps", torch.tensor(3))]
@@ -84,6 +84,32 @@ CHANGES: dict[str, tuple[Callable[[], Any], str]] = {
     "precision": (lambda: wrapped(classifier=Linear().double()), "classifier.precision: torch.float32 before, "),
     "classifier's class": (lambda: wrapped(classifier=linear), "classifier.class: attack_toys.Linear before, "),
 }
+
+
+class Scaled(GradientMode):
+    """A gradient mode of a user's."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def purify(self, purification: Any) -> Any: ...
+
+
+def test_the_options_of_a_gradient_mode_of_a_user_show() -> None:
+    found = [describe_model(wrapped(gradient=Scaled(factor))) for factor in (1.0, 1.0, -1.0)]
+    assert found[0] == found[1] != found[2]
+    assert Scaled(1.0) == Scaled(1.0) != Scaled(-1.0)
+    assert repr(Scaled(2.0)) == "Scaled(factor=2.0)"
+
+
+def test_hooks_show_while_they_are_registered() -> None:
+    model = wrapped()
+    before = describe_model(model)
+    with model.register_latent_hook(lambda state: None, iterations={0}):
+        inside = describe_model(model)
+    assert describe_model(model) == before != inside
+    with model.register_latent_hook(lambda state: state.latents, iterations={0}):
+        assert describe_model(model) != inside
 
 
 @pytest.mark.parametrize("name", CHANGES)

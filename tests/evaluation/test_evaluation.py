@@ -302,7 +302,9 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
     assert all(weight.grad is None for weight in model.parameters())
     assert attributes(model) == before
     assert len(model._latent_hooks) == 0
-    evaluation(tmp_path / "eval", model.eval(), **attacked).run()
+    again = evaluation(tmp_path / "eval", model.eval(), **attacked)
+    with model.register_latent_hook(watch):  # which is part of the settings
+        again.run()
     assert results(tmp_path / "training") == results(tmp_path / "eval")
 
 
@@ -370,7 +372,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "batches": ({"data": DataLoader(TensorDataset(*labelled(2)))}, InputTypeError, r"loader\.dataset"),
     "images of another size": ({"data": labelled(2, size=(9, 6))}, InputValueError, "8 x 6 images, but"),
     "a suite of another name": ({"attacks": "standart"}, SettingsError, "'standart'.*'standard'"),
-    "attacks without names": ({"attacks": [attacks()["bpda-eot"]]}, SettingsError, "attacks by name, .* are list"),
+    "attacks without names": (
+        {"attacks": [attacks()["bpda-eot"]]},
+        SettingsError,
+        "attacks must be the name of a set, or a dictionary",
+    ),
     "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),
     "an attack of a taken name": ({"attacks": {"clean": attacks()["bpda-eot"]}}, SettingsError, '"clean" is'),
     "a size twice": ({"threat": THREAT}, SettingsError, "attacks of your own have theirs"),
@@ -380,6 +386,14 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     "a class for a model": ({"model": Linear}, SettingsError, "A model takes images"),
     "a class for a baseline": ({"baselines": {"other": Linear}}, SettingsError, "A model takes images"),
     "no threads": ({"threads": 0}, SettingsError, "threads must be at least 1"),
+    "a number for a name": (
+        {"attacks": {1: PGD(THREAT)}},
+        SettingsError,
+        "Names of attacks must be texts",
+    ),
+    "a list of baselines": ({"baselines": [Linear()]}, SettingsError, "baselines must be a dictionary"),
+    "a list of their attacks": ({"baseline_attacks": [PGD(THREAT)]}, SettingsError, "baseline_attacks must be a dict"),
+    "no attack among these": ({"baseline_attacks": {"x": 3}}, SettingsError, r"baseline_attacks\['x'\] must be an att"),
     "no data": ({"data": None}, InputTypeError, "NoneType has none"),
     "data as a dictionary": ({"data": {"images": 1}}, InputTypeError, r"give a pair, \(images, labels\)"),
     "a number for a subset": ({"subset": 2}, SettingsError, r"such as Subset\(count=512\), but is 2"),

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense import CMAPSettings, PurifiedClassifier
-from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone
+from cmap_defense.backbones import CompactUNet, CompactUNetConfig, ConsistencyBackbone, NoiseRange
 from cmap_defense.cmap.voting import log_mean_probability
-from cmap_defense.errors import GradientError, SettingsError
+from cmap_defense.errors import GradientError, PurifierError, SettingsError
 from cmap_defense.gradients import Detached, GradientMode, Implicit, StraightThrough, Surrogate, Unrolled
+from cmap_defense.gradients.base import Purification
+from cmap_defense.results import PurificationResult
 from toys import ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
@@ -210,12 +212,50 @@ def test_modes_are_values_that_print_what_they_are(mode: GradientMode):
         (Unrolled, {"last": 0, "l1_smoothing": -1.0, "max_growth": 0.0}),
         (Implicit, {"iterations": 0, "damping": -0.1, "tolerance": float("nan")}),
         (Surrogate, {"sigma": 0.0, "steps": 0}),
+        (Surrogate, {"sigma": 0.001}),
     ],
 )
 def test_settings_out_of_range_are_refused(kind: type[GradientMode], wrong: dict):
     for name, value in wrong.items():
         with pytest.raises(SettingsError, match=name):
             kind(**{name: value})
+
+
+def test_a_surrogate_at_a_level_that_the_backbone_does_not_know_is_refused():
+    model = wrapped(Surrogate(90.0))
+    gradient_of(model)
+    model.backbone.noise = NoiseRange(sigma_max=80.0)
+    with pytest.raises(SettingsError, match="sigma is 90, but the backbone was trained for levels up to 80"):
+        gradient_of(model)
+
+
+@pytest.mark.parametrize("mode", [Unrolled(), Unrolled(last=2), Implicit()], ids=repr)
+def test_second_derivatives_through_the_loop_are_an_error_and_no_zeros(mode: GradientMode):
+    model = wrapped(mode)
+    with pytest.raises(GradientError, match="Second derivatives through the optimisation over latents"):
+        torch.autograd.functional.hvp(lambda images: loss_of(model, images), IMAGES, DIRECTION)
+    leaf = IMAGES.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(model, leaf), leaf, create_graph=True)
+    with pytest.raises(GradientError, match=r"StraightThrough\(\) or Surrogate\(\)"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("mode", [StraightThrough(), Surrogate()], ids=repr)
+def test_these_modes_have_second_derivatives(mode: GradientMode):
+    second = torch.autograd.functional.hvp(lambda images: loss_of(wrapped(mode), images), IMAGES, DIRECTION)[1]
+    assert second.abs().max() > 0
+
+
+class Wrong(GradientMode):
+    """One of a user's that returns something else."""
+
+    def purify(self, purification: Purification) -> PurificationResult:
+        return purification.run().images  # pyright: ignore[reportReturnType]
+
+
+def test_what_a_mode_of_a_user_returns_is_checked_by_its_name():
+    with pytest.raises(PurifierError, match=r"^Wrong\.purify must return a PurificationResult, but returned Tensor"):
+        wrapped(Wrong())(IMAGES)
 
 
 def test_surrogate_without_denoise_says_so():

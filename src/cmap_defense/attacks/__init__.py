@@ -8,6 +8,7 @@ from cmap_defense.attacks.goal import CrossEntropy, Goal, Loss, Margin, VoteMarg
 from cmap_defense.attacks.latents import LatentAttack, Overpowered
 from cmap_defense.attacks.libraries import APGD, Square
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, SeededModel
+from cmap_defense.attacks.precomputed import Precomputed
 from cmap_defense.attacks.steps import PGD, SPSA, StepAttack, random_point
 from cmap_defense.attacks.suites import SUITES, exact_suite, full_suite, paper_suite, standard_suite, suite
 from cmap_defense.attacks.transfer import NoiseAndDenoise, Shortened, Source, Transfer, Undefended
@@ -34,6 +35,7 @@ __all__ = [
     "NoiseAndDenoise",
     "Oracle",
     "Overpowered",
+    "Precomputed",
     "SeededModel",
     "ShortCMAP",
     "Shortened",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.goal import Goal, margin
-from cmap_defense.attacks.oracle import Model, Oracle, usable
+from cmap_defense.attacks.oracle import Model, Oracle, on_unit_images, usable
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe, qualified_name
 from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
@@ -203,8 +203,7 @@ class Attack(NamedOptions, abc.ABC):
             )
         name = type(self).__name__
         require_integer(name, "reevaluations", reevaluations, minimum=1)
-        if isinstance(model, PurifiedClassifier):
-            model = model.on_unit_images()
+        model = on_unit_images(model)
         index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))

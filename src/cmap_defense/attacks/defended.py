@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.base import A_MODE
-from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin
+from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin, loss_of
 from cmap_defense.attacks.latents import LatentAttack
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, finite_rows, raw_gradient
 from cmap_defense.attacks.steps import StepAttack
@@ -68,7 +68,7 @@ class ShortCMAP(StepAttack):
                 result = short.purify(leaf, latents=carried[0])
                 assert result.logits is not None
                 logits = log_mean_probability(result.logits)
-                loss = self.loss(logits[None], goal)
+                loss = loss_of(self.loss, logits[None], goal)
                 gradient = oracle.gradient_to(leaf, loss.sum())
             carried[:] = [result.latents.detach()]
             return Feedback(loss.detach(), gradient, goal.reached(logits.detach().argmax(dim=1)).float())
@@ -190,7 +190,7 @@ class FrozenResidual(StepAttack):
             found = torch.cat([wrapper.undefended(images[own] + part, check=False) for own, part in pairs])
         with torch.enable_grad():
             logits = found.unflatten(0, residuals.shape[:2]).requires_grad_()
-            loss = self.loss(logits, goal)
+            loss = loss_of(self.loss, logits, goal)
             (pull,) = torch.autograd.grad(loss.sum(), logits)
             gradient, finite = torch.zeros_like(images), torch.ones_like(goal.labels, dtype=torch.bool)
             for (own, part), weight in zip(pairs, pull.flatten(0, 1).split(size), strict=True):

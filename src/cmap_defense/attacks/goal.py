@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmap_defense.common.options import NamedOptions
+from cmap_defense.errors import AttackError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +65,21 @@ class Loss(NamedOptions, abc.ABC):
     @abc.abstractmethod
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         """The loss [B] of each image, from logits [S, B, classes] of S evaluations with independent noise."""
+
+
+def loss_of(loss: Loss, logits: Tensor, goal: Goal) -> Tensor:
+    """The loss [B] of logits [S, B, classes]. Raises ``AttackError`` where a loss of a user returns something else, or
+    nothing that depends on the logits for autograd."""
+    found, name = loss(logits, goal), type(loss).__name__
+    if not isinstance(found, Tensor) or found.shape != logits.shape[1:2]:
+        came = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise AttackError(
+            f"{name} must return one number for each image, [{logits.shape[1]}] here, from logits "
+            f"{list(logits.shape)} of [samples, images, classes], but returned {came}."
+        )
+    if logits.requires_grad and torch.is_grad_enabled() and not found.requires_grad:
+        raise AttackError(f"{name} does not depend on the logits for autograd: leave detach() and no_grad() out of it.")
+    return found
 
 
 A_LOSS = "an object: CrossEntropy(), Margin() or VoteMargin()"

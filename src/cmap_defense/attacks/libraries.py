@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates, GradientAttack
 from cmap_defense.attacks.goal import Goal, margin
-from cmap_defense.attacks.oracle import Oracle, finite_rows, gradient_length, gradient_to
+from cmap_defense.attacks.oracle import Oracle, finite_rows, gradient_length, gradient_to, raw_gradient
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.optional import optional_import
@@ -242,7 +242,7 @@ class _ToImages(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
-        (found,) = torch.autograd.grad(ctx.logits, ctx.leaf, grad_outputs[0], retain_graph=True)
+        found = raw_gradient(ctx.leaf, ctx.logits, grad_outputs[0], retain_graph=True)
         gradient, finite = finite_rows(found)
         if ctx.gradients_of is not None:
             ctx.gradients_of.finite.append(finite)

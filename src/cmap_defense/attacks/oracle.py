@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.goal import Goal, Loss
+from cmap_defense.attacks.goal import Goal, Loss, loss_of
 from cmap_defense.classifier import LatentAccess, PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.common.inputs import check_logits
@@ -61,6 +63,29 @@ class Feedback:
     reached: Tensor
 
 
+def on_unit_images(model: Any) -> Any:
+    """The model on images in [0, 1].
+
+    Raises:
+        SettingsError: it is none, or has a purified classifier for normalised images in it, which cannot be changed
+            from outside.
+    """
+    if not callable(model) or isinstance(model, type):
+        raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
+    if isinstance(model, PurifiedClassifier):
+        return model.on_unit_images()
+    inside = module_behind(model)
+    if isinstance(inside, PurifiedClassifier) and isinstance(model, types.MethodType):
+        return getattr(inside.on_unit_images(), model.__name__)
+    for part in () if inside is None else inside.modules():
+        if isinstance(part, PurifiedClassifier) and part.preprocessing.inputs != "unit":
+            raise SettingsError(
+                f"In this {type(inside).__name__} is a PurifiedClassifier for normalised images, and attacks give them "
+                'in [0, 1]: give the PurifiedClassifier itself, or put model.variant(inputs="unit") there.'
+            )
+    return model
+
+
 def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
     """The gradient [B, C, H, W] of a scalar loss with respect to images; 0 for an image for which it is not finite.
 
@@ -69,9 +94,12 @@ def gradient_to(images: Tensor, loss: Tensor) -> Tensor:
     return finite_rows(raw_gradient(images, loss))[0]
 
 
-def raw_gradient(images: Tensor, loss: Tensor) -> Tensor:
-    """The gradient as autograd returns it, NaN and infinite values included. Raises as ``gradient_to``."""
-    found = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
+def raw_gradient(images: Tensor, loss: Tensor, weights: Tensor | None = None, **options: Any) -> Tensor:
+    """The gradient as autograd returns it, NaN and infinite values included; ``weights`` and ``options`` are those of
+    ``torch.autograd.grad``. Raises as ``gradient_to``."""
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss, images, weights, allow_unused=True, **options)
     if found is None:
         raise GradientError(
             "This attack needs a gradient, but the model's logits do not depend on the images for autograd. Leave "
@@ -292,13 +320,18 @@ class Oracle:
         Raises:
             GradientError: the logits do not depend on the images for autograd.
         """
+        if not isinstance(loss, Loss) or not isinstance(goal, Goal):
+            raise SettingsError(
+                "feedback takes a Goal, such as the one that run is given, and a loss such as CrossEntropy(), but got "
+                f"{type(goal).__name__} and {type(loss).__name__}."
+            )
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
             groups = [samples] if loss.joint else [1] * samples
             value, gradient, reached = torch.zeros(()), torch.zeros_like(leaf), torch.zeros(())
             for group in groups:
                 logits = torch.stack([self(leaf) for _ in range(group)])
-                part = loss(logits, goal)
+                part = loss_of(loss, logits, goal)
                 partial = self.gradient_to(leaf, part.sum())
                 if balanced and not loss.joint:
                     partial = unit(partial)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates, GradientAttack
-from cmap_defense.attacks.goal import A_LOSS, CrossEntropy, Goal, Loss, Margin
+from cmap_defense.attacks.goal import A_LOSS, CrossEntropy, Goal, Loss, Margin, loss_of
 from cmap_defense.attacks.oracle import Feedback, Oracle, by_largest, gradient_length, unit, wide
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
@@ -194,7 +194,7 @@ class SPSA(StepAttack):
                 for sign in (1, -1):
                     again = self.common_noise and sign == -1
                     logits = oracle((images + sign * self.delta * direction).clamp(0, 1), again=again)
-                    ends.append(self.loss(logits[None], goal))
+                    ends.append(loss_of(self.loss, logits[None], goal))
                     reached += goal.reached(logits.argmax(dim=1)) / (2 * self.pairs)
                 slope += wide(ends[0] - ends[1]) * direction / (2 * self.delta * self.pairs)
                 loss += (ends[0] + ends[1]) / (2 * self.pairs)

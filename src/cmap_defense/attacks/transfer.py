@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmap_defense.attacks.base import Attack, Candidates, check_candidates, has_latents
 from cmap_defense.attacks.goal import Goal
-from cmap_defense.attacks.oracle import Model, Oracle, SeededModel
+from cmap_defense.attacks.oracle import Model, Oracle, SeededModel, on_unit_images
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.inputs import signed_word
 from cmap_defense.common.modules import evaluating
@@ -19,7 +19,7 @@ from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
 from cmap_defense.common.settings import check_fields, setting
 from cmap_defense.errors import GradientError, SettingsError
-from cmap_defense.gradients.surrogate import surrogate_images
+from cmap_defense.gradients.surrogate import SIGMA_MIN, surrogate_images
 from cmap_defense.threat import ThreatModel
 
 
@@ -85,7 +85,7 @@ class NoiseAndDenoise(Source):
         SettingsError: a value is out of its range.
     """
 
-    sigma: float = setting(0.1395, above=0.0)
+    sigma: float = setting(0.1395, minimum=SIGMA_MIN)
     steps: int = setting(1, minimum=1)
     straight_through: bool = setting(False)
 
@@ -163,7 +163,6 @@ class Transfer(Attack):
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         source = self.source.of(oracle.wrapper(self)) if isinstance(self.source, Source) else self.source
-        if isinstance(source, PurifiedClassifier):
-            source = source.on_unit_images()
+        source = on_unit_images(source)
         with evaluating(source):
             return check_candidates(self.attack.run(oracle.of(source), clean, goal), clean, self.attack)

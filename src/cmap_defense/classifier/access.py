@@ -152,7 +152,13 @@ class LatentAccess(NamedOptions, nn.Module):
         if getattr(self.backbone, "denoise", None) is None:
             return None
 
+        strongest = getattr(getattr(self.backbone, "noise", None), "sigma_max", None)
+
         def denoised(noisy: Tensor, sigma: float) -> Tensor:
+            if strongest is not None and sigma > strongest:
+                raise SettingsError(
+                    f"sigma is {sigma:g}, but the backbone was trained for levels up to {strongest:g}: choose a lower."
+                )
             call = caster(self.backbone, noisy.device, "denoise")
             chunks = latent_chunks(noisy, class_labels, self.max_parallel)
             clean = torch.cat([call(images, sigma, *labels) for images, *labels in chunks])

@@ -412,6 +412,11 @@ class PurifiedClassifier(LatentAccess):
             )
         return self._latent_hooks.register(hook, iterations, live)
 
+    @property
+    def latent_hooks(self) -> tuple[LatentHook, ...]:
+        """The hooks that are registered, in order."""
+        return tuple(self._latent_hooks)
+
     def train(self, mode: bool = True) -> Self:
         """Set the classifier's mode; the backbone stays in eval mode."""
         super().train(mode)
@@ -461,7 +466,7 @@ class PurifiedClassifier(LatentAccess):
             passes = len(small) * self.purifier.passes * n_latents // self.purifier.n_latents
             with showing_passes(passes, "purifying", progress):
                 result = self.gradient.purify(self._purification(small, chosen, latents, labels, extra, callback))
-            check_purified(result, small, n_latents, type(self.purifier).__name__)
+            check_purified(result, small, n_latents, f"{type(self.gradient).__name__}.purify")
             flat = self.preprocessing.resized(result.images.flatten(0, 1), unit.shape[2:])
             shown = flat.unflatten(0, result.images.shape[:2])
             return self._with_votes(dataclasses.replace(result, images=shown), self._classify(shown))

@@ -12,11 +12,44 @@ from cmap_defense.cmap.objective import LatentObjective
 from cmap_defense.cmap.optimise import Callback, history_of, minimise
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward, generate_with_gradient, unrolled_latents
-from cmap_defense.errors import BackboneError
+from cmap_defense.errors import BackboneError, GradientError
 from cmap_defense.results import History, PurificationResult
 
 RANGE_TOLERANCE = 1e-2
 """How far outside [-1, 1] a backbone's images may be, for the rounding of half precision."""
+
+
+class _Once(torch.autograd.Function):
+    """The images; a gradient to them cannot be differentiated again, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _RefuseTwice.apply(cotangents[0], *ctx.saved_tensors)
+
+
+class _RefuseTwice(torch.autograd.Function):
+    """A gradient that depends on the images; a backward pass through it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, images: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise GradientError(
+            "Second derivatives through the optimisation over latents are not there: take differences of gradients, or "
+            "gradient=StraightThrough() or Surrogate(), which are differentiable twice."
+        )
+
+
+def differentiable_once(images: Tensor) -> Tensor:
+    """The images, with a gradient whose own gradient is an error; without one as they are."""
+    return _Once.apply(images) if images.requires_grad and torch.is_grad_enabled() else images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cmap_defense.common.files import tensor_checksum
@@ -31,10 +33,14 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 def describe(part: object) -> Any:
     """Settings as JSON: a dataclass by its fields, another object with options by these, a network as
-    ``describe_module``, a method of a network or a partial of one with that network, another function by its name,
-    anything else as its repr without its address in memory."""
+    ``describe_module``, a tensor by its checksum, a method of a network or a partial of one with that network, another
+    function by its name and code and the networks, tensors and plain values that it encloses, anything else as its repr
+    without its address in memory."""
     if isinstance(part, nn.Module):
         return describe_module(part)
+    if isinstance(part, Tensor) or (isinstance(part, np.ndarray) and part.dtype.kind in "biufc"):
+        values = torch.as_tensor(part)
+        return {"shape": list(values.shape), "values": tensor_checksum([("", values.detach())])}
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = {field.name: describe(getattr(part, field.name)) for field in dataclasses.fields(part)}
         options = _options(part, fields) if isinstance(part, NamedOptions) else {}
@@ -50,8 +56,44 @@ def describe(part: object) -> Any:
         return {"function": qualified_name(getattr(part, "func", part)), **describe_module(module)}
     if hasattr(part, "__qualname__"):
         code = own_code(part)
-        return {"function": qualified_name(part), **code} if code else qualified_name(part)
+        return {"function": qualified_name(part), **code, **_enclosed(part)} if code else qualified_name(part)
+    if isinstance(part, functools.partial):
+        keywords = {name: describe(value) for name, value in part.keywords.items()}
+        return {"partial": describe(part.func), "given": describe(part.args), **keywords}
+    code = own_code(part)
+    if code:
+        held = {name: describe(value) for name, value in getattr(part, "__dict__", {}).items() if _decides(value)}
+        return {"class": qualified_name(part), **code, **held}
     return ADDRESS.sub("", repr(part))
+
+
+def _enclosed(function: Any) -> dict[str, Any]:
+    """What a function encloses that decides about its results, as {"enclosed": ...}; {} where there is nothing."""
+    found = {}
+    function = getattr(function, "__func__", function)
+    for name, cell in zip(*_cells(function), strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            if _decides(cell.cell_contents) and name not in _rebound(function):
+                found[name] = describe(cell.cell_contents)
+    return {"enclosed": found} if found else {}
+
+
+def _decides(value: Any) -> bool:
+    """Whether what a function or an object keeps may decide about its results, rather than remember them."""
+    kinds = (nn.Module, Tensor, np.ndarray, NamedOptions)
+    plain = isinstance(value, _PLAIN) and not isinstance(value, _MUTABLE)
+    return plain or isinstance(value, kinds) or module_behind(value) is not None
+
+
+def _cells(function: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names and cells of what a function encloses."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return (code.co_freevars, cells) if code is not None and cells else ((), ())
+
+
+def _rebound(function: Any) -> set[str]:
+    """The names that a function encloses and sets itself, such as a counter."""
+    return {step.argval for step in dis.get_instructions(function) if step.opname == "STORE_DEREF"}
 
 
 def own_code(thing: object) -> dict[str, str]:
@@ -103,11 +145,10 @@ def _layers(function: Any) -> Iterator[Any]:
 def _compiled_function(function: FunctionType) -> tuple[Any, ...]:
     """What a function is made of, the same in every process of one version of Python."""
     enclosed, code = [], function.__code__
-    changing = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+    for name, cell in zip(*_cells(function), strict=True):
         with contextlib.suppress(ValueError):  # a cell that is empty
             kept = isinstance(cell.cell_contents, _PLAIN) and not isinstance(cell.cell_contents, _MUTABLE)
-            enclosed += [(name, _constant(cell.cell_contents))] if kept and name not in changing else []
+            enclosed += [(name, _constant(cell.cell_contents))] if kept and name not in _rebound(function) else []
     return _compiled(code), _constant(function.__defaults__), _constant(function.__kwdefaults__), enclosed
 
 
@@ -180,8 +221,11 @@ def _options(value: NamedOptions, less: Collection[str] = ()) -> dict[str, Any]:
     for part in vars(value).values():
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             attributes = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | attributes
-    names = inspect.signature(type(value).__init__).parameters
-    return {name: describe(attributes[name]) for name in names if name in attributes and name not in less}
+    parameters = list(inspect.signature(type(value).__init__).parameters.values())[1:]
+    named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if own_code(value) and not attributes.keys() >= set(named):  # kept under other names: all that there is
+        named = list(vars(value))
+    return {name: describe(attributes[name]) for name in named if name in attributes and name not in less}
 
 
 def named_weights(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -162,7 +162,11 @@ def compared(
     """The evaluations that ``compare`` makes, by the name of the defence, with nothing done yet; it says what they take
     and raise."""
     _check_models(models)
+    if out is None:
+        raise SettingsError("A comparison is kept in a folder: give out.")
     for name, model in models.items():
+        if not isinstance(name, str):
+            raise SettingsError(f"models must be defences by their names, but one name is {name!r}.")
         if not isinstance(model, PurifiedClassifier):
             raise SettingsError(f"models[{name!r}] must be a PurifiedClassifier, but is a {type(model).__name__}.")
         taken = [*FILES, *(other.casefold() for other in models if other != name)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, ThreatModel, suite
-from cmap_defense.attacks.oracle import Model
+from cmap_defense.attacks.oracle import Model, on_unit_images
 from cmap_defense.attacks.suites import choose
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
@@ -103,18 +103,23 @@ class Evaluation:
         self._data, self._class_names = data, class_names
         self._speeds: dict[str, Speed] = {}
         self._threads = None if threads is None else require_integer("Evaluation", "threads", threads, minimum=1)
-        model = _on_unit_images(model)
+        model = on_unit_images(model)
         self._models: dict[str, Model] = {DEFENDED: model}
         if undefended and isinstance(model, PurifiedClassifier):
             self._models[UNDEFENDED] = _Undefended(model.undefended)
-        for name, other in (baselines or {}).items():
+        for name, other in _named(baselines, "baselines", "model").items():
             if name in (DEFENDED, UNDEFENDED, CHECKS):
                 raise SettingsError(f"{name!r} is the name of something else: give the baseline another.")
-            self._models[name] = _on_unit_images(other)
+            self._models[name] = on_unit_images(other)
         chosen = _attacks_by_name(attacks, threat, model)
         if baseline_attacks is None:
             size = next(iter(chosen.values())).threat if chosen else threat or ThreatModel()
             baseline_attacks = {"pgd": PGD(size, steps=50, restarts=2, schedule="cosine", momentum=0.75)}
+        for name, attack in _named(baseline_attacks, "baseline_attacks", "PGD(...)").items():
+            if not isinstance(attack, Attack):
+                raise SettingsError(
+                    f"baseline_attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}."
+                )
         self.attacks = {name: chosen if name == DEFENDED else baseline_attacks for name in self._models}
 
     # ------------------------------------------------------------------------------------------ what is to be done
@@ -434,6 +439,20 @@ def require_kind(name: str, given: Any, default: Kind, example: str) -> Kind:
     raise SettingsError(f"{name} must be an object such as {example}, but is {given!r}.")
 
 
+def _named(given: Any, option: str, example: str, otherwise: str = "") -> Mapping[str, Any]:
+    """What was given by name, or nothing for None. Raises ``SettingsError`` where it is something else."""
+    if given is None and not otherwise:
+        return {}
+    if not isinstance(given, Mapping):
+        raise SettingsError(
+            f"{option} must be {otherwise}a dictionary such as {{'name': {example}}}, but is {type(given).__name__}."
+        )
+    for name in given:
+        if not isinstance(name, str):
+            raise SettingsError(f"Names of {option} must be texts, but one is {name!r}.")
+    return given
+
+
 def _check_class_names(given: object, classes: int) -> None:
     names = tuple(given) if isinstance(given, Collection) and not isinstance(given, (str, Set)) else ()
     if len(names) != classes or not all(isinstance(name, str) for name in names):
@@ -453,13 +472,6 @@ def _device(model: Model) -> torch.device:
 def _module(model: Model) -> object:
     """What a model is described by, and put into eval mode."""
     return model.wrapper.classifier if isinstance(model, _Undefended) else model
-
-
-def _on_unit_images(model: Model) -> Model:
-    """The model on images in [0, 1]."""
-    if not callable(model) or isinstance(model, type):
-        raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
-    return model.on_unit_images() if isinstance(model, PurifiedClassifier) else model
 
 
 def fixed_chunk(model: Model, recorded: Mapping[str, Any] | None, device: torch.device | None = None) -> Model:
@@ -483,12 +495,7 @@ def _attacks_by_name(
         return choose(suite(attacks, threat or ThreatModel()), [model])[0]
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
-    if not isinstance(attacks, Mapping):
-        raise SettingsError(
-            f"attacks must be the name of a set or attacks by name, such as {{'pgd': PGD(...)}}, but are "
-            f"{type(attacks).__name__}."
-        )
-    for name, attack in attacks.items():
+    for name, attack in _named(attacks, "attacks", "PGD(...)", "the name of a set, or ").items():
         if not isinstance(attack, Attack):
             raise SettingsError(f"attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}.")
         if name == CLEAN:

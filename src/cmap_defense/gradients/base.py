@@ -94,4 +94,4 @@ class GradientMode(NamedOptions, abc.ABC):
         return hash(repr(self))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"

@@ -35,7 +35,7 @@ class Surrogate(GradientMode):
     pass. Not the gradient of the defence: an approximation that ignores what the purifier does.
 
     Args:
-        sigma: noise level, in units of images in [-1, 1].
+        sigma: noise level, in units of images in [-1, 1], 0.002 at least and within what the backbone was trained for.
         steps: consistency steps: 1 denoises at once; more go down a Karras schedule from ``sigma``, adding fresh noise
             before each.
 
@@ -45,7 +45,7 @@ class Surrogate(GradientMode):
 
     differentiates_defence = False
 
-    sigma: float = setting(0.1395, above=0.0)
+    sigma: float = setting(0.1395, minimum=SIGMA_MIN)
     steps: int = setting(1, minimum=1)
 
     def purify(self, purification: Purification) -> PurificationResult:

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from cmap_defense.backbones.base import caster
 from cmap_defense.cmap.objective import Generate, LatentObjective, around_inputs, stacked_terms
 from cmap_defense.cmap.optimise import Callback
-from cmap_defense.cmap.problem import LatentProblem
+from cmap_defense.cmap.problem import LatentProblem, differentiable_once
 from cmap_defense.cmap.settings import PRESETS, CMAPSettings
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
@@ -139,7 +139,7 @@ class CMAP(Purifier):
         dtype = torch.promote_types(images.dtype, torch.float32)
         start = draw_latents(seeds, self.settings.n_latents, images.shape[1:]) if latents is None else latents.detach()
         start = start.to(images.device, dtype)
-        images = images.to(dtype)
+        images = differentiable_once(images.to(dtype))
         if max_parallel is None and start.numel():
             fitting = functools.partial(self.fitting, backbone, images.shape[1:], images.device)
             place = (images.shape[1:], images.device, dtype)
