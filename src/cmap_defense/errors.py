@@ -10,7 +10,9 @@ __all__ = [
     "AttackError",
     "BackboneError",
     "BackboneFileError",
+    "BackboneWarning",
     "CheckpointError",
+    "CheckpointWarning",
     "ClassifierError",
     "ClassifierWarning",
     "CmapError",
@@ -107,6 +109,14 @@ class MissingExtraError(CmapError, ImportError):
 
 class UnknownNameError(CmapError, LookupError):
     """A name is in no registry; the message lists near matches."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint of a training is damaged or incomplete, so that the training goes on from another one or begins."""
+
+
+class BackboneWarning(UserWarning):
+    """A state dict has other weights of the backbone than the backbone that it is loaded into."""
 
 
 class CompileWarning(UserWarning):

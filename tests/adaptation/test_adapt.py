@@ -517,3 +517,24 @@ def test_two_processes_share_the_gradient_of_one() -> None:
     for a, b, whole in zip(first, second, gradients(Ranks()), strict=True):
         torch.testing.assert_close(a + b, whole)
         assert not torch.allclose(a, b)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL)
+    with pytest.raises(errors.ClassifierError, match=r"Weights are loaded into an nn\.Module"):
+        load_adapted(tmp_path, lambda images: images)  # pyright: ignore[reportArgumentType]
+    (tmp_path / "classifier.safetensors").unlink()
+    with pytest.raises(errors.BackboneFileError, match=r"classifier\.safetensors is missing"):
+        load_adapted(tmp_path, net())
+
+
+def test_a_classifier_that_does_not_take_the_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(errors.SettingsError, match="no weights, so that nothing can be trained"):
+        adapt(nn.Flatten(), Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL)
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
+    with pytest.raises(errors.ClassifierError, match=r"The classifier of 'adapt' raised RuntimeError for an image"):
+        adapt(narrow, Shrinking(), PURIFIER, data(), out=tmp_path, config=SMALL)
+    large = torch.rand(4, SHAPE[0], 2 * SHAPE[1], SHAPE[2]), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(errors.InputValueError, match="size"):
+        adapt(net(), Shrinking(), PURIFIER, large, out=tmp_path, config=SMALL)
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cmap_defense import load_backbone
 from cmap_defense.backbones.folder import RECORD_FILE, read_backbone, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, NoiseRange
 from cmap_defense.backbones.record import BackboneRecord
@@ -248,3 +249,24 @@ def test_weights_outside_the_folder_are_not_opened(folder: Path):
     (folder / WEIGHTS_FILE).rename(folder.parent / WEIGHTS_FILE)
     edit_record(folder, weights_file=f"../{WEIGHTS_FILE}")
     assert "weights_file" in check_refused(folder, RECORD_FILE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"dtype": torch.int8}, SettingsError, "must be a floating-point torch.dtype"),
+        ({"dtype": torch.complex64}, SettingsError, "must be a floating-point torch.dtype"),
+        ({"dtype": "float16"}, SettingsError, "must be a floating-point torch.dtype"),
+        ({"name": None}, SettingsError, "with a name for its record"),
+        ({"backbone": torch.nn.Flatten()}, BackboneFileError, "but this is a Flatten"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is(
+    changes: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"backbone": load_backbone("fashion-mnist-edm"), "name": "a"} | changes
+    if given["name"] is None:
+        del given["name"]
+    with pytest.raises(kind, match=message):
+        write_backbone(given.pop("backbone"), tmp_path / "made", **given)
+    assert not (tmp_path / "made").exists()

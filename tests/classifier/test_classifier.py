@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cmap_defense import CMAPSettings, PurifiedClassifier
+from cmap_defense import CMAPSettings, PurifiedClassifier, load_backbone
 from cmap_defense.attacks import PGD, ThreatModel
 from cmap_defense.cmap.voting import log_mean_probability, majority_label
-from cmap_defense.errors import ClassifierError, CmapError
+from cmap_defense.errors import BackboneWarning, ClassifierError, CmapError
 from cmap_defense.gradients import StraightThrough
-from cmap_defense.purifiers import CMAP
+from cmap_defense.purifiers import CMAP, OneStep
 from toys import ToyBackbone, noise, uniform
 
 SHAPE = (3, 8, 6)
@@ -579,3 +579,21 @@ def test_a_backbone_that_breaks_its_promise(change: object, message: str) -> Non
     with pytest.raises(CmapError, match=message) as caught:
         make(backbone=BrokenBackbone(change))(images())
     assert isinstance(caught.value, TypeError)
+
+
+def test_a_state_dict_of_another_backbone_is_no_silent_change() -> None:
+    models = [
+        PurifiedClassifier(nn.Flatten(), name, purifier=OneStep()) for name in ("fashion-mnist-ct", "fashion-mnist-edm")
+    ]
+    model = models[0]
+    model.load_state_dict(model.state_dict())
+    outer = nn.Sequential(model)
+    outer.load_state_dict(nn.Sequential(model).state_dict())
+    with pytest.warns(BackboneWarning, match="other weights of the backbone than 'fashion-mnist-ct'"):
+        outer.load_state_dict(nn.Sequential(models[1]).state_dict())
+    pair = PurifiedClassifier(nn.Flatten(), (models[1].backbone, load_backbone("fashion-mnist-ct")), purifier=OneStep())
+    pair.load_state_dict(pair.state_dict())
+    changed = {name: tensor + 1 for name, tensor in pair.state_dict().items()}
+    with pytest.warns(BackboneWarning) as caught:
+        pair.load_state_dict(changed)
+    assert ["fashion-mnist-ct" in str(caught[0].message), "fashion-mnist-edm" in str(caught[1].message)] == [True, True]

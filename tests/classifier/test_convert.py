@@ -172,3 +172,15 @@ def test_a_result_shows_shapes() -> None:
     assert "  history: History(\n    l1: torch.float32 [" in shown
     assert "class_labels: None" in shown
     assert len(shown.splitlines()) < 25
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with Image.open(path) as broken, pytest.raises(InputValueError, match=r"broken\.png cannot be read"):
+        model().purify(broken)
+    closed = Image.open(path)
+    closed.close()
+    with pytest.raises(InputValueError, match="cannot be read"):
+        model().purify(closed)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,13 @@ def test_weights_of_an_adaptation_bring_what_they_were_adapted_to(tmp_path: Path
 
 def test_what_an_adapted_classifier_was_adapted_to_goes_with_its_own_weights() -> None:
     behind_level_half("fashion-mnist-adapted", PLAIN)  # a warning would be an error
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "its_layers.py").write_text("from torch import nn\nlayer = nn.Linear(4, 3)\n")
+    (tmp_path / "its_models.py").write_text("from its_layers import layer\n")
+    assert imported_model(f"{tmp_path / 'its_models.py'}:layer", None, CPU, "--classifier")(torch.rand(2, 4)).shape == (
+        2,
+        3,
+    )

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cmap_defense import SmoothedClassifier, certify
 from cmap_defense.certification.results import RADII
 from cmap_defense.certification.summary import FILE, PUBLISHED, read_summary, summary_of, table
 from cmap_defense.common.files import write_json
-from cmap_defense.embedded import load_classifier, load_test_images
+from cmap_defense.embedded import ASSETS, load_classifier, load_test_images
 from cmap_defense.errors import EvaluationError
 from cmap_defense.evaluation import Report
 from cmap_defense.evaluation.report import load_report
@@ -85,7 +86,7 @@ def test_without_scipy_nothing_is_begun(tmp_path: Path, run: Run, monkeypatch: p
     [
         ("", 2, "nothing to certify: give --backbone NAME, --undefended, or both"),
         ("-b fashion-mnist-emd", 1, "Did you mean 'fashion-mnist-edm'"),
-        ("-b fashion-mnist-edm -b fashion-mnist-edm", 2, "two backbones have one name"),
+        ("-b fashion-mnist-edm -b fashion-mnist-edm", 2, "the same backbone is given twice"),
         ("--undefended --sigma 0", 2, "--sigma must be above 0"),
         ("--undefended --sigma none", 2, "one number at least"),
         ("--undefended --sigma a", 2, "not a list of numbers"),
@@ -162,3 +163,35 @@ def test_a_device_and_threads_are_restored(tmp_path: Path, run: Run) -> None:
     run(*TINY, "--undefended", "--threads", 1, "--device", "cpu", "--dry-run", "-o", tmp_path / "out")
     assert torch.get_num_threads() == threads
     assert not (tmp_path / "out").exists()
+
+
+CLASSIFIERS = """
+from torch import nn
+
+two = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+large = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("two", "from 0 to 1, the classes of the model"), ("large", "The classifier of 'the certification' raised")],
+)
+def test_a_classifier_that_does_not_fit_is_refused_before_any_work(
+    name: str, message: str, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "models.py").write_text(CLASSIFIERS)
+    command = ["certify", "-c", f"{tmp_path / 'models.py'}:{name}", *TINY[3:], "--undefended", "-o", tmp_path / "out"]
+    assert message in run(*command, "--dry-run", status=1)
+    assert message in run(*command, status=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_backbones_in_folders_of_one_name_have_names_of_their_own(tmp_path: Path, run: Run) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(ASSETS.parent / "fashion-mnist-edm", tmp_path / name / "backbone")
+    backbones = [word for name in ("one", "two") for word in ("-b", tmp_path / name / "backbone")]
+    run(*TINY, "--sigma", "1/4", *backbones, "-o", tmp_path / "out")
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"one-backbone-0.25", "two-backbone-0.25"}
+    assert "is given twice" in run(*TINY, *backbones[:2], *backbones[:2], "-o", tmp_path / "b", status=2)

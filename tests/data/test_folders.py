@@ -240,3 +240,16 @@ def test_a_folder_of_images_without_classes_has_no_labels(tmp_path: Path, pictur
     data = load_dataset(tmp_path / "images")
     assert torch.equal(data.images, channels_first(list(pixels.values())))
     assert (data.labels.tolist(), data.class_names, data.labels_known) == ([0] * 3, None, False)
+
+
+def test_a_link_to_a_folder_above_is_an_error_and_no_second_set_of_images(
+    tmp_path: Path, picture_folders: Writer
+) -> None:
+    picture_folders(tmp_path, ant=[(7, 5)] * 2, bee=[(7, 5)])
+    (tmp_path / "ant" / "more").mkdir()
+    try:
+        (tmp_path / "ant" / "more" / "again").symlink_to(tmp_path / "ant", target_is_directory=True)
+    except OSError:
+        pytest.skip("links cannot be made here")
+    with pytest.raises(DataError, match=r"again is a link to .*ant, whose images are there already"):
+        open_dataset(tmp_path)

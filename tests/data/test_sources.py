@@ -104,3 +104,12 @@ def test_damaged_npz_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(CmapError, match=r"bad\.npz"):
         load_dataset(tmp_path / "bad.npz")
+
+
+def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "single.npy", IMAGES)
+    with pytest.raises(DataError, match=r"single\.npy is a single array: .* np\.savez\(path, images=array\)"):
+        load_dataset(tmp_path / "single.npy")
+    (tmp_path / "table.csv").write_text("1,2,3")
+    with pytest.raises(DataError, match=r"table\.csv is no \.npz file\. Data are a name"):
+        load_dataset(tmp_path / "table.csv")

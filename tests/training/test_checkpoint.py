@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmap_defense.errors import CheckpointError
+from cmap_defense.errors import CheckpointError, CheckpointWarning
 from cmap_defense.training import checkpoint as module
 from cmap_defense.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 
@@ -54,7 +54,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
-    for step in (5, 10, 100, 99):
+    for step in (5, 10, 99, 100):
         save_checkpoint(tmp_path, state(step))
     assert names(tmp_path) == ["checkpoint-00000099", "checkpoint-00000100"]
     assert newest_step(tmp_path) == 100
@@ -147,7 +147,21 @@ def test_a_damaged_newest_one_gives_way_to_the_one_before(
     save_checkpoint(tmp_path, state(3), part_mb=1)
     newest = save_checkpoint(tmp_path, state(4), part_mb=1)
     damage(newest / file)
-    assert newest_step(tmp_path) == 3
+    with pytest.warns(CheckpointWarning, match="checkpoint-00000004 in .* goes on from checkpoint-00000003"):
+        assert newest_step(tmp_path) == 3
+
+
+def test_what_is_saved_after_damaged_ones_is_kept(tmp_path: Path) -> None:
+    """Those of later steps cannot be read, or the training would have gone on from them."""
+    for step in (9, 10):
+        flip(save_checkpoint(tmp_path, state(step)) / "part-000.safetensors")
+    with pytest.warns(CheckpointWarning, match="checkpoint-00000009, checkpoint-00000010 in .* begins anew"):
+        assert newest_checkpoint(tmp_path, {}) is None
+    save_checkpoint(tmp_path, state(4))
+    assert names(tmp_path) == ["checkpoint-00000004"]
+    save_checkpoint(tmp_path, state(8))
+    assert names(tmp_path) == ["checkpoint-00000004", "checkpoint-00000008"]
+    assert newest_step(tmp_path) == 8
 
 
 @pytest.mark.parametrize("index", [[], {}, {"format": 2}, {"format": 1, "step": 4}, "[" * 10**5])
@@ -155,7 +169,8 @@ def test_an_index_that_is_none_gives_way_to_the_one_before(tmp_path: Path, index
     save_checkpoint(tmp_path, state(3))
     newest = save_checkpoint(tmp_path, state(4))
     (newest / "index.json").write_text(index if isinstance(index, str) else json.dumps(index))
-    assert newest_step(tmp_path) == 3
+    with pytest.warns(CheckpointWarning, match="goes on from checkpoint-00000003"):
+        assert newest_step(tmp_path) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmap_defense.errors import DataError, TrainingError
+from cmap_defense.errors import CheckpointWarning, DataError, TrainingError
 from cmap_defense.training import checkpoint, loop
 from cmap_defense.training.checkpoint import read_checkpoint
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.learner import Learner, learning_rate
-from cmap_defense.training.loop import TrainState, countdown, train
+from cmap_defense.training.loop import LOG_FILE, TrainState, countdown, read_log, train
 from cmap_defense.training.objectives import CT, ECT, EDM, Objective
 from toys import noise
 from training.trained import CONFIG, NETWORK, PART, learner, run, training_labels
@@ -121,9 +121,25 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_alone(straight: Straight, t
     part = tmp_path / "checkpoint-00000012" / "part-000.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
     steps: list[int] = []
-    found, _ = run(tmp_path, on_step=lambda state: steps.append(state.step))
+    with pytest.warns(CheckpointWarning, match="goes on from checkpoint-00000008"):
+        found, _ = run(tmp_path, on_step=lambda state: steps.append(state.step))
     assert steps == list(range(9, 13))
     assert_as_straight(found, tmp_path, straight["plain"])
+
+
+@pytest.mark.parametrize("kept", [0, 30, -20])
+def test_a_damaged_log_stops_no_training(straight: Straight, tmp_path: Path, kept: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at("saved", patch)
+        with pytest.raises(Killed):
+            run(tmp_path, "plain")
+    log = tmp_path / LOG_FILE
+    log.write_bytes(log.read_bytes()[:kept])
+    _, step = run(tmp_path)
+    assert step == 12
+    assert read_log(log)[-1]["step"] == 12
+    log.unlink()
+    assert read_log(log) == []
 
 
 def test_how_it_is_carried_out_may_change_from_call_to_call(straight: Straight, tmp_path: Path) -> None:

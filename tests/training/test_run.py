@@ -1,5 +1,6 @@
 """Whole trainings: what is written beside the checkpoints, where the first weights come from, what the record says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cmap_defense.backbones import ConsistencyBackbone, Network
 from cmap_defense.backbones.folder import read_record, write_backbone
 from cmap_defense.backbones.networks import refuse_other_network
 from cmap_defense.common.files import LOCK_FILE
-from cmap_defense.errors import CheckpointError, SettingsError
+from cmap_defense.errors import CheckpointError, DataError, SettingsError
 from cmap_defense.training import run as module
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.loop import TrainState, countdown
@@ -239,3 +240,35 @@ def test_a_compiled_training_is_the_same_up_to_rounding(tmp_path: Path) -> None:
     latents = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(compiled.model.generate(latents), plain.model.generate(latents), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "compact"}, "train_backbone takes network as an object such as Network.named"),
+        ({"objective": ECT}, "train_backbone takes objective as an object such as ECT()"),
+        ({"config": {"images": 8}}, "train_backbone takes config as an object such as TrainingConfig"),
+        ({"start": "fashion-mnist-ct"}, "train_backbone takes start as an object such as load_backbone"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}"):
+        trained(tmp_path, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_a_text_too_and_may_begin_at_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    trained("~/made")  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "made" / "backbone" / "backbone.json").is_file()
+    again = load_backbone("~/made/backbone")
+    write_backbone(again, "~/copy", name="copy")
+    assert read_record("~/copy").name == read_record(tmp_path / "copy").name == "copy"
+
+
+def test_images_of_another_library_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"must be a tensor, but are ndarray: torch\.from_numpy"):
+        train_backbone(training_images().numpy(), tmp_path, network=NETWORK, objective=ECT(), config=BRIEF)

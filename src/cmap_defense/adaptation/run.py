@@ -18,6 +18,7 @@ from cmap_defense.adaptation.learner import AdaptationLearner
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import adapted_to
+from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.common.describe import describe, describe_module
 from cmap_defense.common.files import locked, tensor_checksum, write_json
 from cmap_defense.common.modules import evaluating, weights_of
@@ -201,11 +202,16 @@ def load_adapted(folder: str | Path, classifier: AnyModule) -> AnyModule:
 
     Raises:
         BackboneFileError: a file is missing or damaged.
-        ClassifierError: the weights are of another architecture.
+        ClassifierError: the weights are of another architecture, or the classifier is no module.
     """
     folder = expanded(folder)
+    if not isinstance(classifier, nn.Module):
+        raise ClassifierError(f"Weights are loaded into an nn.Module, but the classifier is {classifier!r}.")
     checksum, target = recorded_target(folder)
-    check_sha256(folder / WEIGHTS_FILE, checksum)
+    try:
+        check_sha256(folder / WEIGHTS_FILE, checksum)
+    except FileNotFoundError as error:
+        raise BackboneFileError(f"{folder / WEIGHTS_FILE} is missing: copy it too, or adapt again.") from error
     model = copy.deepcopy(classifier)
     try:
         model.load_state_dict(read_safetensors(folder / WEIGHTS_FILE))
@@ -253,9 +259,13 @@ def _labelled(data: Any, model: PurifiedClassifier) -> LabelledImages:
         chosen = LabelledImages((found.images * 255).round().to(torch.uint8), found.labels)
     if not len(chosen):
         raise DataError("There must be one image at least, but the data set is empty.")
+    weights = list(weights_of(model.classifier))
+    if not weights:
+        raise SettingsError("The classifier has no weights, so that nothing can be trained.")
     with torch.no_grad(), evaluating(model.classifier):
-        first = chosen.images[:1].to(next(iter(weights_of(model.classifier)))) / 255
-        classes = model.undefended(first, check=False).shape[1]
+        first = model.preprocessing.to_unit((chosen.images[:1] / 255).to(weights[0]), weights[0].device)
+        model.preprocessing.resized(first, model.image_shape[1:])  # which raises where the sizes do not fit
+        classes = undefended_logits(model, first, "adapt").shape[1]
     SelectedImages(chosen.images, chosen.labels, torch.arange(len(chosen))).check_classes(classes, "classifier")
     return chosen
 

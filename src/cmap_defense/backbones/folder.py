@@ -24,6 +24,7 @@ from cmap_defense.backbones.weights import (
     write_safetensors,
 )
 from cmap_defense.common.modules import building, in_fastest_layout
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.settings import near_matches
 from cmap_defense.errors import BackboneFileError, SettingsError, WrongKindError
 
@@ -47,7 +48,7 @@ def read_record(folder: str | os.PathLike[str]) -> BackboneRecord:
     Raises:
         BackboneFileError: it is missing or not a record.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     path = folder / RECORD_FILE
     if not path.is_file() and diffusers.is_diffusers(folder):
         whole = folder.absolute()
@@ -84,7 +85,7 @@ def read_backbone(
     """
     record = read_record(folder)
     check_kind(record.name, record.kind, kind)
-    model = _read_model(Path(folder), record, dtype)
+    model = _read_model(expanded(folder), record, dtype)
     if isinstance(model, ConsistencyBackbone):
         model.default_settings = dict(record.settings)
     return model
@@ -118,9 +119,21 @@ def write_backbone(
         The record that was written.
 
     Raises:
-        BackboneFileError: the network cannot be described in a record, or the disk takes no more.
+        BackboneFileError: the backbone or its network cannot be described in a record, or the disk takes no more.
+        SettingsError: the precision is none of floating-point numbers, or there is no name.
     """
-    folder, network = Path(folder), backbone.network
+    if not isinstance(backbone, KarrasModel):
+        raise BackboneFileError(
+            f"Only models of the package's classes, such as ConsistencyBackbone and EDMDenoiser, can be written, but "
+            f"this is a {type(backbone).__name__}. Keep a backbone of your own as any module, by its state dict."
+        )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"dtype must be a floating-point torch.dtype such as torch.float16, but is {dtype!r}.")
+    if "name" not in described:
+        raise SettingsError(
+            'A backbone is written with a name for its record: write_backbone(..., name="my-backbone").'
+        )
+    folder, network = expanded(folder), backbone.network
     names = [name for name, (_, network_class) in _NETWORKS.items() if type(network) is network_class]
     names += [network.network_name] if isinstance(network, diffusers.PipelineUNet) else []
     if not names:

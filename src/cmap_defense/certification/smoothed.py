@@ -17,6 +17,7 @@ from cmap_defense.certification.settings import CertificationSettings
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import part_in_training_mode, warn_of_probabilities
 from cmap_defense.classifier.preprocessing import Normalisation
+from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.common.describe import describe_module, describe_values
 from cmap_defense.common.inputs import (
@@ -138,7 +139,7 @@ class SmoothedClassifier(NamedOptions):
         if isinstance(self.classifier, PurifiedClassifier):
             return self.classifier(shown, seeds=seeds)
         dtype = dtype_of(self.classifier)
-        outputs = self.classifier(shown if dtype is None else shown.to(dtype))
+        outputs = undefended_logits(self.classifier, shown if dtype is None else shown.to(dtype), "the certification")
         logits = check_logits(outputs, len(noisy))
         warn_of_probabilities(self.classifier, outputs)
         return logits

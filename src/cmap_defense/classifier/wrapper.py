@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -43,12 +44,12 @@ from cmap_defense.common.modules import (
 from cmap_defense.common.options import unknown_option
 from cmap_defense.common.progress import OnProgress, showing_passes
 from cmap_defense.common.settings import require_choice, require_flag, require_integer
-from cmap_defense.errors import ClassifierError, SettingsError
+from cmap_defense.errors import BackboneWarning, ClassifierError, SettingsError
 from cmap_defense.gradients import GradientMode, Purification, StraightThrough, Unrolled
 from cmap_defense.purifiers.base import Purifier, check_purified, check_purifier
 from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.purifiers.cmap import CMAP
-from cmap_defense.purifiers.pair import BackbonePair
+from cmap_defense.purifiers.pair import BackbonePair, members_of
 from cmap_defense.results import History, PurificationResult
 
 __all__ = ["PurifiedClassifier"]
@@ -416,6 +417,27 @@ class PurifiedClassifier(LatentAccess):
     def latent_hooks(self) -> tuple[LatentHook, ...]:
         """The hooks that are registered, in order."""
         return tuple(self._latent_hooks)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for member in members_of(self.backbone):
+            name, place = getattr(getattr(member, "record", None), "name", None), f"{prefix}backbone."
+            if isinstance(self.backbone, BackbonePair):
+                place += "consistency." if member is self.backbone.consistency else "denoiser."
+            given = {key: state_dict.get(place + key) for key in member.state_dict()}
+            changed = [
+                key
+                for key, own in member.state_dict().items()
+                if isinstance(tensor := given[key], Tensor) and not torch.equal(tensor.to(own), own)
+            ]
+            if name is not None and changed:
+                warnings.warn(
+                    f"The state dict has other weights of the backbone than {name!r}, which this model was made with "
+                    "and still names. Make it with the backbone that the state dict is of. The purifier, normalisation "
+                    "and thresholds are not in it either.",
+                    BackboneWarning,
+                    stacklevel=4,
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def train(self, mode: bool = True) -> Self:
         """Set the classifier's mode; the backbone stays in eval mode."""

@@ -220,7 +220,7 @@ def imported_models(given: Iterable[str], options: Options, option: str, *taken:
     for text in given:
         name, _, rest = text.partition("=")
         path, _, file = rest.partition("@")
-        weights = Path(file) if file else None
+        weights = expanded(file) if file else None
         if not name or not path:
             raise click.BadParameter(f"{text!r} is not NAME=PATH or NAME=PATH@WEIGHTS.", param_hint=option)
         if name in found or name in taken:
@@ -284,10 +284,13 @@ def _module(name: str) -> Any:
         if here not in sys.path:
             sys.path.insert(0, here)
         return importlib.import_module(name)
-    file = Path(name)
+    file = expanded(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise ImportError(f"there is no file {name}")
+    beside = str(file.absolute().parent)
+    if beside not in sys.path:
+        sys.path.insert(0, beside)  # for what it imports from its own folder
     module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ def run_certify(options: dict[str, Any]) -> build.Printed:
         data = labelled_data(build.data_of(options), shapes[0][0])
         chosen, device = SelectedImages.of(data, build.subset_of(options, data)), build.device_of(options)
         images = chosen.images.to(device)
+        for _, model in models.values():
+            model.check(images, chosen.positions)
+            chosen.check_classes(model.count_classes(images, 1), "classifier")
         given = {**settings.to_dict(), "indices": chosen.positions}
         costs = team.by_first(
             lambda: [expected_cost(model, images, out=out / name, **given) for name, (_, model) in models.items()]
@@ -68,9 +71,10 @@ def run_certify(options: dict[str, Any]) -> build.Printed:
 
 def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClassifier]]:
     """The name of the denoiser and the smoothed classifier, for each of them and each sigma."""
-    named = {Path(name).name: name for name in options["backbones"]}
-    if len(named) < len(options["backbones"]):
-        raise click.BadParameter("two backbones have one name.", param_hint="--backbone")
+    given = options["backbones"]
+    named = next((names for parts in (1, 2, 3) if len(names := _by_last_parts(given, parts)) == len(given)), None)
+    if named is None:
+        raise click.BadParameter("the same backbone is given twice: give it once.", param_hint="--backbone")
     if not named and not options["undefended"]:
         raise click.UsageError("There is nothing to certify: give --backbone NAME, --undefended, or both.")
     if not options["sigma"]:
@@ -88,6 +92,11 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
             for name, backbone in backbones.items()
             for sigma in dict.fromkeys(options["sigma"])
         }
+
+
+def _by_last_parts(paths: Sequence[str], parts: int) -> dict[str, str]:
+    """Names or folders by so many of their last parts, in one word."""
+    return {"-".join(Path(path).parts[-parts:]): path for path in paths}
 
 
 def _written(

@@ -80,8 +80,9 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
         if value in ("", "none"):
             return ()
         try:
-            return tuple(self.kind(part) for part in value.split(","))
-        except ValueError:
+            parts = value.split(",")
+            return tuple(self.kind(fractions.Fraction(part.strip()) if "/" in part else part) for part in parts)
+        except (ValueError, ZeroDivisionError, OverflowError):
             self.fail(f"{value} is not a list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
 
 

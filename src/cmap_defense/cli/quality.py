@@ -18,6 +18,7 @@ from cmap_defense.cli import build
 from cmap_defense.cli.options import command_text
 from cmap_defense.cli.output import NEAREST, image_sheet, listed, sample_sheet
 from cmap_defense.common.files import write_text
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.tables import table_lines
 from cmap_defense.data.files import write_image
 from cmap_defense.quality import Quality, QualityRun
@@ -84,7 +85,7 @@ def run_quality(options: dict[str, Any]) -> build.Printed:
 
 def _recorded(backbone: str) -> Path:
     """The backbone's folder, when it has a record that can be written; wrong usage otherwise, before any work."""
-    folder = Path(backbone)
+    folder = expanded(backbone)
     if entry_of(backbone) is not None or not (folder / RECORD_FILE).is_file():  # a name, whatever lies here too
         raise click.BadParameter(
             f"the backbone must be a folder with a {RECORD_FILE}, but is {backbone}.", param_hint="--record"

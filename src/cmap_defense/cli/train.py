@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from cmap_defense.data import FolderImages, ImageSource, LabelledImages, open_da
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import DataError, WrongKindError
 from cmap_defense.training.config import TrainingConfig
-from cmap_defense.training.loop import LOG_FILE, countdown
+from cmap_defense.training.loop import LOG_FILE, countdown, read_log
 from cmap_defense.training.objectives import OBJECTIVES, Objective
 from cmap_defense.training.run import TrainedBackbone, source_of, train_backbone
 
@@ -53,7 +52,7 @@ def run_train(options: dict[str, Any]) -> Printed:
     files = {"backbone": str(out / "backbone"), "samples": str(out / "samples.png")}
     if (out / "loss.png").is_file():
         files["loss_chart"] = str(out / "loss.png")
-    loss, seconds = _log_rows(out / LOG_FILE)[-1]["loss"], time.perf_counter() - begun
+    losses, seconds = [row["loss"] for row in read_log(out / LOG_FILE)], time.perf_counter() - begun
     following = next_commands(options) if done.finished else []
     if seen < warmup and not options["as_json"]:
         click.echo(
@@ -63,13 +62,14 @@ def run_train(options: dict[str, Any]) -> Printed:
         )
     lines = [] if done.finished else [f"Stopped after {seen} of {length} images: the same command continues."]
     took = f"{seconds:.0f} s" if seconds < 120 else duration(seconds)
-    lines.append(f"Mean loss of the last steps {loss:.4g}; {seen:,} images seen; this call took {took}.")
+    last = f"Mean loss of the last steps {losses[-1]:.4g}; " if losses else ""
+    lines.append(f"{last}{seen:,} images seen; this call took {took}.")
     lines += [f"{name.capitalize().replace('_', ' ')}: {file}" for name, file in files.items()]
     if following:
         lines.append("Next, with your own classifier where it is not the embedded one:")
         lines += [f"  {line}" for line in following]
     counted = {"images": length, "images_seen": seen, "finished": done.finished}
-    return files | counted | {"loss": loss, "seconds": seconds, "next": following}, lines
+    return files | counted | {"loss": losses[-1] if losses else None, "seconds": seconds, "next": following}, lines
 
 
 def next_commands(options: dict[str, Any]) -> list[str]:
@@ -137,17 +137,15 @@ def _trained(
 
 
 def write_loss_chart(log: Path, path: Path) -> Path | None:
-    """Draw the mean losses of a log over the images seen, each in the middle of its images."""
-    rows = _log_rows(log)
+    """Draw the mean losses of a log over the images seen, each in the middle of its images; None where it has none."""
+    rows = read_log(log)
+    if not rows:
+        return None
     ends = [0, *(row["images"] for row in rows)]
     middles = [(first + last) / 2 for first, last in itertools.pairwise(ends)]
     return write_line_charts(
         path, {"Loss of the training": {"mean loss": (middles, [row["loss"] for row in rows])}}, "images seen"
     )
-
-
-def _log_rows(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 COMPACT = ("preset", "channels", "attention", "blocks", "patch")

@@ -78,7 +78,12 @@ def _of_pil(image: Image.Image, channels: int) -> Tensor:
             f"The range of a PIL image of mode {image.mode!r} is not known. Convert it to an array in [0, 1] first, "
             "such as numpy.asarray(image) / 65535 for 16-bit grey."
         )
-    return _of_array(np.asarray(image.convert(mode)), channels)
+    try:
+        array = np.asarray(image.convert(mode))
+    except (OSError, ValueError, SyntaxError) as error:
+        name = getattr(image, "filename", "") or "An image"
+        raise InputValueError(f"{name} cannot be read: {error}.") from error
+    return _of_array(array, channels)
 
 
 def _of_array(array: np.ndarray, channels: int) -> Tensor:

@@ -175,8 +175,12 @@ def image_files(folder: Path) -> list[Path]:
     def unreadable(error: OSError) -> None:
         raise error
 
-    found = []
+    found, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        place = os.path.realpath(root)
+        if place in seen:
+            raise DataError(f"{root} is a link to {place}, whose images are there already: remove the link.")
+        seen.add(place)
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found.append((root, sorted(filter(_is_image, files))))
     return [Path(root, name) for root, names in sorted(found) for name in names]

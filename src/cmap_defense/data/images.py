@@ -109,6 +109,14 @@ def positions_of(indices: Sequence[int] | Tensor, total: int) -> Tensor:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays ``images`` and, where it is there, ``labels`` of an .npz file."""
+    with path.open("rb") as stream:
+        start = stream.read(6)
+    if start == b"\x93NUMPY":
+        raise DataError(f"{path} is a single array: write it as an .npz file, np.savez(path, images=array).")
+    if not start.startswith(b"PK"):
+        raise DataError(
+            f"{path} is no .npz file. Data are a name, an .npz file with an array named images, or a folder of images."
+        )
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file.files}

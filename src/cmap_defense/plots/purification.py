@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.common.paths import expanded
 from cmap_defense.errors import InputValueError
 from cmap_defense.plots.figure import COLOURS, draw, plain_axes
 
@@ -50,7 +51,7 @@ def as_picture(image: Tensor) -> Image.Image:
 
 def write_animation(frames: Sequence[Image.Image], path: str | Path, *, milliseconds: int = 100) -> Path:
     """Frames of one size as a GIF that repeats; the last one stays for a second."""
-    path = Path(path)
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     small = [frame.quantize(64) for frame in frames]

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from cmap_defense.backbones.weights import check_sha256, read_safetensors, sha256_of, write_safetensors
 from cmap_defense.common.files import refuse_other_settings
-from cmap_defense.errors import BackboneFileError, CheckpointError
+from cmap_defense.errors import BackboneFileError, CheckpointError, CheckpointWarning
 
 INDEX = "index.json"
 MEGABYTE = 10**6
@@ -45,7 +46,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None = None) -> Path:
-    """Write ``checkpoint-<step>``, and delete all but the newest two."""
+    """Write ``checkpoint-<step>``, and delete all but it and the one before; later ones, which are damaged, too."""
     path = folder / f"checkpoint-{checkpoint.step:08d}"
     for left_behind in folder.glob(f"checkpoint-*{_PARTIAL}"):
         if _NAME.fullmatch(left_behind.name.removesuffix(_PARTIAL)):
@@ -60,14 +61,24 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, part_mb: int | None
         _sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in _checkpoints(folder)[:-2]:
+    there = _checkpoints(folder)
+    here = there.index(path)
+    for old in (*there[: max(0, here - 1)], *there[here + 1 :]):
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The newest whole checkpoint, or None when there is none; damaged and incomplete ones are ignored."""
-    newest = newest_whole(folder)
+    """The newest whole checkpoint, or None when there is none; of damaged and incomplete ones it warns."""
+    newest, there = newest_whole(folder), _checkpoints(folder)
+    ignored = there if newest is None else there[there.index(newest[0]) + 1 :]
+    if ignored:
+        warnings.warn(
+            f"{', '.join(path.name for path in ignored)} in {folder} cannot be read: damaged or incomplete. The "
+            f"training {'begins anew' if newest is None else f'goes on from {newest[0].name}'}.",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     if newest is None:
         return None
     refuse_other_checkpoint(*newest, settings)

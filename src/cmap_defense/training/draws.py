@@ -74,6 +74,8 @@ def _permutation(epoch: int, length: int, seed: int) -> Tensor:
 def check_data(model: Model, images: Tensor, labels: Tensor | None) -> None:
     """Check that a model can be trained on these images."""
     classes = model.num_classes
+    if not isinstance(images, Tensor):
+        raise DataError(f"Training images must be a tensor, but are {type(images).__name__}: torch.from_numpy(images).")
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != tuple(model.image_shape):
         raise DataError(
             f"Training images must be uint8 [N, {', '.join(map(str, model.image_shape))}], "

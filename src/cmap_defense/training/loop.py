@@ -8,6 +8,7 @@ statistics are those of a process's share. Another number of processes may conti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -146,6 +147,18 @@ def _with_averages(learner: Trainee, on_checkpoint: Callable[[int], None], step:
         learner.model.train()
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that can be read: it is for charts, and a damaged one stops nothing."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and {"step", "images", "loss"} <= row.keys():
+                    rows.append(row)
+    return rows
+
+
 LINES = 20
 """Of a checkpoint, at most."""
 
@@ -181,8 +194,7 @@ class LossLog:
 
     def write(self, begun: int, means: Sequence[tuple[int, float]], batch_size: int) -> None:
         """Append a line for each stretch, and drop the lines that a killed run left."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        rows = [old for old in rows if old["step"] <= begun]
+        rows = [old for old in read_log(self.path) if old["step"] <= begun]
         rows += [{"step": step, "images": step * batch_size, "loss": loss} for step, loss in means]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 

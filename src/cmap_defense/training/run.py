@@ -19,10 +19,11 @@ from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, Nois
 from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.common.files import locked, write_text
 from cmap_defense.common.modules import device_of
+from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.rng import draw_latents
-from cmap_defense.errors import BackboneFileError, CheckpointError
+from cmap_defense.errors import BackboneFileError, CheckpointError, SettingsError
 from cmap_defense.training.config import TrainingConfig
 from cmap_defense.training.draws import check_data
 from cmap_defense.training.learner import Learner
@@ -50,7 +51,7 @@ class TrainedBackbone:
 
 def train_backbone(
     images: Tensor,
-    folder: Path,
+    folder: str | Path,
     *,
     network: Network,
     objective: Objective,
@@ -89,7 +90,15 @@ def train_backbone(
         CheckpointError: the folder belongs to a training with other settings, or another training is writing to it.
         TrainingError: the training has diverged.
     """
-    config = config or TrainingConfig()
+    for name, given, kind, example in (
+        ("network", network, Network, 'Network.named("compact", (3, 32, 32))'),
+        ("objective", objective, Objective, "ECT()"),
+        ("config", config, TrainingConfig, "TrainingConfig(images=10_000)"),
+        ("start", start, KarrasModel, 'load_backbone("fashion-mnist-ct")'),
+    ):
+        if not (isinstance(given, kind) or (given is None and name in ("config", "start"))):
+            raise SettingsError(f"train_backbone takes {name} as an object such as {example}, but got {given!r}.")
+    folder, config = expanded(folder), config or TrainingConfig()
     seconds_left = seconds_left or (None if config.minutes is None else countdown(config.minutes))
     model = _fresh_model(network, objective, config, start)
     check_data(model, images, labels)
