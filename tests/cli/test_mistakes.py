@@ -3,10 +3,12 @@
 import shlex
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmap_defense.cli.command import _with_options
 from cmap_defense.embedded import load_test_images
 
 from .conftest import Run
@@ -90,6 +92,7 @@ MISTAKES = [
         2,
         "DiffPure.step must be below 1, but is 1.",
     ),
+    (f"evaluate {MODEL} -o out --mean 0.5,0.5 --std 0.2", 1, "--mean must be 1 number"),
     (f"evaluate {MODEL} -o out --norm l2", 2, "has no default in l2: give one, such as 0.5"),
     ("detect -b fashion-mnist-edm --purifier-set level=1 -o out", 1, "CMAP needs a consistency model"),
     (
@@ -189,3 +192,14 @@ def test_mistakes_get_a_message_a_status_and_no_files(
     before = sorted(Path().rglob("*"))
     assert message in run(*shlex.split(line), status=status)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_options_of_python_are_shown_as_those_of_the_command() -> None:
+    options = [click.Option(["--resize"]), click.Option(["--eps"]), click.Option(["-n", "--count", "count"])]
+    for python, shown in (
+        ('give PurifiedClassifier(..., resize="bilinear") to', "give --resize bilinear to"),
+        ("ThreatModel.eps must", "--eps must"),
+        ("Subset(count=5)", "--count 5"),
+        ("Other(..., level=0.5)", "Other(..., level=0.5)"),
+    ):
+        assert _with_options(python, options) == shown

@@ -195,7 +195,8 @@ class SmoothedClassifier(NamedOptions):
         if not len(images):
             raise InputValueError("There must be one image at least, but the batch is empty.")
         if shape is not None and tuple(images.shape[1:]) != shape:
-            hint = conversion_line(images, shape[0]) or " Take a backbone of that size, or resize the images first."
+            hint = conversion_line(images, shape[0]) if tuple(images.shape[2:]) == shape[1:] else ""
+            hint = hint or " Take a backbone of that size, or resize the images first."
             raise InputValueError(f"The backbone denoises images {list(shape)}, not {list(images.shape[1:])}.{hint}")
         part = part_in_training_mode(self.classifier)
         if part is not None:

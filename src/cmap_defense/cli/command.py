@@ -128,5 +128,5 @@ def _with_options(message: str, parameters: Sequence[click.Parameter]) -> str:
     def option(match: re.Match[str]) -> str:
         return " ".join([names[match[1]], *match.groups()[1:]]) if match[1] in names else match[0]
 
-    message = re.sub(r"\b[A-Z]\w+\((\w+)=([\w.]+)\)", option, message)
-    return re.sub(r"\b[A-Z]\w+\.(\w+)\b", option, message)
+    message = re.sub(r"\b[A-Z]\w+\((?:\.\.\., )?(\w+)=\"?([\w.]+)\"?\)", option, message)
+    return re.sub(r"\b[A-Z]\w+\.(?:normalize )?(\w+)\b", option, message)
