@@ -814,3 +814,26 @@ def test_functional_gradients_run_without_recomputation(purifier: Purifier) -> N
     expected = images.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(model(expected, seeds=SEEDS[:2]).square().sum(), expected)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("images_too", [True, False])
+@pytest.mark.parametrize(
+    "purifier", [OneStep(level=0.4), DiffPure(t=3), LikelihoodMaximisation(iterations=2)], ids=repr
+)
+def test_noise_of_the_caller_has_a_gradient(purifier: Purifier, images_too: bool, checkpoint: bool) -> None:
+    """Against differences along a direction."""
+    model = model_of(purifier, gradient=Unrolled(checkpoint=checkpoint), vote="soft")
+    images = images_of().requires_grad_(images_too)
+    start, direction = (noise(2, 3, *SHAPE, seed=n, dtype=DOUBLE) for n in (5, 6))
+
+    def value(latents: Tensor) -> Tensor:
+        return model.purify(images, latents=latents, seeds=None).logits.square().sum()
+
+    leaf = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    step = 1e-6
+    with torch.no_grad():
+        slope = (value(start + step * direction) - value(start - step * direction)) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-7)
+    assert not model.purify(images, latents=leaf).latents.requires_grad

@@ -542,6 +542,7 @@ class PurifiedClassifier(LatentAccess):
             together([hook for hook in hooks if not hook.live]),
             together(live),
             lambda iteration: any(hook.at(iteration) for hook in live),
+            latents if prepare is None and self.purifier.needs is not None else None,
         )
 
     def _predicting(self, device: torch.device, size: Sequence[int]) -> Predict:

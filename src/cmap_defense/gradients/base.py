@@ -34,6 +34,8 @@ class Purification:
         callback: the caller's hooks on detached states.
         live: those on states in the graph, at the iterations of ``live_at``. ``run`` calls all of them by itself, with
             detached states.
+        noise: [B, K, C, H, W] of the caller's, to which ``differentiate`` has a gradient too; None where there is none,
+            or the purifier is an optimisation over latents.
     """
 
     images: Tensor
@@ -44,11 +46,13 @@ class Purification:
     callback: Callback | None = None
     live: Callback | None = None
     live_at: Callable[[int], bool] = lambda iteration: True
+    noise: Tensor | None = None
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether a gradient could be requested with respect to the images."""
-        return self.images.requires_grad and torch.is_grad_enabled()
+        """Whether a gradient could be requested with respect to the images or the noise."""
+        wanted = self.images.requires_grad or (self.noise is not None and self.noise.requires_grad)
+        return wanted and torch.is_grad_enabled()
 
     def problem(self, mode: GradientMode) -> LatentProblem:
         """The latent problem. Raises ``GradientError`` where there is none."""

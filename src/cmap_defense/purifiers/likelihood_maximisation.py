@@ -85,8 +85,8 @@ class LikelihoodMaximisation(MultiStepPurifier):
 def _loss_gradient(
     x: Tensor, noise: Tensor, sigmas: Tensor, class_labels: Tensor | None, denoise: Callable[..., Tensor]
 ) -> Tensor:
-    """The gradient of the loss of each image with respect to it, differentiable where x is."""
-    wanted = torch.is_grad_enabled() and x.requires_grad
+    """The gradient of the loss of each image with respect to it, differentiable where x or the noise is."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or noise.requires_grad)
     with torch.enable_grad():
         inside = x if x.requires_grad else x.detach().requires_grad_()
         clean = denoise(inside + sigmas[:, None, None, None] * noise, sigmas, class_labels)

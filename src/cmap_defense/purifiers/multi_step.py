@@ -218,7 +218,8 @@ class MultiStepPurifier(Settings, Purifier):
 
         Args:
             backbone: of the kind that ``kind`` names.
-            latents: the first noise; that of later steps is drawn from the seeds all the same.
+            latents: the first noise, which may have a gradient; that of later steps is drawn from the seeds all the
+                same.
             callback: called before each network pass with a ``StepState``.
             checkpoint: compute each pass again in the backward pass in place of keeping its graph.
 
@@ -231,12 +232,12 @@ class MultiStepPurifier(Settings, Purifier):
         self.check(backbone)
         dtype = torch.promote_types(images.dtype, torch.float32)
         images = images.to(dtype)
-        first = draw_latents(seeds, self.n_latents, images.shape[1:]) if latents is None else latents.detach()
+        first = draw_latents(seeds, self.n_latents, images.shape[1:]) if latents is None else latents
         first = first.to(images.device, dtype)
         drawn_from = seeds if latents is None else None
         if not self.steps or not len(first):
             unchanged = images[:, None].expand(first.shape)
-            return PurificationResult(unchanged, first, seeds=drawn_from, class_labels=class_labels)
+            return PurificationResult(unchanged, first.detach(), seeds=drawn_from, class_labels=class_labels)
         count = first.shape[0] * first.shape[1]
         call = caster(backbone, images.device, "denoise")
         conditional = getattr(backbone, "num_classes", None) is not None  # of a pair perhaps only the other one
@@ -272,7 +273,7 @@ class MultiStepPurifier(Settings, Purifier):
             )
         purified = ((found.clamp(-1, 1) + 1) / 2).unflatten(0, first.shape[:2])
         made = None if run.passes is None else run.passes.view(first.shape[:2]).sum(dim=1)
-        return PurificationResult(purified, first, seeds=drawn_from, class_labels=class_labels, passes=made)
+        return PurificationResult(purified, first.detach(), seeds=drawn_from, class_labels=class_labels, passes=made)
 
     def differentiate(
         self, backbone: nn.Module, images: Tensor, *, backward: Backward, **options: Any
