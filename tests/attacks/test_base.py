@@ -424,6 +424,19 @@ def test_a_model_for_normalised_images_inside_another_is_refused(inside: Any) ->
     PGD(THREATS["linf"], steps=1)(inside(normalised().variant(inputs="unit")), *labelled())
 
 
+def test_a_model_that_normalises_for_the_one_inside_is_attacked_as_it_is() -> None:
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = normalised()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.inside((images - 0.5) / 0.25)
+
+    result = PGD(ThreatModel(eps=0.0), steps=1)(Outer(), *labelled())
+    assert torch.equal(result.images, labelled()[0])
+
+
 @pytest.mark.parametrize("model", ["fashion-mnist-ct", torch.nn.Linear], ids=["name", "class"])
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(SettingsError, match="A model takes images and returns logits"):

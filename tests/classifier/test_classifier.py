@@ -596,4 +596,5 @@ def test_a_state_dict_of_another_backbone_is_no_silent_change() -> None:
     changed = {name: tensor + 1 for name, tensor in pair.state_dict().items()}
     with pytest.warns(BackboneWarning) as caught:
         pair.load_state_dict(changed)
+    model.to("meta").load_state_dict(models[1].state_dict(), assign=True)
     assert ["fashion-mnist-ct" in str(caught[0].message), "fashion-mnist-edm" in str(caught[1].message)] == [True, True]

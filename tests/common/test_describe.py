@@ -49,7 +49,9 @@ def test_large_tensors_are_described_by_their_values() -> None:
     changed[:, 12:20, 12:20] = 0.1
     assert repr(plain) == repr(changed)
     assert describe(plain) == describe(plain.clone()) != describe(changed)
-    assert describe(plain.numpy()) == describe(plain)
+    assert describe(plain.numpy()) == describe(plain.numpy().copy()) != describe(changed.numpy())
+    assert describe(plain.numpy()[::-1]) == describe(plain.numpy()[::-1].copy())
+    assert describe(torch.zeros(2, device="meta")) == describe(torch.zeros(2, device="meta"))
     assert describe(plain) != describe(plain.view(3, 64, 16))
 
 
@@ -78,8 +80,12 @@ class Weighted(Loss):
 
     def __init__(self, weight: float) -> None:
         self._weight = weight
+        self._calls = 0
+        self._seen: dict[int, bool] = {}
 
-    def __call__(self, logits: Any, goal: Any) -> Any: ...
+    def __call__(self, logits: Any, goal: Any) -> Any:
+        self._calls += 1
+        self._seen[self._calls] = True
 
 
 @pytest.mark.parametrize(
@@ -96,6 +102,19 @@ class Weighted(Loss):
 )
 def test_what_a_function_or_an_object_keeps_is_described(make: Callable[[float], Any]) -> None:
     assert describe(make(1.0)) == describe(make(1.0)) != describe(make(2.0))
+
+
+def test_what_an_object_remembers_is_no_part_of_it() -> None:
+    holder, loss = Holder(Linear()), Weighted(1.0)
+    before = describe([holder, loss])
+    holder(labelled(2)[0])
+    loss(None, None)
+    assert describe([holder, loss]) == before
+
+
+def test_sets_have_one_order() -> None:
+    assert describe({"b", "a", "c"}) == describe(frozenset("cab")) == ["a", "b", "c"]
+    assert describe({"a": {2, 1}}) == {"a": [1, 2]}
 
 
 def test_a_counter_is_no_part_of_a_function() -> None:

@@ -110,6 +110,8 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "single.npy", IMAGES)
     with pytest.raises(DataError, match=r"single\.npy is a single array: .* np\.savez\(path, images=array\)"):
         load_dataset(tmp_path / "single.npy")
+    with pytest.raises(DataError, match=r"none\.npz cannot be read"):
+        load_dataset(tmp_path / "none.npz")
     (tmp_path / "table.csv").write_text("1,2,3")
     with pytest.raises(DataError, match=r"table\.csv is no \.npz file\. Data are a name"):
         load_dataset(tmp_path / "table.csv")

@@ -102,6 +102,10 @@ def test_the_options_of_a_gradient_mode_of_a_user_show() -> None:
     assert repr(Scaled(2.0)) == "Scaled(factor=2.0)"
 
 
+def test_a_mode_that_keeps_a_function_is_the_same_in_every_process() -> None:
+    assert " at 0x" not in json.dumps(describe_model(wrapped(gradient=Scaled(lambda value: value))))  # pyright: ignore[reportArgumentType]
+
+
 def test_hooks_show_while_they_are_registered() -> None:
     model = wrapped()
     before = describe_model(model)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmap_defense.attacks.goal import Goal, Loss, loss_of
 from cmap_defense.classifier import LatentAccess, PurifiedClassifier
@@ -63,12 +63,14 @@ class Feedback:
     reached: Tensor
 
 
+_PASSING = (nn.Sequential, nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def on_unit_images(model: Any) -> Any:
     """The model on images in [0, 1].
 
     Raises:
-        SettingsError: it is none, or has a purified classifier for normalised images in it, which cannot be changed
-            from outside.
+        SettingsError: it is none, or hands its images on to a purified classifier for normalised ones.
     """
     if not callable(model) or isinstance(model, type):
         raise SettingsError(f"A model takes images and returns logits, but this is {model!r}.")
@@ -77,7 +79,10 @@ def on_unit_images(model: Any) -> Any:
     inside = module_behind(model)
     if isinstance(inside, PurifiedClassifier) and isinstance(model, types.MethodType):
         return getattr(inside.on_unit_images(), model.__name__)
-    for part in () if inside is None else inside.modules():
+    part = inside
+    while isinstance(part, _PASSING) or hasattr(part, "_orig_mod"):  # modules that hand on images as they are
+        parts = list(part.children()) if part is not None else []
+        part = parts[0] if parts else None
         if isinstance(part, PurifiedClassifier) and part.preprocessing.inputs != "unit":
             raise SettingsError(
                 f"In this {type(inside).__name__} is a PurifiedClassifier for normalised images, and attacks give them "

@@ -155,7 +155,7 @@ class LatentAccess(NamedOptions, nn.Module):
         strongest = getattr(getattr(self.backbone, "noise", None), "sigma_max", None)
 
         def denoised(noisy: Tensor, sigma: float) -> Tensor:
-            if strongest is not None and sigma > strongest:
+            if strongest is not None and sigma > strongest * (1 + 1e-6):
                 raise SettingsError(
                     f"sigma is {sigma:g}, but the backbone was trained for levels up to {strongest:g}: choose a lower."
                 )

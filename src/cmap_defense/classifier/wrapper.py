@@ -421,15 +421,12 @@ class PurifiedClassifier(LatentAccess):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for member in members_of(self.backbone):
             name, place = getattr(getattr(member, "record", None), "name", None), f"{prefix}backbone."
+            if name is None:
+                continue
             if isinstance(self.backbone, BackbonePair):
                 place += "consistency." if member is self.backbone.consistency else "denoiser."
-            given = {key: state_dict.get(place + key) for key in member.state_dict()}
-            changed = [
-                key
-                for key, own in member.state_dict().items()
-                if isinstance(tensor := given[key], Tensor) and not torch.equal(tensor.to(own), own)
-            ]
-            if name is not None and changed:
+            pairs = ((own, state_dict.get(place + key)) for key, own in member.state_dict().items())
+            if any(given is not None and _other_values(own, given) for own, given in pairs):
                 warnings.warn(
                     f"The state dict has other weights of the backbone than {name!r}, which this model was made with "
                     "and still names. Make it with the backbone that the state dict is of. The purifier, normalisation "
@@ -589,6 +586,13 @@ def sampling(model: PurifiedClassifier) -> PurifiedClassifier:
     if model.settings.level is None:
         return model
     return model.variant(settings=model.settings.replace(level=None))
+
+
+def _other_values(own: Tensor, given: Any) -> bool:
+    """Whether a tensor of a state dict has other values than the one in its place; False where nobody can tell."""
+    if not isinstance(given, Tensor) or own.is_meta or given.is_meta or own.shape != given.shape:
+        return False
+    return not torch.equal(given.to(own), own)
 
 
 def _made(given: Any, option: str, kind: type[Any], examples: str, package: str) -> Any:

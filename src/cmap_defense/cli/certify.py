@@ -72,7 +72,9 @@ def run_certify(options: dict[str, Any]) -> build.Printed:
 def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClassifier]]:
     """The name of the denoiser and the smoothed classifier, for each of them and each sigma."""
     given = options["backbones"]
-    named = next((names for parts in (1, 2, 3) if len(names := _by_last_parts(given, parts)) == len(given)), None)
+    longest = max((len(Path(path).parts) for path in given), default=1)
+    by_parts = (_by_last_parts(given, parts) for parts in range(1, longest + 1))
+    named = {} if not given else next((names for names in by_parts if len(names) == len(given)), None)
     if named is None:
         raise click.BadParameter("the same backbone is given twice: give it once.", param_hint="--backbone")
     if not named and not options["undefended"]:
@@ -96,7 +98,8 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
 
 def _by_last_parts(paths: Sequence[str], parts: int) -> dict[str, str]:
     """Names or folders by so many of their last parts, in one word."""
-    return {"-".join(Path(path).parts[-parts:]): path for path in paths}
+    split = {path: [part for part in Path(path).parts if part != Path(path).anchor] for path in paths}
+    return {"-".join(split[path][-parts:]): path for path in paths}
 
 
 def _written(

@@ -81,7 +81,10 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
             return ()
         try:
             parts = value.split(",")
-            return tuple(self.kind(fractions.Fraction(part.strip()) if "/" in part else part) for part in parts)
+            return tuple(
+                self.kind(fractions.Fraction(part.strip()) if self.kind is float and "/" in part else part)
+                for part in parts
+            )
         except (ValueError, ZeroDivisionError, OverflowError):
             self.fail(f"{value} is not a list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
 

@@ -15,7 +15,6 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cmap_defense.common.files import tensor_checksum
@@ -28,6 +27,9 @@ _STANDARD = {"abc", "builtins", "collections", "dataclasses", "enum", "functools
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
 _MUTABLE = (list, dict, set)
 
+_MAKERS = ("__init__", "__post_init__", "__new__", "__setstate__")
+"""Methods that set what an object is made with."""
+
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -38,15 +40,18 @@ def describe(part: object) -> Any:
     without its address in memory."""
     if isinstance(part, nn.Module):
         return describe_module(part)
-    if isinstance(part, Tensor) or (isinstance(part, np.ndarray) and part.dtype.kind in "biufc"):
-        values = torch.as_tensor(part)
-        return {"shape": list(values.shape), "values": tensor_checksum([("", values.detach())])}
+    if isinstance(part, (Tensor, np.ndarray)):
+        return {"shape": list(part.shape), "values": _values_checksum(part)}
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = {field.name: describe(getattr(part, field.name)) for field in dataclasses.fields(part)}
         options = _options(part, fields) if isinstance(part, NamedOptions) else {}
         return {"class": type(part).__name__, **fields, **options, **own_code(part)}
     if isinstance(part, (list, tuple)):
         return [describe(value) for value in part]
+    if isinstance(part, (set, frozenset)):
+        return sorted((describe(value) for value in part), key=repr)
+    if isinstance(part, dict):
+        return {str(name): describe(value) for name, value in part.items()}
     if part is None or isinstance(part, (bool, int, str)) or (isinstance(part, float) and math.isfinite(part)):
         return part
     if isinstance(part, NamedOptions):
@@ -62,8 +67,7 @@ def describe(part: object) -> Any:
         return {"partial": describe(part.func), "given": describe(part.args), **keywords}
     code = own_code(part)
     if code:
-        held = {name: describe(value) for name, value in getattr(part, "__dict__", {}).items() if _decides(value)}
-        return {"class": qualified_name(part), **code, **held}
+        return {"class": qualified_name(part), **code, **{name: describe(value) for name, value in _held(part).items()}}
     return ADDRESS.sub("", repr(part))
 
 
@@ -83,6 +87,27 @@ def _decides(value: Any) -> bool:
     kinds = (nn.Module, Tensor, np.ndarray, NamedOptions)
     plain = isinstance(value, _PLAIN) and not isinstance(value, _MUTABLE)
     return plain or isinstance(value, kinds) or module_behind(value) is not None
+
+
+def _held(part: object) -> dict[str, Any]:
+    """What an object keeps that decides about its results: none of what its methods set in their calls."""
+    kinds = [kind for kind in type(part).__mro__ if not _has_version(kind)]
+    methods = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f) and f.__name__ not in _MAKERS]
+    remembered = {
+        step.argval for method in methods for step in dis.get_instructions(method) if step.opname == "STORE_ATTR"
+    }
+    kept = getattr(part, "__dict__", {}).items()
+    return {name: value for name, value in kept if _decides(value) and name not in remembered}
+
+
+def _values_checksum(values: Tensor | np.ndarray) -> str:
+    """The checksum of numbers; of those that have no bytes of their own, such as sparse tensors, their text."""
+    with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+        if isinstance(values, Tensor):
+            return tensor_checksum([("", values.detach().resolve_conj().resolve_neg())])
+        if not values.dtype.hasobject:
+            return hashlib.sha256(values.dtype.str.encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+    return ADDRESS.sub("", repr(values))
 
 
 def _cells(function: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -223,8 +248,8 @@ def _options(value: NamedOptions, less: Collection[str] = ()) -> dict[str, Any]:
             attributes = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)} | attributes
     parameters = list(inspect.signature(type(value).__init__).parameters.values())[1:]
     named = [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-    if own_code(value) and not attributes.keys() >= set(named):  # kept under other names: all that there is
-        named = list(vars(value))
+    if own_code(value) and not attributes.keys() >= set(named):  # kept under other names: all that decides
+        named = list(_held(value))
     return {name: describe(attributes[name]) for name in named if name in attributes and name not in less}
 
 

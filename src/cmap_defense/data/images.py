@@ -109,8 +109,11 @@ def positions_of(indices: Sequence[int] | Tensor, total: int) -> Tensor:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays ``images`` and, where it is there, ``labels`` of an .npz file."""
-    with path.open("rb") as stream:
-        start = stream.read(6)
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(6)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     if start == b"\x93NUMPY":
         raise DataError(f"{path} is a single array: write it as an .npz file, np.savez(path, images=array).")
     if not start.startswith(b"PK"):

@@ -30,7 +30,7 @@ def describe_model(model: object) -> dict[str, Any]:
         **_purifier(model),
         "vote": model.vote,
         "seed": model.seed,
-        "gradient": repr(model.gradient),
+        "gradient": qualified_name(model.gradient) if own_code(model.gradient) else repr(model.gradient),
         **({"gradient's options": describe(model.gradient)} if own_code(model.gradient) else {}),
         **({"latent hooks": [describe(hook) for hook in model.latent_hooks]} if model.latent_hooks else {}),
         "class_labels": labels if isinstance(labels, str) else describe(labels),

@@ -95,7 +95,7 @@ class GradientMode(NamedOptions, abc.ABC):
         return type(self) is type(other) and repr(self) == repr(other)
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash(type(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
