@@ -94,8 +94,8 @@ def test_without_scipy_nothing_is_begun(tmp_path: Path, run: Run, monkeypatch: p
         ("--undefended --alpha 1", 2, "--alpha"),
         ("--undefended --samples 0", 2, "--samples"),
         ("--undefended --mean 0.5", 2, "--mean and --std go together"),
-        ("--undefended --mean 0.5,0.4 --std 1,1", 1, "SmoothedClassifier.normalize mean must be 1 number"),
-        ("-b cifar10-edm-small", 1, "denoises images [3, 32, 32], not [1, 28, 28]. Convert them"),
+        ("--undefended --mean 0.5,0.4 --std 1,1", 1, "--mean must be 1 number"),
+        ("-b cifar10-edm-small", 1, "denoises images [3, 32, 32], not [1, 28, 28]. Take a backbone"),
         ("--undefended -n 300", 1, "Take 256 at most: --count 256"),
     ],
 )

@@ -80,13 +80,12 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
         if value in ("", "none"):
             return ()
         try:
-            parts = value.split(",")
-            return tuple(
-                self.kind(fractions.Fraction(part.strip()) if self.kind is float and "/" in part else part)
-                for part in parts
-            )
+            return tuple(map(self._number, value.split(",")))
         except (ValueError, ZeroDivisionError, OverflowError):
             self.fail(f"{value} is not a list of {self.name} with commas between them, such as 1,2,3.", param, ctx)
+
+    def _number(self, text: str) -> float:
+        return self.kind(fractions.Fraction(text.strip()) if self.kind is float and "/" in text else text)
 
 
 class Pair(click.ParamType[tuple[str, Any]]):
