@@ -413,11 +413,6 @@ class PurifiedClassifier(LatentAccess):
             )
         return self._latent_hooks.register(hook, iterations, live)
 
-    @property
-    def latent_hooks(self) -> tuple[LatentHook, ...]:
-        """The hooks that are registered, in order."""
-        return tuple(self._latent_hooks)
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for member in members_of(self.backbone):
             name, place = getattr(getattr(member, "record", None), "name", None), f"{prefix}backbone."
