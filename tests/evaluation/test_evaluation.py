@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from attack_toys import CLASSES, Linear, labelled, linear
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import PGD, SPSA, ShortCMAP
+from cmap_defense.attacks import APGD, PGD, SPSA, ShortCMAP, Transfer
 from cmap_defense.cmap.optimise import LatentState
-from cmap_defense.errors import CmapError, EvaluationError, InputTypeError, InputValueError, SettingsError
+from cmap_defense.errors import (
+    CmapError,
+    EvaluationError,
+    InputTypeError,
+    InputValueError,
+    MissingExtraError,
+    SettingsError,
+)
 from cmap_defense.evaluation import Evaluation, Subset
 from cmap_defense.evaluation.evaluation import Expected, fixed_chunk
 from evaluated import (
@@ -240,6 +248,26 @@ def test_an_attack_can_be_added(brief: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     evaluation(tmp_path / "whole", attacks=more, protocol=BRIEF).run()
     assert results(folder) == results(tmp_path / "whole") != results(brief)
+
+
+def test_a_library_that_is_not_there_is_missed_before_the_first_work_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apgd = APGD(THREAT, steps=1)
+    three = {"pgd": PGD(THREAT, steps=1), "apgd": apgd, "moved": Transfer(apgd, source=linear)}
+    wanted = evaluation(tmp_path / "a", attacks=three, protocol=BRIEF)
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "pyautoattack", None)
+        with pytest.raises(MissingExtraError, match=r"'apgd' cannot be run.*cmap-defense\[attacks\].*--only"):
+            wanted.run()
+        assert not (tmp_path / "a").exists()
+        alone = evaluation(tmp_path / "b", attacks={"moved": three["moved"]}, protocol=BRIEF)
+        with pytest.raises(MissingExtraError, match="'moved'"):
+            alone.check_installed()
+    wanted.run()
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    wanted.run()  # all is done
+    assert wanted.report().row("apgd").attack == "apgd"
 
 
 def test_threads_are_those_that_the_folder_was_begun_with(tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ class AutoAttack(GradientAttack):
     confirmations: int = setting(3, minimum=1)
     batch_size: int | None = setting(None, minimum=1)
 
+    def check_installed(self) -> None:
+        pyautoattack()
+
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         if goal.targets is not None:
             raise SettingsError("AutoAttack takes no targets; PGD, APGD, Square and SPSA do.")

@@ -346,6 +346,10 @@ class Attack(NamedOptions, abc.ABC):
         """The PGD that an evaluation repeats at other numbers of steps and sizes of eps; by default None."""
         return None
 
+    def check_installed(self) -> None:
+        """Raises ``MissingExtraError`` where a library that the search needs is not installed; by default nothing. An
+        evaluation calls it before its first work unit."""
+
     def to_dict(self) -> dict[str, Any]:
         """The attack as JSON values: its class, and its settings by name.
 

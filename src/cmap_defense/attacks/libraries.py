@@ -62,6 +62,9 @@ class APGD(GradientAttack):
     eot: int = setting(1, minimum=1)
     loss: str = setting("ce", choices=("ce", "dlr"))
 
+    def check_installed(self) -> None:
+        pyautoattack()
+
     def predictions_per_image(self) -> int:
         return 1 if self.noise == "known" else self._evaluations
 
@@ -141,6 +144,9 @@ class Square(Attack):
     p_init: float = setting(0.8, above=0.0, maximum=1.0)
     confidence: float | None = setting(None, minimum=0.0)
 
+    def check_installed(self) -> None:
+        pyautoattack()
+
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
         require_tiles(self.threat, clean)
         highest, history = torch.full((len(clean),), -torch.inf, device=clean.device), []
@@ -189,7 +195,7 @@ def require_tiles(threat: ThreatModel, images: Tensor) -> None:
 
 def pyautoattack() -> Any:
     """The library. Raises ``MissingExtraError`` where it is not installed."""
-    return optional_import("pyautoattack", "attacks", "This attack is one of the pyautoattack library")
+    return optional_import("pyautoattack", "attacks", "APGD, AutoAttack and Square")
 
 
 class LibraryModel:

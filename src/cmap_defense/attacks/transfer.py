@@ -154,6 +154,9 @@ class Transfer(Attack):
     def passes_per_image(self, model: PurifiedClassifier) -> int | None:
         return None if self.evaluates_defence() or isinstance(self.source, NoiseAndDenoise) else 0
 
+    def check_installed(self) -> None:
+        self.attack.check_installed()
+
     def suits(self, model: Model) -> bool:
         latents = isinstance(self.source, Source) and self.source.needs_latents
         return not latents or has_latents(model)

@@ -64,6 +64,7 @@ def run_evaluate(options: dict[str, Any]) -> build.Printed:
             **selected,
         )
         evaluation.check_folder()
+        evaluation.check_installed()
         if team.rank == 0 and not as_json:
             click.echo(_summary(evaluation))
             for line in left_out_lines(left_out):
@@ -153,8 +154,6 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
             for line in left_out_lines(left_out):
                 click.echo(line)
         evaluations, printed = compared(models, out=out, attacks=attacks, **selected), None
-        for evaluation in evaluations.values():
-            evaluation.check_folder()
         if team.rank == 0 and (options["dry_run"] or not options["as_json"]):
             printed = _costs(evaluations, team)
         if options["dry_run"]:

@@ -180,6 +180,7 @@ def compared(
         raise SettingsError('A comparison needs attacks: give the name of a set, such as "exact", or attacks by name.')
     for evaluation in evaluations.values():  # before any work is done
         evaluation.check_folder()
+        evaluation.check_installed()
         for task in evaluation.tasks.values():
             task.passes_per_image()
     return evaluations

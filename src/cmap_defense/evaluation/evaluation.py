@@ -33,7 +33,7 @@ from cmap_defense.common.rng import isolated
 from cmap_defense.common.settings import require_integer
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
-from cmap_defense.errors import CmapError, EvaluationError, SettingsError
+from cmap_defense.errors import CmapError, EvaluationError, MissingExtraError, SettingsError
 from cmap_defense.evaluation.describe import describe_model, describe_software
 from cmap_defense.evaluation.protocol import Protocol, run_indices
 from cmap_defense.evaluation.report import Report, build_report, write_report
@@ -206,6 +206,16 @@ class Evaluation:
         """Raises ``EvaluationError`` where the folder's results are of other settings, each of which it names."""
         self.folder.compare(self.settings())
 
+    def check_installed(self) -> None:
+        """Raises ``MissingExtraError`` where a library that an attack needs for what is missing is not installed."""
+        for name in dict.fromkeys(unit.task for unit in self.missing()):
+            lacking = _lacking(self.tasks[name].attack)
+            if lacking is not None:
+                raise MissingExtraError(
+                    f"The attack {self.tasks[name].row!r} cannot be run. {lacking} Or choose the attacks: on the "
+                    "command line by --only, in Python by a dictionary."
+                ) from lacking
+
     def expected(self) -> Expected:
         """The cost of what is missing: measured where a work unit of a task is finished, and estimated elsewhere from
         what attacks and purifiers declare and the speed of a short purification."""
@@ -243,8 +253,11 @@ class Evaluation:
         Raises:
             EvaluationError: another job has the folder, or it holds results of other settings. Images that are none or
                 do not fit the models raise the errors of ``images`` and ``settings``.
+            MissingExtraError: a library that an attack needs is not installed.
         """
         settings = self.settings()
+        self.folder.compare(settings)
+        self.check_installed()
         with (
             ranks() as team,
             locked(self.folder.path, "evaluation", EvaluationError, team),
@@ -507,3 +520,13 @@ def _attacks_by_name(
             'Leave them out, or take a set by its name, such as "exact", which leaves them out.'
         )
     return dict(attacks)
+
+
+def _lacking(attack: Attack | None) -> MissingExtraError | None:
+    """What an attack raises where a library is missing."""
+    try:
+        if attack is not None:
+            attack.check_installed()
+    except MissingExtraError as error:
+        return error
+    return None

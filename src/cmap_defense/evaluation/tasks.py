@@ -63,6 +63,7 @@ class Task(abc.ABC):
     model_name: str
     row: str
     model: Model
+    attack: Attack | None
     limit: int | None = None
     once: bool = False
 
