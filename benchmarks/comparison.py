@@ -20,7 +20,6 @@ attacked with other options. For CIFAR-10 give ``--weights cifar10_resnet56.safe
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sys
@@ -33,10 +32,12 @@ from torch import Tensor, nn
 from cmap_defense import CMAP, CMAPSettings, PurifiedClassifier, ThreatModel
 from cmap_defense.attacks import PGD, NoiseAndDenoise, Transfer, Undefended, exact_suite
 from cmap_defense.common.files import refuse_other_settings, tensor_checksum
+from cmap_defense.common.tables import markdown_table
 from cmap_defense.data import load_dataset
 from cmap_defense.embedded import load_classifier, load_test_images
 from cmap_defense.errors import EvaluationError
-from cmap_defense.evaluation import Protocol, compare, write_comparison
+from cmap_defense.evaluation import Protocol, compare, paired_differences, write_comparison
+from cmap_defense.evaluation.differences import differences_table
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import (
     ADP,
@@ -271,31 +272,12 @@ def attacked(options: argparse.Namespace) -> None:
     print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
 
 
-def shares(results: Path) -> dict[str, dict[int, float]]:
-    """By attack and image, the share of re-evaluations that are right."""
-    found: dict[str, dict[int, float]] = {}
-    for line in map(json.loads, results.read_text(encoding="utf-8").splitlines()):
-        right = [predicted == line["label"] for predicted in line["reevaluated"]]
-        found.setdefault(line["attack"], {})[line["image"]] = statistics.mean(right)
-    return found
-
-
 def differences(options: argparse.Namespace) -> None:
-    """Mean differences of each two defences in the folder of ``exact``, image by image."""
-    folders = sorted((options.out / f"exact-{options.count}").glob("*/results.jsonl"))
-    found = {path.parent.name: shares(path) for path in folders}
-    print("| first | second | images | " + " | ".join(["clean", "exact-eot"]) + " |\n| --- | --- | --- | --- | --- |")
-    for first, second in itertools.combinations(found, 2):
-        if options.only and not {first, second} <= set(options.only):
-            continue
-        cells, images = [], set[int]()
-        for attack in ("clean", "exact-eot"):
-            one, other = found[first][attack], found[second][attack]
-            images = one.keys() & other.keys()
-            gaps = [one[image] - other[image] for image in images]
-            half = 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
-            cells.append(f"{statistics.mean(gaps):+.3f} ± {half:.3f}")
-        print(f"| {first} | {second} | {len(images)} | {' | '.join(cells)} |")
+    """The differences of each two defences in the folder of ``exact``, image by image."""
+    found = sorted((options.out / f"exact-{options.count}").glob("*/results.jsonl"))
+    folders = {path.parent.name: path.parent for path in found}
+    chosen = {name: folder for name, folder in folders.items() if not options.only or name in options.only}
+    print(markdown_table(differences_table(paired_differences(chosen))))
 
 
 def speed(options: argparse.Namespace) -> None:

@@ -80,6 +80,11 @@ def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_p
     assert "one step" in drawn
     assert "mathdefault" not in drawn, "numbers on the axis are plain text"
     assert len(repr(comparison).splitlines()) == 4
+    gap = next(gap for gap in comparison.differences if gap.attack == "exact")
+    assert (gap.first, gap.second, gap.images) == ("none", "one step", 5)
+    none, one_step = (row.attacked["exact"].value for row in comparison.rows)
+    assert gap.value == pytest.approx(none - one_step)
+    assert f"| none | one step | {' | '.join(map(str, comparison.differences))} |" in text
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,12 @@ def standard_error(values: Tensor) -> float:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
 
 
+def mean_interval(values: Tensor) -> tuple[float, float | None]:
+    """The mean of values [B], and the half width of its 95 % interval by Student's t; None for one value."""
+    mean = values.mean().item()
+    return mean, student_quantile(0.975, len(values) - 1) * standard_error(values) if len(values) > 1 else None
+
+
 def student_quantile(p: float, degrees: int) -> float:
     """The p-quantile of Student's t distribution, to 1 % for p up to 0.999: in closed form for one and two degrees of
     freedom, and for more by the expansion in powers of 1 / degrees (Abramowitz and Stegun 1964, 26.7.5)."""

@@ -19,6 +19,7 @@ from cmap_defense.common.tables import markdown_page, markdown_table
 from cmap_defense.data.selection import labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import EvaluationError, SettingsError
+from cmap_defense.evaluation.differences import WORST, Difference, differences_table, paired_differences
 from cmap_defense.evaluation.evaluation import Evaluation, require_kind
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED, is_file_name
@@ -26,6 +27,11 @@ from cmap_defense.plots.comparison import comparison_plot
 
 FILES = ("comparison.json", "comparison.md", "comparison.svg")
 LONGEST_NAME = 150
+DIFFERENCES = (
+    "## Differences, image by image\n\nThe accuracy of the first defence minus that of the second on the same images, "
+    "with 95 % intervals, each of which holds by itself. *Worst of these* is the worst attack on each image."
+)
+"""What the page says above the table of differences."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +69,18 @@ class Comparison:
         left_out: attacks of the set that were made on none of the purifiers, by the reason: that not all of these have
             latents, or that the attack is the same on each of them as an earlier one. Under different attacks their
             accuracies under the worst could not be compared.
+        differences: of each two defences, image by image.
     """
 
     rows: Sequence[Compared]
     settings: Mapping[str, Any]
     left_out: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    differences: Sequence[Difference] = ()
 
     def table(self) -> list[list[str]]:
         """Headings, and a row for each defence."""
         attacks = list(self.rows[0].attacked)
-        found = [["defence", "K", "passes", "seconds", "clean", *attacks, "worst of these"]]
+        found = [["defence", "K", "passes", "seconds", "clean", *attacks, WORST]]
         for row in self.rows:
             seconds = "" if row.seconds is None else f"{row.seconds:.3g}"
             shares = [row.clean, *(row.attacked[name] for name in attacks), row.worst]
@@ -142,7 +150,8 @@ def compare(
         evaluation.run(progress)
         rows.append(_row(name, models[name], evaluation))
         settings[name] = evaluation.folder.settings()
-    return Comparison(rows, settings, left_out)
+    differences = paired_differences({name: evaluation.folder.path for name, evaluation in evaluations.items()})
+    return Comparison(rows, settings, left_out, differences)
 
 
 def _check_models(models: object) -> None:
@@ -219,7 +228,10 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[list[P
         "Passes are those of one prediction of an image, at most; seconds are those of one prediction on this machine."
     )
     text = " ".join([text, *left_out_lines(comparison.left_out)])
-    page = markdown_page("Comparison of defences", text, markdown_table(comparison.table()))
+    parts = [text, markdown_table(comparison.table())]
+    if comparison.differences:
+        parts += [DIFFERENCES, markdown_table(differences_table(comparison.differences))]
+    page = markdown_page("Comparison of defences", *parts)
     values = comparison.to_dict()
     drawn = functools.partial(comparison_plot, values)
     return write_findings(folder, "comparison", values, page, drawn, "comparison.svg")

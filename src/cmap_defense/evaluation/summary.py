@@ -198,16 +198,21 @@ def make_row(runs: Runs, clean: Runs | None = None) -> Row:
     )
 
 
-def worst_case(attacks: Sequence[Runs], clean: Runs, draws: int = CHANCE_DRAWS) -> WorstCase:
-    """The worst case over attacks on the same images in the same runs, and clean images."""
+def under_worst(attacks: Sequence[Runs]) -> tuple[Tensor, Tensor]:
+    """[S, B], the share of re-evaluations that are right under the worst attack on each image, which the predictions
+    choose, and [S, B] int64, the first of the attacks that are. See ``WorstCase.chosen`` for ties."""
     chosen_by = torch.stack([runs.right.sum(dim=2) for runs in attacks])  # [M, S, B]
     counted_by = torch.stack([runs.reevaluated.double().mean(dim=2) for runs in attacks])
     strength = chosen_by.sum(dim=(1, 2))[:, None, None].expand_as(chosen_by)
     equal = chosen_by == chosen_by.amin(dim=0)
     strongest = torch.where(equal, strength, strength.max() + 1).amin(dim=0)
     equal &= strength == strongest
-    right = (counted_by * equal).sum(dim=0) / equal.sum(dim=0)  # [S, B]
-    worst = equal.int().argmax(dim=0)
+    return (counted_by * equal).sum(dim=0) / equal.sum(dim=0), equal.int().argmax(dim=0)
+
+
+def worst_case(attacks: Sequence[Runs], clean: Runs, draws: int = CHANCE_DRAWS) -> WorstCase:
+    """The worst case over attacks on the same images in the same runs, and clean images."""
+    right, worst = under_worst(attacks)
     by_image = Accuracy.mean(right.mean(dim=0))
     rows = {runs.attack: runs.reevaluated.double().mean(dim=2) for runs in (*attacks, clean)}
     alone = {name: Accuracy.mean(shares.mean(dim=0)) for name, shares in rows.items()}
