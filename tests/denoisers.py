@@ -42,7 +42,7 @@ class GaussianDenoiser(nn.Module):
     def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
         self.passes += len(noisy)
         self.levels.append(sigma.detach().max().item() if isinstance(sigma, Tensor) else sigma)
-        square = torch.as_tensor(sigma, dtype=noisy.dtype).reshape(-1, 1, 1, 1) ** 2
+        square = torch.as_tensor(sigma, dtype=noisy.dtype, device=noisy.device).reshape(-1, 1, 1, 1) ** 2
         return (self.spread**2 * noisy + square * MEAN) / (self.spread**2 + square)
 
 

@@ -107,3 +107,15 @@ def test_repeated_goals_belong_to_flattened_attempts(seed: int, times: int, aime
     flat = margin(logits.transpose(0, 1).flatten(0, 1), goal.repeated(times)).view(-1, times)
     expected = torch.stack([margin(one, goal) for one in logits], dim=1)
     assert torch.equal(flat, expected)
+
+
+@EVERY
+def test_a_class_that_is_ruled_out_leaves_the_gradient_finite(loss: Loss) -> None:
+    """Classifiers rule classes out by a logit of minus infinity."""
+    logits, _ = drawn(3, 5, 4)
+    logits = logits.index_fill(2, torch.tensor([4]), -torch.inf).requires_grad_()
+    value = loss(logits, Goal(torch.tensor([0, 1, 3])))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (gradient[..., :4] != 0).any()

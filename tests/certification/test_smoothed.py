@@ -186,6 +186,15 @@ def test_wrong_inputs_say_what_to_do(
             use(SmoothedClassifier(classifier(), None if backbone is None else backbone()))
 
 
+def test_a_purified_classifier_in_eval_mode_may_be_smoothed_and_one_in_training_mode_not() -> None:
+    def smoothed(classifier: nn.Module) -> SmoothedClassifier:
+        return SmoothedClassifier(PurifiedClassifier(classifier, GaussianDenoiser(SHAPE), purifier=OneStep()), None)
+
+    assert smoothed(HalfSpace()).predict(images_of()).shape == images_of().shape[:1]
+    with pytest.raises(errors.ClassifierError, match=r"training mode \(Dropout\)"):
+        smoothed(dropout()).predict(images_of())
+
+
 def test_sigma_is_positive_and_at_most_half_of_the_strongest_noise() -> None:
     for sigma, message in ((0.0, "above 0"), (41.0, "at most 40"), ("big", "a number")):
         with pytest.raises(errors.SettingsError, match=f"SmoothedClassifier.sigma must be.*{message}"):

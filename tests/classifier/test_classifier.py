@@ -123,6 +123,12 @@ class TestAnswer:
         assert "linear" in repr(model.classifier)
         assert "  classifier: relu\n" in repr(make(classifier=torch.relu))
 
+    def test_an_empty_batch_has_a_gradient(self) -> None:
+        x = images()[:0].requires_grad_()
+        make()(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+
     def test_an_empty_batch_gives_an_empty_result_and_leaves_the_classifier_alone(self) -> None:
         classifier = nn.Sequential(
             nn.Flatten(), nn.BatchNorm1d(144), nn.BatchNorm1d(144), nn.Linear(144, CLASSES)

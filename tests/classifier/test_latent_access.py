@@ -233,3 +233,12 @@ def test_latent_attack_takes_ten_lines():
         loss.backward()
         optimiser.step()
     assert (model.classify_latents(latents).argmax(dim=2) != labels[:, None]).all()
+
+
+def test_the_objective_is_that_of_the_loop_under_autocast_too() -> None:
+    model, images = wrapped().float(), IMAGES.float()
+    start = model.initial_latents(images, seeds=[3, 4])
+    with torch.autocast("cpu"):
+        ours, loop = model.objective(start, images), model.purify(images, latents=start).history
+    assert ours.ssim.dtype == torch.float32
+    torch.testing.assert_close(ours.ssim.mean(dim=1), loop.ssim[0], rtol=1e-6, atol=1e-4)

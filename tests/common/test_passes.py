@@ -1,5 +1,7 @@
 """Network passes are counted in the package's own calls, and leave no trace in the backbone."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from cmap_defense.attacks import (
     Transfer,
 )
 from cmap_defense.classifier.speed import measure_speed
-from cmap_defense.common.passes import counting_passes
+from cmap_defense.common.passes import count_passes, counting_passes, not_counting
 from cmap_defense.gradients import StraightThrough, Surrogate
 from cmap_defense.purifiers import OneStep
 from toys import ToyBackbone, uniform
@@ -59,6 +61,24 @@ def test_noisy_images_that_are_denoised_are_counted() -> None:
     with counting_passes() as passes:
         denoise(IMAGES[:, None].expand(-1, 2, -1, -1, -1), 0.1)
     assert passes.total == 6
+
+
+def test_a_counter_may_end_where_nothing_is_counted_and_other_threads_count_on() -> None:
+    counter = counting_passes()
+    with counting_passes() as whole:
+        counter.__enter__()
+        with not_counting():
+            counter.__exit__(None, None, None)
+            count_passes(5)
+            with not_counting():
+                pass
+            count_passes(5)
+            other = threading.Thread(target=count_passes, args=(2,))
+            other.start()
+            other.join()
+        count_passes(1)
+    count_passes(7)
+    assert whole.total == 2 + 1
 
 
 ATTACKS: dict[str, Attack] = {

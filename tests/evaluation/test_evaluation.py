@@ -30,6 +30,8 @@ from cmap_defense.errors import (
 )
 from cmap_defense.evaluation import Evaluation, Subset
 from cmap_defense.evaluation.evaluation import Expected, fixed_chunk
+from cmap_defense.purifiers import LikelihoodMaximisation
+from denoisers import GaussianDenoiser
 from evaluated import (
     BRIEF,
     IMAGES,
@@ -248,6 +250,20 @@ def test_an_attack_can_be_added(brief: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     evaluation(tmp_path / "whole", attacks=more, protocol=BRIEF).run()
     assert results(folder) == results(tmp_path / "whole") != results(brief)
+
+
+@pytest.mark.parametrize("name", ["cmap", "likelihood"])
+def test_a_default_device_changes_no_results(name: str, tmp_path: Path) -> None:
+    purifier = LikelihoodMaximisation(iterations=2, n_latents=2)
+    likelihood = PurifiedClassifier(Linear(), GaussianDenoiser(), purifier=purifier, max_parallel=64)
+    given = defended() if name == "cmap" else likelihood.eval()
+    evaluation(tmp_path / "plain", given, protocol=BRIEF).run()
+    moved = evaluation(tmp_path / "moved", given, protocol=BRIEF)
+    with torch.device("meta"):
+        moved.run()
+        assert moved.worst_case() is not None
+        moved.report()
+    assert (tmp_path / "moved/results.jsonl").read_bytes() == (tmp_path / "plain/results.jsonl").read_bytes()
 
 
 def test_a_library_that_is_not_there_is_missed_before_the_first_work_unit(

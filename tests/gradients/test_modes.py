@@ -12,6 +12,7 @@ from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.errors import GradientError, PurifierError, SettingsError
 from cmap_defense.gradients import Detached, GradientMode, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.gradients.base import Purification
+from cmap_defense.purifiers import OneStep
 from cmap_defense.results import PurificationResult
 from toys import ToyBackbone, noise, uniform
 
@@ -302,3 +303,18 @@ def test_modes_run_on_a_network_with_attention_in_bfloat16_and_under_autocast(mo
         assert leaf.grad is not None
         assert torch.isfinite(leaf.grad).all()
         assert leaf.grad.abs().sum() > 0
+
+
+def test_the_noise_of_a_surrogate_is_that_of_the_seeds_where_the_first_noise_is_given() -> None:
+    def gradient(seeds: list[int]) -> Tensor:
+        model = PurifiedClassifier(
+            SmoothClassifier(), CountingBackbone(), purifier=OneStep(n_latents=3), gradient=Surrogate()
+        ).eval()
+        x = IMAGES.clone().requires_grad_()
+        result = model.purify(x, latents=noise(2, 3, *SHAPE, seed=4, dtype=DOUBLE), seeds=seeds)
+        return torch.autograd.grad((result.images * DIRECTION[:, None]).sum(), x)[0]
+
+    one, again, other = gradient([5, 6]), gradient([5, 6]), gradient([7, 6])
+    assert torch.equal(one, again)
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])

@@ -94,6 +94,17 @@ def test_the_first_versions_of_a_chain_are_the_same_for_every_larger_number(firs
 
 
 @EVERY
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "device"])
+def test_inference_mode_and_a_default_device_change_nothing(purifier: Purifier, around: Any) -> None:
+    images, backbone = images_of(3), backbone_for(purifier)
+    expected = purified(purifier, images, SEEDS).images
+    with around():
+        found = purifier(backbone, images, seeds=SEEDS).images
+    assert torch.equal(found, expected)
+    assert not found.is_inference()
+
+
+@EVERY
 def test_float32_and_weights_of_another_precision(purifier: Purifier) -> None:
     images = images_of(dtype=torch.float32)
     exact = purified(purifier, images.double(), SEEDS[:2]).images

@@ -94,7 +94,7 @@ class AdaptationLearner(Trainee):
 
     def tensors(self) -> dict[str, Tensor]:
         found = super().tensors() | {f"best/{name}": tensor for name, tensor in self.best.items()}
-        return found | {"scores": torch.tensor(self.scores, dtype=torch.float64)}
+        return found | {"scores": torch.tensor(self.scores, dtype=torch.float64, device="cpu")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
@@ -106,14 +106,16 @@ class AdaptationLearner(Trainee):
         config, rows = self.config, slice(self.team.rank, None, self.team.world)
         chosen = image_indices(number, config.batch_size, len(self.data), config.seed)[rows]
         found = self.data.select(chosen)
-        numbers = torch.arange(number * config.batch_size, (number + 1) * config.batch_size)[rows]
+        numbers = torch.arange(number * config.batch_size, (number + 1) * config.batch_size, device="cpu")[rows]
         generator = generator_for(config.seed, AUGMENTATION, number)
         images = found.unit
         if config.flip:
-            mirrored = torch.rand(config.batch_size, generator=generator)[rows] < 0.5
+            mirrored = torch.rand(config.batch_size, generator=generator, device="cpu")[rows] < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         if config.shift:
-            moves = torch.randint(0, 2 * config.shift + 1, (config.batch_size, 2), generator=generator)[rows]
+            moves = torch.randint(0, 2 * config.shift + 1, (config.batch_size, 2), generator=generator, device="cpu")[
+                rows
+            ]
             images = _shifted(images, moves, config.shift)
         seeds = derived_seeds(numbers, generator_for(config.seed, NOISE).initial_seed())
         return images.to(self.device), found.labels.to(self.device), seeds
@@ -136,9 +138,10 @@ class AdaptationLearner(Trainee):
 
     def _loss(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
         """Sum over the images of the mean cross entropy of their purified versions."""
+        with _arithmetic(self.device, self.config), torch.no_grad(), evaluating(self.model):
+            purified = self.purified.purify(images, seeds=seeds).images
+        # autocast of its own: older versions of torch hand on the weights that were cast without a graph
         with _arithmetic(self.device, self.config):
-            with torch.no_grad(), evaluating(self.model):
-                purified = self.purified.purify(images, seeds=seeds).images
             logits = self.purified.undefended(purified.flatten(0, 1), check=False)
         versions = purified.shape[1]
         return F.cross_entropy(logits.float(), labels.repeat_interleave(versions), reduction="sum") / versions
@@ -179,7 +182,7 @@ class AdaptationLearner(Trainee):
             for start in range(0, len(held_out), size):
                 part = held_out[start : start + size]
                 images, labels = part.unit.to(self.device), part.labels.to(self.device)
-                seeds = derived_seeds(torch.arange(start, start + len(images)), HELD_OUT)
+                seeds = derived_seeds(torch.arange(start, start + len(images), device="cpu"), HELD_OUT)
                 shown = [images]
                 if self.threat is not None:
                     shown.append(attacked_images(self.purified, images, labels, seeds, self.threat, longer))
@@ -245,7 +248,10 @@ def _shifted(images: Tensor, moves: Tensor, most: int) -> Tensor:
     """Images [B, C, H, W] moved by ``moves`` [B, 2] - ``most`` pixels down and right, black where nothing is left."""
     height, width = images.shape[2:]
     padded = F.pad(images, (most, most, most, most))
-    rows = (torch.arange(height) + moves[:, :1])[:, None, :, None]
-    columns = (torch.arange(width) + moves[:, 1:])[:, None, None, :]
-    batch, channels = torch.arange(len(images))[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None]
+    rows = (torch.arange(height, device="cpu") + moves[:, :1])[:, None, :, None]
+    columns = (torch.arange(width, device="cpu") + moves[:, 1:])[:, None, None, :]
+    batch, channels = (
+        torch.arange(len(images), device="cpu")[:, None, None, None],
+        torch.arange(images.shape[1], device="cpu")[None, :, None, None],
+    )
     return padded[batch, channels, rows, columns]

@@ -266,7 +266,9 @@ def _labelled(data: Any, model: PurifiedClassifier) -> LabelledImages:
         first = model.preprocessing.to_unit((chosen.images[:1] / 255).to(weights[0]), weights[0].device)
         model.preprocessing.resized(first, model.image_shape[1:])  # which raises where the sizes do not fit
         classes = undefended_logits(model, first, "adapt").shape[1]
-    SelectedImages(chosen.images, chosen.labels, torch.arange(len(chosen))).check_classes(classes, "classifier")
+    SelectedImages(chosen.images, chosen.labels, torch.arange(len(chosen), device="cpu")).check_classes(
+        classes, "classifier"
+    )
     return chosen
 
 

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks.goal import Goal, margin
-from cmap_defense.attacks.oracle import Model, Oracle, on_unit_images, usable
+from cmap_defense.attacks.oracle import Model, Oracle, on_unit_images
 from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.common.describe import describe, qualified_name
-from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.common.inputs import check_finite, check_images, check_indices, check_unit_range, usable
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.common.settings import check_fields, require_integer, setting
+from cmap_defense.common.statistics import most_frequent
 from cmap_defense.errors import AttackError, GradientWarning, InputTypeError, InputValueError
 from cmap_defense.gradients import GradientMode
 from cmap_defense.threat import ThreatModel
@@ -104,7 +105,7 @@ class AttackResult:
     @property
     def vote_success(self) -> Tensor:
         """[B] bool, whether the majority vote of the J re-evaluations is a success; the lower class wins ties."""
-        return Goal(self.labels, self.targets).reached(self.predictions.mode(dim=0).values)
+        return Goal(self.labels, self.targets).reached(most_frequent(self.predictions, dim=0))
 
     @property
     def any_candidate_success(self) -> Tensor:
@@ -204,7 +205,7 @@ class Attack(NamedOptions, abc.ABC):
         name = type(self).__name__
         require_integer(name, "reevaluations", reevaluations, minimum=1)
         model = on_unit_images(model)
-        index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
+        index = check_indices(indices, len(images))
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(isolated(self.seed, *index.tolist()))
@@ -221,7 +222,7 @@ class Attack(NamedOptions, abc.ABC):
                 needed=max((int(part.max()) + 1 for part in wanted if part.numel()), default=0),
             )
             found = self._attempts(oracle, clean, goal)
-            still = found.history.get("gradient_norm", torch.ones(1, 0)).eq(0).all(dim=0).sum()
+            still = found.history.get("gradient_norm", torch.ones(1, 0, device="cpu")).eq(0).all(dim=0).sum()
             if still:
                 warnings.warn(
                     f"The gradient of {still} of {len(clean)} images was zero at every step, so that {name} did "

@@ -136,8 +136,8 @@ class ConsistencyDisruption(Attack):
             over_batch = logits.transpose(0, 1).softmax(dim=1)  # [K, B, classes], normalised over the images
             classes = goal.labels.expand(over_batch.shape[:2])
             return F.cross_entropy(over_batch.flatten(0, 1), classes.flatten(), reduction="none").view_as(classes).T
-        parts = [CrossEntropy()(part[None], goal) for part in logits.unbind(dim=1)]
-        return torch.stack(parts, dim=1)
+        count = logits.shape[1]
+        return CrossEntropy()(logits.flatten(0, 1)[None], goal.repeated(count)).unflatten(0, (-1, count))
 
 
 def _right(logits: Tensor, goal: Goal) -> Tensor:

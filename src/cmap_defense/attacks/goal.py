@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.errors import AttackError
 
@@ -118,5 +118,4 @@ class VoteMargin(Loss):
     joint = True
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
-        vote = logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
-        return margin(vote, goal)
+        return margin(log_mean_probability(logits.transpose(0, 1)), goal)

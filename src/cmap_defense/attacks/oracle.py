@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from cmap_defense.attacks.goal import Goal, Loss, loss_of
 from cmap_defense.classifier import LatentAccess, PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
+from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.inputs import check_logits
 from cmap_defense.common.modules import module_behind
 from cmap_defense.common.rng import derived_seeds, isolated
@@ -119,11 +119,6 @@ def finite_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite[:, None, None, None], gradient, 0.0), finite
 
 
-def usable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that autograd accepts of one that was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 def wide(values: Tensor) -> Tensor:
     """Numbers [B] as [B, 1, 1, 1]."""
     return values[:, None, None, None]
@@ -172,7 +167,7 @@ class Oracle:
     _: dataclasses.KW_ONLY
     known: bool = False
     tick: Callable[[], object] = lambda: None
-    draws: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    draws: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, device="cpu"))
     evaluations: list[int] = dataclasses.field(default_factory=lambda: [0, 0])
     gradient_norms: list[Tensor] = dataclasses.field(default_factory=list)
     finite: list[Tensor] = dataclasses.field(default_factory=list)
@@ -304,8 +299,7 @@ class Oracle:
         """A model that predicts the log of the mean probability over some evaluations with independent noise."""
 
         def model(images: Tensor) -> Tensor:
-            logs = torch.stack([self(images).log_softmax(dim=1) for _ in range(samples)])
-            return logs.logsumexp(dim=0) - math.log(samples)
+            return log_mean_probability(torch.stack([self(images) for _ in range(samples)], dim=1))
 
         return model
 
@@ -333,7 +327,7 @@ class Oracle:
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
             groups = [samples] if loss.joint else [1] * samples
-            value, gradient, reached = torch.zeros(()), torch.zeros_like(leaf), torch.zeros(())
+            value, gradient, reached = leaf.new_zeros(()), torch.zeros_like(leaf), leaf.new_zeros(())
             for group in groups:
                 logits = torch.stack([self(leaf) for _ in range(group)])
                 part = loss_of(loss, logits, goal)

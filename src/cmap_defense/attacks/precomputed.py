@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -49,8 +50,7 @@ class Precomputed(Attack):
         check_finite(check_images(self.adversarial.flatten(0, -4)))
 
     def run(self, oracle: Oracle, clean: Tensor, goal: Goal) -> Candidates:
-        known = {_bytes(image): row for row, image in reversed(list(enumerate(self.clean)))}
-        rows = [known.get(_bytes(image), -1) for image in clean]
+        rows = [self._rows.get(_bytes(image), -1) for image in clean]
         if -1 in rows:
             raise InputValueError(
                 f"{rows.count(-1)} of {len(rows)} images are none of those that Precomputed was given as clean: attack "
@@ -58,6 +58,11 @@ class Precomputed(Attack):
             )
         found = self.adversarial[torch.tensor(rows, dtype=torch.int64, device=self.adversarial.device)].to(clean)
         return Candidates(found if found.ndim == 5 else found[:, None])
+
+    @functools.cached_property
+    def _rows(self) -> dict[bytes, int]:
+        """The position of each clean image."""
+        return {_bytes(image): row for row, image in reversed(list(enumerate(self.clean)))}
 
     def evaluates_defence(self) -> bool:
         return False

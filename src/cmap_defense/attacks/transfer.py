@@ -106,7 +106,9 @@ class _NoisedAndDenoised(SeededModel):
         wrapper = self.wrapper
         if seeds is None:
             count = len(images)
-            seeds = fresh_seeds(count) if self.seed is None else torch.full((count,), signed_word(self.seed))
+            seeds = (
+                fresh_seeds(count) if self.seed is None else torch.full((count,), signed_word(self.seed), device="cpu")
+            )
         small = wrapper.preprocessing.resized(images, wrapper.image_shape[1:])
         noise = draw_latents(seeds, self.source.steps, small.shape[1:])[:, None].to(small)
         labels = wrapper.latent_class_labels(images)

@@ -29,7 +29,7 @@ def lower_bounds(counts: Tensor, n: int, alpha: float) -> Tensor:
     """
     found = counts.double()
     quantiles = statistics().beta.ppf(alpha, found.clamp_min(1).numpy(), (n - found.clamp_min(1) + 1).numpy())
-    return torch.where(found > 0, torch.as_tensor(quantiles, dtype=torch.float64), 0.0)
+    return torch.where(found > 0, torch.as_tensor(quantiles, dtype=torch.float64, device="cpu"), 0.0)
 
 
 def certified_radii(bounds: Tensor, sigma: float) -> Tensor:
@@ -43,4 +43,6 @@ def differing(counts: Tensor, alpha: float) -> Tensor:
     equally probable: bool [B]."""
     test = statistics().binomtest
     pairs = counts.topk(2, dim=1).values.tolist()
-    return torch.tensor([first > 0 and test(first, first + second).pvalue <= alpha for first, second in pairs])
+    return torch.tensor(
+        [first > 0 and test(first, first + second).pvalue <= alpha for first, second in pairs], device="cpu"
+    )

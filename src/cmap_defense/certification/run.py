@@ -181,8 +181,8 @@ class _Certification:
                 if row not in own and (team.rank or row in missing):
                     found[row] = self._empty()
             selection, counts = (torch.stack([getattr(tally, n) for tally in found]) for n in ("selection", "counts"))
-            passes = torch.tensor([tally.passes for tally in found])
-            seconds = torch.tensor([tally.seconds for tally in found], dtype=torch.float64)
+            passes = torch.tensor([tally.passes for tally in found], device="cpu")
+            seconds = torch.tensor([tally.seconds for tally in found], dtype=torch.float64, device="cpu")
             team.add_up([selection, counts, passes])
             team.add_up([seconds])
         settings, sigma, chosen = self.settings, self.smoothed.sigma, selection.argmax(dim=1)
@@ -225,11 +225,13 @@ class _Certification:
                 f"{path} is the certificate of another image with this index. Give the indices in the data set, or "
                 "another folder."
             )
-        selection, counts = (torch.tensor(found[name], dtype=torch.int64) for name in ("selection", "counts"))
+        selection, counts = (
+            torch.tensor(found[name], dtype=torch.int64, device="cpu") for name in ("selection", "counts")
+        )
         return _Tally(selection, counts, found["passes"], found["seconds"])
 
     def _empty(self) -> _Tally:
-        selection, counts = torch.zeros((2, self.classes), dtype=torch.int64)
+        selection, counts = torch.zeros((2, self.classes), dtype=torch.int64, device="cpu")
         return _Tally(selection, counts)
 
     def _path(self, row: int) -> Path:

@@ -24,8 +24,8 @@ from cmap_defense.common.inputs import (
     check_device,
     check_finite,
     check_images,
+    check_indices,
     check_logits,
-    check_seeds,
     check_unit_range,
     conversion_line,
 )
@@ -178,7 +178,7 @@ class SmoothedClassifier(NamedOptions):
         keys = self.keys(self.check(images, indices), seed, PREDICTION)
         size = self.batch_size(images, batch_size)
         classes = self.count_classes(images, size)
-        found = torch.zeros((len(images), classes), dtype=torch.int64)
+        found = torch.zeros((len(images), classes), dtype=torch.int64, device="cpu")
         for row, key in enumerate(keys):
             for first in range(0, settings.n, size):
                 found[row] += self.count(images[row], key, first, min(first + size, settings.n), classes)
@@ -204,7 +204,7 @@ class SmoothedClassifier(NamedOptions):
                 f"The classifier is in training mode ({type(part).__name__}), so that its predictions may depend on "
                 "the batch, which voids a certificate. Call classifier.eval() first."
             )
-        return torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
+        return check_indices(indices, len(images))
 
     def keys(self, indices: Tensor, seed: int, stream: int) -> list[int]:
         """What the noise of each image is drawn from, for one purpose."""
@@ -213,7 +213,7 @@ class SmoothedClassifier(NamedOptions):
     def noise(self, key: int, first: int, last: int, shape: Sequence[int]) -> Tensor:
         """Unit noise [last - first, C, H, W] of copies; each a function of (key, number of the copy) alone."""
         begin = first // BLOCK
-        blocks = derived_seeds(torch.arange(begin, -(-last // BLOCK)), key)
+        blocks = derived_seeds(torch.arange(begin, -(-last // BLOCK), device="cpu"), key)
         return draw_latents(blocks, BLOCK, shape).flatten(0, 1)[first - begin * BLOCK : last - begin * BLOCK]
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ class SmoothedClassifier(NamedOptions):
         """How often each class is given to the copies ``first`` to ``last`` of an image [C, H, W]: int64 [classes]."""
         image = image.to(torch.promote_types(image.dtype, torch.float32))
         noisy = image + self.sigma * self.noise(key, first, last, image.shape).to(image)
-        seeds = derived_seeds(torch.arange(first, last), key + PURIFICATION)
+        seeds = derived_seeds(torch.arange(first, last, device="cpu"), key + PURIFICATION)
         with isolated(key, first):  # of a classifier that draws from torch's generators
             logits = self.base_logits(noisy, seeds=seeds)
         return logits.argmax(dim=1).cpu().bincount(minlength=classes)
@@ -235,7 +235,7 @@ class SmoothedClassifier(NamedOptions):
         for other in (noisy[1], 1 - noisy[1])[: 1 if batch_size == 1 else 2]:
             batch = noisy[:1] if batch_size == 1 else torch.stack([noisy[0], other])
             with isolated(0):
-                found.append(self.base_logits(batch, seeds=torch.arange(len(batch)))[0])
+                found.append(self.base_logits(batch, seeds=torch.arange(len(batch), device="cpu"))[0])
         if (found[0] - found[-1]).abs().nan_to_num().max() > COUPLED * found[0].abs().nan_to_num(posinf=0).max():
             raise ClassifierError(
                 "The logits of an image depend on the other images of its batch, so that the noisy copies are not "

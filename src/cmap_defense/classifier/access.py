@@ -16,7 +16,7 @@ from cmap_defense.cmap.losses import ObjectiveTerms
 from cmap_defense.cmap.objective import around_inputs, latent_chunks, objective_terms
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.voting import vote_logits
-from cmap_defense.common.inputs import check_class_labels, check_logits, check_seeds, signed_word
+from cmap_defense.common.inputs import check_class_labels, check_logits, check_seeds, signed_word, usable
 from cmap_defense.common.modules import device_of, dtype_of, evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
@@ -239,7 +239,7 @@ class LatentAccess(NamedOptions, nn.Module):
             raise DeviceError(f"The images are on {images.device}, but the latents are on {latents.device}.")
         if not torch.isfinite(latents).all():
             raise InputValueError("latents must be finite, but hold NaN or infinite values.")
-        return latents.clone() if latents.is_inference() else latents
+        return usable(latents)
 
     def _classify(self, shown: Tensor) -> Tensor:
         """Logits [B, K, classes] of unit images [B, K, C, H, W], once, in chunks of ``max_parallel``."""

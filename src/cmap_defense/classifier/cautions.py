@@ -142,7 +142,10 @@ def level_of_caller() -> int:
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether a method of a module's class reads ``training``, as those of BatchNorm and Dropout do."""
+    """Whether a method of a module's class reads ``training``, as those of BatchNorm and Dropout do; those of this
+    package only hand it on."""
+    if type(module).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return False
     if isinstance(module, torch.jit.ScriptModule):
         return True
     lineage = type(module).__mro__

@@ -83,7 +83,7 @@ def _one_per_latent(given: object, images: Tensor, n_latents: int, num_classes: 
     count = len(images)
     if not isinstance(given, Tensor):
         try:
-            given = torch.as_tensor(given, dtype=torch.int64 if count == 0 else None)
+            given = torch.as_tensor(given, dtype=torch.int64 if count == 0 else None, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputTypeError(
                 f"class_labels must be integers [{count}] or [{count}, K], but are {given!r}."

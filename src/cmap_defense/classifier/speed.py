@@ -36,7 +36,7 @@ def measure_speed(model: PurifiedClassifier, images: Tensor) -> Speed:
     short = model
     if model.purifier.optimises_latents:
         short = model.variant(settings=model.settings.replace(iterations=TIMED))
-    seeds = torch.arange(len(images))
+    seeds = torch.arange(len(images), device="cpu")
     cuda = images.device.type == "cuda"
     with torch.no_grad():
         short.purify(images, seeds=seeds)

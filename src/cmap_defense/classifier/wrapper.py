@@ -527,6 +527,7 @@ class PurifiedClassifier(LatentAccess):
 
         return Purification(
             images,
+            seeds,
             run,
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
             None if prepare is not None else differentiate,
@@ -557,11 +558,12 @@ class PurifiedClassifier(LatentAccess):
         """The result for no images; one black image, in eval mode, tells how many classes there are."""
         with torch.no_grad(), evaluating(self.classifier):
             logits = self._logits(images.new_zeros((1, *images.shape[1:])))[:0]
+        logits = logits + images.sum() if images.requires_grad else logits  # a graph, as for other images
         history = made = None
         if isinstance(self.purifier, CMAP):
             iterations = images.new_zeros((self.settings.iterations, 0))
             history = History(**{field.name: iterations for field in dataclasses.fields(History)})
-            made = torch.zeros(0, dtype=torch.int64)
+            made = torch.zeros(0, dtype=torch.int64, device="cpu")
         shown, latents = (images.new_zeros((0, n_latents, *shape)) for shape in (images.shape[1:], self.image_shape))
         conditional = getattr(self.backbone, "num_classes", None) is not None
         labels = torch.zeros((0, n_latents), dtype=torch.int64, device=self._device()) if conditional else None

@@ -229,10 +229,11 @@ def objective_terms(
     """
     smoothing = settings.l1_smoothing if l1_smoothing is None else l1_smoothing
     owners = torch.arange(len(images), device=images.device).repeat_interleave(latents.shape[1])
-    reference = SSIMReference.of(images).take(owners)
-    l1, ssim = perceptual_terms(generated.flatten(0, 1), reference, smoothing, settings.tolerance)
     shape = latents.shape[:2]
-    return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
+    with torch.autocast(images.device.type, enabled=False):  # as in the loop
+        reference = SSIMReference.of(images).take(owners)
+        l1, ssim = perceptual_terms(generated.flatten(0, 1), reference, smoothing, settings.tolerance)
+        return combine_terms(l1.view(shape), ssim.view(shape), latent_term(latents), settings)
 
 
 def latent_chunks(

@@ -16,6 +16,9 @@ from torch import Tensor
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 
+with torch.device("cpu"):  # whatever the default device is
+    WINDOW: list[float] = SSIM(win_size=WINDOW_SIZE, win_sigma=WINDOW_SIGMA, channel=1).win.flatten().tolist()
+
 
 @dataclasses.dataclass(frozen=True)
 class SSIMReference:
@@ -59,8 +62,7 @@ def _exact_dtype(images: Tensor) -> torch.dtype:
 
 def _filter_matrix(size: int, like: Tensor) -> Tensor:
     """[size, size]: filtering one axis with the window, zeros outside."""
-    with torch.device("cpu"):  # whatever the default device is
-        window = SSIM(win_size=WINDOW_SIZE, win_sigma=WINDOW_SIGMA, channel=1).win.flatten().to(like)
+    window = like.new_tensor(WINDOW)
     offset = torch.arange(size, device=like.device)[None, :] - torch.arange(size, device=like.device)[:, None]
     offset = offset + WINDOW_SIZE // 2
     inside = (offset >= 0) & (offset < WINDOW_SIZE)

@@ -202,6 +202,11 @@ def check_seeds(seeds: object, count: int, name: str = "seeds") -> Tensor:
     return seeds.detach().to("cpu", torch.int64)
 
 
+def check_indices(indices: object, count: int) -> Tensor:
+    """Positions of images in their data set as int64 [count] on the CPU; 0, 1, ... for None. See ``check_seeds``."""
+    return torch.arange(count, device="cpu") if indices is None else check_seeds(indices, count, "indices")
+
+
 def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
@@ -300,3 +305,8 @@ def resize_images(images: Tensor, size: Sequence[int], mode: str) -> Tensor:
 def _some(indices: list[int]) -> str:
     shown = ", ".join(map(str, indices[:5]))
     return shown if len(indices) <= 5 else f"{shown} and {len(indices) - 5} more"
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd accepts of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 
 
@@ -16,6 +17,7 @@ class PassCounter:
 
 
 _active: list[PassCounter] = []  # of all threads: autograd runs a backward pass in threads of its own
+_paused = threading.local()
 
 
 @contextlib.contextmanager
@@ -31,18 +33,17 @@ def counting_passes(on_pass: Callable[[int], None] | None = None) -> Iterator[Pa
 
 @contextlib.contextmanager
 def not_counting() -> Iterator[None]:
-    """Passes in the ``with`` block are not counted, such as those that only measure memory."""
-    counters = _active[:]
-    _active.clear()
+    """Passes of this thread in the ``with`` block are not counted, such as those that only measure memory."""
+    before, _paused.here = getattr(_paused, "here", False), True
     try:
         yield
     finally:
-        _active.extend(counters)
+        _paused.here = before
 
 
 def count_passes(number: int) -> None:
     """Add a call of a backbone with ``number`` latents or noisy images to all counters that are active."""
-    for counter in _active:
+    for counter in () if getattr(_paused, "here", False) else tuple(_active):
         if counter.on_pass is not None:
             counter.on_pass(counter.total)
         counter.total += number

@@ -39,7 +39,7 @@ def fresh_seeds(count: int) -> Tensor:
 def derived_seeds(seeds: Tensor, stream: int) -> Tensor:
     """[B] int64 seeds for another purpose than that of ``seeds``: functions of each seed and the stream's number."""
     mixed = [_mix((_mix(seed % _WORD) + stream) % _WORD) for seed in seeds.tolist()]
-    return torch.tensor([(word + _WORD // 2) % _WORD - _WORD // 2 for word in mixed], dtype=torch.int64)
+    return torch.tensor([(word + _WORD // 2) % _WORD - _WORD // 2 for word in mixed], dtype=torch.int64, device="cpu")
 
 
 def draw_latents(seeds: Tensor, n_latents: int, image_shape: Sequence[int], *, step: int = 0) -> Tensor:

@@ -174,6 +174,11 @@ class AUROC:
         return math.sqrt(max(variance, 0.0) / (self.count * self.against))
 
 
+def most_frequent(labels: Tensor, dim: int) -> Tensor:
+    """The most frequent of integers along a dimension; of several the lowest, as torch.mode has it on CPUs alone."""
+    return labels.cpu().mode(dim=dim).values.to(labels.device)
+
+
 def standard_error(values: Tensor) -> float:
     """Of the mean of values [B]; 0 for one value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
@@ -186,8 +191,9 @@ def mean_interval(values: Tensor) -> tuple[float, float | None]:
 
 
 def student_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t distribution, to 1 % for p up to 0.999: in closed form for one and two degrees of
-    freedom, and for more by the expansion in powers of 1 / degrees (Abramowitz and Stegun 1964, 26.7.5)."""
+    """The p-quantile of Student's t distribution, to 1 % for p up to 0.995 and to 3 % up to 0.999: in closed form for
+    one and two degrees of freedom, and for more by the expansion in powers of 1 / degrees (Abramowitz and Stegun 1964,
+    26.7.5)."""
     if degrees == 1:
         return math.tan(math.pi * (p - 0.5))
     if degrees == 2:

@@ -103,7 +103,14 @@ class FolderImages:
                 f"{flat[0].name}: put each into a class folder, or elsewhere."
             )
         if flat:
-            return cls(tuple(flat), torch.zeros(len(flat), dtype=torch.int64), None, size, channels, labels_known=False)
+            return cls(
+                tuple(flat),
+                torch.zeros(len(flat), dtype=torch.int64, device="cpu"),
+                None,
+                size,
+                channels,
+                labels_known=False,
+            )
         if not classes:
             raise DataError(
                 f"{taken} has neither images nor class folders: put the images into one folder per class, such as "
@@ -117,7 +124,7 @@ class FolderImages:
             )
         paths = tuple(path for files in classes.values() for path in files)
         labels = [label for label, files in enumerate(classes.values()) for _ in files]
-        return cls(paths, torch.tensor(labels, dtype=torch.int64), tuple(classes), size, channels)
+        return cls(paths, torch.tensor(labels, dtype=torch.int64, device="cpu"), tuple(classes), size, channels)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -145,7 +152,7 @@ class FolderImages:
                 first and no size was given.
         """
         chosen = positions_of(indices, len(self))
-        images = torch.empty(len(chosen), self._channels, *self.image_size, dtype=torch.uint8)
+        images = torch.empty(len(chosen), self._channels, *self.image_size, dtype=torch.uint8, device="cpu")
         for row, position in enumerate(chosen.tolist()):
             images[row] = (self._read(self.paths[position]) * 255).round().to(torch.uint8)
         return LabelledImages(images, self.labels[chosen], self.class_names, self.labels_known)

@@ -104,7 +104,7 @@ def positions_of(indices: Sequence[int] | Tensor, total: int) -> Tensor:
         if not 0 <= int(index) < total:
             known = f"they go from 0 to {total - 1}" if total else "there are none"
             raise DataError(f"There is no image {index}: {known}.")
-    return torch.tensor([int(index) for index in listed], dtype=torch.int64)
+    return torch.tensor([int(index) for index in listed], dtype=torch.int64, device="cpu")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -154,7 +154,7 @@ def labelled(
         )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels must be integers [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
-    classes = torch.tensor(labels.astype(np.int64))
+    classes = torch.tensor(labels.astype(np.int64), device="cpu")
     if class_names is None and len(classes) and classes.min() < 0:
         raise DataError(
             f"{where}: labels must be integers from 0, but there is {classes.min()}. Leave out images without a class."
@@ -163,7 +163,7 @@ def labelled(
         raise DataError(
             f"{where}: labels must lie in 0 to {len(class_names) - 1}, but lie in {classes.min()} to {classes.max()}."
         )
-    return LabelledImages(torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(), classes, class_names)
+    return LabelledImages(torch.tensor(images.transpose(0, 3, 1, 2), device="cpu").contiguous(), classes, class_names)
 
 
 def _way_to_bytes(images: np.ndarray) -> str:

@@ -92,7 +92,7 @@ class SelectedImages:
         data = labelled_data(data)
 
         def chosen(total: int) -> Tensor:
-            return subset if isinstance(subset, Tensor) else torch.tensor(subset.indices(total))
+            return subset if isinstance(subset, Tensor) else torch.tensor(subset.indices(total), device="cpu")
 
         if isinstance(data, (tuple, list)) and len(data) == 2:
             images, labels = data
@@ -124,7 +124,9 @@ class SelectedImages:
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(f"The images must have one size, but have {sorted(shapes)[:3]}: give it a resize.")
-        numbers = torch.tensor([_label(label, position) for label, position in zip(labels, positions, strict=True)])
+        numbers = torch.tensor(
+            [_label(label, position) for label, position in zip(labels, positions, strict=True)], device="cpu"
+        )
         names = getattr(data, "classes", None)
         return cls._checked(torch.stack(images), numbers, positions, None if names is None else tuple(map(str, names)))
 

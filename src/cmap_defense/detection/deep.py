@@ -82,9 +82,9 @@ class DeepKernel(nn.Module):
             self.convolutions.append(nn.Conv2d(channels, outputs, 3, stride=2, padding=1))
             channels, height, width = outputs, (height + 1) // 2, (width + 1) // 2
         self.head = nn.Linear(channels * height * width, settings.features)
-        self.log_bandwidths = nn.Parameter(torch.zeros(2))  # of kappa, of q
-        self.mixing_logit = nn.Parameter(torch.logit(torch.tensor(settings.mixing)))
-        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.log_bandwidths = nn.Parameter(torch.zeros(2, device="cpu"))  # of kappa, of q
+        self.mixing_logit = nn.Parameter(torch.logit(torch.tensor(settings.mixing, device="cpu")))
+        self.register_buffer("scale", torch.tensor(float(scale), device="cpu"))
 
     def phi(self, samples: Tensor) -> Tensor:
         """Features [N, F] of samples [N, C, H, W]."""
@@ -184,7 +184,7 @@ def train_deep_kernel(
         count = min(settings.batch_size, len(clean), len(attacked))
 
         def drawn(part: Tensor) -> Tensor:
-            return part[torch.randperm(len(part), generator=generator)[:count].to(part.device)]
+            return part[torch.randperm(len(part), generator=generator, device="cpu")[:count].to(part.device)]
 
         for step in range(settings.steps):
             generator = generator_for(settings.seed, step + 1)
@@ -228,7 +228,7 @@ def deep_kernel(
     model = model.on_unit_images()
     size = settings.fgsm_eps
     attack = PGD(ThreatModel(norm="linf", eps=size), steps=1, step_size=size, random_start=False, seed=settings.seed)
-    index = torch.arange(len(images))
+    index = torch.arange(len(images), device="cpu")
     parts = index.split(max_parallel)
     with evaluating(model.classifier):
         found = [attack(model.undefended, images[rows], labels[rows], indices=rows).images for rows in parts]

@@ -20,7 +20,7 @@ from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.classifier.wrapper import sampling
 from cmap_defense.common.describe import description_text
 from cmap_defense.common.files import fields_as_json
-from cmap_defense.common.inputs import check_finite, check_images, check_seeds, check_unit_range
+from cmap_defense.common.inputs import check_finite, check_images, check_indices, check_unit_range
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.progress import OnProgress, Progress
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
@@ -203,11 +203,11 @@ def detect(
     integers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     if not integers or labels.shape != images.shape[:1]:
         raise InputTypeError(f"labels must be integers [{len(images)}], one for each image, but are {labels!r}.")
-    index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
+    index = check_indices(indices, len(images))
     model = model.on_unit_images()
     sampler = sampling(model)  # before any work is done
     labels, eps = labels.to(images.device), eps or EPS(seed=seed)
-    groups = torch.arange(len(images)).split(max_parallel)
+    groups = torch.arange(len(images), device="cpu").split(max_parallel)
     steps = 2 * len(groups) * model.settings.iterations if purify else 0
 
     def seeds(stream: int) -> Tensor:
@@ -249,7 +249,7 @@ def detect(
                 shown[f"purified_{name}"], correct[f"purified_{name}"] = purified(shown[name], name)
             shown_to.step("measuring distances")
             order = {name: (shown[name], index) for name in KINDS if name in shown}
-            order["reference"] = (reference, torch.arange(len(reference)))
+            order["reference"] = (reference, torch.arange(len(reference), device="cpu"))
             scores = {
                 name: model_scores(model, eps, given, derived_seeds(own, STREAMS[name]), max_parallel)
                 for name, (given, own) in order.items()

@@ -20,7 +20,7 @@ from cmap_defense.common.inputs import (
     check_class_labels,
     check_finite,
     check_images,
-    check_seeds,
+    check_indices,
     check_shape,
     check_unit_range,
 )
@@ -48,7 +48,7 @@ def vp_sigmas(levels: int = 20) -> tuple[float, ...]:
         SettingsError: T is not from 1 to 1000.
     """
     require_integer("vp_sigmas", "levels", levels, minimum=1, below=1001)
-    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[:levels]
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)[:levels]
     return tuple(((1 - kept) / kept).sqrt().tolist())
 
 
@@ -126,14 +126,14 @@ class EPS(Settings):
                 f"The backbone was trained for noise from {noise.sigma_min:g} to {noise.sigma_max:g}, but EPS.sigmas "
                 f"has {outside[0]:g}: give EPS(sigmas=...) within that range."
             )
-        index = torch.arange(len(images)) if indices is None else check_seeds(indices, len(images), "indices")
+        index = check_indices(indices, len(images))
         labels = check_class_labels(class_labels, len(images), getattr(backbone, "num_classes", None))
         device = device_of(backbone) or images.device
         denoise = caster(backbone, device, "denoise")
         with torch.inference_mode(False), torch.no_grad(), evaluating(backbone):
             images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
             scores = [images[:0].clone()]
-            for rows in torch.arange(len(images)).split(max_parallel):
+            for rows in torch.arange(len(images), device="cpu").split(max_parallel):
                 given = () if labels is None else (labels[rows.to(labels.device)].to(device),)
                 clean = 2 * images[rows.to(images.device)].to(device) - 1
                 noise = self.noise(index[rows], images.shape[1:]).to(clean)
@@ -159,7 +159,7 @@ def model_scores(model: PurifiedClassifier, eps: EPS, images: Tensor, indices: T
     """EPS of images [B, C, H, W] in [0, 1] with the noise of these indices [B], for a model's backbone, resized to it,
     under the classes that the model chooses."""
     scores = []
-    for rows in torch.arange(len(images)).split(max_parallel):
+    for rows in torch.arange(len(images), device="cpu").split(max_parallel):
         part = images[rows].to(torch.promote_types(images.dtype, torch.float32))
         with torch.no_grad():
             conditions = model.latent_class_labels(part)

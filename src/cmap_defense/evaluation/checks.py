@@ -144,8 +144,8 @@ def gradient_table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
     variance."""
     if not lines:
         return []
-    cosines = torch.tensor([line["cosines"] for line in lines], dtype=torch.float64)
-    variances = torch.tensor([line["variances"] for line in lines], dtype=torch.float64)
+    cosines = torch.tensor([line["cosines"] for line in lines], dtype=torch.float64, device="cpu")
+    variances = torch.tensor([line["variances"] for line in lines], dtype=torch.float64, device="cpu")
     table = []
     for count, cosine, variance in zip(lines[0]["samples"], cosines.T, variances.T, strict=True):
         means = {"cosine": cosine.mean().item(), "error": standard_error(cosine), "variance": variance.median().item()}

@@ -75,7 +75,7 @@ def paired_differences(folders: Mapping[str, str | Path]) -> list[Difference]:
         for attack in one.right:
             if attack in other.right and (attack != WORST or same):
                 gaps = [one.right[attack][image] - other.right[attack][image] for image in images]
-                value, half_width = mean_interval(torch.tensor(gaps, dtype=torch.float64))
+                value, half_width = mean_interval(torch.tensor(gaps, dtype=torch.float64, device="cpu"))
                 differences.append(Difference(first, second, attack, len(images), value, half_width))
     return differences
 

@@ -53,7 +53,7 @@ def predict(model: Model, images: Tensor, labels: Tensor, indices: Tensor, numbe
     """Predict images, without gradients."""
     numbers = list(numbers)
     if not numbers:
-        return Predictions(torch.zeros((0, len(images)), dtype=torch.int64))
+        return Predictions(torch.zeros((0, len(images)), dtype=torch.int64, device="cpu"))
     with torch.no_grad():
         if isinstance(model, PurifiedClassifier):
             return _predict_purified(model, images, labels, indices, numbers)
@@ -105,7 +105,7 @@ def _predict_purified(
 def _held(values: Tensor) -> Tensor:
     """[N, B] of a history, an image's last value in place of NaN after its stop."""
     made = (~values.isnan()).sum(dim=0)
-    return values.gather(0, torch.minimum(torch.arange(len(values))[:, None], made - 1))
+    return values.gather(0, torch.minimum(torch.arange(len(values), device="cpu")[:, None], made - 1))
 
 
 class _VoteRecorder:
@@ -114,7 +114,7 @@ class _VoteRecorder:
     def __init__(self, model: PurifiedClassifier, images: Tensor, labels: Tensor) -> None:
         self.model, self.size, self.labels = model, images.shape[2:], labels.cpu()
         self.iterations = vote_iterations(model.settings.iterations)[:-1] if model.purifier.optimises_latents else []
-        self.right = torch.zeros((len(self.iterations), len(images)), dtype=torch.bool)
+        self.right = torch.zeros((len(self.iterations), len(images)), dtype=torch.bool, device="cpu")
 
     def recording(self) -> contextlib.AbstractContextManager[object]:
         if not self.iterations:
@@ -131,5 +131,5 @@ class _VoteRecorder:
 
     def end(self, made: Tensor, right: Tensor) -> None:
         """An image that stopped after ``made`` [B] iterations keeps its last vote, which was right or not."""
-        stopped = torch.tensor(self.iterations)[:, None] >= made
+        stopped = torch.tensor(self.iterations, device="cpu")[:, None] >= made
         self.right = torch.where(stopped, right.cpu(), self.right)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.common.statistics import Accuracy
+from cmap_defense.common.statistics import Accuracy, most_frequent
 
 MEASURES = ("one_shot", "average", "worst_of", "vote", "reevaluated")
 """Accuracies of a row, see ``Row``."""
@@ -48,9 +48,9 @@ class Runs:
         for line in lines:
             by_seed.setdefault(line["seed"], []).append(line)
         runs = list(by_seed.values())
-        truth = torch.tensor([line["label"] for line in runs[0]])
-        labels = torch.tensor([[line["predictions"] for line in run] for run in runs])
-        reevaluated = torch.tensor([[line["reevaluated"] for line in run] for run in runs])
+        truth = torch.tensor([line["label"] for line in runs[0]], device="cpu")
+        labels = torch.tensor([[line["predictions"] for line in run] for run in runs], device="cpu")
+        reevaluated = torch.tensor([[line["reevaluated"] for line in run] for run in runs], device="cpu")
         shares = [[line["one_latent"] for line in run] for run in runs]
         return cls(
             model=runs[0][0]["model"],
@@ -59,13 +59,13 @@ class Runs:
             right=labels == truth[:, None],
             reevaluated=reevaluated == truth[:, None],
             truth=truth,
-            one_latent=None if shares[0][0] is None else torch.tensor(shares, dtype=torch.float64),
+            one_latent=None if shares[0][0] is None else torch.tensor(shares, dtype=torch.float64, device="cpu"),
             lines=runs,
         )
 
     def vote_right(self) -> Tensor:
         """[S, B], whether the most frequent of the N predictions is right; the lower class on ties."""
-        return self.labels.mode(dim=2).values == self.truth
+        return most_frequent(self.labels, dim=2) == self.truth
 
     def first(self, count: int) -> Runs:
         """Of the first images and the first run."""
@@ -80,7 +80,8 @@ class Runs:
         if "search" not in self.lines[0][0]:
             return self.labels
         return torch.tensor(
-            [[line["predictions"] + line["reevaluated"] + line["search"] for line in run] for run in self.lines]
+            [[line["predictions"] + line["reevaluated"] + line["search"] for line in run] for run in self.lines],
+            device="cpu",
         )
 
 
@@ -175,7 +176,7 @@ def make_row(runs: Runs, clean: Runs | None = None) -> Row:
     count = first.get("search_predictions")
     search, on_clean = None, None
     if count is not None:
-        failed = torch.tensor([[not line["search_succeeded"] for line in run] for run in runs.lines])
+        failed = torch.tensor([[not line["search_succeeded"] for line in run] for run in runs.lines], device="cpu")
         search = Accuracy.mean(failed.double().mean(dim=0))
         labels = None if clean is None else clean.all_labels()
         if clean is not None and labels is not None and labels.shape[2] >= count:
@@ -238,13 +239,13 @@ def _by_chance(clean: Runs, attacks: int, draws: int) -> float:
     """The share of clean images that win ``attacks`` votes of N, each vote by predictions of its own."""
     pool, count = clean.all_labels(), clean.labels.shape[2]
     needed = attacks * count
-    generator = torch.Generator().manual_seed(0)
-    won = torch.zeros(pool.shape[:2], dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    won = torch.zeros(pool.shape[:2], dtype=torch.float64, device="cpu")
     for _ in range(draws):
         if needed <= pool.shape[2]:
-            picked = torch.rand(pool.shape, generator=generator).argsort(dim=2)[:, :, :needed]
+            picked = torch.rand(pool.shape, generator=generator, device="cpu").argsort(dim=2)[:, :, :needed]
         else:
-            picked = torch.randint(pool.shape[2], (*pool.shape[:2], needed), generator=generator)
-        votes = pool.gather(2, picked).unflatten(2, (attacks, count)).mode(dim=3).values
+            picked = torch.randint(pool.shape[2], (*pool.shape[:2], needed), generator=generator, device="cpu")
+        votes = most_frequent(pool.gather(2, picked).unflatten(2, (attacks, count)), dim=3)
         won += (votes == clean.truth[:, None]).all(dim=2)
     return (won / draws).mean().item()

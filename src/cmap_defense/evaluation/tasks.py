@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from cmap_defense.attacks import PGD, Attack, Goal
-from cmap_defense.attacks.oracle import Model, Oracle, usable
+from cmap_defense.attacks.oracle import Model, Oracle
 from cmap_defense.attacks.steps import random_point
 from cmap_defense.classifier import PurifiedClassifier
+from cmap_defense.common.inputs import usable
 from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.errors import GradientWarning, SettingsError
 from cmap_defense.evaluation.predictions import predict

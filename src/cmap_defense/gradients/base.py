@@ -24,6 +24,7 @@ class Purification:
 
     Attributes:
         images: [B, C, H, W] in [0, 1], of the backbone's size, with the graph that they came with.
+        seeds: [B] int64 on the CPU, of the images' noise.
         run: the purifier on these images, without a graph.
         prepare: the latent problem, for modes that differentiate its solution; None where the purifier is not of that
             kind.
@@ -39,6 +40,7 @@ class Purification:
     """
 
     images: Tensor
+    seeds: Tensor
     run: Callable[[], PurificationResult]
     prepare: Callable[[], LatentProblem] | None = None
     differentiate: Callable[[Backward], PurificationResult] | None = None

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -58,9 +57,8 @@ class Surrogate(GradientMode):
                 "Use Unrolled() or StraightThrough()."
             )
         images = purification.images
-        seeds = result.seeds if result.seeds is not None else torch.zeros(len(images), dtype=torch.int64)
-        count = result.images.shape[1]
-        noise = draw_latents(derived_seeds(seeds, STREAM), count * self.steps, images.shape[1:]).to(images)
+        count, seeds = result.images.shape[1], derived_seeds(purification.seeds, STREAM)
+        noise = draw_latents(seeds, count * self.steps, images.shape[1:]).to(images)
         denoised = surrogate_images(purification.denoise, images, noise.unflatten(1, (count, self.steps)), self.sigma)
         return dataclasses.replace(
             result, images=result.images + (denoised - denoised.detach()).to(result.images.dtype)

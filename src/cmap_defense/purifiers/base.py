@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from cmap_defense.backbones.registry import names_of_kind
 from cmap_defense.cmap.memory import default_max_parallel
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.describe import describe, qualified_name
+from cmap_defense.common.inputs import usable
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.common.settings import require_integer, require_number
@@ -178,7 +180,7 @@ class Purifier(NamedOptions, abc.ABC):
             [1, C, H, W] in units of [-1, 1], not clipped.
         """
         own, call = self._network(backbone, device)
-        noise = draw_latents(torch.zeros(1, dtype=torch.int64), 1, image_shape)[0].to(device)
+        noise = draw_latents(torch.zeros(1, dtype=torch.int64, device="cpu"), 1, image_shape)[0].to(device)
         classes = getattr(own, "num_classes", None)
         labels = () if classes is None or self.needs is None else (torch.zeros(1, dtype=torch.int64, device=device),)
         with torch.no_grad():
@@ -280,3 +282,17 @@ _WHY = {
     "denoiser": "A consistency function gives the end point of the ODE, and a reverse step needs the mean of the clean "
     "images.",
 }
+
+
+def out_of_inference_mode(call: Callable[..., PurificationResult]) -> Callable[..., PurificationResult]:
+    """A purifier's ``__call__`` that takes gradients on its way, which torch.inference_mode would not let it do."""
+
+    @functools.wraps(call)
+    def carried_out(purifier: Purifier, backbone: nn.Module, images: Tensor, **options: Any) -> PurificationResult:
+        if not torch.is_inference_mode_enabled():
+            return call(purifier, backbone, images, **options)
+        with torch.inference_mode(False), torch.no_grad():
+            given = {name: usable(value) if isinstance(value, Tensor) else value for name, value in options.items()}
+            return call(purifier, backbone, usable(images), **given)
+
+    return carried_out

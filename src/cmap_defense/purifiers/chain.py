@@ -192,7 +192,7 @@ class Chain(Settings, Purifier):
         """Network passes of each image [B]; None where no purifier counted them."""
         if all(result.passes is None for result in results):
             return None
-        made = torch.zeros(count, dtype=torch.int64)
+        made = torch.zeros(count, dtype=torch.int64, device="cpu")
         for n, (purifier, result) in enumerate(zip(self.purifiers, results, strict=True)):
             versions = self._versions(n)
             made += versions * purifier.passes if result.passes is None else result.passes.view(count, -1).sum(dim=1)
@@ -207,7 +207,7 @@ class Chain(Settings, Purifier):
         if labels is None or getattr(purifier.member(backbone), "num_classes", None) is None:
             return None
         if self.handed_on == "mean":
-            return labels[:, torch.arange(purifier.n_latents) % labels.shape[1]]
+            return labels[:, torch.arange(purifier.n_latents, device=labels.device) % labels.shape[1]]
         return labels.unflatten(1, (self._versions(n), purifier.n_latents, -1))[..., 0].flatten(0, 1)
 
     @classmethod

@@ -22,7 +22,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.compiling import StepCompiler
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import SettingsError
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.base import Purifier, out_of_inference_mode
 from cmap_defense.results import PurificationResult
 
 __all__ = ["CMAP"]
@@ -85,6 +85,7 @@ class CMAP(Purifier):
     def call_options(self) -> frozenset[str]:
         return frozenset({"compiler"} if self.settings.stop_agreement is None else {"compiler", "predict"})
 
+    @out_of_inference_mode
     def __call__(
         self, backbone: nn.Module, images: Tensor, *, callback: Callback | None = None, **options: Any
     ) -> PurificationResult:

@@ -18,7 +18,7 @@ from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import Settings, require_integer
 from cmap_defense.errors import BackboneError
-from cmap_defense.purifiers.base import Purifier
+from cmap_defense.purifiers.base import Purifier, out_of_inference_mode
 from cmap_defense.results import PurificationResult
 
 __all__ = ["Denoiser", "MultiStepPurifier", "Run", "StepState"]
@@ -202,6 +202,7 @@ class MultiStepPurifier(Settings, Purifier):
     def passes(self) -> int:
         return self.n_latents * self.steps
 
+    @out_of_inference_mode
     def __call__(
         self,
         backbone: nn.Module,

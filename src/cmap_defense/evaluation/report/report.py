@@ -187,7 +187,7 @@ def build_report(
 def _curves(tensors: Sequence[Mapping[str, Tensor]], lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """How the purifications of one task went: means over images and runs."""
     loop = _means(tensors, "loop.")
-    votes = torch.tensor([line["vote_right"] for line in lines]).double().mean(dim=0)
+    votes = torch.tensor([line["vote_right"] for line in lines], device="cpu").double().mean(dim=0)
     iterations = vote_iterations(len(loop["total"])) if "total" in loop else []
     return {"iterations": [float(n) for n in iterations], "accuracy": votes.tolist(), **loop}
 
@@ -199,7 +199,7 @@ def _means(tensors: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, li
     for name in tensors[0]:
         if name.startswith(prefix) and all(name in part and len(part[name]) for part in tensors):
             longest = max(len(part[name]) for part in tensors)
-            rows = [torch.arange(longest).clamp_max(len(part[name]) - 1) for part in tensors]
+            rows = [torch.arange(longest, device="cpu").clamp_max(len(part[name]) - 1) for part in tensors]
             whole = torch.cat([part[name][own] for part, own in zip(tensors, rows, strict=True)], dim=1)
             found[name.removeprefix(prefix)] = whole.double().mean(dim=1).tolist()
     return found
