@@ -1,10 +1,11 @@
 """The CIFAR ResNets of the package, for weights that others have trained.
 
     cmap-defense quality --backbone cifar10-cd --data cifar10 --out runs/quality \\
-        --classifier cifar_resnet.py:unit_resnet20 --weights cifar10_resnet20.safetensors \\
-        --other resnet56=cifar_resnet.py:unit_resnet56@cifar10_resnet56.safetensors
+        --classifier examples/cifar_resnet.py:unit_resnet20 --weights cifar10_resnet20.safetensors \\
+        --other resnet56=examples/cifar_resnet.py:unit_resnet56@cifar10_resnet56.safetensors
 
-The weights by Y. Idelbayev (BSD-2) fit: they want images normalised with ``MEAN`` and ``STD``.
+The weights by Y. Idelbayev (BSD-2) fit. ``unit_resnet20`` and ``unit_resnet56`` take images in [0, 1] and normalise
+them; ``resnet20`` and ``resnet56`` need ``--mean`` and ``--std``.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ __all__ = ["MEAN", "STD", "CifarResNet"]
 
 
 def resnet20() -> CifarResNet:
-    """For ``cmap-defense evaluate --classifier cifar_resnet.py:resnet20 --weights FILE``; untrained.
+    """For ``cmap-defense evaluate --classifier examples/cifar_resnet.py:resnet20 --weights FILE``; untrained.
 
     With ``--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225``.
     """

@@ -20,7 +20,7 @@ def torchvision_resnet50() -> nn.Module:
 
 
 def robustbench_gowal2021() -> nn.Module:
-    """An adversarially trained CIFAR-10 model, for the same table: pip install robustbench."""
+    """An adversarially trained CIFAR-10 model, for the same table: pip install robustbench "setuptools<81"."""
     from robustbench.utils import load_model
 
     return load_model("Gowal2021Improving_28_10_ddpm_100m", dataset="cifar10", threat_model="Linf")
