@@ -140,7 +140,7 @@ def test_queries_are_the_purifications(steps: int, every: int, purifications: in
         ThreatModel(), steps=steps, every=every, purifications=purifications, memory=2, restarts=restarts
     )
     model, seen = wrapped(), []
-    model.register_latent_hook(lambda state: seen.append(state.iteration), iterations=[0])
+    model.register_step_hook(lambda state: seen.append(state.iteration), steps=[0])
     result = attack(model, *labelled(), reevaluations=2)
     assert result.queries == len(seen) == count + (restarts if restarts > 1 else 0) + 2
     assert set(result.history) == {"loss", "gradient_norm", "reached"}

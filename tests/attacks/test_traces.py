@@ -60,13 +60,13 @@ def test_nothing_is_left_after_a_run_or_a_failure(name: str, fails_at: int | Non
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 7.0)
     seen: list[int] = []
-    model.register_latent_hook(lambda state: seen.append(state.iteration))
+    model.register_step_hook(lambda state: seen.append(state.iteration))
     images, labels = labelled(2)
     targets, indices = (labels + 1) % 4, torch.tensor([4, 9])
     arguments = (images.requires_grad_(), labels, targets, indices)
     aim = None if name == "ConsistencyDisruption released" else targets  # it takes none
     attack = suite(THREATS["linf"])[name]
-    before, hooks, kept = state_of(model, *arguments), list(model._latent_hooks), images.detach().clone()
+    before, hooks, kept = state_of(model, *arguments), list(model._step_hooks), images.detach().clone()
     model.classifier.fails_at = fails_at
     if fails_at:
         with pytest.raises(ZeroDivisionError, match="on purpose"):
@@ -75,7 +75,7 @@ def test_nothing_is_left_after_a_run_or_a_failure(name: str, fails_at: int | Non
         result = attack(model, images, labels, targets=aim, indices=indices)
     assert all(same(before, state_of(model, *arguments)))
     assert images.grad is None
-    assert list(model._latent_hooks) == hooks
+    assert list(model._step_hooks) == hooks
     assert torch.is_grad_enabled()
     if fails_at:
         seen.clear()

@@ -49,7 +49,7 @@ def test_a_wrapper_of_normalised_images_is_attacked_in_the_unit_cube(name: str, 
     results, calls = [], []
     for kind in ("normalized", "unit"):
         model, seen = wrapped(normalize=(MEAN, STD), inputs=kind, **options), []
-        model.register_latent_hook(lambda state, seen=seen: seen.append(state.iteration))
+        model.register_step_hook(lambda state, seen=seen: seen.append(state.iteration))
         results.append(suite(THREATS["l2"], seed=5)[name](model, images, labels, reevaluations=2))
         calls.append(seen)
         assert model.preprocessing.inputs == kind

@@ -300,7 +300,7 @@ def test_chunks_give_what_the_whole_gives(choice: str, max_parallel: int):
 def test_labels_reach_their_latents_before_every_step_and_in_the_end(max_parallel: int | None):
     model, labels = make(max_parallel=max_parallel), labels_of(4, 3)
     states: list[LatentState] = []
-    with model.register_latent_hook(states.append):
+    with model.register_step_hook(states.append):
         result = model.purify(images(), class_labels=labels)
     assert torch.equal(result.class_labels, labels)
     assert len(states) == QUICK.iterations

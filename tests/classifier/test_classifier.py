@@ -100,7 +100,7 @@ class TestAnswer:
     def test_given_latents_are_the_start(self) -> None:
         model, x, start = make(), images(2), noise(2, 5, *SHAPE, seed=3)
         seen = []
-        with model.register_latent_hook(lambda state: seen.append(state.latents)):
+        with model.register_step_hook(lambda state: seen.append(state.latents)):
             result = model.purify(x, latents=start)
         assert torch.equal(seen[0], start)
         assert result.latents.shape == (2, 5, *SHAPE)
@@ -276,7 +276,7 @@ class TestModule:
     @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_answer_alike_and_have_no_hooks(self, how: object) -> None:
         model, calls = make(seed=0), []
-        model.register_latent_hook(lambda state: calls.append(state.iteration))
+        model.register_step_hook(lambda state: calls.append(state.iteration))
         twin = how(model)
         answer = model(images())
         assert len(calls) == QUICK.iterations
@@ -302,7 +302,7 @@ class TestModule:
 
     def test_a_hook_may_replace_the_latents(self) -> None:
         model = make(settings=QUICK.replace(iterations=1, learning_rate=1e-9))
-        with model.register_latent_hook(lambda state: torch.full_like(state.latents, 0.25)):
+        with model.register_step_hook(lambda state: torch.full_like(state.latents, 0.25)):
             found = model.purify(images()).latents
         assert torch.allclose(found, torch.full_like(found, 0.25), atol=1e-6)
 
@@ -322,7 +322,7 @@ class TestPrecision:
     def test_noise_is_drawn_in_float32_then_cast(self) -> None:
         starts = []
         for model, x in ((make(), images()), (make().double(), images().double())):
-            with model.register_latent_hook(lambda s: starts.append(s.latents) if s.iteration == 0 else None):
+            with model.register_step_hook(lambda s: starts.append(s.latents) if s.iteration == 0 else None):
                 model.purify(x, seeds=[1] * 4)
         assert torch.equal(starts[0].double(), starts[1])
 
@@ -476,7 +476,7 @@ BAD_OPTIONS = {
         "backbone is on cpu.*classifier is on meta",
     ),
     "missing folder": (lambda: make(backbone="./no-such-folder"), OSError, "backbone.json"),
-    "hook": (lambda: make().register_latent_hook(3), ValueError, "callable"),
+    "hook": (lambda: make().register_step_hook(3), ValueError, "callable"),
     "a class as classifier": (lambda: make(classifier=ToyClassifier), ValueError, "instance"),
     "classifier": (lambda: make(classifier="resnet"), ValueError, "callable"),
     "vote": (lambda: make(vote="hard"), ValueError, "'label', 'soft'"),

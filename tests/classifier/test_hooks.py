@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from cmap_defense.classifier.hooks import LatentHooks
+from cmap_defense.classifier.hooks import StepHooks
 
 
 def first(state: object) -> None:
@@ -17,7 +17,7 @@ def second(state: object) -> None:
 
 
 def test_hooks_come_in_the_order_of_their_registration():
-    hooks = LatentHooks()
+    hooks = StepHooks()
     for hook in (second, first, second):
         hooks.register(hook)
     assert [hook.function for hook in hooks] == [second, first, second]
@@ -34,7 +34,7 @@ def test_hooks_come_in_the_order_of_their_registration():
     ],
 )
 def test_a_handle_removes_its_own_hook_alone_and_once(before: list, place: int, later: list, left: list):
-    hooks = LatentHooks()
+    hooks = StepHooks()
     handle = [hooks.register(hook) for hook in before][place]
     handle.remove()
     for hook in later:
@@ -44,7 +44,7 @@ def test_a_handle_removes_its_own_hook_alone_and_once(before: list, place: int, 
 
 
 def test_a_handle_is_a_context_manager_that_lets_exceptions_out():
-    hooks = LatentHooks()
+    hooks = StepHooks()
     with hooks.register(first) as handle:
         assert [hook.function for hook in hooks] == [first]
         assert handle is not None
@@ -55,7 +55,7 @@ def test_a_handle_is_a_context_manager_that_lets_exceptions_out():
 
 
 def test_hooks_may_be_removed_while_they_run():
-    hooks = LatentHooks()
+    hooks = StepHooks()
     handle = hooks.register(first)
     hooks.register(second)
     seen = []
@@ -72,7 +72,7 @@ def test_hooks_may_be_removed_while_they_run():
     ids=["copy", "deepcopy", "pickle"],
 )
 def test_copies_start_empty_and_leave_the_original_alone(duplicate):
-    hooks = LatentHooks()
+    hooks = StepHooks()
     hooks.register(first)
     twin = duplicate(hooks)
     assert len(twin) == 0
@@ -82,6 +82,6 @@ def test_copies_start_empty_and_leave_the_original_alone(duplicate):
 
 
 def test_hooks_that_cannot_be_pickled_do_not_hinder_a_pickle():
-    hooks = LatentHooks()
+    hooks = StepHooks()
     hooks.register(lambda state: None)
     assert len(pickle.loads(pickle.dumps(hooks))) == 0

@@ -42,8 +42,8 @@ def wrapped(gradient: GradientMode | None = None, **options: object) -> Purified
 @pytest.mark.parametrize("wanted", [False, True])
 def test_hook_is_called_at_its_iterations_once_each_whatever_the_gradient(gradient: GradientMode, wanted: bool):
     model, seen, every = wrapped(gradient), [], []
-    model.register_latent_hook(lambda state: seen.append(state.iteration), iterations={0, 4})
-    model.register_latent_hook(lambda state: every.append(state.iteration))
+    model.register_step_hook(lambda state: seen.append(state.iteration), steps={0, 4})
+    model.register_step_hook(lambda state: every.append(state.iteration))
     logits = model(IMAGES.clone().requires_grad_(wanted))
     if wanted:
         logits.sum().backward()
@@ -53,7 +53,7 @@ def test_hook_is_called_at_its_iterations_once_each_whatever_the_gradient(gradie
 
 def test_states_are_detached_and_say_whose_images_they_are():
     model, states = wrapped(Unrolled()), []
-    model.register_latent_hook(states.append, iterations=range(0, 6, 5))
+    model.register_step_hook(states.append, steps=range(0, 6, 5))
     model(IMAGES.clone().requires_grad_())
     for state in states:
         assert not state.latents.requires_grad
@@ -72,7 +72,7 @@ def live_value(model: PurifiedClassifier, images: Tensor) -> Tensor:
     def look(state: LatentState) -> None:
         parts.append(state.latents.square().sum() + state.generated.sum() + 1e-3 * state.terms.total.sum())
 
-    with model.register_latent_hook(look, iterations={2, 5}, live=True):
+    with model.register_step_hook(look, steps={2, 5}, live=True):
         model(images)
     assert len(parts) == 2
     return torch.stack(parts).sum()
@@ -80,7 +80,7 @@ def live_value(model: PurifiedClassifier, images: Tensor) -> Tensor:
 
 def test_a_live_hook_in_another_gradient_mode_is_an_error_not_a_detached_state() -> None:
     model = wrapped(Unrolled())
-    with model.register_latent_hook(lambda state: None, live=True):
+    with model.register_step_hook(lambda state: None, live=True):
         other = model.variant(hooks=True, gradient=StraightThrough())
         other(IMAGES)
         with pytest.raises(SettingsError, match="StraightThrough"):
@@ -101,7 +101,7 @@ def test_latents_that_a_live_hook_returns_stay_part_of_the_graph():
     def value(images: Tensor) -> Tensor:
         model = wrapped(Unrolled())
         shift = images.mean(dim=(1, 2, 3))[:, None, None, None, None]
-        with model.register_latent_hook(lambda state: state.latents + shift, iterations={3}, live=True):
+        with model.register_step_hook(lambda state: state.latents + shift, steps={3}, live=True):
             return model.purify(images).images.square().sum()
 
     leaf = IMAGES.clone().requires_grad_()
@@ -116,7 +116,7 @@ def test_live_hook_without_a_gradient_in_sight_sees_the_same_values():
     seen: list[list[Tensor]] = [[], []]
     for wanted in (False, True):
         model = wrapped(Unrolled())
-        model.register_latent_hook(lambda state, w=wanted: seen[w].append(state.latents.detach()), live=True)
+        model.register_step_hook(lambda state, w=wanted: seen[w].append(state.latents.detach()), live=True)
         model(IMAGES.clone().requires_grad_(wanted))
     assert len(seen[0]) == len(seen[1]) == 6
     for plain, live in zip(*seen, strict=True):
@@ -125,9 +125,9 @@ def test_live_hook_without_a_gradient_in_sight_sees_the_same_values():
 
 def test_hooks_that_make_no_sense_are_refused():
     with pytest.raises(SettingsError, match="Unrolled"):
-        wrapped().register_latent_hook(print, live=True)
-    with pytest.raises(SettingsError, match="iterations"):
-        wrapped().register_latent_hook(print, iterations=3)  # pyright: ignore[reportArgumentType]
+        wrapped().register_step_hook(print, live=True)
+    with pytest.raises(SettingsError, match="steps must be a set"):
+        wrapped().register_step_hook(print, steps=3)  # pyright: ignore[reportArgumentType]
 
 
 def test_hook_is_gone_after_an_exception_inside_its_block():
@@ -136,7 +136,7 @@ def test_hook_is_gone_after_an_exception_inside_its_block():
     def fail(state: LatentState) -> None:
         raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), model.register_latent_hook(fail, live=True):
+    with pytest.raises(RuntimeError, match="on purpose"), model.register_step_hook(fail, live=True):
         model(IMAGES.clone().requires_grad_())
     model(IMAGES.clone().requires_grad_()).sum().backward()
 

@@ -264,7 +264,7 @@ def test_results_of_a_recorded_graph_outlive_its_next_replay(
     states: list[Tensor] = []
     model, plain = (wrapped(compile=recorded, max_parallel=chunk) for recorded in (True, False))
     for each in (model, plain):
-        with each.register_latent_hook(lambda state: states.append(state.generated)):
+        with each.register_step_hook(lambda state: states.append(state.generated)):
             result = each.purify(IMAGES)
         states.extend((result.images, *vars(result.history).values()))
     half = len(states) // 2

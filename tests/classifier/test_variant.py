@@ -105,12 +105,12 @@ def test_modes_are_kept(train: bool):
 
 def test_hooks_stay_with_their_owner():
     model, seen = wrapped(seed=0), []
-    model.register_latent_hook(lambda state: seen.append(state.iteration))
+    model.register_step_hook(lambda state: seen.append(state.iteration))
     other = model.variant(gradient=Unrolled())
     other(labelled()[0])
     assert seen == []
     live: list[int] = []
-    other.register_latent_hook(lambda state: live.append(state.iteration), live=True)
+    other.register_step_hook(lambda state: live.append(state.iteration), live=True)
     model(labelled()[0])
     assert seen == [0, 1, 2]
     assert live == []

@@ -89,7 +89,7 @@ def test_labels_agree_at_two_checks_one_after_the_other() -> None:
         shown = (state.generated.flatten(0, 1) + 1) / 2
         labels[state.iteration] = classify(shown).argmax(dim=1).view(state.latents.shape[:2])
 
-    with model.register_latent_hook(watch):
+    with model.register_step_hook(watch):
         model.purify(IMAGES, seeds=SEEDS)
     every = AGREEMENT.stop_agreement
     assert every is not None
@@ -178,7 +178,7 @@ def test_hooks_see_the_images_that_go_on_and_may_replace_their_latents(live: boo
 
     model = wrapped(DECREASE, gradient=Unrolled())
     leaf = IMAGES.clone().requires_grad_()
-    with model.register_latent_hook(hook, live=live):
+    with model.register_step_hook(hook, live=live):
         result = model.purify(leaf, seeds=SEEDS)
         made = iterations_of(result)
         assert len(made.unique()) > 1

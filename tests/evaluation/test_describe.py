@@ -109,10 +109,10 @@ def test_a_mode_that_keeps_a_function_is_the_same_in_every_process() -> None:
 def test_hooks_show_while_they_are_registered() -> None:
     model = wrapped()
     before = describe_model(model)
-    with model.register_latent_hook(lambda state: None, iterations={0}):
+    with model.register_step_hook(lambda state: None, steps={0}):
         inside = describe_model(model)
     assert describe_model(model) == before != inside
-    with model.register_latent_hook(lambda state: state.latents, iterations={0}):
+    with model.register_step_hook(lambda state: state.latents, steps={0}):
         assert describe_model(model) != inside
 
 

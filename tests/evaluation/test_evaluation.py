@@ -337,7 +337,7 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
     attacked = {"attacks": {"bpda-eot": attacks()["bpda-eot"]}, "protocol": BRIEF}
     given = evaluation(tmp_path / "training", model, **attacked)
     given.expected()
-    with model.register_latent_hook(watch):
+    with model.register_step_hook(watch):
         given.run()
     assert seen
     assert not any(True in modes for modes in seen)
@@ -345,9 +345,9 @@ def test_a_model_in_training_mode_is_evaluated_in_eval_mode_and_left_as_it_was(t
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
     assert attributes(model) == before
-    assert len(model._latent_hooks) == 0
+    assert len(model._step_hooks) == 0
     again = evaluation(tmp_path / "eval", model.eval(), **attacked)
-    with model.register_latent_hook(watch):  # which is part of the settings
+    with model.register_step_hook(watch):  # which is part of the settings
         again.run()
     assert results(tmp_path / "training") == results(tmp_path / "eval")
 

@@ -140,7 +140,7 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
     results = []
     for number in NUMBERS:
         seeds = None if name == "fixed" else prediction_seeds(INDICES, number)
-        with torch.no_grad(), model.register_latent_hook(states.append):
+        with torch.no_grad(), model.register_step_hook(states.append):
             results.append(model.purify(images, seeds=seeds))
 
     shares = [(result.logits.argmax(dim=2) == labels[:, None]).double().mean(dim=1) for result in results]
@@ -176,7 +176,7 @@ def test_what_is_noted_of_a_purified_classifier(name: str) -> None:
     assert found.vote_right is not None
     assert vote_iterations(model.settings.iterations) == [0, 1, 2, 3]
     assert torch.equal(found.vote_right, torch.stack(vote_right))
-    assert len(model._latent_hooks) == 0
+    assert len(model._step_hooks) == 0
 
 
 def test_an_image_that_stopped_keeps_its_last_vote() -> None:

@@ -244,6 +244,94 @@ def test_with_and_without_recomputation_and_chunks_the_gradient_is_the_same(puri
     torch.testing.assert_close(one, whole[:1], rtol=1e-9, atol=1e-12)
 
 
+class WithHook(nn.Module):
+    """The mean square of the images before the steps of a purification, after the model."""
+
+    def __init__(self, model: PurifiedClassifier, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, images: Tensor) -> Tensor:
+        sizes: list[Tensor] = []
+        weights = noise(2, 1, *SHAPE, seed=12, dtype=DOUBLE)
+
+        def hook(state: StepState) -> None:
+            sizes.append((state.images.unflatten(0, (2, -1)) * weights[:, None]).flatten(1).square().mean(dim=1))
+
+        with self.model.register_step_hook(hook, **self.options):
+            logits = self.model(images)
+        return logits + torch.stack(sizes).sum(dim=0)[:, None]
+
+
+WITHOUT_LATENTS = {name: p for name, p in denoisers.ALL.items() if not p.involves_latents and p.passes}
+
+
+@pytest.mark.parametrize("purifier", WITHOUT_LATENTS.values(), ids=WITHOUT_LATENTS)
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_live_states_have_the_gradient_of_finite_differences(purifier: Purifier, checkpoint: bool) -> None:
+    model = model_of(purifier, gradient=Unrolled(checkpoint=checkpoint), max_parallel=3)
+    for exact, difference in slopes(WithHook(model, live=True), images_of()):
+        assert exact == pytest.approx(difference, rel=1e-4)
+    plain = gradient_of(WithHook(model), images_of())
+    torch.testing.assert_close(plain, gradient_of(model, images_of()), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(plain, gradient_of(WithHook(model, live=True), images_of()))
+
+
+@NOISING
+def test_images_that_a_hook_returns_take_the_place_of_the_states(purifier: MultiStepPurifier) -> None:
+    model, seen = model_of(purifier, gradient=Unrolled()), list[StepState]()
+    with model.register_step_hook(seen.append):
+        expected, exact = model(images_of()), gradient_of(model, images_of())
+    with model.register_step_hook(lambda state: state.images.clone(), live=True):  # the same images
+        torch.testing.assert_close(model(images_of()), expected)
+        torch.testing.assert_close(gradient_of(model, images_of()), exact, rtol=1e-6, atol=1e-9)
+    replaced = []
+    for live in (True, False):
+        with model.register_step_hook(lambda state: 0.9 * state.images, steps={seen[-1].step}, live=live):
+            replaced.append(model(images_of()))
+    assert not torch.allclose(replaced[0], expected)
+    assert torch.equal(*replaced)
+
+
+def test_a_hook_that_is_not_live_cuts_the_gradient_where_it_replaces() -> None:
+    model = model_of(DiffPure(t=3, n_latents=2), gradient=Unrolled())
+    with (
+        model.register_step_hook(lambda state: state.images, steps={1}),
+        pytest.raises(errors.GradientError, match="do not depend on its input"),
+    ):
+        gradient_of(model, images_of())
+
+
+def test_hooks_see_the_steps_that_they_name_and_those_of_each_purifier_of_a_chain() -> None:
+    model = model_of(Chain(DiffPure(t=4, n_latents=2), OneStep(level=0.3, n_latents=1)))
+    every: list[tuple[int, int]] = []
+    some: list[tuple[int, int]] = []
+    model.register_step_hook(lambda state: every.append((state.step, state.steps)))
+    with model.register_step_hook(lambda state: some.append((state.step, state.steps)), steps=range(0, 4, 2)):
+        model(images_of())
+    model(images_of())
+    steps = DiffPure(t=4).steps
+    assert every == 2 * [*((n, steps) for n in range(steps)), (0, 1)]
+    assert some == [*((n, steps) for n in range(0, steps, 2)), (0, 1)]
+
+
+def test_hooks_that_see_nothing_or_replace_too_much_are_refused() -> None:
+    with pytest.raises(errors.SettingsError, match="makes no steps"):
+        model_of(OneStep(level=0.0)).register_step_hook(print)
+    both = Chain(OneStep(level=0.3), CMAP(CMAPSettings(level=0.3, n_latents=2, iterations=1)))
+    with pytest.raises(errors.SettingsError, match="inside a Chain"):
+        model_of(both, gradient=Unrolled()).register_step_hook(print, live=True)
+    model = model_of(OneStep(level=0.3))
+    with model.register_step_hook(lambda state: state.images[:1]):
+        with pytest.raises(errors.InputValueError, match=r"shaped \[2, 4, 3, 8, 6\]"):
+            model(images_of())
+        with (
+            model.register_step_hook(lambda state: state.images),
+            pytest.raises(errors.InputValueError, match="2 step hooks"),
+        ):
+            model(images_of())
+
+
 @EVERY
 def test_values_do_not_depend_on_the_gradient_mode(purifier: Purifier) -> None:
     expected = model_of(purifier, gradient=Detached())(images_of())
@@ -260,8 +348,6 @@ def test_what_belongs_to_the_optimisation_over_latents_says_so(purifier: Purifie
     model = model_of(purifier, gradient=Implicit())
     with pytest.raises(errors.GradientError, match="optimisation over latents, which this purifier is not"):
         model(images_of().requires_grad_())
-    with pytest.raises(errors.SettingsError, match="A latent hook belongs to the optimisation"):
-        model.register_latent_hook(lambda state: None)
     where = "is out of reach inside a" if purifier.involves_latents else "is no part of"
     with pytest.raises(errors.SettingsError, match=rf"settings belongs to the optimisation .*which {where} \w+\."):
         model.settings  # noqa: B018

@@ -142,4 +142,4 @@ def test_each_step_is_reported_and_leaves_nothing_behind() -> None:
         "attacking own",
         "purifying attacked images for own",
     ]
-    assert len(model._latent_hooks) == 0
+    assert len(model._step_hooks) == 0

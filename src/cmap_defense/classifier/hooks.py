@@ -1,4 +1,4 @@
-"""Functions that watch, and may steer, the latent optimisation."""
+"""Functions that watch, and may steer, the steps of a purification."""
 
 from __future__ import annotations
 
@@ -22,61 +22,72 @@ from cmap_defense.results import PurificationResult
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentHook:
-    """A function that is called during the optimisation over latents.
+class StepHook:
+    """A function that is called before the steps of a purification.
 
     Attributes:
-        function: what is called with a ``LatentState``.
-        iterations: those at which it is called; None for all.
+        function: what is called with a ``LatentState`` of CMAP, or the ``StepState`` of another purifier.
+        steps: those at which it is called; None for all.
         live: whether it is given states that are part of the graph.
     """
 
     function: Callable[[Any], Any]
-    iterations: Container[int] | None = None
+    steps: Container[int] | None = None
     live: bool = False
 
-    def at(self, iteration: int) -> bool:
-        """Whether it is called at an iteration."""
-        return self.iterations is None or iteration in self.iterations
+    def at(self, step: int) -> bool:
+        """Whether it is called at a step."""
+        return self.steps is None or step in self.steps
+
+    def __call__(self, state: Any) -> Any:
+        """What the function returns at this state, without a graph unless it is live; None where it is not called."""
+        if self.steps is not None and not self.at(step_of(state)):
+            return None
+        returned = self.function(state.detached() if isinstance(state, StepState) and not self.live else state)
+        return returned if self.live or not isinstance(returned, Tensor) else returned.detach()
 
 
-class LatentHooks:
+def step_of(state: Any) -> int:
+    """The number of the step that a state is of; -1 for a state of a purifier of one's own that has none."""
+    return state.iteration if isinstance(state, LatentState) else getattr(state, "step", -1)
+
+
+class StepHooks:
     """An ordered set of hooks that belongs to one object: copies and pickles of it start empty."""
 
     def __init__(self) -> None:
-        self._hooks: OrderedDict[int, LatentHook] = OrderedDict()
+        self._hooks: OrderedDict[int, StepHook] = OrderedDict()
 
     def register(
-        self, function: Callable[[Any], Any], iterations: Container[int] | None = None, live: bool = False
+        self, function: Callable[[Any], Any], steps: Container[int] | None = None, live: bool = False
     ) -> RemovableHandle:
         """Add a hook behind the others. The handle removes it, also at the end of a ``with`` block."""
         handle = RemovableHandle(self._hooks)
-        self._hooks[handle.id] = LatentHook(function, iterations, live)
+        self._hooks[handle.id] = StepHook(function, steps, live)
         return handle
 
-    def __iter__(self) -> Iterator[LatentHook]:
+    def __iter__(self) -> Iterator[StepHook]:
         return iter(tuple(self._hooks.values()))
 
     def __len__(self) -> int:
         return len(self._hooks)
 
-    def __reduce__(self) -> tuple[type[LatentHooks], tuple[()]]:
-        return (LatentHooks, ())
+    def __reduce__(self) -> tuple[type[StepHooks], tuple[()]]:
+        return (StepHooks, ())
 
 
-def together(hooks: Sequence[LatentHook]) -> Callable[[Any], Any] | None:
-    """Several hooks as one function, each called at its own iterations; None when there are none.
+def together(hooks: Sequence[StepHook]) -> Callable[[Any], Any] | None:
+    """Several hooks as one function, each called at its own steps; None when there are none.
 
-    It raises ``InputValueError`` when more than one hook replaces the latents of an iteration.
+    It raises ``InputValueError`` when more than one hook replaces the state of a step.
     """
     if not hooks:
         return None
 
     def run(state: Any) -> Any:
-        returned = [hook.function(state) for hook in hooks if hook.iterations is None or hook.at(state.iteration)]
-        replaced = [latents for latents in returned if latents is not None]
+        replaced = [returned for returned in (hook(state) for hook in hooks) if returned is not None]
         if len(replaced) > 1:
-            raise InputValueError(f"{len(replaced)} latent hooks replaced the latents of one iteration; only one may.")
+            raise InputValueError(f"{len(replaced)} step hooks replaced the state of one step; only one may.")
         return replaced[0] if replaced else None
 
     return run
@@ -110,9 +121,10 @@ class Trajectory:
 
     def __call__(self, state: LatentState | StepState) -> None:
         if isinstance(state, StepState):
-            step, inputs, images, rows = state.step, state.inputs, state.images, slice(None)
+            inputs, images, rows = state.inputs, state.images, slice(None)
         else:
-            step, inputs, images, rows = state.iteration, state.images, state.generated, state.image_indices
+            inputs, images, rows = state.images, state.generated, state.image_indices
+        step = step_of(state)
         if not self.frames or step <= self._last:  # another purification
             self.frames, self.inputs = [], inputs.detach().cpu()
         self._last = step

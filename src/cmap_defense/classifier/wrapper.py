@@ -23,10 +23,9 @@ from typing_extensions import Self
 from cmap_defense.classifier.access import LatentAccess
 from cmap_defense.classifier.cautions import warn_of_another_adaptation
 from cmap_defense.classifier.class_labels import ClassLabels, require_class_labels
-from cmap_defense.classifier.hooks import LatentHook, LatentHooks, together
+from cmap_defense.classifier.hooks import StepHook, StepHooks, together
 from cmap_defense.classifier.prediction import Calibration, Prediction, calibration_of, check_calibration, prediction_of
 from cmap_defense.classifier.preprocessing import Preprocessing
-from cmap_defense.cmap.optimise import Callback
 from cmap_defense.cmap.settings import CMAPSettings
 from cmap_defense.cmap.stopping import Predict
 from cmap_defense.cmap.unroll import Backward
@@ -191,7 +190,7 @@ class PurifiedClassifier(LatentAccess):
             )
         self._compiler = StepCompiler() if compile else None
         self.preprocessing = Preprocessing.of(self.image_shape, inputs, normalize, resize, out_of_range)
-        self._latent_hooks = LatentHooks()
+        self._step_hooks = StepHooks()
         self.calibration: Calibration | None = None
 
     @property
@@ -343,7 +342,7 @@ class PurifiedClassifier(LatentAccess):
         """Another wrapper around the same classifier and backbone, with some of the options changed.
 
         Args:
-            hooks: share the latent hooks of this one, those to come included; without, the variant has none.
+            hooks: share the step hooks of this one, those to come included; without, the variant has none.
             changes: those of the constructor but for the classifier and the backbone, such as ``gradient=Unrolled()``
                 or ``settings=model.settings.replace(iterations=20)``. It raises the constructor's errors.
         """
@@ -379,39 +378,46 @@ class PurifiedClassifier(LatentAccess):
         if other._compiler is not None and other.backbone is self.backbone:
             other._compiler = self._compiler or other._compiler  # what is compiled is kept
         if hooks and other.purifier.optimises_latents:
-            other._latent_hooks = self._latent_hooks
+            other._step_hooks = self._step_hooks
         return other
 
-    def register_latent_hook(
-        self, hook: Callback, *, iterations: Container[int] | None = None, live: bool = False
+    def register_step_hook(
+        self, hook: Callable[[Any], Any], *, steps: Container[int] | None = None, live: bool = False
     ) -> RemovableHandle:
-        """Call ``hook`` with a ``LatentState`` before latent steps.
+        """Call ``hook`` before the purifier's steps, with a ``LatentState`` of CMAP or the ``StepState`` of another.
 
-        Latents that it returns take the place of the state's; only one hook may do so in an iteration. Hooks run in
+        Latents or images that it returns take the place of the state's; only one hook may do so at a step. Hooks run in
         the order of their registration, belong to this object alone (copies and pickles have none) and cost nothing
-        when there are none. The handle removes the hook, also as a context manager.
+        when there are none. The handle removes the hook, also as a context manager. Each purifier of a chain calls it,
+        with steps of its own.
 
         Args:
-            hook: called once per iteration, never again while a gradient is taken.
-            iterations: those at which it is called, such as ``range(0, 200, 10)``; None for all.
-            live: give it states that are part of the graph to the input, and keep latents that it returns part of it.
-                Needs ``gradient=Unrolled()``, and an input that requires a gradient; without one, states are detached.
+            hook: called once per step, never again while a gradient is taken.
+            steps: those at which it is called, such as ``range(0, 200, 10)``; None for all. The first is 0.
+            live: give it states that are part of the graph to the input, and keep what it returns part of it. Needs
+                ``gradient=Unrolled()``, and an input that requires a gradient; without one, states are detached.
 
         Raises:
-            SettingsError: the hook is not callable, or live without an unrolled gradient; a later call in another
-                gradient mode raises it too.
+            SettingsError: the hook is not callable, the purifier makes no steps, or the hook is live without an
+                unrolled gradient or in a chain with CMAP; a later call in another gradient mode raises it too.
         """
         if not callable(hook):
-            raise SettingsError(f"A latent hook must be callable, but is {hook!r}.")
-        self._cmap("A latent hook")
-        if iterations is not None and not isinstance(iterations, Container):
-            raise SettingsError(f"iterations must be a set or range of numbers, but is {iterations!r}.")
+            raise SettingsError(f"A step hook must be callable, but is {hook!r}.")
+        if not self.purifier.passes:
+            raise SettingsError(f"{self.purifier!r} makes no steps, so that a hook would never be called.")
+        if steps is not None and not isinstance(steps, Container):
+            raise SettingsError(f"steps must be a set or range of numbers, but is {steps!r}.")
         if live and not isinstance(self.gradient, Unrolled):
             raise SettingsError(
                 f"A live hook needs PurifiedClassifier(..., gradient=Unrolled()), but this one has {self.gradient!r}: "
-                "no other mode has a graph through the loop."
+                "no other mode has a graph through the steps."
             )
-        return self._latent_hooks.register(hook, iterations, live)
+        if live and self.purifier.involves_latents and not self.purifier.optimises_latents:
+            raise SettingsError(
+                f"A live hook sees no graph of the optimisation over latents inside a {type(self.purifier).__name__}: "
+                "hook a model of each purifier, or leave live out."
+            )
+        return self._step_hooks.register(hook, steps, live)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for member in members_of(self.backbone):
@@ -502,11 +508,11 @@ class PurifiedClassifier(LatentAccess):
             "class_labels": labels,
             "max_parallel": self.max_parallel,
         }
-        hooks = (*self._latent_hooks, *([] if callback is None else [LatentHook(callback)]))
+        hooks = (*self._step_hooks, *([] if callback is None else [StepHook(callback)]))
         live = [hook for hook in hooks if hook.live]
         if live and images.requires_grad and torch.is_grad_enabled() and not isinstance(self.gradient, Unrolled):
             raise SettingsError(
-                f"A live hook needs a graph through the loop, which {self.gradient!r} does not have. Give the model, "
+                f"A live hook needs a graph through the steps, which {self.gradient!r} does not have. Give the model, "
                 "and any attack on it, gradient=Unrolled(), or remove the hook."
             )
         every, prepare, name = together(hooks), None, type(self.purifier).__name__

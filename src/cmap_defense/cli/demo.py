@@ -209,7 +209,7 @@ def _steps_of(model: PurifiedClassifier, progress: Progress) -> contextlib.Abstr
     """Shows each iteration of CMAP; nothing for other purifiers."""
     if not model.purifier.optimises_latents:
         return contextlib.nullcontext()
-    return model.register_latent_hook(lambda state: progress.step())
+    return model.register_step_hook(lambda state: progress.step())
 
 
 def _sheet(found: Demonstration, eps: float) -> Image.Image:

@@ -216,10 +216,11 @@ def _history_row(terms: ObjectiveTerms, latents: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_replaced(replaced: Tensor, latents: Tensor) -> Tensor:
-    """Latents that a callback returned, on the loop's device and in its precision, or an ``InputValueError``."""
+    """What a callback returned in place of latents or images, on their device and in their precision, or an
+    ``InputValueError``."""
     if not isinstance(replaced, Tensor) or replaced.shape != latents.shape:
         came = list(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
         raise InputValueError(
-            f"A callback must return None or latents shaped {list(latents.shape)}, but returned {came}."
+            f"A callback must return None or a tensor shaped {list(latents.shape)}, but returned {came}."
         )
     return replaced.to(latents)

@@ -222,7 +222,7 @@ def detect(
         shown_to.step(f"purifying {name} images")
         own = derived_seeds(seeds(PURIFIED), STREAMS[name])
         kept, correct = [], []
-        with model.register_latent_hook(lambda state: shown_to.step()):
+        with model.register_step_hook(lambda state: shown_to.step()):
             for rows in groups:
                 result = model.purify(given[rows], seeds=own[rows] if model.seed is None else None)
                 assert result.labels is not None

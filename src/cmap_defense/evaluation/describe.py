@@ -32,7 +32,7 @@ def describe_model(model: object) -> dict[str, Any]:
         "seed": model.seed,
         "gradient": qualified_name(model.gradient) if own_code(model.gradient) else repr(model.gradient),
         **({"gradient's options": describe(model.gradient)} if own_code(model.gradient) else {}),
-        **({"latent hooks": [describe(hook) for hook in model._latent_hooks]} if len(model._latent_hooks) else {}),
+        **({"step hooks": [describe(hook) for hook in model._step_hooks]} if len(model._step_hooks) else {}),
         "class_labels": labels if isinstance(labels, str) else describe(labels),
         "resize": model.preprocessing.resize,
         "normalize": None if normalisation is None else [list(normalisation.mean), list(normalisation.std)],

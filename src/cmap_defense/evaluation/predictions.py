@@ -119,7 +119,7 @@ class _VoteRecorder:
     def recording(self) -> contextlib.AbstractContextManager[object]:
         if not self.iterations:
             return contextlib.nullcontext()
-        return self.model.register_latent_hook(self._record, iterations=self.iterations)
+        return self.model.register_step_hook(self._record, steps=self.iterations)
 
     def _record(self, state: LatentState) -> None:
         shown = self.model.preprocessing.resized((state.generated.flatten(0, 1) + 1) / 2, self.size)

@@ -61,7 +61,8 @@ class Unrolled(GradientMode, Backward):
                 raise GradientError(
                     "The purifier returned images that do not depend on its input for autograd, so that there is no "
                     "exact gradient. Leave out detach() and no_grad() in it, or give PurifiedClassifier(..., "
-                    "gradient=StraightThrough()), which takes the purification as the identity."
+                    "gradient=StraightThrough()), which takes the purification as the identity. A step hook that "
+                    "returns images cuts the gradient unless it is live."
                 )
             return result
         return purification.problem(self).unrolled(

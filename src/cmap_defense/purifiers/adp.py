@@ -78,7 +78,9 @@ class ADP(MultiStepPurifier):
             return (clean - points) / levels[rows, None, None, None]
 
         for n in range(self.iterations):
-            run.watch(2 * n, 2 * levels.detach().max().item(), 2 * x - 1)
+            shown = 2 * x - 1
+            given = run.watch(2 * n, 2 * levels.detach().max().item(), shown)
+            x = x if given is shown else (given + 1) / 2
             here = x[rows]
             first = score(here)
             second = score(here + STEP * first)

@@ -88,7 +88,7 @@ class DiffPure(MultiStepPurifier):
 
     def _ddpm(self, run: Run, x: Tensor) -> Tensor:
         for t in range(self.t, 0, -1):
-            run.watch(self.t - t, vp_sigma(t), x)
+            x = run.watch(self.t - t, vp_sigma(t), x)
             clean = run.denoise(x, vp_sigma(t))
             clean = clean.clamp(-1, 1) if self.clip_denoised else clean
             x = ddpm_step(x, clean, vp_sigma(t), vp_sigma(t - 1), run.noise(), variance=self.variance)
@@ -100,7 +100,7 @@ class DiffPure(MultiStepPurifier):
         for n, (now, after) in enumerate(itertools.pairwise(self.times)):
             sigma = vp_sigma_at(now)
             scale, size = vp_scale(sigma), (now - after) * vp_beta(now)
-            run.watch(n, sigma, x)
+            x = run.watch(n, sigma, x)
             score = (run.denoise(x, sigma) - x) / (sigma**2 * scale)
             moved = (1 + size / 2) * scale * x + size * (1 if stochastic else 0.5) * score
             if stochastic and after > END:

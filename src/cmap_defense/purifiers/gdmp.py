@@ -119,7 +119,7 @@ class GDMP(MultiStepPurifier):
             x = x + self.level * run.noise()
             for index in range(self.t - 1, -1, -1):
                 high, low = sigmas[index], sigmas[index - 1] if index else 0.0
-                run.watch(made, high, x)
+                x = run.watch(made, high, x)
                 clean = run.denoise(x, high).clamp(-1, 1)
                 moved = ddpm_step(x, clean, high, low, run.noise(), variance="fixedlarge")
                 x = moved + variances[index] / vp_scale(low) * self._guidance(run, x, high)

@@ -61,7 +61,7 @@ class GNSP(MultiStepPurifier):
         for top in self.rounds:
             x = x + vp_sigma(top) * run.noise()
             for t in range(top, 0, -1):
-                run.watch(made, vp_sigma(t), x)
+                x = run.watch(made, vp_sigma(t), x)
                 clean = run.denoise(x, vp_sigma(t))
                 x = ddim_step(x, clean, vp_sigma(t), vp_sigma(t - 1), run.noise(), eta=self.eta)
                 made += 1

@@ -74,7 +74,7 @@ class LikelihoodMaximisation(MultiStepPurifier):
         for n in range(self.iterations):
             noise = run.noise()
             sigmas = low + (high - low) * run.uniform()
-            run.watch(n, high, x)
+            x = run.watch(n, high, x)
             gradient = run.denoise.in_chunks(
                 _loss_gradient, x, noise, sigmas, run.denoise.class_labels, run.denoise.once
             )

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from cmap_defense.backbones.base import caster
 from cmap_defense.backbones.karras import KarrasModel
+from cmap_defense.cmap.optimise import check_replaced
 from cmap_defense.cmap.unroll import Backward
 from cmap_defense.common.rng import derived_seeds, draw_latents, draw_uniform
 from cmap_defense.common.settings import Settings, require_integer
@@ -32,14 +33,16 @@ UNIFORM = 0x0F0F
 
 @dataclasses.dataclass(frozen=True)
 class StepState:
-    """What a callback sees before a network pass.
+    """What a callback sees before a network pass. The tensors are the purifier's own: do not change them in place, but
+    return other images. They are part of the graph to the input where there is one; a hook of ``PurifiedClassifier``
+    that is not live is given detached ones.
 
     Attributes:
         step: number of the pass, from 0.
         steps: passes of a version, at most.
         level: standard deviation of the noise in the images; where it differs between images, the largest.
-        images: [B, K, C, H, W], detached, in units of [-1, 1], with their noise.
-        inputs: [B, C, H, W] in [0, 1], detached, what is purified.
+        images: [B, K, C, H, W] in units of [-1, 1], with their noise.
+        inputs: [B, C, H, W] in [0, 1], what is purified.
     """
 
     step: int
@@ -47,6 +50,10 @@ class StepState:
     level: float
     images: Tensor
     inputs: Tensor
+
+    def detached(self) -> StepState:
+        """The same without a graph."""
+        return dataclasses.replace(self, images=self.images.detach(), inputs=self.inputs.detach())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +170,17 @@ class Run:
         self._drawn += 1
         return drawn.to(self.images).flatten()
 
-    def watch(self, step: int, level: float, images: Tensor) -> None:
-        """Tell the callback of the pass that comes next: its number, its noise level, and its images [M, C, H, W]."""
-        if self.callback is not None:
-            shown, inputs = (part.detach().unflatten(0, self.first.shape[:2]) for part in (images, self.images))
-            self.callback(StepState(step, self.steps, level, shown, (inputs[:, 0] + 1) / 2))
+    def watch(self, step: int, level: float, images: Tensor) -> Tensor:
+        """Tell the callback of the pass that comes next: its number, its noise level, and its images [M, C, H, W].
+
+        Returns:
+            The images [M, C, H, W] to go on with: the same, or what the callback returned in their place.
+        """
+        if self.callback is None:
+            return images
+        shown, inputs = (part.unflatten(0, self.first.shape[:2]) for part in (images, self.images))
+        replaced = self.callback(StepState(step, self.steps, level, shown, (inputs[:, 0] + 1) / 2))
+        return images if replaced is None else check_replaced(replaced, shown).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +234,8 @@ class MultiStepPurifier(Settings, Purifier):
             backbone: of the kind that ``kind`` names.
             latents: the first noise, which may have a gradient; that of later steps is drawn from the seeds all the
                 same.
-            callback: called before each network pass with a ``StepState``.
+            callback: called before each network pass with a ``StepState``; images [B, K, C, H, W] that it returns take
+                the place of the state's.
             checkpoint: compute each pass again in the backward pass in place of keeping its graph.
 
         Raises:

@@ -51,5 +51,5 @@ class OneStep(MultiStepPurifier):
 
     def reverse(self, run: Run) -> Tensor:
         noisy = run.images + self.level * run.noise()
-        run.watch(0, self.level, noisy)
+        noisy = run.watch(0, self.level, noisy)
         return run.denoise(noisy, self.level)

@@ -83,7 +83,7 @@ def reconstruct(
     def purified(model: PurifiedClassifier, given: Tensor, voters: list[PurifiedClassifier]) -> tuple[Tensor, ...]:
         """Predictions [n] of each voter, the images to show, [n] each L1 and SSIM."""
         found: list[tuple[Tensor, ...]] = []
-        with torch.no_grad(), model.register_latent_hook(lambda state: on_step("")):
+        with torch.no_grad(), model.register_step_hook(lambda state: on_step("")):
             for rows in groups:
                 part = given[rows].to(device)
                 versions = model.purify(part, seeds=seeds[rows] if model.seed is None else None).images
