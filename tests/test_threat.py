@@ -138,3 +138,12 @@ def test_linf_has_a_default_size_and_l2_has_none():
     assert ThreatModel().eps == 8 / 255
     with pytest.raises(SettingsError, match=r"ThreatModel\.eps has no default in l2: give one, such as 0\.5"):
         ThreatModel(norm="l2")
+
+
+def test_another_norm_takes_an_eps_of_its_own() -> None:
+    linf, l2 = ThreatModel(eps=0.1), ThreatModel(norm="l2", eps=0.5)
+    assert l2.replace(norm="linf").eps == 8 / 255
+    assert linf.replace(norm="l2", eps=1.0).eps == 1.0
+    assert (linf.replace(norm="linf").eps, l2.replace(eps=2.0).eps) == (0.1, 2.0)
+    with pytest.raises(SettingsError, match="no default in l2"):
+        linf.replace(norm="l2")

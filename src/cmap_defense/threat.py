@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self
 
 from cmap_defense.common.settings import Settings, require_number, setting
 from cmap_defense.errors import SettingsError
@@ -53,6 +55,12 @@ class ThreatModel(Settings):
         super().__post_init__()
         if self.norm == "linf":
             require_linf_size("ThreatModel", "eps", self.eps)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed. Another norm takes an eps of its own, or its default: sizes in one mean
+        nothing in the other. Raises ``SettingsError``."""
+        moved = changes.get("norm", self.norm) != self.norm
+        return super().replace(**({"eps": None} | changes if moved else changes))
 
     def largest_eps(self, image_shape: Sequence[int]) -> float:
         """The eps that allows every image of this shape (C, H, W)."""
