@@ -3,8 +3,8 @@
     python examples/compare_purifiers.py --count 64 --out runs/comparison
 
 Each purifier takes K = 4 purified versions of an image, since a vote gets more robust as it grows. The exact attacks
-differentiate every step of a purification, so that the run takes as long as the slowest purifier's. Killed at any
-moment, the same command continues.
+differentiate every step of a purification, so that the run takes as long as the slowest purifier's; one of them needs
+the extra [attacks]. Killed at any moment, the same command continues.
 """
 
 import argparse
