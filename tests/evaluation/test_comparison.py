@@ -84,6 +84,8 @@ def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_p
     assert (gap.first, gap.second, gap.images) == ("none", "one step", 5)
     none, one_step = (row.attacked["exact"].value for row in comparison.rows)
     assert gap.value == pytest.approx(none - one_step)
+    gap = next(gap for gap in comparison.differences if gap.attack == "worst of these")
+    assert gap.value == pytest.approx(comparison.rows[0].worst.value - comparison.rows[1].worst.value)
     assert f"| none | one step | {' | '.join(map(str, comparison.differences))} |" in text
 
 

@@ -52,6 +52,20 @@ def test_a_known_answer(tmp_path: Path) -> None:
     ]
 
 
+def test_the_worst_is_that_of_one_attack_where_it_is_lower(tmp_path: Path) -> None:
+    """The predictions choose pgd on each image, and the re-evaluations find apgd the worse."""
+    a = written(tmp_path / "a", {"clean": [YES] * 4, "pgd": [NO] * 4, "apgd": [YES] * 4})
+    lines = [json.loads(line) for line in (a / "results.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["reevaluated"] = line["reevaluated"] if line["attack"] == "clean" else [9, line["label"]]
+        line["reevaluated"] = [9, 9] if line["attack"] == "apgd" else line["reevaluated"]
+    (a / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    b = written(tmp_path / "b", {"clean": [YES] * 4, "pgd": [YES] * 4, "apgd": [YES] * 4})
+    found = {gap.attack: gap.value for gap in paired_differences({"a": a, "b": b})}
+    assert found["pgd"] == -0.5
+    assert found["apgd"] == found["worst of these"] == -1.0
+
+
 def test_each_two_defences_on_what_both_have(tmp_path: Path) -> None:
     a = written(tmp_path / "a", {"clean": [YES] * 4, "pgd": [NO] * 4, "apgd": [NO] * 4})
     b = written(tmp_path / "b", {"clean": [YES, NO], "apgd": [YES, YES]}, LABELS[:2])

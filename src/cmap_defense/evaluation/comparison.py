@@ -29,7 +29,7 @@ FILES = ("comparison.json", "comparison.md", "comparison.svg")
 LONGEST_NAME = 150
 DIFFERENCES = (
     "## Differences, image by image\n\nThe accuracy of the first defence minus that of the second on the same images, "
-    "with 95 % intervals, each of which holds by itself. *Worst of these* is the worst attack on each image."
+    "with 95 % intervals, each of which holds by itself."
 )
 """What the page says above the table of differences."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.statistics import mean_interval
@@ -18,7 +19,7 @@ from cmap_defense.evaluation.summary import Runs, under_worst
 from cmap_defense.evaluation.tasks import CLEAN, DEFENDED
 
 WORST = "worst of these"
-"""Name of what is counted under the worst attack on each image."""
+"""Name of what is counted under the worst attack: on each image, or on all of them where that is lower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Difference:
     Attributes:
         first: name of a defence.
         second: name of the other one.
-        attack: name of the attack, "clean", or "worst of these" for the attack that is the worst on each image.
+        attack: name of the attack, "clean", or "worst of these" for the worst as ``WorstCase.accuracy`` counts it.
         images: number of images.
         value: in [-1, 1], the mean over the images of the share of re-evaluations of the first that are right, minus
             that of the second.
@@ -111,6 +112,6 @@ class _Shares:
         shares = {attack: run.reevaluated.double().mean(dim=2) for attack, run in runs.items()}
         attacks = [run for attack, run in runs.items() if attack != CLEAN]
         if len(attacks) > 1:
-            shares[WORST] = under_worst(attacks)[0]
+            shares[WORST] = min(under_worst(attacks)[0], *shares.values(), key=Tensor.mean)
         right = {name: dict(zip(images, share.mean(dim=0).tolist(), strict=True)) for name, share in shares.items()}
         return cls(dict(zip(images, runs[CLEAN].truth.tolist(), strict=True)), right)
