@@ -127,6 +127,8 @@ def test_purifiers_are_compared(tmp_path: Path, run: Run) -> None:
     text = run(*given)
     assert "defence" in text
     assert "one-step-level=0.4-n_latents=2" in text
+    gaps = text[text.index("Differences, image by image:") :].splitlines()
+    assert [line.split()[0] for line in gaps[4:7]] == ["identity", "identity", "one-step-level=0.4-n_latents=2"]
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert [row["passes"] for row in found["rows"]] == [0, 2, 2]
     assert "learning_rate=0.1" in found["rows"][2]["purifier"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -25,6 +26,7 @@ from cmap_defense.evaluation.comparison import (
     left_out_lines,
     write_comparison,
 )
+from cmap_defense.evaluation.differences import differences_table
 from cmap_defense.evaluation.evaluation import Evaluation, Expected
 from cmap_defense.evaluation.protocol import Protocol
 from cmap_defense.evaluation.report import load_report, write_report
@@ -35,6 +37,9 @@ from cmap_defense.paper import run_study as run_variants
 from cmap_defense.paper.studies import study_rows
 from cmap_defense.purifiers import CMAP
 from cmap_defense.purifiers.names import NAMES, words_of
+
+FEW = 4
+"""Defences whose differences, of each two, are printed too; those of more are in ``comparison.md``."""
 
 PAPER = {"count": 500, "order": "random", "seeds": (0, 1, 2), "attacks": "paper"}
 """The paper's protocol, where other options do not say otherwise."""
@@ -164,7 +169,12 @@ def run_compare(options: dict[str, Any]) -> build.Printed:
         found = dataclasses.replace(found, left_out=left_out)
         files, lacking = write_comparison(found, out) if team.rank == 0 else ([], None)
         team.wait()
-    return (found.to_dict(), _compared(found.table(), files, lacking, options)) if team.rank == 0 else None
+    if team.rank:
+        return None
+    shown: list[str] = []
+    if 1 < len(models) <= FEW:
+        shown = ["", "Differences, image by image:", "", *table_lines(differences_table(found.differences))]
+    return found.to_dict(), _compared(found.table(), files, lacking, options, shown)
 
 
 def _costs(evaluations: dict[str, Evaluation], team: Ranks) -> tuple[dict[str, Any], list[str]]:
@@ -183,8 +193,10 @@ def _selected(options: dict[str, Any]) -> dict[str, Any]:
     return {"data": data, "protocol": protocol, "subset": build.subset_of(options, data), "threads": options["threads"]}
 
 
-def _compared(rows: list[list[str]], files: list[Any], lacking: str | None, options: dict[str, Any]) -> list[str]:
-    return ["", *table_lines(rows), "", listed(files, None if options["as_json"] else lacking)]
+def _compared(
+    rows: list[list[str]], files: list[Any], lacking: str | None, options: dict[str, Any], further: Sequence[str] = ()
+) -> list[str]:
+    return ["", *table_lines(rows), *further, "", listed(files, None if options["as_json"] else lacking)]
 
 
 def _models(options: dict[str, Any]) -> dict[str, PurifiedClassifier]:
