@@ -49,7 +49,7 @@ class StepHook:
 
 def step_of(state: Any) -> int:
     """The number of the step that a state is of; -1 for a state of a purifier of one's own that has none."""
-    return state.iteration if isinstance(state, LatentState) else getattr(state, "step", -1)
+    return getattr(state, "iteration", getattr(state, "step", -1))
 
 
 class StepHooks:
