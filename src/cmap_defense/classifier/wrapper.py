@@ -387,15 +387,14 @@ class PurifiedClassifier(LatentAccess):
         """Call ``hook`` before the purifier's steps, with a ``LatentState`` of CMAP or the ``StepState`` of another.
 
         Latents or images that it returns take the place of the state's; only one hook may do so at a step. Hooks run in
-        the order of their registration, belong to this object alone (copies and pickles have none) and cost nothing
-        when there are none. The handle removes the hook, also as a context manager. Each purifier of a chain calls it,
-        with steps of its own.
+        the order of their registration; copies and pickles have none. The handle removes the hook, also as a context
+        manager. Each purifier of a chain calls it, with steps of its own.
 
         Args:
             hook: called once per step, never again while a gradient is taken.
             steps: those at which it is called, such as ``range(0, 200, 10)``; None for all. The first is 0.
-            live: give it states that are part of the graph to the input, and keep what it returns part of it. Needs
-                ``gradient=Unrolled()``, and an input that requires a gradient; without one, states are detached.
+            live: give it states in the graph to the input, and keep what it returns in it. Needs
+                ``gradient=Unrolled()``; where the input requires no gradient, states are detached.
 
         Raises:
             SettingsError: the hook is not callable, the purifier makes no steps, or the hook is live without an
