@@ -253,8 +253,8 @@ class PurifiedClassifier(LatentAccess):
             latents: [B, K, C, H, W] unit latents of the backbone's size to start from, instead of noise.
             seeds: as for ``forward``; not together with ``latents`` where these are all of the noise, as for CMAP.
             class_labels: as for ``forward``; the labels in use are in the result.
-            callback: called before each step of the purifier with its state, a ``LatentState`` of CMAP and a
-                ``StepState`` of purifiers that denoise: a hook for this call alone, such as ``Trajectory()``.
+            callback: called with the state before each step: a step hook for this call alone, such as
+                ``Trajectory()``.
             progress: True for a bar on standard error, or a function of (done, total): network passes, and the most
                 that there can be.
 
@@ -384,11 +384,12 @@ class PurifiedClassifier(LatentAccess):
     def register_step_hook(
         self, hook: Callable[[Any], Any], *, steps: Container[int] | None = None, live: bool = False
     ) -> RemovableHandle:
-        """Call ``hook`` before the purifier's steps, with a ``LatentState`` of CMAP or the ``StepState`` of another.
+        """Call ``hook`` with the state before each step.
 
-        Latents or images that it returns take the place of the state's; only one hook may do so at a step. Hooks run in
-        the order of their registration; copies and pickles have none. The handle removes the hook, also as a context
-        manager. Each purifier of a chain calls it, with steps of its own.
+        It is the ``LatentState`` of CMAP, or the ``StepState`` of another purifier. Latents or images that it returns
+        take the place of the state's; only one hook may do so at a step. Hooks run in the order of their registration;
+        copies and pickles have none. The handle removes the hook, also as a context manager. Each purifier of a chain
+        calls it, with steps of its own.
 
         Args:
             hook: called once per step, never again while a gradient is taken.
