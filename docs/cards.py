@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "backbones"
 
 TABLE = """# All backbones
 
-Every name that `load_backbone` and `backbone=` know. A heading sorts the table.
+Every name that `load_backbone` and `backbone=` know. Click a heading to sort the table.
 [Choose a backbone](index.md) says which one to take.
 
 <div class="sortable" markdown>

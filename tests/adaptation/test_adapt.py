@@ -19,7 +19,7 @@ from cmap_defense.adaptation import AdaptationConfig, learner, run
 from cmap_defense.adaptation.learner import AdaptationLearner, attacked_images
 from cmap_defense.common.ranks import Ranks
 from cmap_defense.common.rng import derived_seeds, draw_latents
-from cmap_defense.data import LabelledImages
+from cmap_defense.data import LabelledImages, sources
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import Identity, OneStep
 
@@ -479,6 +479,8 @@ LABELS = torch.zeros(2, dtype=torch.int64)
         ({"data": (torch.zeros(2, *SHAPE), LABELS + 3)}, errors.CmapError, "from 0 to 2"),
         ({"data": DataLoader(TensorDataset(torch.zeros(2, *SHAPE), LABELS))}, errors.CmapError, "loader.dataset"),
         ({"data": data(0)}, errors.DataError, "one image at least"),
+        ({"data": "embedded"}, errors.UnknownNameError, "There is no data set 'embedded'"),
+        ({"held_out": "cifar10"}, errors.DataError, r'held-out ones are neither: give a part of .*"train"'),
         ({"held_out": data(0)}, errors.DataError, "one image at least"),
         ({"threat": ThreatModel()}, errors.SettingsError, "adversarial=True"),
         ({"config": SMALL.replace(attack_steps=9)}, errors.SettingsError, "adversarial=True"),
@@ -500,6 +502,23 @@ def test_a_data_set_is_read_as_evaluate_reads_it(tmp_path: Path, monkeypatch: py
     assert same(load_adapted("runs/adapted", net()), first.classifier)
     second = adapt(net(), Shrinking(), PURIFIER, data(), out=tmp_path / "images", config=SMALL)
     assert same(first.classifier, second.classifier)
+
+
+def test_there_is_one_average_of_the_weights() -> None:
+    with pytest.raises(errors.SettingsError, match=r"one number of images.* \(6, 12\)"):
+        AdaptationConfig(ema_half_life=(6, 12))
+
+
+def test_what_is_only_named_is_opened_as_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def known(split: str) -> LabelledImages:
+        opened.append(split)
+        return data()
+
+    monkeypatch.setitem(sources.KNOWN, "cifar10", known)  # pyright: ignore[reportArgumentType]
+    adapt(net(), Shrinking(), PURIFIER, "cifar10", out=tmp_path, config=SMALL)
+    assert opened == ["train"]
 
 
 def test_two_processes_share_the_gradient_of_one() -> None:

@@ -37,8 +37,10 @@ from cmap_defense.attacks import (
     Candidates,
     CrossEntropy,
     Goal,
+    LatentAttack,
     Loss,
     Oracle,
+    TargetSteer,
     ThreatModel,
     Transfer,
 )
@@ -140,6 +142,25 @@ def test_an_empty_batch_gives_an_empty_result(name: str, seed: int | None, known
 def test_restarts_with_known_noise_start_elsewhere(norm: str):
     result = PGD(THREATS[norm], steps=1, noise="known", restarts=2)(wrapped(), *labelled())
     assert (result.candidates[:, 0] - result.candidates[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"noise": "known"}, {}], ids=["known noise", "a model of one seed"])
+@pytest.mark.parametrize("name", ["LatentAttack", "LatentAttack from noise", "ConsistencyDisruption", "Overpowered"])
+def test_restarts_of_attacks_on_latents_begin_elsewhere_where_the_noise_is_always_the_same(name: str, options: dict):
+    """The first run begins from what the defence has."""
+    model = wrapped(seed=None if options else 3)
+    once = suite(THREATS["linf"], **options)[name](model, *labelled())
+    twice = suite(THREATS["linf"], restarts=2, **options)[name](model, *labelled())
+    first, second = twice.candidates.chunk(2, dim=1)
+    assert torch.equal(first, once.candidates)
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_the_target_of_a_steering_attack_moves_to_another_threat_model_with_it():
+    small, large = ThreatModel(eps=0.02), ThreatModel(eps=0.08)
+    attack = TargetSteer(small, target=LatentAttack(small, steps=3), step_size=0.01).under(large)
+    assert attack == TargetSteer(large, target=LatentAttack(large, steps=3), step_size=0.04)
+    assert TargetSteer(small).under(large) == TargetSteer(large)
 
 
 @EVERY

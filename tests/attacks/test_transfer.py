@@ -1,5 +1,6 @@
 """Transfer: the inner attack on the source, re-evaluated on the model; and the sources."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from attack_toys import QUICK, SHAPE, THREATS, Denoiser, labelled, linear, search_seeds, suite, wrapped
 from cmap_defense.attacks import (
     PGD,
+    FrozenResidual,
     LatentAttack,
     NoiseAndDenoise,
     Shortened,
@@ -17,8 +19,11 @@ from cmap_defense.attacks import (
     Transfer,
     Undefended,
 )
+from cmap_defense.attacks.base import DENOISE, LATENTS, WRAPPER
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import GradientError, SettingsError
+from cmap_defense.gradients import StraightThrough, Surrogate
+from cmap_defense.purifiers import OneStep
 from toys import ToyBackbone
 
 PLAIN = PGD(THREATS["linf"], steps=3, seed=4)
@@ -105,6 +110,52 @@ def test_noise_and_denoise_gets_the_noise_of_the_search():
     expected = (images + 0.025 * gradient.sign()).clamp(0, 1)
     torch.testing.assert_close(result.images, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(result.history["loss"].sum(), loss.detach())
+
+
+def test_noise_and_denoise_has_fresh_noise_where_the_defence_has_one_seed():
+    """A gradient averaged over evaluations of one noise would be that of one evaluation."""
+    images, _ = labelled()
+    source: Any = NoiseAndDenoise(0.3).of(wrapped(seed=3))
+    assert not torch.equal(source(images), source(images))
+    seen = PGD(THREATS["linf"], steps=1, eot=4, random_start=False, seed=4)
+    model = wrapped(seed=3)
+    result = Transfer(seen, source=NoiseAndDenoise(0.3))(model, *labelled())
+    one = Transfer(dataclasses.replace(seen, eot=1), source=NoiseAndDenoise(0.3))(model, *labelled())
+    assert (result.history["loss"] - one.history["loss"]).abs().max() > 1e-4
+
+
+def test_what_attacks_need_is_known_before_they_are_run():
+    threat = THREATS["linf"]
+    plain, cmap, blind = linear, wrapped(), wrapped(backbone=ToyBackbone())
+    one_step = wrapped(settings=None, purifier=OneStep(level=0.3))
+    noised = Transfer(PLAIN, source=NoiseAndDenoise())
+    found = {
+        name: [attack.missing(model) for model in (plain, blind, one_step, cmap)]
+        for name, attack in {
+            "pgd": PLAIN,
+            "bpda": PGD(threat, gradient=StraightThrough()),
+            "surrogate": PGD(threat, gradient=Surrogate()),
+            "transfer": Transfer(PLAIN),
+            "transfer of a gradient mode": Transfer(PGD(threat, gradient=Surrogate())),
+            "transfer of a gradient mode from a function": Transfer(PGD(threat, gradient=Surrogate()), source=linear),
+            "transfer from the short defence": Transfer(PGD(threat, gradient=Surrogate()), source=Shortened(2)),
+            "noised": noised,
+            "frozen": FrozenResidual(threat),
+            "latent": LatentAttack(threat),
+        }.items()
+    }
+    assert found == {
+        "pgd": [None] * 4,
+        "bpda": [WRAPPER, None, None, None],
+        "surrogate": [WRAPPER, DENOISE, None, None],
+        "transfer": [WRAPPER, None, None, None],
+        "transfer of a gradient mode": [WRAPPER] * 4,
+        "transfer of a gradient mode from a function": [WRAPPER] * 4,
+        "transfer from the short defence": [WRAPPER, DENOISE, LATENTS, None],
+        "noised": [WRAPPER, DENOISE, None, None],
+        "frozen": [WRAPPER, None, None, None],
+        "latent": [LATENTS, None, LATENTS, None],
+    }
 
 
 def test_noise_and_denoise_needs_a_denoiser():

@@ -22,8 +22,10 @@ from attack_toys import (
     wrapped,
 )
 from cmap_defense import PurifiedClassifier
-from cmap_defense.attacks import AttackResult, Goal
+from cmap_defense.attacks import PGD, AttackResult, Goal
 from cmap_defense.attacks.oracle import Oracle
+from cmap_defense.gradients import StraightThrough, Surrogate, Unrolled
+from cmap_defense.purifiers import DiffPure, OneStep
 from toys import ToyBackbone, noise
 
 ON_LATENTS = pytest.mark.parametrize("name", [name for name in NAMES if "Latent" in name or "Disruption" in name])
@@ -39,6 +41,31 @@ def assert_reevaluated(model: PurifiedClassifier, result: AttackResult, images: 
 
 def normalised(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+@pytest.mark.parametrize("gradient", [None, Unrolled(), StraightThrough(), Surrogate()], ids=str)
+@pytest.mark.parametrize(
+    "purifier", [OneStep(level=0.3, n_latents=2), DiffPure(t=20, step=0.01, n_latents=2)], ids=repr
+)
+@pytest.mark.parametrize("inputs", ["unit", "normalized"])
+def test_images_that_a_hook_replaces_are_part_of_the_defence_that_is_searched(gradient, purifier, inputs: str):
+    """Behind every purifier, in each gradient mode, and with normalised images."""
+    images, labels = labelled(2)
+    backbone = Denoiser()
+    backbone.kind = purifier.kind or "consistency"
+    model = wrapped(settings=None, backbone=backbone, purifier=purifier, normalize=(MEAN, STD), inputs=inputs)
+    attack = PGD(THREATS["linf"], steps=2, gradient=gradient, seed=5)
+    without = attack(model, images, labels)
+    calls: list[int] = []
+
+    def darker(state: Any) -> Tensor:
+        calls.append(state.step)
+        return 0.25 * state.images
+
+    model.register_step_hook(darker, live=isinstance(gradient or model.gradient, Unrolled))
+    found = attack(model, images, labels)
+    assert len(calls) == found.queries * len({*calls})
+    assert (found.history["loss"] - without.history["loss"]).abs().max() > 1e-3
 
 
 @EVERY

@@ -1,5 +1,7 @@
 """CompactUNet: its start at zero and what is special to it; ``test_networks.py`` has the laws of all networks."""
 
+import copy
+
 import pytest
 import torch
 
@@ -32,6 +34,16 @@ def test_one_step_generator_of_a_new_network_is_finite_in_bfloat16() -> None:
     images = backbone.generate(noise(2, *SMALL.image_shape, seed=5))
     assert images.dtype == torch.float32
     assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_stay_exact_in_a_network_of_few_bits(dtype: torch.dtype) -> None:
+    with torch.random.fork_rng(devices=[]):
+        exact = CompactUNet(SMALL).embed
+    few = copy.deepcopy(exact).to(dtype)
+    assert torch.equal(few.get_buffer("frequencies"), exact.get_buffer("frequencies"))
+    assert few.first.weight.dtype == dtype
+    assert "frequencies" not in few.state_dict()
 
 
 def test_every_class_is_the_same_to_a_new_network_and_differs_afterwards() -> None:

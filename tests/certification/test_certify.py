@@ -40,6 +40,16 @@ def equal(one: CertificationResult | dict[str, Any], other: CertificationResult)
 # ------------------------------------------------------------------------------------------------------- closed forms
 
 
+def test_a_classifier_that_rules_a_class_out_is_certified(tmp_path: Path) -> None:
+    class Masked(HalfSpace):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([super().forward(images), torch.full((len(images), 1), -torch.inf)], dim=1)
+
+    found = certify(SmoothedClassifier(Masked(), None), images_of(3), out=tmp_path, **SMALL)
+    assert torch.equal(found.radius, small().radius)
+    assert torch.equal(found.prediction, small().prediction)
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.3])
 def test_radii_of_a_half_space_are_below_its_margin_by_what_n_allows(sigma: float) -> None:
     classifier, n, alpha = HalfSpace(), 3000, 1e-4

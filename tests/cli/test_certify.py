@@ -187,6 +187,15 @@ def test_a_classifier_that_does_not_fit_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_this_folder_is_named_by_its_whole_path(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ASSETS.parent / "fashion-mnist-edm", tmp_path / "mine")
+    shutil.copytree(ASSETS.parent / "fashion-mnist-edm", tmp_path / "undefended")
+    monkeypatch.chdir(tmp_path / "mine")
+    found = json.loads(run(*TINY, "-b", ".", "--undefended", "-n", 1, "-o", tmp_path / "out", "--json"))
+    assert [one["denoiser"] for one in found["certificates"]] == ["mine", "mine", None, None]
+    assert "rename it" in run(*TINY, "-b", "../undefended", "-o", tmp_path / "other", status=2)
+
+
 def test_two_backbones_in_folders_of_one_name_have_names_of_their_own(tmp_path: Path, run: Run) -> None:
     for name in ("one", "two"):
         shutil.copytree(ASSETS.parent / "fashion-mnist-edm", tmp_path / name / "backbone")

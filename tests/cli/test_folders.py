@@ -50,6 +50,14 @@ def test_a_folder_of_grey_images_is_read_as_the_backbone_has_them(
     run(*COMMANDS[command], *given)
 
 
+def test_a_classifier_is_adapted_on_a_folder_as_the_backbone_has_its_images(
+    tmp_path: Path, grey: Path, run: Run
+) -> None:
+    brief = ["--images", 8, "--batch-size", 4, "--hold-out", 4, "--threads", 1]
+    run("adapt", "-b", "fashion-mnist-ct", "-c", "embedded", "-d", grey, *brief, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "classifier.safetensors").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_without_classes_has_no_labels_for_figures(tmp_path: Path, flat: Path, run: Run, command: str) -> None:
     given = ["-b", "fashion-mnist-ct", "-c", "embedded", "-d", flat, *TINY, "-o", tmp_path / "out"]

@@ -78,7 +78,7 @@ def test_each_two_defences_on_what_both_have(tmp_path: Path) -> None:
         ("ac", "clean", 4, 1.0),
         ("bc", "clean", 2, 0.5),
     ]
-    assert differences_table(found)[2] == ["a", "c", "+1.000 ± 0.000", ""]
+    assert differences_table(found)[2] == ["a", "c", "+1.000 on each", ""]
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
@@ -96,12 +96,16 @@ def test_the_interval_is_symmetric_and_shrinks_with_the_images(values: list[floa
     mean, half = mean_interval(gaps)
     opposite, same = mean_interval(-gaps)
     assert opposite == pytest.approx(-mean)
-    assert half is not None
+    assert (half is None) == (same is None) == (gaps.std().item() == 0)
+    if half is None:
+        return
     assert same == pytest.approx(half)
     _, less = mean_interval(gaps.repeat(4))
     assert less is not None
     assert less <= half + 1e-12
 
 
-def test_one_image_has_no_interval() -> None:
-    assert mean_interval(torch.tensor([0.5])) == (0.5, None)
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_there_is_no_interval_where_all_images_agree(count: int) -> None:
+    """Of width 0 it would say that the difference is known for certain."""
+    assert mean_interval(torch.full((count,), 0.5)) == (0.5, None)

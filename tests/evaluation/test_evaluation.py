@@ -30,6 +30,7 @@ from cmap_defense.errors import (
 )
 from cmap_defense.evaluation import Evaluation, Subset
 from cmap_defense.evaluation.evaluation import Expected, fixed_chunk
+from cmap_defense.gradients import StraightThrough
 from cmap_defense.purifiers import LikelihoodMaximisation
 from denoisers import GaussianDenoiser
 from evaluated import (
@@ -101,6 +102,18 @@ def test_the_adversarial_images_are_kept(undisturbed: Path) -> None:
         assert (
             torch.tensor(distances).tolist() == (kept - clean).abs().flatten(1).amax(dim=1).tolist()[: len(distances)]
         )
+
+
+def test_a_classifier_that_rules_classes_out_is_evaluated(tmp_path: Path) -> None:
+    def masked(images: Tensor) -> Tensor:
+        return linear(images).index_fill(1, torch.tensor([CLASSES - 1]), -torch.inf)
+
+    images, labels = labelled(IMAGES)
+    found = evaluation(
+        tmp_path, masked, data=(images, labels % (CLASSES - 1)), attacks={"pgd": PGD(THREAT, steps=1)}, protocol=BRIEF
+    )
+    found.run()
+    assert len(lines(tmp_path)) == 2 * IMAGES
 
 
 def test_the_settings_say_what_decides_about_the_results(undisturbed: Path) -> None:
@@ -423,6 +436,16 @@ WRONG: dict[str, tuple[dict[str, Any], type[CmapError], str]] = {
     ),
     "a class for an attack": ({"attacks": {"pgd": PGD}}, SettingsError, r"attacks\['pgd'\] must be an attack"),
     "an attack of a taken name": ({"attacks": {"clean": attacks()["bpda-eot"]}}, SettingsError, '"clean" is'),
+    "a set without an attack for the model": (
+        {"model": linear, "attacks": "standard"},
+        SettingsError,
+        r"'standard' has none for this function: .*parts or the gradient modes of a PurifiedClassifier.*\"pgd\": PGD",
+    ),
+    "an attack that needs a purifier": (
+        {"model": linear, "attacks": {"pgd": PGD(THREAT), "bpda": PGD(THREAT, gradient=StraightThrough())}},
+        SettingsError,
+        "cannot be run on function: bpda needs the parts or the gradient modes",
+    ),
     "a size twice": ({"threat": THREAT}, SettingsError, "attacks of your own have theirs"),
     "a baseline of a taken name": ({"baselines": {"defended": linear}}, SettingsError, "is the name of something"),
     "another": ({"baselines": {"checks": linear}}, SettingsError, "is the name of something else"),

@@ -122,6 +122,23 @@ def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(
     assert names(tmp_path) == ["checkpoint-00000003", "checkpoint-00000004"]
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk in the network, say; the training would begin anew, and clear it away."""
+    save_checkpoint(tmp_path, state(3))
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    for owner, name in ((module, "check_sha256"), (Path, "read_text")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing)
+            with pytest.raises(CheckpointError, match=r"checkpoint-00000003 cannot be read now .*Input/output error"):
+                newest_step(tmp_path)
+    assert newest_step(tmp_path) == 3
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 

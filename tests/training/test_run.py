@@ -103,16 +103,26 @@ def test_all_networks_can_be_trained_class_by_class_where_they_have_classes(
 
 
 def test_figures_in_the_record_of_the_same_weights_are_kept(tmp_path: Path) -> None:
-    """And settings; a training whose length was left open has that of the call before."""
+    """And settings and presets; a training whose length was left open has that of the call before."""
     trained(tmp_path)
     record, file = read_record(tmp_path / "backbone"), tmp_path / "backbone" / "backbone.json"
-    found = record.replace(figures={"measured": {"accuracy": 0.5}}, settings={"n_latents": 3})
+    presets = {"fast": {"purifier": "one-step", "level": 0.4}}
+    found = record.replace(figures={"measured": {"accuracy": 0.5}}, settings={"n_latents": 3}, presets=presets)
     file.write_text(found.to_json(indent=2))
     assert trained(tmp_path, config=BRIEF.replace(images=None)).config == BRIEF
     assert read_record(tmp_path / "backbone") == found
     file.write_text(found.replace(weights_sha256="0" * 64).to_json(indent=2))
     trained(tmp_path)
     assert read_record(tmp_path / "backbone") == record
+
+
+def test_presets_alone_are_kept(tmp_path: Path) -> None:
+    trained(tmp_path)
+    record, file = read_record(tmp_path / "backbone"), tmp_path / "backbone" / "backbone.json"
+    found = record.replace(presets={"fast": {"purifier": "one-step", "level": 0.4}})
+    file.write_text(found.to_json(indent=2))
+    trained(tmp_path)
+    assert read_record(tmp_path / "backbone") == found
 
 
 def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:

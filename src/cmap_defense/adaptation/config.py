@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from cmap_defense.common.settings import setting
+from cmap_defense.errors import SettingsError
 from cmap_defense.training.config import TrainingConfig
 
 DEFAULT_IMAGES = 200_000
@@ -73,6 +74,14 @@ class AdaptationConfig(TrainingConfig):
         minimum=1,
         default_help="never",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.ema_half_life) > 1:
+            raise SettingsError(
+                "AdaptationConfig.ema_half_life is one number of images, since the result is one classifier, but is "
+                f"{self.ema_half_life!r}."
+            )
 
     def reproducible(self) -> dict[str, Any]:
         """Those of ``TrainingConfig``, and ``micro_batch``: the statistics of BatchNorm are those of a micro-batch."""

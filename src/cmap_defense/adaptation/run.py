@@ -20,13 +20,13 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import adapted_to
 from cmap_defense.classifier.speed import undefended_logits
 from cmap_defense.common.describe import describe, describe_module
-from cmap_defense.common.files import locked, tensor_checksum, write_json
+from cmap_defense.common.files import locked, tensor_checksum, write_json, written_whole
 from cmap_defense.common.modules import evaluating, weights_of
 from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
-from cmap_defense.data import LabelledImages
+from cmap_defense.data import DATASETS, LabelledImages
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import (
@@ -48,7 +48,7 @@ WRAPPER = ("normalize", "inputs", "resize", "vote", "class_labels", "max_paralle
 
 RECORD_FILE, WEIGHTS_FILE = "adaptation.json", "classifier.safetensors"
 
-FREE = ("compile", "max_parallel")
+FREE = ("max_parallel",)
 """Options of ``PurifiedClassifier`` that may change when an adaptation is continued."""
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -105,14 +105,14 @@ def adapt(
         backbone: as ``PurifiedClassifier`` takes it; a module is moved to ``config.device``.
         purifier: what purifies; None for ``OneStep(n_latents=1)``, whose gradient is one network pass. Versions are
             averaged in the loss, and one is enough.
-        data: training images as ``evaluate`` takes them, read into memory as 8-bit images: a pair of images
-            [N, C, H, W] in [0, 1] and labels int64 [N], a ``Dataset``, or what ``load_dataset`` returns.
+        data: training images, read into memory as 8-bit images: a pair of images [N, C, H, W] in [0, 1] and labels
+            int64 [N], a ``Dataset``, what ``load_dataset`` returns, or a text, of which it loads the split "train".
         out: the folder of this adaptation alone: ``classifier.safetensors``, ``adaptation.json``, ``log.jsonl`` and
             checkpoints.
         adversarial: attack the training images.
         threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
-        held_out: images that are not trained on. The weights that are best on them are the result; None for the last
-            weights.
+        held_out: images that are not trained on, as ``data`` but not by name. The weights that are best on them are the
+            result; None for the last weights.
         config: settings; None for the defaults. ``compile``, ``channels_last`` and ``hold_images`` have no effect here.
         progress: True for a bar on standard error, or a function of (done, total): steps.
         on_step: called after every step.
@@ -147,6 +147,11 @@ def adapt(
     # The training images are in [0, 1], whatever the classifier is used with later.
     unit: dict[str, Any] = options | {"inputs": "unit", "gradient": Unrolled()}
     purified = PurifiedClassifier(model, backbone, purifier=purifier or OneStep(n_latents=1), **unit).to(config.device)
+    if isinstance(held_out, str) and held_out in DATASETS:
+        raise DataError(
+            f"held_out={held_out!r} names training and test images, and held-out ones are neither: give a part of the "
+            f'training images, such as load_dataset({held_out!r}, "train")[50_000:], and leave it out of data.'
+        )
     training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {
@@ -244,14 +249,15 @@ def _write(folder: Path, model: nn.Module, record: dict[str, Any], precision: st
     """The weights and the record; ``record`` gets the checksum."""
     dtype = getattr(torch, precision)
     weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    write_safetensors({name: tensor.cpu() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    there = {name: tensor.cpu() for name, tensor in weights.items()}
+    written_whole(folder / WEIGHTS_FILE, lambda partial: write_safetensors(there, partial))
     record["weights_sha256"] = sha256_of(folder / WEIGHTS_FILE)
     write_json(folder / RECORD_FILE, record)
 
 
 def _labelled(data: Any, model: PurifiedClassifier) -> LabelledImages:
     """The images of a data set as uint8 with their labels, all in memory."""
-    data = labelled_data(data, model.image_shape[0])
+    data = labelled_data(data, model.image_shape[0], "train")
     if isinstance(data, LabelledImages):
         chosen = data
     else:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 A_MODE = "an object such as StraightThrough()"
 
+LATENTS = "a purifier that optimises latents"
+WRAPPER = "the parts or the gradient modes of a PurifiedClassifier"
+DENOISE = "a backbone with denoise(noisy, sigma)"
+"""What attacks need and some models have not."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:
@@ -306,12 +311,13 @@ class Attack(NamedOptions, abc.ABC):
             Attempts. They need not be inside the threat model, as the caller projects and re-evaluates them.
         """
 
-    def suits(self, model: Model) -> bool:
-        """Whether the attack can be run on a model. A set of attacks by name leaves those out that cannot.
+    def missing(self, model: Model) -> str | None:
+        """What the attack needs and a model has not, such as "a purifier that optimises latents"; None where it can be
+        run. A set of attacks by name leaves out those that cannot.
 
         By default all can, those with ``needs_latents`` where the model's purifier optimises latents.
         """
-        return not self.needs_latents or has_latents(model)
+        return LATENTS if self.needs_latents and not has_latents(model) else None
 
     def on(self, model: Model) -> Attack:
         """The attack that this one is on a model, with the settings that have no effect there at their defaults; by
@@ -381,9 +387,8 @@ class GradientAttack(Attack):
 
     gradient: GradientMode | None = setting(None, like=A_MODE)
 
-    def suits(self, model: Model) -> bool:
-        latents = self.gradient is not None and self.gradient.needs_latents
-        return super().suits(model) and (not latents or has_latents(model))
+    def missing(self, model: Model) -> str | None:
+        return super().missing(model) or (None if self.gradient is None else missing_for(self.gradient, model))
 
     def on(self, model: Model) -> Attack:
         if self.gradient is None or not isinstance(model, PurifiedClassifier) or model.purifier.involves_latents:
@@ -420,6 +425,15 @@ def check_candidates(found: object, clean: Tensor, attack: Attack) -> Candidates
             came = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise AttackError(f"{name}.run must return a history of tensors [steps, B], but {key!r} is {came}.")
     return found
+
+
+def missing_for(part: Any, model: Model) -> str | None:
+    """What a gradient mode, or the source of a transfer, needs and a model has not."""
+    if not isinstance(model, PurifiedClassifier):
+        return WRAPPER
+    if part.needs_latents and not has_latents(model):
+        return LATENTS
+    return DENOISE if part.needs_denoise and model.denoiser() is None else None
 
 
 def has_latents(model: Model) -> bool:

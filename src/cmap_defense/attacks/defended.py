@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import A_MODE
+from cmap_defense.attacks.base import A_MODE, WRAPPER
 from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin, loss_of
 from cmap_defense.attacks.latents import LatentAttack
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, finite_rows, raw_gradient
@@ -19,6 +19,7 @@ from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.settings import setting
 from cmap_defense.gradients import GradientMode, Unrolled
+from cmap_defense.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,11 @@ class TargetSteer(StepAttack):
     def differentiates_defence(self, model: Model) -> bool:
         return self.gradient.differentiates_defence
 
+    def under(self, threat: ThreatModel) -> TargetSteer:
+        moved = super().under(threat)
+        assert isinstance(moved, TargetSteer)
+        return moved if self.target is None else dataclasses.replace(moved, target=self.target.under(threat))
+
     def first_step(self) -> None:
         return None  # the search starts from the target
 
@@ -148,6 +154,9 @@ class FrozenResidual(StepAttack):
     purifications: int = setting(4, minimum=1)
     memory: int | None = setting(None, minimum=1)
     loss: Loss = setting(VoteMargin(), like=A_LOSS)
+
+    def missing(self, model: Model) -> str | None:
+        return super().missing(model) or (None if isinstance(model, PurifiedClassifier) else WRAPPER)
 
     def differentiates_defence(self, model: Model) -> bool:
         return True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmap_defense.attacks.goal import Goal, Loss, loss_of
-from cmap_defense.classifier import LatentAccess, PurifiedClassifier
+from cmap_defense.classifier import PurifiedClassifier
 from cmap_defense.classifier.cautions import warn_of_probabilities
 from cmap_defense.cmap.voting import log_mean_probability
 from cmap_defense.common.inputs import check_logits
@@ -160,6 +160,7 @@ class Oracle:
         gradient_norms: the l2 norms [B] of the gradients of ``feedback``, shared between oracles.
         finite: by gradient, for which images [B] it was finite, shared between oracles and by all restarts.
         needed: the number of classes that the labels need.
+        restart: the number of the search, from 0.
     """
 
     model: Model
@@ -172,6 +173,7 @@ class Oracle:
     gradient_norms: list[Tensor] = dataclasses.field(default_factory=list)
     finite: list[Tensor] = dataclasses.field(default_factory=list)
     needed: int = 0
+    restart: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.draws):
@@ -204,7 +206,7 @@ class Oracle:
         else:
             logits = self.model(given)
         checked = self.checked(logits, len(images))
-        if not isinstance(self.model, SeededModel) and not isinstance(module_behind(self.model), LatentAccess):
+        if not isinstance(self.model, SeededModel) and not isinstance(module_behind(self.model), PurifiedClassifier):
             warn_of_probabilities(self.model, logits)
         return checked
 
@@ -236,6 +238,12 @@ class Oracle:
             return None
         return self.seeds if self.known else derived_seeds(self.seeds, self.evaluations[1])
 
+    def starting_noise(self, noise: Tensor | None) -> Tensor | None:
+        """The seeds [B] that a search begins from: ``noise``, of an evaluation; in a restart where that is always the
+        same one, other noise."""
+        always = self.known or noise is None
+        return self.draws if always and self.restart else noise
+
     def of(self, model: Model) -> Oracle:
         """The same noise and count with another model."""
         return dataclasses.replace(self, model=model)
@@ -243,7 +251,8 @@ class Oracle:
     def restarted(self, restart: int) -> Oracle:
         """The same model and count with the noise of a restart; known noise stays what it is."""
         draws = derived_seeds(self.seeds, RESTART + restart)
-        return dataclasses.replace(self, seeds=self.seeds if self.known else draws, draws=draws, gradient_norms=[])
+        seeds = self.seeds if self.known else draws
+        return dataclasses.replace(self, seeds=seeds, draws=draws, gradient_norms=[], restart=restart)
 
     def reevaluator(self) -> Oracle:
         """The same model with the noise of the re-evaluation, independent of the search unless known; own count."""

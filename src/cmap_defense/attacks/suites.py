@@ -147,15 +147,17 @@ def full_suite(threat: ThreatModel, *, steps: int = 20, eot: int = 4, seed: int 
 
 
 def choose(attacks: Mapping[str, Attack], models: Iterable[Model]) -> tuple[dict[str, Attack], dict[str, list[str]]]:
-    """Those of a set of attacks that suit all of the models, each once, and the names of the others by the reason."""
+    """Those of a set of attacks that can be run on all of the models, each once, and the names of the others by the
+    reason."""
     models = list(models)
     chosen: dict[str, Attack] = {}
     made: list[list[Attack]] = []
     left_out: dict[str, list[str]] = {}
     for name, attack in attacks.items():
         here = [attack.on(model) for model in models]
-        if not all(map(attack.suits, models)):
-            left_out.setdefault(NO_LATENTS, []).append(name)
+        missing = next(filter(None, map(attack.missing, models)), None)
+        if missing is not None:
+            left_out.setdefault(f"they need {missing}", []).append(name)
         elif here in made:
             left_out.setdefault(REPEATED, []).append(name)
         else:
@@ -177,9 +179,8 @@ def _common(threat: ThreatModel, steps: int, eot: int, seed: int) -> dict[str, A
     }
 
 
-NO_LATENTS = "they need a purifier that optimises latents"
 REPEATED = "each is the same here as an attack before it"
-"""Why an attack of a set is left out."""
+"""Why an attack of a set that could be run is left out."""
 
 SUITES: Mapping[str, Callable[..., dict[str, Attack]]] = {
     "standard": standard_suite,

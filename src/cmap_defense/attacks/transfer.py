@@ -9,11 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import Attack, Candidates, check_candidates, has_latents
+from cmap_defense.attacks.base import Attack, Candidates, check_candidates, missing_for
 from cmap_defense.attacks.goal import Goal
 from cmap_defense.attacks.oracle import Model, Oracle, SeededModel, on_unit_images
 from cmap_defense.classifier import PurifiedClassifier
-from cmap_defense.common.inputs import signed_word
 from cmap_defense.common.modules import evaluating
 from cmap_defense.common.options import NamedOptions
 from cmap_defense.common.rng import draw_latents, fresh_seeds
@@ -29,10 +28,12 @@ class Source(NamedOptions, abc.ABC):
     Attributes:
         has_defence: whether the defence is part of it.
         needs_latents: whether it is made of a purifier that optimises latents.
+        needs_denoise: whether it needs a backbone with ``denoise``.
     """
 
     has_defence = False
     needs_latents = False
+    needs_denoise = False
 
     def __post_init__(self) -> None:
         """Check the fields that ``setting`` made, of a source that is a dataclass."""
@@ -74,7 +75,8 @@ class Shortened(Source):
 class NoiseAndDenoise(Source):
     """C(clip(f(x' + sigma e, sigma))), the surrogate that the CMAP paper attacks; it has no latent optimisation.
 
-    It is the surrogate process of Lee and Kim 2023 (arXiv 2303.09051) with a consistency function f.
+    It is the surrogate process of Lee and Kim 2023 (arXiv 2303.09051) with a consistency function f. Its noise is fresh
+    in each evaluation, also where the defence has a fixed seed.
 
     Args:
         sigma: noise level in units of images in [-1, 1]; 0.1395 is level 5 of an 18-level Karras schedule with rho 7.
@@ -84,6 +86,8 @@ class NoiseAndDenoise(Source):
     Raises:
         SettingsError: a value is out of its range.
     """
+
+    needs_denoise = True
 
     sigma: float = setting(0.1395, minimum=SIGMA_MIN)
     steps: int = setting(1, minimum=1)
@@ -100,15 +104,11 @@ class NoiseAndDenoise(Source):
 
 class _NoisedAndDenoised(SeededModel):
     def __init__(self, wrapper: PurifiedClassifier, source: NoiseAndDenoise) -> None:
-        self.wrapper, self.source, self.seed = wrapper, source, wrapper.seed
+        self.wrapper, self.source = wrapper, source
 
     def __call__(self, images: Tensor, *, seeds: Tensor | None = None) -> Tensor:
         wrapper = self.wrapper
-        if seeds is None:
-            count = len(images)
-            seeds = (
-                fresh_seeds(count) if self.seed is None else torch.full((count,), signed_word(self.seed), device="cpu")
-            )
+        seeds = fresh_seeds(len(images)) if seeds is None else seeds
         small = wrapper.preprocessing.resized(images, wrapper.image_shape[1:])
         noise = draw_latents(seeds, self.source.steps, small.shape[1:])[:, None].to(small)
         labels = wrapper.latent_class_labels(images)
@@ -159,9 +159,11 @@ class Transfer(Attack):
     def check_installed(self) -> None:
         self.attack.check_installed()
 
-    def suits(self, model: Model) -> bool:
-        latents = isinstance(self.source, Source) and self.source.needs_latents
-        return not latents or has_latents(model)
+    def missing(self, model: Model) -> str | None:
+        if not isinstance(self.source, Source):
+            return self.attack.missing(self.source)
+        lacking = missing_for(self.source, model)
+        return lacking or self.attack.missing(self.source.of(model))  # pyright: ignore[reportArgumentType]
 
     def evaluates_defence(self) -> bool:
         return isinstance(self.source, Source) and self.source.has_defence

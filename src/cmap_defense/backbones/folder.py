@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -141,6 +142,8 @@ def write_backbone(
         raise BackboneFileError(f"A {type(network).__name__} cannot be written; known networks: {known}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".partial-*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
             staged = Path(place)
             if isinstance(network, diffusers.PipelineUNet):

@@ -142,7 +142,20 @@ class NCSNpp(nn.Module):
         return self.leave(F.silu(self.norm(h)))
 
 
-class NoiseEmbedding(nn.Module):
+class ExactFrequencies(nn.Module):
+    """Base of noise embeddings: a network of few bits keeps the buffer "frequencies" in float32 at least."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and cast as every module, except that the frequencies never get narrower than float32."""
+        exact = self.get_buffer("frequencies")
+        super()._apply(fn, recurse)
+        moved = self.get_buffer("frequencies")
+        if moved.dtype.itemsize < exact.dtype.itemsize:
+            self.frequencies = exact.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+        return self
+
+
+class NoiseEmbedding(ExactFrequencies):
     """ln(sigma) / 4 to [B, 4 nf]: random Fourier features, then a small network."""
 
     def __init__(self, nf: int, scale: float) -> None:
@@ -157,15 +170,6 @@ class NoiseEmbedding(nn.Module):
         angles = wide[:, None] * frequencies * 2 * math.pi
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(features)))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move and cast as every module, except that the frequencies never get narrower than float32."""
-        exact = self.get_buffer("frequencies")
-        super()._apply(fn, recurse)
-        moved = self.get_buffer("frequencies")
-        if moved.dtype.itemsize < exact.dtype.itemsize:
-            self.frequencies = exact.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
-        return self
 
 
 class Shrink(nn.Module):

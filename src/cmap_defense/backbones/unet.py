@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmap_defense.backbones.ncsnpp import Stage, attend
+from cmap_defense.backbones.ncsnpp import ExactFrequencies, Stage, attend
 from cmap_defense.common.settings import Settings, setting
 from cmap_defense.errors import SettingsError
 
@@ -165,7 +165,7 @@ class CompactUNet(nn.Module):
         return F.pixel_shuffle(_not_autocast(self.leave, F.silu(self.norm(h))), self.config.patch)
 
 
-class NoiseEmbedding(nn.Module):
+class NoiseEmbedding(ExactFrequencies):
     """ln(sigma) / 4 to an embedding: sines and cosines of slow frequencies, then a small network.
 
     Consistency training needs an embedding that varies slowly with the noise level (Song and Dhariwal 2023,
@@ -181,7 +181,7 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, noise_level: Tensor) -> Tensor:
         frequencies: Tensor = self.get_buffer("frequencies")
-        angles = noise_level[:, None] * frequencies.to(noise_level.dtype)
+        angles = noise_level.to(torch.promote_types(noise_level.dtype, frequencies.dtype))[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(self.first.weight.dtype)
         return F.silu(self.second(F.silu(self.first(features))))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cmap_defense.backbones.base import caster
 from cmap_defense.classifier.cautions import warn_of_probabilities, warn_of_training_mode
@@ -146,6 +147,8 @@ class LatentAccess(NamedOptions, nn.Module):
     def denoiser(self, class_labels: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
         """f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
 
+        Its backward pass keeps the graph of one chunk of ``max_parallel`` images at a time, and computes each again.
+
         Args:
             class_labels: [B, K] integers for a class-conditional backbone.
         """
@@ -161,7 +164,9 @@ class LatentAccess(NamedOptions, nn.Module):
                 )
             call = caster(self.backbone, noisy.device, "denoise")
             chunks = latent_chunks(noisy, class_labels, self.max_parallel)
-            clean = torch.cat([call(images, sigma, *labels) for images, *labels in chunks])
+            clean = torch.cat(
+                [checkpoint(call, images, sigma, *labels, use_reentrant=False) for images, *labels in chunks]
+            )
             return clean.to(noisy.dtype).unflatten(0, noisy.shape[:2])
 
         return denoised

@@ -377,7 +377,7 @@ class PurifiedClassifier(LatentAccess):
         other.training = self.training
         if other._compiler is not None and other.backbone is self.backbone:
             other._compiler = self._compiler or other._compiler  # what is compiled is kept
-        if hooks and other.purifier.optimises_latents:
+        if hooks:
             other._step_hooks = self._step_hooks
         return other
 

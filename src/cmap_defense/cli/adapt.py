@@ -21,8 +21,8 @@ from cmap_defense.cli.build import (
 from cmap_defense.cli.output import listed
 from cmap_defense.cli.train import training_set, write_loss_chart
 from cmap_defense.common.ranks import ranks
-from cmap_defense.data import FolderImages
 from cmap_defense.purifiers import Purifier
+from cmap_defense.purifiers.choice import loaded_with
 from cmap_defense.threat import ThreatModel
 from cmap_defense.training.loop import LOG_FILE
 
@@ -31,17 +31,16 @@ def run_adapt(options: dict[str, Any]) -> Printed:
     """Carry out the command."""
     out, classifier, normalize = options["out"], classifier_of(options, trained=True), normalize_of(options)
     config = settings_of(AdaptationConfig, options | {"device": str(device_of(options)), "weights": "float32"})
-    chosen = training_set(options)
-    if options["hold_out"] and isinstance(chosen.source, FolderImages):
-        left = sorted(set(range(len(chosen.source))) - set(chosen.positions))
-    else:
-        left = range(len(chosen.positions), len(chosen.source))
-    held_out = chosen.source.select(torch.tensor(list(left))) if options["hold_out"] else None
+    backbone: Any
+    backbone, purifier = loaded_with(options["backbone"], _purifier(options), None)
+    chosen = training_set(options, backbone.image_shape[0])
+    left = sorted(set(range(len(chosen.source))) - set(chosen.positions))
+    held_out = chosen.source.select(torch.tensor(left)) if left else None
     with ranks() as team:
         done = adapt(
             classifier,
-            options["backbone"],
-            _purifier(options),
+            backbone,
+            purifier,
             chosen.loaded(),
             out=out,
             adversarial=options["adversarial"],

@@ -24,6 +24,9 @@ from cmap_defense.common.tables import table_lines
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.plots.comparison import certified_plot
 
+UNDEFENDED = "undefended"
+"""Name of the folder of what has no denoiser."""
+
 
 def run_certify(options: dict[str, Any]) -> build.Printed:
     """Carry out the command."""
@@ -72,9 +75,13 @@ def run_certify(options: dict[str, Any]) -> build.Printed:
 def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClassifier]]:
     """The name of the denoiser and the smoothed classifier, for each of them and each sigma."""
     given = options["backbones"]
-    longest = max((len(Path(path).parts) for path in given), default=1)
+    longest = max((len(_parts(path)) for path in given), default=1)
     by_parts = (_by_last_parts(given, parts) for parts in range(1, longest + 1))
     named = {} if not given else next((names for names in by_parts if len(names) == len(given)), None)
+    if UNDEFENDED in (named or ()):
+        raise click.BadParameter(
+            f"a folder called {UNDEFENDED!r} is taken for none: rename it.", param_hint="--backbone"
+        )
     if named is None:
         raise click.BadParameter("the same backbone is given twice: give it once.", param_hint="--backbone")
     if not named and not options["undefended"]:
@@ -87,7 +94,7 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
         backbones[None] = None
     with build.usage_errors():
         return {
-            f"{name or 'undefended'}-{sigma:g}": (
+            f"{UNDEFENDED if name is None else name}-{sigma:g}": (
                 name,
                 SmoothedClassifier(classifier, backbone, sigma, normalize=normalize),
             )
@@ -98,8 +105,13 @@ def _models(options: dict[str, Any]) -> dict[str, tuple[str | None, SmoothedClas
 
 def _by_last_parts(paths: Sequence[str], parts: int) -> dict[str, str]:
     """Names or folders by so many of their last parts, in one word."""
-    split = {path: [part for part in Path(path).parts if part != Path(path).anchor] for path in paths}
-    return {"-".join(split[path][-parts:]): path for path in paths}
+    return {"-".join(_parts(path)[-parts:]): path for path in paths}
+
+
+def _parts(path: str) -> list[str]:
+    """Of a name, or of a folder's whole path."""
+    whole = Path(path).absolute() if Path(path).is_dir() else Path(path)
+    return [part for part in whole.parts if part != whole.anchor]
 
 
 def _written(

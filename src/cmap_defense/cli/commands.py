@@ -366,7 +366,12 @@ adapt = command(
         default=0,
     ),
     of.size,
-    DATA("--image-channels", "Channels in which the images of a folder are read.", least=1),
+    DATA(
+        "--image-channels",
+        "Channels in which the images of a folder are read: 3, or 1 for grey.",
+        least=1,
+        unset="those of the backbone",
+    ),
     ADVERSARIAL("--adversarial", "Attack the training images through the exact gradient.", is_flag=True),
     options_of(ThreatModel, "Adversarial training"),
     options_of(AdaptationConfig, "Training", *ADAPTATION),

@@ -215,8 +215,9 @@ def describe_module(module: object) -> dict[str, Any]:
 
 def describe_values(values: Tensor, digits: int = 4) -> list[float]:
     """Numbers, rounded so that they are the same on all processors: what a description of classes and weights does not
-    show (functions, constants that are plain attributes) shows in what a model makes of an image."""
-    return [float(f"{value:.{digits}g}") for value in values.flatten().double().tolist()]
+    show (functions, constants that are plain attributes) shows in what a model makes of an image. Those that are not
+    finite, such as logits of classes that are ruled out, are left out."""
+    return [float(f"{value:.{digits}g}") for value in values[values.isfinite()].double().tolist()]
 
 
 def description_text(description: Any) -> str:

@@ -185,9 +185,10 @@ def standard_error(values: Tensor) -> float:
 
 
 def mean_interval(values: Tensor) -> tuple[float, float | None]:
-    """The mean of values [B], and the half width of its 95 % interval by Student's t; None for one value."""
-    mean = values.mean().item()
-    return mean, student_quantile(0.975, len(values) - 1) * standard_error(values) if len(values) > 1 else None
+    """The mean of values [B], and the half width of its 95 % interval by Student's t; None where all are the same,
+    which tells nothing about their spread."""
+    error = standard_error(values)
+    return values.mean().item(), student_quantile(0.975, len(values) - 1) * error if error else None
 
 
 def student_quantile(p: float, degrees: int) -> float:

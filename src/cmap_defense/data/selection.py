@@ -23,24 +23,25 @@ from cmap_defense.embedded import CLASS_NAMES, load_test_images
 from cmap_defense.errors import DataError, InputTypeError, InputValueError
 
 
-def labelled_data(data: Any, channels: int | None = None) -> Any:
+def labelled_data(data: Any, channels: int | None = None, split: str = "test") -> Any:
     """A data set whose images have labels, opened where it is only named.
 
     Args:
-        data: as ``SelectedImages.of`` takes it; or what the command line takes for ``--data``, of which the split
-            "test" is opened: a name, "embedded", an .npz file, a folder.
+        data: as ``SelectedImages.of`` takes it; or what the command line takes for ``--data``: a name, "embedded", an
+            .npz file, a folder.
         channels: in which the images of a folder are read, unless the caller chose them; None for the data set's own.
+        split: of what is only named; "embedded" is of "test".
 
     Raises:
         UnknownNameError: neither a known name nor a file nor a folder.
         DataError: the data set is damaged, or has no labels.
         InputTypeError: it is a DataLoader.
     """
-    if isinstance(data, str) and data == "embedded":
+    if isinstance(data, str) and data == "embedded" and split == "test":
         images, labels = load_test_images()
         data = LabelledImages((images * 255).round().to(torch.uint8), labels, CLASS_NAMES)
     elif isinstance(data, (str, os.PathLike)):
-        data = open_named(data, "test", None, None, (*DATASETS, "embedded"))
+        data = open_named(data, split, None, None, DATASETS if split == "train" else (*DATASETS, "embedded"))
     if isinstance(data, DataLoader):
         raise InputTypeError("data is a DataLoader, which gives batches: give its data set, loader.dataset.")
     if isinstance(data, FolderImages) and data.channels is None and channels is not None:

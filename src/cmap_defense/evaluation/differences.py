@@ -33,7 +33,7 @@ class Difference:
         images: number of images.
         value: in [-1, 1], the mean over the images of the share of re-evaluations of the first that are right, minus
             that of the second.
-        half_width: of its 95 % interval by Student's t; None for one image.
+        half_width: of its 95 % interval by Student's t; None where the difference is the same on each image.
     """
 
     first: str
@@ -44,7 +44,7 @@ class Difference:
     half_width: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+        return f"{self.value:+.3f}" + (" on each" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
 def paired_differences(folders: Mapping[str, str | Path]) -> list[Difference]:

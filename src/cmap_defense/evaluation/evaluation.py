@@ -505,7 +505,13 @@ def _attacks_by_name(
 ) -> dict[str, Attack]:
     """Those of a set that suit the model, each once; of attacks of your own all, or an error."""
     if isinstance(attacks, str):
-        return choose(suite(attacks, threat or ThreatModel()), [model])[0]
+        chosen, left_out = choose(suite(attacks, threat or ThreatModel()), [model])
+        if not chosen:
+            raise SettingsError(
+                f"The set of attacks {attacks!r} has none for this {type(model).__name__}: {', '.join(left_out)}. Give "
+                'attacks by name, such as attacks={"pgd": PGD(ThreatModel(), steps=50)}.'
+            )
+        return chosen
     if threat is not None:
         raise SettingsError("threat belongs to a set of attacks by name; attacks of your own have theirs.")
     for name, attack in _named(attacks, "attacks", "PGD(...)", "the name of a set, or ").items():
@@ -513,11 +519,13 @@ def _attacks_by_name(
             raise SettingsError(f"attacks[{name!r}] must be an attack such as PGD(...), but is {attack!r}.")
         if name == CLEAN:
             raise SettingsError(f'"{CLEAN}" is the name of the clean images: give the attack another.')
-    wrong = [name for name, attack in attacks.items() if not attack.suits(model)]
-    if wrong and isinstance(model, PurifiedClassifier):
+    missing = {name: attack.missing(model) for name, attack in attacks.items()}
+    wrong = [f"{name} needs {what}" for name, what in missing.items() if what is not None]
+    if wrong:
+        described = type(model.purifier if isinstance(model, PurifiedClassifier) else model).__name__
         raise SettingsError(
-            f"{', '.join(wrong)}: attacks on latents, which {type(model.purifier).__name__} does not optimise. "
-            'Leave them out, or take a set by its name, such as "exact", which leaves them out.'
+            f"These attacks cannot be run on {described}: {', '.join(wrong)}. Leave them out, or take a set by its "
+            'name, such as "exact", which leaves them out.'
         )
     return dict(attacks)
 

@@ -75,10 +75,12 @@ class GradientMode(NamedOptions, abc.ABC):
         differentiates_defence: whether its gradient goes through the purification itself, exactly or approximately;
             False for one of a surrogate.
         needs_latents: whether it is of an optimisation over latents alone.
+        needs_denoise: whether it needs a backbone with ``denoise``.
     """
 
     differentiates_defence = True
     needs_latents = False
+    needs_denoise = False
 
     def __post_init__(self) -> None:
         """Check the fields that ``setting`` made, of a mode that is a dataclass."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cmap_defense.common.rng import derived_seeds, draw_latents
 from cmap_defense.common.settings import setting
@@ -43,6 +42,7 @@ class Surrogate(GradientMode):
     """
 
     differentiates_defence = False
+    needs_denoise = True
 
     sigma: float = setting(0.1395, minimum=SIGMA_MIN)
     steps: int = setting(1, minimum=1)
@@ -84,5 +84,5 @@ def surrogate_images(denoise: Callable[[Tensor, float], Tensor], images: Tensor,
         level = root**RHO
         added = level if step == 0 else math.sqrt(level**2 - SIGMA_MIN**2)
         noisy = current + added * noise[:, :, step]
-        current = checkpoint(denoise, noisy, level, use_reentrant=False).clamp(-1, 1)
+        current = denoise(noisy, level).clamp(-1, 1)
     return (current + 1) / 2

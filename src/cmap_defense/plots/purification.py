@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cmap_defense.common.files import written_whole
 from cmap_defense.common.paths import expanded
 from cmap_defense.errors import InputValueError
 from cmap_defense.plots.figure import COLOURS, draw, plain_axes
@@ -52,10 +53,10 @@ def as_picture(image: Tensor) -> Image.Image:
 def write_animation(frames: Sequence[Image.Image], path: str | Path, *, milliseconds: int = 100) -> Path:
     """Frames of one size as a GIF that repeats; the last one stays for a second."""
     path = expanded(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     durations = [milliseconds] * (len(frames) - 1) + [1000]
     small = [frame.quantize(64) for frame in frames]
-    small[0].save(path, format="GIF", save_all=True, append_images=small[1:], duration=durations, loop=0)
+    options = {"format": "GIF", "save_all": True, "append_images": small[1:], "duration": durations, "loop": 0}
+    written_whole(path, lambda partial: small[0].save(partial, **options))
     return path
 
 

@@ -40,9 +40,8 @@ class Purifier(NamedOptions, abc.ABC):
     Attributes:
         needs: the method of a backbone that it uses: "generate", "denoise", or None for neither.
         kind: the kind of backbone that it needs, "consistency" or "denoiser"; None for either.
-        optimises_latents: whether it is an optimisation over latents. Such a purifier has ``settings`` and ``prepare``,
-            as ``CMAP`` has; hooks, latent attacks and gradients through the
-            optimisation need them. The call of any other purifier is differentiable with respect to the images.
+        optimises_latents: whether it is an optimisation over latents, as ``CMAP`` and its subclasses are, and no other.
+            The call of any other purifier is differentiable with respect to the images.
     """
 
     needs: ClassVar[str | None] = "denoise"

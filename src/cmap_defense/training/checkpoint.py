@@ -34,6 +34,7 @@ INDEX = "index.json"
 MEGABYTE = 10**6
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,13 +87,20 @@ def newest_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The same whatever its settings are, and these."""
+    """The same whatever its settings are, and these. Raises ``CheckpointError`` where a file that is there cannot be
+    read."""
     for path in reversed(_checkpoints(folder)):
         try:
             index = _read_index(path)
             for part in index["parts"]:
                 check_sha256(path / part["file"], part["sha256"])
-        except OSError:  # BackboneFileError is one
+        except OSError as error:  # BackboneFileError is one
+            cause = error.__cause__ if isinstance(error, BackboneFileError) else error
+            if isinstance(cause, OSError) and not isinstance(cause, _MISSING):
+                raise CheckpointError(
+                    f"{path} cannot be read now ({cause}), which does not mean that it is damaged. Give the same "
+                    "command again; where it stays so, move that folder elsewhere to go on from an older one."
+                ) from error
             continue
         return path, index["settings"]
     return None

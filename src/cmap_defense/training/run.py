@@ -132,12 +132,9 @@ def train_backbone(
                 before = read_record(place)
             dtype = getattr(torch, config.weights)
             now = write_backbone(model, place, dtype=dtype, **fields | {"training": trained_on | seen})
-            if (
-                before is not None
-                and before.weights_sha256 == now.weights_sha256
-                and (before.figures or before.settings)
-            ):
-                kept = now.replace(figures=before.figures, settings=before.settings)  # findings about the same weights
+            if before is not None and before.weights_sha256 == now.weights_sha256:
+                found = {name: getattr(before, name) for name in ("figures", "settings", "presets")}
+                kept = now.replace(**found)  # what was found about the same weights
                 write_text(place / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
         written: set[int] = set()

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -190,8 +189,6 @@ def _convert(entry: RegistryEntry, source: OfficialFile, folder: Path, force: bo
         raise
     if entry.kind == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
-    for leftover in folder.glob(".partial-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     fetched = {"url": source.url, "fetched_from": url, "sha256": checksum, "size": size}
     source_of = fetched | {"converter": "jcm", "params": source.params}
     write_backbone(model, folder, name=entry.name, source=source_of, **entry.described())
