@@ -13,16 +13,17 @@ from cmap_defense.attacks import (
     FrozenResidual,
     LatentAttack,
     NoiseAndDenoise,
+    ShortCMAP,
     Shortened,
     Source,
     ThreatModel,
     Transfer,
     Undefended,
 )
-from cmap_defense.attacks.base import DENOISE, LATENTS, WRAPPER
+from cmap_defense.attacks.base import DENOISE, GRADIENT, LATENTS, NOT_LIVE, WRAPPER
 from cmap_defense.common.rng import draw_latents
 from cmap_defense.errors import GradientError, SettingsError
-from cmap_defense.gradients import StraightThrough, Surrogate
+from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import OneStep
 from toys import ToyBackbone
 
@@ -156,6 +157,21 @@ def test_what_attacks_need_is_known_before_they_are_run():
         "frozen": [WRAPPER, None, None, None],
         "latent": [LATENTS, None, LATENTS, None],
     }
+
+
+def test_the_mode_of_the_model_and_its_live_hooks_count_where_an_attack_names_no_mode_or_another():
+    threat = THREATS["linf"]
+    bpda, exact = PGD(threat, gradient=StraightThrough()), PGD(threat, gradient=Unrolled())
+    one_step = wrapped(settings=None, purifier=OneStep(level=0.3))
+    assert PLAIN.missing(wrapped(gradient=Detached())) == GRADIENT
+    assert PLAIN.missing(one_step.variant(gradient=Implicit())) == LATENTS
+    assert PLAIN.missing(wrapped(backbone=ToyBackbone(), gradient=Surrogate())) == DENOISE
+    assert ShortCMAP(threat, gradient=Surrogate()).missing(wrapped(backbone=ToyBackbone())) == DENOISE
+    assert bpda.missing(wrapped(gradient=Detached())) is None
+    one_step.register_step_hook(lambda state: None)
+    assert bpda.missing(one_step) is None
+    one_step.register_step_hook(lambda state: None, live=True)
+    assert [attack.missing(one_step) for attack in (bpda, PLAIN, exact)] == [NOT_LIVE, None, None]
 
 
 def test_noise_and_denoise_needs_a_denoiser():

@@ -121,7 +121,6 @@ MISTAKES = [
     (f"evaluate {MODEL} -o out --eps 8/255 --attacks none", 2, "makes no attack: leave one of them out"),
     (f"evaluate {MODEL} -o out --only pgd --attacks none", 2, "makes no attack: leave one of them out"),
     (f"evaluate {MODEL} -o out --steps 100 --attacks none", 2, "makes no attack: leave one of them out"),
-    (f"evaluate {MODEL} -o out --eps 8", 2, "did you mean 8/255?"),
     (f"evaluate {MODEL} -o out --eps 0", 2, "give 8/255, or --attacks none"),
     (f"evaluate {MODEL} -o out --split train", 2, "all of the test set: leave the option out"),
     (f"evaluate {MODEL} -o out --mean 0.5", 2, "--mean and --std go together: give both"),

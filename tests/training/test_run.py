@@ -123,6 +123,9 @@ def test_presets_alone_are_kept(tmp_path: Path) -> None:
     file.write_text(found.to_json(indent=2))
     trained(tmp_path)
     assert read_record(tmp_path / "backbone") == found
+    file.write_text(record.to_json(indent=2))
+    trained(tmp_path, record=lambda _: {"name": "mine", "presets": found.presets})
+    assert read_record(tmp_path / "backbone").presets == found.presets, "those of now where there were none"
 
 
 def test_a_folder_is_for_one_training_at_a_time(tmp_path: Path) -> None:

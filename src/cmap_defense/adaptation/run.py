@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from cmap_defense.common.paths import expanded
 from cmap_defense.common.progress import OnProgress
 from cmap_defense.common.ranks import ranks
 from cmap_defense.common.settings import near_matches
-from cmap_defense.data import DATASETS, LabelledImages
+from cmap_defense.data import LabelledImages
 from cmap_defense.data.selection import SelectedImages, labelled_data
 from cmap_defense.data.subset import Subset
 from cmap_defense.errors import (
@@ -34,6 +35,7 @@ from cmap_defense.errors import (
     CheckpointError,
     ClassifierError,
     DataError,
+    InputTypeError,
     OptionError,
     SettingsError,
 )
@@ -111,7 +113,7 @@ def adapt(
             checkpoints.
         adversarial: attack the training images.
         threat: of the attack, with ``adversarial`` alone; None for linf with 8/255.
-        held_out: images that are not trained on, as ``data`` but not by name. The weights that are best on them are the
+        held_out: images that are not trained on, as ``data`` but not a text. The weights that are best on them are the
             result; None for the last weights.
         config: settings; None for the defaults. ``compile``, ``channels_last`` and ``hold_images`` have no effect here.
         progress: True for a bar on standard error, or a function of (done, total): steps.
@@ -147,11 +149,13 @@ def adapt(
     # The training images are in [0, 1], whatever the classifier is used with later.
     unit: dict[str, Any] = options | {"inputs": "unit", "gradient": Unrolled()}
     purified = PurifiedClassifier(model, backbone, purifier=purifier or OneStep(n_latents=1), **unit).to(config.device)
-    if isinstance(held_out, str) and held_out in DATASETS:
-        raise DataError(
-            f"held_out={held_out!r} names training and test images, and held-out ones are neither: give a part of the "
-            f'training images, such as load_dataset({held_out!r}, "train")[50_000:], and leave it out of data.'
+    if isinstance(held_out, (str, os.PathLike)):
+        raise InputTypeError(
+            f"held_out={os.fspath(held_out)!r} names training and test images, and held-out ones are neither: take "
+            'images = load_dataset(..., "train"), and give data=images[:-5_000], held_out=images[-5_000:].'
         )
+    if isinstance(data, str) and data == "embedded":
+        raise DataError('The embedded images are test images: give training images, such as data="fashion-mnist".')
     training, kept_back = _labelled(data, purified), None if held_out is None else _labelled(held_out, purified)
     target = adapted_to(purified.backbone, purified.purifier)
     parts: dict[str, Any] = {

@@ -28,7 +28,7 @@ from cmap_defense.common.rng import derived_seeds, isolated
 from cmap_defense.common.settings import check_fields, require_integer, setting
 from cmap_defense.common.statistics import most_frequent
 from cmap_defense.errors import AttackError, GradientWarning, InputTypeError, InputValueError
-from cmap_defense.gradients import GradientMode
+from cmap_defense.gradients import Detached, GradientMode, Unrolled
 from cmap_defense.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ A_MODE = "an object such as StraightThrough()"
 LATENTS = "a purifier that optimises latents"
 WRAPPER = "the parts or the gradient modes of a PurifiedClassifier"
 DENOISE = "a backbone with denoise(noisy, sigma)"
+GRADIENT = "a gradient mode that has a gradient"
+NOT_LIVE = "a model without live step hooks"
 """What attacks need and some models have not."""
 
 
@@ -388,7 +390,8 @@ class GradientAttack(Attack):
     gradient: GradientMode | None = setting(None, like=A_MODE)
 
     def missing(self, model: Model) -> str | None:
-        return super().missing(model) or (None if self.gradient is None else missing_for(self.gradient, model))
+        mode = self.gradient or getattr(model, "gradient", None)
+        return super().missing(model) or (missing_for(mode, model) if isinstance(mode, GradientMode) else None)
 
     def on(self, model: Model) -> Attack:
         if self.gradient is None or not isinstance(model, PurifiedClassifier) or model.purifier.involves_latents:
@@ -433,7 +436,12 @@ def missing_for(part: Any, model: Model) -> str | None:
         return WRAPPER
     if part.needs_latents and not has_latents(model):
         return LATENTS
-    return DENOISE if part.needs_denoise and model.denoiser() is None else None
+    if part.needs_denoise and model.denoiser() is None:
+        return DENOISE
+    if isinstance(part, Detached):
+        return GRADIENT
+    live = isinstance(part, GradientMode) and any(hook.live for hook in model._step_hooks)
+    return NOT_LIVE if live and not isinstance(part, Unrolled) else None
 
 
 def has_latents(model: Model) -> bool:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cmap_defense.attacks.base import A_MODE, WRAPPER
+from cmap_defense.attacks.base import A_MODE, WRAPPER, missing_for
 from cmap_defense.attacks.goal import A_LOSS, Goal, Loss, Margin, VoteMargin, loss_of
 from cmap_defense.attacks.latents import LatentAttack
 from cmap_defense.attacks.oracle import Feedback, Model, Oracle, finite_rows, raw_gradient
@@ -49,6 +49,9 @@ class ShortCMAP(StepAttack):
 
     def differentiates_defence(self, model: Model) -> bool:
         return self.gradient.differentiates_defence
+
+    def missing(self, model: Model) -> str | None:
+        return super().missing(model) or missing_for(self.gradient, model)
 
     def begin(self, oracle: Oracle, clean: Tensor, goal: Goal) -> tuple[Callable[[Tensor], Feedback], None]:
         whole = oracle.wrapper(self, clean)
@@ -103,6 +106,9 @@ class TargetSteer(StepAttack):
 
     def differentiates_defence(self, model: Model) -> bool:
         return self.gradient.differentiates_defence
+
+    def missing(self, model: Model) -> str | None:
+        return super().missing(model) or missing_for(self.gradient, model)
 
     def under(self, threat: ThreatModel) -> TargetSteer:
         moved = super().under(threat)

@@ -112,7 +112,7 @@ class _NoisedAndDenoised(SeededModel):
         small = wrapper.preprocessing.resized(images, wrapper.image_shape[1:])
         noise = draw_latents(seeds, self.source.steps, small.shape[1:])[:, None].to(small)
         labels = wrapper.latent_class_labels(images)
-        denoise = wrapper.denoiser(None if labels is None else labels[:, :1])
+        denoise = wrapper.denoiser(None if labels is None else labels[:, :1], recompute=True)
         assert denoise is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.source.straight_through):
             denoised = surrogate_images(denoise, small, noise, self.source.sigma)[:, 0]

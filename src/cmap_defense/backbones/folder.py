@@ -142,8 +142,6 @@ def write_backbone(
         raise BackboneFileError(f"A {type(network).__name__} cannot be written; known networks: {known}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".partial-*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
             staged = Path(place)
             if isinstance(network, diffusers.PipelineUNet):
@@ -178,6 +176,12 @@ def write_backbone(
     except OSError as error:
         raise BackboneFileError(f"{folder} could not be written ({error}). Is the disk full, or read-only?") from error
     return record
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers of a backbone that were killed left in its folder; for a process that alone writes there."""
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _state(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -144,13 +144,14 @@ class LatentAccess(NamedOptions, nn.Module):
         """
         return self._logits(self.preprocessing.to_unit(images, self._device()) if check else images)
 
-    def denoiser(self, class_labels: Tensor | None = None) -> Callable[[Tensor, float], Tensor] | None:
+    def denoiser(
+        self, class_labels: Tensor | None = None, *, recompute: bool = False
+    ) -> Callable[[Tensor, float], Tensor] | None:
         """f of noisy images [B, K, C, H, W] in units of [-1, 1] and a noise level; None where the backbone has none.
-
-        Its backward pass keeps the graph of one chunk of ``max_parallel`` images at a time, and computes each again.
 
         Args:
             class_labels: [B, K] integers for a class-conditional backbone.
+            recompute: keep no graph, but compute each chunk of ``max_parallel`` images again in the backward pass.
         """
         if getattr(self.backbone, "denoise", None) is None:
             return None
@@ -164,9 +165,11 @@ class LatentAccess(NamedOptions, nn.Module):
                 )
             call = caster(self.backbone, noisy.device, "denoise")
             chunks = latent_chunks(noisy, class_labels, self.max_parallel)
-            clean = torch.cat(
-                [checkpoint(call, images, sigma, *labels, use_reentrant=False) for images, *labels in chunks]
-            )
+            if recompute:
+                parts = [checkpoint(call, images, sigma, *labels, use_reentrant=False) for images, *labels in chunks]
+            else:
+                parts = [call(images, sigma, *labels) for images, *labels in chunks]
+            clean = torch.cat(parts)
             return clean.to(noisy.dtype).unflatten(0, noisy.shape[:2])
 
         return denoised

@@ -537,7 +537,7 @@ class PurifiedClassifier(LatentAccess):
             run,
             None if prepare is None else lambda: prepare(self.backbone, images, **options),
             None if prepare is not None else differentiate,
-            self.denoiser(labels),
+            self.denoiser(labels, recompute=True),
             together([hook for hook in hooks if not hook.live]),
             together(live),
             lambda iteration: any(hook.at(iteration) for hook in live),

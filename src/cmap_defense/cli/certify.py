@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _by_last_parts(paths: Sequence[str], parts: int) -> dict[str, str]:
 
 def _parts(path: str) -> list[str]:
     """Of a name, or of a folder's whole path."""
-    whole = Path(path).absolute() if Path(path).is_dir() else Path(path)
+    whole = Path(os.path.abspath(path)) if Path(path).is_dir() else Path(path)
     return [part for part in whole.parts if part != whole.anchor]
 
 

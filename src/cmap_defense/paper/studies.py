@@ -173,7 +173,8 @@ def run_study(
     """
     variants = {}
     for variant in study.variants:
-        changed = model.variant(settings=model.settings.replace(**variant.changes)) if variant.changes else model
+        settings = model.settings.replace(**variant.changes)
+        changed = model.variant(hooks=True, settings=settings) if variant.changes else model
         variants[variant.name] = changed, variant.attacks
     whole = {}
     for name, evaluation in evaluations_of(variants, data, out, protocol=protocol, subset=subset, threads=threads):

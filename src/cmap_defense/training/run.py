@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
+from cmap_defense.backbones.folder import RECORD_FILE, clear_leftovers, read_record, write_backbone
 from cmap_defense.backbones.karras import ConsistencyBackbone, KarrasModel, NoiseRange, karras_levels
 from cmap_defense.backbones.networks import Network, refuse_other_network
 from cmap_defense.common.files import locked, write_text
@@ -130,11 +130,12 @@ def train_backbone(
             place, before = folder / name, None
             with contextlib.suppress(BackboneFileError):
                 before = read_record(place)
+            clear_leftovers(place)
             dtype = getattr(torch, config.weights)
             now = write_backbone(model, place, dtype=dtype, **fields | {"training": trained_on | seen})
             if before is not None and before.weights_sha256 == now.weights_sha256:
                 found = {name: getattr(before, name) for name in ("figures", "settings", "presets")}
-                kept = now.replace(**found)  # what was found about the same weights
+                kept = now.replace(**{name: value for name, value in found.items() if value})  # about the same weights
                 write_text(place / RECORD_FILE, kept.to_json(indent=2) + "\n")
 
         written: set[int] = set()

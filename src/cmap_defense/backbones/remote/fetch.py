@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from cmap_defense.backbones import diffusers
 from cmap_defense.backbones.convert.flax import NotACheckpointError
 from cmap_defense.backbones.convert.jcm import convert_jcm
-from cmap_defense.backbones.folder import RECORD_FILE, read_record, write_backbone
+from cmap_defense.backbones.folder import RECORD_FILE, clear_leftovers, read_record, write_backbone
 from cmap_defense.backbones.karras import EDMDenoiser, KarrasModel
 from cmap_defense.backbones.registry.entry import HubRepository, LocalFolder, OfficialFile, RegistryEntry, Source
 from cmap_defense.backbones.remote.cache import announce, cache_folder, lock_or_wait, pin
@@ -189,6 +189,7 @@ def _convert(entry: RegistryEntry, source: OfficialFile, folder: Path, force: bo
         raise
     if entry.kind == "denoiser":
         model = EDMDenoiser(model.network, model.image_shape, model.noise)
+    clear_leftovers(folder)
     fetched = {"url": source.url, "fetched_from": url, "sha256": checksum, "size": size}
     source_of = fetched | {"converter": "jcm", "params": source.params}
     write_backbone(model, folder, name=entry.name, source=source_of, **entry.described())
