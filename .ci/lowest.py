@@ -45,7 +45,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("extras", nargs="*")
     parser.add_argument("--without", nargs="*", default=[])
-    asked = parser.parse_args()
-    for name, version in lowest(asked.extras).items():
-        if name not in asked.without:
+    options = parser.parse_args()
+    for name, version in lowest(options.extras).items():
+        if name not in options.without:
             print(f"{name}=={version}")

@@ -59,9 +59,9 @@ def main() -> None:
     def report(name: str, direction: Tensor, **more: float) -> None:
         """The loss and the share of errors, with noise that no gradient was taken with."""
         moved = (images + options.h * direction).clamp(0, 1)
-        answers = torch.stack([model(moved, seeds=noise + 1000 * (j + 1)) for j in range(options.eot)])
-        losses = F.cross_entropy(answers.flatten(0, 1), labels.repeat(options.eot))
-        errors = (answers.argmax(dim=2) != labels).float().mean()
+        logits = torch.stack([model(moved, seeds=noise + 1000 * (j + 1)) for j in range(options.eot)])
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(options.eot))
+        errors = (logits.argmax(dim=2) != labels).float().mean()
         print(json.dumps({"direction": name, "loss": losses.item(), "errors": errors.item(), **more}), flush=True)
 
     def gradient(function: PurifiedClassifier, **seeds: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def wrapped(mode: GradientMode, options: Options) -> tuple[PurifiedClassifier, l
 
 
 def data(options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels, and the directions [D, B, C, H, W] along which the loss is asked."""
+    """Images, labels, and the directions [D, B, C, H, W] along which the loss is evaluated."""
     images, labels = (part[: options.images] for part in load_test_images())
     generator = torch.Generator().manual_seed(1)
     return images, labels, torch.randn((options.directions, *images.shape), generator=generator).sign()

@@ -3,10 +3,10 @@
 ``python benchmarks/loop.py`` times both from the same start latents, in float32, and prints the ratio of their times.
 The reference below does what the release does: one image after the other, the weights collect gradients that nobody
 uses, the SSIM of both images is computed from scratch, the classifier runs in every iteration, a ``torch.optim.Adam``
-moves the latents. Its wastes are then removed one after the other; each line of the table has one less than the line
-above. The ratio of the same loop on all images together is printed besides, for those who batch already. ``--compile``
-adds lines through torch.compile, and ``--preset fast`` sets the release's loop at N = 200 against a preset of the
-backbone.
+moves the latents. Its inefficiencies are then removed one after the other; each line of the table has one less than
+the line above. The ratio of the same loop on all images together is printed besides, for those who batch already.
+``--compile`` adds lines through torch.compile, and ``--preset fast`` sets the release's loop at N = 200 against a
+preset of the backbone.
 
 A ratio counts only when both loops do the same work: every float32 loop must end at the same objective (eq. 9, mean
 over the images, evaluated the same way for all) within 0.1 %; otherwise the exit status is 1. The loops take turns, and
@@ -52,7 +52,7 @@ Loop = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Wastes:
+class Inefficiencies:
     """What the release does without need."""
 
     image_by_image: bool = True
@@ -74,15 +74,15 @@ class Entry:
 
 
 def reference_loop(
-    backbone: ConsistencyBackbone, classifier: nn.Module, settings: CMAPSettings, wastes: Wastes
+    backbone: ConsistencyBackbone, classifier: nn.Module, settings: CMAPSettings, inefficiencies: Inefficiencies
 ) -> Loop:
-    """The release's loop, with those of its wastes that ``wastes`` names."""
+    """The release's loop, with those of its inefficiencies that ``inefficiencies`` names."""
 
     def run(images: Tensor, latents: Tensor) -> Tensor:
-        backbone.requires_grad_(wastes.weight_gradients)
-        parts = 1 if wastes.image_by_image else len(images)
+        backbone.requires_grad_(inefficiencies.weight_gradients)
+        parts = 1 if inefficiencies.image_by_image else len(images)
         pairs = zip(images.split(parts), latents.split(parts), strict=True)
-        found = torch.cat([_optimise(backbone, classifier, settings, wastes, x, u) for x, u in pairs])
+        found = torch.cat([_optimise(backbone, classifier, settings, inefficiencies, x, u) for x, u in pairs])
         backbone.zero_grad()
         return found
 
@@ -93,13 +93,13 @@ def _optimise(
     backbone: ConsistencyBackbone,
     classifier: nn.Module,
     settings: CMAPSettings,
-    wastes: Wastes,
+    inefficiencies: Inefficiencies,
     images: Tensor,
     start: Tensor,
 ) -> Tensor:
     n_images, n_latents = start.shape[:2]
     targets = images.repeat_interleave(n_latents, dim=0)
-    similarity = _ssim_from_scratch if wastes.ssim_from_scratch else _KeptSSIM(targets)
+    similarity = _ssim_from_scratch if inefficiencies.ssim_from_scratch else _KeptSSIM(targets)
     latents = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([latents], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
     for iteration in range(settings.iterations):
@@ -109,7 +109,7 @@ def _optimise(
         loss = n_latents * objective(generated, targets, latents, settings, similarity).sum()
         loss.backward()
         optimiser.step()
-        if wastes.classify_always or iteration == settings.iterations - 1:
+        if inefficiencies.classify_always or iteration == settings.iterations - 1:
             with torch.no_grad():
                 logits = classifier((generated + 1) / 2)
     logits.argmax(dim=1).view(n_images, n_latents).mode(dim=1)
@@ -183,18 +183,18 @@ def entries(
 ) -> list[Entry]:
     """The lines of the table, the reference's first."""
     backbone = load_backbone(name).to(memory_format=torch.contiguous_format)  # as a plain loader leaves it
-    wastes = Wastes()
-    found = [Entry("the release's loop, image by image", reference_loop(backbone, classifier, settings, wastes))]
+    left = Inefficiencies()
+    found = [Entry("the release's loop, image by image", reference_loop(backbone, classifier, settings, left))]
     for title, removed in (
         ("- all images together", "image_by_image"),
         ("- weights without gradients", "weight_gradients"),
         ("- SSIM of the input kept", "ssim_from_scratch"),
         ("- classification once, at the end", "classify_always"),
     ):
-        wastes = dataclasses.replace(wastes, **{removed: False})
-        found.append(Entry(title, reference_loop(backbone, classifier, settings, wastes)))
+        left = dataclasses.replace(left, **{removed: False})
+        found.append(Entry(title, reference_loop(backbone, classifier, settings, left)))
     faster = load_backbone(name).to(memory_format=torch.channels_last)
-    found.append(Entry("- weights laid out channels last", reference_loop(faster, classifier, settings, wastes)))
+    found.append(Entry("- weights laid out channels last", reference_loop(faster, classifier, settings, left)))
     found.append(Entry("ours", our_loop(load_backbone(name), classifier, settings)))
     if compiled:
         found.append(Entry("ours, compiled", our_loop(load_backbone(name), classifier, settings, compile=True)))
@@ -239,7 +239,7 @@ def against_preset(
         return model(images, seeds=torch.arange(len(images))).argmax(dim=1)
 
     both = [
-        Entry("the release's loop", reference_loop(backbone, classifier, settings, Wastes())),
+        Entry("the release's loop", reference_loop(backbone, classifier, settings, Inefficiencies())),
         Entry(preset, predict, same_work=False),
     ]
     predict(images, latents)  # the first call is slow
@@ -296,18 +296,20 @@ def main(
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-    judge = load_backbone(name)
+    reference = load_backbone(name)
     classifier = load_classifier().eval()
     images = load_test_images()[0][:n_images]
-    if tuple(images.shape[1:]) != tuple(judge.image_shape):
-        raise click.UsageError(f"The images are {list(images.shape[1:])}, but {name} has {list(judge.image_shape)}.")
+    if tuple(images.shape[1:]) != tuple(reference.image_shape):
+        raise click.UsageError(
+            f"The images are {list(images.shape[1:])}, but {name} has {list(reference.image_shape)}."
+        )
     if len(images) < n_images:
         raise click.UsageError(f"There are only {len(images)} images.")
     if preset is not None:
         PurifiedClassifier(classifier, name, preset=preset)  # refuses one that is not there before anything is timed
-    settings = CMAPSettings.from_dict(judge.default_settings or {})
+    settings = CMAPSettings.from_dict(reference.default_settings or {})
     settings = settings.replace(n_latents=n_latents, iterations=iterations)
-    latents = draw_latents(torch.arange(n_images), n_latents, judge.image_shape)
+    latents = draw_latents(torch.arange(n_images), n_latents, reference.image_shape)
 
     lines = entries(name, classifier, settings, image_by_image=image_by_image, compiled=compiled)
     measure(lines, images, latents, 1, CLOCKS[clock])  # the first call of everything is slow
@@ -315,8 +317,8 @@ def main(
 
     names = [line.name for line in lines]
     base, together = 0, names.index("- all images together")
-    start = mean_objective(judge, images, latents, settings)
-    values = [mean_objective(judge, images, u, settings) for u in final]
+    start = mean_objective(reference, images, latents, settings)
+    values = [mean_objective(reference, images, u, settings) for u in final]
     rows = []
     for line, times, value in zip(lines, seconds, values, strict=True):
         difference = abs(value - values[base]) / abs(values[base])

@@ -89,7 +89,7 @@ def main() -> None:
             for begin in range(0, len(images), options.part):
                 torch.save({name: x[begin : begin + options.part] for name, x in both.items()}, file)
                 for name, tree, backbone, preset in entries:
-                    given = [str(file), str(ROOT / "examples"), backbone, options.weights, preset]
+                    given = [str(file), str(tree / "examples"), backbone, options.weights, preset]
                     printed = subprocess.run(
                         [sys.executable, "-W", "ignore", "-c", CHILD, *given],
                         env=os.environ | {"PYTHONPATH": str(tree / "src")},

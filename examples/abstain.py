@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of PGD")
     parser.add_argument("--eot", type=int, default=4, help="predictions that a gradient is averaged over")
     options = parser.parse_args()
+    if not 1 <= options.count <= 256:
+        parser.error("--count must be from 1 to 256, the number of embedded test images")
 
     images, labels = (part[: options.count] for part in load_test_images())
     clean = last(load_dataset("fashion-mnist", "train"), options.count)[0]

@@ -4,7 +4,7 @@
     python examples/run_notebooks.py                  # all of them
     python examples/run_notebooks.py wrap certify    # those whose names contain one of these
 
-What differs from run to run without a reason, such as times of execution, is not kept.
+What differs from run to run without a reason, such as times of execution and messages on standard error, is not kept.
 """
 
 import argparse
@@ -35,6 +35,8 @@ def main() -> None:
             book.metadata["language_info"] = {"name": "python"}
             for cell in book.cells:
                 cell.metadata = {}
+                if "outputs" in cell:
+                    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
                 for output in cell.get("outputs", []):
                     output.get("data", {}).pop("image/jpeg", None)  # the same picture as image/png
             text = nbformat.writes(book) + "\n"

@@ -70,7 +70,7 @@ def test_fashion_mnist(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_cifar10_in_its_parts(recipe: Recipe, tmp_path: Path) -> None:
     rng = np.random.RandomState(0)
-    for split, count in (("train", 40), ("test", 24)):
+    for split, count in (("train", 5040), ("test", 24)):
         images, labels = rng.randint(0, 256, (count, 32, 32, 3)), np.arange(count) % 10
         np.savez(tmp_path / f"cifar10_{split}.npz", images=images.astype(np.uint8), labels=labels.astype(np.uint8))
     small = [*TINY, "--attention", "none"]
@@ -78,7 +78,7 @@ def test_cifar10_in_its_parts(recipe: Recipe, tmp_path: Path) -> None:
     assert record(tmp_path / "runs/cifar10/teacher")["kind"] == "denoiser"
     recipe("cifar10.sh", "model", *small, IMAGES="16")
     made = record(tmp_path / "runs/cifar10/model")
-    assert (made["kind"], made["name"]) == ("consistency", "cifar10-ct-small")
+    assert (made["kind"], made["name"]) == ("consistency", "my-cifar10")
     sizes = ["-n", "4", "--n-latents", "1", "--iterations", "1", "--samples", "8"]
     with pytest.raises(AssertionError, match="RESNET56"):
         recipe("cifar10.sh", "quality", *sizes)

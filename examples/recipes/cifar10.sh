@@ -14,14 +14,14 @@ set -eu
 out=${OUT:-runs/cifar10} minutes=${MINUTES:-7.5} images=${IMAGES:-6000000} device=${DEVICE:-cuda}
 part=${1:?teacher, model, quality, pack or unpack}
 shift
-common=(--data cifar10 --preset cifar10 --batch-size 512 --ema-half-life 100000,500000 --weights float16 --compile
+common=(--data cifar10 --hold-out 5000 --preset cifar10 --batch-size 512 --ema-half-life 100000,500000 --weights float16 --compile
   --checkpoint-every 500000 --minutes "$minutes" --device "$device")
 case $part in
   teacher)
     cmap-defense train "${common[@]}" --objective edm --name cifar10-teacher --learning-rate 0.001 \
       --out "$out/teacher" "$@" ;;
   model)
-    cmap-defense train "${common[@]}" --objective ect --from "$out/teacher/backbone" --name cifar10-ct-small \
+    cmap-defense train "${common[@]}" --objective ect --from "$out/teacher/backbone" --name my-cifar10 \
       --learning-rate 0.0004 --images "$images" --out "$out/model" "$@" ;;
   quality)
     here=$(dirname "$0")/..
