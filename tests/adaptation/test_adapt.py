@@ -192,6 +192,36 @@ def test_the_attack_climbs_the_exact_gradient(norm: str) -> None:
         assert loss(attacked) > loss(images)
 
 
+def test_a_shift_leaves_black_and_wraps_nothing() -> None:
+    x = torch.arange(1.0, 25.0).view(1, 1, 4, 6).repeat(3, 1, 1, 1)
+    still, down, up = learner._shifted(x, torch.tensor([[1, 1], [0, 1], [2, 2]]), 1)
+    assert torch.equal(still, x[0])
+    assert torch.equal(down[:, 1:], x[1][:, :-1])
+    assert not down[:, 0].any()
+    assert torch.equal(up[:, :-1, :-1], x[2][:, 1:, 1:])
+    assert not up[:, -1].any()
+    assert not up[..., -1].any()
+
+
+def test_each_step_of_the_attack_has_noise_of_its_own() -> None:
+    seen: list[Tensor] = []
+
+    class Recording(OneStep):
+        def __call__(self, backbone: nn.Module, images: Tensor, *, seeds: Tensor, **options: Any) -> Any:
+            seen.append(seeds)
+            return super().__call__(backbone, images, seeds=seeds, **options)
+
+        def differentiate(self, backbone: nn.Module, images: Tensor, *, seeds: Tensor, **options: Any) -> Any:
+            seen.append(seeds)
+            return super().differentiate(backbone, images, seeds=seeds, **options)
+
+    purifier = Recording(level=0.3, n_latents=2)
+    purified, chosen = PurifiedClassifier(net(), Shrinking(), purifier=purifier, gradient=Unrolled()), data(5)
+    config = SMALL.replace(attack_steps=3)
+    attacked_images(purified, chosen.unit, chosen.labels, torch.arange(5), ThreatModel(eps=0.1), config)
+    assert len(torch.cat(seen).unique()) == 3 * 5
+
+
 def test_adapt_attacks_along_the_exact_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signs of a step are those of finite differences; the straight-through gradient has others."""
     found: list[PurifiedClassifier] = []

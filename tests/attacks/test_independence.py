@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attack_toys import DOUBLE, NAMES, THREATS, labelled, precise, suite
+from attack_toys import DOUBLE, NAMES, THREATS, Denoiser, Linear, labelled, precise, suite, wrapped
 from cmap_defense.attacks import PGD, AttackResult, ConsistencyDisruption, Transfer
+from cmap_defense.purifiers import ADP, DiffPure, OneStep, Purifier
 
 RELEASED = "ConsistencyDisruption released"
 INDEPENDENT = pytest.mark.parametrize("name", [name for name in NAMES if name != RELEASED])
@@ -43,15 +44,30 @@ def test_alone_in_a_batch_or_in_another_order(name: str, norm: str, options: dic
         agree(attacked(name, rows, norm, **options), whole, rows)
 
 
-@pytest.mark.parametrize(
-    "name", ["PGD", "LatentAttack", "ConsistencyDisruption", "Overpowered", "FrozenResidual", "TargetSteer"]
-)
+@INDEPENDENT
 def test_chunks_of_the_backbone_change_nothing(name: str):
     images, labels = labelled(2, dtype=DOUBLE)
     attack = suite(THREATS["linf"])[name]
     whole = attack(precise(), images, labels)
     for latents in (1, 3):
         agree(attack(precise(max_parallel=latents), images, labels), whole, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "purifier", [OneStep(level=0.3, n_latents=2), DiffPure(t=3, n_latents=2), ADP(iterations=2, n_latents=2)], ids=repr
+)
+@pytest.mark.parametrize("name", ["PGD", "PGD unrolled", "SPSA", "FrozenResidual"])
+def test_behind_a_purifier_that_denoises(purifier: Purifier, name: str):
+    def found(rows: list[int], **options: Any) -> AttackResult:
+        backbone = Denoiser().double()
+        backbone.kind = purifier.kind or "consistency"
+        model = wrapped(classifier=Linear().double(), backbone=backbone, settings=None, purifier=purifier, **options)
+        images, labels = labelled(3, dtype=DOUBLE)
+        return suite(THREATS["linf"], seed=6)[name](model, images[rows], labels[rows], indices=rows)
+
+    whole = found([0, 1, 2])
+    agree(found([2, 0]), whole, [2, 0])
+    agree(found([0, 1, 2], max_parallel=1), whole, [0, 1, 2])
 
 
 def test_the_released_loss_depends_on_the_batch():

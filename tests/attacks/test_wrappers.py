@@ -43,6 +43,18 @@ def normalised(images: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
+SEARCHES = ("PGD", "PGD all options", "PGD unrolled", "SPSA", "ShortCMAP", "Transfer shortened", "TargetSteer")
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_purification_of_a_search_has_the_hooks(name: str):
+    """Those of the search too, in other modes and with other settings; but a search of latents has none."""
+    model, seen = wrapped(), []
+    model.register_step_hook(lambda state: seen.append(state.iteration), steps=[0])
+    result = suite(THREATS["linf"], seed=5)[name](model, *labelled(2))
+    assert len(seen) == result.queries - (name == "TargetSteer")
+
+
 @pytest.mark.parametrize("gradient", [None, Unrolled(), StraightThrough(), Surrogate()], ids=str)
 @pytest.mark.parametrize(
     "purifier", [OneStep(level=0.3, n_latents=2), DiffPure(t=20, step=0.01, n_latents=2)], ids=repr

@@ -110,6 +110,35 @@ def test_a_purified_classifier_gets_seeds_of_its_own_for_each_copy() -> None:
     assert (counts[0] > 0).sum() > 2  # random enough to differ
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_each_copy_is_purified_with_noise_of_its_own(seed: int | None) -> None:
+    """A seed of the model's own has no say."""
+    seen: list[Tensor] = []
+
+    class Recording(OneStep):
+        def __call__(self, backbone: nn.Module, images: Tensor, *, seeds: Tensor, **options: Any) -> Any:
+            seen.append(seeds)
+            return super().__call__(backbone, images, seeds=seeds, **options)
+
+    model = denoisers.model_of(Recording(level=0.3, n_latents=2), GaussianDenoiser(), seed=seed)
+    certify(SmoothedClassifier(model, None), denoisers.images_of(2, torch.float32), batch_size=5, **FEW)
+    assert len(torch.cat(seen).unique()) >= 2 * (FEW["n0"] + FEW["n"])
+
+
+def test_hooks_are_part_of_the_classifier_that_is_smoothed() -> None:
+    """Also of one that takes normalised images elsewhere."""
+    images, found = denoisers.images_of(2, torch.float32), []
+    for options in ({}, {"normalize": (0.5, 0.25), "inputs": "normalized"}):
+        for shade in (0.0, None):
+            model = denoisers.model_of(OneStep(level=0.3, n_latents=2), GaussianDenoiser(), **options)
+            if shade is not None:
+                model.register_step_hook(lambda state, shade=shade: torch.full_like(state.images, shade))
+            found.append(certify(SmoothedClassifier(model, None, sigma=1.0), images, **FEW).counts)
+    assert (found[0] > 0).sum() == (found[2] > 0).sum() == 2, "of one grey the classifier says one class"
+    assert (found[1] > 0).sum() > 2
+    assert (found[3] > 0).sum() > 2
+
+
 class MeanOfBatch(nn.Module):
     """What a purifier or a normalisation does that takes statistics of the batch."""
 

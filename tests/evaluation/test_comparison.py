@@ -1,5 +1,6 @@
 """Defences side by side: the rows are those of evaluations, nothing is done twice, and the files agree."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from cmap_defense.errors import EvaluationError, SettingsError
 from cmap_defense.evaluation import Comparison, Protocol, compare, evaluate, write_comparison
 from cmap_defense.gradients import Unrolled
 from cmap_defense.purifiers import Identity, OneStep
+from evaluated import Interrupted
 
 THREAT = ThreatModel(eps=0.1)
 ATTACKS = {"transfer": Transfer(PGD(THREAT, steps=2)), "exact": PGD(THREAT, steps=2, gradient=Unrolled())}
@@ -65,6 +67,29 @@ def test_what_is_done_is_not_done_again(found: tuple[Path, Comparison]) -> None:
     assert again.to_dict()["rows"] == comparison.to_dict()["rows"]
     with pytest.raises(EvaluationError, match="eps"):
         compared(out, attacks={"transfer": Transfer(PGD(ThreatModel(eps=0.2), steps=2))})
+
+
+def test_a_comparison_goes_on_where_it_was_stopped_and_takes_another_defence(
+    found: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise Interrupted
+
+    def without_time(comparison: Comparison) -> list[Any]:
+        return [dataclasses.replace(row, seconds=None) for row in comparison.rows]
+
+    with pytest.raises(Interrupted):
+        compared(tmp_path / "part", progress=stop)
+    first = {"none": models()["none"]}
+    compare(first, labelled(5), tmp_path / "more", attacks=ATTACKS, protocol=PROTOCOL, threads=1)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "more").rglob("*.jsonl") if "units" in path.parts}
+    assert done
+    for name in ("part", "more"):
+        again = compared(tmp_path / name)
+        assert again.differences == found[1].differences != ()
+        assert without_time(again) == without_time(found[1])
+    assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
 def test_the_files_say_what_the_table_says(found: tuple[Path, Comparison], tmp_path: Path) -> None:

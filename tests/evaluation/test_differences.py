@@ -81,6 +81,24 @@ def test_each_two_defences_on_what_both_have(tmp_path: Path) -> None:
     assert differences_table(found)[2] == ["a", "c", "+1.000 on each", ""]
 
 
+def test_images_are_paired_by_their_positions_and_runs_are_averaged(tmp_path: Path) -> None:
+    def folder(name: str, right: Mapping[int, tuple[int, int]]) -> Path:
+        """By image, whether its prediction is right in the first run and in the second."""
+        same = {"model": "defended", "attack": "clean", "label": 1, "predictions": [1], "one_latent": None}
+        lines = [
+            same | {"seed": seed, "image": image, "reevaluated": [1 if found[seed] else 9]}
+            for seed in (0, 1)
+            for image, found in right.items()
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    one, other = folder("a", {7: (1, 1), 3: (1, 0), 5: (0, 0)}), folder("b", {5: (0, 0), 7: (1, 0)})
+    (gap,) = paired_differences({"a": one, "b": other})
+    assert (gap.images, gap.value) == (2, 0.25)
+
+
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     a = written(tmp_path / "a", {"clean": [YES] * 4})
     b = written(tmp_path / "b", {"clean": [YES] * 4}, (1, 0, 2, 0))

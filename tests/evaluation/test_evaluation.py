@@ -572,6 +572,8 @@ def test_a_chunk_that_fits_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert fixed_chunk(model, {"max_parallel": 5}, cuda).max_parallel == 5
     assert fixed_chunk(defended(max_parallel=3), {"max_parallel": 5}, cuda).max_parallel == 3
     assert fixed_chunk(linear, None, cuda) is linear
+    with model.register_step_hook(print):
+        assert len(fixed_chunk(model, None, cuda)._step_hooks) == 1
 
 
 def test_nothing_keeps_an_evaluation_that_was_measured(tmp_path: Path) -> None:

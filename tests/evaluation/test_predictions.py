@@ -17,6 +17,7 @@ from cmap_defense.cmap.voting import majority_label
 from cmap_defense.errors import ClassifierError
 from cmap_defense.evaluation.predictions import Predictions, predict, vote_iterations
 from cmap_defense.evaluation.protocol import prediction_seeds
+from cmap_defense.purifiers import CMAP, Chain, Identity, OneStep
 from cmap_defense.results import History
 
 INDICES = torch.tensor([4, 0, 2**40 + 1, 17, 9])
@@ -38,6 +39,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "seeded and fixed": lambda: Noisy(2.0, seed=5),
     "network": Linear,
     "function": lambda: linear,
+    "one step": lambda: wrapped(settings=None, purifier=OneStep(level=0.3, n_latents=3)),
+    "identity": lambda: wrapped(settings=None, purifier=Identity()),
+    "chain": lambda: wrapped(
+        settings=None, purifier=Chain(OneStep(level=0.3, n_latents=2), CMAP(QUICK), handed_on="mean")
+    ),
 }
 PURIFIED = ("label", "soft", "in chunks", "resized", "fixed")
 
@@ -81,6 +87,19 @@ def test_the_predictions_about_an_image_do_not_depend_on_its_batch(name: str) ->
     assert whole.labels.shape == (len(NUMBERS), len(images))
     for index in ([3, 0, 4, 1, 2], [2], [4, 1]):
         assert_equal(predict(model, images[index], labels[index], INDICES[index], NUMBERS), rows(whole, index))
+
+
+@pytest.mark.parametrize("name", ["one step", "identity", "chain"])
+def test_what_is_noted_of_purifiers_other_than_cmap(name: str) -> None:
+    model, (images, labels) = MODELS[name](), images_for(name)
+    found = predict(model, images, labels, INDICES, NUMBERS)
+    results = [model.purify(images, seeds=prediction_seeds(INDICES, number)) for number in NUMBERS]
+    assert torch.equal(found.labels, torch.stack([result.labels for result in results]))
+    shares = [(result.logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1) for result in results]
+    assert found.one_latent is not None
+    torch.testing.assert_close(found.one_latent, torch.stack(shares))
+    assert found.vote_right is None
+    assert bool(found.loop) == (name == "chain")
 
 
 @pytest.mark.parametrize("name", ["label", "seeded"])

@@ -1,6 +1,7 @@
 """The paper's studies: what varies, what stays, and what is drawn of it."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -64,6 +65,16 @@ def test_levels_are_those_of_the_release() -> None:
     assert levels[-1] == pytest.approx(80.0)
     assert levels == sorted(levels)
     assert karras_levels(2, NoiseRange(sigma_min=0.1, sigma_max=3.0)) == pytest.approx([0.1, 3.0])
+
+
+def test_all_variants_have_the_hooks_of_the_model(tmp_path: Path) -> None:
+    """Or a study would take their effect for that of the setting."""
+    study, model = make_study("latent-weight", toy(), ATTACKS, THREAT), toy()
+    model.register_step_hook(lambda state: None)
+    run_study(study, model, data(), tmp_path, protocol=PROTOCOL)
+    found = [json.loads(path.read_text()) for path in tmp_path.rglob("settings.json")]
+    assert len(found) == len(study.variants) > 1
+    assert all("step hooks" in settings["models"]["defended"] for settings in found)
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))

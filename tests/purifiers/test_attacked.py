@@ -147,8 +147,9 @@ def test_the_package_s_denoiser_of_fashion_mnist(purifier: Purifier) -> None:
     model = PurifiedClassifier(load_classifier(), "fashion-mnist-edm", purifier=purifier).eval()
     result = model.purify(images)
     assert result.images.shape == (2, purifier.n_latents, 1, 28, 28)
-    attacked = PGD(THREAT, steps=1, gradient=Unrolled())(model, images, labels)
+    attacked = PGD(THREAT, steps=1, gradient=Unrolled(), random_start=False)(model, images, labels)
     assert not torch.equal(attacked.images, images)
+    assert (attacked.history["gradient_norm"] > 0).all()
 
 
 class Pooled(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmap_defense.errors import SettingsError
-from cmap_defense.purifiers import GDMP, Run
+from cmap_defense.purifiers import GDMP, DiffPure, Run
 from cmap_defense.purifiers.gdmp import _ssim_gradient
 from cmap_defense.purifiers.vp import vp_sigma
 from denoisers import DOUBLE, GaussianDenoiser, images_of
@@ -57,10 +57,17 @@ def test_the_share_of_the_gap_that_a_round_closes(strength: float, closed: float
     assert 1 - left == pytest.approx(closed, abs=2e-3)
 
 
+def test_without_a_guide_a_round_is_ddpm() -> None:
+    one = GDMP(t=20, rounds=1, guide="none", n_latents=3)(GaussianDenoiser(), images_of(), seeds=SEEDS)
+    other = DiffPure(t=20, solver="ddpm", n_latents=3)(GaussianDenoiser(), images_of(), seeds=SEEDS)
+    torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [(3, 8, 6), (1, 16, 16)])
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("noised", [False, True])
 def test_in_the_purifier_the_share_depends_on_neither_batch_nor_size(
-    size: tuple[int, int, int], count: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int, int], count: int, noised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A denoiser that keeps its input (D = x) and steps without noise leave the guide alone to move the images."""
 
@@ -68,21 +75,27 @@ def test_in_the_purifier_the_share_depends_on_neither_batch_nor_size(
         def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
             return noisy
 
-    def first_alone(run: Run) -> Tensor:
-        run._drawn += 1
-        return run.first.flatten(0, 1) if run._drawn == 1 else torch.zeros_like(run.images)
+    target_noise = noise(count, *size, seed=9, dtype=DOUBLE)
 
-    monkeypatch.setattr(Run, "noise", first_alone)
+    def chosen(run: Run) -> Tensor:
+        """The start; then nothing in a step, and, where the target is noised, one noise for it before each."""
+        run._drawn += 1
+        if run._drawn == 1:
+            return run.first.flatten(0, 1)
+        return target_noise if noised and run._drawn % 2 else torch.zeros_like(run.images)
+
+    monkeypatch.setattr(Run, "noise", chosen)
     images = 0.4 + 0.2 * uniform(count, *size, seed=3, dtype=DOUBLE)
     start = noise(count, 1, *size, seed=8, dtype=DOUBLE)
-    purifier = GDMP(t=2, rounds=1, strength=6000.0, noise_target=False, n_latents=1)
+    purifier = GDMP(t=2, rounds=1, strength=6000.0, noise_target=noised, n_latents=1)
     found = purifier(Keeping(size), images, seeds=torch.arange(count), latents=start).images[:, 0]
     target = 2 * images - 1
     x = target + vp_sigma(2) * start[:, 0]
     for index in (1, 0):
         high, low = vp_sigma(index + 1), vp_sigma(index)
         share = purifier.variances()[index] * 3 * 6000.0 * high / (8 / 255 * 3072)
-        x = x + share * math.sqrt(1 + low**2) * (target - x / math.sqrt(1 + high**2))
+        aim = (target + high * target_noise) / math.sqrt(1 + high**2) if noised else target
+        x = x + share * math.sqrt(1 + low**2) * (aim - x / math.sqrt(1 + high**2))
     torch.testing.assert_close(2 * found - 1, x, rtol=0, atol=1e-12)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import denoisers
 from cmap_defense import CMAPSettings, PurifiedClassifier, errors
+from cmap_defense.backbones.karras import EDMDenoiser
 from cmap_defense.common.describe import describe
 from cmap_defense.gradients import Detached, Implicit, StraightThrough, Surrogate, Unrolled
 from cmap_defense.purifiers import (
@@ -36,7 +37,7 @@ from cmap_defense.purifiers import (
 )
 from cmap_defense.purifiers.names import NAMES, purifier_from_dict, words_of
 from denoisers import DOUBLE, SHAPE, Classifier, CurvedDenoiser, backbone_for, images_of, model_of
-from toys import ToyBackbone, noise
+from toys import ToyBackbone, noise, uniform
 
 EVERY = pytest.mark.parametrize("purifier", denoisers.ALL.values(), ids=denoisers.ALL)
 NOISING = pytest.mark.parametrize("purifier", denoisers.SINGLE.values(), ids=denoisers.SINGLE)
@@ -201,7 +202,7 @@ def slopes(model: nn.Module, images: Tensor, size: float = 1e-6) -> list[tuple[f
     gradient, found = gradient_of(model, images), []
     for row in range(len(images)):
         direction = torch.zeros_like(images)
-        direction[row] = noise(*SHAPE, seed=20 + row, dtype=DOUBLE)
+        direction[row] = noise(*images.shape[1:], seed=20 + row, dtype=DOUBLE)
         ends = []
         for sign in (1, -1):
             torch.manual_seed(0)  # of a classifier in training mode
@@ -242,6 +243,72 @@ def test_with_and_without_recomputation_and_chunks_the_gradient_is_the_same(puri
     leaf = images_of()[:1].requires_grad_()
     (one,) = torch.autograd.grad((alone(leaf) * noise(2, 4, seed=11, dtype=DOUBLE)[:1]).sum(), leaf)
     torch.testing.assert_close(one, whole[:1], rtol=1e-9, atol=1e-12)
+
+
+class Level(nn.Module):
+    """A network of the image and the level."""
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return torch.tanh(1.5 * x + 0.2 * x.flip(-1).sin() + level[:, None, None, None])
+
+
+@pytest.mark.parametrize("options", [{}, {"max_parallel": 1}, {"gradient": Unrolled(checkpoint=False)}], ids=str)
+def test_adaptive_levels_are_differentiated_through_a_network_that_takes_them(options: dict[str, Any]) -> None:
+    """ADP's noise levels depend on the image."""
+    purifier = ADP(iterations=4, n_latents=2)
+    model = model_of(purifier, EDMDenoiser(Level(), SHAPE), **({"gradient": Unrolled()} | options))
+    passes = model.purify(images_of()).passes
+    assert passes is not None
+    assert (passes > 2 * 2).all(), "a version that stops at once has no adaptive level"
+    for exact, difference in slopes(model, images_of()):
+        assert exact == pytest.approx(difference, rel=1e-4)
+
+
+MEANS, STDS = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.mark.parametrize("name", ["one-step", "diffpure-sde", "adp"])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "area"])
+def test_the_gradient_through_resizing_and_normalisation(name: str, mode: str) -> None:
+    mean, std = (torch.tensor(values, dtype=DOUBLE)[:, None, None] for values in (MEANS, STDS))
+    unit, other = (
+        model_of(
+            denoisers.SINGLE[name],
+            classifier=Classifier((3, 11, 9)),
+            gradient=Unrolled(),
+            resize=mode,
+            normalize=(MEANS, STDS),
+            max_parallel=3,
+            inputs=inputs,
+        )
+        for inputs in ("unit", "normalized")
+    )
+    images = 0.25 + 0.5 * uniform(2, 3, 11, 9, seed=1, dtype=DOUBLE)
+    normalised = (images - mean) / std
+    for exact, difference in slopes(other, normalised):
+        assert exact == pytest.approx(difference, rel=1e-4)
+    torch.testing.assert_close(gradient_of(other, normalised), std * gradient_of(unit, images))
+
+
+class Mixing(CurvedDenoiser):
+    """With a product that autocast takes in bfloat16."""
+
+    def denoise(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        return super().denoise(noisy @ (torch.eye(6) + 0.1 * noise(6, 6, seed=3)), sigma)
+
+
+@NOISING
+def test_autocast_reaches_the_denoiser_alone_and_its_recomputation(purifier: MultiStepPurifier) -> None:
+    images, found = images_of(dtype=torch.float32), []
+    exact = model_of(purifier, Mixing()).purify(images)
+    for mode in (Unrolled(checkpoint=True), Unrolled(checkpoint=False)):
+        model, leaf = model_of(purifier, Mixing(), gradient=mode, max_parallel=3), images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model.purify(leaf)
+        assert result.images.dtype == torch.float32
+        assert not torch.equal(result.images, exact.images)
+        found.append(torch.autograd.grad(result.images.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
 
 
 class WithHook(nn.Module):

@@ -39,6 +39,27 @@ def test_steps_are_those_of_adam_on_each_image_alone() -> None:
     assert len({level for _, level in given}) == 4
 
 
+def test_the_noise_is_unit_and_the_levels_are_uniform() -> None:
+    given: list[tuple[torch.Tensor, float]] = []
+
+    class Recording(CurvedDenoiser):
+        def denoise(self, noisy: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+            levels = torch.as_tensor(sigma, dtype=DOUBLE).flatten().expand(len(noisy)).tolist()
+            given.extend(zip(noisy.detach(), levels, strict=True))
+            return super().denoise(noisy, sigma)
+
+    count = 400
+    purifier = LikelihoodMaximisation(iterations=1, n_latents=count)
+    purifier(Recording(), images_of(), seeds=SEEDS, max_parallel=2 * count)
+    x = (2 * images_of() - 1).repeat_interleave(count, dim=0)
+    levels = torch.tensor([level for _, level in given], dtype=DOUBLE)
+    drawn = (torch.stack([noisy for noisy, _ in given]) - x) / levels[:, None, None, None]
+    assert drawn.std().item() == pytest.approx(1, abs=0.01)
+    assert abs(drawn.mean().item()) < 0.01
+    assert levels.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert levels.std().item() == pytest.approx(0.2 / 12**0.5, abs=0.005)
+
+
 def test_the_loss_goes_down_on_average() -> None:
     images = images_of()
     found = LikelihoodMaximisation(learning_rate=0.02)(CurvedDenoiser(), images, seeds=SEEDS).images[:, 0]

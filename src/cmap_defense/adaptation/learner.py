@@ -245,7 +245,7 @@ def _trained(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _shifted(images: Tensor, moves: Tensor, most: int) -> Tensor:
-    """Images [B, C, H, W] moved by ``moves`` [B, 2] - ``most`` pixels down and right, black where nothing is left."""
+    """Images [B, C, H, W] moved by ``most`` - ``moves`` [B, 2] pixels down and right, black where nothing is left."""
     height, width = images.shape[2:]
     padded = F.pad(images, (most, most, most, most))
     rows = (torch.arange(height, device="cpu") + moves[:, :1])[:, None, :, None]

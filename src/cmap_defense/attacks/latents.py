@@ -27,8 +27,8 @@ class LatentSearch(Attack):
         steps: steps of Adam.
         learning_rate: of Adam.
         latents: M, latents per image, each of which gives an attempt.
-        start: "purified" for the latents that the defence finds for the clean image, at the cost of a purification, or
-            "noise".
+        start: "purified" for the latents that the defence without step hooks finds for the clean image, at the cost of
+            a purification, or "noise".
     """
 
     needs_latents: ClassVar[bool] = True
