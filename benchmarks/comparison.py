@@ -14,13 +14,15 @@ chosen there. ``exact`` runs the set of attacks "exact" on what was chosen, and 
 classifier on the constants of the papers, both on test images. ``differences`` compares what ``exact`` has attacked,
 image by image: the mean difference of each two defences, with 95 % intervals that hold for each of them by itself.
 ``speed`` times a prediction behind each purifier of ``exact``, all in turns, as ratios to the first. Everything
-takes K = 4 versions, and goes on where it was killed; a folder of ``levels`` is refused where the images in it were
+takes K = 4 versions, and goes on where it was killed; what is attacked can be dealt out to processes, by ``torchrun
+--nproc-per-node 2`` before the name of this file. A folder of ``levels`` is refused where the images in it were
 attacked with other options. For CIFAR-10 give ``--weights cifar10_resnet56.safetensors``.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -269,7 +271,8 @@ def attacked(options: argparse.Namespace) -> None:
         threads=1,
         progress=True,
     )
-    print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; the others are done
+        print(write_comparison(comparison, options.out / f"{options.stage}-{options.count}")[0][1].read_text())
 
 
 def differences(options: argparse.Namespace) -> None:
