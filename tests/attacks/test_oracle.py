@@ -46,12 +46,12 @@ def test_evaluations_are_numbered_and_each_number_has_its_noise():
     model = Noisy()
     oracle, images, _ = scene(model)
     assert oracle.count == 0
-    assert torch.equal(oracle.own_seeds(), derived_seeds(SEEDS, 0))
+    assert torch.equal(oracle.starting_noise(), derived_seeds(SEEDS, 0))
     for evaluation in (1, 2, 3):
         oracle(images)
         assert oracle.count == evaluation
         assert taken(model)[-1] == derived_seeds(SEEDS, evaluation).tolist()
-        assert oracle.own_seeds().tolist() == taken(model)[-1]
+        assert oracle.starting_noise().tolist() == taken(model)[-1]
 
 
 @pytest.mark.parametrize("known", [False, True])

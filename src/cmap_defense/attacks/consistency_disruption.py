@@ -77,7 +77,8 @@ class ConsistencyDisruption(Attack):
                 f"purification, which are part of them, but is {self.steps}."
             )
         oracle.wrapper(self, clean)  # checks the number of classes
-        begin = wrapper.initial_latents(clean, seeds=oracle.starting_noise(oracle.next_noise()))
+        oracle.next_noise()
+        begin = wrapper.initial_latents(clean, seeds=oracle.starting_noise())
         searched = Searched(wrapper, begin, wrapper.latent_class_labels(clean), clean)
         small = wrapper.preprocessing.resized(clean, wrapper.image_shape[1:]).to(begin.dtype)
         beta = RELEASED_BETA[self.threat.norm] if self.beta is None else self.beta

@@ -51,10 +51,10 @@ class LatentSearch(Attack):
             labels = labels[:, torch.arange(self.latents, device=labels.device) % labels.shape[1]]
         with torch.no_grad():
             if self.start == "noise":
-                begin = wrapper.initial_latents(clean, seeds=oracle.starting_noise(oracle.own_seeds()))
+                begin = wrapper.initial_latents(clean, seeds=oracle.starting_noise())
             else:
-                seeds = oracle.starting_noise(oracle.next_noise())
-                begin = wrapper.purify(clean, seeds=seeds, class_labels=labels).latents
+                oracle.next_noise()
+                begin = wrapper.purify(clean, seeds=oracle.starting_noise(), class_labels=labels).latents
         return Searched(wrapper, begin, labels, clean)
 
 

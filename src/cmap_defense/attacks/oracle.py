@@ -230,19 +230,18 @@ class Oracle:
         if not again:
             self.evaluations[1] = self.evaluations[0]
         self.tick()
-        return self.own_seeds()
+        return self._latest()
 
-    def own_seeds(self) -> Tensor | None:
-        """The seeds [B] of the latest evaluation; None where the model has a seed of its own or takes none."""
+    def starting_noise(self) -> Tensor | None:
+        """The seeds [B] that a search begins from: those of the latest evaluation; in a restart where these are always
+        the same, others."""
+        latest = self._latest()
+        return self.draws if self.restart and (self.known or latest is None) else latest
+
+    def _latest(self) -> Tensor | None:
         if not isinstance(self.model, (PurifiedClassifier, SeededModel)) or self.model.seed is not None:
             return None
         return self.seeds if self.known else derived_seeds(self.seeds, self.evaluations[1])
-
-    def starting_noise(self, noise: Tensor | None) -> Tensor | None:
-        """The seeds [B] that a search begins from: ``noise``, of an evaluation; in a restart where that is always the
-        same one, other noise."""
-        always = self.known or noise is None
-        return self.draws if always and self.restart else noise
 
     def of(self, model: Model) -> Oracle:
         """The same noise and count with another model."""
