@@ -249,7 +249,10 @@ def attacked(options: argparse.Namespace) -> None:
     """The comparison under attack, as ``cmap-defense compare`` makes it."""
     classifier, images, labels = setup(options, held_out=options.stage == "frontier")
     threat = ThreatModel(eps=EPS[options.data])
-    attacks = exact_suite(threat, steps=options.steps, eot=options.eot)
+    attacks = {
+        name: dataclasses.replace(attack, restarts=options.restarts) if isinstance(attack, PGD) else attack
+        for name, attack in exact_suite(threat, steps=options.steps, eot=options.eot).items()
+    }
     if options.stage == "paper":
         purifiers, attacks = paper(threat.eps), {"transfer": attacks["transfer"]}
     elif options.stage == "frontier":
@@ -315,6 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--eot", type=int, default=2, help="predictions of K purifications that a gradient is averaged over"
     )
+    parser.add_argument("--restarts", type=int, default=1, help="of PGD where it attacks the defence")
     parser.add_argument("--only", nargs="*", help="names of purifiers; all without")
     parser.add_argument("--attacks", nargs="*", help="names of attacks, for the stage exact; all without")
     parser.add_argument("--out", type=Path, help="folder of the results; not for speed")
