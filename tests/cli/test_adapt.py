@@ -83,5 +83,6 @@ def test_one_version_is_trained_on_unless_another_number_is_given(
         raise SettingsError("no more is needed")
 
     monkeypatch.setattr("cmap_defense.cli.adapt.adapt", adapt)
-    run("adapt", "-b", "fashion-mnist-edm", "-c", "embedded", "-d", data, *options, "-o", tmp_path / "out", status=1)
+    backbone = "fashion-mnist-ct" if isinstance(purifier, CMAP) else "fashion-mnist-edm"
+    run("adapt", "-b", backbone, "-c", "embedded", "-d", data, *options, "-o", tmp_path / "out", status=1)
     assert found == [purifier]

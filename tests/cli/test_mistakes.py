@@ -118,7 +118,7 @@ MISTAKES = [
     (f"evaluate {MODEL} -o out --attacks standart", 2, "Did you mean 'standard'?"),
     (f"evaluate {MODEL} -o out --eps none", 2, "none is not a number: write for instance 0.05 or 8/255"),
     (f"evaluate {MODEL} -o out --eps 8", 2, "did you mean 8/255?"),
-    (f"evaluate {MODEL} -o out --eps 8/255 --attacks none", 2, "makes no attack: leave one of them out"),
+    (f"evaluate {MODEL} -o out --eps 8 --attacks none", 2, "did you mean 8/255?"),
     (f"evaluate {MODEL} -o out --only pgd --attacks none", 2, "makes no attack: leave one of them out"),
     (f"evaluate {MODEL} -o out --steps 100 --attacks none", 2, "makes no attack: leave one of them out"),
     (f"evaluate {MODEL} -o out --eps 0", 2, "give 8/255, or --attacks none"),

@@ -553,7 +553,7 @@ def test_making_an_evaluation_reads_nothing_and_runs_no_model(tmp_path: Path) ->
         raise AssertionError
 
     (tmp_path / "settings.json").write_text("{")
-    evaluation(tmp_path, refuse, data="nowhere.npz", baselines={"other": refuse})
+    evaluation(tmp_path, refuse, attacks={"pgd": PGD(THREAT)}, data="nowhere.npz", baselines={"other": refuse})
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 

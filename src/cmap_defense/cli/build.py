@@ -199,11 +199,12 @@ def threat_of(options: Options, *, zero: bool = False) -> ThreatModel:
 
 def attacks_of(options: Options) -> dict[str, Attack]:
     """The attacks that the attack options name."""
-    if options["attacks"] == "none":
-        for name in ("only", "steps", "eot", "norm", "eps"):
+    none = options["attacks"] == "none"
+    threat = threat_of(options, zero=none)
+    if none:
+        for name in ("only", "steps", "eot"):
             refuse(name, "--attacks none makes no attack: leave one of them out.")
         return {}
-    threat = threat_of(options)
     sizes = {name: options[name] for name in ("steps", "eot") if options[name] is not None}
     suite = SUITES[options["attacks"]](threat, **sizes)
     for name in options["only"]:
